@@ -1,0 +1,293 @@
+"""What a motion prior is, and how a teacher makes one.
+
+Source: MotionEnhancer (arXiv 2606.06853), sections on motion-sensitive head selection and motion-salient tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from mekernels import (
+    MotionStatistics,
+    VideoTokens,
+    select_heads,
+    select_tokens,
+    token_motion_scores,
+)
+
+from .vdm.base import Teacher
+from .vdm.inversion import STARTS, invert, reconstruct
+
+#: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Every choice that changes a prior's values.
+
+    Attributes:
+        steps: DDIM steps K each way; must divide the teacher's training timesteps.
+        guidance_scale: classifier-free guidance of the reconstruction; 1 switches it off.
+        start: reconstruct from the "inverted" noise or from "random" noise.
+        memory: let the generated stream attend to the inverted video's keys and values too.
+        head_ratio: share of heads kept by motion-sensitive head selection; 1 keeps all.
+        token_ratio: share of tokens kept by motion-salient token identification; 1 keeps all.
+        sampled_rows: whole rows read to estimate the square sum of a head's map, or "all" for the exact sum.
+        seed: of the random start.
+    """
+
+    steps: int = 5
+    guidance_scale: float = 6.0
+    start: str = "inverted"
+    memory: bool = True
+    head_ratio: float = 0.5
+    token_ratio: float = 0.5
+    sampled_rows: int | str = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("head_ratio", "token_ratio"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
+        if not np.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be a finite number >= 0, got {self.guidance_scale}")
+        if self.sampled_rows != "all" and not (isinstance(self.sampled_rows, int) and self.sampled_rows > 0):
+            raise ValueError(f'sampled_rows must be a positive int or "all", got {self.sampled_rows!r}')
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a positive int, got {self.steps!r}")
+
+
+@dataclass(frozen=True)
+class MotionPrior:
+    """Where and when the teacher places each motion-salient word of a text in a video.
+
+    Attributes:
+        attention: (T', S) float16 on the CPU, A_VDM: one row a kept token, over the S = F·H·W vision tokens in
+            raster order t, h, w. Rows are attention mass and do not sum to one.
+        tokens: T' token strings, as the teacher's tokenizer spells them.
+        spans: T' character ranges in `prompt`.
+        prompt: the text given to the teacher.
+        grid: (F, H, W) of the vision tokens.
+        heads: indices of the chosen heads, ascending.
+        head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
+        all_tokens: every real token of the prompt, kept or not.
+        all_spans: their character ranges.
+        token_scores: motion score of every real token.
+        kept: indices of the kept tokens among all, ascending.
+        teacher: digest of the teacher's folder.
+        settings: how it was extracted.
+        frames_given: video frames received.
+        frames_used: video frames the teacher encoded.
+        truncated: tokens of the text that did not fit into the teacher.
+        evaluations: transformer evaluations spent, counted per batch row.
+        seconds: wall time by stage; not part of what is compared or keyed.
+    """
+
+    attention: torch.Tensor
+    tokens: list[str]
+    spans: list[tuple[int, int]]
+    prompt: str
+    grid: tuple[int, int, int]
+    heads: list[int]
+    head_scores: dict[str, list[float]]
+    all_tokens: list[str]
+    all_spans: list[tuple[int, int]]
+    token_scores: list[float]
+    kept: list[int]
+    teacher: str
+    settings: PriorSettings
+    frames_given: int
+    frames_used: int
+    truncated: int = 0
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the attention itself, ready for JSON."""
+        dropped = sorted(set(range(len(self.all_tokens))) - set(self.kept))
+
+        def listed(indices: list[int]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "token": self.all_tokens[i],
+                    "text": self.prompt[slice(*self.all_spans[i])],
+                    "score": self.token_scores[i],
+                }
+                for i in indices
+            ]
+
+        return {
+            "prompt": self.prompt,
+            "grid": list(self.grid),
+            "heads": self.heads,
+            "head_scores": self.head_scores,
+            "kept_tokens": listed(self.kept),
+            "dropped_tokens": listed(dropped),
+            "frames_given": self.frames_given,
+            "frames_used": self.frames_used,
+            "truncated_tokens": self.truncated,
+            "evaluations": self.evaluations,
+            "teacher": self.teacher,
+            "settings": asdict(self.settings),
+            "seconds": self.seconds,
+        }
+
+
+class PriorError(ValueError):
+    """This clip and text cannot give a prior; the message says why. Others are unaffected."""
+
+
+@torch.no_grad()
+def extract_prior(
+    teacher: Teacher,
+    frames: np.ndarray,
+    text: str,
+    steps: int = 5,
+    guidance_scale: float = 6.0,
+    start: str = "inverted",
+    memory: bool = True,
+    head_ratio: float = 0.5,
+    token_ratio: float = 0.5,
+    sampled_rows: int | str = 64,
+    seed: int = 0,
+) -> MotionPrior:
+    """Read the motion prior of one clip and text from a frozen teacher.
+
+    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, reconstructed under the text, and the
+    attention of the conditional generated stream pooled over all layers and steps; half of the heads and half of the
+    tokens are kept by the paper's parameter-free scores.
+
+    Args:
+        teacher: from `load_teacher`.
+        frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
+        text: what happens in the clip; its tokens are the rows of the prior.
+        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed: see `PriorSettings`.
+
+    Returns:
+        A `MotionPrior`.
+
+    Raises:
+        TypeError: frames or text of the wrong type.
+        ValueError: frames of the wrong shape, a setting out of range, steps that do not divide the schedule.
+        PriorError: empty text, text without a token, or NaN or infinity in the teacher's attention.
+
+    Example:
+        >>> prior = extract_prior(teacher, frames, "the red square moves left")   # doctest: +SKIP
+        >>> prior.attention.shape, prior.tokens                                   # doctest: +SKIP
+    """
+    settings = PriorSettings(
+        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed
+    )
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    if not text.strip():
+        raise PriorError("text is empty")
+    seconds: dict[str, float] = {}
+    schedule = teacher.schedule(settings.steps)
+    with _timed(seconds, "encode", teacher):
+        video = teacher.encode_video(frames)
+        prompt, empty = teacher.encode_text(text), teacher.encode_text("")
+    if not prompt.tokens:
+        raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
+    if not torch.isfinite(video.latents).all():
+        raise PriorError("the encoded video holds NaN or infinity")
+    layout = video.tokens
+    statistics = MotionStatistics(
+        layout,
+        teacher.heads,
+        text_rows=_text_positions(layout, len(prompt.tokens)),
+        sampled_rows=settings.sampled_rows,  # type: ignore[arg-type]
+        device=teacher.device,
+    )
+    with _timed(seconds, "invert", teacher):
+        trajectory = invert(teacher, video.latents, schedule, empty.embeds)
+    with _timed(seconds, "reconstruct", teacher):
+        result = reconstruct(
+            teacher,
+            trajectory,
+            schedule,
+            prompt.embeds,
+            empty.embeds,
+            guidance_scale=settings.guidance_scale,
+            start=settings.start,
+            memory=settings.memory,
+            seed=settings.seed,
+            reader=lambda query, key, lse, fold: statistics.update(query, key, lse, fold=fold),
+        )
+    with _timed(seconds, "select", teacher):
+        chosen = _select(statistics, layout, settings)
+    return replace(
+        chosen,
+        tokens=[prompt.tokens[i] for i in chosen.kept],
+        spans=[prompt.spans[i] for i in chosen.kept],
+        prompt=text,
+        all_tokens=list(prompt.tokens),
+        all_spans=list(prompt.spans),
+        teacher=teacher.id,
+        frames_given=video.frames_given,
+        frames_used=video.frames_used,
+        truncated=prompt.truncated,
+        evaluations=schedule.steps + result.evaluations,
+        seconds=seconds,
+    )
+
+
+def _text_positions(layout: VideoTokens, count: int) -> torch.Tensor:
+    first = 0 if layout.text_first else layout.vision
+    return torch.arange(first, first + count)
+
+
+def _select(statistics: MotionStatistics, layout: VideoTokens, settings: PriorSettings) -> MotionPrior:
+    """Heads, tokens and A_VDM from pooled statistics; the text's own fields are filled in by the caller."""
+    try:
+        scores = statistics.scores()
+        heads = select_heads(scores, settings.head_ratio)
+        text_attention = statistics.text_attention(heads)
+    except ValueError as error:
+        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
+    if not torch.isfinite(text_attention).all():
+        raise PriorError("the teacher's attention holds NaN or infinity")
+    token_scores = token_motion_scores(text_attention, layout)
+    kept = select_tokens(token_scores, settings.token_ratio).cpu()
+    head_scores = {
+        "dfc": scores.dfc,
+        "tcs": scores.tcs,
+        "dsr": scores.dsr,
+        "composite": scores.composite(),
+    }
+    return MotionPrior(
+        attention=text_attention.cpu()[kept].half(),
+        tokens=[],
+        spans=[],
+        prompt="",
+        grid=(layout.frames, layout.height, layout.width),
+        heads=heads.tolist(),
+        head_scores={name: values.tolist() for name, values in head_scores.items()},
+        all_tokens=[],
+        all_spans=[],
+        token_scores=token_scores.tolist(),
+        kept=kept.tolist(),
+        teacher="",
+        settings=settings,
+        frames_given=0,
+        frames_used=0,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, teacher: Teacher) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize(teacher.device)
+    seconds[name] = round(time.perf_counter() - began, 4)

@@ -1,0 +1,47 @@
+"""Bringing a clip to the frame count and size a teacher takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def nearest_valid_count(count: int, stride: int, offset: int) -> int:
+    """The value of `stride·m + offset`, m ≥ 0, nearest to `count`; of two equally near, the larger.
+
+    Example:
+        >>> nearest_valid_count(48, 4, 1), nearest_valid_count(81, 8, 5)
+        (49, 85)
+    """
+    return max(0, (2 * (count - offset) + stride) // (2 * stride)) * stride + offset
+
+
+def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
+    """Pick `count` frames spread evenly from first to last, repeating frames where the clip is shorter.
+
+    Args:
+        frames: (n, h, w, 3) uint8.
+        count: frames wanted.
+
+    Raises:
+        TypeError, ValueError: frames of another shape or dtype, or fewer than two of them.
+    """
+    if not isinstance(frames, np.ndarray):
+        raise TypeError(f"frames must be a numpy array (n, h, w, 3) uint8, got {type(frames).__name__}")
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames must be (n, h, w, 3) uint8, got {frames.shape} {frames.dtype}")
+    if len(frames) < 2:
+        raise ValueError(f"frames: got {len(frames)} frame(s), motion needs at least 2")
+    if len(frames) == count:
+        return frames
+    return frames[np.round(np.linspace(0, len(frames) - 1, count)).astype(np.int64)]
+
+
+def to_pixels(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (n, h, w, 3) → float32 (1, 3, n, height, width) in [-1, 1], resized with antialiasing."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    if tuple(video.shape[-2:]) != tuple(size):
+        video = F.interpolate(video, size=size, mode="bilinear", antialias=True, align_corners=False)
+        video = video.clamp(0, 255)
+    return (video / 127.5 - 1.0).permute(1, 0, 2, 3).unsqueeze(0)
