@@ -1,0 +1,261 @@
+"""Write the toy world to a folder: mp4 files, LLaVA-style jsonl, object boxes and tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from motionenhancer.toy.encode import encode_video
+from motionenhancer.toy.language import QUESTION_KINDS, caption, question
+from motionenhancer.toy.render import Clip, render
+from motionenhancer.toy.scene import Scene, sample_scene
+
+__all__ = ["ToyFolder", "build_toy", "draw_clip", "write_world"]
+
+_SPLITS = {"train": 0, "test": 1}
+
+
+@dataclass(frozen=True)
+class ToyFolder:
+    """Where the parts of a toy world lie. ``train`` and ``test`` name their videos relative to ``videos``."""
+
+    root: Path
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student"
+
+    @property
+    def videos(self) -> Path:
+        return self.root / "videos"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train.jsonl"
+
+    @property
+    def test(self) -> Path:
+        return self.root / "test.jsonl"
+
+    @property
+    def worlds(self) -> Path:
+        return self.root / "worlds.jsonl"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    clips: int
+    test_clips: int
+    seed: int
+    frames: int
+    size: int
+    fps: int
+    version: int = 1
+
+
+def draw_clip(seed: int, split: str, index: int, *, frames: int = 17, size: int = 64) -> tuple[Scene, Clip]:
+    """Draw clip ``index`` of ``split`` ("train" or "test"), each from a random stream of its own."""
+    scene = sample_scene(np.random.default_rng([seed, _SPLITS[split], index]))
+    return scene, render(scene, frames=frames, height=size, width=size)
+
+
+def _sample(settings: _Settings, split: str, index: int, scene: Scene) -> dict[str, Any]:
+    kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
+    rng = np.random.default_rng([settings.seed, _SPLITS[split], index, 1])
+    asked, answer = question(scene, kind, rng)
+    return {
+        "id": f"{split}-{index:05d}-{kind}",
+        "video": f"{split}-{index:05d}.mp4",
+        "conversations": [
+            {"from": "human", "value": f"<video>\n{asked}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def _world_row(settings: _Settings, split: str, index: int, scene: Scene, clip: Clip) -> dict[str, Any]:
+    objects = []
+    for obj, boxes in zip(scene.objects, clip.boxes, strict=True):
+        objects.append(
+            {"name": obj.name, "moving": obj.moving, **asdict(obj), "boxes": boxes.astype(int).tolist()}
+        )
+    return {
+        "video": f"{split}-{index:05d}.mp4",
+        "split": split,
+        "caption": caption(scene),
+        "fps": settings.fps,
+        "height": settings.size,
+        "width": settings.size,
+        "ground": scene.ground,
+        "objects": objects,
+    }
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporary files of runs that died; younger ones may belong to a run beside this one."""
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink()
+
+
+def _claim(folder: ToyFolder, settings: _Settings) -> None:
+    """Make the folder, or check that what is in it is this very world, begun or finished."""
+    if folder.root.exists() and not folder.root.is_dir():
+        raise ValueError(f"output_dir must be a folder, {folder.root} is a file")
+    marker = folder.root / "world.json"
+    mine = asdict(settings)
+    if marker.exists():
+        try:
+            held = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"output_dir {folder.root} holds a world.json that is not json: {error}"
+            ) from None
+        if held != mine:
+            other = ", ".join(f"{k}={held.get(k)!r} (now {v!r})" for k, v in mine.items() if held.get(k) != v)
+            raise ValueError(
+                f"output_dir {folder.root} already holds a different toy world: {other}; "
+                "name another folder or remove that one"
+            )
+        return
+    if folder.root.exists() and any(folder.root.iterdir()):
+        raise ValueError(f"output_dir {folder.root} is neither empty nor a toy world; name another folder")
+    try:
+        folder.videos.mkdir(parents=True, exist_ok=True)
+        _replace_text(marker, json.dumps(mine, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"output_dir {folder.root} cannot be written: {error}") from None
+
+
+def write_world(
+    output_dir: str | Path,
+    *,
+    clips: int = 96,
+    test_clips: int | None = None,
+    seed: int = 0,
+    frames: int = 17,
+    size: int = 64,
+    fps: int = 8,
+    progress: bool = True,
+) -> ToyFolder:
+    """Write videos/, train.jsonl, test.jsonl and worlds.jsonl; go on where an interrupted run stopped.
+
+    Everything is determined by the arguments. Clips of train and test come from disjoint random streams.
+    A file has its final name only once it is complete.
+
+    Parameters
+    ----------
+    output_dir: an empty, missing or half-written folder of the same world.
+    clips, test_clips: how many clips of each split, one sample a clip; test_clips defaults to a quarter.
+    seed: at least 0.
+    frames, size, fps: length, side in pixels (even) and rate of each clip.
+    progress: show a progress bar.
+
+    Raises
+    ------
+    ValueError: a number out of range, an output_dir that holds something else or cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     toy = write_world(folder, clips=1, progress=False)
+    ...     sorted(path.name for path in toy.videos.iterdir())
+    ['test-00000.mp4', 'train-00000.mp4']
+    """
+    if test_clips is None:
+        test_clips = max(1, clips // 4)
+    for name, value, least in (
+        ("clips", clips, 1),
+        ("test_clips", test_clips, 1),
+        ("seed", seed, 0),
+        ("frames", frames, 1),
+        ("size", size, 16),
+        ("fps", fps, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if size % 2:
+        raise ValueError(f"size must be even, got {size}")
+    folder = ToyFolder(Path(output_dir))
+    settings = _Settings(clips, test_clips, seed, frames, size, fps)
+    _claim(folder, settings)
+    folder.videos.mkdir(exist_ok=True)
+
+    rows: list[dict[str, Any]] = []
+    samples: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    todo = [("train", i) for i in range(clips)] + [("test", i) for i in range(test_clips)]
+    for split, index in tqdm(todo, desc="toy clips", unit="clip", disable=not progress):
+        scene, clip = draw_clip(seed, split, index, frames=frames, size=size)
+        path = folder.videos / f"{split}-{index:05d}.mp4"
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            encode_video(temporary, clip.frames, fps=fps)
+            os.replace(temporary, path)
+        samples[split].append(_sample(settings, split, index, scene))
+        rows.append(_world_row(settings, split, index, scene, clip))
+    for path, lines in (
+        (folder.train, samples["train"]),
+        (folder.test, samples["test"]),
+        (folder.worlds, rows),
+    ):
+        _replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    _sweep(folder.videos)
+    return folder
+
+
+def _make_once(target: Path, make: Callable[[Path], Any]) -> None:
+    """Run ``make`` on a temporary folder and rename it to ``target``, unless that is there already."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        make(temporary)
+        os.replace(temporary, target)
+    except OSError:
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def build_toy(
+    output_dir: str | Path,
+    *,
+    clips: int = 96,
+    test_clips: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ToyFolder:
+    """Write a whole toy world: :func:`write_world`, then an untrained ``teacher/`` and ``student/``.
+
+    Raises
+    ------
+    ValueError: as :func:`write_world`.
+    """
+    from motionenhancer.toy.models import save_student, save_teacher
+
+    folder = write_world(output_dir, clips=clips, test_clips=test_clips, seed=seed, progress=progress)
+    _make_once(folder.teacher, lambda path: save_teacher(path, seed=seed))
+    _make_once(folder.student, lambda path: save_student(path, seed=seed))
+    return folder
