@@ -1,0 +1,1 @@
+"""Students: one file a model family, attention capture, word mapping."""
