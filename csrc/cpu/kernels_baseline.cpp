@@ -1,0 +1,3 @@
+#define MEK_KERNELS kernels_baseline
+#define MEK_KERNELS_NAME "baseline"
+#include "kernels.inc"
