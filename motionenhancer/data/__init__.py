@@ -1,0 +1,27 @@
+"""Training data: samples from json files, frames from video files, a count of what was left out."""
+
+from motionenhancer.data.readers import read_samples
+from motionenhancer.data.sample import Sample, prompt_text
+from motionenhancer.data.skips import Skip, SkipLog
+from motionenhancer.data.video import (
+    Video,
+    VideoError,
+    VideoInfo,
+    check_video,
+    content_digest,
+    read_frames,
+)
+
+__all__ = [
+    "Sample",
+    "Skip",
+    "SkipLog",
+    "Video",
+    "VideoError",
+    "VideoInfo",
+    "check_video",
+    "content_digest",
+    "prompt_text",
+    "read_frames",
+    "read_samples",
+]

@@ -1,0 +1,80 @@
+"""A sample: a conversation about videos, and the text of it that the teacher is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["Sample", "prompt_text"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation in the form that chat templates take.
+
+    id: the data file's own, or ``line-<n>``.
+    messages: ``[{"role": "system" | "user" | "assistant", "content": [part, ...]}]``, each part one of
+        ``{"type": "text", "text": str}``, ``{"type": "video"}`` and ``{"type": "image"}``. Texts are stripped
+        and not empty.
+    videos, images: files, in the order of their parts.
+    line: 1-based line of the data file where the sample starts.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    videos: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
+    line: int = 0
+
+
+_ROLES: dict[str, tuple[str, ...]] = {
+    "both": ("user", "assistant"),
+    "question": ("user",),
+    "answer": ("assistant",),
+}
+
+
+def prompt_text(
+    sample: Sample, source: Literal["both", "question", "answer"] = "both"
+) -> tuple[str, list[tuple[int, int, int]]]:
+    """Return the text given to the teacher, and where each piece of it comes from.
+
+    The text parts of the chosen messages, in their order, joined by one space (MotionEnhancer, section on the
+    teacher's prompt, takes question and answer). System messages are never part of it.
+
+    Parameters
+    ----------
+    sample: as the readers give it.
+    source: ``"both"``, ``"question"`` (user messages only) or ``"answer"`` (assistant messages only).
+
+    Returns
+    -------
+    text, segments: each segment is (start, end, message_index); ``text[start:end]`` stands character for
+        character in a text part of ``sample.messages[message_index]``. Segments ascend and do not overlap.
+
+    Raises
+    ------
+    ValueError: an unknown source, or a sample without any text of that source.
+
+    >>> turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
+    >>> reply = {"role": "assistant", "content": [{"type": "text", "text": "The ball."}]}
+    >>> prompt_text(Sample("a", [turn, reply]))
+    ('What moves? The ball.', [(0, 11, 0), (12, 21, 1)])
+    """
+    if source not in _ROLES:
+        raise ValueError(f"source must be 'both', 'question' or 'answer', got {source!r}")
+    text = ""
+    segments: list[tuple[int, int, int]] = []
+    for index, message in enumerate(sample.messages):
+        if message["role"] not in _ROLES[source]:
+            continue
+        for part in message["content"]:
+            piece = part.get("text", "").strip() if part["type"] == "text" else ""
+            if piece:
+                text += " " if text else ""
+                segments.append((len(text), len(text) + len(piece), index))
+                text += piece
+    if not segments:
+        raise ValueError(f"sample {sample.id!r} has no {source} text")
+    return text, segments

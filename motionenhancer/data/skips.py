@@ -1,0 +1,112 @@
+"""One place where everything that is left out is counted, with its reason."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = ["Skip", "SkipLog"]
+
+logger = logging.getLogger("motionenhancer")
+
+
+class Skip(NamedTuple):
+    """One thing that was left out: its id, its 1-based line in the data file (0: none) and why."""
+
+    id: str
+    line: int
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = f"line {self.line}" if self.line else ""
+        name = f"id {self.id}" if self.id else ""
+        place = ", ".join(part for part in (where, name) if part)
+        why = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return f"{place}: {why}" if place else why
+
+
+@dataclass
+class SkipLog:
+    """Counts skipped things by reason, keeps the first of them, and warns about the first of each reason.
+
+    Parameters
+    ----------
+    keep: how many entries to keep in full; all of them are counted, so memory stays bounded.
+    shout: how many entries of each reason to write to the ``motionenhancer`` logger.
+
+    >>> log = SkipLog()
+    >>> log.add("empty text", id="a", line=3)
+    >>> log.add("empty text", id="b", line=7)
+    >>> log.summary()
+    '2 skipped: 2 empty text (line 3, id a; line 7, id b)'
+    """
+
+    keep: int = 10_000
+    shout: int = 3
+    counts: Counter[str] = field(default_factory=Counter)
+    entries: list[Skip] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """How many things were skipped."""
+        return sum(self.counts.values())
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __bool__(self) -> bool:
+        return self.total > 0
+
+    def add(self, reason: str, *, id: str = "", line: int = 0, detail: str = "") -> None:
+        """Count one skipped thing under ``reason``, a fixed phrase; what differs goes into ``detail``."""
+        skip = Skip(str(id), line, reason, detail)
+        self.counts[reason] += 1
+        if len(self.entries) < self.keep:
+            self.entries.append(skip)
+        seen = self.counts[reason]
+        if seen <= self.shout:
+            more = " (more of these are counted, not printed)" if seen == self.shout else ""
+            logger.warning("skipped %s%s", skip, more)
+
+    def note(self, what: str) -> None:
+        """Count something odd that was not skipped; its first occurrence is a warning."""
+        self.notes[what] += 1
+        if self.notes[what] == 1:
+            logger.warning("%s (further ones are counted, not printed)", what)
+
+    def merge(self, others: Iterable[SkipLog]) -> None:
+        """Add the counts and entries of other logs, such as those of worker processes, without printing."""
+        for other in others:
+            self.counts.update(other.counts)
+            self.notes.update(other.notes)
+            self.entries.extend(other.entries[: max(0, self.keep - len(self.entries))])
+
+    def summary(self, examples: int = 2) -> str:
+        """Say in one line how many were skipped and why, with the first ``examples`` of each reason."""
+        if not self.total:
+            return "nothing skipped"
+        parts = []
+        for reason, count in self.counts.most_common():
+            first = [e for e in self.entries if e.reason == reason][:examples]
+            shown = []
+            for entry in first:
+                place = str(entry._replace(reason="", detail="")).removesuffix(": ")
+                shown.append(" ".join(part for part in (place, entry.detail) if part))
+            listed = "; ".join(text for text in shown if text)
+            parts.append(f"{count} {reason}" + (f" ({listed})" if listed else ""))
+        return f"{self.total} skipped: " + ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of plain types: total, counts by reason, notes, and the kept entries."""
+        return {
+            "total": self.total,
+            "counts": dict(self.counts.most_common()),
+            "notes": dict(self.notes.most_common()),
+            "entries": [entry._asdict() for entry in self.entries],
+            "entries_left_out": self.total - len(self.entries),
+        }
