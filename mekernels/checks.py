@@ -1,0 +1,156 @@
+"""Argument checks: every message names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import VideoTokens
+
+
+def tensor(name: str, value: object, ndim: int, *, layout: str = "") -> None:
+    """Require a dense floating-point tensor of ``ndim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.ndim != ndim:
+        hint = f" {layout}" if layout else ""
+        raise ValueError(f"{name} must have {ndim} dimensions{hint}, got shape {tuple(value.shape)}")
+
+
+def index_tensor(name: str, value: object, ndim: int, *, layout: str = "") -> None:
+    """Require an int64 tensor of ``ndim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}")
+    if value.ndim != ndim:
+        hint = f" {layout}" if layout else ""
+        raise ValueError(f"{name} must have {ndim} dimensions{hint}, got shape {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], *, meaning: str = "") -> None:
+    """Require an exact shape."""
+    if tuple(value.shape) != tuple(expected):
+        hint = f" {meaning}" if meaning else ""
+        raise ValueError(f"{name} must have shape {tuple(expected)}{hint}, got {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {value.device}")
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors of one dtype."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}), got {value.dtype}")
+
+
+def boolean(name: str, value: object) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Require one of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def video_tokens(name: str, value: object) -> None:
+    """Require a :class:`VideoTokens`."""
+    if not isinstance(value, VideoTokens):
+        raise TypeError(f"{name} must be a mekernels.VideoTokens, got {type(value).__name__}")
+
+
+def grid(name: str, value: object) -> tuple[int, int, int]:
+    """Require (frames, height, width), each at least 1."""
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise TypeError(f"{name} must be three integers (frames, height, width), got {value!r}")
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int | torch.SymInt):
+            raise TypeError(f"{name} must be three integers (frames, height, width), got {value!r}")
+        if item < 1:
+            raise ValueError(f"{name} must be at least 1 in every dimension, got {tuple(value)}")
+    frames, height, width = value
+    return frames, height, width
+
+
+def ratio(name: str, value: object) -> float:
+    """Require a share between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    return float(value)
+
+
+def fold(value: object, keys: int) -> int:
+    """Require a number of key parts that divides the keys; returns the keys of one part."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"fold must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"fold must be at least 1, got {value}")
+    if keys % value:
+        raise ValueError(f"fold must divide the number of keys ({keys}), got {value}")
+    return keys // value
+
+
+def scale(softmax_scale: object, width: int) -> float:
+    """The softmax scale, 1 / sqrt(width) where None was given."""
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(width) if width else 1.0
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
+        raise TypeError(f"softmax_scale must be a float or None, got {type(softmax_scale).__name__}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
+
+
+def query_key(query: object, key: object) -> None:
+    """Require (batch, heads, tokens, width) queries and keys that fit, grouped-query heads allowed."""
+    tensor("query", query, 4, layout="(batch, heads, tokens, width)")
+    tensor("key", key, 4, layout="(batch, heads, tokens, width)")
+    assert isinstance(query, Tensor)
+    assert isinstance(key, Tensor)
+    same_dtype("key", key, "query", query)
+    same_device("key", key, "query", query)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have the batch size of query ({query.shape[0]}), got {key.shape[0]}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key must have the width of query ({query.shape[3]}), got {key.shape[3]}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key must have a number of heads that divides the heads of query ({query.shape[1]}), "
+            f"got {key.shape[1]}"
+        )
+
+
+def index_values(name: str, value: Tensor, limit: int) -> None:
+    """Require -1 <= value < limit. Only on the CPU: elsewhere reading the values would stall the device."""
+    if value.device.type != "cpu" or not value.numel():
+        return
+    low, high = (int(item) for item in torch.aminmax(value))
+    if low < -1 or high >= limit:
+        wrong = low if low < -1 else high
+        raise ValueError(f"{name} must lie between -1 (padding) and {limit - 1}, got {wrong}")
+
+
+def no_functorch(op: str) -> None:
+    """Refuse torch.func transforms, which the gradients of these ops do not support."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"mekernels.{op} does not support torch.func transforms; use torch.autograd")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept and results are returned in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""One file an op: schema, checks, dispatch, autograd, docstring."""

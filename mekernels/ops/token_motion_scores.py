@@ -1,0 +1,65 @@
+"""How much each text token's attention moves over the frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, reference
+from ..layout import VideoTokens
+
+
+def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
+    """Mean attention of a text token per frame, averaged, plus its mean absolute change between frames.
+
+    Args:
+        text_attention: (T, S) attention of text rows to the S = ``video.vision`` video tokens, floating point.
+        video: the grid of the video tokens.
+
+    Returns:
+        (T,), float64 for float64 input and float32 otherwise. With one frame there is no change to add. Not
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
+
+    Source: motion-salient token identification in the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
+
+    Example:
+        >>> import torch, mekernels
+        >>> video = mekernels.VideoTokens(frames=2, height=1, width=2)
+        >>> mekernels.token_motion_scores(torch.tensor([[0.0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5]]), video)
+        tensor([1.5000, 0.5000])
+    """
+    checks.tensor("text_attention", text_attention, 2, layout="(text tokens, video tokens)")
+    checks.video_tokens("video", video)
+    checks.shape(
+        "text_attention", text_attention, (len(text_attention), video.vision), meaning="(any, video.vision)"
+    )
+    backend = backends.active()
+    if backend == "reference":
+        scores = reference.token_motion_scores(text_attention, video)
+        return scores.to(checks.accumulate_dtype(scores.dtype))
+    return token_motion_scores_op(text_attention, video.frames, backend)
+
+
+@torch.library.custom_op("mekernels::token_motion_scores", mutates_args=())
+def token_motion_scores_op(text_attention: Tensor, frames: int, backend: str) -> Tensor:
+    """(T,) from (T, F * P)."""
+    return backends.dispatch("token_motion_scores", backend, text_attention, frames)
+
+
+@token_motion_scores_op.register_fake
+def _(text_attention, frames, backend):
+    dtype = checks.accumulate_dtype(text_attention.dtype)
+    return text_attention.new_empty(text_attention.shape[:1], dtype=dtype)
+
+
+def _composite(text_attention: Tensor, frames: int) -> Tensor:
+    dtype = checks.accumulate_dtype(text_attention.dtype)
+    level = text_attention.unflatten(-1, (frames, -1)).mean(-1, dtype=dtype)
+    return level.mean(-1) + level.diff(dim=-1).abs().sum(-1) / max(1, frames - 1)
+
+
+backends.register("token_motion_scores", "torch", _composite)

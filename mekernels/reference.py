@@ -1,0 +1,270 @@
+"""The whole mathematics, naively, in plain torch and any float type: the ground truth of every kernel.
+
+Whole attention maps are built here, and only here. Each function computes in the dtype it is given, so float64
+in gives float64 out. Head selection, token selection and the alignment loss are those of the paper
+"MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import VideoTokens
+
+Grid = tuple[int, int, int]
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    fold: int = 1,
+) -> Tensor:
+    """Scaled scores (B, Hq, Nq, Nk), -inf where a key is not allowed.
+
+    Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = scale * (query @ key.transpose(-1, -2))
+    if causal:
+        queries, keys = query.shape[2], key.shape[2] // fold
+        row = torch.arange(queries, device=query.device)[:, None]
+        column = torch.arange(keys, device=query.device).repeat(fold)
+        scores = scores.masked_fill(column > row + keys - queries, -math.inf)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
+    return scores
+
+
+def attention_map(query: Tensor, key: Tensor, **options) -> Tensor:
+    """Softmax attention (B, Hq, Nq, Nk); a row without any allowed key is zero."""
+    scores = attention_scores(query, key, **options)
+    weights = (scores - scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
+
+
+def logsumexp(query: Tensor, key: Tensor, **options) -> Tensor:
+    """Natural-log sum of the exponentials of every row's allowed scores, (B, Hq, Nq)."""
+    return attention_scores(query, key, **options).logsumexp(-1)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Attention output (B, Hq, Nq, Dv) and natural-log logsumexp (B, Hq, Nq)."""
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return attention_map(query, key, **options) @ value, logsumexp(query, key, **options)
+
+
+def fold_keys(attention: Tensor, fold: int) -> Tensor:
+    """Add the ``fold`` equal parts of the key axis: the mass on own keys and on reference keys."""
+    return attention.unflatten(-1, (fold, -1)).sum(-2)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    columns: Tensor | slice,
+    *,
+    fold: int = 1,
+    reduce: str = "mean",
+    **options,
+) -> Tensor:
+    """Chosen rows and columns of the attention map: (B, R, C), or (B, Hq, R, C) with ``reduce="none"``."""
+    attention = fold_keys(attention_map(query, key, fold=fold, **options), fold)
+    if isinstance(columns, slice):
+        columns = torch.arange(attention.shape[-1], device=query.device)[columns].expand(len(query), -1)
+    picked = []
+    for item, row, column in zip(attention, rows, columns, strict=True):
+        chosen = item[:, row.clamp(min=0)][:, :, column.clamp(min=0)]
+        picked.append(chosen * (row >= 0)[:, None] * (column >= 0))
+    result = torch.stack(picked)
+    return result.mean(1) if reduce == "mean" else result
+
+
+def vision_block(attention: Tensor, video: VideoTokens) -> Tensor:
+    """The vision-to-vision block (..., S, S) of maps (..., N, N)."""
+    return attention[..., video.vision_slice, video.vision_slice]
+
+
+def diagonal(block: Tensor, video: VideoTokens) -> Tensor:
+    """Same-position entries (..., F, F, P) of vision-to-vision blocks (..., S, S): [f, g, p] reads (f, p), (g, p)."""
+    frames, positions = video.frames, video.positions
+    return block.unflatten(-1, (frames, positions)).unflatten(-3, (frames, positions)).diagonal(0, -3, -1)
+
+
+def diagonal_attention(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    video: VideoTokens,
+    *,
+    softmax_scale: float | None = None,
+    fold: int = 1,
+) -> Tensor:
+    """Attention between the same position of all frame pairs, (B, H, F, F, P), from a given logsumexp."""
+    scores = attention_scores(query, key, softmax_scale=softmax_scale)
+    return diagonal(vision_block(fold_keys((scores - lse[..., None]).exp(), fold), video), video)
+
+
+class Statistics(NamedTuple):
+    """What head and token selection read of the pooled maps."""
+
+    diagonal: Tensor
+    """(H, F, F, P) same-position entries."""
+    mean_attention: Tensor
+    """(H,) mean of the vision-to-vision block, the threshold tau."""
+    square_sum: Tensor
+    """(H,) sum of all squares of the vision-to-vision block."""
+    text_attention: Tensor
+    """(H, T, S) text rows over vision columns."""
+
+
+def motion_statistics(
+    maps: Iterable[Tensor], video: VideoTokens, text_rows: Sequence[int] | Tensor | None = None
+) -> Statistics:
+    """Pool folded maps (H, N, N) of all layers and steps per head, then read the statistics off the mean."""
+    pooled = torch.stack(list(maps)).mean(0)
+    block = vision_block(pooled, video)
+    rows = torch.arange(video.length)[video.text_slice] if text_rows is None else torch.as_tensor(text_rows)
+    text = pooled[:, rows.to(pooled.device), video.vision_slice]
+    return Statistics(diagonal(block, video), block.mean((-1, -2)), block.square().sum((-1, -2)), text)
+
+
+def run_statistics(above: Tensor) -> tuple[int, int]:
+    """Entries and maximal runs of true values over all rows of one boolean matrix."""
+    entries = runs = 0
+    for row in above.tolist():
+        entries += sum(row)
+        runs += sum(now and not before for before, now in zip([False, *row], row, strict=False))
+    return entries, runs
+
+
+def temporal_consistency(diagonal: Tensor, threshold: Tensor) -> Tensor:
+    """TCS: mean over positions of the mean length of all runs above the threshold, (H,)."""
+    scores = []
+    for head, tau in zip(diagonal, threshold, strict=True):
+        lengths = []
+        for position in range(head.shape[-1]):
+            entries, runs = run_statistics(head[:, :, position] > tau)
+            lengths.append(entries / runs if runs else 0.0)
+        scores.append(sum(lengths) / len(lengths))
+    return torch.tensor(scores, dtype=diagonal.dtype, device=diagonal.device)
+
+
+def energy_ratio(inside: Tensor, outside: Tensor) -> Tensor:
+    """inside / outside; with nothing outside it is inf, or 0 where there is nothing inside either."""
+    ratio = torch.where(outside <= 0, torch.where(inside > 0, math.inf, 0.0), inside / outside)
+    return torch.where(inside.isnan(), math.nan, ratio)
+
+
+def motion_scores(
+    diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DFC, TCS and DSR, each (H,), from the (H, F, F, P) diagonals, tau and the sum of squares.
+
+    With one position (P = 1) there is nothing off the diagonal, whatever the rounding of ``square_sum``.
+    """
+    inside = diagonal.square().sum((1, 2, 3))
+    outside = square_sum - inside if diagonal.shape[-1] > 1 else torch.zeros_like(inside)
+    dsr = (diagonal >= mean_attention[:, None, None, None]).to(diagonal.dtype).mean((1, 2, 3))
+    return energy_ratio(inside, outside), temporal_consistency(diagonal, mean_attention), dsr
+
+
+def motion_scores_of_map(block: Tensor, video: VideoTokens, width: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """DFC, TCS and DSR straight from vision-to-vision blocks (H, S, S), diagonals ``width`` positions wide."""
+    position = torch.arange(video.vision, device=block.device) % video.positions
+    on_diagonal = (position[:, None] - position[None, :]).abs() <= width
+    tau = block.mean((-1, -2))
+    squares = block.square()
+    inside = (squares * on_diagonal).sum((-1, -2))
+    outside = (squares * ~on_diagonal).sum((-1, -2))
+    above = (block >= tau[:, None, None]) & on_diagonal
+    dsr = above.sum((-1, -2)).to(block.dtype) / on_diagonal.sum()
+    return energy_ratio(inside, outside), temporal_consistency(diagonal(block, video), tau), dsr
+
+
+def standardise(metric: Tensor) -> Tensor:
+    """Zero mean and unit population deviation over the heads; a constant metric gives zeros.
+
+    An infinite value counts as the largest finite one among the heads.
+    """
+    finite = metric[torch.isfinite(metric)]
+    if bool((metric == math.inf).any()) and len(finite):
+        metric = metric.clamp(max=finite.max())
+    if bool((metric == metric[0]).all()):
+        return torch.zeros_like(metric)
+    return (metric - metric.mean()) / metric.std(correction=0)
+
+
+def composite(dfc: Tensor, tcs: Tensor, dsr: Tensor) -> Tensor:
+    """Sum of the three standardised metrics, (H,)."""
+    return standardise(dfc) + standardise(tcs) + standardise(dsr)
+
+
+def select(scores: Tensor, ratio: float = 0.5) -> Tensor:
+    """Ascending indices of the highest max(1, floor(ratio * n + 1/2)) scores, ties to the lower index."""
+    values = scores.tolist()
+    count = max(1, math.floor(ratio * len(values) + 0.5))
+    best = sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
+    return torch.tensor(sorted(best), dtype=torch.int64, device=scores.device)
+
+
+select_heads = select
+select_tokens = select
+
+
+def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
+    """MS: a token's mean attention per frame, averaged, plus its mean change between frames, (T,)."""
+    frames = text_attention.unflatten(-1, (video.frames, video.positions)).mean(-1)
+    if video.frames == 1:
+        return frames[:, 0]
+    return frames.mean(-1) + (frames[:, 1:] - frames[:, :-1]).abs().sum(-1) / (video.frames - 1)
+
+
+def interpolation_matrix(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Linear interpolation with half-pixel centres as a (size_out, size_in) matrix, borders repeated."""
+    matrix = torch.zeros(size_out, size_in, dtype=dtype, device=device)
+    for out in range(size_out):
+        place = max((out + 0.5) * size_in / size_out - 0.5, 0.0)
+        low = min(math.floor(place), size_in - 1)
+        high = min(low + 1, size_in - 1)
+        matrix[out, low] += 1 - (place - low)
+        matrix[out, high] += place - low
+    return matrix
+
+
+def resample_rows(maps: Tensor, grid_in: Grid, grid_out: Grid, *, normalize: bool = True) -> Tensor:
+    """Trilinear resampling of rows (B, R, S_in) to (B, R, S_out), then each row scaled to sum to one."""
+    volume = maps.unflatten(-1, grid_in)
+    for axis, (size_in, size_out) in enumerate(zip(grid_in, grid_out, strict=True), start=2):
+        matrix = interpolation_matrix(size_in, size_out, maps.dtype, maps.device)
+        volume = (volume.transpose(axis, -1) @ matrix.T).transpose(axis, -1)
+    result = volume.flatten(-3)
+    if not normalize:
+        return result
+    total = result.sum(-1, keepdim=True)
+    return torch.where(total == 0, torch.zeros_like(result), result / total.masked_fill(total == 0, 1))
+
+
+def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:
+    """L2 norm of each row's difference, mean over a sample's valid rows, then over samples that have any.
+
+    The gradient at a zero difference is zero.
+    """
+    if row_mask is None:
+        row_mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    losses = []
+    for one, other, valid in zip(student, teacher, row_mask, strict=True):
+        if valid.any():
+            losses.append(torch.stack([torch.linalg.vector_norm(d) for d in (one - other)[valid]]).mean())
+    return torch.stack(losses).mean() if losses else (student[:0].sum() + teacher[:0].sum())
