@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, native_library
 
 
 def _version(package: str) -> str:
@@ -53,8 +53,6 @@ def report() -> str:
 
 
 def _native() -> list[str]:
-    from . import native_library
-
     lines = []
     for device in ("cpu", "cuda"):
         reasons = native_library.reasons(torch.device(device))

@@ -31,7 +31,7 @@ def reasons(device: torch.device) -> list[str]:
     if device.type not in ("cpu", "cuda"):
         return [f"runs on cpu and cuda, the tensors are on {device}"]
     found = loaded.why_not() if device.type == "cpu" else loaded.cuda_why_not()
-    return [f"{device.type} library {found}"] if found else []
+    return [f"{device.type} library: {found}"] if found else []
 
 
 def why_not() -> list[str]:

@@ -1,7 +1,7 @@
 """The whole mathematics, naively, in plain torch and any float type: the ground truth of every kernel.
 
-Whole attention maps are built here, and only here. Each function computes in the dtype it is given, so float64
-in gives float64 out. Head selection, token selection and the alignment loss are those of the paper
+Whole attention maps are built here, and only here. Each function computes in the dtype it is given, so
+float64 in gives float64 out. Head selection, token selection and the alignment loss are those of the paper
 "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
 """
 
@@ -97,7 +97,7 @@ def vision_block(attention: Tensor, video: VideoTokens) -> Tensor:
 
 
 def diagonal(block: Tensor, video: VideoTokens) -> Tensor:
-    """Same-position entries (..., F, F, P) of vision-to-vision blocks (..., S, S): [f, g, p] reads (f, p), (g, p)."""
+    """Same-position entries of blocks (..., S, S): [..., f, g, p] is the entry from (f, p) to (g, p)."""
     frames, positions = video.frames, video.positions
     return block.unflatten(-1, (frames, positions)).unflatten(-3, (frames, positions)).diagonal(0, -3, -1)
 
@@ -181,7 +181,7 @@ def motion_scores(
 
 
 def motion_scores_of_map(block: Tensor, video: VideoTokens, width: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """DFC, TCS and DSR straight from vision-to-vision blocks (H, S, S), diagonals ``width`` positions wide."""
+    """DFC, TCS and DSR straight from blocks (H, S, S), with diagonals ``width`` positions wide."""
     position = torch.arange(video.vision, device=block.device) % video.positions
     on_diagonal = (position[:, None] - position[None, :]).abs() <= width
     tau = block.mean((-1, -2))

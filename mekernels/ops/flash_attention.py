@@ -93,12 +93,7 @@ def _cpu_flash_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, 
     reasons = _common_reasons(query, key, value, scale, causal)
     if query.device.type != "cpu":
         reasons.insert(0, f"runs on cpu, the tensors are on {query.device}")
-    if not query.device.type == "cpu" or query.dtype not in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    ):
+    if query.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         reasons.append(f"dtype {query.dtype} is not supported")
     return reasons
 

@@ -32,8 +32,8 @@ class MotionScores:
     def composite(self) -> Tensor:
         """Sum of the metrics, each standardised over the heads (population deviation), (H,).
 
-        A metric that is the same for all heads contributes 0. An infinite DFC counts as the largest finite one
-        among the heads.
+        A metric that is the same for all heads contributes 0. An infinite DFC counts as the largest finite
+        one among the heads.
         """
         total = sum(_standardise(metric.double()) for metric in (self.dfc, self.tcs, self.dsr))
         assert isinstance(total, Tensor)
@@ -82,11 +82,10 @@ def motion_scores(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) 
         MotionScores(dfc=tensor([3.]), tcs=tensor([1.]), dsr=tensor([0.5000]))
     """
     checks.tensor("diagonal", diagonal, 4, layout="(heads, frames, frames, positions)")
-    heads, frames, others, positions = diagonal.shape
+    heads, frames, others, _ = diagonal.shape
     if frames != others or not diagonal.numel():
-        raise ValueError(
-            f"diagonal must have shape (heads, frames, frames, positions), none zero, got {tuple(diagonal.shape)}"
-        )
+        wanted = "(heads, frames, frames, positions), none zero"
+        raise ValueError(f"diagonal must have shape {wanted}, got {tuple(diagonal.shape)}")
     for name, value in (("mean_attention", mean_attention), ("square_sum", square_sum)):
         checks.tensor(name, value, 1, layout="(heads,)")
         checks.shape(name, value, (heads,), meaning="(heads,)")
@@ -134,7 +133,7 @@ def _composite(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> 
 
 
 def energy_ratio(inside: Tensor, outside: Tensor) -> Tensor:
-    """inside / outside; with nothing outside inf, or 0 where there is nothing inside either; NaN stays NaN."""
+    """inside / outside; with nothing outside inf, or 0 with nothing inside either; NaN stays NaN."""
     nothing_outside = torch.where(inside > 0, math.inf, 0.0).to(inside.dtype)
     ratio = torch.where(outside <= 0, nothing_outside, inside / outside)
     return torch.where(inside.isnan(), math.nan, ratio)

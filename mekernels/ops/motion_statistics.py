@@ -20,8 +20,8 @@ CHUNK_ELEMENTS = 1 << 20
 class MotionStatistics:
     """Pools the attention of many layers and steps per head, exactly, without an attention map.
 
-    Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and the mean of the
-    vision-to-vision block: memory O(heads * S * (F + T + R)). Sums are float32, float64 for float64 input.
+    Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and the mean of
+    the vision-to-vision block: memory O(heads * S * (F + T + R)). Sums are float32, float64 for float64 input.
 
     Args:
         video: where text and video tokens lie.
@@ -275,7 +275,8 @@ def _text_rows(text_rows: Sequence[int] | Tensor | None, video: VideoTokens) -> 
         raise TypeError(f"text_rows must be a sequence of integers, got {text_rows!r}")
     if int(rows.min()) < text.start or int(rows.max()) >= text.stop:
         raise ValueError(
-            f"text_rows must be positions of text tokens, {text.start} to {text.stop - 1}, got {rows.tolist()}"
+            f"text_rows must be positions of text tokens, {text.start} to {text.stop - 1}, "
+            f"got {rows.tolist()}"
         )
     return rows.to(torch.int64)
 

@@ -19,8 +19,8 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
 
     Returns:
         A scalar, float64 where either input is float64 and float32 otherwise, differentiable in both maps;
-        the gradient of a row without difference is zero. A sample without a valid row leaves the mean over the
-        samples; with none left the loss is 0.
+        the gradient of a row without difference is zero. A sample without a valid row leaves the mean over
+        the samples; with none left the loss is 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -59,7 +59,7 @@ def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 def row_l2_loss_op(
     student: Tensor, teacher: Tensor, row_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and for the backward the (B, R) norms and weights of the rows: loss = sum(norms * weights)."""
+    """The loss, and for the backward the rows' (B, R) norms and weights: loss = sum(norms * weights)."""
     return backends.dispatch("row_l2_loss", backend, student, teacher, row_mask)
 
 

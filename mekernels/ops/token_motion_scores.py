@@ -13,7 +13,7 @@ def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
     """Mean attention of a text token per frame, averaged, plus its mean absolute change between frames.
 
     Args:
-        text_attention: (T, S) attention of text rows to the S = ``video.vision`` video tokens, floating point.
+        text_attention: (T, S) floating point, attention of text rows to the S = ``video.vision`` video tokens.
         video: the grid of the video tokens.
 
     Returns:
