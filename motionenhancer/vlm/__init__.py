@@ -1,1 +1,27 @@
-"""Students: one file a model family, attention capture, word mapping."""
+"""Students: one file a model family, the capture of their attention, and the mapping of words to their tokens."""
+
+from motionenhancer.vlm.base import (
+    Encoded,
+    StudentFamily,
+    TokenLayout,
+    VisionLayout,
+    known_families,
+    load_student,
+    student_family,
+)
+from motionenhancer.vlm.capture import CapturedAttention, capture_attention
+from motionenhancer.vlm.words import WordMap, map_words
+
+__all__ = [
+    "CapturedAttention",
+    "Encoded",
+    "StudentFamily",
+    "TokenLayout",
+    "VisionLayout",
+    "WordMap",
+    "capture_attention",
+    "known_families",
+    "load_student",
+    "map_words",
+    "student_family",
+]
