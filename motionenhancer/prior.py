@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -226,14 +226,17 @@ def extract_prior(
         )
     with _timed(seconds, "select", teacher):
         chosen = _select(statistics, layout, settings)
-    return replace(
-        chosen,
-        tokens=[prompt.tokens[i] for i in chosen.kept],
-        spans=[prompt.spans[i] for i in chosen.kept],
+    kept = chosen["kept"]
+    return MotionPrior(
+        **chosen,
+        tokens=[prompt.tokens[i] for i in kept],
+        spans=[prompt.spans[i] for i in kept],
         prompt=text,
+        grid=(layout.frames, layout.height, layout.width),
         all_tokens=list(prompt.tokens),
         all_spans=list(prompt.spans),
         teacher=teacher.id,
+        settings=settings,
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
@@ -247,10 +250,11 @@ def _text_positions(layout: VideoTokens, count: int) -> torch.Tensor:
     return torch.arange(first, first + count)
 
 
-def _select(statistics: MotionStatistics, layout: VideoTokens, settings: PriorSettings) -> MotionPrior:
-    """Heads, tokens and A_VDM from pooled statistics; the text's own fields are filled in by the caller."""
+def _select(statistics: MotionStatistics, layout: VideoTokens, settings: PriorSettings) -> dict[str, Any]:
+    """The fields of a prior that follow from the pooled statistics alone."""
     try:
         scores = statistics.scores()
+        composite = scores.composite()
         heads = select_heads(scores, settings.head_ratio)
         text_attention = statistics.text_attention(heads)
     except ValueError as error:
@@ -259,29 +263,14 @@ def _select(statistics: MotionStatistics, layout: VideoTokens, settings: PriorSe
         raise PriorError("the teacher's attention holds NaN or infinity")
     token_scores = token_motion_scores(text_attention, layout)
     kept = select_tokens(token_scores, settings.token_ratio).cpu()
-    head_scores = {
-        "dfc": scores.dfc,
-        "tcs": scores.tcs,
-        "dsr": scores.dsr,
-        "composite": scores.composite(),
+    named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
+    return {
+        "attention": text_attention.cpu()[kept].half(),
+        "heads": heads.tolist(),
+        "head_scores": {name: values.tolist() for name, values in named.items()},
+        "token_scores": token_scores.tolist(),
+        "kept": kept.tolist(),
     }
-    return MotionPrior(
-        attention=text_attention.cpu()[kept].half(),
-        tokens=[],
-        spans=[],
-        prompt="",
-        grid=(layout.frames, layout.height, layout.width),
-        heads=heads.tolist(),
-        head_scores={name: values.tolist() for name, values in head_scores.items()},
-        all_tokens=[],
-        all_spans=[],
-        token_scores=token_scores.tolist(),
-        kept=kept.tolist(),
-        teacher="",
-        settings=settings,
-        frames_given=0,
-        frames_used=0,
-    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from .base import AttentionReader, Teacher, TextEncoding, VideoLatents
 from .identity import teacher_id
-from .inversion import Reconstruction, invert, reconstruct
+from .inversion import Reconstruction, invert, reconstruct, roundtrip_error
 from .schedule import Schedule, make_schedule
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "load_teacher",
     "make_schedule",
     "reconstruct",
+    "roundtrip_error",
     "teacher_id",
 ]
 

@@ -63,6 +63,7 @@ class Teacher(Protocol):
     family: str
     heads: int
     layers: int
+    max_frames: int
     device: torch.device
     dtype: torch.dtype
 

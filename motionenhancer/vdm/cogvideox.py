@@ -44,7 +44,7 @@ class CogVideoXTeacher:
         cls, path: Path, *, device: torch.device, dtype: torch.dtype
     ) -> CogVideoXTeacher:
         pipeline = CogVideoXPipeline.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipeline.set_progress_bar_config(disable=True)
         # 5B ships a stochastic DPM scheduler; its config makes the deterministic one, SNR shift included.
@@ -77,14 +77,17 @@ class CogVideoXTeacher:
         """The nearest number of video frames the model takes: 4m+1, and 8m+5 with a temporal patch of two."""
         compression = self.pipeline.vae_scale_factor_temporal
         patch = self.config.patch_size_t or 1
-        offset = 1 + compression * (patch - 1)
-        longest = nearest_valid_count(self.config.sample_frames, compression * patch, offset)
-        return min(nearest_valid_count(count, compression * patch, offset), longest)
+        return nearest_valid_count(count, compression * patch, 1 + compression * (patch - 1))
+
+    @property
+    def max_frames(self) -> int:
+        """Video frames of the clips the model was trained on, as a count it takes; longer clips are thinned to it."""
+        return self.valid_frames(self.config.sample_frames)
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> VideoLatents:
         given = len(frames)
-        used = self.valid_frames(given)
+        used = min(self.valid_frames(given), self.max_frames)
         pixels = to_pixels(resample_frames(frames, used), self.size).to(self.device, self.dtype)
         posterior = self.pipeline.vae.encode(pixels).latent_dist
         latents = posterior.mode().transpose(1, 2).float() * self.pipeline.vae.config.scaling_factor

@@ -111,3 +111,22 @@ def reconstruct(
                 output = output[:1]
             latents = schedule.step(latents, output, level, level - 1)
     return Reconstruction(latents, evaluations)
+
+
+def roundtrip_error(
+    teacher: Teacher, latents: torch.Tensor, schedule: Schedule, embeds: torch.Tensor
+) -> float:
+    """Relative L2 error of latents inverted and reconstructed with the same text, no guidance and no memory.
+
+    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last latent
+    is pure noise in the model's eyes, whatever the clip, so some error stays.
+
+    Args:
+        teacher: the model.
+        latents: (1, f, c, h, w) clean latents.
+        schedule: its levels; `Schedule.below` cuts the noisy end off.
+        embeds: (1, length, width) text hidden states used both ways.
+    """
+    trajectory = invert(teacher, latents, schedule, embeds)
+    back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False).latents
+    return float((back - trajectory[0]).norm() / trajectory[0].norm().clamp(min=1e-12))

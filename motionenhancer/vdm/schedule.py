@@ -26,6 +26,13 @@ class Schedule:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    def below(self, timestep: int) -> Schedule:
+        """The levels under `timestep` only, for a run that stops short of the noisy end."""
+        kept = tuple(t for t in self.timesteps if t < timestep)
+        if not kept:
+            raise ValueError(f"no level of {self.timesteps} lies below timestep {timestep}")
+        return Schedule(kept, self.alphas_cumprod[: len(kept) + 1], self.prediction_type)
+
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
         """Move latents from level `source` to level `target` (0 = clean, K = noisiest), given the model's output.
 

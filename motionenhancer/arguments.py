@@ -1,0 +1,130 @@
+"""One style of settings for every command: dataclasses, a yaml file, flags that override it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .prior import PriorSettings
+
+
+@dataclass
+class DataArguments:
+    """Where the clips and their conversations are."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use."},
+    )
+    video_root: str | None = field(
+        default=None, metadata={"help": "Folder that video paths are relative to. Default: the data file's."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only the first so many samples."})
+
+
+@dataclass
+class PriorArguments:
+    """Which teacher reads the clips, how, and where its priors are kept."""
+
+    teacher: str | None = field(
+        default=None, metadata={"help": "Diffusers folder of a video diffusion model. Default: the toy teacher."}
+    )
+    prior_dir: str = field(default="runs/priors", metadata={"help": "Folder of stored priors."})
+    prompt_source: str = field(
+        default="both",
+        metadata={"help": "Text given to the teacher.", "choices": ["both", "question", "answer"]},
+    )
+    ddim_steps: int = field(default=5, metadata={"help": "DDIM steps each way."})
+    guidance_scale: float = field(default=6.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    start: str = field(
+        default="inverted", metadata={"help": "Where reconstruction starts.", "choices": ["inverted", "random"]}
+    )
+    memory: bool = field(default=True, metadata={"help": "Attend to the inverted clip's keys and values too."})
+    head_ratio: float = field(default=0.5, metadata={"help": "Share of heads kept; 1 keeps all."})
+    token_ratio: float = field(default=0.5, metadata={"help": "Share of words kept; 1 keeps all."})
+    sampled_rows: str = field(default="64", metadata={"help": 'Rows read for a head\'s square sum, or "all".'})
+    prior_seed: int = field(default=0, metadata={"help": "Seed of a random start."})
+    measure_roundtrip: bool = field(
+        default=False,
+        metadata={"help": "Also invert and rebuild one clip without guidance, and report the error."},
+    )
+
+    def settings(self) -> PriorSettings:
+        """The settings a prior is keyed by.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        rows = self.sampled_rows
+        if rows != "all" and not rows.isdecimal():
+            raise ValueError(f'--sampled_rows must be a positive number or "all", got {rows!r}')
+        return PriorSettings(
+            steps=self.ddim_steps,
+            guidance_scale=self.guidance_scale,
+            start=self.start,
+            memory=self.memory,
+            head_ratio=self.head_ratio,
+            token_ratio=self.token_ratio,
+            sampled_rows=rows if rows == "all" else int(rows),
+            seed=self.prior_seed,
+        )
+
+
+def parse_arguments(
+    classes: Sequence[type],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    recipe: Callable[[argparse.Namespace], Path | None] = lambda chosen: None,
+) -> tuple[Any, ...]:
+    """Flags over `--config file.yaml` over a recipe over the dataclasses' own defaults.
+
+    Args:
+        classes: dataclasses, no two with a field of the same name.
+        argv: the command line without the program's name; None reads `sys.argv`.
+        prog: shown in help and errors.
+        recipe: from the flags and the config, a yaml file of defaults, or None.
+
+    Raises:
+        SystemExit: a bad flag, a missing or malformed yaml file or an unknown field in it; the message names it.
+    """
+    parser = HfArgumentParser(list(classes), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", default=None, help="yaml file of these same options; flags override it")
+    names = {f.name for cls in classes for f in fields(cls) if f.init}
+    try:
+        chosen = parser.parse_args(argv)
+        config = {} if chosen.config is None else _read_config(Path(chosen.config), names)
+        parser.set_defaults(**config)
+        base = recipe(parser.parse_args(argv))
+        if base is not None:
+            parser.set_defaults(**{**_read_config(base, names), **config})
+        values = vars(parser.parse_args(argv))
+        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in classes)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid yaml ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must be a mapping of options, got {type(values).__name__}")
+    unknown = [str(key) for key in values if key not in names]
+    if unknown:
+        hints = [difflib.get_close_matches(key, names, n=1) for key in unknown]
+        listed = ", ".join(
+            f"{k!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for k, h in zip(unknown, hints, strict=True)
+        )
+        raise ValueError(f"--config {path}: unknown field {listed}")
+    return values

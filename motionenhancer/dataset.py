@@ -1,0 +1,181 @@
+"""Samples as the Trainer wants them: decoded, rendered, tokenised, with the prior's words found among the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from .data import Sample, prompt_text, read_frames
+from .prior import MotionPrior
+from .store import PriorStore
+from .vlm.base import Encoded, StudentFamily, TokenLayout
+from .vlm.words import WordMap, map_words
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a batch needs for its alignment loss.
+
+    Attributes:
+        rows: (B, R) int64 student token positions, -1 = padding.
+        columns: (B, C) int64 vision token positions, -1 = padding.
+        row_tokens: (B, R) int64, which kept teacher token each row belongs to, -1 = padding.
+        grids: (F, H, W) of the student's vision tokens, one a sample.
+        priors: one a sample; None where the sample has no prior.
+        count: samples of the batch with at least one row.
+        words, mapped: kept teacher tokens of the batch, and how many of them were found among its tokens.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    row_tokens: torch.Tensor
+    grids: list[tuple[int, int, int]]
+    priors: list[MotionPrior | None]
+    count: int
+    words: int
+    mapped: int
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Alignment:
+        """Index tensors on `device`; what accelerate calls to place a batch."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            row_tokens=self.row_tokens.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample ready for collation: encoded, with its prior and the rows that stand for the prior's words."""
+
+    id: str
+    encoded: Encoded
+    prior: MotionPrior | None
+    words: WordMap | None
+    skipped: dict[str, str]
+
+
+class MotionDataset(Dataset[Item]):
+    """Samples, decoded and tokenised as they are asked for.
+
+    A sample that cannot be read gives way to the next one in the list and is named in `Item.skipped`, so that
+    every process of a distributed run makes the same number of steps.
+
+    Args:
+        samples: from `read_samples`.
+        family, processor: the student's, from `load_student`.
+        keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
+        store: where the priors are.
+        source: the text the priors were made from: "both", "question" or "answer".
+        fps: frames a second the student sees, thinned to at most `max_frames`.
+        max_frames: most frames of one clip.
+        max_pixels: most pixels of a frame; None leaves the processor's own limit.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        family: StudentFamily,
+        processor: Any,
+        *,
+        keys: dict[str, str],
+        store: PriorStore,
+        source: str = "both",
+        fps: float = 1.0,
+        max_frames: int = 64,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.samples, self.family, self.processor = list(samples), family, processor
+        self.keys, self.store, self.source = keys, store, source
+        self.fps, self.max_frames, self.max_pixels = fps, max_frames, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        skipped: dict[str, str] = {}
+        for offset in range(len(self.samples)):
+            sample = self.samples[(index + offset) % len(self.samples)]
+            try:
+                return self._load(sample, skipped)
+            except (ValueError, OSError) as error:
+                skipped[sample.id] = str(error)
+        raise ValueError(f"none of the {len(self.samples)} samples can be read; the first: {next(iter(skipped.items()))}")
+
+    def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
+        videos = [read_frames(path, fps=self.fps, max_frames=self.max_frames) for path in sample.videos]
+        encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
+        prior, words = None, None
+        if sample.id in self.keys:
+            prior = self.store.read(self.keys[sample.id])
+            _, segments = prompt_text(sample, self.source)  # type: ignore[arg-type]
+            layout = encoded.layout
+            words = map_words(
+                prior.spans,
+                prior.prompt,
+                segments,
+                layout.text,
+                layout.offsets,
+                message_spans=layout.message_spans,
+            )
+        return Item(sample.id, encoded, prior, words, skipped)
+
+
+class MotionCollator:
+    """Pads items to a batch of model inputs, plus `ids`, `skipped` and `alignment` for `MotionTrainer`.
+
+    Args:
+        family, processor: the student's.
+        padding_side: "right" or "left".
+    """
+
+    def __init__(self, family: StudentFamily, processor: Any, padding_side: str = "right") -> None:
+        self.family = family
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.padding_side = padding_side
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        batch = self.family.collate(
+            [item.encoded for item in items], pad_token_id=self.pad_token_id, padding_side=self.padding_side
+        )
+        batch["alignment"] = align_batch(items, batch.pop("layouts"))
+        batch["ids"] = [item.id for item in items]
+        batch["skipped"] = {k: v for item in items for k, v in item.skipped.items()}
+        return batch
+
+
+def align_batch(items: Sequence[Item], layouts: Sequence[TokenLayout]) -> Alignment | None:
+    """Rows, columns and priors of a batch; None where no sample has a prior with a mapped word.
+
+    Args:
+        items: the samples.
+        layouts: where their tokens lie in the padded batch.
+    """
+    rows, tokens, columns, grids, priors = [], [], [], [], []
+    for item, layout in zip(items, layouts, strict=True):
+        usable = item.prior is not None and item.words is not None and bool(item.words.rows) and bool(layout.videos)
+        found = item.words.rows if usable and item.words is not None else []
+        rows.append(torch.tensor([row + layout.start for row in found], dtype=torch.int64))
+        tokens.append(torch.tensor(item.words.row_tokens if usable and item.words else [], dtype=torch.int64))
+        columns.append(layout.videos[0].positions if usable else torch.zeros(0, dtype=torch.int64))
+        grids.append(layout.videos[0].grid if usable else (1, 1, 1))
+        priors.append(item.prior if usable else None)
+    if not any(prior is not None for prior in priors):
+        return None
+    words = [item.words for item in items if item.words is not None]
+    return Alignment(
+        rows=pad_sequence(rows, batch_first=True, padding_value=-1),
+        columns=pad_sequence(columns, batch_first=True, padding_value=-1),
+        row_tokens=pad_sequence(tokens, batch_first=True, padding_value=-1),
+        grids=grids,
+        priors=priors,
+        count=sum(prior is not None for prior in priors),
+        words=sum(w.count for w in words),
+        mapped=sum(w.mapped for w in words),
+    )

@@ -1,0 +1,82 @@
+"""`motion_report.json`: what a run was, what it saw and what it left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REPORT = "motion_report.json"
+
+
+@dataclass
+class RunReport:
+    """The report of one output folder. It is written when the run starts and again when it ends.
+
+    Attributes:
+        folder: the run's output folder.
+        identity: what makes a run this run: a folder holding another run's report is refused.
+        content: everything else, free-form and JSON-ready.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / REPORT
+
+    def claim(self) -> None:
+        """Make the folder this run's.
+
+        Raises:
+            ValueError: it holds another run, or files that are no run of ours.
+            OSError: it cannot be created or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".write_probe_{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
+        if not self.path.is_file():
+            held = sorted(p.name for p in self.folder.iterdir())
+            if held:
+                raise ValueError(
+                    f"--output_dir {self.folder}: holds {', '.join(held[:3])} but no {REPORT}; give an empty folder"
+                )
+            return
+        try:
+            before = json.loads(self.path.read_text())["identity"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: not a run's report; give an empty --output_dir") from error
+        mine = json.loads(json.dumps(self.identity))
+        changed = sorted(k for k in {*before, *mine} if before.get(k) != mine.get(k))
+        if changed:
+            listed = ", ".join(f"{k}: {before.get(k)!r} there, {mine.get(k)!r} now" for k in changed)
+            raise ValueError(f"--output_dir {self.folder}: already holds a different run ({listed}); give another folder")
+
+    def write(self, status: str) -> None:
+        """Write the report whole, by rename."""
+        body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, self.path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a run's numbers."""
+    names = ("motionenhancer", "torch", "triton", "transformers", "diffusers", "accelerate", "tokenizers", "av")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,206 @@
+"""The Hugging Face Trainer with one more term in the loss.
+
+Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·L_align.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .aligner import align
+from .vlm.capture import capture_attention
+
+_ALIGNER_FILE = "aligner.safetensors"
+
+
+class MotionTrainer(Trainer):
+    """`transformers.Trainer` whose loss is the model's own plus λ times the alignment to a motion prior.
+
+    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the model
+    sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain Trainer's.
+
+    Args:
+        *args, **kwargs: the Trainer's.
+        alignment_weight: λ.
+        alignment_loss: "l2", "mse" or "kl".
+        aligner: module applied to the student's maps, or None for the identity. It is trained along, kept outside
+            the model and thrown away at the end; checkpoints for resuming hold it in a file of its own.
+        measure_alignment: log `loss_align` also when λ is 0.
+
+    Raises:
+        FloatingPointError: from `train`, when the loss is NaN or infinite; names the samples.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        alignment_weight: float = 1.0,
+        alignment_loss: str = "l2",
+        aligner: nn.Module | None = None,
+        measure_alignment: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.alignment_weight = alignment_weight
+        self.alignment_loss = alignment_loss
+        self.measure_alignment = measure_alignment
+        self.aligner = aligner.to(self.args.device) if aligner is not None else None
+        self._terms: dict[str, torch.Tensor] = {}
+        self._term_steps = 0
+        self._aligned_in_step: torch.Tensor | None = None
+        self.skipped: dict[str, str] = {}
+        self.add_callback(_StepEnd(self))
+
+    # ---- the loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Also count the aligned samples of the whole accumulated batch, so that accumulation changes nothing."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
+        aligned = torch.tensor(float(count), device=self.args.device)
+        if self.args.world_size > 1:
+            aligned = self.accelerator.reduce(aligned, "sum")
+        self._aligned_in_step = aligned
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        alignment = inputs.pop("alignment", None)
+        ids = inputs.pop("ids", [])
+        self.skipped.update(inputs.pop("skipped", {}))
+        reads = alignment is not None and alignment.count > 0
+        if not reads or (self.alignment_weight == 0 and not self.measure_alignment):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self._record(model, ids, num_items_in_batch, loss, None)
+            return (loss, outputs) if return_outputs else loss
+
+        with capture_attention(model, alignment.rows, alignment.columns) as captured:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alignment_weight != 0):
+            aligned = align(
+                captured,
+                alignment.priors,
+                grid=alignment.grids,
+                row_tokens=alignment.row_tokens,
+                aligner=self.aligner,
+                loss=self.alignment_loss,
+            )
+        aligned = aligned * self._share(model, alignment.count, num_items_in_batch)
+        self._record(model, ids, num_items_in_batch, loss, aligned)
+        if self.alignment_weight != 0:
+            loss = loss + self.alignment_weight * aligned
+        return (loss, outputs) if return_outputs else loss
+
+    def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
+        """Whether the Trainer will divide what compute_loss returns by the accumulation steps (family-dependent)."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            ) or self.compute_loss_func is not None
+        return not scaled
+
+    def _share(self, model: nn.Module, count: int, num_items_in_batch: Any) -> Any:
+        """Turns this micro-batch's mean over `count` samples into its share of the global batch's mean."""
+        if not model.training or self._aligned_in_step is None:
+            return 1.0
+        accumulation = (
+            self.current_gradient_accumulation_steps if self._divided_by_accumulation(num_items_in_batch) else 1
+        )
+        # Data-parallel engines average gradients over processes; the mean is over all their samples.
+        return count * accumulation * self.args.world_size / self._aligned_in_step.clamp(min=1)
+
+    def _record(
+        self,
+        model: nn.Module,
+        ids: Sequence[str],
+        num_items_in_batch: Any,
+        loss: torch.Tensor,
+        aligned: torch.Tensor | None,
+    ) -> None:
+        for name, value in (("the model's loss", loss), ("the alignment loss", aligned)):
+            if value is not None and not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; samples {list(ids)}"
+                )
+        if not model.training:
+            return
+        parts = (
+            self.current_gradient_accumulation_steps if self._divided_by_accumulation(num_items_in_batch) else 1
+        )
+        terms = {"loss_ar": loss, "loss_align": aligned}
+        for name, value in terms.items():
+            if value is not None:
+                mean = value.detach().float().mean() / parts
+                self._terms[name] = self._terms[name] + mean if name in self._terms else mean
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._term_steps:
+            for name in ("loss_ar", "loss_align"):
+                value = self._terms.get(name, torch.zeros((), device=self.args.device))
+                if self.args.world_size > 1:
+                    value = self.accelerator.reduce(value, "mean")
+                if name in self._terms or name == "loss_ar":
+                    logs[name] = float(value) / self._term_steps
+            self._terms, self._term_steps = {}, 0
+        super().log(logs, start_time)
+
+    # ---- the aligner, trained along and left out of the model ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.aligner is not None:
+            parameters = [p for p in self.aligner.parameters() if p.requires_grad]
+            if parameters:
+                optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.aligner is not None and self.args.world_size > 1 and self.accelerator.sync_gradients:
+            for parameter in self.aligner.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.args.world_size
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.aligner is not None and self.aligner.state_dict() and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+            save_file(self.aligner.state_dict(), folder / _ALIGNER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        file = Path(resume_from_checkpoint) / _ALIGNER_FILE
+        if self.aligner is not None and file.is_file():
+            self.aligner.load_state_dict(load_file(file))
+
+
+class _StepEnd(TrainerCallback):
+    """The Trainer clears the model's gradients after a step and knows nothing of the aligner's."""
+
+    def __init__(self, trainer: MotionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._term_steps += 1
+        if self.trainer.aligner is not None:
+            self.trainer.aligner.zero_grad(set_to_none=True)

@@ -1,0 +1,31 @@
+"""Tiny models of the real classes, saved once and loaded from disk as a user would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from motionenhancer.toy.models import save_student, save_teacher
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer CogVideoX pipeline with 5B's rotary positions."""
+    return save_teacher(tmp_path_factory.mktemp("models") / "teacher", layers=2, heads=4)
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Qwen2.5-VL with its processor."""
+    return save_student(tmp_path_factory.mktemp("models") / "student", layers=2)
+
+
+@pytest.fixture(scope="session")
+def clip() -> np.ndarray:
+    """17 frames of 64 × 64: a bright square crossing a dim gradient."""
+    frames = np.zeros((17, 64, 64, 3), np.uint8)
+    frames[...] = np.linspace(20, 90, 64, dtype=np.uint8)[None, None, :, None]
+    for i, frame in enumerate(frames):
+        frame[20:36, 2 * i : 2 * i + 16] = (220, 60, 40)
+    return frames
