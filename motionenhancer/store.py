@@ -25,7 +25,7 @@ DEFAULT_DIR = "runs/default/priors"
 _SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 
-class DamagedPrior(Exception):
+class DamagedPrior(ValueError):
     """A stored file that is not what was written: truncated, altered or of another format."""
 
 
@@ -118,6 +118,8 @@ class PriorStore:
                 **spans,
                 **about,
             )
+        except DamagedPrior:
+            raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DamagedPrior(f"{path}: {error}") from error
 

@@ -56,7 +56,10 @@ class MotionTrainer(Trainer):
         self._terms: dict[str, torch.Tensor] = {}
         self._term_steps = 0
         self._aligned_in_step: torch.Tensor | None = None
+        #: sample id → why it could not be read and another took its place
         self.skipped: dict[str, str] = {}
+        #: of all training batches this process saw
+        self.counts = {"samples": 0, "aligned_samples": 0, "words": 0, "mapped_words": 0}
         self.add_callback(_StepEnd(self))
 
     # ---- the loss ----
@@ -83,6 +86,8 @@ class MotionTrainer(Trainer):
         alignment = inputs.pop("alignment", None)
         ids = inputs.pop("ids", [])
         self.skipped.update(inputs.pop("skipped", {}))
+        if model.training:
+            self._count(ids, alignment)
         reads = alignment is not None and alignment.count > 0
         if not reads or (self.alignment_weight == 0 and not self.measure_alignment):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -105,6 +110,13 @@ class MotionTrainer(Trainer):
         if self.alignment_weight != 0:
             loss = loss + self.alignment_weight * aligned
         return (loss, outputs) if return_outputs else loss
+
+    def _count(self, ids: Sequence[str], alignment: Any) -> None:
+        self.counts["samples"] += len(ids)
+        if alignment is not None:
+            self.counts["aligned_samples"] += alignment.count
+            self.counts["words"] += alignment.words
+            self.counts["mapped_words"] += alignment.mapped
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
         """Whether the Trainer will divide what compute_loss returns by the accumulation steps (family-dependent)."""
