@@ -1,4 +1,4 @@
-"""Students: one file a model family, the capture of their attention, and the mapping of words to their tokens."""
+"""Students: one file a model family, the capture of their attention, the words among their tokens."""
 
 from motionenhancer.vlm.base import (
     Encoded,

@@ -55,7 +55,7 @@ class TokenLayout:
     """Which characters and which pixels the tokens of a sample stand for.
 
     text: the conversation as rendered by the chat template, placeholders expanded.
-    offsets: (N, 2) int64 character range of each token in ``text``; a token of no characters has an empty one.
+    offsets: (N, 2) int64 character range of each token in ``text``; empty for a token of no characters.
     message_spans: (start, end) in ``text`` of each message, its role markers included.
     videos: one layout a video, in order of appearance.
     start: padding tokens before the first token; ``videos`` count from the padded beginning, ``offsets`` do
@@ -114,7 +114,8 @@ class StudentFamily(Protocol):
         """Render and tokenise one conversation with its decoded videos.
 
         ``images`` are decoded images; None opens the sample's own files. ``max_pixels`` caps the pixels of a
-        frame as the model sees it. ``max_length`` cuts the text at so many tokens; vision tokens are never cut.
+        frame as the model sees it. ``max_length`` cuts the text after so many tokens; vision tokens are never
+        cut.
 
         Raises
         ------
@@ -133,8 +134,8 @@ class StudentFamily(Protocol):
     ) -> dict[str, Any]:
         """Pad and stack samples to a batch of model inputs.
 
-        The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must be
-        taken out before the batch is given to the model; all other keys are model inputs.
+        The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must
+        be taken out before the batch is given to the model; all other keys are model inputs.
         """
         ...
 
@@ -223,7 +224,9 @@ def load_student(
         )
     except OSError as error:
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error
-    return (model if device is None else model.to(device)), processor, family
+    if device is not None:
+        torch.nn.Module.to(model, device)
+    return model, processor, family
 
 
 def _model_type(folder: Path) -> str:

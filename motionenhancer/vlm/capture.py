@@ -1,8 +1,7 @@
 """Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
 
-The attention functions of transformers are wrapped where they are registered, for the time of the capture, so
-the model's masks stay as they are. Next to each call of the language model's self-attention, the chosen entries
-are read from the very queries and keys by :func:`mekernels.attention_rows`.
+Next to each call of the language model's self-attention, the chosen entries are read from the very queries
+and keys by :func:`mekernels.attention_rows`.
 
 Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
 their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
@@ -12,16 +11,15 @@ the recomputation is the ordinary one, need not know of the capture, and may hap
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+import mekernels
+from motionenhancer.vlm.attention_registry import observe_attention
 from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
 from motionenhancer.vlm.locate import attention_modules
 from motionenhancer.vlm.masked_rows import masked_attention_rows
@@ -32,8 +30,6 @@ _REENTRANT = (
     "re-entrant gradient checkpointing silently drops the gradient of captured attention; use "
     'gradient_checkpointing_kwargs={"use_reentrant": False}'
 )
-_lock = threading.Lock()
-_active: CapturedAttention | None = None
 
 
 @contextlib.contextmanager
@@ -78,41 +74,25 @@ def capture_attention(
     >>> captured.attention.shape
     torch.Size([1, 2, 2])
     """
-    global _active
-    captured = CapturedAttention(model, rows, columns)
-    if not _lock.acquire(blocking=False):
-        raise RuntimeError("a capture is already active: captures can be neither nested nor concurrent")
-    try:
-        with contextlib.ExitStack() as stack:
-            for patch in captured._patches():
-                stack.enter_context(patch)
-            _active = captured
-            try:
-                yield captured
-            finally:
-                _active = None
-                captured._close()
-    finally:
-        _lock.release()
+    _check_positions(rows, columns)
+    modules = attention_modules(model)
+    _refuse_reentrant(model)
+    captured = CapturedAttention(rows, columns, len(modules))
+    with observe_attention(modules, captured._record):
+        try:
+            yield captured
+        finally:
+            captured._masks.clear()
 
 
 class CapturedAttention:
     """What a capture has seen; made by :func:`capture_attention`."""
 
-    def __init__(self, model: nn.Module, rows: torch.Tensor, columns: torch.Tensor | slice) -> None:
-        self.rows = _checked_positions("rows", rows)
-        self.columns = columns if isinstance(columns, slice) else _checked_positions("columns", columns)
-        if isinstance(self.columns, slice):
-            _check_slice(self.columns)
-        elif self.columns.shape[0] != self.rows.shape[0]:
-            raise ValueError(
-                f"columns must have as many samples as rows ({self.rows.shape[0]}), got {self.columns.shape[0]}"
-            )
-        modules = attention_modules(model)
-        _refuse_reentrant(model)
-        self.layers = len(modules)
-        self._modules = {id(module): module for module in modules}
-        self._highest = _highest_position(self.rows, self.columns)
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor | slice, layers: int) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.layers = layers
+        self._highest = _highest_position(rows, columns)
         self._seen: set[int] = set()
         self._repeated = False
         self._sum: torch.Tensor | None = None
@@ -122,45 +102,15 @@ class CapturedAttention:
     def attention(self) -> torch.Tensor:
         """(B, R, C), mean over all layers and heads; differentiable where the forward was."""
         if self._repeated:
-            raise RuntimeError(
-                "the model ran more than once inside the capture; use one capture for each forward"
-            )
+            raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
         if not self._seen or self._sum is None:
             raise RuntimeError("no forward of the captured model has run inside the capture")
         if len(self._seen) != self.layers:
             raise RuntimeError(
-                f"only {len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
+                f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
                 "capture: did the forward fail, or the attention implementation change?"
             )
         return self._sum / self.layers
-
-    def _patches(self) -> list[contextlib.AbstractContextManager[None]]:
-        """The registry entries to wrap: one for each implementation and namespace that the modules use."""
-        patches: dict[tuple[int, str], contextlib.AbstractContextManager[None]] = {}
-        for module in self._modules.values():
-            name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-            # Attention written before the registry existed, or remote code with its own: nothing to wrap.
-            namespace = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-            registry = namespace.get("ALL_ATTENTION_FUNCTIONS")
-            if registry is None or name is None:
-                raise ValueError(
-                    f"model must call transformers' ALL_ATTENTION_FUNCTIONS, {type(module).__name__} does not"
-                )
-            if name == "eager":
-                key = "eager_attention_forward"
-                if key not in namespace:
-                    raise ValueError(f"model must define {key} next to {type(module).__name__} to run eager")
-                patches.setdefault((id(namespace), key), _patched_global(namespace, key, name))
-            elif name in registry:
-                patches.setdefault((id(registry), name), _patched_registry(registry, name))
-            else:
-                raise ValueError(f"attn_implementation {name!r} is not registered in transformers")
-        return list(patches.values())
-
-    def _close(self) -> None:
-        # Masks and modules are needed only while the forward runs; the result may be kept for long.
-        self._masks.clear()
-        self._modules.clear()
 
     def _record(
         self,
@@ -169,7 +119,7 @@ class CapturedAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         mask: Any,
-        kwargs: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
         if torch._C._current_graph_task_id() != -1:
@@ -181,11 +131,11 @@ class CapturedAttention:
             return
         self._check_call(module, query, key)
         rows = self.rows.to(query.device)
-        call = AttentionCall(module, mask, kwargs, rows, query.shape[1], query.shape[2])
+        call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
         query, key = _compute_dtype(implementation, module, query, key)
-        with _outside_checkpoint(), torch.autocast(query.device.type, enabled=False):
-            read = self._read(query, key, rows, visible, kwargs.get("scaling"))
+        with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
+            read = _read(query, key, rows, self.columns, visible, kwargs.get("scaling"))
             self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
         self._seen.add(id(module))
 
@@ -193,20 +143,18 @@ class CapturedAttention:
         batch, heads, length = query.shape[:3]
         if key.shape[2] != length:
             raise ValueError(
-                f"attention can be captured over a whole sequence only, got {length} queries for {key.shape[2]} "
+                f"attention can be captured over whole sequences only, got {length} queries for {key.shape[2]} "
                 "keys: run the model without earlier tokens in its key-value cache"
             )
         if batch != self.rows.shape[0]:
             raise ValueError(f"rows must have one entry a sample ({batch}), got {self.rows.shape[0]}")
         if self._highest >= length:
-            raise ValueError(
-                f"rows and columns must be below the sequence length {length}, got {self._highest}"
-            )
+            raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
         expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
         if isinstance(expected, int) and expected != heads:
             raise ValueError(
-                f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor and "
-                "sequence parallelism are not supported"
+                f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor "
+                "and sequence parallelism are not supported"
             )
         if _saves_selected_activations():
             raise ValueError(
@@ -217,32 +165,12 @@ class CapturedAttention:
     def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
         # The layers share one mask, so it is examined once; holding it keeps its id from being used again.
         key = (id(call.mask), call.causal, call.kwargs.get("sliding_window"))
-        if key not in self._masks or self._masks[key][0] is not call.mask:
+        if key not in self._masks:
             self._masks[key] = (call.mask, read_mask(implementation, call))
         return self._masks[key][1]
 
-    def _read(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        rows: torch.Tensor,
-        visible: VisibleKeys,
-        scale: float | None,
-    ) -> torch.Tensor:
-        columns, absent = self.columns, None
-        if not isinstance(columns, slice):
-            columns = columns.to(query.device)
-            absent = (columns < 0)[:, None]
-            columns = columns.clamp(min=0)
-        if visible.explicit is not None:
-            explicit = visible.explicit.to(query.device)
-            read = masked_attention_rows(query, key, rows, columns, explicit, softmax_scale=scale)
-        else:
-            read = _attention_rows(query, key, rows, columns, visible, scale)
-        return read if absent is None else read.masked_fill(absent, 0.0)
 
-
-def _attention_rows(
+def _read(
     query: torch.Tensor,
     key: torch.Tensor,
     rows: torch.Tensor,
@@ -250,80 +178,37 @@ def _attention_rows(
     visible: VisibleKeys,
     scale: float | None,
 ) -> torch.Tensor:
-    import mekernels
-
+    columns = columns if isinstance(columns, slice) else columns.to(query.device)
+    if visible.explicit is not None:
+        explicit = visible.explicit.to(query.device)
+        return masked_attention_rows(query, key, rows, columns, explicit, softmax_scale=scale)
     key_mask = None if visible.key_mask is None else visible.key_mask.to(query.device)
-    read = mekernels.attention_rows(
+    return mekernels.attention_rows(
         query, key, rows, columns, softmax_scale=scale, causal=visible.causal, key_mask=key_mask
     )
-    return read if read.dtype == torch.float64 else read.float()
-
-
-def _wrapped(implementation: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the wrapper of ``original``: always the same object, so that compiled code stays valid."""
-    return _wrappers(implementation, original)
-
-
-@functools.lru_cache(maxsize=64)
-def _wrappers(implementation: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @torch._disable_dynamo
-    @functools.wraps(original)
-    def attention_function(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        result = original(module, query, key, value, attention_mask, *args, **kwargs)
-        captured = _active
-        if captured is not None and id(module) in captured._modules:
-            if args:
-                raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
-            captured._record(implementation, module, query, key, attention_mask, kwargs)
-        return result
-
-    return attention_function
 
 
 @contextlib.contextmanager
-def _patched_registry(registry: Any, name: str) -> Iterator[None]:
-    local = registry._local_mapping
-    present, before = name in local, registry[name]
-    wrapper = _wrapped(name, before)
-    registry[name] = wrapper
-    try:
-        yield
-    finally:
-        # Something registered meanwhile is another's; the wrapper inside it is inert from now on.
-        if local.get(name) is wrapper:
-            if present:
-                registry[name] = before
-            else:
-                del registry[name]
+def _outside_checkpoint(query: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """Keep what the read saves for backward out of a surrounding checkpoint's list of tensors to recompute.
 
+    Of the queries only the chosen rows are kept: the backward of a read uses no others.
+    """
+    index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    address, shape = query.data_ptr(), query.shape
 
-@contextlib.contextmanager
-def _patched_global(namespace: dict[str, Any], key: str, name: str) -> Iterator[None]:
-    before = namespace[key]
-    wrapper = _wrapped(name, before)
-    namespace[key] = wrapper
-    try:
-        yield
-    finally:
-        if namespace.get(key) is wrapper:
-            namespace[key] = before
+    def pack(tensor: torch.Tensor) -> Any:
+        tensor = tensor.detach()
+        if tensor.data_ptr() == address and tensor.shape == shape:
+            return (tensor.gather(2, index),)
+        return tensor
 
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        return packed[0].new_zeros(shape).scatter_(2, index, packed[0])
 
-@contextlib.contextmanager
-def _outside_checkpoint() -> Iterator[None]:
-    """Keep what the read saves for backward out of a surrounding checkpoint's list of tensors to recompute."""
-    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
@@ -360,29 +245,27 @@ def _inside_reentrant_checkpoint() -> bool:
 def _saves_selected_activations() -> bool:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    return any(
-        type(mode).__name__ == "_CachingTorchDispatchMode" for mode in _get_current_dispatch_mode_stack()
-    )
+    return any(type(m).__name__ == "_CachingTorchDispatchMode" for m in _get_current_dispatch_mode_stack())
 
 
-def _checked_positions(name: str, positions: Any) -> torch.Tensor:
-    if not isinstance(positions, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
-    if positions.dtype != torch.int64 or positions.dim() != 2:
-        raise ValueError(
-            f"{name} must be (batch, count) int64, got {tuple(positions.shape)} {positions.dtype}".replace(
-                "torch.", ""
+def _check_positions(rows: Any, columns: Any) -> None:
+    for name, positions in (("rows", rows), ("columns", columns)):
+        if isinstance(positions, slice) and name == "columns":
+            continue
+        if not isinstance(positions, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
+        if positions.dtype != torch.int64 or positions.dim() != 2:
+            found = f"{tuple(positions.shape)} {positions.dtype}"
+            raise ValueError(f"{name} must be (batch, count) int64, got {found}")
+    if not isinstance(columns, slice):
+        if columns.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"columns must have one entry a sample ({rows.shape[0]}), got {columns.shape[0]}"
             )
-        )
-    return positions
-
-
-def _check_slice(columns: slice) -> None:
-    start, stop = columns.start, columns.stop
-    if columns.step not in (None, 1):
-        raise ValueError(f"columns must be a slice of step 1, got {columns}")
-    if not isinstance(stop, int) or stop < 0 or (start is not None and not 0 <= start <= stop):
-        raise ValueError(f"columns must be a slice with 0 <= start <= stop, got {columns}")
+        return
+    start, stop = columns.start or 0, columns.stop
+    if columns.step not in (None, 1) or not isinstance(stop, int) or not 0 <= start <= stop:
+        raise ValueError(f"columns must be a slice of step 1 with 0 <= start <= stop, got {columns}")
 
 
 def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:

@@ -1,4 +1,4 @@
-"""Render a conversation with the processor's own chat template, and find its messages and answers in the result."""
+"""Render a conversation with the processor's own chat template, and find its messages and answers in it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _prefix(processor: Any, sample: Sample, text: str, count: int, *, prompt: bo
     part = _template(processor, sample.messages[:count], prompt)
     if not text.startswith(part):
         raise ValueError(
-            f"sample {sample.id!r}: the chat template renders the first {count} messages differently once the "
+            f"sample {sample.id!r}: the chat template renders the first {count} messages differently once "
             "later ones are added, so the answers cannot be located"
         )
     return part

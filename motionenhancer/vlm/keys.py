@@ -96,7 +96,7 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
 
 
 def _dense(call: AttentionCall) -> VisibleKeys:
-    """Gather the rows of a (1 or B, 1 or Hq, N, N) mask and see whether causal times a key mask says the same."""
+    """Gather the rows of a (1 or B, 1 or Hq, N, N) mask; a causal flag and a key mask may say the same."""
     mask, rows = call.mask, call.rows
     if mask.dim() != 4 or mask.shape[2] != call.length or mask.shape[3] < call.length:
         raise ValueError(
@@ -185,10 +185,9 @@ def _flash(call: AttentionCall) -> VisibleKeys:
 def _documents(call: AttentionCall) -> torch.Tensor | None:
     """Number the packed sequences of a batch without padding: (B, N) int64, None where nothing is packed."""
     kwargs, batch = call.kwargs, call.rows.shape[0]
-    starts, ends = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     given = [kwargs.get(n) for n in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     if all(value is not None for value in given):
-        assert starts is not None and ends is not None
+        starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         if starts.shape != ends.shape or not torch.equal(starts, ends):
             raise ValueError("cu_seq_lens_q must equal cu_seq_lens_k to capture self-attention")
         flat = torch.arange(batch * call.length, device=call.rows.device)
@@ -202,7 +201,7 @@ def _documents(call: AttentionCall) -> torch.Tensor | None:
     ascending = torch.arange(call.length, device=position_ids.device) + position_ids.min()
     if not (ascending - position_ids).any():
         return None
-    return (position_ids == 0).long().cumsum(dim=-1).to(call.rows.device)
+    return (position_ids == position_ids.min()).long().cumsum(dim=-1).to(call.rows.device)
 
 
 @register_mask_reader("flex_attention")
@@ -215,7 +214,7 @@ def _flex(call: AttentionCall) -> VisibleKeys:
     mask_mod = getattr(mask, "mask_mod", None)
     if mask_mod is None:
         raise ValueError(f"attention_mask must be a tensor or a BlockMask, got {type(mask).__name__}")
-    from torch._higher_order_ops.flex_attention import TransformGetItemToIndex
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     position = torch.arange(call.length, device=rows.device)
     head = torch.zeros((), dtype=torch.int64, device=rows.device)

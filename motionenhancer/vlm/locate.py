@@ -1,4 +1,4 @@
-"""Find the language model and its self-attention modules inside whatever a training loop wrapped around them."""
+"""Find the language model and its self-attention modules inside what a training loop wrapped around it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while not isinstance(current, PreTrainedModel):
         if isinstance(current, nn.DataParallel) and len(current.device_ids) > 1:
             raise ValueError(
-                f"model must not be a torch.nn.DataParallel over {len(current.device_ids)} devices, whose replicas "
-                "cannot be followed; use DistributedDataParallel, or one visible device a process"
+                f"model must not be a torch.nn.DataParallel over {len(current.device_ids)} devices, whose "
+                "replicas cannot be followed; use DistributedDataParallel, or one visible device a process"
             )
         inner = next(
             (
@@ -79,7 +79,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         found = [module for name, module in decoder.named_modules() if name.split(".")[-1] == "self_attn"]
     if not found:
         raise ValueError(
-            f"model must have a language model with self-attention layers, found none in {type(decoder).__name__}"
+            f"model must have a language model with self-attention, found none in {type(decoder).__name__}"
         )
     return found
 

@@ -20,15 +20,17 @@ def masked_attention_rows(
 ) -> torch.Tensor:
     """Read softmax attention at chosen rows and columns, each row under its own mask, mean over heads.
 
-    The largest temporary is one key-value head's (B, Hq/Hkv, R, N); nothing of that size is kept for backward.
+    The largest temporary is one key-value head's (B, Hq/Hkv, R, N); nothing of that size is kept for
+    backward.
 
     Parameters
     ----------
     query: (B, Hq, N, D), any float type.
     key: (B, Hkv, N, D); Hkv divides Hq.
     rows: (B, R) int64 positions in N; a negative one gives a row of zeros.
-    columns: (B, C) int64 positions in N, or a slice of step 1.
-    mask: (B, 1 or Hq, R, N); True or a finite number where row r may see key n. Numbers are added to the scores.
+    columns: (B, C) int64 positions in N, a negative one gives a column of zeros; or a slice of step 1.
+    mask: (B, 1 or Hq, R, N); True or a finite number where row r may see key n. Numbers are added to the
+        scores.
     softmax_scale: D ** -0.5 by default.
 
     Returns
@@ -46,8 +48,8 @@ def masked_attention_rows(
         columns = span.expand(query.shape[0], -1)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-    bias = _bias(mask, rows)
-    return _MaskedRows.apply(query.gather(2, index), key, columns, bias, scale)
+    read = _MaskedRows.apply(query.gather(2, index), key, columns.clamp(min=0), _bias(mask, rows), scale)
+    return read.masked_fill((columns < 0)[:, None], 0.0)
 
 
 def _bias(mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

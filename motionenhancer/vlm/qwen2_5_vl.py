@@ -166,8 +166,8 @@ def _vision(processor: Any, inputs: dict[str, Any], ids: torch.Tensor) -> tuple[
 def _interval(video: Video) -> float:
     """Mean seconds between two frames; one second for a single frame, where it does not matter.
 
-    The model rounds times down to its own grid, and a decoded frame is only the nearest to its ideal time: what
-    is within 2 % of a whole number of frames a second, or of seconds a frame, is taken for it.
+    The model rounds times down to its own grid, and a decoded frame is only the nearest to its ideal time:
+    what is within 2 % of a whole number of frames a second, or of seconds a frame, is taken for it.
     """
     stamps = video.timestamps
     if len(stamps) < 2 or stamps[-1] <= stamps[0]:
@@ -182,8 +182,8 @@ def _seconds_per_grid(processor: Any, videos: Sequence[Video]) -> torch.Tensor:
     seconds = torch.tensor([merged * _interval(video) for video in videos], dtype=torch.float32)
     if bool((seconds != seconds.round()).any()) and _truncates_seconds():
         warnings.warn(
-            "transformers before 5.18 truncates the seconds between token frames to whole numbers; upgrade it, "
-            "or sample frames so that two of them are whole seconds apart",
+            "transformers before 5.18 truncates the seconds between token frames to whole numbers; upgrade "
+            "it, or sample frames so that two of them are whole seconds apart",
             stacklevel=3,
         )
     return seconds

@@ -69,7 +69,8 @@ def map_words(
     ------
     ValueError: a span or segment lies outside its text, or names a message that does not exist.
 
-    >>> word_map = map_words([(0, 3), (4, 8)], "red ball", [(0, 8, 0)], "<s>red ball", [(0, 3), (3, 6), (6, 11)])
+    >>> tokens = [(0, 3), (3, 6), (6, 11)]
+    >>> word_map = map_words([(0, 3), (4, 8)], "red ball", [(0, 8, 0)], "<s>red ball", tokens)
     >>> word_map.rows, word_map.row_tokens
     ([1, 2], [0, 1])
     """
@@ -106,12 +107,12 @@ def _check(
     for start, end in spans:
         if not 0 <= start <= end <= len(prompt):
             raise ValueError(
-                f"spans must lie within the prompt's {len(prompt)} characters, got {(start, end)}"
+                f"spans must lie within the {len(prompt)} characters of prompt, got {(start, end)}"
             )
     for start, end, message in segments:
         if not 0 <= start <= end <= len(prompt):
             raise ValueError(
-                f"segments must lie within the prompt's {len(prompt)} characters, got {(start, end)}"
+                f"segments must lie within the {len(prompt)} characters of prompt, got {(start, end)}"
             )
         if message_spans is not None and not 0 <= message < len(message_spans):
             raise ValueError(f"segments must name one of {len(message_spans)} messages, got {message}")
