@@ -1,7 +1,7 @@
 """Build the native libraries: ``python -m mekernels.build`` rebuilds them in place.
 
-``setup.py`` loads this file by its path while nothing but setuptools and ninja is installed, so it imports the
-standard library alone.  docs/building.md lists the environment variables.
+``setup.py`` loads this file by its path while nothing but setuptools and ninja is installed, so it imports
+the standard library alone.  docs/building.md lists the environment variables.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ REPORT = "build_report.json"
 CPU_LIBRARY = "libmek_cpu.so"
 CUDA_LIBRARY = "libmek_cuda.so"
 
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -pthread".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+CXX_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # Each of these is one file compiled for wider vectors than the rest, chosen at run time.
 X86_LEVELS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
-NVCC_FLAGS = "-std=c++17 -O3 -cudart static --expt-relaxed-constexpr".split()
+NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static"]
 NVCC_HOST_FLAGS = "-fPIC,-fvisibility=hidden"
 CUDA_ARCHITECTURES = "80;90"
 
@@ -279,8 +280,8 @@ def build(destination: Path = NATIVE, folder: Path | None = None, verbose: bool 
         verbose: print every command and all output of the compilers.
 
     Returns:
-        The build report: ``{"abi": int, "cpu": {...}, "cuda": {...}}``, each part with ``built``, ``library``,
-        ``why_not``, ``compiler`` and ``targets``.
+        The build report: ``{"abi": int, "cpu": {...}, "cuda": {...}}``, each part with ``built``,
+        ``library``, ``why_not``, ``compiler`` and ``targets``.
 
     Raises:
         BuildError: a switch has no meaning, or one that is 1 could not be satisfied.
@@ -322,14 +323,11 @@ def build(destination: Path = NATIVE, folder: Path | None = None, verbose: bool 
     report = {"abi": abi_version(), "cpu": cpu.as_dict(), "cuda": cuda.as_dict()}
     (destination / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
-    for name, variable in (("cpu", "MEKERNELS_NATIVE"), ("cuda", "MEKERNELS_CUDA")):
-        why_not = report[name]["why_not"]
-        print(
-            f"mekernels: {name}: "
-            + (f"not built: {why_not}" if why_not else f"built {report[name]['library']}")
-        )
-        if why_not and switch(variable) == "1":
-            raise BuildError(f"{variable}=1, but the {name} library was not built: {why_not}")
+    for name, part, variable in (("cpu", cpu, "MEKERNELS_NATIVE"), ("cuda", cuda, "MEKERNELS_CUDA")):
+        outcome = f"not built: {part.why_not}" if part.why_not else f"built {part.library}"
+        print(f"mekernels: {name}: {outcome}")
+        if part.why_not and switch(variable) == "1":
+            raise BuildError(f"{variable}=1, but the {name} library was not built: {part.why_not}")
     return report
 
 

@@ -1,147 +1,99 @@
-"""The compiled library: what was built, what loads here, and its functions on torch tensors.
+"""The compiled kernels on torch tensors, and what is known about the library that holds them.
 
-The functions take dense or strided tensors of one device, run on all of torch's threads on the CPU and on the
-current stream on CUDA, and know nothing of autograd. Sections refer to the paper "MotionEnhancer" (CVPR 2026,
-arXiv 2606.06853).
+Plain functions: strided tensors of one device in, new tensors out, on torch's threads on the CPU and on the
+current stream on CUDA, without autograd. Every function raises ``TypeError`` on a wrong dtype, ``ValueError``
+on shapes or devices that do not fit and :class:`NativeLoadError` where no library serves the device. Sections
+refer to the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .native_abi import CPU, CUDA, Library, NativeLoadError
+from .native_abi import DTYPES, NativeError, NativeLoadError
+from .native_loader import (
+    available,
+    build_report,
+    cpu_level,
+    cuda_available,
+    cuda_why_not,
+    run,
+    why_not,
+)
 
-FOLDER = Path(__file__).resolve().parent / "_native"
+__all__ = [
+    "NativeError",
+    "NativeLoadError",
+    "align_backward",
+    "align_forward",
+    "available",
+    "build_report",
+    "cpu_level",
+    "cuda_available",
+    "cuda_why_not",
+    "motion_scores",
+    "resample_rows_backward",
+    "resample_rows_forward",
+    "row_l2_loss_backward",
+    "row_l2_loss_forward",
+    "token_motion_scores",
+    "why_not",
+]
 
-
-def build_report() -> dict[str, Any]:
-    """What the last build made, what it did not make, and why.
-
-    Returns:
-        ``{"abi": int, "cpu": part, "cuda": part}``; a part has ``built`` (bool), ``library`` (file name or None),
-        ``why_not`` (text or None), ``compiler`` and ``targets`` (vector levels or GPU architectures). Without any
-        build both parts say so.
-
-    Example:
-        >>> import mekernels.native
-        >>> sorted(mekernels.native.build_report())
-        ['abi', 'cpu', 'cuda']
-    """
-    try:
-        return json.loads((FOLDER / "build_report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        never = {"built": False, "library": None, "compiler": None, "targets": []}
-        never["why_not"] = "never built: run python -m mekernels.build"
-        return {"abi": None, "cpu": dict(never), "cuda": dict(never)}
-
-
-def _load(part: str, table: dict[str, Any]) -> Library | str:
-    """The library, or the reason why there is none."""
-    report = build_report()[part]
-    if not report["built"]:
-        return f"not built: {report['why_not']}"
-    try:
-        return Library(str(FOLDER / report["library"]), table)
-    except NativeLoadError as error:
-        return str(error)
+Grid = tuple[int, int, int]
+_FLOAT32 = (torch.float32,)
+_HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@cache
-def _cpu() -> Library | str:
-    return _load("cpu", CPU)
-
-
-@cache
-def _cuda() -> Library | str:
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    library = _load("cuda", CUDA)
-    if isinstance(library, str):
-        return library
-    count = ctypes.c_int32()
-    try:
-        library.call("mek_cuda_device_count", ctypes.addressof(count))
-    except RuntimeError as error:
-        return str(error)
-    return library
-
-
-def why_not() -> str | None:
-    """Why the CPU library cannot be used, None if it can."""
-    library = _cpu()
-    return library if isinstance(library, str) else None
-
-
-def available() -> bool:
-    """Whether the CPU library is built and loads."""
-    return why_not() is None
-
-
-def cuda_why_not() -> str | None:
-    """Why the CUDA library cannot be used, None if it can."""
-    library = _cuda()
-    return library if isinstance(library, str) else None
-
-
-def cuda_available() -> bool:
-    """Whether the CUDA library is built and loads, and there is a device."""
-    return cuda_why_not() is None
-
-
-def cpu_level() -> str | None:
-    """Vector code in use on the CPU (``"baseline"``, ``"avx2"`` or ``"avx512"``), None without the library."""
-    library = _cpu()
-    return None if isinstance(library, str) else library.text("mek_cpu_level")
-
-
-def _library(device: torch.device) -> Library:
-    """The library for tensors of a device.
-
-    Raises:
-        NativeLoadError: there is none, with the reason.
-    """
-    if device.type not in ("cpu", "cuda"):
-        raise NativeLoadError(f"no native library for device {device}, only for cpu and cuda")
-    library = _cpu() if device.type == "cpu" else _cuda()
-    if isinstance(library, str):
-        raise NativeLoadError(f"native library for {device.type}: {library}")
-    return library
-
-
-def _dense(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A float32 tensor of a shape and device, made contiguous."""
+def _tensor(
+    name: str,
+    value: Tensor,
+    shape: tuple[int | str, ...],
+    device: torch.device | None = None,
+    dtypes: tuple[torch.dtype, ...] = _FLOAT32,
+) -> Tensor:
+    """A tensor of one of the dtypes, of a shape whose named sizes may be anything, made contiguous."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != torch.float32:
-        raise TypeError(f"{name} must have dtype torch.float32, got {value.dtype}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if value.device != device:
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    fits = len(shape) == value.ndim and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+    if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
     return value.detach().contiguous()
 
 
-def _run(name: str, device: torch.device, arguments: list[Any], sizes: list[int]) -> None:
-    """Call ``mek_<name>`` or ``mek_cuda_<name>``; ``sizes`` are what the workspace depends on."""
-    library = _library(device)
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    if device.type == "cpu":
-        library.call(f"mek_{name}", *values, torch.get_num_threads())
-        return
-    needed = ctypes.c_int64()
-    library.call(f"mek_cuda_{name}_workspace", *sizes, ctypes.addressof(needed))
-    workspace = torch.empty(max(1, needed.value), dtype=torch.uint8, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    library.call(
-        f"mek_cuda_{name}", *values, workspace.data_ptr(), workspace.numel(), device.index or 0, stream
-    )
+def _grid(name: str, grid: Sequence[int]) -> Grid:
+    if len(grid) != 3 or any(isinstance(size, bool) or not isinstance(size, int) for size in grid):
+        raise TypeError(f"{name} must be three integers (frames, height, width), got {grid!r}")
+    if min(grid) < 1:
+        raise ValueError(f"{name} must be at least 1 in every dimension, got {tuple(grid)}")
+    return grid[0], grid[1], grid[2]
+
+
+def _volume(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2]
+
+
+def _mask(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) -> Tensor | None:
+    return None if row_mask is None else _tensor("row_mask", row_mask, rows, device, (torch.bool,))
+
+
+def row_weights(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) -> Tensor:
+    """Weight (B, R) of each row's norm: mean over a sample's rows, then over the samples that have any."""
+    if row_mask is None:
+        row_mask = torch.ones(rows, dtype=torch.bool, device=device)
+    kept = row_mask.to(torch.float32)
+    count = kept.sum(-1, keepdim=True)
+    return kept / count.clamp(min=1) / (count > 0).sum().clamp(min=1)
 
 
 def motion_scores(
@@ -155,13 +107,8 @@ def motion_scores(
         square_sum: (H,) float32, sum of all squares of that block.
 
     Returns:
-        ``(dfc, tcs, dsr)``, each (H,) float32. DFC is inf where nothing lies off the diagonal, 0 where nothing
-        lies on it either. A NaN among a head's inputs makes the scores that depend on it NaN.
-
-    Raises:
-        TypeError: an argument is no float32 tensor.
-        ValueError: shapes or devices do not fit, or F or P is 0.
-        NativeLoadError: there is no library for the device.
+        ``(dfc, tcs, dsr)``, each (H,) float32. DFC is inf where nothing lies off the diagonal, 0 where
+        nothing lies on it either. A NaN among a head's inputs makes the scores that depend on it NaN.
 
     Example:
         >>> import torch
@@ -170,19 +117,251 @@ def motion_scores(
         >>> native.motion_scores(diagonal, torch.tensor([0.5]), torch.tensor([24.0]))
         (tensor([1.]), tensor([2.]), tensor([1.]))
     """
-    if not isinstance(diagonal, Tensor):
-        raise TypeError(f"diagonal must be a torch.Tensor, got {type(diagonal).__name__}")
-    if diagonal.ndim != 4 or diagonal.shape[1] != diagonal.shape[2]:
-        raise ValueError(f"diagonal must have shape (H, F, F, P), got {tuple(diagonal.shape)}")
-    heads, frames, _, positions = diagonal.shape
-    if not frames or not positions:
-        raise ValueError(f"diagonal must have F and P of at least 1, got shape {tuple(diagonal.shape)}")
+    diagonal = _tensor("diagonal", diagonal, ("H", "F", "F", "P"))
+    heads, frames, others, positions = diagonal.shape
+    if frames != others or not frames or not positions:
+        raise ValueError(
+            f"diagonal must have shape (H, F, F, P), F and P at least 1, got {tuple(diagonal.shape)}"
+        )
     device = diagonal.device
-    diagonal = _dense("diagonal", diagonal, tuple(diagonal.shape), device)
-    mean_attention = _dense("mean_attention", mean_attention, (heads,), device)
-    square_sum = _dense("square_sum", square_sum, (heads,), device)
+    mean_attention = _tensor("mean_attention", mean_attention, (heads,), device)
+    square_sum = _tensor("square_sum", square_sum, (heads,), device)
     dfc, tcs, dsr = (torch.empty(heads, dtype=torch.float32, device=device) for _ in range(3))
     if heads:
         sizes = [heads, frames, positions]
-        _run("motion_scores", device, [diagonal, mean_attention, square_sum, *sizes, dfc, tcs, dsr], sizes)
+        run("motion_scores", device, [diagonal, mean_attention, square_sum, *sizes, dfc, tcs, dsr], sizes)
     return dfc, tcs, dsr
+
+
+def token_motion_scores(text_attention: Tensor, frames: int) -> Tensor:
+    """Motion score of every text token (Section 3): mean attention per frame, averaged, plus its mean change.
+
+    Args:
+        text_attention: (T, F * P) float32, float16 or bfloat16, frames outermost.
+        frames: F.
+
+    Returns:
+        (T,) float32; with one frame the change is 0.
+
+    Example:
+        >>> import torch
+        >>> from mekernels import native
+        >>> native.token_motion_scores(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), frames=2)
+        tensor([1.5000])
+    """
+    text_attention = _tensor("text_attention", text_attention, ("T", "F * P"), dtypes=_HALVES)
+    tokens, vision = text_attention.shape
+    if isinstance(frames, bool) or not isinstance(frames, int):
+        raise TypeError(f"frames must be an int, got {type(frames).__name__}")
+    if frames < 1 or not vision or vision % frames:
+        raise ValueError(f"frames must divide the columns of text_attention ({vision}), got {frames}")
+    device = text_attention.device
+    scores = torch.empty(tokens, dtype=torch.float32, device=device)
+    if tokens:
+        sizes = [tokens, frames, vision // frames]
+        dtype = _dtype(text_attention)
+        run("token_motion_scores", device, [text_attention, dtype, *sizes, scores], sizes)
+    return scores
+
+
+def _dtype(value: Tensor) -> int:
+    return DTYPES[str(value.dtype).removeprefix("torch.")]
+
+
+def resample_rows_forward(
+    maps: Tensor, grid_in: Sequence[int], grid_out: Sequence[int], *, normalize: bool = True
+) -> Tensor:
+    """Trilinear resampling with half-pixel centres, then each row scaled to sum to one (Section 3).
+
+    Args:
+        maps: (B, R, S_in) float32, rows of volumes in raster order.
+        grid_in: (frames, height, width) with product S_in.
+        grid_out: (frames, height, width) of the result.
+        normalize: scale each row to sum to one; a row that sums to zero becomes zero.
+
+    Returns:
+        (B, R, S_out) float32.
+
+    Example:
+        >>> import torch
+        >>> from mekernels import native
+        >>> native.resample_rows_forward(torch.ones(1, 1, 2), (1, 1, 2), (1, 1, 4))
+        tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    """
+    grids = _grid("grid_in", grid_in), _grid("grid_out", grid_out)
+    maps = _tensor("maps", maps, ("B", "R", _volume(grids[0])))
+    batch, rows, _ = maps.shape
+    resampled = torch.empty(batch, rows, _volume(grids[1]), dtype=torch.float32, device=maps.device)
+    if batch * rows:
+        sizes = [batch * rows, *grids[0], *grids[1]]
+        run("resample_rows", maps.device, [maps, *sizes, int(normalize), resampled], sizes)
+    return resampled
+
+
+def resample_rows_backward(
+    grad: Tensor, maps: Tensor, grid_in: Sequence[int], grid_out: Sequence[int], *, normalize: bool = True
+) -> Tensor:
+    """Gradient of :func:`resample_rows_forward` in ``maps``.
+
+    Args:
+        grad: (B, R, S_out) float32, gradient of the result.
+        maps: (B, R, S_in) float32, as given forward; read only with ``normalize``.
+        grid_in, grid_out, normalize: as given forward.
+
+    Returns:
+        (B, R, S_in) float32; zero for a row that was set to zero.
+    """
+    grids = _grid("grid_in", grid_in), _grid("grid_out", grid_out)
+    grad = _tensor("grad", grad, ("B", "R", _volume(grids[1])))
+    batch, rows, _ = grad.shape
+    maps = _tensor("maps", maps, (batch, rows, _volume(grids[0])), grad.device)
+    result = torch.empty_like(maps)
+    if batch * rows:
+        sizes = [batch * rows, *grids[0], *grids[1]]
+        run("resample_rows_backward", grad.device, [grad, maps, *sizes, int(normalize), result], sizes)
+    return result
+
+
+def row_l2_loss_forward(
+    student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """L2 norm of every row's difference (Section 3).
+
+    The mean is taken over a sample's rows, then over the samples that have any.
+
+    Args:
+        student: (B, R, S) float32.
+        teacher: (B, R, S) float32, float16 or bfloat16.
+        row_mask: (B, R) bool, True where a row counts; rows that do not are never read. Default all.
+
+    Returns:
+        ``(loss, norms)``: () and (B, R) float32, norms 0 where the mask is False.
+
+    Example:
+        >>> import torch
+        >>> from mekernels import native
+        >>> native.row_l2_loss_forward(torch.ones(1, 1, 4), torch.zeros(1, 1, 4))
+        (tensor(2.), tensor([[2.]]))
+    """
+    student = _tensor("student", student, ("B", "R", "S"))
+    batch, rows, columns = student.shape
+    device = student.device
+    teacher = _tensor("teacher", teacher, (batch, rows, columns), device, _HALVES)
+    row_mask = _mask(row_mask, (batch, rows), device)
+    norms = torch.zeros(batch, rows, dtype=torch.float32, device=device)
+    if student.numel():
+        run("row_l2", device, [student, teacher, _dtype(teacher), row_mask, batch * rows, columns, norms])
+    return (norms * row_weights(row_mask, (batch, rows), device)).sum(), norms
+
+
+def row_l2_loss_backward(
+    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, row_mask: Tensor | None = None
+) -> Tensor:
+    """Gradient of :func:`row_l2_loss_forward` in ``student``; that in ``teacher`` is its negative.
+
+    Args:
+        grad: () float32, gradient of the loss.
+        student, teacher, row_mask: as given forward.
+        norms: (B, R) float32, as returned forward.
+
+    Returns:
+        (B, R, S) float32; zero where a row's difference is zero or its mask is False.
+    """
+    student = _tensor("student", student, ("B", "R", "S"))
+    batch, rows, columns = student.shape
+    device = student.device
+    teacher = _tensor("teacher", teacher, (batch, rows, columns), device, _HALVES)
+    norms = _tensor("norms", norms, (batch, rows), device)
+    row_mask = _mask(row_mask, (batch, rows), device)
+    grad_norms = _tensor("grad", grad, (), device) * row_weights(row_mask, (batch, rows), device)
+    result = torch.empty_like(student)
+    if student.numel():
+        values = [
+            student,
+            teacher,
+            _dtype(teacher),
+            row_mask,
+            norms,
+            grad_norms,
+            batch * rows,
+            columns,
+            result,
+        ]
+        run("row_l2_backward", device, values)
+    return result
+
+
+def align_forward(
+    student: Tensor,
+    teacher: Tensor,
+    grid_in: Sequence[int],
+    grid_out: Sequence[int],
+    row_mask: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    normalize_teacher: bool = True,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row L2 loss of the resampled student rows and the teacher's, without the resampled map (Section 3).
+
+    Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`; the gradient is made in the
+    same pass over the teacher and is as small as ``student``.
+
+    Args:
+        student: (B, R, S_in) float32.
+        teacher: (B, R, S_out) float32, float16 or bfloat16.
+        grid_in: (frames, height, width) of the student's rows.
+        grid_out: (frames, height, width) of the teacher's rows.
+        row_mask: (B, R) bool, True where a row counts; rows that do not are never read. Default all.
+        normalize: scale the student's resampled rows to sum to one.
+        normalize_teacher: scale the teacher's rows likewise.
+        gradient: also return what :func:`align_backward` needs.
+
+    Returns:
+        ``(loss, norms, row_gradient)``: (), (B, R) and (B, R, S_in) float32. ``row_gradient[b, r]`` is the
+        gradient of ``norms[b, r]`` in ``student[b, r]``, None without ``gradient``.
+
+    Example:
+        >>> import torch
+        >>> from mekernels import native
+        >>> student, teacher = torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])
+        >>> loss, norms, row_gradient = native.align_forward(student, teacher, (1, 1, 2), (1, 1, 4))
+        >>> loss, row_gradient.shape
+        (tensor(0.8660), torch.Size([1, 1, 2]))
+    """
+    grids = _grid("grid_in", grid_in), _grid("grid_out", grid_out)
+    student = _tensor("student", student, ("B", "R", _volume(grids[0])))
+    batch, rows, _ = student.shape
+    device = student.device
+    teacher = _tensor("teacher", teacher, (batch, rows, _volume(grids[1])), device, _HALVES)
+    row_mask = _mask(row_mask, (batch, rows), device)
+    norms = torch.zeros(batch, rows, dtype=torch.float32, device=device)
+    row_gradient = torch.empty_like(student) if gradient else None
+    if batch * rows:
+        sizes = [batch * rows, *grids[0], *grids[1]]
+        flags = [int(normalize), int(normalize_teacher)]
+        values = [student, teacher, _dtype(teacher), row_mask, *sizes, *flags, norms, row_gradient]
+        run("align", device, values, sizes)
+    return (norms * row_weights(row_mask, (batch, rows), device)).sum(), norms, row_gradient
+
+
+def align_backward(grad: Tensor, row_gradient: Tensor, row_mask: Tensor | None = None) -> Tensor:
+    """Gradient of :func:`align_forward`'s loss in ``student``.
+
+    Args:
+        grad: () float32, gradient of the loss.
+        row_gradient: (B, R, S_in) float32, as returned forward.
+        row_mask: as given forward.
+
+    Returns:
+        (B, R, S_in) float32.
+    """
+    row_gradient = _tensor("row_gradient", row_gradient, ("B", "R", "S_in"))
+    batch, rows, columns = row_gradient.shape
+    device = row_gradient.device
+    row_mask = _mask(row_mask, (batch, rows), device)
+    grad_norms = _tensor("grad", grad, (), device) * row_weights(row_mask, (batch, rows), device)
+    result = torch.empty_like(row_gradient)
+    if row_gradient.numel():
+        run("align_backward", device, [row_gradient, grad_norms, batch * rows, columns, result])
+    return result

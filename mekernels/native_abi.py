@@ -39,19 +39,47 @@ COMMON: dict[str, Signature] = {
 """Functions of both libraries."""
 
 _MOTION = [_POINTER] * 3 + [_I64] * 3 + [_POINTER] * 3
-_ON_STREAM = [_POINTER, _I64, _I32, _POINTER]  # workspace, workspace_bytes, device, stream
+_TOKENS = [_POINTER, _I32, *[_I64] * 3, _POINTER]
+_VOLUMES = [_I64] * 7  # rows, then frames, height and width in, then out
+_RESAMPLE = [_POINTER, *_VOLUMES, _I32, _POINTER]
+_RESAMPLE_BACKWARD = [_POINTER, _POINTER, *_VOLUMES, _I32, _POINTER]
+_ROW_L2 = [_POINTER, _POINTER, _I32, _POINTER, _I64, _I64, _POINTER]
+_ROW_L2_BACKWARD = [_POINTER, _POINTER, _I32, *[_POINTER] * 3, _I64, _I64, _POINTER]
+_ALIGN = [_POINTER, _POINTER, _I32, _POINTER, *_VOLUMES, _I32, _I32, _POINTER, _POINTER]
+_ALIGN_BACKWARD = [_POINTER, _POINTER, _I64, _I64, _POINTER]
+
+_ON_STREAM = [_I32, _POINTER]  # device, stream
+_IN_WORKSPACE = [_POINTER, _I64, *_ON_STREAM]  # workspace, workspace_bytes
 
 CPU: dict[str, Signature] = {
     "mek_cpu_level": (_TEXT, []),
     "mek_cpu_set_level": (_I32, [_TEXT]),
     "mek_motion_scores": (_I32, [*_MOTION, _I32]),
+    "mek_token_motion_scores": (_I32, [*_TOKENS, _I32]),
+    "mek_resample_rows": (_I32, [*_RESAMPLE, _I32]),
+    "mek_resample_rows_backward": (_I32, [*_RESAMPLE_BACKWARD, _I32]),
+    "mek_row_l2": (_I32, [*_ROW_L2, _I32]),
+    "mek_row_l2_backward": (_I32, [*_ROW_L2_BACKWARD, _I32]),
+    "mek_align": (_I32, [*_ALIGN, _I32]),
+    "mek_align_backward": (_I32, [*_ALIGN_BACKWARD, _I32]),
 }
 """Functions of libmek_cpu."""
 
 CUDA: dict[str, Signature] = {
     "mek_cuda_device_count": (_I32, [_POINTER]),
     "mek_cuda_motion_scores_workspace": (_I32, [_I64, _I64, _I64, _POINTER]),
-    "mek_cuda_motion_scores": (_I32, [*_MOTION, *_ON_STREAM]),
+    "mek_cuda_motion_scores": (_I32, [*_MOTION, *_IN_WORKSPACE]),
+    "mek_cuda_token_motion_scores_workspace": (_I32, [_I64, _I64, _I64, _POINTER]),
+    "mek_cuda_token_motion_scores": (_I32, [*_TOKENS, *_IN_WORKSPACE]),
+    "mek_cuda_resample_rows_workspace": (_I32, [*_VOLUMES, _POINTER]),
+    "mek_cuda_resample_rows": (_I32, [*_RESAMPLE, *_IN_WORKSPACE]),
+    "mek_cuda_resample_rows_backward_workspace": (_I32, [*_VOLUMES, _POINTER]),
+    "mek_cuda_resample_rows_backward": (_I32, [*_RESAMPLE_BACKWARD, *_IN_WORKSPACE]),
+    "mek_cuda_row_l2": (_I32, [*_ROW_L2, *_ON_STREAM]),
+    "mek_cuda_row_l2_backward": (_I32, [*_ROW_L2_BACKWARD, *_ON_STREAM]),
+    "mek_cuda_align_workspace": (_I32, [*_VOLUMES, _POINTER]),
+    "mek_cuda_align": (_I32, [*_ALIGN, *_IN_WORKSPACE]),
+    "mek_cuda_align_backward": (_I32, [*_ALIGN_BACKWARD, *_ON_STREAM]),
 }
 """Functions of libmek_cuda."""
 

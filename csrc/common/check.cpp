@@ -48,34 +48,50 @@ Check &Check::elements(const char *name, int64_t a, int64_t b, int64_t c, int64_
     return *this;
 }
 
-Check &Check::that(bool condition, const char *name, const char *must) {
-    if (!failed() && !condition)
-        status_ = fail(MEK_INVALID_ARGUMENT, "%s: %s must %s", function_, name, must);
+Check &Check::optional(const char *name, const void *pointer, size_t alignment) {
+    return pointer ? this->pointer(name, pointer, alignment) : *this;
+}
+
+Check &Check::dtype(const char *name, int32_t value) {
+    if (!failed() && value != MEK_FLOAT32 && value != MEK_FLOAT16 && value != MEK_BFLOAT16)
+        status_ = fail(MEK_INVALID_ARGUMENT, "%s: %s is %d, it must be MEK_FLOAT32, MEK_FLOAT16 or MEK_BFLOAT16",
+                       function_, name, (int)value);
     return *this;
 }
 
-int32_t check_motion_sizes(const char *function, int64_t heads, int64_t frames, int64_t positions) {
-    return Check(function)
-        .size("heads", heads, kMostSize)
-        .size("frames", frames, kMostFrames)
-        .size("positions", positions, kMostSize)
-        .elements("diagonal", heads, frames, frames, positions)
-        .status();
+Check &Check::data(const char *name, const void *pointer, int32_t dtype) {
+    return this->pointer(name, pointer, dtype == MEK_FLOAT32 ? 4 : 2);
 }
 
-int32_t check_motion_scores(const char *function, const float *diagonal, const float *mean_attention,
-                            const float *square_sum, int64_t heads, int64_t frames, int64_t positions,
-                            const float *dfc, const float *tcs, const float *dsr) {
-    const int32_t status = check_motion_sizes(function, heads, frames, positions);
-    if (status != MEK_OK) return status;
-    return Check(function)
-        .pointer("diagonal", diagonal, alignof(float))
-        .pointer("mean_attention", mean_attention, alignof(float))
-        .pointer("square_sum", square_sum, alignof(float))
-        .pointer("dfc", dfc, alignof(float))
-        .pointer("tcs", tcs, alignof(float))
-        .pointer("dsr", dsr, alignof(float))
-        .status();
+Check &Check::motion(int64_t heads, int64_t frames, int64_t positions) {
+    return size("heads", heads)
+        .size("frames", frames, kMostFrames)
+        .size("positions", positions)
+        .elements("diagonal", heads, frames, frames, positions);
+}
+
+Check &Check::tokens(int64_t tokens, int64_t frames, int64_t positions) {
+    return size("tokens", tokens)
+        .size("frames", frames)
+        .size("positions", positions)
+        .elements("text_attention", tokens, frames, positions);
+}
+
+Check &Check::rows(int64_t rows, int64_t columns) {
+    return size("rows", rows).size("columns", columns).elements("rows", rows, columns);
+}
+
+Check &Check::volumes(int64_t rows, const Volumes &v) {
+    return size("rows", rows)
+        .size("frames_in", v.frames_in, kMostAxis)
+        .size("height_in", v.height_in, kMostAxis)
+        .size("width_in", v.width_in, kMostAxis)
+        .size("frames_out", v.frames_out, kMostAxis)
+        .size("height_out", v.height_out, kMostAxis)
+        .size("width_out", v.width_out, kMostAxis)
+        .elements("maps", rows, v.frames_in, v.height_in, v.width_in)
+        .elements("the resampled maps", rows, v.frames_out, v.height_out, v.width_out)
+        .elements("a frame between the two sizes", v.height_in, v.width_out);
 }
 
 }  // namespace mek

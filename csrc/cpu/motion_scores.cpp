@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 #include "mek_check.h"
+#include "mek_dtype.h"
 #include "parallel.h"
 
 using namespace mek;
@@ -10,8 +11,15 @@ int32_t mek_motion_scores(const float *diagonal, const float *mean_attention, co
                           int64_t heads, int64_t frames, int64_t positions, float *dfc, float *tcs, float *dsr,
                           int32_t threads) {
     return guarded("mek_motion_scores", [&]() -> int32_t {
-        const int32_t status = check_motion_scores("mek_motion_scores", diagonal, mean_attention, square_sum,
-                                                   heads, frames, positions, dfc, tcs, dsr);
+        const int32_t status = Check("mek_motion_scores")
+                                   .motion(heads, frames, positions)
+                                   .floats("diagonal", diagonal)
+                                   .floats("mean_attention", mean_attention)
+                                   .floats("square_sum", square_sum)
+                                   .floats("dfc", dfc)
+                                   .floats("tcs", tcs)
+                                   .floats("dsr", dsr)
+                                   .status();
         if (status != MEK_OK) return status;
 
         const Kernels &table = kernels();
@@ -39,6 +47,33 @@ int32_t mek_motion_scores(const float *diagonal, const float *mean_attention, co
             tcs[head] = scores.tcs;
             dsr[head] = scores.dsr;
         }
+        return MEK_OK;
+    });
+}
+
+int32_t mek_token_motion_scores(const void *text_attention, int32_t dtype, int64_t tokens, int64_t frames,
+                                int64_t positions, float *scores, int32_t threads) {
+    return guarded("mek_token_motion_scores", [&]() -> int32_t {
+        const int32_t status = Check("mek_token_motion_scores")
+                                   .dtype("dtype", dtype)
+                                   .tokens(tokens, frames, positions)
+                                   .data("text_attention", text_attention, dtype)
+                                   .floats("scores", scores)
+                                   .status();
+        if (status != MEK_OK) return status;
+
+        const Kernels &table = kernels();
+        const int workers = worker_count(threads, tokens, tokens * frames * positions);
+        parallel_for(tokens, workers, [&](int64_t token, int) {
+            TokenScore score = token_score_begin();
+            const char *row =
+                static_cast<const char *>(text_attention) + token * frames * positions * dtype_size(dtype);
+            for (int64_t f = 0; f < frames; ++f) {
+                const double mass = table.sum(row + f * positions * dtype_size(dtype), dtype, positions);
+                token_score_add(score, mass / (double)positions);
+            }
+            scores[token] = token_score_end(score);
+        });
         return MEK_OK;
     });
 }

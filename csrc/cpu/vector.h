@@ -27,6 +27,7 @@ typedef double vdouble __attribute__((vector_size(4 * MEK_LANES)));
 // Same types without the alignment, and allowed to alias, for reads and writes anywhere.
 typedef vfloat vfloat_u __attribute__((aligned(4), may_alias));
 typedef vint vint_u __attribute__((aligned(4), may_alias));
+typedef vdouble vdouble_u __attribute__((aligned(8), may_alias));
 typedef vhalf vhalf_u __attribute__((aligned(4), may_alias));
 
 #define MEK_LOAD(type, p) (*(const type##_u *)(p))

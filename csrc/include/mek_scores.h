@@ -73,5 +73,29 @@ MEK_HD HeadScores head_scores(MotionPartial sums, float tau, float square_sum, i
     return scores;
 }
 
+// A token's score: mean over frames of its mean attention, plus the mean change from frame to frame.
+struct TokenScore {
+    double sum, change, previous;
+    int64_t frames;
+};
+
+MEK_HD TokenScore token_score_begin() {
+    TokenScore score = {0.0, 0.0, 0.0, 0};
+    return score;
+}
+
+MEK_HD void token_score_add(TokenScore &score, double frame_mean) {
+    const double step = frame_mean - score.previous;
+    if (score.frames) score.change += step < 0 ? -step : step;
+    score.sum += frame_mean;
+    score.previous = frame_mean;
+    ++score.frames;
+}
+
+MEK_HD float token_score_end(const TokenScore &score) {
+    const double change = score.frames > 1 ? score.change / (double)(score.frames - 1) : 0.0;
+    return (float)(score.sum / (double)score.frames + change);
+}
+
 }  // namespace mek
 #endif
