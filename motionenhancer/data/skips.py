@@ -21,12 +21,15 @@ class Skip(NamedTuple):
     reason: str
     detail: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Say where it was: ``"line 3, id a"``; empty when neither is known."""
         where = f"line {self.line}" if self.line else ""
         name = f"id {self.id}" if self.id else ""
-        place = ", ".join(part for part in (where, name) if part)
-        why = f"{self.reason}: {self.detail}" if self.detail else self.reason
-        return f"{place}: {why}" if place else why
+        return ", ".join(part for part in (where, name) if part)
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place, self.reason, self.detail) if part)
 
 
 @dataclass
@@ -55,12 +58,6 @@ class SkipLog:
     def total(self) -> int:
         """How many things were skipped."""
         return sum(self.counts.values())
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __bool__(self) -> bool:
-        return self.total > 0
 
     def add(self, reason: str, *, id: str = "", line: int = 0, detail: str = "") -> None:
         """Count one skipped thing under ``reason``, a fixed phrase; what differs goes into ``detail``."""
@@ -95,8 +92,7 @@ class SkipLog:
             first = [e for e in self.entries if e.reason == reason][:examples]
             shown = []
             for entry in first:
-                place = str(entry._replace(reason="", detail="")).removesuffix(": ")
-                shown.append(" ".join(part for part in (place, entry.detail) if part))
+                shown.append(": ".join(part for part in (entry.place, entry.detail) if part))
             listed = "; ".join(text for text in shown if text)
             parts.append(f"{count} {reason}" + (f" ({listed})" if listed else ""))
         return f"{self.total} skipped: " + ", ".join(parts)

@@ -16,6 +16,10 @@ from motionenhancer.data.decode import Progress, Timeline, VideoError, decode, j
 __all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
 
 
+TIE = 1e-6
+"""Seconds; two frames whose distances to a wanted time differ by less are equally near."""
+
+
 @dataclass(frozen=True)
 class Video:
     """Sampled frames of a clip.
@@ -196,7 +200,8 @@ def read_frames(
         for time, frame in frames:
             while len(stamps) < len(targets) and targets[len(stamps)] <= time:
                 wanted = targets[len(stamps)]
-                keep(*(before if before and wanted - before[0] <= time - wanted else (time, frame)))
+                earlier = before is not None and wanted - before[0] <= time - wanted + TIE
+                keep(*(before if before is not None and earlier else (time, frame)))
             if len(stamps) == len(targets):
                 break
             before = (time, frame)
@@ -239,7 +244,7 @@ def check_video(path: str | Path) -> VideoInfo:
 
 
 def content_digest(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes in hex, read in pieces; the same clip under any name gives the same.
+    """Return the sha256 of a file's bytes in hex, whatever the file's name; read in pieces.
 
     Raises
     ------

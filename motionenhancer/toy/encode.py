@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -42,7 +43,9 @@ def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     options = {"crf": "14", "preset": "veryfast"} if codec == "libx264" else {"qscale": "2"}
     with av.open(str(path), mode="w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(65535), options=options)
+        stream: Any = container.add_stream(
+            codec, rate=Fraction(fps).limit_denominator(65535), options=options
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         if codec == "mpeg4":

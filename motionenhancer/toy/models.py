@@ -18,7 +18,7 @@ from motionenhancer.toy.scene import sample_scene
 from motionenhancer.toy.tokenizers import qwen_tokenizer, t5_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+    from diffusers import CogVideoXPipeline
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 __all__ = ["make_student", "make_teacher", "save_student", "save_teacher"]
@@ -34,7 +34,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _unit_scale(vae: AutoencoderKLCogVideoX, frames: int, height: int, width: int) -> float:
+def _unit_scale(vae: Any, frames: int, height: int, width: int) -> float:
     """Return one over the deviation of the latents of two toy clips, to four digits."""
     clips = [
         render(sample_scene(np.random.default_rng(i)), frames=frames, height=height, width=width)
@@ -117,7 +117,7 @@ def make_teacher(
     if snr_shift_scale is None:
         snr_shift_scale = 1.0 if rotary else 3.0
     with _seeded(seed):
-        vae = AutoencoderKLCogVideoX(
+        vae: Any = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * len(vae_channels),
             up_block_types=("CogVideoXUpBlock3D",) * len(vae_channels),
             block_out_channels=vae_channels,
@@ -129,7 +129,7 @@ def make_teacher(
             sample_width=width,
             scaling_factor=1.0 if scaling_factor is None else scaling_factor,
         )
-        transformer = CogVideoXTransformer3DModel(
+        transformer: Any = CogVideoXTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=latent_channels,
@@ -160,7 +160,6 @@ def make_teacher(
                 feed_forward_proj="gated-gelu",
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                decoder_start_token_id=tokenizer.pad_token_id,
             )
         )
     if scaling_factor is None:
@@ -173,7 +172,7 @@ def make_teacher(
         timestep_spacing="trailing",
         snr_shift_scale=snr_shift_scale,
     )
-    pipe = CogVideoXPipeline(
+    pipe: Any = CogVideoXPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
@@ -238,7 +237,7 @@ def make_student(
     )
 
     tokenizer = qwen_tokenizer(vocab_size=vocab_size)
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
+    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
     half = head_dim // 2
     spatial = half * 3 // 8
     token_side = 2 * patch_size
@@ -304,7 +303,8 @@ def make_student(
 
 def save_teacher(folder: str | Path, **options: Any) -> Path:
     """Write :func:`make_teacher` of ``options`` to ``folder`` as an ordinary diffusers folder."""
-    make_teacher(**options).save_pretrained(folder, safe_serialization=True)
+    pipe: Any = make_teacher(**options)
+    pipe.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 
 

@@ -107,7 +107,8 @@ def _place(rng: np.random.Generator, shape: str, colour: str, motion: str) -> To
 def sample_scene(rng: np.random.Generator, *, objects: tuple[int, int] = (2, 3)) -> Scene:
     """Draw a scene of ``objects`` (least, most) objects, at least one of them moving and one still.
 
-    Colours and shapes within a scene are distinct. Objects stay inside the frame and never touch, so every sentence about them is true at every frame.
+    Colours and shapes within a scene are distinct. Objects stay inside the frame and never touch, so every
+    sentence about them is true at every frame.
     A turning object is never a circle or a ring, whose turning cannot be seen.
 
     >>> scene = sample_scene(np.random.default_rng(0))

@@ -7,7 +7,7 @@ import math
 import string
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from motionenhancer.toy.language import corpus
 
@@ -117,7 +117,7 @@ def qwen_tokenizer(texts: Iterable[str] | None = None, *, vocab_size: int = 512)
     if vocab_size < 256:
         raise ValueError(f"vocab_size must be at least 256, one token a byte, got {vocab_size}")
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -130,7 +130,7 @@ def qwen_tokenizer(texts: Iterable[str] | None = None, *, vocab_size: int = 512)
     )
     learner.train_from_iterator(corpus() if texts is None else texts, trainer)
     model = json.loads(learner.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=merges,

