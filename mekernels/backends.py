@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from . import checks
 
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
@@ -147,4 +149,13 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
 
 def dispatch(op: str, name: str, *args: Any) -> Any:
     """Run ``op`` on the backend :func:`choose` finds."""
-    return choose(op, name, *args)(*args)
+    return exactly(choose(op, name, *args), *args)
+
+
+def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function of a tensor and more with autocast off: it would round float32 products to half."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*args, **options)
+    with torch.autocast(device, enabled=False):
+        return function(*args, **options)

@@ -83,7 +83,8 @@ def attention_rows(
     backend = backends.active()
     if backend == "reference":
         _index_values(query, rows, index, own)
-        result = reference.attention_rows(
+        result = backends.exactly(
+            reference.attention_rows,
             query,
             key,
             rows,

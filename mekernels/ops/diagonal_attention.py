@@ -51,7 +51,9 @@ def diagonal_attention(
     scale = check_side_inputs(query, key, lse, video, softmax_scale, fold)
     backend = backends.active()
     if backend == "reference":
-        result = reference.diagonal_attention(query, key, lse, video, softmax_scale=scale, fold=fold)
+        result = backends.exactly(
+            reference.diagonal_attention, query, key, lse, video, softmax_scale=scale, fold=fold
+        )
         return result.to(checks.accumulate_dtype(query.dtype))
     start = video.vision_slice.start
     return diagonal_attention_op(query, key, lse, video.frames, video.positions, start, scale, fold, backend)

@@ -68,7 +68,9 @@ def flash_attention(
     if backend == "auto":
         backend = backends.active()
     if backend == "reference":
-        out, lse = reference.flash_attention(query, key, value, softmax_scale=scale, causal=causal)
+        out, lse = backends.exactly(
+            reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
+        )
         return out, lse.to(checks.accumulate_dtype(query.dtype)).detach()
     out, lse = backends.dispatch("flash_attention", backend, query, key, value, scale, causal)
     return out, lse.detach()

@@ -21,7 +21,8 @@ class MotionStatistics:
     """Pools the attention of many layers and steps per head, exactly, without an attention map.
 
     Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and the mean of
-    the vision-to-vision block: memory O(heads * S * (F + T + R)). Sums are float32, float64 for float64 input.
+    the vision-to-vision block: memory O(heads * S * (F + T + R)). Sums are float32, or float64 for float64
+    input.
 
     Args:
         video: where text and video tokens lie.
@@ -110,7 +111,7 @@ class MotionStatistics:
         backend = backends.active()
         query, key, lse = query.detach(), key.detach(), lse.detach()
         if backend == "reference":
-            _reference_update(sums, query, key, lse, self.video, scale, fold)
+            backends.exactly(_reference_update, query, key, lse, sums, self.video, scale, fold)
         else:
             video = self.video
             start, text = video.vision_slice.start, video.text_slice.start
@@ -302,10 +303,10 @@ def _stratified(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _reference_update(
-    sums: dict[str, Tensor],
     query: Tensor,
     key: Tensor,
     lse: Tensor,
+    sums: dict[str, Tensor],
     video: VideoTokens,
     scale: float,
     fold: int,

@@ -13,7 +13,7 @@ def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
     """Mean attention of a text token per frame, averaged, plus its mean absolute change between frames.
 
     Args:
-        text_attention: (T, S) floating point, attention of text rows to the S = ``video.vision`` video tokens.
+        text_attention: (T, S) floating point, attention of text rows to S = ``video.vision`` video tokens.
         video: the grid of the video tokens.
 
     Returns:
@@ -39,7 +39,7 @@ def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
     )
     backend = backends.active()
     if backend == "reference":
-        scores = reference.token_motion_scores(text_attention, video)
+        scores = backends.exactly(reference.token_motion_scores, text_attention, video)
         return scores.to(checks.accumulate_dtype(scores.dtype))
     return token_motion_scores_op(text_attention, video.frames, backend)
 

@@ -1,0 +1,232 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
+
+import mekernels
+from mekernels import BackendError, backends, flash_attention, reference
+from mekernels.ops import flash_attention as module
+
+CPU_BACKENDS = ["cpu_flash", "torch"]
+
+
+def case(
+    seed=0, batch=2, heads=2, groups=2, queries=7, keys=7, width=8, value_width=None, dtype=torch.float64
+):
+    query = randn(batch, heads * groups, queries, width, seed=seed, dtype=dtype)
+    key = randn(batch, heads, keys, width, seed=seed + 1, dtype=dtype)
+    value = randn(batch, heads, keys, value_width or width, seed=seed + 2, dtype=dtype)
+    return query, key, value
+
+
+def gradients(result, inputs, seed=0):
+    weights = randn(*result.shape, seed=seed).to(result.dtype)
+    return torch.autograd.grad(result, inputs, weights)
+
+
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    keys=st.integers(1, 40),
+    width=st.integers(1, 20),
+    causal=st.booleans(),
+    value_width=st.sampled_from([None, 3]),
+)
+def test_auto_against_the_reference(seed, batch, heads, groups, queries, keys, width, causal, value_width):
+    inputs = case(seed, batch, heads, groups, queries, keys, width, value_width)
+    inputs = [strided(tensor).requires_grad_() for tensor in inputs]
+    out, lse = flash_attention(*inputs, causal=causal, softmax_scale=0.4)
+    exact_out, exact_lse = reference.flash_attention(*inputs, causal=causal, softmax_scale=0.4)
+    assert_exact(out, exact_out)
+    seen = exact_lse != -math.inf
+    assert torch.equal(lse != -math.inf, seen)
+    assert_exact(lse[seen], exact_lse[seen])
+    if seen.all():
+        for actual, expected in zip(gradients(out, inputs), gradients(exact_out, inputs), strict=True):
+            assert_exact(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_error_rule(backend, causal, dtype, seed):
+    inputs = case(seed, queries=45, keys=45, width=32, dtype=dtype)
+    runs = []
+    for options, tensors in (
+        ({"backend": backend}, [tensor.clone().requires_grad_() for tensor in inputs]),
+        ({"backend": "reference"}, [tensor.double().requires_grad_() for tensor in inputs]),
+        ({"backend": "reference"}, [tensor.clone().requires_grad_() for tensor in inputs]),
+    ):
+        out, lse = flash_attention(*tensors, causal=causal, **options)
+        runs.append((out.detach(), *gradients(out, tensors, seed), lse))
+    actual, exact, plain = runs
+    assert actual[-1].dtype == torch.float32
+    # The low-precision CPU kernel scores its logsumexp with a short exponential.
+    assert_error_rule(actual[-1], exact[-1], plain[-1], rounding=dtype)
+    assert_error_rule(actual[0], exact[0], plain[0])
+    for index in range(1, 4):
+        assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_logsumexp_is_the_natural_logarithm(backend):
+    query, key, value = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8)
+    _, lse = flash_attention(query, key, value, backend=backend)
+    torch.testing.assert_close(lse, torch.full((1, 1, 1), math.log(5)))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_logsumexp_has_no_gradient(backend):
+    inputs = [tensor.requires_grad_() for tensor in case()]
+    out, lse = flash_attention(*inputs, backend=backend)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_expanded_and_sliced_inputs(backend):
+    query = randn(1, 1, 9, 16).expand(2, 4, -1, -1)[..., 4:12]
+    key, value = (randn(2, 9, 2, 8, seed=seed).transpose(1, 2) for seed in (1, 2))
+    out, lse = flash_attention(query, key, value, backend=backend)
+    exact = reference.flash_attention(query, key, value)
+    assert_exact(out, exact[0])
+    assert_exact(lse, exact[1])
+
+
+def test_chunks_do_not_show(monkeypatch):
+    inputs = [tensor.requires_grad_() for tensor in case(queries=11, keys=5)]
+    whole, lse = flash_attention(*inputs, causal=True, backend="torch")
+    wanted = gradients(whole, inputs)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 12)
+    parts, parts_lse = flash_attention(*inputs, causal=True, backend="torch")
+    assert_exact(parts, whole)
+    assert torch.equal(lse, parts_lse)
+    for actual, expected in zip(gradients(parts, inputs), wanted, strict=True):
+        assert_exact(actual, expected)
+
+
+def test_gradcheck_of_the_composite():
+    inputs = [tensor.requires_grad_() for tensor in case(queries=5, keys=3, width=2, value_width=3)]
+    assert torch.autograd.gradcheck(lambda *t: flash_attention(*t, causal=True, backend="torch")[0], inputs)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    inputs = [tensor.requires_grad_() for tensor in case(queries=9, keys=4)]
+    out, lse = flash_attention(*inputs, causal=True)
+    assert (out[:, :, :5] == 0).all()
+    assert (lse[:, :, :5] == -math.inf).all()
+    out.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0)])
+def test_empty(queries, keys):
+    query, key, value = case(queries=queries, keys=keys)
+    out, lse = flash_attention(query, key, value)
+    assert out.shape == (2, 4, queries, 8)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_huge_logits(backend):
+    query, key, value = (tensor * 300 for tensor in case(dtype=torch.float32))
+    out, lse = flash_attention(query, key, value, backend=backend)
+    exact = reference.flash_attention(query.double(), key.double(), value.double())
+    plain = reference.flash_attention(query, key, value)
+    assert_error_rule(out, exact[0], plain[0])
+    assert_error_rule(lse, exact[1], plain[1])
+
+
+def test_an_explicit_backend_lists_every_reason():
+    query, key, value = case(queries=3, keys=4, value_width=5)
+    with pytest.raises(BackendError) as caught:
+        flash_attention(query, key, value, causal=True, backend="cpu_flash")
+    text = str(caught.value)
+    assert "value width 5 differs from query width 8" in text
+    assert "causal attention with different query and key lengths" in text
+    assert flash_attention(query, key, value, causal=True)[0].shape == (2, 4, 3, 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient"])
+def test_cuda_backends_say_that_there_is_no_device(backend):
+    with pytest.raises(BackendError, match=f"'{backend}' cannot run .*\n  - no CUDA device"):
+        flash_attention(*case(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient"])
+def test_cuda_backends_refuse_what_they_cannot(backend):
+    reasons = backends.table("flash_attention")[backend].reasons(*case(width=7, value_width=7), 1.0, False)
+    assert any("runs on cuda" in reason for reason in reasons)
+    assert (backend == "efficient") != any("needs float16 or bfloat16" in reason for reason in reasons)
+
+
+def test_use_backend_holds_where_none_is_given():
+    inputs = case()
+    with mekernels.use_backend("native"), pytest.raises(BackendError, match="no such implementation"):
+        flash_attention(*inputs)
+    with mekernels.use_backend("native"):
+        flash_attention(*inputs, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"value": torch.zeros(2, 2, 6, 8, dtype=torch.float64)},
+            ValueError,
+            r"value must have shape \(2, 2, 7",
+        ),
+        ({"value": torch.zeros(2, 2, 7, 8)}, TypeError, "value must have the dtype of query"),
+        ({"value": None}, TypeError, "value must be a torch.Tensor, got NoneType"),
+        (
+            {"key": torch.zeros(2, 3, 7, 8, dtype=torch.float64)},
+            ValueError,
+            "key must have a number of heads",
+        ),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu_flash'"),
+        ({"causal": "yes"}, TypeError, "causal must be a bool, got str"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    query, key, value = case()
+    with pytest.raises(error, match=message):
+        flash_attention(**({"query": query, "key": key, "value": value} | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient", "torch"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [64, 77])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_cuda_error_rule(backend, causal, queries, groups):
+    inputs = [
+        t.cuda() for t in case(groups=groups, queries=queries, keys=queries, width=64, dtype=torch.float16)
+    ]
+    reasons = backends.reasons_of(backends.table("flash_attention")[backend], *inputs, 0.125, causal)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    runs = []
+    for name, tensors in (
+        (backend, [tensor.clone().requires_grad_() for tensor in inputs]),
+        ("reference", [tensor.double().requires_grad_() for tensor in inputs]),
+        ("reference", [tensor.clone().requires_grad_() for tensor in inputs]),
+    ):
+        out, lse = flash_attention(*tensors, causal=causal, backend=name)
+        weights = randn(*out.shape).to(out)
+        runs.append((out.detach(), lse, *torch.autograd.grad(out, tensors, weights)))
+    actual, exact, plain = runs
+    assert actual[1].shape == exact[1].shape
+    assert_error_rule(actual[0], exact[0], plain[0])
+    assert_error_rule(actual[1], exact[1], plain[1])
+    for index in range(2, 5):
+        assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
