@@ -1,0 +1,303 @@
+"""The toy world: true sentences, true boxes, the same bytes every time, and runs that were cut off."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
+from motionenhancer.toy.encode import encode_video
+from motionenhancer.toy.language import QUESTION_KINDS, caption, corpus, phrase, question
+from motionenhancer.toy.render import render
+from motionenhancer.toy.scene import MOTIONS, sample_scene
+from motionenhancer.toy.world import build_toy, draw_clip, write_world
+
+SCENES = [sample_scene(np.random.default_rng(seed)) for seed in range(60)]
+
+
+def files(root):
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("toy") / "w", clips=6, test_clips=3, seed=5, progress=False)
+
+
+def test_scenes_hold_moving_and_still_objects_that_never_touch_or_leave():
+    for scene in SCENES:
+        assert 1 <= len(scene.movers) < len(scene.objects)
+        assert (
+            len({o.shape for o in scene.objects})
+            == len({o.colour for o in scene.objects})
+            == len(scene.objects)
+        )
+        clip = render(scene)
+        assert (clip.masks.sum(0) <= 1 + 1e-5).all()
+        assert (clip.masks.sum((2, 3)) > 25).all()
+        edge = np.ones((64, 64), bool)
+        edge[1:-1, 1:-1] = False
+        assert clip.masks[:, :, edge].max() == 0
+    assert {o.motion for scene in SCENES for o in scene.objects} == set(MOTIONS)
+
+
+def centres(masks):
+    y, x = np.mgrid[0 : masks.shape[1], 0 : masks.shape[2]]
+    weight = masks.sum((1, 2))
+    return (masks * x).sum((1, 2)) / weight, (masks * y).sum((1, 2)) / weight, weight
+
+
+def test_what_is_said_is_what_is_drawn():
+    for scene in SCENES:
+        clip = render(scene)
+        for obj, masks in zip(scene.objects, clip.masks, strict=True):
+            x, y, area = centres(masks)
+            dx, dy, growth = x[-1] - x[0], y[-1] - y[0], area[-1] / area[0]
+            seen = {
+                "left": dx < -10 and abs(dy) < 1,
+                "right": dx > 10 and abs(dy) < 1,
+                "up": dy < -10 and abs(dx) < 1,
+                "down": dy > 10 and abs(dx) < 1,
+                "grow": growth > 2,
+                "shrink": growth < 0.5,
+                "turn": abs(growth - 1) < 0.1 and np.abs(masks - masks[0]).sum((1, 2)).max() > 8,
+                "still": bool((masks == masks[0]).all()),
+            }
+            assert seen[obj.motion], (obj, dx, dy, growth)
+            assert ("quickly" in phrase(obj)) == (max(abs(dx), abs(dy)) > 25)
+            assert f"{obj.name} {phrase(obj)}" in caption(scene).replace("The ", "the ")
+
+
+def test_boxes_hold_the_objects():
+    for scene in SCENES[:20]:
+        clip = render(scene)
+        for boxes, masks in zip(clip.boxes, clip.masks, strict=True):
+            for (x0, y0, x1, y1), mask in zip(boxes.astype(int), masks, strict=True):
+                inside = np.zeros_like(mask, bool)
+                inside[y0:y1, x0:x1] = True
+                assert mask[~inside].max() < 0.5
+                for line in (mask[y0, x0:x1], mask[y1 - 1, x0:x1], mask[y0:y1, x0], mask[y0:y1, x1 - 1]):
+                    assert line.max() >= 0.5
+
+
+def test_questions_name_every_object_that_fits():
+    for seed, scene in enumerate(SCENES):
+        rng = np.random.default_rng(seed)
+        _, answer = question(scene, "still", rng)
+        assert [o.name in answer for o in scene.objects] == [not o.moving for o in scene.objects]
+        asked, answer = question(scene, "object", rng)
+        act = asked.removeprefix("Which object ").removesuffix("?")
+        assert [o.name in answer for o in scene.objects] == [phrase(o) == act for o in scene.objects]
+        asked, answer = question(scene, "motion", rng)
+        (obj,) = [o for o in scene.objects if o.name in asked]
+        assert answer == f"The {obj.name} {phrase(obj)}."
+        assert question(scene, "caption", rng)[1] == caption(scene)
+    with pytest.raises(ValueError, match="kind must be"):
+        question(SCENES[0], "sound", np.random.default_rng(0))
+
+
+def test_corpus_holds_every_word():
+    known = {word.strip(".,?").lower() for line in corpus() for word in line.split()}
+    for seed, scene in enumerate(SCENES):
+        for kind in QUESTION_KINDS:
+            said = " ".join(question(scene, kind, np.random.default_rng(seed)))
+            assert {word.strip(".,?").lower() for word in said.split()} <= known
+
+
+def test_files_are_real_and_readable(toy):
+    log = SkipLog()
+    train = list(read_samples(toy.train, toy.videos, log))
+    test = list(read_samples(toy.test, toy.videos, log))
+    assert (len(train), len(test), log.total, dict(log.notes)) == (6, 3, 0, {})
+    assert [sample.id.split("-")[2] for sample in train] == [QUESTION_KINDS[i % 4] for i in range(6)]
+    for i, sample in enumerate(train):
+        info = check_video(sample.videos[0])
+        assert (info.frames, info.height, info.width, info.fps) == (17, 64, 64, 8.0)
+        video = read_frames(sample.videos[0], num_frames=17)
+        drawn = draw_clip(5, "train", i)[1].frames
+        assert np.abs(video.frames.astype(int) - drawn).mean() < 4
+        prompt, segments = prompt_text(sample)
+        assert len(segments) == 2
+        assert prompt.endswith(".")
+
+
+def test_sidecar(toy):
+    rows = [json.loads(line) for line in toy.worlds.read_text().splitlines()]
+    assert [row["video"] for row in rows] == [p.name for p in sorted(toy.videos.glob("train*"))] + [
+        p.name for p in sorted(toy.videos.glob("test*"))
+    ]
+    for row in rows:
+        index = int(row["video"].split("-")[1][:5])
+        scene, clip = draw_clip(5, row["split"], index)
+        assert row["caption"] == caption(scene)
+        assert [o["name"] for o in row["objects"]] == [o.name for o in scene.objects]
+        np.testing.assert_array_equal([o["boxes"] for o in row["objects"]], clip.boxes)
+
+
+def test_same_seed_same_bytes_other_seed_other_world(toy, tmp_path):
+    again = write_world(tmp_path / "again", clips=6, test_clips=3, seed=5, progress=False)
+    assert files(again.root) == files(toy.root)
+    other = write_world(tmp_path / "other", clips=6, test_clips=3, seed=6, progress=False)
+    mine, theirs = files(toy.videos), files(other.videos)
+    assert not set(mine.values()) & set(theirs.values())
+
+
+def test_train_and_test_differ():
+    for seed in range(3):
+        train = {draw_clip(seed, "train", i)[0] for i in range(30)}
+        test = {draw_clip(seed, "test", i)[0] for i in range(30)}
+        assert len(train) == len(test) == 30
+        assert not train & test
+
+
+def test_an_interrupted_run_is_completed(toy, tmp_path):
+    root = tmp_path / "w"
+    write_world(root, clips=6, test_clips=3, seed=5, progress=False)
+    kept = root / "videos" / "train-00001.mp4"
+    before = kept.stat().st_mtime_ns
+    for name in ("train.jsonl", "worlds.jsonl", "videos/train-00003.mp4", "videos/test-00000.mp4"):
+        (root / name).unlink()
+    stale = root / "videos" / ".train-00003.mp4.1.tmp"
+    stale.write_bytes(b"half a clip")
+    os.utime(stale, (0, 0))
+    write_world(root, clips=6, test_clips=3, seed=5, progress=False)
+    assert files(root) == files(toy.root)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_killed_at_any_moment_and_run_again(tmp_path):
+    code = (
+        "import sys; from motionenhancer.toy.world import write_world;"
+        "write_world(sys.argv[1], clips=30, test_clips=2)"
+    )
+    whole = write_world(tmp_path / "whole", clips=30, test_clips=2, progress=False)
+    root = tmp_path / "killed"
+    for wanted in (3, 17):
+        run = subprocess.Popen([sys.executable, "-c", code, str(root)], stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 30
+        while (
+            len(list(root.glob("videos/*.mp4"))) < wanted and run.poll() is None and time.monotonic() < limit
+        ):
+            time.sleep(0.002)
+        run.kill()
+        run.wait()
+        assert not (root / "worlds.jsonl").exists()
+    for clip in root.glob("videos/*.mp4"):
+        assert check_video(clip).frames == 17
+    write_world(root, clips=30, test_clips=2, progress=False)
+    for left in root.glob("videos/.*.tmp"):
+        left.unlink()
+    assert files(root) == files(whole.root)
+
+
+def test_build_makes_models_once(tmp_path):
+    toy = build_toy(tmp_path / "w", clips=1, progress=False)
+    first = files(toy.root)
+    assert {"teacher/model_index.json", "student/config.json", "train.jsonl", "worlds.jsonl"} <= set(first)
+    assert sum(len(data) for data in first.values()) < 10_000_000
+    stamp = (toy.teacher / "model_index.json").stat().st_mtime_ns
+    build_toy(tmp_path / "w", clips=1, progress=False)
+    assert (toy.teacher / "model_index.json").stat().st_mtime_ns == stamp
+    assert files(toy.root) == first
+
+
+def test_output_dir_that_cannot_be_used(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"already holds a different toy world: seed=5 \(now 6\)"):
+        write_world(toy.root, clips=6, test_clips=3, seed=6, progress=False)
+    with pytest.raises(ValueError, match=r"clips=6 \(now 7\)"):
+        write_world(toy.root, clips=7, test_clips=3, seed=5, progress=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="must be a folder"):
+        write_world(tmp_path / "file", progress=False)
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_world(tmp_path / "file" / "below", progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="neither empty nor a toy world"):
+        write_world(tmp_path / "other", progress=False)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "world.json").write_text("{")
+    with pytest.raises(ValueError, match="not json"):
+        write_world(tmp_path / "broken", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"clips": 0}, "clips"),
+        ({"clips": 2.0}, "clips"),
+        ({"test_clips": 0}, "test_clips"),
+        ({"seed": -1}, "seed"),
+        ({"frames": 0}, "frames"),
+        ({"size": 8}, "size"),
+        ({"size": 65}, "size"),
+        ({"fps": 0}, "fps"),
+    ],
+)
+def test_bad_numbers_leave_nothing_behind(tmp_path, options, name):
+    with pytest.raises(ValueError, match=name):
+        write_world(tmp_path / "w", progress=False, **options)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((2, 16, 16, 3), np.float32),
+        np.zeros((16, 16, 3), np.uint8),
+        np.zeros((2, 15, 16, 3), np.uint8),
+        np.zeros((0, 16, 16, 3), np.uint8),
+        [1],
+    ],
+)
+def test_encoder_refuses(tmp_path, frames):
+    with pytest.raises(ValueError, match="frames must"):
+        encode_video(tmp_path / "a.mp4", frames)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("codec", [None, "mpeg4"])
+def test_encoder_keeps_rate_and_picture(tmp_path, codec):
+    frames = render(SCENES[0], frames=9, height=48, width=80).frames
+    encode_video(tmp_path / "a.bin", frames, fps=29.97, codec=codec)
+    video = read_frames(tmp_path / "a.bin")
+    assert video.frames.shape == (9, 48, 80, 3)
+    assert video.fps == pytest.approx(29.97, rel=1e-4)
+    assert np.abs(video.frames.astype(int) - frames).mean() < 5
+
+
+def run_cli(*arguments):
+    command = [sys.executable, "-m", "motionenhancer.toy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command_line(tmp_path):
+    done = run_cli("--output_dir", str(tmp_path / "w"), "--clips", "2", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert "untrained" in done.stdout
+    assert "3/3" in done.stderr
+    names = {p.name for p in (tmp_path / "w").iterdir()}
+    assert names == {
+        "teacher",
+        "student",
+        "videos",
+        "train.jsonl",
+        "test.jsonl",
+        "worlds.jsonl",
+        "world.json",
+    }
+
+
+def test_command_line_errors(tmp_path):
+    (tmp_path / "file").write_text("x")
+    done = run_cli("--output_dir", str(tmp_path / "file"))
+    assert done.returncode == 2
+    assert "must be a folder" in done.stderr
+    assert "Traceback" not in done.stderr
