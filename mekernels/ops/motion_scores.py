@@ -115,20 +115,26 @@ def _(diagonal, mean_attention, square_sum, backend):
 
 def _composite(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = checks.accumulate_dtype(diagonal.dtype)
-    metrics = diagonal.new_empty((3, len(diagonal)), dtype=torch.float64)
     several = diagonal.shape[-1] > 1
+    scores = []
     for head, values in enumerate(diagonal):
-        above = values > mean_attention[head]
-        starts = above[:, 0].sum(0) + (above[:, 1:] & ~above[:, :-1]).sum((0, 1))
-        entries = above.sum((0, 1)).double()
+        tau = mean_attention[head]
+        above = values > tau
+        runs = above[:, 0].sum(0) + (above[:, 1:] & ~above[:, :-1]).sum((0, 1))
         inside = values.double().square().sum()
         outside = square_sum[head].double() - inside if several else torch.zeros_like(inside)
-        metrics[0, head] = energy_ratio(inside, outside)
-        metrics[1, head] = (entries / starts.clamp(min=1)).mean()
-        metrics[2, head] = (values >= mean_attention[head]).double().mean()
-    # A sum of squares is NaN exactly when an entry is.
-    metrics[1:, metrics[0].isnan() | mean_attention.isnan()] = math.nan
-    dfc, tcs, dsr = (metric.to(dtype) for metric in metrics.unbind())
+        consistency = (above.sum((0, 1)) / runs.clamp(min=1).double()).mean()
+        share = (values >= tau).double().mean()
+        # A sum of squares is NaN exactly when an entry is.
+        lost = inside.isnan() | tau.isnan()
+        scores.append(
+            (
+                energy_ratio(inside, outside),
+                torch.where(lost, math.nan, consistency),
+                torch.where(lost, math.nan, share),
+            )
+        )
+    dfc, tcs, dsr = (torch.stack(metric).to(dtype) for metric in zip(*scores, strict=True))
     return dfc, tcs, dsr
 
 

@@ -1,0 +1,130 @@
+"""No composite makes a tensor the size of an attention map."""
+
+import pytest
+import torch
+from kernel_support import rand, randn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mekernels
+from mekernels import VideoTokens, backends
+from mekernels.ops import attention_rows, flash_attention, motion_statistics
+
+VIDEO = VideoTokens(8, 16, 16, text=16)
+HEADS, WIDTH = 2, 8
+MAP = VIDEO.vision**2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage any op below autograd hands out."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                size = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.largest = max(self.largest, size)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    for module in (attention_rows, flash_attention, motion_statistics):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", MAP // 64)
+
+
+def largest(function, *args):
+    with torch.no_grad(), LargestTensor() as mode:
+        function(*args)
+    return mode.largest
+
+
+def query_key(heads=HEADS, fold=1):
+    length = VIDEO.length
+    return [randn(1, heads, fold * length, WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+
+
+def run(op, *args):
+    return backends.table(op)["torch"].run(*args)
+
+
+def test_the_mode_sees_a_map():
+    query, key = query_key()
+    assert largest(lambda: query @ key.mT) == HEADS * VIDEO.length**2
+    assert largest(mekernels.reference.attention_map, query, key) >= MAP
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_statistics(fold):
+    query, key = query_key()[0], query_key(fold=fold)[1]
+    lse = torch.full(query.shape[:3], 10.0)
+    statistics = mekernels.MotionStatistics(VIDEO, HEADS, text_rows=[1, 2], sampled_rows=16)
+    statistics.update(query, key[:, :, : VIDEO.length], lse)
+    state, index = statistics.state_dict(), statistics._sums["index"]
+    layout = (VIDEO.frames, VIDEO.positions, 16, 16, 0)
+    sums = (state["diagonal"], state["rows"], state["vision_mass"])
+    bound = HEADS * VIDEO.vision * (VIDEO.frames + 2 + 16)
+    assert bound < MAP
+    arguments = (*sums, query, key, lse, index, *layout, 0.3, fold)
+    assert largest(run, "motion_statistics_update", *arguments) <= bound
+    assert largest(statistics.scores) <= bound
+    assert largest(statistics.text_attention, [0, 1]) <= bound
+
+
+def test_sums_are_as_promised():
+    statistics = mekernels.MotionStatistics(VIDEO, HEADS, text_rows=[1, 2], sampled_rows=16)
+    statistics.update(*query_key(), torch.full((1, HEADS, VIDEO.length), 10.0))
+    held = sum(tensor.numel() for tensor in statistics.state_dict().values())
+    assert held == HEADS * (VIDEO.vision * (VIDEO.frames + 2 + 16) + 1) + 1
+
+
+def test_diagonal_attention():
+    query, key = query_key()
+    lse = torch.full(query.shape[:3], 10.0)
+    bound = HEADS * VIDEO.vision * max(VIDEO.frames, WIDTH) * 2
+    arguments = (query, key, lse, VIDEO.frames, VIDEO.positions, 16, 0.3, 1)
+    assert largest(run, "diagonal_attention", *arguments) <= bound < MAP
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_attention_rows_forward_and_backward(mean):
+    query, key = query_key(heads=4)[0], query_key()[1]
+    rows, columns = torch.arange(12)[None], torch.arange(20)[None]
+    options = (0.3, True, None, 1, mean)
+    bound = 4 * 12 * VIDEO.length
+    bound = max(bound, query.numel())
+    assert bound < MAP
+    assert largest(run, "attention_rows", query, key, rows, columns, 0, 0, *options) <= bound
+    out, lse = run("attention_rows", query, key, rows, columns, 0, 0, *options)
+    arguments = (rand(*out.shape, dtype=torch.float32), query, key, rows, columns, 0, 0, *options, lse)
+    assert largest(run, "attention_rows_backward", *arguments) <= bound
+
+
+def test_all_rows_of_a_few_columns_are_swept():
+    query, key = query_key()
+    rows = torch.arange(VIDEO.length)[None]
+    options = (0, 3, 0.3, False, None, 1, True)
+    assert largest(run, "attention_rows", query, key, rows, None, *options) <= MAP // 32
+    out, lse = run("attention_rows", query, key, rows, None, *options)
+    grad = rand(*out.shape, dtype=torch.float32)
+    assert largest(run, "attention_rows_backward", grad, query, key, rows, None, *options, lse) <= MAP // 32
+
+
+def test_flash_attention():
+    query, key = query_key()
+    forward = flash_attention.flash_attention_op._init_fn
+    assert largest(forward, query, key, key, 0.3, True) <= MAP // 32
+    out, lse = forward(query, key, key, 0.3, True)
+    backward = flash_attention.flash_attention_backward_op._init_fn
+    assert largest(backward, out, query, key, key, out, lse, 0.3, True) <= MAP // 32
+
+
+def test_rows_save_little_for_the_backward():
+    query, key = (tensor.requires_grad_() for tensor in query_key())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mekernels.attention_rows(query, key, torch.arange(12)[None], slice(16, None))
+    extra = [t for t in saved if t.data_ptr() not in (query.data_ptr(), key.data_ptr())]
+    assert sum(t.numel() for t in extra) <= 12 + HEADS * 12

@@ -1,0 +1,156 @@
+"""The registered ops under torch's own checks, and compiled."""
+
+import pytest
+import torch
+from kernel_support import rand, randn
+
+import mekernels
+from mekernels import VideoTokens, reference
+
+VIDEO = VideoTokens(2, 2, 2, text=3)
+
+
+def query_key(dtype=torch.float32, grad=False, keys=8):
+    return [
+        tensor.requires_grad_(grad)
+        for tensor in (randn(2, 4, 8, 6, dtype=dtype), randn(2, 2, keys, 6, seed=1, dtype=dtype))
+    ]
+
+
+def rows_arguments(dtype, grad, index):
+    rows = torch.tensor([[1, 7, -1], [0, 3, 3]])
+    columns = torch.tensor([[1, 3], [0, -1]]) if index else None
+    mask = torch.ones(2, 8, dtype=torch.bool) if index else None
+    fold = 2 if index else 1
+    return (
+        *query_key(dtype, grad),
+        rows,
+        columns,
+        0,
+        0 if index else 5,
+        0.4,
+        True,
+        mask,
+        fold,
+        index,
+        "auto",
+    )
+
+
+def statistics_arguments(dtype):
+    query, key = randn(1, 2, 11, 6, dtype=dtype), randn(1, 2, 11, 6, seed=1, dtype=dtype)
+    wide = mekernels.checks.accumulate_dtype(dtype)
+    lse = reference.logsumexp(query.double(), key.double()).to(wide)
+    sums = [torch.zeros(size, dtype=wide) for size in ((2, 2, 2, 4), (2, 5, 8), (2,))]
+    return (*sums, query, key, lse, torch.tensor([0, 2, 4, 6, 9]), 2, 4, 3, 3, 0, 0.4, 1, "auto")
+
+
+def cases(dtype):
+    wide = mekernels.checks.accumulate_dtype(dtype)
+    query, key = query_key(dtype)
+    lse = reference.logsumexp(query.double(), key.double()).to(wide)
+    out, total = torch.ops.mekernels.flash_attention(query, key, key, 0.4, True)
+    chosen = rows_arguments(dtype, False, True)
+    maps, target = rand(2, 3, 8, dtype=dtype), rand(2, 3, 12, dtype=wide)
+    mask = torch.tensor([[True, False, True], [False] * 3])
+    sums = rand(2, 3, dtype=wide)
+    return {
+        "flash_attention": (*(t.clone().requires_grad_() for t in (query, key, key)), 0.4, True),
+        "flash_attention_backward": (torch.ones_like(out), query, key, key, out, total, 0.4, True),
+        "attention_rows": rows_arguments(dtype, True, True),
+        "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *chosen[:-1], lse[:, :, :3], "auto"),
+        "diagonal_attention": (query, torch.cat([key, key], 1), lse, 2, 4, 0, 0.4, 1, "auto"),
+        "motion_statistics_update": statistics_arguments(dtype),
+        "motion_scores": (rand(2, 3, 3, 5, dtype=dtype), *rand(2, 2, dtype=dtype), "auto"),
+        "token_motion_scores": (rand(3, 8, dtype=dtype), 2, "auto"),
+        "resample_rows": (maps.requires_grad_(), [2, 2, 2], [3, 2, 2], True, "auto"),
+        "resample_rows_backward": (target, target, sums, [2, 2, 2], [3, 2, 2], True, "auto"),
+        "row_l2_loss": (maps, rand(2, 3, 8, seed=1, dtype=dtype).requires_grad_(), mask, "auto"),
+        "row_l2_loss_backward": (wide_one(wide), maps.detach(), maps.detach(), sums, sums, "auto"),
+    }
+
+
+def wide_one(dtype):
+    return torch.ones((), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", list(cases(torch.float32)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(torch.ops.mekernels, name).default, cases(dtype)[name])
+
+
+def test_every_registered_op_is_checked():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "mekernels::" in name
+    }
+    assert registered == set(cases(torch.float32))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_opcheck_of_slices_and_columns(index):
+    torch.library.opcheck(
+        torch.ops.mekernels.attention_rows.default, rows_arguments(torch.float32, True, index)
+    )
+
+
+def loss(query, key, rows, teacher):
+    student = mekernels.attention_rows(query, key, rows, slice(0, 8), causal=True)
+    student = mekernels.resample_rows(student, (2, 2, 2), (3, 2, 2))
+    return mekernels.row_l2_loss(student, teacher, rows >= 0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_training_ops_compile_in_one_graph(dynamic):
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for count in (3, 5):
+        rows = torch.arange(count).expand(2, -1) - 1
+        teacher = rand(2, count, 12, dtype=torch.float32)
+        inputs = query_key(grad=True)
+        expected = loss(*inputs, rows, teacher)
+        actual = compiled(*inputs, rows, teacher)
+        torch.testing.assert_close(actual, expected)
+        for one, other in zip(
+            torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def read(query, key, value):
+    out, lse = mekernels.flash_attention(query, key, value)
+    diagonal = mekernels.diagonal_attention(query, key, lse, VIDEO)
+    scores = mekernels.motion_scores(diagonal[0], diagonal[0].mean((1, 2, 3)), torch.full((2,), 9.0))
+    return out, scores.dfc, scores.tcs, scores.dsr
+
+
+def test_reading_ops_compile_in_one_graph():
+    inputs = [randn(1, 2, 11, 8, seed=seed, dtype=torch.float32) for seed in range(3)]
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*inputs), read(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_the_composite_of_flash_attention_compiles():
+    def attend(query, key):
+        return mekernels.flash_attention(query, key, key, causal=True)[0]
+
+    query, key = randn(1, 4, 5, 6).requires_grad_(), randn(1, 2, 9, 6).requires_grad_()
+    actual = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, key)
+    expected = attend(query, key)
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(
+        torch.autograd.grad(actual.sum(), (query, key)),
+        torch.autograd.grad(expected.sum(), (query, key)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_function_follows_use_backend():
+    student, teacher = rand(1, 2, 8, dtype=torch.float32).requires_grad_(), torch.zeros(1, 2, 8)
+    compiled = torch.compile(mekernels.row_l2_loss, fullgraph=True, backend="aot_eager")
+    compiled(student, teacher)
+    with mekernels.use_backend("triton"), pytest.raises(mekernels.BackendError, match="'triton' cannot run"):
+        compiled(student, teacher)
+    compiled(student, teacher).backward()
+    assert student.grad.isfinite().all()
