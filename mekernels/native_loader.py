@@ -34,7 +34,7 @@ def build_report() -> dict[str, Any]:
         return json.loads((FOLDER / "build_report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         why = "never built: run python -m mekernels.build"
-        parts = {
+        parts: dict[str, Any] = {
             name: {"built": False, "library": None, "why_not": why, "compiler": None, "targets": []}
             for name in ("cpu", "cuda")
         }

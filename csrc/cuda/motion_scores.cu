@@ -74,8 +74,8 @@ using namespace mek;
 
 int32_t mek_cuda_motion_scores_workspace(int64_t heads, int64_t frames, int64_t positions, int64_t *bytes) {
     const char *function = "mek_cuda_motion_scores_workspace";
-    int32_t status = check_motion_sizes(function, heads, frames, positions);
-    if (status == MEK_OK) status = Check(function).pointer("bytes", bytes, alignof(int64_t)).status();
+    const int32_t status =
+        Check(function).motion(heads, frames, positions).pointer("bytes", bytes, alignof(int64_t)).status();
     if (status == MEK_OK) *bytes = motion_workspace(heads, positions);
     return status;
 }
@@ -85,8 +85,15 @@ int32_t mek_cuda_motion_scores(const float *diagonal, const float *mean_attentio
                                float *dsr, void *workspace, int64_t workspace_bytes, int32_t device,
                                void *stream) {
     const char *function = "mek_cuda_motion_scores";
-    int32_t status = check_motion_scores(function, diagonal, mean_attention, square_sum, heads, frames, positions,
-                                         dfc, tcs, dsr);
+    int32_t status = Check(function)
+                         .motion(heads, frames, positions)
+                         .floats("diagonal", diagonal)
+                         .floats("mean_attention", mean_attention)
+                         .floats("square_sum", square_sum)
+                         .floats("dfc", dfc)
+                         .floats("tcs", tcs)
+                         .floats("dsr", dsr)
+                         .status();
     if (status == MEK_OK)
         status = check_device(function, device,
                               {{"diagonal", diagonal},
