@@ -26,6 +26,8 @@ def _decode(line: bytes) -> tuple[Any, str]:
         return None, f"{error.msg} at column {error.colno}"
     except RecursionError:
         return None, "nested too deeply"
+    except ValueError as error:
+        return None, str(error)
 
 
 def _lines(file: BinaryIO) -> Iterator[_Row]:
@@ -60,8 +62,9 @@ def _array(file: BinaryIO) -> Iterator[_Row]:
         except json.JSONDecodeError as error:
             yield error.lineno, None, f"{error.msg} at column {error.colno}; the rest of the array is lost"
             return
-        except RecursionError:
-            yield line, None, "nested too deeply; the rest of the array is lost"
+        except (RecursionError, ValueError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            yield line, None, f"{why}; the rest of the array is lost"
             return
         yield line, value, ""
         at = skip_space(at)
@@ -77,11 +80,20 @@ def _array(file: BinaryIO) -> Iterator[_Row]:
         yield line + text.count("\n", counted, at), None, "text after the end of the array"
 
 
+def _is_array(file: BinaryIO) -> bool:
+    """Tell one top-level array from lines, the first of which may be an array by mistake."""
+    filled = (line for line in (raw.removeprefix(b"\xef\xbb\xbf").strip() for raw in file) if line)
+    first = next(filled, b"")
+    if not first.startswith(b"["):
+        return False
+    return next(filled, None) is None or bool(_decode(first)[1])
+
+
 def _rows(path: Path) -> Iterator[_Row]:
     with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        array = _is_array(file)
         file.seek(0)
-        yield from _array(file) if head.startswith(b"[") else _lines(file)
+        yield from _array(file) if array else _lines(file)
 
 
 def _stream(path: Path, root: Path, log: SkipLog, require_video: bool) -> Iterator[Sample]:

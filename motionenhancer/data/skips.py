@@ -71,7 +71,12 @@ class SkipLog:
             logger.warning("skipped %s%s", skip, more)
 
     def note(self, what: str) -> None:
-        """Count something odd that was not skipped; its first occurrence is a warning."""
+        """Count something odd that was not skipped; its first occurrence is a warning.
+
+        Beyond ``keep`` different ones, new ones are counted together.
+        """
+        if what not in self.notes and len(self.notes) >= self.keep:
+            what = "further notes of other kinds"
         self.notes[what] += 1
         if self.notes[what] == 1:
             logger.warning("%s (further ones are counted, not printed)", what)

@@ -6,6 +6,8 @@ import re
 import tracemalloc
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from motionenhancer.data import Sample, SkipLog, prompt_text, read_samples
 
@@ -127,6 +129,7 @@ BAD = {
         "{not json",
         '{"id": "s"',
         "[" * 5000,
+        '{"id": ' + "1" * 5000 + "}",
     ],
     "missing fields": [
         "17",
@@ -255,9 +258,11 @@ def test_array(tmp_path, root, indent, mark):
         (',\n{"id": oops}, {}]', 2, "rest of the array is lost"),
         (",\n{}", 2, "not closed"),
         ('\n{"id": 1}]', 2, "no comma"),
-        ("]\n[1]", 1, "text after the end"),
+        ("] [1]", 1, "text after the end"),
+        ("\n]\n[1]", 2, "text after the end"),
         ("", 1, "not closed"),
         (",\n" + "[" * 5000, 2, "rest of the array is lost"),
+        (",\n" + "1" * 5000, 2, "rest of the array is lost"),
     ],
 )
 def test_broken_array_keeps_what_came_before(tmp_path, root, tail, line, detail):
@@ -327,6 +332,46 @@ def test_first_sample_comes_before_the_file_is_read(tmp_path, root):
     log = SkipLog()
     assert [s.id for s in itertools.islice(read_samples(path, root, log), 3)] == ["0", "1", "2"]
     assert log.total == 0
+
+
+WORDS = st.sampled_from(
+    ["", "x", "<video>", "<video>x", "<image>", "human", "gpt", "user", "assistant", "a.mp4"]
+)
+KEYS = st.sampled_from(
+    [
+        "id",
+        "video",
+        "videos",
+        "image",
+        "conversations",
+        "messages",
+        "from",
+        "value",
+        "role",
+        "content",
+        "type",
+        "text",
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.dictionaries(KEYS, VALUES, max_size=5) | VALUES)
+def test_any_json_is_a_sample_or_a_counted_skip(root, row):
+    path = root / "fuzz.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(llava("good")) + "\n")
+    log = SkipLog(shout=0)
+    samples = list(read_samples(path, root, log))
+    assert len(samples) + log.total == 2
+    assert samples[-1].id == "good"
+    for sample in samples:
+        prompt, segments = prompt_text(sample)
+        assert " ".join(prompt[a:b] for a, b, _ in segments) == prompt
 
 
 @pytest.mark.parametrize("source", ["both", "question", "answer"])

@@ -36,6 +36,14 @@ def test_memory_is_bounded_but_the_count_is_not():
     assert log.to_json()["entries_left_out"] == 995
 
 
+def test_notes_are_bounded_too():
+    log = SkipLog(keep=5)
+    for i in range(1000):
+        log.note(f"odd {i}")
+    assert len(log.notes) == 6
+    assert sum(log.notes.values()) == 1000
+
+
 def test_json_round_trip():
     log = SkipLog()
     log.add("bad", id="x", line=2, detail="why")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
+from motionenhancer.toy.__main__ import main
 from motionenhancer.toy.encode import encode_video
 from motionenhancer.toy.language import QUESTION_KINDS, caption, corpus, phrase, question
 from motionenhancer.toy.render import render
@@ -295,9 +296,14 @@ def test_command_line(tmp_path):
     }
 
 
-def test_command_line_errors(tmp_path):
+def test_command_line_errors(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    done = run_cli("--output_dir", str(tmp_path / "file"))
-    assert done.returncode == 2
-    assert "must be a folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    for arguments, message in (
+        (["--output_dir", str(tmp_path / "file")], "must be a folder"),
+        (["--output_dir", str(tmp_path / "w"), "--clips", "0"], "clips must be an integer of at least 1"),
+        (["--output_dir", str(tmp_path / "w"), "--clips", "many"], "invalid int value"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
