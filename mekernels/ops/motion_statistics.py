@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
+from .. import backends, checks, reference, row_choice
 from ..layout import VideoTokens
 from .diagonal_attention import check_side_inputs, head_diagonal
 from .motion_scores import MotionScores, energy_ratio, motion_scores
@@ -71,10 +71,10 @@ class MotionStatistics:
             raise ValueError(f"heads must be at least 1, got {heads}")
         self.video = video
         self.heads = heads
-        self.text_rows = _text_rows(text_rows, video)
+        self.text_rows = row_choice.text_rows(text_rows, video)
         """(T,) int64 positions in the token sequence, on the CPU."""
-        count = _sampled_count(sampled_rows, video)
-        self.sampled_rows, self.row_weights = _stratified(video.vision, count, seed)
+        count = row_choice.sampled_count(sampled_rows, video)
+        self.sampled_rows, self.row_weights = row_choice.stratified(video.vision, count, seed)
         """(R,) int64 sampled video tokens and (R,) how many tokens each stands for, on the CPU."""
         self.updates = 0
         """Maps pooled so far."""
@@ -263,43 +263,6 @@ class MotionStatistics:
 
 
 _SUMS = ("diagonal", "rows", "vision_mass")
-
-
-def _text_rows(text_rows: Sequence[int] | Tensor | None, video: VideoTokens) -> Tensor:
-    text = video.text_slice
-    if text_rows is None:
-        return torch.arange(text.start, text.stop)
-    rows = torch.as_tensor(text_rows, device="cpu")
-    if not rows.numel():
-        return torch.zeros(0, dtype=torch.int64)
-    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise TypeError(f"text_rows must be a sequence of integers, got {text_rows!r}")
-    if int(rows.min()) < text.start or int(rows.max()) >= text.stop:
-        raise ValueError(
-            f"text_rows must be positions of text tokens, {text.start} to {text.stop - 1}, "
-            f"got {rows.tolist()}"
-        )
-    return rows.to(torch.int64)
-
-
-def _sampled_count(sampled_rows: int | str, video: VideoTokens) -> int:
-    if isinstance(sampled_rows, str):
-        checks.choice("sampled_rows", sampled_rows, ("all",))
-        return video.vision
-    if isinstance(sampled_rows, bool) or not isinstance(sampled_rows, int):
-        raise TypeError(f"sampled_rows must be an int or 'all', got {type(sampled_rows).__name__}")
-    if sampled_rows < 1:
-        raise ValueError(f"sampled_rows must be at least 1, got {sampled_rows}")
-    return min(sampled_rows, video.vision)
-
-
-def _stratified(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """One index from each of ``count`` equal stretches of range(total), and the stretches' lengths."""
-    edges = torch.arange(count + 1) * total // count
-    sizes = edges.diff()
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.rand(count, generator=generator, dtype=torch.float64)
-    return edges[:-1] + (place * sizes).long().clamp(max=sizes - 1), sizes
 
 
 def _reference_update(
