@@ -224,9 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(made.keys)} samples have their prior in {prior.prior_dir}")
     if made.roundtrip:
         print(f"inversion error of the first clip: {made.roundtrip}")
-    if skips:
+    if skips.total:
         print(skips.summary())
-    return 1 if skips else 0
+    return 1 if skips.total else 0
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ class PriorStore:
         }
         about["settings"] = asdict(prior.settings)
         text = json.dumps(about, sort_keys=True)
-        metadata = {"prior": text, "format": str(FORMAT), "digest": _digest(attention, text)}
+        # One entry only: safetensors writes several in an order that changes from process to process.
+        metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
         temporary = target.with_name(f".{key}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(save({"attention": attention}, metadata))
@@ -106,9 +107,10 @@ class PriorStore:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, attention = file.metadata() or {}, file.get_tensor("attention")
-            if metadata.get("digest") != _digest(attention, metadata["prior"]):
+            digest, _, text = metadata["motion_prior"].partition(" ")
+            if digest != _digest(attention, text):
                 raise DamagedPrior(f"{path}: content does not match its digest")
-            about: dict[str, Any] = json.loads(metadata["prior"])
+            about: dict[str, Any] = json.loads(text)
             settings = PriorSettings(**about.pop("settings"))
             spans = {name: [tuple(s) for s in about.pop(name)] for name in ("spans", "all_spans")}
             return MotionPrior(

@@ -183,7 +183,7 @@ def run(
         report.content["training"] = {"metrics": result.metrics, "log": trainer.state.log_history}
         report.content["skipped"] = skips.to_json()
         report.write("finished")
-        if skips:
+        if skips.total:
             print(skips.summary())
         print(f"checkpoint and {report.path.name} in {report.folder}")
     return report

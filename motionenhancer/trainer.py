@@ -13,7 +13,8 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .aligner import align
 from .vlm.capture import capture_attention
@@ -199,9 +200,19 @@ class MotionTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
             save_file(self.aligner.state_dict(), folder / _ALIGNER_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        file = Path(resume_from_checkpoint) / _ALIGNER_FILE
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder, target = Path(resume_from_checkpoint), self.model if model is None else model
+        whole = isinstance(target, PreTrainedModel) and any(
+            (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        )
+        if whole and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # save_pretrained writes the hub's names of weights, which the Trainer's own loader does not know:
+            # it would warn and go on from the weights it started with.
+            saved = type(target).from_pretrained(folder, dtype=target.dtype, local_files_only=True)
+            target.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = folder / _ALIGNER_FILE
         if self.aligner is not None and file.is_file():
             self.aligner.load_state_dict(load_file(file))
 

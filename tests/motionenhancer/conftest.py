@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from motionenhancer.toy.models import save_student, save_teacher
+from motionenhancer.toy.world import write_world
+from tiny_world import World
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,10 @@ def clip() -> np.ndarray:
     for i, frame in enumerate(frames):
         frame[20:36, 2 * i : 2 * i + 16] = (220, 60, 40)
     return frames
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path) -> World:
+    """Eight toy clips with their conversations, and the tiny models' folders."""
+    folder = write_world(tmp_path_factory.mktemp("world"), clips=8, test_clips=1, progress=False)
+    return World(folder.train, folder.videos, teacher_dir, student_dir)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
+from motionenhancer.prior import PriorSettings
+
+
+def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments]:
+    return parse_arguments((DataArguments, PriorArguments), argv, prog="test", **options)
+
+
+def test_defaults_make_the_papers_settings() -> None:
+    data, prior = parse()
+    assert data.data is None
+    assert prior.settings() == PriorSettings()
+
+
+def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
+    recipe, config = tmp_path / "recipe.yaml", tmp_path / "config.yaml"
+    recipe.write_text("ddim_steps: 2\nguidance_scale: 3\nhead_ratio: 0.25\n")
+    config.write_text("guidance_scale: 4\nhead_ratio: 0.75\n")
+    _, prior = parse("--config", str(config), "--head_ratio", "1.0", recipe=lambda chosen: recipe)
+    assert (prior.ddim_steps, prior.guidance_scale, prior.head_ratio) == (2, 4, 1.0)
+
+
+def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("teacher: here\n")
+    seen = []
+    parse("--config", str(config), recipe=lambda chosen: seen.append(chosen.teacher))
+    assert seen == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("guidence_scale: 3\n", "unknown field 'guidence_scale' (did you mean 'guidance_scale'?)"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("a: [\n", "not valid yaml"),
+    ],
+)
+def test_a_bad_file_is_named(
+    tmp_path: Path, body: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(body)
+    with pytest.raises(SystemExit):
+        parse("--config", str(config))
+    message = capsys.readouterr().err
+    assert said in message
+    assert str(config) in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["--nonsense", "1"], "--nonsense"),
+        (["--prompt_source", "title"], "title"),
+        (["--ddim_steps", "two"], "two"),
+    ],
+)
+def test_bad_flags(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", ["none", "-3", "0", "1.5"])
+def test_rows_that_are_no_count(rows: str) -> None:
+    with pytest.raises(ValueError, match="sampled_rows"):
+        parse("--sampled_rows", rows)[1].settings()
+
+
+def test_all_rows() -> None:
+    assert parse("--sampled_rows", "all")[1].settings().sampled_rows == "all"

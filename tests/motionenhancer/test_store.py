@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from motionenhancer import store as cli
+from motionenhancer.prior import MotionPrior, PriorSettings
+from motionenhancer.store import DamagedPrior, PriorStore, prior_key
+
+KEY = "ab" + "0" * 62
+
+
+def make_prior(seed: int = 0) -> MotionPrior:
+    generator = torch.Generator().manual_seed(seed)
+    return MotionPrior(
+        attention=(torch.rand(2, 24, generator=generator) / 24).half(),
+        tokens=["▁red", "▁moves"],
+        spans=[(4, 7), (15, 20)],
+        prompt="the red square moves — naïve ✓",
+        grid=(2, 3, 4),
+        heads=[0, 3],
+        head_scores={"dfc": [0.1, 0.2], "tcs": [1.0, 2.0], "dsr": [0.5, 0.25], "composite": [0.1, -0.1]},
+        all_tokens=["▁the", "▁red", "▁square", "▁moves"],
+        all_spans=[(0, 3), (4, 7), (8, 14), (15, 20)],
+        token_scores=[0.1, 0.3, 0.1, 1 / 3],
+        kept=[1, 3],
+        teacher="t" * 32,
+        settings=PriorSettings(steps=2, sampled_rows="all"),
+        frames_given=17,
+        frames_used=17,
+        truncated=1,
+        evaluations=10,
+        seconds={"encode": 0.5},
+    )
+
+
+def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    store, prior = PriorStore(tmp_path), make_prior()
+    assert KEY not in store
+    store.write(KEY, prior)
+    assert KEY in store
+    assert list(store.keys()) == [KEY]
+    back = store.read(KEY)
+    assert torch.equal(back.attention, prior.attention)
+    for field in dataclasses.fields(MotionPrior):
+        if field.name not in ("attention", "seconds"):
+            assert getattr(back, field.name) == getattr(prior, field.name), field.name
+
+
+def test_writing_is_deterministic_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    store, prior = PriorStore(tmp_path), make_prior()
+    first = store.write(KEY, prior).read_bytes()
+    slower = dataclasses.replace(prior, seconds={"encode": 9.0})
+    assert store.write(KEY, slower).read_bytes() == first
+    assert [p.name for p in (tmp_path / "ab").iterdir()] == [f"{KEY}.safetensors"]
+
+
+def test_the_key_follows_everything_that_changes_a_prior() -> None:
+    base = ("v" * 64, "text", "t" * 32, PriorSettings())
+    keys = {prior_key(*base)}
+    keys.add(prior_key("w" * 64, *base[1:]))
+    keys.add(prior_key(base[0], "Text", *base[2:]))
+    keys.add(prior_key(*base[:2], "u" * 32, base[3]))
+    changed = {"steps": 10, "guidance_scale": 5.0, "start": "random", "memory": False, "head_ratio": 0.25}
+    changed |= {"token_ratio": 0.75, "sampled_rows": "all", "seed": 1}
+    assert set(changed) == {f.name for f in dataclasses.fields(PriorSettings)}
+    keys |= {prior_key(*base[:3], PriorSettings(**{name: value})) for name, value in changed.items()}
+    assert len(keys) == 4 + len(changed)
+    assert prior_key(*base) == prior_key(*base)
+    assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_file_is_noticed(tmp_path: Path, harm: str) -> None:
+    store = PriorStore(tmp_path)
+    path = store.write(KEY, make_prior())
+    body = path.read_bytes()
+    damaged = {
+        "truncate": body[:-7],
+        "flip": body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
+        "empty": b"",
+        "text": body.replace(b"square moves", b"square stays", 1),
+    }[harm]
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedPrior, match=KEY):
+        store.read(KEY)
+    aside = store.set_aside(KEY)
+    assert KEY not in store
+    assert aside.read_bytes() == damaged
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
+    store = PriorStore(tmp_path)
+    path, prior = store.write(KEY, make_prior()), make_prior()
+    body = path.read_bytes()
+    for position in range(0, len(body), 13):
+        path.write_bytes(body[:position] + bytes([body[position] ^ 0x20]) + body[position + 1 :])
+        try:
+            back = store.read(KEY)
+        except DamagedPrior:
+            continue
+        assert torch.equal(back.attention, prior.attention)
+        assert back.prompt == prior.prompt
+        assert back.heads == prior.heads
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match=KEY):
+        PriorStore(tmp_path).read(KEY)
+
+
+def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, other = PriorStore(tmp_path), "cd" + "1" * 62
+    store.write(KEY, make_prior())
+    path = store.write(other, make_prior(1))
+    assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "2 priors" in listed
+    assert "2×3×4" in listed
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 0
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
+    assert "1 good, 1 damaged" in capsys.readouterr().out
+    assert other not in store
+    (tmp_path / "ab" / ".left.123.tmp").write_bytes(b"half")
+    assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
+    assert "removed 2 files" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [f"{KEY}.safetensors"]
+    assert cli.main(["list", "--prior_dir", str(tmp_path / "missing")]) == 2
+    assert "missing" in capsys.readouterr().err

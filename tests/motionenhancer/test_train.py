@@ -1,0 +1,452 @@
+"""The training command on tiny real models: what it writes, what it refuses, what it equals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from motionenhancer import extract, train
+from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.dataset import MotionCollator, MotionDataset
+from motionenhancer.store import PriorStore
+from motionenhancer.train import TrainArguments
+from motionenhancer.trainer import MotionTrainer
+from motionenhancer.vlm import load_student
+from safetensors.torch import load_file
+from tiny_world import World
+from transformers import Trainer, TrainerCallback
+
+FAST = {
+    "ddim_steps": 1,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "video_fps": 4,
+    "save_strategy": "no",
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def flags(world: World, out: Path, **options: object) -> list[str]:
+    return world.flags(output_dir=out, **{**FAST, "prior_dir": out.parent / "priors", **options})
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "motion_report.json").read_text())
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert train.main(flags(world, out, measure_roundtrip=True)) == 0
+    return out
+
+
+# ---- what a run leaves behind ----
+
+
+def test_the_checkpoint_loads_without_this_package(trained: Path, world: World) -> None:
+    """A fresh interpreter with transformers alone loads, runs and finds nothing of ours."""
+    script = f"""
+import sys
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, info = AutoModelForImageTextToText.from_pretrained({str(trained)!r}, output_loading_info=True)
+processor = AutoProcessor.from_pretrained({str(trained)!r})
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+ids = processor.tokenizer("The red square", return_tensors="pt").input_ids
+assert torch.isfinite(model(input_ids=ids).logits).all()
+assert not any(name.startswith(("motionenhancer", "mekernels")) for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert set(weights_of(trained)) == set(weights_of(world.student))
+    assert json.loads((trained / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+def test_training_moved_the_weights(trained: Path, world: World) -> None:
+    before, after = weights_of(world.student), weights_of(trained)
+    assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) // 2
+
+
+def test_the_report_says_what_was_read(trained: Path) -> None:
+    report = report_of(trained)
+    assert report["status"] == "finished"
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] or report["versions"]["torch"]
+    assert len(report["samples"]) == 8
+    for sample in report["samples"]:
+        assert len(sample["heads"]) == 2
+        assert {len(v) for v in sample["head_scores"].values()} == {4}
+        assert sample["kept_tokens"]
+        assert sample["dropped_tokens"]
+        assert all(token["text"] in sample["prompt"] for token in sample["kept_tokens"])
+        assert sample["seconds"]["reconstruct"] > 0
+    assert 0 < report["teacher"]["roundtrip"]["whole_schedule"] < 10
+    assert report["alignment"]["aligned_samples"] == 4
+    assert report["alignment"]["mapped_words"] == report["alignment"]["words"] > 0
+    logged = [entry for entry in report["training"]["log"] if "loss_align" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(entry["loss_ar"] + entry["loss_align"], rel=1e-3)
+
+
+def test_the_toy_default_says_that_its_teacher_is_untrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No student, teacher or data named: the toy world is made and its recipe used; numbers are cut down."""
+    monkeypatch.chdir(tmp_path)
+    cut = ["--limit", "4", "--max_steps", "1", "--ddim_steps", "1", "--per_device_train_batch_size", "2"]
+    assert train.main(cut) == 0
+    out = capsys.readouterr().out
+    assert "untrained" in out
+    assert "checkpoint and motion_report.json in runs/train" in out
+    report = report_of(tmp_path / "runs" / "train")
+    assert report["teacher"]["trained"] is False
+    assert report["identity"]["learning_rate"] == 0.002
+    assert len(list((tmp_path / "runs" / "toy" / "videos").glob("*.mp4"))) > 96
+
+
+# ---- what a run equals ----
+
+
+class Weights(TrainerCallback):
+    """Keeps the model's weights after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.steps.append({k: v.detach().clone() for k, v in model.state_dict().items()})
+
+
+def parts(world: World, tmp_path: Path, *, priors: bool = True):
+    model, processor, family = load_student(world.student)
+    samples = list(read_samples(world.data, world.videos, SkipLog()))
+    store, keys = PriorStore(tmp_path / "priors"), {}
+    if priors:
+        settings = extract.PriorSettings(steps=1)
+        skips = SkipLog()
+        requests = extract.plan_priors(samples, extract.teacher_id(world.teacher), settings, "both", skips)
+        made = extract.make_priors(
+            requests, store, settings, lambda: extract.load_teacher(world.teacher, "cpu"), skips
+        )
+        keys = made.keys
+        assert len(keys) == len(samples)
+    dataset = MotionDataset(samples, family, processor, keys=keys, store=store, fps=4)
+    return model, dataset, MotionCollator(family, processor)
+
+
+def arguments(tmp_path: Path, **options: object) -> TrainArguments:
+    settings = {k: v for k, v in FAST.items() if k not in ("ddim_steps", "video_fps")}
+    return TrainArguments(output_dir=str(tmp_path / "out"), **{**settings, **options})
+
+
+def test_weight_zero_is_the_plain_trainer_bit_for_bit(world: World, tmp_path: Path) -> None:
+    model, dataset, collator = parts(world, tmp_path)
+
+    def plain_collator(items):
+        batch = collator(items)
+        return {k: v for k, v in batch.items() if k not in ("alignment", "ids", "skipped")}
+
+    plain, ours, measured = Weights(), Weights(), Weights()
+    settings = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    Trainer(
+        model=model, args=settings, train_dataset=dataset, data_collator=plain_collator, callbacks=[plain]
+    ).train()
+    for kept, measure in ((ours, False), (measured, True)):
+        again, _, _ = load_student(world.student)
+        MotionTrainer(
+            model=again,
+            args=settings,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[kept],
+            alignment_weight=0.0,
+            measure_alignment=measure,
+        ).train()
+    for step, (a, b, c) in enumerate(zip(plain.steps, ours.steps, measured.steps, strict=True)):
+        for name in a:
+            assert torch.equal(a[name], b[name]), (step, name)
+            assert torch.equal(a[name], c[name]), (step, name)
+
+
+def test_weight_one_lowers_the_alignment_loss(world: World, tmp_path: Path) -> None:
+    finals = {}
+    for weight in (0.0, 1.0):
+        model, dataset, collator = parts(world, tmp_path)
+        trainer = MotionTrainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=16, per_device_train_batch_size=4),
+            train_dataset=dataset,
+            data_collator=collator,
+            alignment_weight=weight,
+            measure_alignment=True,
+        )
+        trainer.train()
+        finals[weight] = [e["loss_align"] for e in trainer.state.log_history if "loss_align" in e]
+    assert finals[0.0][0] == finals[1.0][0], "both start from the same weights and batch"
+    # Same batches in the same order, so that every step can be compared with its counterpart.
+    assert all(pulled < free for free, pulled in zip(finals[0.0][6:], finals[1.0][6:], strict=True))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["trainer divides", "model divides"])
+def test_accumulation_gives_the_large_batch(
+    world: World, tmp_path: Path, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unequal numbers of aligned samples in the micro-batches included: two samples have no prior."""
+    kept = {}
+    for accumulation in (1, 4):
+        model, dataset, collator = parts(world, tmp_path)
+        for sample in dataset.samples[:2]:
+            dataset.keys.pop(sample.id)
+        weights = Weights()
+        trainer = MotionTrainer(
+            model=model,
+            args=arguments(
+                tmp_path,
+                max_steps=2,
+                per_device_train_batch_size=8 // accumulation,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+            ),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[weights],
+            # Only the alignment is compared: per-token means of unequal batches differ in the plain Trainer too.
+            alignment_weight=1e4,
+        )
+        trainer.model_accepts_loss_kwargs = scaled
+        trainer.train()
+        kept[accumulation] = (
+            [e["loss_align"] for e in trainer.state.log_history if "loss_align" in e],
+            weights.steps,
+        )
+    assert kept[4][0] == pytest.approx(kept[1][0], rel=1e-5)
+
+
+def test_checkpointing_changes_nothing(world: World, tmp_path: Path) -> None:
+    kept = []
+    for checkpointing in (False, True):
+        model, dataset, collator = parts(world, tmp_path)
+        weights = Weights()
+        MotionTrainer(
+            model=model,
+            args=arguments(tmp_path, gradient_checkpointing=checkpointing),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[weights],
+        ).train()
+        kept.append(weights.steps[-1])
+    for name in kept[0]:
+        torch.testing.assert_close(kept[0][name], kept[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_aligner_is_trained_and_left_out_of_the_checkpoint(world: World, tmp_path: Path) -> None:
+    from motionenhancer.aligner import build_aligner
+
+    model, dataset, collator = parts(world, tmp_path)
+    aligner = build_aligner("mlp", (5, 8, 8))
+    before = {k: v.clone() for k, v in aligner.state_dict().items()}
+    trainer = MotionTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2),
+        train_dataset=dataset,
+        data_collator=collator,
+        aligner=aligner,
+    )
+    trainer.train()
+    after = aligner.state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in aligner.parameters()), "gradients must not pile up over steps"
+    folder = tmp_path / "out" / "checkpoint-2"
+    assert set(load_file(folder / "model.safetensors")) == set(weights_of(world.student))
+
+    # Resumed at step 2, the run ends where the undisturbed one did, the aligner included.
+    fresh, dataset, collator = parts(world, tmp_path)
+    again = build_aligner("mlp", (5, 8, 8))
+    resumed = MotionTrainer(
+        model=fresh,
+        args=arguments(tmp_path, max_steps=4),
+        train_dataset=dataset,
+        data_collator=collator,
+        aligner=again,
+    )
+    resumed.train(resume_from_checkpoint=str(folder))
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, after[name], rtol=0, atol=0, msg=name)
+    for (name, a), (_, b) in zip(
+        trainer.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_reentrant"):
+        arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+# ---- bad input ----
+
+
+def test_nan_stops_the_run_and_names_the_samples(world: World, tmp_path: Path) -> None:
+    model, dataset, collator = parts(world, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    trainer = MotionTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=dataset, data_collator=collator
+    )
+    with pytest.raises(FloatingPointError, match=r"nan.*step 0.*train-0000"):
+        trainer.train()
+
+
+def test_another_runs_folder_is_refused(
+    trained: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / "model.safetensors").read_bytes()
+    assert train.main(flags(world, trained, alignment_weight=0.5)) == 2
+    assert "alignment_weight: 1.0 there, 0.5 now" in capsys.readouterr().err
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    assert train.main(flags(world, tmp_path / "out")) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert train.main(flags(world, tmp_path / "file" / "out")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"student": "missing"}, "missing"),
+        ({"teacher": "missing"}, "missing"),
+        ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"video_root": "missing"}, "missing"),
+        ({"ddim_steps": 3}, "steps=3"),
+        ({"prior_source": "store"}, "python -m motionenhancer.extract"),
+        ({"head_ratio": 0}, "head_ratio"),
+    ],
+)
+def test_one_clear_error(
+    world: World, tmp_path: Path, options: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    assert said in capsys.readouterr().err
+
+
+def rows(world: World) -> list[dict]:
+    return [json.loads(line) for line in world.data.read_text().splitlines()]
+
+
+def test_bad_samples_are_counted_and_the_rest_is_trained(world: World, tmp_path: Path) -> None:
+    good = rows(world)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for row in good:
+        (videos / row["video"]).write_bytes((world.videos / row["video"]).read_bytes())
+    body = (videos / good[0]["video"]).read_bytes()
+    (videos / "truncated.mp4").write_bytes(body[: len(body) // 2])
+    (videos / "garbage.mp4").write_bytes(bytes(range(256)) * 40)
+    (videos / "empty.mp4").write_bytes(b"")
+    one_frame(videos / "still.mp4")
+    bad = [
+        {**good[0], "id": name, "video": f"{name}.mp4"}
+        for name in ("truncated", "garbage", "empty", "still", "absent")
+    ]
+    untagged = json.loads(json.dumps(good[0]).replace("<video>", "").replace('"id": "', '"id": "untagged-'))
+    wordless = {**good[0], "id": "wordless", "conversations": [
+        {"from": "human", "value": "<video>\n ?"}, {"from": "gpt", "value": ""}
+    ]}  # fmt: skip
+    lines = [json.dumps(row) for row in [*good[:3], *bad, untagged, wordless]] + ["{not json"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    assert train.main(flags(world, out, data=data, video_root=videos)) == 0
+    skipped = report_of(out)["skipped"]
+    named = {entry["id"] for entry in skipped["entries"]}
+    assert {"truncated", "garbage", "empty", "still", "absent", "wordless"} <= named
+    assert any("untagged" in name for name in named)
+    assert any(entry["line"] == len(lines) for entry in skipped["entries"])
+    assert skipped["total"] == 8
+    assert {s["id"] for s in report_of(out)["samples"]} == {row["id"] for row in good[:3]}
+
+
+def one_frame(path: Path) -> None:
+    import numpy as np
+    from motionenhancer.toy.encode import encode_video
+
+    encode_video(path, np.full((1, 64, 64, 3), 90, np.uint8), fps=8)
+
+
+def test_a_clip_that_breaks_later_gives_way_to_the_next(world: World, tmp_path: Path) -> None:
+    _, dataset, collator = parts(world, tmp_path)
+    missing = dataset.samples[1].videos[0]
+    broken = tmp_path / "gone.mp4"
+    object.__setattr__(dataset.samples[1], "videos", (broken,))
+    items = [dataset[0], dataset[1]]
+    assert items[1].id == dataset.samples[2].id
+    batch = collator(items)
+    assert list(batch["skipped"]) == [dataset.samples[1].id]
+    assert "gone.mp4" in batch["skipped"][dataset.samples[1].id]
+    object.__setattr__(dataset.samples[1], "videos", (missing,))
+
+
+def test_a_prior_without_mappable_words_counts_and_costs_nothing(world: World, tmp_path: Path) -> None:
+    import dataclasses
+
+    model, dataset, collator = parts(world, tmp_path)
+    items = [dataset[i] for i in range(2)]
+    words = dataclasses.replace(items[0].words, rows=[], row_tokens=[], dropped=list(range(items[0].words.count)))
+    batch = collator([dataclasses.replace(items[0], words=words), items[1]])
+    assert batch["alignment"].count == 1
+    assert batch["alignment"].mapped == items[1].words.mapped
+    assert batch["alignment"].words == items[0].words.count + items[1].words.count
+    assert collator([dataclasses.replace(items[0], words=words)])["alignment"] is None
+
+
+def test_damaged_priors_are_made_anew(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert train.main(flags(world, out)) == 0
+    store = PriorStore(tmp_path / "priors")
+    keys = sorted(store.keys())
+    before = store.path(keys[0]).read_bytes()
+    store.path(keys[0]).write_bytes(before[:100])
+    assert train.main(flags(world, tmp_path / "again")) == 0
+    assert store.path(keys[0]).read_bytes() == before
+    assert report_of(tmp_path / "again")["skipped"]["notes"] == {"damaged priors made anew": 1}
+    assert [s["made_now"] for s in report_of(tmp_path / "again")["samples"]].count(True) == 1
+
+
+def test_extraction_alone_feeds_training_from_the_store(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    priors = tmp_path / "priors"
+    chosen = world.flags(student=None, prior_dir=priors, ddim_steps=1)
+    assert extract.main(chosen) == 0
+    assert "8 samples have their prior" in capsys.readouterr().out
+    assert train.main(flags(world, tmp_path / "out", prior_source="store")) == 0
+    assert not any(sample["made_now"] for sample in report_of(tmp_path / "out")["samples"])
+    assert extract.main([*chosen, "--ddim_steps", "3"]) == 2
+    assert "steps=3" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+"""Paths of a tiny world and the flags that name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class World:
+    data: Path
+    videos: Path
+    teacher: Path
+    student: Path
+
+    def flags(self, **options: object) -> list[str]:
+        """Command-line flags of this world; `options` are added, None leaves a flag out."""
+        chosen = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "data": self.data,
+            "video_root": self.videos,
+            **options,
+        }
+        return [str(part) for k, v in chosen.items() if v is not None for part in (f"--{k}", v)]
