@@ -150,6 +150,16 @@ def test_same_seed_same_bytes_other_seed_other_world(toy, tmp_path):
     assert not set(mine.values()) & set(theirs.values())
 
 
+def test_encoder_gives_the_same_bytes_every_time(tmp_path):
+    for index in (9, 22, 29):
+        frames = draw_clip(0, "train", index)[1].frames
+        seen = set()
+        for _ in range(40):
+            encode_video(tmp_path / "a.mp4", frames, fps=8)
+            seen.add((tmp_path / "a.mp4").read_bytes())
+        assert len(seen) == 1
+
+
 def test_train_and_test_differ():
     for seed in range(3):
         train = {draw_clip(seed, "train", i)[0] for i in range(30)}
