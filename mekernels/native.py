@@ -248,7 +248,7 @@ def row_l2_loss_forward(
     device = student.device
     teacher = _tensor("teacher", teacher, (batch, rows, columns), device, _HALVES)
     row_mask = _mask(row_mask, (batch, rows), device)
-    norms = torch.zeros(batch, rows, dtype=torch.float32, device=device)
+    norms = student.new_empty(batch, rows)
     if student.numel():
         run("row_l2", device, [student, teacher, _dtype(teacher), row_mask, batch * rows, columns, norms])
     return (norms * row_weights(row_mask, (batch, rows), device)).sum(), norms
@@ -335,7 +335,7 @@ def align_forward(
     device = student.device
     teacher = _tensor("teacher", teacher, (batch, rows, _volume(grids[1])), device, _HALVES)
     row_mask = _mask(row_mask, (batch, rows), device)
-    norms = torch.zeros(batch, rows, dtype=torch.float32, device=device)
+    norms = student.new_empty(batch, rows)
     row_gradient = torch.empty_like(student) if gradient else None
     if batch * rows:
         sizes = [batch * rows, *grids[0], *grids[1]]
