@@ -21,7 +21,9 @@ class DataArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use."},
+        metadata={
+            "help": "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use."
+        },
     )
     video_root: str | None = field(
         default=None, metadata={"help": "Folder that video paths are relative to. Default: the data file's."}
@@ -34,7 +36,8 @@ class PriorArguments:
     """Which teacher reads the clips, how, and where its priors are kept."""
 
     teacher: str | None = field(
-        default=None, metadata={"help": "Diffusers folder of a video diffusion model. Default: the toy teacher."}
+        default=None,
+        metadata={"help": "Diffusers folder of a video diffusion model. Default: the toy teacher."},
     )
     prior_dir: str = field(default="runs/priors", metadata={"help": "Folder of stored priors."})
     prompt_source: str = field(
@@ -44,12 +47,17 @@ class PriorArguments:
     ddim_steps: int = field(default=5, metadata={"help": "DDIM steps each way."})
     guidance_scale: float = field(default=6.0, metadata={"help": "Classifier-free guidance; 1 is off."})
     start: str = field(
-        default="inverted", metadata={"help": "Where reconstruction starts.", "choices": ["inverted", "random"]}
+        default="inverted",
+        metadata={"help": "Where reconstruction starts.", "choices": ["inverted", "random"]},
     )
-    memory: bool = field(default=True, metadata={"help": "Attend to the inverted clip's keys and values too."})
+    memory: bool = field(
+        default=True, metadata={"help": "Attend to the inverted clip's keys and values too."}
+    )
     head_ratio: float = field(default=0.5, metadata={"help": "Share of heads kept; 1 keeps all."})
     token_ratio: float = field(default=0.5, metadata={"help": "Share of words kept; 1 keeps all."})
-    sampled_rows: str = field(default="64", metadata={"help": 'Rows read for a head\'s square sum, or "all".'})
+    sampled_rows: str = field(
+        default="64", metadata={"help": 'Rows read for a head\'s square sum, or "all".'}
+    )
     prior_seed: int = field(default=0, metadata={"help": "Seed of a random start."})
     measure_roundtrip: bool = field(
         default=False,
@@ -78,7 +86,7 @@ class PriorArguments:
 
 
 def parse_arguments(
-    classes: Sequence[type],
+    classes: tuple[Any, ...],
     argv: Sequence[str] | None,
     *,
     prog: str,
@@ -93,9 +101,10 @@ def parse_arguments(
         recipe: from the flags and the config, a yaml file of defaults, or None.
 
     Raises:
-        SystemExit: a bad flag, a missing or malformed yaml file or an unknown field in it; the message names it.
+        SystemExit: a bad flag, a missing or malformed yaml file or an unknown field in it; the message
+            names it.
     """
-    parser = HfArgumentParser(list(classes), prog=prog, allow_abbrev=False)
+    parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="yaml file of these same options; flags override it")
     names = {f.name for cls in classes for f in fields(cls) if f.init}
     try:
@@ -124,7 +133,8 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if unknown:
         hints = [difflib.get_close_matches(key, names, n=1) for key in unknown]
         listed = ", ".join(
-            f"{k!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for k, h in zip(unknown, hints, strict=True)
+            f"{k!r}" + (f" (did you mean {h[0]!r}?)" if h else "")
+            for k, h in zip(unknown, hints, strict=True)
         )
         raise ValueError(f"--config {path}: unknown field {listed}")
     return values

@@ -1,4 +1,4 @@
-"""Samples as the Trainer wants them: decoded, rendered, tokenised, with the prior's words found among the tokens."""
+"""Samples as the Trainer wants them: decoded, tokenised, with the prior's words found among the tokens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample ready for collation: encoded, with its prior and the rows that stand for the prior's words."""
+    """One sample ready for collation: encoded, with its prior and the rows of the prior's words."""
 
     id: str
     encoded: Encoded
@@ -106,7 +106,9 @@ class MotionDataset(Dataset[Item]):
                 return self._load(sample, skipped)
             except (ValueError, OSError) as error:
                 skipped[sample.id] = str(error)
-        raise ValueError(f"none of the {len(self.samples)} samples can be read; the first: {next(iter(skipped.items()))}")
+        raise ValueError(
+            f"none of the {len(self.samples)} samples can be read; the first: {next(iter(skipped.items()))}"
+        )
 
     def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
         videos = [read_frames(path, fps=self.fps, max_frames=self.max_frames) for path in sample.videos]
@@ -159,7 +161,12 @@ def align_batch(items: Sequence[Item], layouts: Sequence[TokenLayout]) -> Alignm
     """
     rows, tokens, columns, grids, priors = [], [], [], [], []
     for item, layout in zip(items, layouts, strict=True):
-        usable = item.prior is not None and item.words is not None and bool(item.words.rows) and bool(layout.videos)
+        usable = (
+            item.prior is not None
+            and item.words is not None
+            and bool(item.words.rows)
+            and bool(layout.videos)
+        )
         found = item.words.rows if usable and item.words is not None else []
         rows.append(torch.tensor([row + layout.start for row in found], dtype=torch.int64))
         tokens.append(torch.tensor(item.words.row_tokens if usable and item.words else [], dtype=torch.int64))

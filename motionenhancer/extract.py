@@ -25,7 +25,6 @@ from .store import DamagedPrior, PriorStore, prior_key
 from .toy.world import ToyFolder, build_toy
 from .vdm import Teacher, load_teacher, roundtrip_error, teacher_id
 
-
 DEFAULT_TOY = "runs/toy"
 
 
@@ -59,7 +58,12 @@ def plan_priors(
     requests = []
     for sample in samples:
         if len(sample.videos) != 1:
-            skips.add("no prior: alignment needs one video", id=sample.id, line=sample.line, detail=f"has {len(sample.videos)}")
+            skips.add(
+                "no prior: alignment needs one video",
+                id=sample.id,
+                line=sample.line,
+                detail=f"has {len(sample.videos)}",
+            )
             continue
         video = sample.videos[0]
         try:
@@ -99,7 +103,7 @@ def make_priors(
     *,
     measure_roundtrip: bool = False,
 ) -> MadePriors:
-    """Make and store every requested prior that the store does not hold; what it holds is checked by reading it.
+    """Make and store every requested prior that the store does not hold; what it holds is checked.
 
     Args:
         requests: from `plan_priors`; under several processes, this process's share.
@@ -144,7 +148,7 @@ def make_priors(
 
 
 def _roundtrip(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """Relative errors of invert-then-rebuild: the whole schedule, and its lower 60 % where SNR is not zero."""
+    """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
     latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
     whole = teacher.schedule(steps)
     errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
@@ -165,7 +169,9 @@ def _stored(store: PriorStore, request: PriorRequest, skips: SkipLog) -> MotionP
         return store.read(request.key)
     except DamagedPrior as error:
         aside = store.set_aside(request.key)
-        tqdm.write(f"damaged prior of sample {request.sample.id}: {error}; set aside as {aside.name}, making it anew")
+        tqdm.write(
+            f"damaged prior of sample {request.sample.id}: {error}; set aside as {aside.name}, making it anew"
+        )
         skips.note("damaged priors made anew")
         return None
 

@@ -1,6 +1,7 @@
 """What a motion prior is, and how a teacher makes one.
 
-Source: MotionEnhancer (arXiv 2606.06853), sections on motion-sensitive head selection and motion-salient tokens.
+Source: MotionEnhancer (arXiv 2606.06853), sections on motion-sensitive head selection and motion-salient
+    tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from mekernels import (
     MotionStatistics,
     VideoTokens,
@@ -72,8 +74,8 @@ class MotionPrior:
     """Where and when the teacher places each motion-salient word of a text in a video.
 
     Attributes:
-        attention: (T', S) float16 on the CPU, A_VDM: one row a kept token, over the S = F·H·W vision tokens in
-            raster order t, h, w. Rows are attention mass and do not sum to one.
+        attention: (T', S) float16 on the CPU, A_VDM: one row a kept token, over the S = F·H·W vision
+            tokens in raster order t, h, w. Rows are attention mass and do not sum to one.
         tokens: T' token strings, as the teacher's tokenizer spells them.
         spans: T' character ranges in `prompt`.
         prompt: the text given to the teacher.
@@ -163,15 +165,16 @@ def extract_prior(
 ) -> MotionPrior:
     """Read the motion prior of one clip and text from a frozen teacher.
 
-    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, reconstructed under the text, and the
-    attention of the conditional generated stream pooled over all layers and steps; half of the heads and half of the
-    tokens are kept by the paper's parameter-free scores.
+    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, reconstructed under the text,
+    and the attention of the conditional generated stream pooled over all layers and steps; half of the
+    heads and half of the tokens are kept by the paper's parameter-free scores.
 
     Args:
         teacher: from `load_teacher`.
         frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
         text: what happens in the clip; its tokens are the rows of the prior.
-        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed: see `PriorSettings`.
+        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed: see
+            `PriorSettings`.
 
     Returns:
         A `MotionPrior`.
@@ -206,7 +209,7 @@ def extract_prior(
         layout,
         teacher.heads,
         text_rows=_text_positions(layout, len(prompt.tokens)),
-        sampled_rows=settings.sampled_rows,  # type: ignore[arg-type]
+        sampled_rows=settings.sampled_rows,
         device=teacher.device,
     )
     with _timed(seconds, "invert", teacher):

@@ -49,7 +49,8 @@ class RunReport:
             held = sorted(p.name for p in self.folder.iterdir())
             if held:
                 raise ValueError(
-                    f"--output_dir {self.folder}: holds {', '.join(held[:3])} but no {REPORT}; give an empty folder"
+                    f"--output_dir {self.folder}: holds {', '.join(held[:3])} but no {REPORT}; "
+                    "give an empty folder"
                 )
             return
         try:
@@ -60,7 +61,9 @@ class RunReport:
         changed = sorted(k for k in {*before, *mine} if before.get(k) != mine.get(k))
         if changed:
             listed = ", ".join(f"{k}: {before.get(k)!r} there, {mine.get(k)!r} now" for k in changed)
-            raise ValueError(f"--output_dir {self.folder}: already holds a different run ({listed}); give another folder")
+            raise ValueError(
+                f"--output_dir {self.folder}: already holds a different run ({listed}); give another folder"
+            )
 
     def write(self, status: str) -> None:
         """Write the report whole, by rename."""
@@ -72,7 +75,16 @@ class RunReport:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
-    names = ("motionenhancer", "torch", "triton", "transformers", "diffusers", "accelerate", "tokenizers", "av")
+    names = (
+        "motionenhancer",
+        "torch",
+        "triton",
+        "transformers",
+        "diffusers",
+        "accelerate",
+        "tokenizers",
+        "av",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

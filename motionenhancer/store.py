@@ -30,7 +30,7 @@ class DamagedPrior(ValueError):
 
 
 def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSettings) -> str:
-    """The name of a prior: 64 hexadecimal digits over the clip's content, the text, the teacher and every setting."""
+    """The name of a prior: 64 hexadecimal digits over clip, text, teacher and every setting."""
     parts = {
         "format": FORMAT,
         "video": video_digest,
@@ -62,7 +62,7 @@ class PriorStore:
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
 
-    def keys(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         """All keys, in no particular order."""
         for shard in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
             for entry in os.scandir(shard):
@@ -112,14 +112,10 @@ class PriorStore:
                 raise DamagedPrior(f"{path}: content does not match its digest")
             about: dict[str, Any] = json.loads(text)
             settings = PriorSettings(**about.pop("settings"))
-            spans = {name: [tuple(s) for s in about.pop(name)] for name in ("spans", "all_spans")}
-            return MotionPrior(
-                attention=attention,
-                settings=settings,
-                grid=tuple(about.pop("grid")),
-                **spans,
-                **about,
-            )
+            about["grid"] = tuple(about["grid"])
+            for name in ("spans", "all_spans"):
+                about[name] = [tuple(span) for span in about[name]]
+            return MotionPrior(attention=attention, settings=settings, **about)
         except DamagedPrior:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -140,12 +136,14 @@ def _digest(attention: torch.Tensor, text: str) -> str:
 
 def _list(store: PriorStore) -> int:
     total = count = 0
-    for key in store.keys():
+    for key in store:
         size = store.path(key).stat().st_size
         total, count = total + size, count + 1
         try:
             prior = store.read(key)
-            about = f"grid {'×'.join(map(str, prior.grid))}  {len(prior.tokens)} tokens  {prior.prompt[:60]!r}"
+            about = (
+                f"grid {'×'.join(map(str, prior.grid))}  {len(prior.tokens)} tokens  {prior.prompt[:60]!r}"
+            )
         except DamagedPrior:
             about = "DAMAGED"
         print(f"{key[:16]}  {size:>9,} B  {about}")
@@ -155,7 +153,7 @@ def _list(store: PriorStore) -> int:
 
 def _verify(store: PriorStore) -> int:
     good, bad = 0, []
-    for key in store.keys():
+    for key in store:
         try:
             store.read(key)
             good += 1

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,12 +41,14 @@ class StudentArguments:
 
     student: str | None = field(
         default=None,
-        metadata={"help": "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."},
+        metadata={
+            "help": "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."
+        },
     )
     prior_source: str = field(
         default="hybrid",
         metadata={
-            "help": "store: every prior must lie in --prior_dir; hybrid: missing ones are made first, and kept.",
+            "help": "store: every prior must be in --prior_dir; hybrid: missing ones are made first.",
             "choices": ["store", "hybrid"],
         },
     )
@@ -63,7 +66,9 @@ class StudentArguments:
     measure_alignment: bool = field(default=False, metadata={"help": "Log loss_align also when λ is 0."})
     video_fps: float = field(default=1.0, metadata={"help": "Frames a second the student sees."})
     max_frames: int = field(default=64, metadata={"help": "Most frames the student sees of one clip."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Most pixels of a frame, before patching."})
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Most pixels of a frame, before patching."}
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "The student's attention."})
 
 
@@ -83,7 +88,9 @@ class TrainArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples a device and step."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, none ..."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "tensorboard, wandb, none ..."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
 
     def __post_init__(self) -> None:
@@ -91,10 +98,12 @@ class TrainArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
         if self.gradient_checkpointing:
-            options = dict(self.gradient_checkpointing_kwargs or {})
+            given = self.gradient_checkpointing_kwargs or {}
+            options = json.loads(given) if isinstance(given, str) else dict(given)
             if options.setdefault("use_reentrant", False):
                 raise ValueError(
-                    "re-entrant gradient checkpointing drops the alignment's gradient: leave use_reentrant false"
+                    "re-entrant gradient checkpointing drops the alignment's gradient: "
+                    "leave use_reentrant false"
                 )
             self.gradient_checkpointing_kwargs = options
 
@@ -129,7 +138,8 @@ def run(
         student.student = str(toy.student)
     aligned = student.alignment_weight != 0 or student.measure_alignment
     report = RunReport(
-        Path(training.output_dir or "runs/train"), identity=_identity(student, data, prior, settings, training)
+        Path(training.output_dir or "runs/train"),
+        identity=_identity(student, data, prior, settings, training),
     )
     main_process = PartialState().is_main_process
     if main_process:
@@ -208,10 +218,14 @@ def _priors(
     if state.is_main_process:
         print(f"teacher {prior.teacher}: {len(requests) - missing} priors stored, {missing} to make")
         if untrained:
-            print("the toy teacher is untrained (random weights): its priors exercise the path and carry no meaning")
+            print(
+                "the toy teacher is untrained (random weights): its priors exercise the path "
+                "and carry no meaning"
+            )
     if student.prior_source == "store" and missing:
         raise ValueError(
-            f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; make them with "
+            f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
+            "make them with "
             f"python -m motionenhancer.extract --teacher {prior.teacher} ..., or use --prior_source hybrid"
         )
     made = make_priors(
@@ -236,7 +250,7 @@ def _priors(
     usable = [s for s in samples if s.id not in unusable]
     if not usable:
         raise ValueError(f"no sample is left to train on. {skips.summary()}")
-    return usable, keys, grids  # type: ignore[return-value]
+    return usable, keys, grids
 
 
 def _aligner(
@@ -246,7 +260,9 @@ def _aligner(
         return None
     if len(grids) > 1 and student.aligner == "mlp":
         listed = ", ".join("×".join(map(str, grid)) for grid in sorted(grids))
-        raise ValueError(f"--aligner mlp needs priors of one grid, found {listed}; use pointwise, conv or identity")
+        raise ValueError(
+            f"--aligner mlp needs priors of one grid, found {listed}; use pointwise, conv or identity"
+        )
     return build_aligner(student.aligner, sorted(grids)[0], seed=seed)
 
 
@@ -266,7 +282,11 @@ def _identity(
         "limit": data.limit,
         "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
-        **{k: v for k, v in asdict(student).items() if k not in ("student", "prior_source", "attn_implementation")},
+        **{
+            k: v
+            for k, v in asdict(student).items()
+            if k not in ("student", "prior_source", "attn_implementation")
+        },
         **{k: getattr(training, k) for k in recipe},
     }
 

@@ -25,15 +25,17 @@ _ALIGNER_FILE = "aligner.safetensors"
 class MotionTrainer(Trainer):
     """`transformers.Trainer` whose loss is the model's own plus λ times the alignment to a motion prior.
 
-    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the model
-    sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain Trainer's.
+    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the
+    model sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain
+    Trainer's.
 
     Args:
         *args, **kwargs: the Trainer's.
         alignment_weight: λ.
         alignment_loss: "l2", "mse" or "kl".
-        aligner: module applied to the student's maps, or None for the identity. It is trained along, kept outside
-            the model and thrown away at the end; checkpoints for resuming hold it in a file of its own.
+        aligner: module applied to the student's maps, or None for the identity. It is trained along, kept
+            outside the model and thrown away at the end; checkpoints for resuming hold it in a file of its
+            own.
         measure_alignment: log `loss_align` also when λ is 0.
 
     Raises:
@@ -68,7 +70,7 @@ class MotionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Also count the aligned samples of the whole accumulated batch, so that accumulation changes nothing."""
+        """Also count the aligned samples of all micro-batches, so that accumulation changes nothing."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
         aligned = torch.tensor(float(count), device=self.args.device)
@@ -120,7 +122,7 @@ class MotionTrainer(Trainer):
             self.counts["mapped_words"] += alignment.mapped
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
-        """Whether the Trainer will divide what compute_loss returns by the accumulation steps (family-dependent)."""
+        """Whether the Trainer will divide the returned loss by the accumulation steps; families differ."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = (
@@ -133,7 +135,9 @@ class MotionTrainer(Trainer):
         if not model.training or self._aligned_in_step is None:
             return 1.0
         accumulation = (
-            self.current_gradient_accumulation_steps if self._divided_by_accumulation(num_items_in_batch) else 1
+            self.current_gradient_accumulation_steps
+            if self._divided_by_accumulation(num_items_in_batch)
+            else 1
         )
         # Data-parallel engines average gradients over processes; the mean is over all their samples.
         return count * accumulation * self.args.world_size / self._aligned_in_step.clamp(min=1)
@@ -149,12 +153,15 @@ class MotionTrainer(Trainer):
         for name, value in (("the model's loss", loss), ("the alignment loss", aligned)):
             if value is not None and not torch.isfinite(value).all():
                 raise FloatingPointError(
-                    f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; samples {list(ids)}"
+                    f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; "
+                    f"samples {list(ids)}"
                 )
         if not model.training:
             return
         parts = (
-            self.current_gradient_accumulation_steps if self._divided_by_accumulation(num_items_in_batch) else 1
+            self.current_gradient_accumulation_steps
+            if self._divided_by_accumulation(num_items_in_batch)
+            else 1
         )
         terms = {"loss_ar": loss, "loss_align": aligned}
         for name, value in terms.items():
@@ -202,10 +209,9 @@ class MotionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, target = Path(resume_from_checkpoint), self.model if model is None else model
-        whole = isinstance(target, PreTrainedModel) and any(
-            (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        )
-        if whole and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        whole = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(target, PreTrainedModel) and whole and not sharded:
             # save_pretrained writes the hub's names of weights, which the Trainer's own loader does not know:
             # it would warn and go on from the weights it started with.
             saved = type(target).from_pretrained(folder, dtype=target.dtype, local_files_only=True)

@@ -64,7 +64,8 @@ def load_teacher(
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
-            f"teacher {path}: pipeline class {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            f"teacher {path}: pipeline class {name!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)

@@ -1,4 +1,4 @@
-"""What a teacher must be able to do. One file a model family implements it; the rest of the package knows no more."""
+"""What a teacher must be able to do; one file a model family implements it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
 from mekernels import VideoTokens
 
 from .schedule import Schedule
@@ -61,11 +62,19 @@ class Teacher(Protocol):
 
     id: str
     family: str
-    heads: int
-    layers: int
-    max_frames: int
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def max_frames(self) -> int:
+        """Most video frames it reads of one clip; longer clips are thinned to it."""
+        ...
 
     def encode_video(self, frames: np.ndarray) -> VideoLatents:
         """uint8 frames (n, h, w, 3) → latents; n and the size are brought to what the family accepts."""

@@ -1,4 +1,4 @@
-"""CogVideoX 2B, 5B and 1.5 as a teacher: diffusers' own classes, attention read through an attention processor."""
+"""CogVideoX 2B, 5B and 1.5 as a teacher: diffusers' classes, read through an attention processor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from diffusers.models.embeddings import apply_rotary_emb
+
 from mekernels import VideoTokens, flash_attention
 
 from .base import AttentionReader, TextEncoding, VideoLatents
@@ -40,9 +41,7 @@ class CogVideoXTeacher:
     family: str = "cogvideox"
 
     @classmethod
-    def from_pretrained(
-        cls, path: Path, *, device: torch.device, dtype: torch.dtype
-    ) -> CogVideoXTeacher:
+    def from_pretrained(cls, path: Path, *, device: torch.device, dtype: torch.dtype) -> CogVideoXTeacher:
         pipeline = CogVideoXPipeline.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -81,7 +80,7 @@ class CogVideoXTeacher:
 
     @property
     def max_frames(self) -> int:
-        """Video frames of the clips the model was trained on, as a count it takes; longer clips are thinned to it."""
+        """Video frames of the clips the model was trained on, as a count it takes."""
         return self.valid_frames(self.config.sample_frames)
 
     @torch.no_grad()
@@ -167,7 +166,7 @@ class CogVideoXTeacher:
 
 
 class ReadingProcessor:
-    """CogVideoX's joint text-and-vision attention, with cross-stream memory, handing Q, K and logsumexp to a reader."""
+    """CogVideoX's joint attention with cross-stream memory, handing Q, K and logsumexp to a reader."""
 
     def __init__(self, reader: AttentionReader | None, *, memory: bool, row: int) -> None:
         self.reader, self.memory, self.row = reader, memory, row
@@ -216,4 +215,5 @@ def _rotate(
 ) -> torch.Tensor:
     if rotary is None:
         return states
-    return torch.cat([states[:, :, :text], apply_rotary_emb(states[:, :, text:], rotary)], dim=2)
+    turned: Any = apply_rotary_emb(states[:, :, text:], rotary)  # type: ignore[arg-type]
+    return torch.cat([states[:, :, :text], turned], dim=2)

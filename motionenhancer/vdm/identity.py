@@ -11,7 +11,7 @@ _PIECE = 64 << 10
 
 
 def teacher_id(path: str | Path) -> str:
-    """Digest of a diffusers folder: every small file whole, every larger weight file by its head, tail and samples.
+    """Digest of a diffusers folder: small files whole, larger weight files by evenly spaced samples.
 
     A weight file over 64 MiB is read in 64 evenly spaced pieces of 64 KiB and its size, so that a 20 GB
     folder is named in well under a second; retrained weights differ everywhere and so in the pieces.

@@ -1,4 +1,4 @@
-"""DDIM inversion of a clip and its reconstruction with guidance and cross-stream memory, attention read on the way.
+"""DDIM inversion of a clip and its reconstruction with guidance and memory, attention read on the way.
 
 Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention and its supplement.
 """
@@ -34,8 +34,8 @@ def invert(
 ) -> list[torch.Tensor]:
     """Carry clean latents to noise in K deterministic steps, without guidance.
 
-    Step i goes from level i to level i + 1 and evaluates the model at the level it goes to, as diffusers' inverse
-    scheduler does.
+    Step i goes from level i to level i + 1 and evaluates the model at the level it goes to, as diffusers'
+    inverse scheduler does.
 
     Args:
         teacher: the model.
@@ -71,8 +71,8 @@ def reconstruct(
 
     The batch is (generated × [empty, prompt], reference × [empty, prompt]); the empty half is left out when
     `guidance_scale` is 1 and the reference half without `memory`. Each reference row carries the text of the
-    generated row it serves, is fed the inverted latent of the same noise level, attends to itself only, and its
-    prediction is discarded.
+    generated row it serves, is fed the inverted latent of the same noise level, attends to itself only,
+    and its prediction is discarded.
 
     Args:
         teacher: the model.
@@ -118,8 +118,8 @@ def roundtrip_error(
 ) -> float:
     """Relative L2 error of latents inverted and reconstructed with the same text, no guidance and no memory.
 
-    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last latent
-    is pure noise in the model's eyes, whatever the clip, so some error stays.
+    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last
+    latent is pure noise in the model's eyes, whatever the clip, so some error stays.
 
     Args:
         teacher: the model.
@@ -128,5 +128,7 @@ def roundtrip_error(
         embeds: (1, length, width) text hidden states used both ways.
     """
     trajectory = invert(teacher, latents, schedule, embeds)
-    back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False).latents
+    back = reconstruct(
+        teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False
+    ).latents
     return float((back - trajectory[0]).norm() / trajectory[0].norm().clamp(min=1e-12))

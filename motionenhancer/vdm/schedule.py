@@ -14,7 +14,8 @@ class Schedule:
 
     Attributes:
         timesteps: K training timesteps in ascending order.
-        alphas_cumprod: K + 1 values of ᾱ in float64; entry 0 is the clean end, entry i + 1 belongs to `timesteps[i]`.
+        alphas_cumprod: K + 1 values of ᾱ in float64; entry 0 is the clean end, entry i + 1 belongs to
+            `timesteps[i]`.
         prediction_type: "v_prediction" or "epsilon".
     """
 
@@ -34,9 +35,10 @@ class Schedule:
         return Schedule(kept, self.alphas_cumprod[: len(kept) + 1], self.prediction_type)
 
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        """Move latents from level `source` to level `target` (0 = clean, K = noisiest), given the model's output.
+        """Move latents from level `source` to level `target` (0 = clean, K = noisiest).
 
-        The same formula runs both ways: x₀ and ε from the output at the source level, recombined at the target
+        The same formula runs both ways: x₀ and ε from the output at the source level, recombined at the
+            target
         (Song et al., "Denoising Diffusion Implicit Models", eq. 12 with σ = 0).
         """
         a_source, a_target = self.alphas_cumprod[source], self.alphas_cumprod[target]
@@ -56,7 +58,8 @@ def make_schedule(scheduler: Any, steps: int) -> Schedule:
     diffusers' `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
 
     Args:
-        scheduler: a forward scheduler with `alphas_cumprod`, `final_alpha_cumprod`, `set_timesteps` and a config.
+        scheduler: a forward scheduler with `alphas_cumprod`, `final_alpha_cumprod`, `set_timesteps` and a
+            config.
         steps: number of levels K; must divide the number of training timesteps.
 
     Raises:
@@ -67,7 +70,8 @@ def make_schedule(scheduler: Any, steps: int) -> Schedule:
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 1 or steps > total or total % steps:
         raise ValueError(
-            f"steps={steps} must divide the {total} training timesteps of the teacher's schedule (for example 1, 2, 5, 10)"
+            f"steps={steps} must divide the {total} training timesteps of the teacher's schedule "
+            "(for example 1, 2, 5, 10)"
         )
     kind = scheduler.config.prediction_type
     if kind not in ("v_prediction", "epsilon"):

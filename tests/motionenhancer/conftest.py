@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_world import World
+
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.world import write_world
-from tiny_world import World
 
 
 @pytest.fixture(scope="session")

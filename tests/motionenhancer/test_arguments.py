@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
 from motionenhancer.prior import PriorSettings
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from motionenhancer.prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from motionenhancer.vdm import invert, load_teacher, reconstruct
 
@@ -62,7 +63,9 @@ def half_up(ratio: float, count: int) -> int:
     return max(1, int(np.floor(ratio * count + 0.5)))
 
 
-def independent_prior(maps: np.ndarray, grid: tuple[int, int, int], pad: int, tokens: int, ratio: float = 0.5):
+def independent_prior(
+    maps: np.ndarray, grid: tuple[int, int, int], pad: int, tokens: int, ratio: float = 0.5
+):
     frames, positions = grid[0], grid[1] * grid[2]
     vision = maps[:, pad:, pad:].reshape(len(maps), frames, positions, frames, positions)
     metrics = {"dfc": [], "tcs": [], "dsr": []}
@@ -93,7 +96,9 @@ def independent_prior(maps: np.ndarray, grid: tuple[int, int, int], pad: int, to
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"guidance_scale": 1.0}, {"memory": False}, {"start": "random"}], ids=["full", "plain", "alone", "random"]
+    "options",
+    [{}, {"guidance_scale": 1.0}, {"memory": False}, {"start": "random"}],
+    ids=["full", "plain", "alone", "random"],
 )
 def test_agrees_with_whole_maps(teacher, clip: np.ndarray, options: dict[str, object]) -> None:
     prior = extract_prior(teacher, clip, TEXT, steps=2, sampled_rows="all", **options)

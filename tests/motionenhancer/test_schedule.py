@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
+
 from motionenhancer.vdm.schedule import make_schedule
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from motionenhancer import store as cli
 from motionenhancer.prior import MotionPrior, PriorSettings
 from motionenhancer.store import DamagedPrior, PriorStore, prior_key
@@ -41,7 +42,7 @@ def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
     assert KEY not in store
     store.write(KEY, prior)
     assert KEY in store
-    assert list(store.keys()) == [KEY]
+    assert list(store) == [KEY]
     back = store.read(KEY)
     assert torch.equal(back.attention, prior.attention)
     for field in dataclasses.fields(MotionPrior):

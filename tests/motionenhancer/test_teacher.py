@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from mekernels import VideoTokens
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.vdm import invert, load_teacher, reconstruct, roundtrip_error, teacher_id
@@ -17,7 +18,7 @@ def teacher(teacher_dir: Path):
 
 
 class Maps:
-    """A reader that materialises every map: (evaluation, heads, queries, own keys), reference mass folded in."""
+    """A reader that materialises every map (heads, queries, own keys), reference mass folded in."""
 
     def __init__(self) -> None:
         self.maps: list[torch.Tensor] = []
@@ -149,7 +150,9 @@ def test_reconstruction_by_hand(teacher, clip: np.ndarray) -> None:
         for embeds, read in ((empty, None), (text, maps)):
             with teacher.reading(read, memory=True, row=0):
                 pair = torch.cat([x, trajectory[level]])
-                outputs.append(teacher.predict(pair, torch.cat([embeds] * 2), schedule.timesteps[level - 1])[:1])
+                outputs.append(
+                    teacher.predict(pair, torch.cat([embeds] * 2), schedule.timesteps[level - 1])[:1]
+                )
         x = schedule.step(x, outputs[0] + 6.0 * (outputs[1] - outputs[0]), level, level - 1)
     torch.testing.assert_close(result.latents, x, rtol=1e-3, atol=1e-4)
     assert result.evaluations == 8
@@ -199,8 +202,18 @@ def test_round_trip_error_at_the_zero_snr_end_is_finite(teacher, clip: np.ndarra
 
 @pytest.mark.parametrize(
     ("given", "stride", "offset", "expected"),
-    [(1, 4, 1, 1), (2, 4, 1, 1), (3, 4, 1, 5), (48, 4, 1, 49), (50, 4, 1, 49), (51, 4, 1, 53), (1, 8, 5, 5)]
-    + [(81, 8, 5, 85), (80, 8, 5, 77), (85, 8, 5, 85)],
+    [
+        (1, 4, 1, 1),
+        (2, 4, 1, 1),
+        (3, 4, 1, 5),
+        (48, 4, 1, 49),
+        (50, 4, 1, 49),
+        (51, 4, 1, 53),
+        (1, 8, 5, 5),
+        (80, 8, 5, 77),
+        (81, 8, 5, 85),
+        (85, 8, 5, 85),
+    ],
 )
 def test_nearest_frame_counts(given: int, stride: int, offset: int, expected: int) -> None:
     assert nearest_valid_count(given, stride, offset) == expected
@@ -283,7 +296,9 @@ def test_folders_that_are_no_teacher(tmp_path: Path) -> None:
 
 
 def test_the_id_follows_weights_and_settings(tmp_path: Path) -> None:
-    one, same, other = (save_teacher(tmp_path / n, layers=1, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    one, same, other = (
+        save_teacher(tmp_path / n, layers=1, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert teacher_id(one) == teacher_id(same) != teacher_id(other)
     config = one / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"snr_shift_scale": 1.0', '"snr_shift_scale": 3.0'))

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_world import World
+from transformers import Trainer, TrainerCallback
+
 from motionenhancer import extract, train
 from motionenhancer.data import SkipLog, read_samples
 from motionenhancer.dataset import MotionCollator, MotionDataset
@@ -16,9 +20,6 @@ from motionenhancer.store import PriorStore
 from motionenhancer.train import TrainArguments
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.vlm import load_student
-from safetensors.torch import load_file
-from tiny_world import World
-from transformers import Trainer, TrainerCallback
 
 FAST = {
     "ddim_steps": 1,
@@ -224,7 +225,8 @@ def test_accumulation_gives_the_large_batch(
             train_dataset=dataset,
             data_collator=collator,
             callbacks=[weights],
-            # Only the alignment is compared: per-token means of unequal batches differ in the plain Trainer too.
+            # Only the alignment is compared: per-token means of unequal batches differ in the plain
+            # Trainer too.
             alignment_weight=1e4,
         )
         trainer.model_accepts_loss_kwargs = scaled
@@ -294,7 +296,9 @@ def test_the_aligner_is_trained_and_left_out_of_the_checkpoint(world: World, tmp
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_reentrant"):
-        arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+        arguments(
+            tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
 
 
 # ---- bad input ----
@@ -395,6 +399,7 @@ def test_bad_samples_are_counted_and_the_rest_is_trained(world: World, tmp_path:
 
 def one_frame(path: Path) -> None:
     import numpy as np
+
     from motionenhancer.toy.encode import encode_video
 
     encode_video(path, np.full((1, 64, 64, 3), 90, np.uint8), fps=8)
@@ -416,9 +421,11 @@ def test_a_clip_that_breaks_later_gives_way_to_the_next(world: World, tmp_path: 
 def test_a_prior_without_mappable_words_counts_and_costs_nothing(world: World, tmp_path: Path) -> None:
     import dataclasses
 
-    model, dataset, collator = parts(world, tmp_path)
+    _, dataset, collator = parts(world, tmp_path)
     items = [dataset[i] for i in range(2)]
-    words = dataclasses.replace(items[0].words, rows=[], row_tokens=[], dropped=list(range(items[0].words.count)))
+    words = dataclasses.replace(
+        items[0].words, rows=[], row_tokens=[], dropped=list(range(items[0].words.count))
+    )
     batch = collator([dataclasses.replace(items[0], words=words), items[1]])
     assert batch["alignment"].count == 1
     assert batch["alignment"].mapped == items[1].words.mapped
@@ -430,7 +437,7 @@ def test_damaged_priors_are_made_anew(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert train.main(flags(world, out)) == 0
     store = PriorStore(tmp_path / "priors")
-    keys = sorted(store.keys())
+    keys = sorted(store)
     before = store.path(keys[0]).read_bytes()
     store.path(keys[0]).write_bytes(before[:100])
     assert train.main(flags(world, tmp_path / "again")) == 0
