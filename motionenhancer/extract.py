@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,16 @@ def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
         ValueError: the data file or the video folder is missing, or nothing in the file is usable.
     """
     assert data.data is not None
-    return list(islice(read_samples(data.data, data.video_root, skips), data.limit))
+    seen: Counter[str] = Counter()
+    samples = []
+    for sample in islice(read_samples(data.data, data.video_root, skips), data.limit):
+        seen[sample.id] += 1
+        if seen[sample.id] > 1:
+            # Priors are looked up by id, so two samples must never share one.
+            skips.note("repeated id, numbered")
+            sample = replace(sample, id=f"{sample.id}#{seen[sample.id]}")
+        samples.append(sample)
+    return samples
 
 
 def use_toy_defaults(data: DataArguments, prior: PriorArguments) -> ToyFolder | None:

@@ -457,3 +457,15 @@ def test_extraction_alone_feeds_training_from_the_store(
     assert not any(sample["made_now"] for sample in report_of(tmp_path / "out")["samples"])
     assert extract.main([*chosen, "--ddim_steps", "3"]) == 2
     assert "steps=3" in capsys.readouterr().err
+
+
+def test_samples_that_share_an_id_keep_their_own_priors(world: World, tmp_path: Path) -> None:
+    lines = [json.dumps({**row, "id": "same"}) for row in rows(world)[:3]]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    assert train.main(flags(world, out, data=data)) == 0
+    report = report_of(out)
+    assert [sample["id"] for sample in report["samples"]] == ["same", "same#2", "same#3"]
+    assert len({sample["prompt"] for sample in report["samples"]}) == 3
+    assert report["skipped"]["notes"] == {"repeated id, numbered": 2}
