@@ -1,6 +1,6 @@
 """Watch calls of transformers' attention functions, where they are registered, for a limited time.
 
-A function is wrapped under its own name: a model looks up its mask by that name, and a new name would silently
+A function is wrapped under its own name: a model looks up its mask by that name, and a new one would silently
 get no mask at all.
 """
 

@@ -56,7 +56,7 @@ class TokenLayout:
 
     text: the conversation as rendered by the chat template, placeholders expanded.
     offsets: (N, 2) int64 character range of each token in ``text``; empty for a token of no characters.
-    message_spans: (start, end) in ``text`` of each message, its role markers included.
+    message_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
     videos: one layout a video, in order of appearance.
     start: padding tokens before the first token; ``videos`` count from the padded beginning, ``offsets`` do
         not: token i is at position start + i.
@@ -64,7 +64,7 @@ class TokenLayout:
 
     text: str
     offsets: torch.Tensor
-    message_spans: tuple[tuple[int, int], ...]
+    message_spans: tuple[tuple[tuple[int, int], ...], ...]
     videos: tuple[VisionLayout, ...] = ()
     start: int = 0
 

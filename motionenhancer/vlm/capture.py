@@ -126,10 +126,10 @@ class CapturedAttention:
             return
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)
+        self._check_call(module, query, key)
         if id(module) in self._seen:
             self._repeated = True
             return
-        self._check_call(module, query, key)
         rows = self.rows.to(query.device)
         call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
@@ -143,8 +143,8 @@ class CapturedAttention:
         batch, heads, length = query.shape[:3]
         if key.shape[2] != length:
             raise ValueError(
-                f"attention can be captured over whole sequences only, got {length} queries for {key.shape[2]} "
-                "keys: run the model without earlier tokens in its key-value cache"
+                f"attention can be captured over whole sequences only, got {length} queries for "
+                f"{key.shape[2]} keys: run the model without earlier tokens in its key-value cache"
             )
         if batch != self.rows.shape[0]:
             raise ValueError(f"rows must have one entry a sample ({batch}), got {self.rows.shape[0]}")

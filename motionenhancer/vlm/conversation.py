@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +19,21 @@ class Rendered:
     """A conversation as text.
 
     text: what the chat template gave.
-    message_spans: (start, end) in ``text`` of each message, its role markers included.
+    text_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
     answer_spans: (start, end) of each assistant message's content and the token that ends it.
     """
 
     text: str
-    message_spans: tuple[tuple[int, int], ...]
+    text_spans: tuple[tuple[tuple[int, int], ...], ...]
     answer_spans: tuple[tuple[int, int], ...]
 
 
 def render(processor: Any, sample: Sample) -> Rendered:
     """Render ``sample`` with the chat template of ``processor``.
 
-    Messages are located by rendering the conversation up to each of them: an answer begins where the prompt
-    for it ends, and reaches to the last character that is not white space before the next message.
+    An answer begins where the prompt for it ends, and reaches to the last character that is not white space
+    before the next message; both are found by rendering the conversation up to there. A text part lies where
+    the rendering changes when the part does.
 
     Raises
     ------
@@ -47,18 +49,13 @@ def render(processor: Any, sample: Sample) -> Rendered:
     if roles[0] == "assistant":
         raise ValueError(f"sample {sample.id!r} begins with an assistant message: nothing asks for it")
     text = _template(processor, messages)
-    message_spans: list[tuple[int, int]] = []
     answer_spans: list[tuple[int, int]] = []
-    begin = 0
     for i, role in enumerate(roles):
-        end = len(_prefix(processor, sample, text, i + 1))
-        message_spans.append((begin, end))
         if role == "assistant":
             first = len(_prefix(processor, sample, text, i, prompt=True))
-            last = first + len(text[first:end].rstrip())
-            answer_spans.append((first, last))
-        begin = end
-    return Rendered(text, tuple(message_spans), tuple(answer_spans))
+            end = len(_prefix(processor, sample, text, i + 1))
+            answer_spans.append((first, first + len(text[first:end].rstrip())))
+    return Rendered(text, _text_spans(processor, messages, text), tuple(answer_spans))
 
 
 def _template(processor: Any, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
@@ -75,50 +72,57 @@ def _prefix(processor: Any, sample: Sample, text: str, count: int, *, prompt: bo
     return part
 
 
-def expand(
-    text: str, replacements: Sequence[tuple[str, str]], spans: Sequence[tuple[int, int]]
-) -> tuple[str, list]:
-    """Replace placeholders, in order, and move ``spans`` along.
+def _text_spans(
+    processor: Any, messages: Sequence[dict[str, Any]], text: str
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+    found = []
+    for i, message in enumerate(messages):
+        spans = []
+        for j, part in enumerate(message["content"]):
+            if part["type"] != "text" or not part["text"].strip():
+                continue
+            content = [*message["content"][:j], {**part, "text": mark}, *message["content"][j + 1 :]]
+            other = _template(processor, [*messages[:i], {**message, "content": content}, *messages[i + 1 :]])
+            start = other.find(mark)
+            if start < 0:
+                raise ValueError(f"the chat template does not show text part {j} of message {i}")
+            spans.append((start, len(text) - (len(other) - start - len(mark))))
+        found.append(tuple(spans))
+    return tuple(found)
+
+
+def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Callable[[int], int]]:
+    """Replace placeholders, in order.
 
     Parameters
     ----------
     text: rendered conversation.
     replacements: (placeholder, what stands for it), in order of appearance; each is searched after the last.
-    spans: character ranges in ``text`` that do not cut a placeholder.
 
     Returns
     -------
-    text with the replacements, and the spans in it.
+    text with the replacements, and a function from a position in the old text to that in the new one.
 
     Raises
     ------
     ValueError: a placeholder is not there.
 
-    >>> expand("a <v> b", [("<v>", "<v><v>")], [(0, 5), (6, 7)])
-    ('a <v><v> b', [(0, 8), (9, 10)])
+    >>> text, moved = expand("a <v> b", [("<v>", "<v><v>")])
+    >>> text, moved(5), moved(6)
+    ('a <v><v> b', 8, 9)
     """
     pieces: list[str] = []
-    moves: list[tuple[int, int]] = []
-    cursor = grown = 0
+    ends, growths = [0], [0]
     for placeholder, replacement in replacements:
-        at = text.find(placeholder, cursor)
+        at = text.find(placeholder, ends[-1])
         if at < 0:
             raise ValueError(f"the rendered conversation has too few {placeholder!r}")
-        pieces += [text[cursor:at], replacement]
-        cursor = at + len(placeholder)
-        grown += len(replacement) - len(placeholder)
-        moves.append((cursor, grown))
-    pieces.append(text[cursor:])
-
-    def moved(position: int) -> int:
-        shift = 0
-        for end, total in moves:
-            if end > position:
-                break
-            shift = total
-        return position + shift
-
-    return "".join(pieces), [(moved(start), moved(end)) for start, end in spans]
+        pieces += [text[ends[-1] : at], replacement]
+        ends.append(at + len(placeholder))
+        growths.append(growths[-1] + len(replacement) - len(placeholder))
+    pieces.append(text[ends[-1] :])
+    return "".join(pieces), lambda position: position + growths[bisect_right(ends, position) - 1]
 
 
 def answer_labels(

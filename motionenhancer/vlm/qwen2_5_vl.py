@@ -51,8 +51,7 @@ class Qwen25VL:
         tokens = {"video": processor.video_token, "image": processor.image_token}
         left = {kind: iter(count) for kind, count in counts.items()}
         replacements = [(tokens[kind], tokens[kind] * next(left[kind])) for kind in kinds]
-        spans = [*rendered.message_spans, *rendered.answer_spans]
-        text, spans = expand(rendered.text, replacements, spans)
+        text, moved = expand(rendered.text, replacements)
         ids = inputs.pop("input_ids")[0]
         tokenized = processor.tokenizer(text, return_offsets_mapping=True)
         if tokenized["input_ids"] != ids.tolist():
@@ -60,9 +59,9 @@ class Qwen25VL:
                 f"sample {sample.id!r}: the processor did not expand the videos as Qwen2.5-VL's does"
             )
         offsets = torch.tensor(tokenized["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        messages = len(rendered.message_spans)
-        labels = answer_labels(ids, offsets, spans[messages:])
-        layout = TokenLayout(text, offsets, tuple(spans[:messages]), _vision(processor, inputs, ids))
+        labels = answer_labels(ids, offsets, [(moved(a), moved(b)) for a, b in rendered.answer_spans])
+        spans = tuple(tuple((moved(a), moved(b)) for a, b in parts) for parts in rendered.text_spans)
+        layout = TokenLayout(text, offsets, spans, _vision(processor, inputs, ids))
         token_inputs = {"mm_token_type_ids": inputs.pop("mm_token_type_ids")[0].long()}
         inputs.pop("attention_mask", None)
         if len(videos):
@@ -198,10 +197,12 @@ def _truncates_seconds() -> bool:
 
 def _cut(encoded: Encoded, max_length: int, sample: Sample) -> Encoded:
     layout = encoded.layout
-    needed = int((encoded.token_inputs["mm_token_type_ids"] != 0).nonzero().max()) + 1 if layout.videos else 1
+    vision = encoded.token_inputs["mm_token_type_ids"].nonzero()[:, 0]
+    needed = int(vision[-1]) + 1 if len(vision) else 1
     if max_length < needed:
         raise ValueError(
-            f"sample {sample.id!r}: max_length must be at least {needed}, its vision tokens, got {max_length}"
+            f"sample {sample.id!r}: max_length must be at least {needed} to keep its vision tokens, "
+            f"got {max_length}"
         )
     return Encoded(
         encoded.input_ids[:max_length],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def map_words(
     text: str,
     offsets: torch.Tensor | Sequence[tuple[int, int]],
     *,
-    message_spans: Sequence[tuple[int, int]] | None = None,
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> WordMap:
     """Map teacher tokens to the student tokens that share a character with them.
 
@@ -57,9 +58,10 @@ def map_words(
         space it puts between messages, match nothing.
     text: the student's rendered conversation.
     offsets: (N, 2) character ranges of the student's tokens in ``text``, in order.
-    message_spans: (start, end) of each message in ``text``; a segment is searched in its own message only.
-        Without them segments are searched one after another from the beginning, so an earlier repetition of
-        a text that the teacher was not given would be taken for it.
+    message_spans: for each message the (start, end) in ``text`` of its text parts, as in
+        :class:`motionenhancer.vlm.base.TokenLayout`; the n-th segment of a message is searched in the n-th
+        of them only. Without them segments are searched one after another from the beginning, so that an
+        earlier repetition of a text that the teacher was not given is taken for it.
 
     Returns
     -------
@@ -67,7 +69,8 @@ def map_words(
 
     Raises
     ------
-    ValueError: a span or segment lies outside its text, or names a message that does not exist.
+    ValueError: a span or segment lies outside its text, or a segment names a message or part of one that
+        does not exist.
 
     >>> tokens = [(0, 3), (3, 6), (6, 11)]
     >>> word_map = map_words([(0, 3), (4, 8)], "red ball", [(0, 8, 0)], "<s>red ball", tokens)
@@ -102,8 +105,9 @@ def _check(
     spans: Sequence[tuple[int, int]],
     prompt: str,
     segments: Sequence[tuple[int, int, int]],
-    message_spans: Sequence[tuple[int, int]] | None,
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None,
 ) -> None:
+    parts: Counter[int] = Counter()
     for start, end in spans:
         if not 0 <= start <= end <= len(prompt):
             raise ValueError(
@@ -114,30 +118,38 @@ def _check(
             raise ValueError(
                 f"segments must lie within the {len(prompt)} characters of prompt, got {(start, end)}"
             )
-        if message_spans is not None and not 0 <= message < len(message_spans):
+        if message_spans is None:
+            continue
+        if not 0 <= message < len(message_spans):
             raise ValueError(f"segments must name one of {len(message_spans)} messages, got {message}")
+        parts[message] += 1
+        if parts[message] > len(message_spans[message]):
+            count = len(message_spans[message])
+            raise ValueError(f"segments must not have more parts of message {message} than its {count}")
 
 
 def _locate(
     prompt: str,
     segments: Sequence[tuple[int, int, int]],
     text: str,
-    message_spans: Sequence[tuple[int, int]] | None,
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None,
 ) -> dict[int, int]:
     """Where each character of the segments, white space aside, stands in ``text``."""
     counterpart: dict[int, int] = {}
-    cursors: dict[int, int] = {}
+    parts: Counter[int] = Counter()
     cursor = 0
     for start, end, message in segments:
-        first, last = (cursor, len(text)) if message_spans is None else message_spans[message]
-        first = max(first, cursors.get(message, first))
+        first, last = cursor, len(text)
+        if message_spans is not None:
+            first, last = message_spans[message][parts[message]]
+            parts[message] += 1
         found = _find(prompt[start:end], text, first, last)
         if found is None:
             continue
         ours = [i for i in range(start, end) if not prompt[i].isspace()]
         theirs = [i for i in range(*found) if not text[i].isspace()]
         counterpart.update(zip(ours, theirs, strict=True))
-        cursor = cursors[message] = found[1]
+        cursor = found[1]
     return counterpart
 
 

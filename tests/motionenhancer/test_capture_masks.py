@@ -1,0 +1,226 @@
+"""What each attention implementation is given as a mask, against the map that the mask describes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vlm_support import (
+    eager_attention,
+    gradients,
+    make_batch,
+    pick,
+    random_rows,
+    sharp_student,
+)
+
+import mekernels
+from motionenhancer.vlm import capture_attention
+from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.vlm.masked_rows import masked_attention_rows
+
+
+def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, H, R, N): which keys the rows see."""
+    if visible.explicit is not None:
+        explicit = visible.explicit
+        return explicit if explicit.dtype == torch.bool else explicit > torch.finfo(explicit.dtype).min / 2
+    position = torch.arange(length)
+    allowed = torch.ones(*rows.shape, length, dtype=torch.bool)
+    if visible.causal:
+        allowed &= position <= rows[..., None]
+    if visible.key_mask is not None:
+        allowed &= visible.key_mask[:, None]
+    return allowed[:, None]
+
+
+def call(mask: Any, rows: torch.Tensor, length: int, **kwargs: Any) -> AttentionCall:
+    return AttentionCall(torch.nn.Identity(), mask, kwargs, rows, heads=2, length=length)
+
+
+@st.composite
+def padded(draw: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """A length, a (B, N) padding mask with real tokens on one side, and rows."""
+    length = draw(st.integers(2, 9))
+    counts = draw(st.lists(st.integers(1, length), min_size=1, max_size=3))
+    left = draw(st.booleans())
+    mask = torch.zeros(len(counts), length, dtype=torch.bool)
+    for row, count in zip(mask, counts, strict=True):
+        row[slice(length - count, None) if left else slice(count)] = True
+    rows = [[draw(st.integers(0, length - 1)) for _ in range(3)] for _ in counts]
+    return length, mask, torch.tensor(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(padded(), st.sampled_from(["sdpa", "eager"]), st.sampled_from(["bool", "float"]))
+def test_dense_padding_masks_need_no_explicit_rows(case: Any, implementation: str, kind: str) -> None:
+    length, padding, rows = case
+    dense = (torch.ones(length, length, dtype=torch.bool).tril() & padding[:, None])[:, None]
+    expected = torch.stack([d[0, r] for d, r in zip(dense, rows, strict=True)])[:, None]
+    mask = dense if kind == "bool" else torch.zeros(dense.shape).masked_fill(~dense, float("-inf"))
+    visible = read_mask(implementation, call(mask, rows, length))
+    assert visible.explicit is None
+    assert torch.equal(rows_of(visible, rows, length), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(padded(), st.booleans(), st.one_of(st.none(), st.integers(1, 10)))
+def test_flash_padding_and_windows(case: Any, causal: bool, window: int | None) -> None:
+    """Flash attention takes the padding out first, so a window counts real tokens."""
+    length, padding, rows = case
+    given_mask = None if bool(padding.all()) else padding.long()
+    options = {"is_causal": causal, "sliding_window": window}
+    visible = read_mask("flash_attention_2", call(given_mask, rows, length, **options))
+    for sample, (real, chosen) in enumerate(zip(padding, rows, strict=True)):
+        tokens = real.nonzero()[:, 0].tolist()
+        for i, row in enumerate(chosen.tolist()):
+            if row not in tokens:
+                continue
+            at = tokens.index(row)
+            expected = torch.zeros(length, dtype=torch.bool)
+            for j, token in enumerate(tokens):
+                near = window is None or length <= window or abs(at - j) < window
+                expected[token] = near and (j <= at or not causal)
+            assert torch.equal(rows_of(visible, rows, length)[sample, 0, i], expected)
+
+
+@pytest.mark.parametrize("given_as", ["lengths", "positions"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_packing(given_as: str, window: int | None) -> None:
+    lengths, rows = [4, 1, 6], torch.tensor([[0, 3, 4, 5, 10, 8]])
+    total = sum(lengths)
+    options: dict[str, Any] = {"sliding_window": window}
+    if given_as == "lengths":
+        starts = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+        options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 6, "max_length_k": 6}
+    else:
+        options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    visible = read_mask("flash_attention_2", call(None, rows, total, **options))
+    dense = torch.block_diag(*[torch.ones(n, n).tril(0) for n in lengths]).bool()
+    if window is not None:
+        dense &= torch.ones(total, total).triu(1 - window).bool()
+    assert torch.equal(rows_of(visible, rows, total)[0, 0], dense[rows[0]])
+
+
+def test_flash_refuses_what_it_cannot_read() -> None:
+    rows = torch.tensor([[1]])
+    with pytest.raises(ValueError, match=r"must be \(1, 5\), got \(1, 4\)"):
+        read_mask("flash_attention_2", call(torch.ones(1, 4), rows, 5))
+    starts, others = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 5])
+    options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": others, "max_length_q": 3, "max_length_k": 3}
+    with pytest.raises(ValueError, match="must equal cu_seq_lens_k"):
+        read_mask("flash_attention_2", call(None, rows, 5, **options))
+
+
+def test_dense_refuses_other_shapes() -> None:
+    rows = torch.tensor([[1]])
+    for shape in ((1, 5, 5), (1, 1, 4, 5), (1, 1, 5, 4), (2, 1, 5, 5), (1, 3, 5, 5)):
+        with pytest.raises(ValueError, match="attention_mask must"):
+            read_mask("sdpa", call(torch.ones(shape, dtype=torch.bool), rows, 5))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flex_block_masks(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    length, padding = 130, torch.ones(2, 130, dtype=torch.bool)
+    padding[0, :17] = padding[1, 100:] = False
+    documents = torch.randint(3, (2, length), generator=generator).sort().values
+    rows = torch.randint(length, (2, 7), generator=generator)
+
+    def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & padding[b, k]
+
+    def packed(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & (documents[b, q] == documents[b, k])
+
+    for mask_mod, explicit in ((causal, False), (packed, True)):
+        block = create_block_mask(mask_mod, B=2, H=None, Q_LEN=length, KV_LEN=length, device="cpu")
+        visible = read_mask("flex_attention", call(block, rows, length))
+        assert (visible.explicit is not None) == explicit
+        b, k = torch.arange(2)[:, None, None], torch.arange(length)[None, None]
+        expected = mask_mod(b, 0, rows[..., None], k)
+        assert torch.equal(rows_of(visible, rows, length)[:, 0], expected)
+    with pytest.raises(ValueError, match="BlockMask"):
+        read_mask("flex_attention", call(SimpleNamespace(), rows, length))
+
+
+def flash_stand_in(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """Flash attention's treatment of a (B, N) mask, in plain torch."""
+    repeat = query.shape[1] // key.shape[1]
+    allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()[None]
+    allowed = allowed if mask is None else allowed & mask.bool()[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(repeat, 1),
+        value.repeat_interleave(repeat, 1),
+        attn_mask=(allowed | torch.eye(query.shape[2], dtype=torch.bool))[:, None],
+        scale=options["scaling"],
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_model_under_flash_attention(side: str) -> None:
+    """The kernel is a stand-in; registry, masks and capture are those of flash attention."""
+    model, processor = sharp_student(layers=2, dtype=torch.float64)
+    batch, _ = make_batch(processor, side=side, dtype=torch.float64)
+    rows, columns = random_rows(batch, 5)
+    expected, out = eager_attention(model, batch, rows, columns)
+    reference = gradients(model, expected.square().sum() + out.loss)
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_stand_in
+    try:
+        with capture_attention(model, rows, columns) as captured:
+            out = model(**batch)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
+    found = gradients(model, captured.attention.square().sum() + out.loss)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for name, gradient in reference.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13 * largest)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch, groups, width, n, d = 2, 2, 1 + seed, 9, 6
+    heads = groups * width
+    query = torch.randn(batch, heads, n, d, dtype=torch.float64, generator=generator, requires_grad=True)
+    key = torch.randn(batch, groups, n, d, dtype=torch.float64, generator=generator, requires_grad=True)
+    rows = torch.randint(-1, n, (batch, 4), generator=generator)
+    columns = torch.randint(-1, n, (batch, 5), generator=generator)
+    mask = torch.rand(batch, heads if seed % 2 else 1, 4, n, generator=generator) < 0.6
+    mask[0, :, 0] = False
+    bias = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    if kind == "float":
+        bias = bias + torch.randn(mask.shape, dtype=torch.float64, generator=generator)
+
+    def whole(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        keys = key.repeat_interleave(width, 1)
+        chosen = torch.stack([q[:, r.clamp(min=0)] for q, r in zip(query, rows, strict=True)])
+        maps = (chosen @ keys.transpose(-1, -2) * 0.3 + bias).softmax(-1).nan_to_num(0.0).mean(1)
+        every = torch.arange(4).masked_fill(rows < 0, -1)
+        return pick(maps, every, columns)
+
+    def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        given_mask = mask if kind == "bool" else bias
+        return masked_attention_rows(query, key, rows, columns, given_mask, softmax_scale=0.3)
+
+    torch.testing.assert_close(read(query, key), whole(query, key))
+    assert torch.autograd.gradcheck(read, (query, key))
+
+
+def test_masked_rows_agree_with_the_kernel() -> None:
+    query, key = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
+    rows, columns = torch.tensor([[3, 11], [0, -1]]), slice(2, 9)
+    mask = (torch.arange(12) <= rows[..., None])[:, None]
+    found = masked_attention_rows(query, key, rows, columns, mask)
+    torch.testing.assert_close(found, mekernels.attention_rows(query, key, rows, columns, causal=True))

@@ -1,0 +1,121 @@
+"""A tiny student whose attention is far from uniform, batches for it, and what eager attention says."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from motionenhancer.data.sample import Sample
+from motionenhancer.data.video import Video
+from motionenhancer.toy.models import make_student
+from motionenhancer.vlm import student_family
+
+TEXTS = [
+    ("Which object moves left?", "The red circle moves left and the blue square stays."),
+    ("What moves?", "A green one."),
+    ("Describe the motion.", "Everything turns, then stops."),
+]
+
+
+def sharp_student(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A student and its processor; larger query and key weights make the attention peaked."""
+    model, processor = make_student(seed=seed, layers=layers, **options)
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if re.search(r"[qk]_proj\.weight", name):
+                parameter *= 12
+    return model.to(dtype), processor
+
+
+def clip(frames: int, height: int, width: int, fps: float = 2.0, seed: int = 0) -> Video:
+    """Noise as a decoded clip."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return Video(pixels, np.arange(frames) / fps, fps, frames / fps, decoded=frames, source_frames=frames)
+
+
+def dialogue(*turns: str, videos: int = 1, name: str = "sample") -> Sample:
+    """A conversation of alternating turns; the first shows the videos."""
+    messages: list[dict[str, Any]] = []
+    for i, text in enumerate(turns):
+        shown = [{"type": "video"}] * videos if i == 0 else []
+        messages.append(
+            {"role": "assistant" if i % 2 else "user", "content": [*shown, {"type": "text", "text": text}]}
+        )
+    return Sample(name, messages)
+
+
+def make_batch(
+    processor: Any, samples: int = 2, side: str = "right", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A padded batch and its layouts; labels leave out what a padding token would predict."""
+    family = student_family("qwen2_5_vl")
+    encoded = [
+        family.encode(processor, dialogue(*TEXTS[i]), [clip(4 - 2 * (i % 2), 32, 48, seed=i)])
+        for i in range(samples)
+    ]
+    batch = family.collate(encoded, pad_token_id=processor.tokenizer.pad_token_id, padding_side=side)
+    layouts = batch.pop("layouts")
+    batch["pixel_values_videos"] = batch["pixel_values_videos"].to(dtype)
+    return batch, layouts
+
+
+def random_rows(
+    batch: dict[str, torch.Tensor], count: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns at random real tokens, with some padding entries."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = [], []
+    for mask in batch["attention_mask"]:
+        real = mask.nonzero()[:, 0]
+        rows.append(real[torch.randint(len(real), (count,), generator=generator)])
+        columns.append(real[torch.randint(len(real), (2 * count,), generator=generator)])
+    chosen, read = torch.stack(rows), torch.stack(columns)
+    chosen[-1, -1] = read[0, 0] = -1
+    return chosen, read
+
+
+def pick(attention: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of (B, N, N) maps, zero where an index is negative."""
+    picked = [a[r.clamp(min=0)][:, c.clamp(min=0)] for a, r, c in zip(attention, rows, columns, strict=True)]
+    return torch.stack(picked) * (rows >= 0)[..., None] * (columns >= 0)[:, None]
+
+
+@contextlib.contextmanager
+def full_precision_softmax() -> Iterator[None]:
+    """Eager attention takes its softmax in float32; let a model in double precision keep its own."""
+    original = torch.nn.functional.softmax
+
+    def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return original(scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype)
+
+    torch.nn.functional.softmax = softmax  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nn.functional.softmax = original
+
+
+def eager_attention(model: Any, batch: dict[str, Any], rows: torch.Tensor, columns: torch.Tensor) -> Any:
+    """The same entries of transformers' own ``output_attentions``, and the model's output."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with full_precision_softmax():
+            out = model(**batch, output_attentions=True)
+    finally:
+        model.set_attn_implementation(before)
+    return pick(torch.stack(out.attentions).mean(dim=(0, 2)), rows, columns), out
+
+
+def gradients(model: Any, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of ``scalar`` in all parameters; the model's own are cleared."""
+    model.zero_grad()
+    scalar.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
