@@ -88,7 +88,8 @@ class TrainArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples a device and step."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    report_to: str | list[str] | None = field(
+    # HfArgumentParser reads a union of three only with None in front.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "tensorboard, wandb, none ..."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
