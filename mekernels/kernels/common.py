@@ -1,0 +1,95 @@
+"""What the launchers of all Triton kernels share. Imports no triton, so that it can say that there is none.
+
+A kernel module has three parts: its ``@triton.jit`` functions; a function that turns tensors into a
+:class:`Launch`, the only place where tile sizes are chosen; and ``gates()``, which plans launches for
+tensors on the meta device at production shapes, for :mod:`mekernels.resources` to compile and judge.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels read."""
+
+
+class Launch(NamedTuple):
+    """A kernel with everything needed to run or to compile it."""
+
+    kernel: Any
+    """The ``@triton.jit`` function."""
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """Every parameter of the kernel by name, ``tl.constexpr`` ones included."""
+    options: dict[str, int]
+    """Compiler options: num_warps, num_stages."""
+
+
+def run(launch: Launch) -> None:
+    """Start a planned kernel on the device of its tensors; an empty grid does nothing."""
+    if 0 in launch.grid:
+        return
+    device = next(item.device for item in launch.arguments.values() if isinstance(item, Tensor))
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def machine() -> list[str]:
+    """Why this machine can run no Triton kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    if not (interpreted() or torch.cuda.is_available()):
+        return ["no CUDA device (with TRITON_INTERPRET=1 triton runs in its interpreter)"]
+    return []
+
+
+def reasons(query: Tensor) -> list[str]:
+    """Why a kernel cannot take the tensors that ``query`` stands for."""
+    found = []
+    device = query.device
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        found.append(f"runs on cuda, the tensors are on {device}")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        found.append("needs compute capability 8.0 or later")
+    if query.dtype not in DTYPES:
+        found.append(f"needs float16, bfloat16 or float32, got {query.dtype}")
+    if query.dtype == torch.bfloat16 and interpreted():
+        found.append("the interpreter of triton multiplies bfloat16 matrices wrongly")
+    if query.ndim == 4 and query.shape[3] > 256:
+        found.append(f"width {query.shape[3]} is above 256")
+    return found
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(value: int, step: int) -> int:
+    """Steps needed to cover ``value``."""
+    return -(-value // step)
+
+
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """``{name_axis: stride}`` of a tensor's axes, one letter an axis; a blank skips the axis."""
+    pairs = zip(axes, tensor.stride(), strict=True)
+    return {f"{name}_{axis}": stride for axis, stride in pairs if axis != " "}
+
+
+def inner_block(width: int, dtype: torch.dtype) -> int:
+    """How much of the head width a tile holds: all of it, or a part that divides it, for 32-bit types."""
+    if dtype != torch.float32:
+        return max(16, power_of_two(width)) if width <= 128 else 64
+    return 16

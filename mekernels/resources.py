@@ -1,0 +1,183 @@
+"""What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
+
+``python -m mekernels.resources`` prints the table. A kernel module in :mod:`mekernels.kernels` joins it by a
+function ``gates()`` that returns a list of :class:`Gate`, its kernels at production shapes::
+
+    def gates() -> list[Gate]:
+        query = torch.empty(1, 48, 17776, 64, dtype=torch.float16, device="meta")
+        return [Gate("my_op CogVideoX-5B float16", plan(query, ...), matrix_shaped=True)]
+
+``plan`` is the module's own function from tensors to a :class:`mekernels.kernels.common.Launch`, so what is
+judged is what would run. The judgement: no register spilled, shared memory within the GPU's limit, and matrix
+instructions in every kernel that is ``matrix_shaped`` (set it for half-precision types; exact float32
+products have no matrix instruction).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .kernels.common import Launch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory one program may use, for each compute capability compiled for."""
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+class Gate(NamedTuple):
+    """A kernel at one shape and dtype that must compile well."""
+
+    name: str
+    launch: Launch
+    """Tensors in its arguments are on the meta device."""
+    matrix_shaped: bool
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel uses."""
+
+    registers: int
+    """Per thread."""
+    shared: int
+    """Bytes per program."""
+    spills: int
+    """Bytes of local memory and stack per thread, plus instructions that use them."""
+    matrix_instructions: int
+
+
+def modules() -> list[Any]:
+    """The modules of :mod:`mekernels.kernels` that hold kernels. Needs triton."""
+    names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
+    return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names if name != "common"]
+
+
+def gates() -> list[Gate]:
+    """All gates of all kernel modules."""
+    return [gate for module in modules() for gate in module.gates()]
+
+
+def ungated() -> list[str]:
+    """Kernels without a gate: ``@triton.jit`` functions that neither a gate nor another of them uses."""
+    from triton.runtime.jit import JITFunction
+
+    found = {
+        f"{module.__name__}.{name}": item
+        for module in modules()
+        for name, item in vars(module).items()
+        if isinstance(item, JITFunction) and item.fn.__module__ == module.__name__
+    }
+    gated = {id(gate.launch.kernel) for gate in gates()}
+    sources = {name: inspect.getsource(item.fn) for name, item in found.items()}
+
+    def used(name: str) -> bool:
+        call = re.compile(rf"\b{re.escape(name.rpartition('.')[2])}\(")
+        return any(call.search(source) for other, source in sources.items() if other != name)
+
+    return sorted(name for name, item in found.items() if id(item) not in gated and not used(name))
+
+
+def compile_for(launch: Launch, capability: int) -> Any:
+    """Compile a launch as triton would on a GPU of this compute capability (80, 90)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        # Triton makes a version of its own for an integer that is 1 and for one that 16 divides.
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def measure(launch: Launch, capability: int) -> Resources:
+    """Compile a launch and read what it uses off the machine code."""
+    compiled = compile_for(launch, capability)
+    cubin = compiled.asm["cubin"]
+    usage = _dump(cubin, "--dump-resource-usage")
+    # A cubin lists its functions; triton's holds one.
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    if set(numbers) != {"REG", "STACK", "SHARED", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump must list registers, stack, shared and local memory, got {usage!r}")
+    machine_code = _dump(cubin, "-sass")
+    spills = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
+    return Resources(
+        registers=numbers["REG"],
+        shared=max(compiled.metadata.shared, numbers["SHARED"]),
+        spills=spills,
+        matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA)\b", machine_code)),
+    )
+
+
+def faults(gate: Gate, capability: int, found: Resources) -> list[str]:
+    """What is wrong with a compiled kernel; empty when nothing is."""
+    wrong = []
+    if found.spills:
+        wrong.append(f"spills registers ({found.spills})")
+    if found.shared > SHARED_LIMIT[capability]:
+        wrong.append(f"needs {found.shared} bytes of shared memory, above {SHARED_LIMIT[capability]}")
+    if gate.matrix_shaped and not found.matrix_instructions:
+        wrong.append("has no matrix instruction")
+    return [f"{gate.name}, sm_{capability}: {fault}" for fault in wrong]
+
+
+def report() -> str:
+    """The table of all kernels on all GPUs."""
+    lines = [f"{'kernel':58} {'gpu':6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6} {'mma':>5}"]
+    for gate in gates():
+        for capability in SHARED_LIMIT:
+            found = measure(gate.launch, capability)
+            lines.append(
+                f"{gate.name:58} sm_{capability:<3} {gate.launch.options.get('num_warps', 4):5} "
+                f"{found.registers:5} {found.shared:7} {found.spills:6} {found.matrix_instructions:5}"
+            )
+            lines += [f"  FAULT {fault}" for fault in faults(gate, capability, found)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
