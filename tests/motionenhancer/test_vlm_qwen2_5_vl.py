@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: rendering, labels, vision tokens and batches, against what model and processor do themselves."""
+"""Qwen2.5-VL: rendering, labels, vision tokens and batches, against what model and processor do."""
 
 from __future__ import annotations
 
