@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -98,15 +97,18 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
+        # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing; the old names
+        # mirror the new.
         if self.gradient_checkpointing:
-            given = self.gradient_checkpointing_kwargs or {}
-            options = json.loads(given) if isinstance(given, str) else dict(given)
-            if options.setdefault("use_reentrant", False):
+            options = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}  # type: ignore[arg-type]
+            if options["use_reentrant"]:
                 raise ValueError(
                     "re-entrant gradient checkpointing drops the alignment's gradient: "
                     "leave use_reentrant false"
                 )
-            self.gradient_checkpointing_kwargs = options
+            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+                if hasattr(self, name):
+                    setattr(self, name, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

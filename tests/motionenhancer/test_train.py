@@ -469,3 +469,29 @@ def test_samples_that_share_an_id_keep_their_own_priors(world: World, tmp_path: 
     assert [sample["id"] for sample in report["samples"]] == ["same", "same#2", "same#3"]
     assert len({sample["prompt"] for sample in report["samples"]}) == 3
     assert report["skipped"]["notes"] == {"repeated id, numbered": 2}
+
+
+def test_real_clips_in_the_messages_format(
+    world: World, tmp_path: Path, real_clips: dict[str, Path]
+) -> None:
+    lines = [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "video"}, {"type": "text", "text": f"What moves in clip {i}?"}],
+                },
+                {"role": "assistant", "content": "Something moves to the left."},
+            ],
+            "videos": [str(path)],
+        }
+        for i, path in enumerate(real_clips.values())
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    out = tmp_path / "out"
+    assert train.main(flags(world, out, data=data, video_root=tmp_path, max_frames=4, video_fps=1)) == 0
+    report = report_of(out)
+    assert len(report["samples"]) == len(lines)
+    assert report["skipped"]["total"] == 0
+    assert {tuple(sample["grid"]) for sample in report["samples"]} == {(5, 8, 8)}
