@@ -104,8 +104,9 @@ int32_t mek_cuda_motion_scores(const float *diagonal, const float *mean_attentio
                                {"dsr", dsr}});
     if (status == MEK_OK)
         status = check_workspace(function, workspace, workspace_bytes, motion_workspace(heads, positions), device);
+    if (status != MEK_OK) return status;
     const int64_t blocks = ceil_div(positions, kColumns);
-    if (status == MEK_OK) status = check_grid(function, heads * blocks);
+    status = check_grid(function, heads * blocks);
     if (status != MEK_OK) return status;
 
     OnDevice scope(device);
