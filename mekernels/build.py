@@ -174,6 +174,11 @@ class Ninja:
             target.write_text(text, encoding="utf-8")
 
 
+def export_options() -> list[str]:
+    """Linker options that keep everything but the C interface inside the library."""
+    return [f"--version-script={SOURCES / 'exports.map'}"] if sys.platform.startswith("linux") else []
+
+
 def add_cpu(ninja: Ninja, cxx: list[str], levels: dict[str, list[str]], extra: list[str]) -> Path:
     """Rules and targets of the CPU library; returns its path in the build folder."""
     include = [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'cpu'}"]
@@ -188,7 +193,8 @@ def add_cpu(ninja: Ninja, cxx: list[str], levels: dict[str, list[str]], extra: l
             continue
         flags = [*CXX_FLAGS, *include, *defines, *levels.get(level, []), *extra]
         objects.append(ninja.build("cxx", ninja.folder / f"{source.stem}.o", [source], flags))
-    return ninja.build("link", ninja.folder / CPU_LIBRARY, objects, ["-pthread", *extra])
+    flags = ["-pthread", *(f"-Wl,{option}" for option in export_options()), *extra]
+    return ninja.build("link", ninja.folder / CPU_LIBRARY, objects, flags)
 
 
 def add_cuda(ninja: Ninja, cxx: list[str], nvcc: list[str], architectures: str) -> Path:
@@ -197,13 +203,13 @@ def add_cuda(ninja: Ninja, cxx: list[str], nvcc: list[str], architectures: str) 
     host = ["-ccbin", shutil.which(cxx[-1]) or cxx[-1]]
     compiler = Ninja.command([*nvcc, *host])
     ninja.rule("nvcc", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
-    hide = ["-Xlinker", "--exclude-libs,ALL"] if sys.platform.startswith("linux") else []
     ninja.rule("cuda_link", f"{compiler} -shared $in -o $out $flags")
     flags = [*NVCC_FLAGS, *gencode(architectures), "-Xcompiler", NVCC_HOST_FLAGS, *include]
     objects = [ninja.folder / f"{source.stem}.o" for source in sorted((SOURCES / "common").glob("*.cpp"))]
     for source in sorted((SOURCES / "cuda").glob("*.cu")):
         objects.append(ninja.build("nvcc", ninja.folder / f"{source.stem}.cu.o", [source], flags))
-    return ninja.build("cuda_link", ninja.folder / CUDA_LIBRARY, objects, ["-cudart", "static", *hide])
+    link = ["-cudart", "static", *(word for option in export_options() for word in ("-Xlinker", option))]
+    return ninja.build("cuda_link", ninja.folder / CUDA_LIBRARY, objects, link)
 
 
 def tail(text: str, lines: int = 40) -> str:
