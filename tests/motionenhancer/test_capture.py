@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from vlm_support import (
+    checkpoint_layers,
     eager_attention,
     full_precision_softmax,
     gradients,
     make_batch,
     pick,
     random_rows,
+    restore,
     sharp_student,
 )
 
@@ -31,19 +33,12 @@ def student() -> Any:
 def model(student: Any) -> Any:
     model = student[0]
     yield model
-    model.activation_checkpointing_disable()
-    model.set_attn_implementation("sdpa")
-    model.eval()
+    restore(model)
 
 
 @pytest.fixture(scope="module", params=["right", "left"])
 def batch(request: pytest.FixtureRequest, student: Any) -> Any:
     return make_batch(student[1], samples=3, side=request.param, dtype=torch.float64)[0]
-
-
-def checkpointed(model: Any) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -76,7 +71,7 @@ def test_values_and_gradients(
 
     model.set_attn_implementation(implementation)
     if use_checkpoints:
-        checkpointed(model)
+        checkpoint_layers(model)
     with full_precision_softmax():
         with capture_attention(model, rows, columns) as captured:
             out = model(**batch)
@@ -93,7 +88,7 @@ def test_gradient_of_attention_alone(model: Any, batch: Any, use_checkpoints: bo
     expected, _ = eager_attention(model, batch, rows, columns)
     reference = gradients(model, expected.square().sum())
     if use_checkpoints:
-        checkpointed(model)
+        checkpoint_layers(model)
     with capture_attention(model, rows, columns) as captured:
         model(**batch)
     assert_same_gradients(gradients(model, captured.attention.square().sum()), reference)
@@ -107,7 +102,7 @@ def test_two_backwards_through_checkpoints(model: Any, batch: Any) -> None:
     expected.square().sum().backward()
     reference = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    checkpointed(model)
+    checkpoint_layers(model)
     with capture_attention(model, rows, columns) as captured:
         out = model(**batch)
         out.loss.backward(retain_graph=True)
@@ -223,7 +218,7 @@ def test_lora() -> None:
     for use_checkpoints in (False, True):
         if use_checkpoints:
             wrapped.get_base_model().enable_input_require_grads()
-            checkpointed(wrapped.get_base_model())
+            checkpoint_layers(wrapped.get_base_model())
         with capture_attention(wrapped, rows, columns) as captured:
             out = wrapped(**batch)
         assert_same(captured.attention, expected)
@@ -265,7 +260,7 @@ def test_autocast_gradients_with_checkpoints() -> None:
     found = []
     for use_checkpoints in (False, True):
         if use_checkpoints:
-            checkpointed(model)
+            checkpoint_layers(model)
         with (
             torch.autocast("cpu", dtype=torch.bfloat16),
             capture_attention(model, rows, columns) as captured,
@@ -320,7 +315,7 @@ def test_data_parallel_wrapper(model: Any, batch: Any, tmp_path: Any) -> None:
 def test_keeps_little_under_checkpoints(model: Any, student: Any) -> None:
     """A checkpointed layer keeps its input; the capture adds keys and the queries of the chosen rows."""
     batch, _ = make_batch(student[1], samples=1, dtype=torch.float64)
-    checkpointed(model)
+    checkpoint_layers(model)
     text = model.config.text_config
     length = batch["input_ids"].shape[1]
     rows = torch.tensor([[length - 2, length - 3]])
@@ -357,7 +352,7 @@ def test_custom_checkpoint_function(model: Any, batch: Any) -> None:
     rows, columns = random_rows(batch, 4)
     expected, out = eager_attention(model, batch, rows, columns)
     reference = gradients(model, expected.square().sum() + out.loss)
-    checkpointed(model)
+    checkpoint_layers(model)
 
     def wrapped(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, early_stop=False)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-from vlm_support import sharp_student
+from vlm_support import checkpoint_layers, restore, sharp_student
 
 from motionenhancer.vlm import capture_attention
 
@@ -28,9 +28,7 @@ def student() -> Any:
 @pytest.fixture
 def model(student: Any) -> Any:
     yield student
-    student.activation_checkpointing_disable()
-    student.set_attn_implementation("sdpa")
-    student.eval()
+    restore(student)
 
 
 @pytest.fixture
@@ -209,7 +207,8 @@ def test_generation_with_cache(model: Any, ids: torch.Tensor) -> None:
 
 
 def test_reentrant_checkpointing(model: Any, ids: torch.Tensor) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_layers(model, use_reentrant=True)
+    model.eval()
     with capture_attention(model, ROWS, COLUMNS) as captured:
         model(input_ids=ids)
     assert captured.attention.requires_grad
@@ -222,8 +221,7 @@ def test_reentrant_checkpointing(model: Any, ids: torch.Tensor) -> None:
 
 
 def test_hidden_reentrant_checkpointing(model: Any, ids: torch.Tensor) -> None:
-    model.activation_checkpointing_enable()
-    model.train()
+    checkpoint_layers(model)
     model._set_gradient_checkpointing(
         enable=True, gradient_checkpointing_func=lambda f, *a: checkpoint(f, *a, use_reentrant=True)
     )
@@ -242,10 +240,7 @@ def test_no_grad_is_no_checkpoint(model: Any, ids: torch.Tensor) -> None:
 
 def test_selective_checkpointing(model: Any, ids: torch.Tensor) -> None:
     context = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-    model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": context}
-    )
-    model.train()
+    checkpoint_layers(model, use_reentrant=False, context_fn=context)
     with (
         capture_attention(model, ROWS, COLUMNS),
         pytest.raises(ValueError, match="selective activation checkpointing"),

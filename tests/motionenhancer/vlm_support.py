@@ -119,3 +119,24 @@ def gradients(model: Any, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def checkpoint_layers(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on and train; transformers renamed the method in 5.2x."""
+    options = options or {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+
+
+def restore(model: Any) -> None:
+    """Undo what a test may have switched on."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+    model.set_attn_implementation("sdpa")
+    model.zero_grad()
+    model.eval()
