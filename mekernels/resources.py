@@ -1,7 +1,8 @@
 """What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
 
-``python -m mekernels.resources`` prints the table. A kernel module in :mod:`mekernels.kernels` joins it by a
-function ``gates()`` that returns a list of :class:`Gate`, its kernels at production shapes::
+``python -m mekernels.resources [part of a name]`` prints the table. A kernel module in
+:mod:`mekernels.kernels` joins it by a function ``gates()`` that returns a list of :class:`Gate`, its kernels
+at production shapes::
 
     def gates() -> list[Gate]:
         query = torch.empty(1, 48, 17776, 64, dtype=torch.float16, device="meta")
@@ -20,6 +21,7 @@ import inspect
 import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +73,8 @@ def modules() -> list[Any]:
 
 
 def gates() -> list[Gate]:
-    """All gates of all kernel modules."""
-    return [gate for module in modules() for gate in module.gates()]
+    """All gates of all kernel modules; the kernels of a module without any are listed by :func:`ungated`."""
+    return [gate for module in modules() for gate in getattr(module, "gates", list)()]
 
 
 def ungated() -> list[str]:
@@ -165,10 +167,10 @@ def faults(gate: Gate, capability: int, found: Resources) -> list[str]:
     return [f"{gate.name}, sm_{capability}: {fault}" for fault in wrong]
 
 
-def report() -> str:
-    """The table of all kernels on all GPUs."""
+def report(part: str = "") -> str:
+    """The table of all kernels on all GPUs; only of those whose gate's name has ``part`` in it."""
     lines = [f"{'kernel':58} {'gpu':6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6} {'mma':>5}"]
-    for gate in gates():
+    for gate in (gate for gate in gates() if part in gate.name):
         for capability in SHARED_LIMIT:
             found = measure(gate.launch, capability)
             lines.append(
@@ -180,4 +182,4 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    print(report())
+    print(report(" ".join(sys.argv[1:])))

@@ -19,6 +19,28 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernels read."""
 
 
+class Shape(NamedTuple):
+    """The attention of a real model, at which kernels are compiled and judged."""
+
+    heads: int
+    width: int
+    frames: int
+    positions: int
+    text: int
+
+    @property
+    def length(self) -> int:
+        """All tokens."""
+        return self.text + self.frames * self.positions
+
+
+SHAPES = {
+    "CogVideoX-5B": Shape(48, 64, 13, 30 * 45, 226),
+    "CogVideoX-1.5-5B": Shape(48, 64, 11, 48 * 85, 226),
+    "Wan-14B": Shape(40, 128, 21, 30 * 52, 0),
+}
+
+
 class Launch(NamedTuple):
     """A kernel with everything needed to run or to compile it."""
 
@@ -89,7 +111,15 @@ def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
 
 
 def inner_block(width: int, dtype: torch.dtype) -> int:
-    """How much of the head width a tile holds: all of it, or a part that divides it, for 32-bit types."""
-    if dtype != torch.float32:
-        return max(16, power_of_two(width)) if width <= 128 else 64
-    return 16
+    """How much of the head width a tile holds: 64 at most, so that a wide head takes several steps."""
+    if dtype == torch.float32:
+        return 16
+    # 80 takes five steps of 16 rather than two of 64 with half of the second wasted.
+    return next((block for block in (64, 32) if width % block == 0), 64 if width % 16 else 16)
+
+
+def meta_inputs(shape: Shape, dtype: torch.dtype, fold: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and logsumexp of a model on the meta device."""
+    query = torch.empty(1, shape.heads, shape.length, shape.width, dtype=dtype, device="meta")
+    key = torch.empty(1, shape.heads, fold * shape.length, shape.width, dtype=dtype, device="meta")
+    return query, key, torch.empty(1, shape.heads, shape.length, device="meta")

@@ -5,13 +5,13 @@ import platform
 
 import pytest
 
+from mekernels import resources
+from mekernels.kernels import common
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or platform.machine() != "x86_64",
     reason="needs triton and the compiler it brings",
 )
-
-from mekernels import resources
-from mekernels.kernels import common
 
 GATES = resources.gates() if importlib.util.find_spec("triton") and not common.interpreted() else []
 
