@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy", description=__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/toy"), help="folder to write (%(default)s)")
-    add("--clips", type=int, default=96, help="training clips (%(default)s)")
+    add("--clips", type=int, default=64, help="training clips (%(default)s)")
     add("--test_clips", type=int, default=None, help="test clips (a quarter of --clips)")
     add("--seed", type=int, default=0, help="seed of clips and weights (%(default)s)")
     args = parser.parse_args(argv)

@@ -151,7 +151,7 @@ def _claim(folder: ToyFolder, settings: _Settings) -> None:
 def write_world(
     output_dir: str | Path,
     *,
-    clips: int = 96,
+    clips: int = 64,
     test_clips: int | None = None,
     seed: int = 0,
     frames: int = 17,
@@ -242,7 +242,7 @@ def _make_once(target: Path, make: Callable[[Path], Any]) -> None:
 def build_toy(
     output_dir: str | Path,
     *,
-    clips: int = 96,
+    clips: int = 64,
     test_clips: int | None = None,
     seed: int = 0,
     progress: bool = True,
