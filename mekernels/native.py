@@ -87,7 +87,7 @@ def _mask(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) 
     return None if row_mask is None else _tensor("row_mask", row_mask, rows, device, (torch.bool,))
 
 
-def row_weights(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) -> Tensor:
+def _row_weights(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) -> Tensor:
     """Weight (B, R) of each row's norm: mean over a sample's rows, then over the samples that have any."""
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=device)
@@ -170,7 +170,7 @@ def _dtype(value: Tensor) -> int:
 
 def resample_rows_forward(
     maps: Tensor, grid_in: Sequence[int], grid_out: Sequence[int], *, normalize: bool = True
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Trilinear resampling with half-pixel centres, then each row scaled to sum to one (Section 3).
 
     Args:
@@ -180,22 +180,23 @@ def resample_rows_forward(
         normalize: scale each row to sum to one; a row that sums to zero becomes zero.
 
     Returns:
-        (B, R, S_out) float32.
+        ``(resampled, sums)``: (B, R, S_out) and (B, R) float32; ``sums`` is what each row was divided by, 1
+        without ``normalize``.
 
     Example:
         >>> import torch
         >>> from mekernels import native
         >>> native.resample_rows_forward(torch.ones(1, 1, 2), (1, 1, 2), (1, 1, 4))
-        tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+        (tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]]), tensor([[4.]]))
     """
     grids = _grid("grid_in", grid_in), _grid("grid_out", grid_out)
     maps = _tensor("maps", maps, ("B", "R", _volume(grids[0])))
     batch, rows, _ = maps.shape
-    resampled = torch.empty(batch, rows, _volume(grids[1]), dtype=torch.float32, device=maps.device)
+    resampled, sums = maps.new_empty(batch, rows, _volume(grids[1])), maps.new_empty(batch, rows)
     if batch * rows:
         sizes = [batch * rows, *grids[0], *grids[1]]
-        run("resample_rows", maps.device, [maps, *sizes, int(normalize), resampled], sizes)
-    return resampled
+        run("resample_rows", maps.device, [maps, *sizes, int(normalize), resampled, sums], sizes)
+    return resampled, sums
 
 
 def resample_rows_backward(
@@ -224,7 +225,7 @@ def resample_rows_backward(
 
 def row_l2_loss_forward(
     student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """L2 norm of every row's difference (Section 3).
 
     The mean is taken over a sample's rows, then over the samples that have any.
@@ -235,13 +236,14 @@ def row_l2_loss_forward(
         row_mask: (B, R) bool, True where a row counts; rows that do not are never read. Default all.
 
     Returns:
-        ``(loss, norms)``: () and (B, R) float32, norms 0 where the mask is False.
+        ``(loss, norms, weights)``: (), (B, R) and (B, R) float32; the loss is the sum of norms * weights,
+        both 0 where the mask is False.
 
     Example:
         >>> import torch
         >>> from mekernels import native
         >>> native.row_l2_loss_forward(torch.ones(1, 1, 4), torch.zeros(1, 1, 4))
-        (tensor(2.), tensor([[2.]]))
+        (tensor(2.), tensor([[2.]]), tensor([[1.]]))
     """
     student = _tensor("student", student, ("B", "R", "S"))
     batch, rows, columns = student.shape
@@ -251,29 +253,30 @@ def row_l2_loss_forward(
     norms = student.new_empty(batch, rows)
     if student.numel():
         run("row_l2", device, [student, teacher, _dtype(teacher), row_mask, batch * rows, columns, norms])
-    return (norms * row_weights(row_mask, (batch, rows), device)).sum(), norms
+    weights = _row_weights(row_mask, (batch, rows), device)
+    return (norms * weights).sum(), norms, weights
 
 
 def row_l2_loss_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, row_mask: Tensor | None = None
+    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
 ) -> Tensor:
     """Gradient of :func:`row_l2_loss_forward` in ``student``; that in ``teacher`` is its negative.
 
     Args:
         grad: () float32, gradient of the loss.
-        student, teacher, row_mask: as given forward.
-        norms: (B, R) float32, as returned forward.
+        student, teacher: as given forward.
+        norms, weights: (B, R) float32, as returned forward.
 
     Returns:
-        (B, R, S) float32; zero where a row's difference is zero or its mask is False.
+        (B, R, S) float32; zero where a row's difference or weight is zero.
     """
     student = _tensor("student", student, ("B", "R", "S"))
     batch, rows, columns = student.shape
     device = student.device
     teacher = _tensor("teacher", teacher, (batch, rows, columns), device, _HALVES)
     norms = _tensor("norms", norms, (batch, rows), device)
-    row_mask = _mask(row_mask, (batch, rows), device)
-    grad_norms = _tensor("grad", grad, (), device) * row_weights(row_mask, (batch, rows), device)
+    weights = _tensor("weights", weights, (batch, rows), device)
+    row_mask, grad_norms = weights != 0, _tensor("grad", grad, (), device) * weights
     result = torch.empty_like(student)
     if student.numel():
         values = [
@@ -301,7 +304,7 @@ def align_forward(
     normalize: bool = True,
     normalize_teacher: bool = True,
     gradient: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Row L2 loss of the resampled student rows and the teacher's, without the resampled map (Section 3).
 
     Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`; the gradient is made in the
@@ -318,14 +321,15 @@ def align_forward(
         gradient: also return what :func:`align_backward` needs.
 
     Returns:
-        ``(loss, norms, row_gradient)``: (), (B, R) and (B, R, S_in) float32. ``row_gradient[b, r]`` is the
-        gradient of ``norms[b, r]`` in ``student[b, r]``, None without ``gradient``.
+        ``(loss, norms, weights, row_gradient)``: (), (B, R), (B, R) and (B, R, S_in) float32. The loss is
+        the sum of norms * weights; ``row_gradient[b, r]`` is the gradient of ``norms[b, r]`` in
+        ``student[b, r]``, None without ``gradient``.
 
     Example:
         >>> import torch
         >>> from mekernels import native
         >>> student, teacher = torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])
-        >>> loss, norms, row_gradient = native.align_forward(student, teacher, (1, 1, 2), (1, 1, 4))
+        >>> loss, norms, weights, row_gradient = native.align_forward(student, teacher, (1, 1, 2), (1, 1, 4))
         >>> loss, row_gradient.shape
         (tensor(0.8660), torch.Size([1, 1, 2]))
     """
@@ -342,16 +346,17 @@ def align_forward(
         flags = [int(normalize), int(normalize_teacher)]
         values = [student, teacher, _dtype(teacher), row_mask, *sizes, *flags, norms, row_gradient]
         run("align", device, values, sizes)
-    return (norms * row_weights(row_mask, (batch, rows), device)).sum(), norms, row_gradient
+    weights = _row_weights(row_mask, (batch, rows), device)
+    return (norms * weights).sum(), norms, weights, row_gradient
 
 
-def align_backward(grad: Tensor, row_gradient: Tensor, row_mask: Tensor | None = None) -> Tensor:
+def align_backward(grad: Tensor, row_gradient: Tensor, weights: Tensor) -> Tensor:
     """Gradient of :func:`align_forward`'s loss in ``student``.
 
     Args:
         grad: () float32, gradient of the loss.
         row_gradient: (B, R, S_in) float32, as returned forward.
-        row_mask: as given forward.
+        weights: (B, R) float32, as returned forward.
 
     Returns:
         (B, R, S_in) float32.
@@ -359,8 +364,7 @@ def align_backward(grad: Tensor, row_gradient: Tensor, row_mask: Tensor | None =
     row_gradient = _tensor("row_gradient", row_gradient, ("B", "R", "S_in"))
     batch, rows, columns = row_gradient.shape
     device = row_gradient.device
-    row_mask = _mask(row_mask, (batch, rows), device)
-    grad_norms = _tensor("grad", grad, (), device) * row_weights(row_mask, (batch, rows), device)
+    grad_norms = _tensor("grad", grad, (), device) * _tensor("weights", weights, (batch, rows), device)
     result = torch.empty_like(row_gradient)
     if row_gradient.numel():
         run("align_backward", device, [row_gradient, grad_norms, batch * rows, columns, result])

@@ -26,20 +26,22 @@ static void zero(float *values, int64_t count) {
 
 int32_t mek_resample_rows(const float *maps, int64_t rows, int64_t frames_in, int64_t height_in, int64_t width_in,
                           int64_t frames_out, int64_t height_out, int64_t width_out, int32_t normalize,
-                          float *resampled, int32_t threads) {
+                          float *resampled, float *sums, int32_t threads) {
     return guarded("mek_resample_rows", [&]() -> int32_t {
         const Volumes volumes = {frames_in, height_in, width_in, frames_out, height_out, width_out};
         const int32_t status = Check("mek_resample_rows")
                                    .volumes(rows, volumes)
                                    .floats("maps", maps)
                                    .floats("resampled", resampled)
+                                   .optional("sums", sums, alignof(float))
                                    .status();
         if (status != MEK_OK) return status;
         const ResampleStorage storage(volumes);
         const Kernels &table = kernels();
         for_rows(rows, threads, volumes, [&](int64_t row, float *scratch) {
-            table.resample(storage.tables(), maps + row * volume_in(volumes), normalize != 0,
-                           resampled + row * volume_out(volumes), scratch);
+            const double sum = table.resample(storage.tables(), maps + row * volume_in(volumes), normalize != 0,
+                                              resampled + row * volume_out(volumes), scratch);
+            if (sums) sums[row] = (float)sum;
         });
         return MEK_OK;
     });

@@ -46,9 +46,9 @@ struct Kernels {
                               float scale, float *out);
     void (*scale)(const float *values, float scale, int64_t count, float *out);
 
-    // One row each.
-    void (*resample)(const ResampleTables &tables, const float *map, bool normalize, float *resampled,
-                     float *scratch);
+    // One row each.  resample returns the sum that the row was divided by.
+    double (*resample)(const ResampleTables &tables, const float *map, bool normalize, float *resampled,
+                       float *scratch);
     void (*resample_backward)(const ResampleTables &tables, const float *grad_resampled, const float *map,
                               bool normalize, float *grad_map, float *scratch);
     float (*align)(const ResampleTables &tables, const float *map, const void *teacher, int32_t dtype,

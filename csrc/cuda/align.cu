@@ -8,11 +8,11 @@ struct Teacher {
     const void *data;
     int32_t dtype;
     int64_t first;  // element of the row's start
-    float scale;
+    double scale;
 };
 
 __device__ __forceinline__ float teacher_value(const Teacher &teacher, int64_t place) {
-    return load_as_float(teacher.data, teacher.dtype, teacher.first + place);
+    return scaled(load_as_float(teacher.data, teacher.dtype, teacher.first + place), teacher.scale);
 }
 
 // Blocks walk over the rows; a block works through a row one frame of the teacher at a time.
@@ -30,19 +30,19 @@ __global__ void __launch_bounds__(kThreads)
             if (thread_index() == 0) norms[row] = 0;
             continue;
         }
-        const double scale = normalize ? scale_of_row(tables, map) : 1.0;
-        Teacher teacher = {teachers, dtype, row * volume, 1.0f};
+        const double scale = normalize ? row_scale(sum_of_row(tables, map)) : 1.0;
+        Teacher teacher = {teachers, dtype, row * volume, 1.0};
         if (normalize_teacher) {
             double sum = 0;
             for (int64_t i = thread_index(); i < volume; i += kThreads) sum += (double)teacher_value(teacher, i);
-            teacher.scale = (float)row_scale(block_sum(sum));
+            teacher.scale = row_scale(block_sum(sum));
         }
         double squares = 0;
         for (int frame = 0; frame < tables.frames.out; ++frame) {
             MEK_FOR_PLANE(y, x, tables.height.out, tables.width.out) {
                 const int64_t place = (int64_t)y * tables.width.out + x;
-                const float value = (float)((double)trilinear(tables, map, frame, y, x) * scale);
-                const float difference = value - teacher.scale * teacher_value(teacher, frame * plane + place);
+                const float value = scaled(trilinear(tables, map, frame, y, x), scale);
+                const float difference = value - teacher_value(teacher, frame * plane + place);
                 squares += (double)difference * (double)difference;
                 if (gradient) differences[place] = difference;
             }

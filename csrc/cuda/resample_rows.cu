@@ -3,10 +3,12 @@
 namespace mek {
 
 __global__ void __launch_bounds__(kThreads)
-    row_scales(Tables tables, const float *__restrict__ maps, bool normalize) {
+    row_scales(Tables tables, const float *__restrict__ maps, bool normalize, float *__restrict__ sums) {
     const float *map = maps + blockIdx.x * volume_in(tables.volumes);
-    const double scale = normalize ? scale_of_row(tables, map) : 1.0;
-    if (thread_index() == 0) tables.row_scales[blockIdx.x] = scale;
+    const double sum = normalize ? sum_of_row(tables, map) : 1.0;
+    if (thread_index()) return;
+    tables.row_scales[blockIdx.x] = row_scale(sum);
+    if (sums) sums[blockIdx.x] = (float)sum;
 }
 
 // A block is one frame of one row.
@@ -18,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     float *out = resampled + blockIdx.x * plane_out(tables.volumes);
     const double scale = tables.row_scales[row];
     MEK_FOR_PLANE(y, x, tables.height.out, tables.width.out)
-        out[(int64_t)y * tables.width.out + x] = (float)((double)trilinear(tables, map, frame, y, x) * scale);
+        out[(int64_t)y * tables.width.out + x] = scaled(trilinear(tables, map, frame, y, x), scale);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
             reduce_frame(tables, frame, values + frame * plane_out(tables.volumes), narrow, gradient);
             __syncthreads();
         }
-        if (normalize) finish_gradient(tables, map, true, scale_of_row(tables, map), 1.0, gradient);
+        if (normalize) finish_gradient(tables, map, true, row_scale(sum_of_row(tables, map)), 1.0, gradient);
     }
 }
 
@@ -66,14 +68,19 @@ int32_t mek_cuda_resample_rows_backward_workspace(int64_t rows, int64_t frames_i
 
 int32_t mek_cuda_resample_rows(const float *maps, int64_t rows, int64_t frames_in, int64_t height_in,
                                int64_t width_in, int64_t frames_out, int64_t height_out, int64_t width_out,
-                               int32_t normalize, float *resampled, void *workspace, int64_t workspace_bytes,
-                               int32_t device, void *stream) {
+                               int32_t normalize, float *resampled, float *sums, void *workspace,
+                               int64_t workspace_bytes, int32_t device, void *stream) {
     const char *function = "mek_cuda_resample_rows";
     const Volumes volumes = {frames_in, height_in, width_in, frames_out, height_out, width_out};
-    int32_t status =
-        Check(function).volumes(rows, volumes).floats("maps", maps).floats("resampled", resampled).status();
+    int32_t status = Check(function)
+                         .volumes(rows, volumes)
+                         .floats("maps", maps)
+                         .floats("resampled", resampled)
+                         .optional("sums", sums, alignof(float))
+                         .status();
     if (status == MEK_OK) status = check_grid(function, rows * frames_out);
-    if (status == MEK_OK) status = check_device(function, device, {{"maps", maps}, {"resampled", resampled}});
+    if (status == MEK_OK) status = check_device(
+            function, device, {{"maps", maps}, {"resampled", resampled}, {"sums", sums ? sums : resampled}});
     const int64_t needed = status == MEK_OK ? lay_out(volumes, rows, false, nullptr, nullptr) : 0;
     if (status == MEK_OK) status = check_workspace(function, workspace, workspace_bytes, needed, device);
     if (status != MEK_OK) return status;
@@ -84,7 +91,8 @@ int32_t mek_cuda_resample_rows(const float *maps, int64_t rows, int64_t frames_i
     status = fill_tables(function, tables, stream);
     if (status != MEK_OK) return status;
     const dim3 block(kThreadsX, kThreadsY);
-    MEK_LAUNCH_OR_RETURN(function, row_scales, (unsigned)rows, block, stream, tables, maps, normalize != 0);
+    MEK_LAUNCH_OR_RETURN(function, row_scales, (unsigned)rows, block, stream, tables, maps, normalize != 0,
+                         sums);
     MEK_LAUNCH_OR_RETURN(function, resample_frames, (unsigned)(rows * frames_out), block, stream, tables, maps,
                          resampled);
     return MEK_OK;

@@ -59,14 +59,14 @@ __device__ __forceinline__ float trilinear(const Tables &t, const float *map, in
            t.frames.weight_high[frame] * bilinear(t, map + t.frames.high[frame] * plane, y, x);
 }
 
-// 1 / the sum of the resampled row; every thread of the block gets it.
-__device__ __forceinline__ double scale_of_row(const Tables &t, const float *map) {
+// Sum of the resampled row; every thread of the block gets it.
+__device__ __forceinline__ double sum_of_row(const Tables &t, const float *map) {
     double sum = 0;
     for (int frame = 0; frame < t.frames.in; ++frame)
         MEK_FOR_PLANE(y, x, t.height.in, t.width.in)
             sum += column_sum_at(t, frame, y, x) *
                    (double)map[((int64_t)frame * t.height.in + y) * t.width.in + x];
-    return row_scale(block_sum(sum));
+    return block_sum(sum);
 }
 
 // Adds the transpose of `trilinear` for one output frame of `values` into `gradient`.  Each thread adds to

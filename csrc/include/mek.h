@@ -68,10 +68,11 @@ MEK_API int32_t mek_token_motion_scores(const void *text_attention, int32_t dtyp
 
 /* Rows are volumes (frames, height, width) laid out flat.  Trilinear with half-pixel centres; normalize
  * != 0 then scales each row to sum to one, a row that sums to zero becomes zero and has no gradient.
- * maps (rows, volume in) -> resampled (rows, volume out) */
+ * maps (rows, volume in) -> resampled (rows, volume out), sums (rows; null if not wanted): what each row
+ * was divided by, 1 without normalize */
 MEK_API int32_t mek_resample_rows(const float *maps, int64_t rows, int64_t frames_in, int64_t height_in,
                                   int64_t width_in, int64_t frames_out, int64_t height_out, int64_t width_out,
-                                  int32_t normalize, float *resampled, int32_t threads);
+                                  int32_t normalize, float *resampled, float *sums, int32_t threads);
 /* grad_resampled (rows, volume out), maps (rows, volume in; null unless normalize) -> grad_maps */
 MEK_API int32_t mek_resample_rows_backward(const float *grad_resampled, const float *maps, int64_t rows,
                                            int64_t frames_in, int64_t height_in, int64_t width_in,
@@ -131,8 +132,8 @@ MEK_API int32_t mek_cuda_resample_rows_workspace(int64_t rows, int64_t frames_in
 MEK_API int32_t mek_cuda_resample_rows(const float *maps, int64_t rows, int64_t frames_in,
                                        int64_t height_in, int64_t width_in, int64_t frames_out,
                                        int64_t height_out, int64_t width_out, int32_t normalize,
-                                       float *resampled, void *workspace, int64_t workspace_bytes,
-                                       int32_t device, void *stream);
+                                       float *resampled, float *sums, void *workspace,
+                                       int64_t workspace_bytes, int32_t device, void *stream);
 
 MEK_API int32_t mek_cuda_resample_rows_backward_workspace(int64_t rows, int64_t frames_in,
                                                           int64_t height_in, int64_t width_in,

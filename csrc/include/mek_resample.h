@@ -78,6 +78,9 @@ MEK_HD int64_t volume_out(const Volumes &v) { return v.frames_out * plane_out(v)
 // Scale of a row that is to sum to one; a row that sums to zero becomes zero.
 MEK_HD double row_scale(double sum) { return sum == 0 ? 0.0 : 1.0 / sum; }
 
+// One element of it; student and teacher rows are rounded alike, so that equal rows stay equal.
+MEK_HD float scaled(float value, double scale) { return (float)((double)value * scale); }
+
 // dx of the header's formula, one element.
 MEK_HD float normalized_gradient(double u, double u_dot_y, double column, double scale) {
     return (float)((u - u_dot_y * column) * scale);

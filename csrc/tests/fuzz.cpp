@@ -252,14 +252,14 @@ static void fuzz_resample_rows(Call &call, Choices &choices) {
     const Grids g = grids(call, choices);
     const int32_t normalize = call.flag();
     const float *maps = call.input(g.elements_in);
-    float *resampled = call.output(g.elements_out);
+    float *resampled = call.output(g.elements_out), *sums = call.optional_output(product({g.rows}));
     if (!call.cuda())
         return call.check("mek_resample_rows",
-                          mek_resample_rows(maps, GRIDS(g), normalize, resampled, call.threads()));
+                          mek_resample_rows(maps, GRIDS(g), normalize, resampled, sums, call.threads()));
     int64_t needed = 0, bytes = 0;
     void *workspace = call.workspace(mek_cuda_resample_rows_workspace(GRIDS(g), &needed), needed, &bytes);
-    call.check("mek_cuda_resample_rows", mek_cuda_resample_rows(maps, GRIDS(g), normalize, resampled, workspace,
-                                                                bytes, call.device(), nullptr));
+    call.check("mek_cuda_resample_rows", mek_cuda_resample_rows(maps, GRIDS(g), normalize, resampled, sums,
+                                                                workspace, bytes, call.device(), nullptr));
 }
 
 static void fuzz_resample_rows_backward(Call &call, Choices &choices) {

@@ -210,7 +210,7 @@ static void test_resampling(const Target &target, Shape in, Shape out, uint64_t 
     const Floats maps = random_floats(random, rows * in.size()), grad = random_floats(random, rows * out.size());
     Floats teacher = random_floats(random, rows * out.size());
     const std::vector<uint8_t> mask = {1, 0, 1};
-    Floats resampled(rows * out.size()), grad_maps(rows * in.size()), norms(rows), gradient(rows * in.size());
+    Floats resampled(rows * out.size()), sums(rows), grad_maps(rows * in.size()), norms(rows), gradient(rows * in.size());
     int32_t status[3];
     if (target.cuda) {
         int64_t bytes = 0, more = 0;
@@ -219,25 +219,26 @@ static void test_resampling(const Target &target, Shape in, Shape out, uint64_t 
         expect(more > bytes, "the slabs need memory");
         Device device(more);
         device.with(maps).with(grad).with(teacher).with(mask);
-        device.with(resampled).with(grad_maps).with(norms).with(gradient);
+        device.with(resampled).with(sums).with(grad_maps).with(norms).with(gradient);
         status[0] = mek_cuda_resample_rows(maps.data(), rows, in.f, in.h, in.w, out.f, out.h, out.w, 1,
-                                           resampled.data(), device.workspace(), bytes, 0, nullptr);
+                                           resampled.data(), sums.data(), device.workspace(), bytes, 0, nullptr);
         status[1] = mek_cuda_resample_rows_backward(grad.data(), maps.data(), rows, in.f, in.h, in.w, out.f, out.h,
                                                     out.w, 1, grad_maps.data(), device.workspace(), more, 0, nullptr);
         status[2] = mek_cuda_align(maps.data(), teacher.data(), MEK_FLOAT32, mask.data(), rows, in.f, in.h, in.w,
                                    out.f, out.h, out.w, 1, 0, norms.data(), gradient.data(), device.workspace(),
                                    more, 0, nullptr);
     } else {
-        status[0] = mek_resample_rows(maps.data(), rows, in.f, in.h, in.w, out.f, out.h, out.w, 1, resampled.data(), 2);
+        status[0] = mek_resample_rows(maps.data(), rows, in.f, in.h, in.w, out.f, out.h, out.w, 1, resampled.data(), sums.data(), 2);
         status[1] = mek_resample_rows_backward(grad.data(), maps.data(), rows, in.f, in.h, in.w, out.f, out.h, out.w,
                                                1, grad_maps.data(), 2);
         status[2] = mek_align(maps.data(), teacher.data(), MEK_FLOAT32, mask.data(), rows, in.f, in.h, in.w, out.f,
                               out.h, out.w, 1, 0, norms.data(), gradient.data(), 2);
     }
     const Doubles matrix = resample_matrix(in, out);
-    Doubles exact_rows, exact_grad, exact_norms, exact_gradient;
+    Doubles exact_rows, exact_sums, exact_grad, exact_norms, exact_gradient;
     for (int64_t r = 0; r < rows; ++r) {
         const RowResult row = resample_row(matrix, maps.data() + r * in.size(), in, out);
+        exact_sums.push_back(row.total);
         exact_rows.insert(exact_rows.end(), row.rows.begin(), row.rows.end());
         Doubles upstream(out.size()), direction(out.size());
         double squares = 0;
@@ -255,6 +256,7 @@ static void test_resampling(const Target &target, Shape in, Shape out, uint64_t 
     }
     for (int i = 0; i < 3; ++i) expect(status[i] == MEK_OK, "resampling " + target.name);
     expect_close(resampled, exact_rows, 1e-5, "resample_rows " + target.name);
+    expect_close(sums, exact_sums, 1e-6, "sums of " + target.name);
     expect_close(grad_maps, exact_grad, 1e-5, "resample_rows_backward " + target.name);
     expect_close(norms, exact_norms, 1e-5, "align " + target.name);
     expect_close(gradient, exact_gradient, 1e-5, "align gradient " + target.name);

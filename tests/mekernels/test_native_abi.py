@@ -142,7 +142,7 @@ def good_calls(buffer):
     return {
         "mek_motion_scores": [buffer] * 3 + [1, 2, 3] + [buffer] * 3,
         "mek_token_motion_scores": [buffer, 0, 2, 3, 4, buffer],
-        "mek_resample_rows": [buffer, *volumes, 1, buffer],
+        "mek_resample_rows": [buffer, *volumes, 1, buffer, buffer],
         "mek_resample_rows_backward": [buffer, buffer, *volumes, 1, buffer],
         "mek_row_l2": [buffer, buffer, 0, None, 2, 3, buffer],
         "mek_row_l2_backward": [buffer, buffer, 0, None, buffer, buffer, 2, 3, buffer],
@@ -151,7 +151,13 @@ def good_calls(buffer):
     }
 
 
-OPTIONAL = {("mek_row_l2", 3), ("mek_row_l2_backward", 3), ("mek_align", 3), ("mek_align", 14)}
+OPTIONAL = {
+    ("mek_resample_rows", 10),
+    ("mek_row_l2", 3),
+    ("mek_row_l2_backward", 3),
+    ("mek_align", 3),
+    ("mek_align", 14),
+}
 FLAGS = {("mek_resample_rows", 8), ("mek_resample_rows_backward", 9), ("mek_align", 11), ("mek_align", 12)}
 
 
