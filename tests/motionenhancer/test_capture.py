@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -295,21 +297,27 @@ def test_compiled_model() -> None:
     assert_same(captured.attention, expected)
 
 
-def test_data_parallel_wrapper(model: Any, batch: Any, tmp_path: Any) -> None:
-    import torch.distributed as dist
+@contextlib.contextmanager
+def kept_numbers() -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps for backward, and how many bytes each has."""
+    kept: dict[int, int] = {}
+    held: list[Any] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
 
-    rows, columns = random_rows(batch, 4)
-    expected, out = eager_attention(model, batch, rows, columns)
-    reference = gradients(model, expected.square().sum() + out.loss)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with capture_attention(wrapped, rows, columns) as captured:
-            out = wrapped(**batch)
-        assert_same(captured.attention, expected)
-        assert_same_gradients(gradients(model, captured.attention.square().sum() + out.loss), reference)
-    finally:
-        dist.destroy_process_group()
+    def count(packed: Any) -> Any:
+        for tensor in packed if isinstance(packed, tuple) else (packed,):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)
+        return packed
+
+    class Counting(hooks):  # type: ignore[misc,valid-type]
+        def __init__(self, pack: Any, unpack: Any) -> None:
+            super().__init__(lambda tensor: count(pack(tensor)), unpack)
+
+    with pytest.MonkeyPatch.context() as patch, hooks(lambda tensor: count(tensor.detach()), lambda t: t):
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counting)
+        yield kept
 
 
 def test_keeps_little_under_checkpoints(model: Any, student: Any) -> None:
@@ -319,32 +327,29 @@ def test_keeps_little_under_checkpoints(model: Any, student: Any) -> None:
     text = model.config.text_config
     length = batch["input_ids"].shape[1]
     rows = torch.tensor([[length - 2, length - 3]])
-    kept: list[int] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    original = torch.autograd.graph.saved_tensors_hooks
-
-    class Counting(original):  # type: ignore[misc,valid-type]
-        def __init__(self, inner_pack: Any, inner_unpack: Any) -> None:
-            def counted(tensor: torch.Tensor) -> Any:
-                packed = inner_pack(tensor)
-                pack(packed[0] if isinstance(packed, tuple) else packed)
-                return packed
-
-            super().__init__(counted, inner_unpack)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counting)
-        with capture_attention(model, rows, slice(0, 8)):
-            model(**batch)
+    with kept_numbers() as plain:
+        model(**batch)
+    with kept_numbers() as watched, capture_attention(model, rows, slice(0, 8)) as captured:
+        model(**batch)
+        assert captured.attention.requires_grad
     width = text.hidden_size // text.num_attention_heads
     keys = text.num_key_value_heads * length * width
     queries = text.num_attention_heads * rows.shape[1] * width
     small = 4 * length
-    assert 0 < sum(kept) <= text.num_hidden_layers * (keys + queries + small)
+    added = sum(watched.values()) - sum(plain.values())
+    assert keys <= added / 8 <= text.num_hidden_layers * (keys + queries + small)
+
+
+def test_keeps_a_fraction_of_what_eager_keeps() -> None:
+    model, _ = sharp_student(layers=2)
+    ids = torch.randint(300, (1, 2048), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    rows, columns = torch.arange(2000, 2016)[None], torch.arange(1024)[None]
+    with kept_numbers() as eager:
+        eager_attention(model, batch, rows, columns)
+    with kept_numbers() as watched, capture_attention(model, rows, columns):
+        model(**batch)
+    assert sum(watched.values()) * 3 < sum(eager.values())
 
 
 def test_custom_checkpoint_function(model: Any, batch: Any) -> None:

@@ -1,0 +1,33 @@
+"""The examples of docs/students.md, run in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "students.md"
+
+
+def test_examples_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    toy = tmp_path / "toy"
+    toy.mkdir()
+    for name, target in (
+        ("student", world.student),
+        ("teacher", world.teacher),
+        ("train.jsonl", world.data),
+        ("videos", world.videos),
+    ):
+        (toy / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 4
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), scope)
+    assert "words found" in capsys.readouterr().out
+    attention = scope["captured"].attention
+    assert attention.shape == (1, scope["rows"].shape[1], scope["video"].positions.numel())
+    assert float(scope["loss_align"].detach()) > 0
