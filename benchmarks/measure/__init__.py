@@ -1,0 +1,1 @@
+"""What the benchmarks share: devices, memory, checks, baselines and the taking of samples."""

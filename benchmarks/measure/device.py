@@ -1,0 +1,113 @@
+"""The device under test: its name, its ceilings, its cache, and a clock that waits for it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "pytest-benchmark")
+
+
+@cache
+def device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_gpu() -> bool:
+    return device().type == "cuda"
+
+
+@cache
+def name() -> str:
+    """What the device calls itself."""
+    if on_gpu():
+        return torch.cuda.get_device_name(device())
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    model = found.group(1).strip() if found else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what runs."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = torch.version.cuda or "none"
+    return found
+
+
+def clock() -> float:
+    """Seconds; on a GPU after all its work is done."""
+    if on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@cache
+def cache_bytes() -> int:
+    """The largest cache, so that inputs can outgrow it."""
+    if on_gpu():
+        return torch.cuda.get_device_properties(device()).L2_cache_size
+    sizes = [64 << 10]
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes)
+
+
+def event_seconds(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds between CUDA events around each call, the calls queued without waiting for one another."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
+    for start, stop in zip(marks[::2], marks[1::2], strict=True):
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) / 1e3 for start, stop in zip(marks[::2], marks[1::2], strict=True)]
+
+
+@cache
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a large copy (read and written), and operations a second of large matrix products.
+
+    Empty on a CPU, where nothing is compared with a floor. TF32 stays off: float32 means float32.
+    """
+    if not on_gpu():
+        return {}
+    source = torch.randn(1 << 30, device=device(), dtype=torch.float32).view(torch.uint8)
+    target = torch.empty_like(source)
+    found = {"bytes_per_second": 2 * source.numel() / _median(lambda: target.copy_(source))}
+    del source, target
+    for dtype, size in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096)):
+        left, right = torch.randn(2, size, size, device=device(), dtype=dtype)
+        found[f"{str(dtype)[6:]}_per_second"] = 2 * size**3 / _median(lambda a=left, b=right: a @ b)
+    torch.cuda.empty_cache()
+    return found
+
+
+def _median(call: Callable[[], Any]) -> float:
+    event_seconds(call, 3)
+    return sorted(event_seconds(call, 11))[5]
+
+
+def floor_seconds(moved: float, operations: float, dtype: str) -> float | None:
+    """The least time for bytes moved and operations done at the device's measured ceilings; None on a CPU."""
+    found = ceilings()
+    rate = found.get(f"{dtype}_per_second")
+    if not found or rate is None:
+        return None
+    return max(moved / found["bytes_per_second"], operations / rate)
