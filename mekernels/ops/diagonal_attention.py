@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, reference
+from ..kernels import common
 from ..layout import VideoTokens
 
 
@@ -105,18 +106,18 @@ def _(query, key, lse, frames, positions, start, softmax_scale, fold, backend):
 
 
 def head_diagonal(
-    query: Tensor, key: Tensor, lse: Tensor, frames: int, positions: int, start: int, fold: int
+    query: Tensor, parts: Tensor, lse: Tensor, scale: float, frames: int, positions: int, start: int
 ) -> Tensor:
-    """(F, F, P) of one head from scaled (N, D) queries, (fold * N, D) keys and the (N,) logsumexp."""
-    vision = slice(start, start + frames * positions)
+    """(F, F, P) of one head, P first in memory, from (N, D) queries, (fold, N, D) keys and (N,) logsumexp."""
 
     def by_position(tokens: Tensor) -> Tensor:
-        return tokens[vision].reshape(frames, positions, -1).transpose(0, 1)
+        return tokens[start : start + frames * positions].reshape(frames, positions, -1).transpose(0, 1)
 
-    own, shift = by_position(query), by_position(lse)
-    parts = key.unflatten(0, (fold, -1))
-    total = sum((own @ by_position(part).mT).sub_(shift).exp_() for part in parts)
-    assert isinstance(total, Tensor)
+    own, shift = by_position(query), by_position(lse[:, None])
+    weights = [(own @ by_position(part).mT).mul_(scale).sub_(shift).exp_() for part in parts]
+    total = weights[0]
+    for more in weights[1:]:
+        total += more
     return total.permute(1, 2, 0)
 
 
@@ -134,10 +135,32 @@ def _composite(
     out = query.new_empty((*query.shape[:2], frames, frames, positions), dtype=dtype)
     for sample in range(query.shape[0]):
         for head in range(query.shape[1]):
-            scaled = query[sample, head].to(dtype) * softmax_scale
-            keys, shift = key[sample, head].to(dtype), lse[sample, head].to(dtype)
-            out[sample, head] = head_diagonal(scaled, keys, shift, frames, positions, start, fold)
+            queries, shift = query[sample, head].to(dtype), lse[sample, head].to(dtype)
+            parts = key[sample, head].to(dtype).unflatten(0, (fold, -1))
+            out[sample, head] = head_diagonal(queries, parts, shift, softmax_scale, frames, positions, start)
     return out
 
 
+def _triton_reasons(query: Tensor, *_) -> list[str]:
+    return common.reasons(query)
+
+
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    frames: int,
+    positions: int,
+    start: int,
+    softmax_scale: float,
+    fold: int,
+) -> Tensor:
+    from ..kernels import diagonal_attention as kernel
+
+    out = query.new_empty((*query.shape[:2], frames, frames, positions), dtype=torch.float32)
+    common.run(kernel.plan(out, query, key, lse, frames, positions, start, softmax_scale, fold))
+    return out
+
+
+backends.register("diagonal_attention", "triton", _triton, reasons=_triton_reasons, machine=common.machine)
 backends.register("diagonal_attention", "torch", _composite)

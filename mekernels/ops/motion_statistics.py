@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import backends, checks, reference, row_choice
 from ..layout import VideoTokens
-from .diagonal_attention import check_side_inputs, head_diagonal
+from .diagonal_attention import check_side_inputs
 from .motion_scores import MotionScores, energy_ratio, motion_scores
+from .square_sums import vision_square_sums
+from .statistics_update import motion_statistics_op
 
 CHUNK_ELEMENTS = 1 << 20
 """Attention entries the composite holds at a time."""
@@ -20,9 +22,9 @@ CHUNK_ELEMENTS = 1 << 20
 class MotionStatistics:
     """Pools the attention of many layers and steps per head, exactly, without an attention map.
 
-    Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and the mean of
-    the vision-to-vision block: memory O(heads * S * (F + T + R)). Sums are float32, or float64 for float64
-    input.
+    Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and every video
+    token's mass on the video (S,): memory O(heads * S * (F + T + R)). Sums are float32, or float64 for
+    float64 input.
 
     Args:
         video: where text and video tokens lie.
@@ -34,6 +36,12 @@ class MotionStatistics:
             sequence, hence evenly over the frames.
         device: where the sums lie; that of the first update by default.
         seed: of the drawn rows.
+        pooling: what the scores are of. ``"pooled"``: the mean of all maps, as in the paper. ``"per_layer"``:
+            every update's map on its own, averaged over the updates. Then no row is sampled
+            (``sampled_rows`` has no effect), the squares are exact, held memory is O(heads * S * T), and an
+            update costs one more flash attention over the video tokens, ``fold * (fold + 1) / 2`` of them
+            in general. Its squares off the diagonals are a difference, so in float32 a DFC above about 1e5
+            is rounding. Text rows are the same with both.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -63,6 +71,7 @@ class MotionStatistics:
         sampled_rows: int | str = 64,
         device: torch.device | str | None = None,
         seed: int = 0,
+        pooling: str = "pooled",
     ) -> None:
         checks.video_tokens("video", video)
         if isinstance(heads, bool) or not isinstance(heads, int):
@@ -74,6 +83,10 @@ class MotionStatistics:
         self.text_rows = row_choice.text_rows(text_rows, video)
         """(T,) int64 positions in the token sequence, on the CPU."""
         count = row_choice.sampled_count(sampled_rows, video)
+        checks.choice("pooling", pooling, ("pooled", "per_layer"))
+        self.pooling = pooling
+        if pooling == "per_layer":
+            count = 0
         self.sampled_rows, self.row_weights = row_choice.stratified(video.vision, count, seed)
         """(R,) int64 sampled video tokens and (R,) how many tokens each stands for, on the CPU."""
         self.updates = 0
@@ -108,28 +121,63 @@ class MotionStatistics:
         scale = check_side_inputs(query, key, lse, self.video, softmax_scale, fold)
         checks.shape("query", query, (1, self.heads, *query.shape[2:]), meaning="(one sample, heads, ...)")
         sums = self._ready(query)
-        backend = backends.active()
-        query, key, lse = query.detach(), key.detach(), lse.detach()
-        if backend == "reference":
-            backends.exactly(_reference_update, query, key, lse, sums, self.video, scale, fold)
+        tensors = query.detach(), key.detach(), lse.detach()
+        if self.pooling == "pooled":
+            self._add(sums["diagonal"], sums["vision_mass"], sums, *tensors, scale, fold)
         else:
-            video = self.video
-            start, text = video.vision_slice.start, video.text_slice.start
-            layout = (video.frames, video.positions, start, video.text, text)
-            accumulated = (sums["diagonal"], sums["rows"], sums["vision_mass"])
-            motion_statistics_op(*accumulated, query, key, lse, sums["index"], *layout, scale, fold, backend)
+            self._add_scores(sums, *tensors, scale, fold)
         self.updates += 1
+
+    def _add(
+        self,
+        diagonal: Tensor,
+        vision_mass: Tensor,
+        sums: dict[str, Tensor],
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        scale: float,
+        fold: int,
+    ) -> None:
+        video, backend = self.video, backends.active()
+        inputs = (diagonal, sums["rows"], vision_mass, query, key, lse, sums["index"])
+        if backend == "reference":
+            backends.exactly(_reference_update, *inputs, video, scale, fold)
+            return
+        start, text = video.vision_slice.start, video.text_slice.start
+        layout = (video.frames, video.positions, start, video.text, text)
+        motion_statistics_op(*inputs, *layout, scale, fold, backend)
+
+    def _add_scores(
+        self, sums: dict[str, Tensor], query: Tensor, key: Tensor, lse: Tensor, scale: float, fold: int
+    ) -> None:
+        squares = backends.exactly(vision_square_sums, query, key, lse, self.video, scale, fold)
+        diagonal, mass = (
+            _zero_diagonal(self.video, self.heads, sums["rows"]),
+            sums["rows"].new_zeros(self.heads, self.video.vision),
+        )
+        self._add(diagonal, mass, sums, query, key, lse, scale, fold)
+        inside = torch.stack([head.double().square().sum() for head in diagonal])
+        scores = self._scores(diagonal, mass, inside, squares - inside)
+        sums["scores"] += torch.stack([scores.dfc, scores.tcs, scores.dsr]).double()
+
+    def _scores(self, diagonal: Tensor, mass: Tensor, inside: Tensor, outside: Tensor) -> MotionScores:
+        tau = (mass.double().sum(1) / self.video.vision**2).to(mass.dtype)
+        scores = motion_scores(diagonal, tau, (inside + outside).to(diagonal.dtype))
+        if self.video.positions == 1:
+            outside = torch.zeros_like(outside)
+        return dataclasses.replace(scores, dfc=energy_ratio(inside, outside).to(diagonal.dtype))
 
     def merge(self, other: MotionStatistics) -> MotionStatistics:
         """Add what ``other`` pooled, every update counting the same; returns ``self``.
 
         Raises:
             TypeError: ``other`` is no MotionStatistics, or of another dtype.
-            ValueError: ``other`` has another video, number of heads, text rows or sampled rows.
+            ValueError: ``other`` has another video, number of heads, pooling, text rows or sampled rows.
         """
         if not isinstance(other, MotionStatistics):
             raise TypeError(f"other must be a MotionStatistics, got {type(other).__name__}")
-        for name in ("video", "heads"):
+        for name in ("video", "heads", "pooling"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"other must have {name} {getattr(self, name)}, got {getattr(other, name)}")
         for name in ("text_rows", "sampled_rows"):
@@ -137,32 +185,31 @@ class MotionStatistics:
                 raise ValueError(f"other must have the {name} of this MotionStatistics, got different ones")
         if other._sums:
             if not self._sums:
-                self._allocate(other._sums["diagonal"].dtype, self._device or other._sums["diagonal"].device)
-            if self._sums["diagonal"].dtype != other._sums["diagonal"].dtype:
-                mine, theirs = self._sums["diagonal"].dtype, other._sums["diagonal"].dtype
+                self._allocate(other._sums["rows"].dtype, self._device or other._sums["rows"].device)
+            if self._sums["rows"].dtype != other._sums["rows"].dtype:
+                mine, theirs = self._sums["rows"].dtype, other._sums["rows"].dtype
                 raise TypeError(f"other must hold sums of dtype {mine}, got {theirs}")
-            for name in _SUMS:
+            for name in self._names:
                 self._sums[name] += other._sums[name].to(self._sums[name].device)
         self.updates += other.updates
         return self
 
     def scores(self) -> MotionScores:
-        """DFC, TCS and DSR of every head's pooled map.
+        """DFC, TCS and DSR of every head's pooled map, or with per-layer pooling their mean over the updates.
 
-        The squares off the diagonals are those of the sampled rows, scaled up; all else is exact. The
-        denominator of DFC is kept in float64.
+        The squares off the diagonals of a pooled map are those of the sampled rows, scaled up; all else is
+        exact. The denominator of DFC is kept in float64.
 
         Raises:
             ValueError: there was no update yet, or an update had NaN or infinite values.
         """
         sums = self._finished()
-        video = self.video
+        if self.pooling == "per_layer":
+            dtype = sums["rows"].dtype
+            return MotionScores(*(sums["scores"] / self.updates).to(dtype))
         diagonal = sums["diagonal"] / self.updates
-        tau = sums["vision_mass"] / (self.updates * video.vision**2)
         inside = torch.stack([head.double().square().sum() for head in diagonal])
-        outside = self._outside(sums)
-        scores = motion_scores(diagonal, tau, (inside + outside).to(diagonal.dtype))
-        return dataclasses.replace(scores, dfc=energy_ratio(inside, outside).to(diagonal.dtype))
+        return self._scores(diagonal, sums["vision_mass"] / self.updates, inside, self._outside(sums))
 
     def text_attention(self, heads: Tensor | Sequence[int]) -> Tensor:
         """Text rows over video columns, mean over the given heads and all updates, (T, S).
@@ -187,7 +234,7 @@ class MotionStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums and the number of updates, as tensors that :meth:`load_state_dict` takes."""
-        state = {name: self._sums[name] for name in _SUMS if self._sums}
+        state = {name: self._sums[name] for name in self._names if self._sums}
         return {**state, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -196,15 +243,15 @@ class MotionStatistics:
         Raises:
             ValueError: entries are missing or unknown, or a shape differs.
         """
-        expected = {"updates", *_SUMS} if len(state) > 1 else {"updates"}
+        expected = {"updates", *self._names} if len(state) > 1 else {"updates"}
         if set(state) != expected:
             raise ValueError(f"state must have the entries {sorted(expected)}, got {sorted(state)}")
         if len(state) == 1:
             self._sums = {}
         else:
-            diagonal = state["diagonal"]
-            self._allocate(diagonal.dtype, self._device or diagonal.device)
-            for name in _SUMS:
+            rows = state["rows"]
+            self._allocate(rows.dtype, self._device or rows.device)
+            for name in self._names:
                 checks.shape(f"state[{name!r}]", state[name], self._sums[name].shape)
                 self._sums[name].copy_(state[name])
         self.updates = int(state["updates"])
@@ -212,19 +259,23 @@ class MotionStatistics:
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         video, heads = self.video, self.heads
         index = torch.cat([self.text_rows, self.sampled_rows + video.vision_slice.start])
-        sizes = {
-            "diagonal": (heads, video.frames, video.frames, video.positions),
-            "rows": (heads, len(index), video.vision),
-            "vision_mass": (heads,),
-        }
-        self._sums = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
-        self._sums["index"] = index.to(device)
+        rows = torch.zeros(heads, len(index), video.vision, dtype=dtype, device=device)
+        self._sums = {"rows": rows, "index": index.to(device)}
+        if self.pooling == "per_layer":
+            self._sums["scores"] = rows.new_zeros(3, heads, dtype=torch.float64)
+        else:
+            self._sums["diagonal"] = _zero_diagonal(video, heads, rows)
+            self._sums["vision_mass"] = rows.new_zeros(heads, video.vision)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("rows", "scores") if self.pooling == "per_layer" else ("diagonal", "rows", "vision_mass")
 
     def _ready(self, query: Tensor) -> dict[str, Tensor]:
         dtype = checks.accumulate_dtype(query.dtype)
         if not self._sums:
             self._allocate(dtype, self._device or query.device)
-        held = self._sums["diagonal"]
+        held = self._sums["rows"]
         if held.dtype != dtype:
             raise TypeError(f"query must be summed in {held.dtype} like earlier updates, got {query.dtype}")
         if held.device != query.device:
@@ -234,7 +285,7 @@ class MotionStatistics:
     def _finished(self) -> dict[str, Tensor]:
         if not self.updates:
             raise ValueError("MotionStatistics has no update yet: call update() before reading it")
-        broken = [name for name in _SUMS if not bool(self._sums[name].sum().isfinite())]
+        broken = [name for name in self._names if _broken(name, self._sums[name])]
         if broken:
             raise ValueError(
                 f"attention statistics must be finite, got NaN or infinity in {', '.join(broken)}: "
@@ -262,125 +313,32 @@ class MotionStatistics:
         return torch.stack(totals)
 
 
-_SUMS = ("diagonal", "rows", "vision_mass")
+def _broken(name: str, held: Tensor) -> bool:
+    # A DFC is infinite where there is nothing off the diagonals.
+    return bool(held.isnan().any()) if name == "scores" else not bool(held.sum().isfinite())
+
+
+def _zero_diagonal(video: VideoTokens, heads: int, like: Tensor) -> Tensor:
+    """(H, F, F, P), positions first in memory: every update computes one position's F x F at a time."""
+    return like.new_zeros(heads, video.positions, video.frames, video.frames).permute(0, 2, 3, 1)
 
 
 def _reference_update(
+    diagonal: Tensor,
+    rows: Tensor,
+    vision_mass: Tensor,
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    sums: dict[str, Tensor],
+    index: Tensor,
     video: VideoTokens,
     scale: float,
     fold: int,
 ) -> None:
-    dtype = sums["diagonal"].dtype
+    dtype = diagonal.dtype
     scores = reference.attention_scores(query, key, softmax_scale=scale)
     attention = reference.fold_keys((scores - lse[..., None]).exp(), fold)[0]
     block = reference.vision_block(attention, video)
-    sums["diagonal"] += reference.diagonal(block, video).to(dtype)
-    sums["rows"] += attention[:, sums["index"], video.vision_slice].to(dtype)
-    sums["vision_mass"] += block.sum((1, 2)).to(dtype)
-
-
-@torch.library.custom_op(
-    "mekernels::motion_statistics_update", mutates_args=("diagonal", "rows", "vision_mass")
-)
-def motion_statistics_op(
-    diagonal: Tensor,
-    rows: Tensor,
-    vision_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    frames: int,
-    positions: int,
-    vision_start: int,
-    text: int,
-    text_start: int,
-    softmax_scale: float,
-    fold: int,
-    backend: str,
-) -> None:
-    """Add one map to diagonal (H, F, F, P), rows (H, len(index), S) and vision_mass (H,).
-
-    ``index`` holds positions in the token sequence; ``text`` keys from ``text_start`` on are no video tokens.
-    """
-    backends.dispatch(
-        "motion_statistics_update",
-        backend,
-        diagonal,
-        rows,
-        vision_mass,
-        query,
-        key,
-        lse,
-        index,
-        frames,
-        positions,
-        vision_start,
-        text,
-        text_start,
-        softmax_scale,
-        fold,
-    )
-
-
-@motion_statistics_op.register_fake
-def _(*args) -> None:
-    return None
-
-
-def _composite(
-    diagonal: Tensor,
-    rows: Tensor,
-    vision_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    frames: int,
-    positions: int,
-    vision_start: int,
-    text: int,
-    text_start: int,
-    softmax_scale: float,
-    fold: int,
-) -> None:
-    dtype = diagonal.dtype
-    vision = slice(vision_start, vision_start + frames * positions)
-    written = slice(text_start, text_start + text)
-    for head in range(query.shape[1]):
-        scaled = query[0, head].to(dtype) * softmax_scale
-        keys, shift = key[0, head].to(dtype), lse[0, head].to(dtype)
-        parts = keys.unflatten(0, (fold, -1))
-        diagonal[head] += head_diagonal(scaled, keys, shift, frames, positions, vision_start, fold)
-        chosen, chosen_shift = scaled[index], shift[index, None]
-        for part in parts:
-            _add_rows(rows[head], chosen, part[vision], chosen_shift)
-        words = parts[:, written].reshape(-1, keys.shape[1])
-        vision_mass[head] += _mass_on_vision(scaled[vision], words, shift[vision])
-
-
-def _add_rows(total: Tensor, query: Tensor, key: Tensor, lse: Tensor) -> None:
-    step = max(1, CHUNK_ELEMENTS // len(key))
-    for first in range(0, len(query), step):
-        some = slice(first, first + step)
-        total[some] += (query[some] @ key.T).sub_(lse[some]).exp_()
-
-
-def _mass_on_vision(query: Tensor, words: Tensor, lse: Tensor) -> Tensor:
-    """Sum over the rows of one minus the mass on the text keys, which are far fewer than the video's."""
-    if not len(words):
-        return query.new_full((), len(query))
-    step = max(1, CHUNK_ELEMENTS // len(words))
-    total = query.new_zeros(())
-    for first in range(0, len(query), step):
-        some = slice(first, first + step)
-        on_text = (query[some] @ words.T).sub_(lse[some, None]).exp_().sum(-1)
-        total += (1 - on_text).clamp_(min=0).sum()
-    return total
-
-
-backends.register("motion_statistics_update", "torch", _composite)
+    diagonal += reference.diagonal(block, video).to(dtype)
+    rows += attention[:, index, video.vision_slice].to(dtype)
+    vision_mass += block.sum(-1).to(dtype)

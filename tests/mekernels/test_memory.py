@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 import mekernels
 from mekernels import VideoTokens, backends
-from mekernels.ops import attention_rows, flash_attention, motion_statistics
+from mekernels.ops import attention_rows, flash_attention, motion_statistics, statistics_update
 
 VIDEO = VideoTokens(8, 16, 16, text=16)
 HEADS, WIDTH = 2, 8
@@ -31,7 +31,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (attention_rows, flash_attention, motion_statistics):
+    for module in (attention_rows, flash_attention, motion_statistics, statistics_update):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", MAP // 64)
 
 
@@ -77,7 +77,7 @@ def test_sums_are_as_promised():
     statistics = mekernels.MotionStatistics(VIDEO, HEADS, text_rows=[1, 2], sampled_rows=16)
     statistics.update(*query_key(), torch.full((1, HEADS, VIDEO.length), 10.0))
     held = sum(tensor.numel() for tensor in statistics.state_dict().values())
-    assert held == HEADS * (VIDEO.vision * (VIDEO.frames + 2 + 16) + 1) + 1
+    assert held == HEADS * VIDEO.vision * (VIDEO.frames + 2 + 16 + 1) + 1
 
 
 def test_diagonal_attention():
