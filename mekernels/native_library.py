@@ -34,6 +34,15 @@ def reasons(device: torch.device) -> list[str]:
     return [f"{device.type} library: {found}"] if found else []
 
 
+def narrow_float_reasons(**tensors: torch.Tensor) -> list[str]:
+    """Why no native kernel can run on these: all must be on its device and of 32 bits or fewer."""
+    found = reasons(next(iter(tensors.values())).device)
+    for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            found.append(f"{name} must be float32, float16 or bfloat16, is {value.dtype}")
+    return found
+
+
 def why_not() -> list[str]:
     """Why no native kernel can run on any device of this machine."""
     cpu, cuda = reasons(torch.device("cpu")), reasons(torch.device("cuda"))

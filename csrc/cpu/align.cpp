@@ -108,7 +108,7 @@ int32_t mek_row_l2_backward(const float *student, const void *teacher, int32_t t
         parallel_for(rows, worker_count(threads, rows, rows * columns), [&](int64_t row, int) {
             float *out = grad_student + row * columns;
             if (row_mask && !row_mask[row]) return zero(out, columns);
-            const float scale = (float)((double)grad_norms[row] * inverse_norm((double)norms[row]));
+            const double scale = (double)grad_norms[row] * inverse_norm((double)norms[row]);
             table.scaled_difference(student + row * columns, row_of(teacher, teacher_dtype, row, columns),
                                     teacher_dtype, columns, scale, out);
         });

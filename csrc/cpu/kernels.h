@@ -43,7 +43,7 @@ struct Kernels {
     double (*sum)(const void *data, int32_t dtype, int64_t count);
     double (*distance)(const float *student, const void *teacher, int32_t dtype, int64_t count);
     void (*scaled_difference)(const float *student, const void *teacher, int32_t dtype, int64_t count,
-                              float scale, float *out);
+                              double scale, float *out);
     void (*scale)(const float *values, float scale, int64_t count, float *out);
 
     // One row each.  resample returns the sum that the row was divided by.

@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kThreads)
                        const float *__restrict__ grad_norms, int64_t columns, float *__restrict__ grad_student) {
     const int64_t row = blockIdx.x;
     const bool kept = !row_mask || row_mask[row];
-    const float scale = kept ? (float)((double)grad_norms[row] * inverse_norm((double)norms[row])) : 0.0f;
+    const double scale = kept ? (double)grad_norms[row] * inverse_norm((double)norms[row]) : 0.0;
     for (int64_t i = row * columns + threadIdx.x; i < (row + 1) * columns; i += kThreads)
-        grad_student[i] = kept ? scale * (student[i] - load_as_float(teacher, dtype, i)) : 0.0f;
+        grad_student[i] = kept ? scaled(student[i] - load_as_float(teacher, dtype, i), scale) : 0.0f;
 }
 
 // Not __restrict__: the result may replace the values.

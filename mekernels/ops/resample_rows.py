@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
+from .. import backends, checks, native_library, reference
 
 aten = torch.ops.aten
 
@@ -72,27 +72,29 @@ def _(maps, grid_in, grid_out, normalize, backend):
 @torch.library.custom_op("mekernels::resample_rows_backward", mutates_args=())
 def resample_rows_backward_op(
     grad: Tensor,
-    out: Tensor,
+    maps: Tensor,
     sums: Tensor,
     grid_in: list[int],
     grid_out: list[int],
     normalize: bool,
     backend: str,
 ) -> Tensor:
-    """Gradient (B, R, S_in) from that of the result; ``out`` and ``sums`` are what the forward returned."""
-    return backends.dispatch("resample_rows_backward", backend, grad, out, sums, grid_in, grid_out, normalize)
+    """Gradient (B, R, S_in) from that of the result, the rows and the sums that the forward returned."""
+    return backends.dispatch(
+        "resample_rows_backward", backend, grad, maps, sums, grid_in, grid_out, normalize
+    )
 
 
 @resample_rows_backward_op.register_fake
-def _(grad, out, sums, grid_in, grid_out, normalize, backend):
-    return out.new_empty((*out.shape[:2], grid_in[0] * grid_in[1] * grid_in[2]))
+def _(grad, maps, sums, grid_in, grid_out, normalize, backend):
+    return maps.new_empty(maps.shape, dtype=sums.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
     maps, *ctx.options = inputs
     ctx.dtype = maps.dtype
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(maps, output[1])
 
 
 def _backward(ctx, grad, _):
@@ -120,21 +122,56 @@ def _forward(maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: b
 
 
 def _gradient(
-    grad: Tensor, out: Tensor, sums: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
+    grad: Tensor, maps: Tensor, sums: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
 ) -> Tensor:
     batch, rows = sums.shape
     if not batch * rows:
-        return out.new_zeros((batch, rows, math.prod(grid_in)))
-    grad = grad.to(out.dtype)
-    if normalize:
-        grad = grad - (grad * out).sum(-1, keepdim=True)
-        grad = grad.div_(sums.masked_fill(sums == 0, 1)[..., None]).masked_fill_((sums == 0)[..., None], 0)
-    volume = grad.reshape(1, batch * rows, *grid_out)
+        return sums.new_zeros(maps.shape)
+    small = _transposed(grad.to(sums.dtype), grid_in, grid_out)
+    if not normalize:
+        return small
+    # With R the resampling, u = R^T g, c = R^T 1 and the sum s = c x, the gradient is (u - (u x / s) c) / s.
+    columns = _transposed(sums.new_ones((1, 1, math.prod(grid_out))), grid_in, grid_out)
+    safe = sums.masked_fill(sums == 0, 1)[..., None]
+    along = (small * (maps / safe)).sum(-1, keepdim=True)
+    return torch.where((sums == 0)[..., None], 0, (small - along * columns) / safe)
+
+
+def _transposed(grad: Tensor, grid_in: list[int], grid_out: list[int]) -> Tensor:
+    """The transpose of the resampling: (B, R, S_out) to (B, R, S_in)."""
+    batch, rows = grad.shape[:2]
     if grid_in == grid_out:
-        return volume.reshape(batch, rows, -1).clone()
-    size = [1, batch * rows, *grid_in]
+        return grad.clone()
+    volume, size = grad.reshape(1, batch * rows, *grid_out), [1, batch * rows, *grid_in]
     return aten.upsample_trilinear3d_backward(volume, grid_out, size, False).reshape(batch, rows, -1)
 
 
+def _native_reasons(maps: Tensor, *options) -> list[str]:
+    return native_library.narrow_float_reasons(maps=maps)
+
+
+def _native_gradient_reasons(grad: Tensor, maps: Tensor, *options) -> list[str]:
+    return native_library.narrow_float_reasons(maps=maps, grad=grad)
+
+
+def _native_forward(
+    maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
+) -> tuple[Tensor, Tensor]:
+    return native_library.module().resample_rows_forward(maps.float(), grid_in, grid_out, normalize=normalize)
+
+
+def _native_gradient(
+    grad: Tensor, maps: Tensor, sums: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
+) -> Tensor:
+    return native_library.module().resample_rows_backward(
+        grad.float(), maps.float(), grid_in, grid_out, normalize=normalize
+    )
+
+
+machine = native_library.why_not
+backends.register("resample_rows", "native", _native_forward, reasons=_native_reasons, machine=machine)
+backends.register(
+    "resample_rows_backward", "native", _native_gradient, reasons=_native_gradient_reasons, machine=machine
+)
 backends.register("resample_rows", "torch", _forward)
 backends.register("resample_rows_backward", "torch", _gradient)

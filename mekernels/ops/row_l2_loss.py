@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
+from .. import backends, checks, native_library, reference
 
 
 def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -125,5 +125,34 @@ def _gradient(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, wei
     return torch.where(counts, unit * (grad * weights)[..., None], 0)
 
 
+def _native_reasons(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> list[str]:
+    return native_library.narrow_float_reasons(student=student, teacher=teacher)
+
+
+def _native_forward(
+    student: Tensor, teacher: Tensor, row_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return native_library.module().row_l2_loss_forward(student.float(), teacher, row_mask)
+
+
+def _native_gradient_reasons(
+    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
+) -> list[str]:
+    return native_library.narrow_float_reasons(student=student, teacher=teacher, norms=norms)
+
+
+def _native_gradient(
+    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
+) -> Tensor:
+    return native_library.module().row_l2_loss_backward(
+        grad.float(), student.float(), teacher, norms, weights
+    )
+
+
+machine = native_library.why_not
+backends.register("row_l2_loss", "native", _native_forward, reasons=_native_reasons, machine=machine)
+backends.register(
+    "row_l2_loss_backward", "native", _native_gradient, reasons=_native_gradient_reasons, machine=machine
+)
 backends.register("row_l2_loss", "torch", _forward)
 backends.register("row_l2_loss_backward", "torch", _gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
+from .. import backends, checks, native_library, reference
 from ..layout import VideoTokens
 
 
@@ -62,4 +62,15 @@ def _composite(text_attention: Tensor, frames: int) -> Tensor:
     return level.mean(-1) + level.diff(dim=-1).abs().sum(-1) / max(1, frames - 1)
 
 
+def _native_reasons(text_attention: Tensor, frames: int) -> list[str]:
+    return native_library.narrow_float_reasons(text_attention=text_attention)
+
+
+def _native(text_attention: Tensor, frames: int) -> Tensor:
+    return native_library.module().token_motion_scores(text_attention, frames)
+
+
+backends.register(
+    "token_motion_scores", "native", _native, reasons=_native_reasons, machine=native_library.why_not
+)
 backends.register("token_motion_scores", "torch", _composite)

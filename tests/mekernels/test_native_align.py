@@ -222,6 +222,17 @@ def test_no_difference_has_no_gradient(target):  # noqa: F811
     assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30])
+def test_tiny_and_huge_differences_have_unit_gradients(target, size):  # noqa: F811
+    student = torch.full((1, 1, 5), size)
+    _, norms, weights = native.row_l2_loss_forward(student.to(target), torch.zeros(1, 1, 5, device=target))
+    one = torch.ones((), device=target)
+    gradient = native.row_l2_loss_backward(
+        one, student.to(target), torch.zeros_like(student).to(target), norms, weights
+    )
+    torch.testing.assert_close(gradient.cpu(), torch.full((1, 1, 5), 5**-0.5), rtol=1e-3, atol=0)
+
+
 def test_masked_rows_are_never_read(target):  # noqa: F811
     grid_in, grid_out = (2, 3, 5), (3, 4, 9)
     maps, teacher, mask = case(grid_in, grid_out)
