@@ -97,6 +97,7 @@ class CapturedAttention:
         self._repeated = False
         self._sum: torch.Tensor | None = None
         self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
+        self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
 
     @property
     def attention(self) -> torch.Tensor:
@@ -130,12 +131,12 @@ class CapturedAttention:
         if id(module) in self._seen:
             self._repeated = True
             return
-        rows = self.rows.to(query.device)
+        rows, columns = self._positions(query.device)
         call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
         query, key = _compute_dtype(implementation, module, query, key)
         with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
-            read = _read(query, key, rows, self.columns, visible, kwargs.get("scaling"))
+            read = _read(query, key, rows, columns, visible, kwargs.get("scaling"))
             self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
         self._seen.add(id(module))
 
@@ -162,6 +163,13 @@ class CapturedAttention:
                 "non-re-entrant gradient checkpointing without context_fn"
             )
 
+    def _positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | slice]:
+        if device not in self._placed:
+            columns = self.columns
+            moved = columns if isinstance(columns, slice) else columns.to(device)
+            self._placed[device] = (self.rows.to(device), moved)
+        return self._placed[device]
+
     def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
         # The layers share one mask, so it is examined once; holding it keeps its id from being used again.
         key = (id(call.mask), call.causal, call.kwargs.get("sliding_window"))
@@ -178,7 +186,6 @@ def _read(
     visible: VisibleKeys,
     scale: float | None,
 ) -> torch.Tensor:
-    columns = columns if isinstance(columns, slice) else columns.to(query.device)
     if visible.explicit is not None:
         explicit = visible.explicit.to(query.device)
         return masked_attention_rows(query, key, rows, columns, explicit, softmax_scale=scale)
