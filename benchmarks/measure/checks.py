@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "mekernels"))
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+sys.path += [str(TESTS / "mekernels"), str(TESTS / "motionenhancer")]
 
 from kernel_support import assert_error_rule  # noqa: E402
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
+
+try:
+    import av
+except ImportError:  # Only reading a clip needs it.
+    av = None  # type: ignore[assignment]
 
 __all__ = ["Progress", "Timeline", "VideoError", "decode", "judge", "opened", "say", "scan"]
 
@@ -56,6 +60,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise VideoError(path, "is not a file")
     if path.stat().st_size == 0:
         raise VideoError(path, "is empty (0 bytes)")
+    if av is None:
+        raise VideoError(path, "cannot be read: PyAV is not installed (pip install av)")
     try:
         # A playlist disguised as a clip must not make the demuxer fetch anything.
         container = av.open(

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
-from motionenhancer.data.decode import Progress, Timeline, VideoError, decode, judge, say, scan
+from motionenhancer.data.decode import Progress, Timeline, VideoError, av, decode, judge, say, scan
 
 __all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
 
