@@ -43,7 +43,7 @@ def sampled_count(sampled_rows: int | str, video: VideoTokens) -> int:
 
 def stratified(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """One index from each of ``count`` equal stretches of range(total), and the stretches' lengths."""
-    edges = torch.arange(count + 1) * total // count
+    edges = torch.arange(count + 1) * total // max(1, count)
     sizes = edges.diff()
     generator = torch.Generator().manual_seed(seed)
     place = torch.rand(count, generator=generator, dtype=torch.float64)

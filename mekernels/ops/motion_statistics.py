@@ -152,13 +152,13 @@ class MotionStatistics:
         self, sums: dict[str, Tensor], query: Tensor, key: Tensor, lse: Tensor, scale: float, fold: int
     ) -> None:
         squares = backends.exactly(vision_square_sums, query, key, lse, self.video, scale, fold)
-        diagonal, mass = (
-            _zero_diagonal(self.video, self.heads, sums["rows"]),
-            sums["rows"].new_zeros(self.heads, self.video.vision),
-        )
+        diagonal = _zero_diagonal(self.video, self.heads, sums["rows"])
+        mass = sums["rows"].new_zeros(self.heads, self.video.vision)
         self._add(diagonal, mass, sums, query, key, lse, scale, fold)
         inside = torch.stack([head.double().square().sum() for head in diagonal])
-        scores = self._scores(diagonal, mass, inside, squares - inside)
+        # A backend asked for by name reads the map; it need not be one of those that score it.
+        with backends.use_backend("reference" if backends.active() == "reference" else "auto"):
+            scores = self._scores(diagonal, mass, inside, squares - inside)
         sums["scores"] += torch.stack([scores.dfc, scores.tcs, scores.dsr]).double()
 
     def _scores(self, diagonal: Tensor, mass: Tensor, inside: Tensor, outside: Tensor) -> MotionScores:

@@ -1,0 +1,221 @@
+"""The Triton kernels of the statistics against float64, in triton's interpreter or on a GPU.
+
+Without either, ``test_triton_interpreter.py`` runs this file in a process of its own.
+"""
+
+import math
+import mmap
+
+import pytest
+import torch
+from kernel_support import assert_error_rule, randn, strided
+
+import mekernels
+from mekernels import MotionStatistics, VideoTokens, backends, diagonal_attention, reference
+from mekernels.kernels import common
+
+DEVICE = "cpu" if common.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])
+
+pytestmark = pytest.mark.skipif(bool(common.machine()), reason="; ".join(common.machine()))
+
+
+def case(video, seed=0, batch=1, heads=2, width=16, fold=1, dtype=torch.float32, scale=1.0):
+    query = randn(batch, heads, video.length, width, seed=seed, dtype=dtype, scale=scale)
+    key = randn(batch, heads, fold * video.length, width, seed=seed + 1, dtype=dtype, scale=scale)
+    lse = reference.logsumexp(query.double(), key.double()).float()
+    return [item.to(DEVICE) for item in (query, key, lse)]
+
+
+def placed(tensor):
+    """The same values behind another memory order and an offset."""
+    return strided(tensor.cpu()).to(DEVICE) if DEVICE == "cpu" else tensor.mT.contiguous().mT
+
+
+SHAPES = [
+    # video, heads, width, fold
+    (VideoTokens(1, 1, 1), 1, 32, 1),
+    (VideoTokens(3, 2, 5, text=7), 2, 80, 1),
+    (VideoTokens(13, 3, 3, text=70), 1, 64, 2),
+    (VideoTokens(5, 1, 2, text=3, text_first=False), 3, 20, 3),
+    (VideoTokens(17, 3, 1, text=1), 1, 96, 1),
+    (VideoTokens(1, 4, 5, text=4), 1, 256, 2),
+    (VideoTokens(33, 1, 2, text=2), 1, 33, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("video", "heads", "width", "fold"), SHAPES)
+def test_diagonal_attention(video, heads, width, fold, dtype):
+    query, key, lse = case(video, heads, 2, heads, width, fold, dtype)
+    with mekernels.use_backend("triton"):
+        actual = diagonal_attention(query, key, lse, video, fold=fold)
+    exact = reference.diagonal_attention(query.double(), key.double(), lse.double(), video, fold=fold)
+    plain = reference.diagonal_attention(query, key, lse.to(dtype), video, fold=fold)
+    assert actual.dtype == torch.float32
+    assert_error_rule(actual.cpu(), exact.cpu(), plain.cpu())
+
+
+def pooled(backend, video, layers, fold, **options):
+    statistics = MotionStatistics(video, layers[0][0].shape[1], **options)
+    with mekernels.use_backend(backend):
+        for query, key, lse in layers:
+            statistics.update(query, key, lse, fold=fold)
+    return statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("video", "heads", "width", "fold"), SHAPES)
+def test_update(video, heads, width, fold, dtype):
+    layers = [case(video, seed, 1, heads, width, fold, dtype) for seed in (0, 5)]
+    doubles = [[item.double() for item in layer] for layer in layers]
+    plains = [(query, key, lse.to(dtype)) for query, key, lse in layers]
+    options = {
+        "sampled_rows": 70,
+        "text_rows": list(range(video.text_slice.start, video.text_slice.stop))[::-2],
+    }
+    actual = pooled("triton", video, layers, fold, **options).state_dict()
+    exact = pooled("reference", video, doubles, fold, **options).state_dict()
+    plain = pooled("reference", video, plains, fold, **options).state_dict()
+    for name in ("diagonal", "rows", "vision_mass"):
+        assert_error_rule(actual[name].cpu(), exact[name].cpu(), plain[name].cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_offsets(dtype):
+    video = VideoTokens(3, 2, 3, text=4)
+    query, key, lse = case(video, heads=3, width=24, fold=2, dtype=dtype)
+    wide = torch.full((1, 3, video.length, 2), math.nan, device=DEVICE)
+    wide[..., 1] = lse
+    moved = placed(query), placed(key), wide[..., 1]
+    with mekernels.use_backend("triton"):
+        one = diagonal_attention(query, key, lse, video, fold=2)
+        other = diagonal_attention(*moved, video, fold=2)
+    assert torch.equal(one, other)
+    first = pooled("triton", video, [(query, key, lse)], 2).state_dict()
+    second = pooled("triton", video, [moved], 2).state_dict()
+    for name in ("diagonal", "rows", "vision_mass"):
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
+def test_sums_of_any_strides(order):
+    video = VideoTokens(3, 2, 3, text=4)
+    query, key, lse = case(video, heads=2)
+    frames, positions, vision = video.frames, video.positions, video.vision
+    index = torch.tensor([1, 4, 20], device=DEVICE)
+
+    def sums(order):
+        size = (2, frames, frames, positions)
+        diagonal = torch.zeros([size[axis] for axis in order], device=DEVICE)
+        diagonal = diagonal.permute([order.index(axis) for axis in range(4)])
+        rows = (
+            torch.zeros(2, vision, 3, device=DEVICE).mT
+            if order[0]
+            else torch.zeros(2, 3, vision, device=DEVICE)
+        )
+        return diagonal, rows, torch.zeros(vision, 2, device=DEVICE).T
+
+    held = sums(order)
+    layout = (frames, positions, 4, 4, 0, 0.25, 1)
+    torch.ops.mekernels.motion_statistics_update(*held, query, key, lse, index, *layout, "triton")
+    wanted = sums((0, 1, 2, 3))
+    torch.ops.mekernels.motion_statistics_update(*wanted, query, key, lse, index, *layout, "torch")
+    for actual, expected in zip(held, wanted, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_repeated_updates_give_the_same_bits():
+    video = VideoTokens(4, 3, 3, text=9)
+    layers = [case(video, seed) for seed in (0, 2)]
+    first, second = (pooled("triton", video, layers, 1).state_dict() for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_huge_logits():
+    video = VideoTokens(3, 2, 2, text=5)
+    query, key, lse = case(video, scale=60.0)
+    actual = pooled("triton", video, [(query, key, lse)], 1, sampled_rows="all").state_dict()
+    exact = pooled(
+        "reference", video, [[item.double() for item in (query, key, lse)]], 1, sampled_rows="all"
+    ).state_dict()
+    plain = pooled("reference", video, [(query, key, lse)], 1, sampled_rows="all").state_dict()
+    for name in ("diagonal", "rows", "vision_mass"):
+        assert_error_rule(actual[name].cpu(), exact[name].cpu(), plain[name].cpu())
+
+
+@pytest.mark.parametrize("place", ["query", "key", "lse"])
+def test_nan_is_reported(place):
+    video = VideoTokens(2, 2, 2, text=1)
+    inputs = dict(zip(("query", "key", "lse"), case(video), strict=True))
+    inputs[place][0, 1, 4] = math.nan
+    statistics = MotionStatistics(video, 2)
+    with mekernels.use_backend("triton"):
+        statistics.update(**inputs)
+    with pytest.raises(ValueError, match="attention statistics must be finite"):
+        statistics.scores()
+
+
+def test_rows_that_see_nothing_of_the_text():
+    video = VideoTokens(2, 2, 2, text=3)
+    query, key, _ = case(video)
+    # Text keys far below the video's: their weights are exactly zero.
+    key[:, :, :3] = -1e4 * query[:, :, 3:4].sign()
+    query[:, :, 3:] = query[:, :, 3:4]
+    lse = reference.logsumexp(query.double(), key.double()).float()
+    held = pooled("triton", video, [(query, key, lse)], 1).state_dict()
+    assert (held["vision_mass"] == 1).all()
+
+
+def test_per_layer_scores():
+    video = VideoTokens(3, 2, 3, text=4)
+    layers = [case(video, seed, heads=2, fold=2) for seed in (0, 2)]
+    with mekernels.use_backend("triton"):
+        statistics = MotionStatistics(video, 2, pooling="per_layer")
+        for query, key, lse in layers:
+            statistics.update(query, key, lse, fold=2)
+    wanted = pooled("reference", video, layers, 2, pooling="per_layer").scores()
+    with mekernels.use_backend("torch"):
+        scores = statistics.scores()
+    torch.testing.assert_close(scores.dfc, wanted.dfc)
+    torch.testing.assert_close(scores.tcs, wanted.tcs)
+
+
+def test_float64_is_refused_with_its_reason():
+    video = VideoTokens(2, 2, 2)
+    inputs = [item.double() for item in case(video)]
+    statistics = MotionStatistics(video, 2)
+    with mekernels.use_backend("triton"):
+        with pytest.raises(backends.BackendError, match=r"got torch\.float64"):
+            diagonal_attention(*inputs, video)
+        with pytest.raises(backends.BackendError, match=r"got torch\.float64"):
+            statistics.update(*inputs)
+    assert statistics.updates == 0
+
+
+def far_apart(tensor, gap):
+    """The same values with tokens ``gap`` elements apart, in memory of which only the used pages exist."""
+    heads, tokens, width = tensor.shape[1:]
+    head_gap = gap + 64
+    elements = heads * head_gap + tokens * gap + width
+    size = elements * tensor.element_size()
+    base = torch.frombuffer(
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE), dtype=tensor.dtype
+    )
+    moved = base.as_strided(tensor.shape, (0, head_gap, gap, 1))
+    assert (heads - 1) * head_gap + (tokens - 1) * gap > 2**31
+    return moved.copy_(tensor)
+
+
+@pytest.mark.skipif(not common.interpreted(), reason="needs memory that is only reserved")
+def test_offsets_beyond_32_bits():
+    video = VideoTokens(3, 2, 3, text=2)
+    query, key, lse = case(video, dtype=torch.float16)
+    moved = far_apart(query, 2**27 + 8), far_apart(key, 2**27 + 8), lse
+    with mekernels.use_backend("triton"):
+        assert torch.equal(diagonal_attention(query, key, lse, video), diagonal_attention(*moved, video))
+    near = pooled("triton", video, [(query, key, lse)], 1).state_dict()
+    far = pooled("triton", video, [moved], 1).state_dict()
+    for name, tensor in near.items():
+        assert torch.equal(tensor, far[name]), name
