@@ -4,7 +4,6 @@ Without either, ``test_triton_interpreter.py`` runs this file in a process of it
 """
 
 import math
-import mmap
 
 import pytest
 import torch
@@ -194,25 +193,23 @@ def test_float64_is_refused_with_its_reason():
     assert statistics.updates == 0
 
 
-def far_apart(tensor, gap):
-    """The same values with tokens ``gap`` elements apart, in memory of which only the used pages exist."""
+def far_apart(tensor, gap, file):
+    """The same values with tokens ``gap`` elements apart, in a file of which only the used pages exist."""
     heads, tokens, width = tensor.shape[1:]
-    head_gap = gap + 64
-    elements = heads * head_gap + tokens * gap + width
-    size = elements * tensor.element_size()
-    base = torch.frombuffer(
-        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE), dtype=tensor.dtype
-    )
-    moved = base.as_strided(tensor.shape, (0, head_gap, gap, 1))
-    assert (heads - 1) * head_gap + (tokens - 1) * gap > 2**31
-    return moved.copy_(tensor)
+    elements = heads * (gap + 64) + tokens * gap + width
+    with open(file, "wb") as sparse:
+        sparse.truncate(elements * tensor.element_size())
+    base = torch.from_file(str(file), shared=True, size=elements, dtype=tensor.dtype)
+    assert (tokens - 1) * gap > 2**31
+    return base.as_strided(tensor.shape, (0, gap + 64, gap, 1)).copy_(tensor)
 
 
 @pytest.mark.skipif(not common.interpreted(), reason="needs memory that is only reserved")
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(tmp_path):
     video = VideoTokens(3, 2, 3, text=2)
     query, key, lse = case(video, dtype=torch.float16)
-    moved = far_apart(query, 2**27 + 8), far_apart(key, 2**27 + 8), lse
+    gap = 2**27 + 8
+    moved = far_apart(query, gap, tmp_path / "query"), far_apart(key, gap, tmp_path / "key"), lse
     with mekernels.use_backend("triton"):
         assert torch.equal(diagonal_attention(query, key, lse, video), diagonal_attention(*moved, video))
     near = pooled("triton", video, [(query, key, lse)], 1).state_dict()
