@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import mekernels
+from mekernels.ops.align_rows import align_rows
 
 if TYPE_CHECKING:
     from motionenhancer.prior import MotionPrior
@@ -169,9 +170,12 @@ def align(
             continue
         rows, kept = maps
         target = _teacher_rows(teacher, kept, sample).to(attention.device)
+        if loss == "l2" and (aligner is None or isinstance(aligner, nn.Identity)):
+            terms.append(align_rows(rows[None], target[None], shape, teacher.grid))
+            continue
         student = mekernels.resample_rows(rows[None], shape, teacher.grid, normalize=True)
         student = student if aligner is None else aligner(student)
-        terms.append(_distance(student, target[None].to(student.dtype), loss))
+        terms.append(_distance(student, _sum_to_one(target)[None].to(student.dtype), loss))
     if not terms:
         return attention.sum() * 0.0
     return torch.stack(terms).mean()
@@ -251,15 +255,20 @@ def _token_rows(maps: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int) -> torch.Tensor:
-    """The chosen rows of a prior in float32, each summing to one."""
+    """The chosen rows of a prior as they are stored, in float32 at most."""
     if teacher.attention.dim() != 2 or teacher.attention.shape[1] != math.prod(teacher.grid):
         raise ValueError(
             f"the prior of sample {sample} must be (tokens, {math.prod(teacher.grid)}) for its grid "
             f"{teacher.grid}, got {tuple(teacher.attention.shape)}"
         )
-    rows = teacher.attention[kept.to(teacher.attention.device)].float()
+    rows = teacher.attention[kept.to(teacher.attention.device)]
     if not torch.isfinite(rows).all():
         raise ValueError(f"the prior of sample {sample} holds NaN or infinity")
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
+def _sum_to_one(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.float()
     mass = rows.sum(dim=-1, keepdim=True)
     return rows / torch.where(mass == 0, 1.0, mass)
 

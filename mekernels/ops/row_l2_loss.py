@@ -38,22 +38,29 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
     checks.tensor("teacher", teacher, 3, layout="(batch, rows, tokens)")
     checks.shape("teacher", teacher, student.shape, meaning="(that of student)")
     checks.same_device("teacher", teacher, "student", student)
-    if row_mask is not None:
-        if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
-            kind = row_mask.dtype if isinstance(row_mask, Tensor) else type(row_mask).__name__
-            raise TypeError(f"row_mask must be a bool torch.Tensor, got {kind}")
-        checks.shape("row_mask", row_mask, student.shape[:2], meaning="(batch, rows)")
-        checks.same_device("row_mask", row_mask, "student", student)
+    check_row_mask(row_mask, student)
     checks.no_functorch("row_l2_loss")
     backend = backends.active()
     if backend == "reference":
         return backends.exactly(reference.row_l2_loss, student, teacher, row_mask).to(
-            _dtype(student, teacher)
+            common_dtype(student, teacher)
         )
     return row_l2_loss_op(student, teacher, row_mask, backend)[0]
 
 
-def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def check_row_mask(row_mask: Tensor | None, student: Tensor) -> None:
+    """Require a (B, R) bool mask of the student's rows, or none."""
+    if row_mask is None:
+        return
+    if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
+        kind = row_mask.dtype if isinstance(row_mask, Tensor) else type(row_mask).__name__
+        raise TypeError(f"row_mask must be a bool torch.Tensor, got {kind}")
+    checks.shape("row_mask", row_mask, student.shape[:2], meaning="(batch, rows)")
+    checks.same_device("row_mask", row_mask, "student", student)
+
+
+def common_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of the loss of two maps."""
     return checks.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
 
 
@@ -67,7 +74,7 @@ def row_l2_loss_op(
 
 @row_l2_loss_op.register_fake
 def _(student, teacher, row_mask, backend):
-    dtype = _dtype(student, teacher)
+    dtype = common_dtype(student, teacher)
     norms, weights = (student.new_empty(student.shape[:2], dtype=dtype) for _ in range(2))
     return student.new_empty((), dtype=dtype), norms, weights
 
@@ -107,7 +114,7 @@ row_l2_loss_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype(student, teacher)
+    dtype = common_dtype(student, teacher)
     norms = torch.linalg.vector_norm(student.to(dtype) - teacher.to(dtype), dim=-1)
     if row_mask is None:
         row_mask = torch.ones_like(norms, dtype=torch.bool)
