@@ -2,18 +2,21 @@
 
 import importlib.util
 import platform
+import re
 
 import pytest
 
 from mekernels import resources
 from mekernels.kernels import common
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or platform.machine() != "x86_64",
-    reason="needs triton and the compiler it brings",
+COMPILES = (
+    importlib.util.find_spec("triton") is not None
+    and platform.machine() == "x86_64"
+    and not common.interpreted()
 )
+pytestmark = pytest.mark.skipif(not COMPILES, reason="needs triton, its compiler and not its interpreter")
 
-GATES = resources.gates() if importlib.util.find_spec("triton") and not common.interpreted() else []
+GATES = resources.gates() if COMPILES else []
 
 
 @pytest.mark.parametrize("capability", list(resources.SHARED_LIMIT))
@@ -25,3 +28,49 @@ def test_kernel_compiles_well(gate, capability):
 def test_every_kernel_has_a_gate():
     assert resources.ungated() == []
     assert GATES
+
+
+@pytest.fixture
+def gate():
+    return next(gate for gate in GATES if gate.name.startswith("motion_statistics") and gate.matrix_shaped)
+
+
+def test_a_kernel_that_spills_is_caught(gate):
+    starved = gate.launch._replace(options=gate.launch.options | {"maxnreg": 32})
+    (fault,) = resources.faults(gate, 80, resources.measure(starved, 80))
+    assert "spills registers" in fault
+
+
+def test_a_product_without_matrix_instructions_is_caught():
+    exact = next(
+        gate for gate in GATES if gate.name.startswith("motion_statistics") and "float32" in gate.name
+    )
+    (fault,) = resources.faults(exact._replace(matrix_shaped=True), 90, resources.measure(exact.launch, 90))
+    assert "has no matrix instruction" in fault
+
+
+@pytest.mark.parametrize(("capability", "limit"), [(80, 163), (90, 227)])
+def test_too_much_shared_memory_is_caught(gate, capability, limit):
+    found = resources.measure(gate.launch, capability)
+    assert resources.faults(gate, capability, found._replace(shared=limit * 1024)) == []
+    assert "shared memory" in resources.faults(gate, capability, found._replace(shared=limit * 1024 + 1))[0]
+
+
+def test_a_kernel_without_a_gate_is_caught(monkeypatch):
+    module = importlib.import_module("mekernels.kernels.motion_statistics")
+    monkeypatch.setattr(module, "gates", list)
+    assert f"{module.__name__}.motion_statistics_kernel" in resources.ungated()
+
+
+@pytest.mark.parametrize("name", ["diagonal_attention", "motion_statistics"])
+def test_offsets_have_64_bits_where_a_model_is_large(name, monkeypatch):
+    """90,000 tokens of 48 heads: all offsets but those into the list of rows are 64-bit."""
+    monkeypatch.setattr(common, "SHAPES", {"large": common.Shape(48, 128, 25, 3600, 300)})
+    for gate in importlib.import_module(f"mekernels.kernels.{name}").gates():
+        wide = [value for value in gate.launch.arguments.values() if isinstance(value, int)]
+        assert max(gate.launch.arguments["key"].numel(), *wide) > 2**29
+        code = resources.compile_for(gate.launch, 90).asm["ttir"]
+        offsets = re.findall(r"tt\.addptr .* : (\S+), (\S+) loc", code)
+        assert len(offsets) >= 10
+        narrow = {pointer for pointer, offset in offsets if "i64" not in offset}
+        assert all("ptr<i64>" in pointer for pointer in narrow), narrow
