@@ -134,6 +134,9 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
         refused = []
         for label, backend in backends.items():
             reasons = reasons_of(backend, *args)
+            if label == "triton" and not reasons and args[0].device.type == "cpu":
+                # A thousand times slower than all others: never taken unasked, even where it is switched on.
+                reasons = ["its interpreter runs only what asks for it"]
             if not reasons:
                 return backend.run
             refused += [f"{label}: {reason}" for reason in reasons]

@@ -75,11 +75,34 @@ def attention_rows(
     rows: Tensor,
     columns: Tensor | slice,
     *,
+    key_range: Tensor | None = None,
     fold: int = 1,
     reduce: str = "mean",
     **options,
 ) -> Tensor:
-    """Chosen rows and columns of the attention map: (B, R, C), or (B, Hq, R, C) with ``reduce="none"``."""
+    """Chosen rows and columns of the attention map: (B, R, C), or (B, Hq, R, C) with ``reduce="none"``.
+
+    With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys.
+    """
+    if key_range is not None:
+        position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
+        inside = (position >= key_range[..., :1]) & (position < key_range[..., 1:])
+        maps = []
+        for place in range(rows.shape[1]):
+            mask = inside[:, place]
+            if options.get("key_mask") is not None:
+                mask = mask & options["key_mask"]
+            one = attention_rows(
+                query,
+                key,
+                rows[:, place, None],
+                columns,
+                fold=fold,
+                reduce=reduce,
+                **options | {"key_mask": mask},
+            )
+            maps.append(one)
+        return torch.cat(maps, -2)
     attention = fold_keys(attention_map(query, key, fold=fold, **options), fold)
     if isinstance(columns, slice):
         columns = torch.arange(attention.shape[-1], device=query.device)[columns].expand(len(query), -1)

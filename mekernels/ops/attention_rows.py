@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
-
-CHUNK_ELEMENTS = 1 << 20
-"""Scores the composite holds at a time."""
+from .. import backends, checks, reference, rows_composite
+from ..kernels import common
 
 
 def attention_rows(
@@ -24,10 +18,14 @@ def attention_rows(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
     fold: int = 1,
     reduce: str = "mean",
 ) -> Tensor:
     """Softmax attention over all allowed keys, read at chosen rows and columns.
+
+    Exact and differentiable next to any attention the model runs: all it needs are the queries and keys that
+    attention was given. The map is never built; rows x keys is the most that is held, and on a GPU less.
 
     Args:
         query: (B, Hq, Nq, D), floating point, any strides.
@@ -40,13 +38,16 @@ def attention_rows(
         causal: row i sees key j of a part of n keys when j <= i + n - Nq: ends aligned, j <= i where the
             lengths agree.
         key_mask: (B, Nk) bool, True where a key may be seen.
+        key_range: (B, R, 2) int64, first and one past the last key position each row may see, for instance
+            those of its own sequence in a packed batch. Counted in a part; other limits hold as well.
         fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
             own keys.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
         (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
-        A row that may see no key is zero. Differentiable in query and key; the backward recomputes the rows.
+        A row that may see no key is zero. Differentiable in query and key, once; the backward recomputes the
+        rows, and is the same from run to run.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -61,6 +62,13 @@ def attention_rows(
         >>> words = torch.tensor([[7, 9, -1]])
         >>> mekernels.attention_rows(query, key, words, slice(0, 6), causal=True).shape
         torch.Size([1, 3, 6])
+
+        As a training signal: pull the two words toward the first key.
+
+        >>> attention = mekernels.attention_rows(query.requires_grad_(), key, words, slice(0, 1))
+        >>> (-attention[:, :2].log().mean()).backward()
+        >>> query.grad[0, 0].abs().sum(-1).nonzero().flatten().tolist()
+        [7, 9]
     """
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         query, key = _autocast(query, key)
@@ -77,6 +85,10 @@ def attention_rows(
             raise TypeError(f"key_mask must be a bool torch.Tensor, got {kind}")
         checks.shape("key_mask", key_mask, (key.shape[0], key.shape[2]), meaning="(batch, keys)")
         checks.same_device("key_mask", key_mask, "query", query)
+    if key_range is not None:
+        checks.index_tensor("key_range", key_range, 3, layout="(batch, rows, first and end)")
+        checks.shape("key_range", key_range, (*rows.shape, 2), meaning="(batch, rows, first and end)")
+        checks.same_device("key_range", key_range, "query", query)
     checks.choice("reduce", reduce, ("mean", "none"))
     scale = checks.scale(softmax_scale, query.shape[3])
     checks.no_functorch("attention_rows")
@@ -92,12 +104,14 @@ def attention_rows(
             softmax_scale=scale,
             causal=causal,
             key_mask=key_mask,
+            key_range=key_range,
             fold=fold,
             reduce=reduce,
         )
         return result.to(checks.accumulate_dtype(query.dtype))
+    mean = reduce == "mean"
     return attention_rows_op(
-        query, key, rows, index, start, stop, scale, causal, key_mask, fold, reduce == "mean", backend
+        query, key, rows, index, start, stop, scale, causal, key_mask, fold, mean, backend, key_range
     )[0]
 
 
@@ -148,6 +162,7 @@ def attention_rows_op(
     fold: int,
     mean: bool,
     backend: str,
+    key_range: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, R, C) or (B, Hq, R, C) attention and the rows' (B, Hq, R) natural-log logsumexp."""
     _index_values(query, rows, columns, key.shape[2] // fold)
@@ -165,11 +180,12 @@ def attention_rows_op(
         key_mask,
         fold,
         mean,
+        key_range,
     )
 
 
 @attention_rows_op.register_fake
-def _(query, key, rows, columns, start, stop, softmax_scale, causal, key_mask, fold, mean, backend):
+def _(query, key, rows, columns, start, stop, scale, causal, mask, fold, mean, backend, key_range=None):
     dtype = checks.accumulate_dtype(query.dtype)
     batch, heads = query.shape[:2]
     width = stop - start if columns is None else columns.shape[1]
@@ -193,6 +209,7 @@ def attention_rows_backward_op(
     mean: bool,
     lse: Tensor,
     backend: str,
+    key_range: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and key; ``lse`` is what the forward returned."""
     return backends.dispatch(
@@ -211,172 +228,60 @@ def attention_rows_backward_op(
         fold,
         mean,
         lse,
+        key_range,
     )
 
 
 @attention_rows_backward_op.register_fake
 def _(grad, query, key, *others):
-    return query.new_empty(query.shape), key.new_empty(key.shape)
+    return torch.empty_like(query), torch.empty_like(key)
 
 
 def _setup(ctx, inputs, output) -> None:
-    query, key, rows, columns, *settings = inputs
-    start, stop, scale, causal, key_mask, fold, mean, ctx.backend = settings
-    ctx.options = (start, stop, scale, causal, fold, mean)
+    query, key, rows, columns, *settings, key_mask, fold, mean, ctx.backend, key_range = inputs
+    ctx.settings, ctx.options = settings, (fold, mean)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, rows, columns, key_mask, output[1])
+    ctx.save_for_backward(query, key, rows, columns, key_mask, key_range, output[1])
 
 
 def _backward(ctx, grad, _):
-    query, key, rows, columns, key_mask, lse = ctx.saved_tensors
-    start, stop, scale, causal, fold, mean = ctx.options
+    *inputs, key_mask, key_range, lse = ctx.saved_tensors
     grads = attention_rows_backward_op(
-        grad, query, key, rows, columns, start, stop, scale, causal, key_mask, fold, mean, lse, ctx.backend
+        grad, *inputs, *ctx.settings, key_mask, *ctx.options, lse, ctx.backend, key_range
     )
-    return *grads, *[None] * 10
+    return *grads, *[None] * 11
 
 
 attention_rows_op.register_autograd(_backward, setup_context=_setup)
 
 
-class _Block(NamedTuple):
-    """Scores of some chosen rows of the query heads that share one key head."""
+def _triton(*args):
+    from ..kernels import attention_rows_plan
 
-    sample: int
-    heads: slice
-    group: int
-    chosen: slice
-    """Places along the R axis."""
-    rows: Tensor
-    """(r,) query positions, 0 where invalid."""
-    valid: Tensor
-    """(r,) whether the row is one."""
-    query: Tensor
-    """(G * r, D), scaled."""
-    key: Tensor
-    """(Nk, D)."""
-    scores: Tensor
-    """(G, r, Nk), -inf where a key may not be seen."""
+    return attention_rows_plan.forward(*args)
 
 
-def _blocks(
-    query: Tensor, key: Tensor, rows: Tensor, scale: float, causal: bool, key_mask: Tensor | None, fold: int
-) -> Iterator[_Block]:
-    dtype = checks.accumulate_dtype(query.dtype)
-    (batch, _, queries, width), (heads, keys) = query.shape, key.shape[1:3]
-    groups, own = query.shape[1] // heads, key.shape[2] // fold
-    step = max(1, CHUNK_ELEMENTS // max(1, groups * keys))
-    for sample in range(batch):
-        for first in range(0, rows.shape[1], step):
-            chosen = slice(first, min(first + step, rows.shape[1]))
-            row = rows[sample, chosen]
-            valid = (row >= 0) & (row < queries)
-            row = torch.where(valid, row, 0)
-            hidden = None if key_mask is None else ~key_mask[sample]
-            if causal:
-                position = torch.arange(own, device=query.device).repeat(fold)
-                later = position > (row + own - queries)[:, None]
-                hidden = later if hidden is None else hidden | later
-            for group in range(heads):
-                members = slice(group * groups, (group + 1) * groups)
-                picked = query[sample, members].index_select(1, row).to(dtype).reshape(-1, width) * scale
-                keys_here = key[sample, group].to(dtype)
-                scores = (picked @ keys_here.T).view(groups, len(row), keys)
-                if hidden is not None:
-                    scores.masked_fill_(hidden, -math.inf)
-                yield _Block(sample, members, group, chosen, row, valid, picked, keys_here, scores)
+def _triton_backward(*args):
+    from ..kernels import attention_rows_plan
+
+    return attention_rows_plan.backward(*args)
 
 
-class _Columns:
-    """Reads and adds the chosen columns of every fold of a (..., Nk) tensor."""
-
-    def __init__(
-        self, columns: Tensor | None, sample: int, start: int, stop: int, own: int, fold: int
-    ) -> None:
-        self.parts: list[slice | Tensor]
-        self.valid: Tensor | None = None
-        offsets = [own * part for part in range(fold)]
-        if columns is None:
-            self.parts = [slice(start + offset, stop + offset) for offset in offsets]
-        else:
-            column = columns[sample]
-            self.valid = (column >= 0) & (column < own)
-            column = torch.where(self.valid, column, 0)
-            self.parts = [column + offset for offset in offsets]
-
-    def read(self, source: Tensor, part: slice | Tensor) -> Tensor:
-        return source[..., part] if isinstance(part, slice) else source.index_select(-1, part)
-
-    def add(self, target: Tensor, part: slice | Tensor, value: Tensor) -> None:
-        if isinstance(part, slice):
-            target[..., part] += value
-        else:
-            target.index_add_(-1, part, value)
+def _triton_reasons(query, *others) -> list[str]:
+    return common.reasons(query)
 
 
-def _forward(
-    query, key, rows, columns, start, stop, scale, causal, key_mask, fold, mean
-) -> tuple[Tensor, Tensor]:
-    dtype = checks.accumulate_dtype(query.dtype)
-    batch, heads = query.shape[:2]
-    width = stop - start if columns is None else columns.shape[1]
-    size = (batch, rows.shape[1], width) if mean else (batch, heads, rows.shape[1], width)
-    out = query.new_zeros(size, dtype=dtype)
-    lse = query.new_full((batch, heads, rows.shape[1]), -math.inf, dtype=dtype)
-    own = key.shape[2] // fold
-    if not own:
-        return out, lse
-    for block in _blocks(query, key, rows, scale, causal, key_mask, fold):
-        total = block.scores.logsumexp(-1)
-        lse[block.sample, block.heads, block.chosen] = total
-        shift = total.masked_fill(total == -math.inf, 0)[..., None]
-        reader = _Columns(columns, block.sample, start, stop, own, fold)
-        mass = sum((reader.read(block.scores, part) - shift).exp_() for part in reader.parts)
-        assert isinstance(mass, Tensor)
-        mass.masked_fill_(~block.valid[:, None], 0)
-        if reader.valid is not None:
-            mass.masked_fill_(~reader.valid, 0)
-        if mean:
-            out[block.sample, block.chosen] += mass.sum(0)
-        else:
-            out[block.sample, block.heads, block.chosen] = mass
-    return out.div_(heads) if mean else out, lse
+def _triton_backward_reasons(grad, query, *others) -> list[str]:
+    return common.reasons(query)
 
 
-def _backward_rows(
-    grad, query, key, rows, columns, start, stop, scale, causal, key_mask, fold, mean, lse
-) -> tuple[Tensor, Tensor]:
-    dtype = checks.accumulate_dtype(query.dtype)
-    heads, own = query.shape[1], key.shape[2] // fold
-    grad_query = query.new_zeros(query.shape)
-    grad_key = key.new_zeros(key.shape, dtype=dtype)
-    if not own:
-        return grad_query, grad_key.to(key.dtype)
-    added: Tensor | None = None
-    for block in _blocks(query, key, rows, scale, causal, key_mask, fold):
-        total = lse[block.sample, block.heads, block.chosen]
-        shift = total.masked_fill(total == -math.inf, 0)[..., None]
-        weights = block.scores.sub_(shift).exp_()
-        if mean:
-            given = grad[block.sample, block.chosen].to(dtype) / heads
-        else:
-            given = grad[block.sample, block.heads, block.chosen].to(dtype)
-        given = given.masked_fill(~block.valid[:, None], 0)
-        reader = _Columns(columns, block.sample, start, stop, own, fold)
-        if reader.valid is not None:
-            given = given.masked_fill(~reader.valid, 0)
-        moved = [reader.read(weights, part) * given for part in reader.parts]
-        slope = weights.mul_(-sum(item.sum(-1, keepdim=True) for item in moved))
-        for part, item in zip(reader.parts, moved, strict=True):
-            reader.add(slope, part, item)
-        slope = slope.reshape(-1, slope.shape[-1])
-        grad_key[block.sample, block.group].addmm_(slope.T, block.query)
-        picked = (slope @ block.key).mul_(scale).view(*block.scores.shape[:2], -1)
-        added = picked.new_zeros(picked.shape[0], query.shape[2], picked.shape[2])
-        added.index_add_(1, block.rows, picked)
-        grad_query[block.sample, block.heads] += added.to(query.dtype)
-    return grad_query, grad_key.to(key.dtype)
-
-
-backends.register("attention_rows", "torch", _forward)
-backends.register("attention_rows_backward", "torch", _backward_rows)
+backends.register("attention_rows", "triton", _triton, reasons=_triton_reasons, machine=common.machine)
+backends.register("attention_rows", "torch", rows_composite.forward)
+backends.register(
+    "attention_rows_backward",
+    "triton",
+    _triton_backward,
+    reasons=_triton_backward_reasons,
+    machine=common.machine,
+)
+backends.register("attention_rows_backward", "torch", rows_composite.backward)

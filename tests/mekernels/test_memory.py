@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mekernels
-from mekernels import VideoTokens, backends
-from mekernels.ops import attention_rows, flash_attention, motion_statistics, statistics_update
+from mekernels import VideoTokens, backends, rows_composite
+from mekernels.ops import flash_attention, motion_statistics, statistics_update
 
 VIDEO = VideoTokens(8, 16, 16, text=16)
 HEADS, WIDTH = 2, 8
@@ -31,7 +31,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (attention_rows, flash_attention, motion_statistics, statistics_update):
+    for module in (rows_composite, flash_attention, motion_statistics, statistics_update):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", MAP // 64)
 
 
