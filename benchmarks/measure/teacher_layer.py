@@ -45,6 +45,13 @@ def statistics_of(shape: Teacher) -> MotionStatistics:
     return MotionStatistics(shape.video, shape.heads, text_rows=list(words), sampled_rows=SAMPLED)
 
 
+def kept_rows(shape: Teacher) -> Tensor:
+    """Positions of the rows that the statistics keep whole, in their order."""
+    kept = statistics_of(shape)
+    sampled = kept.sampled_rows + shape.video.vision_slice.start
+    return torch.cat([kept.text_rows, sampled]).to(device.device())
+
+
 def read_map(attention: Tensor, video: VideoTokens, index: Tensor, fold: int) -> tuple[Tensor, ...]:
     """Diagonal, kept rows and vision mass of one head's (N, fold * N) map."""
     folded = reference.fold_keys(attention, fold)
@@ -56,24 +63,26 @@ class EagerStatistics:
     """The same statistics from whole maps, one head's at a time, as plain torch does it."""
 
     def __init__(self, shape: Teacher) -> None:
-        self.video, self.fold = shape.video, shape.fold
-        kept = statistics_of(shape)
-        self.index = torch.cat([kept.text_rows, kept.sampled_rows + self.video.vision_slice.start])
-        self.index = self.index.to(device.device())
+        self.video, self.fold, self.index = shape.video, shape.fold, kept_rows(shape)
         self.sums: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Read:
         """(1, H, N, D) queries, (1, H, fold * N, D) keys and values."""
         out = torch.empty_like(query)
+        self.read(query, key, lambda head, weights: out[0, head].copy_(weights @ value[0, head]))
+        return Read(out, *self.sums)
+
+    def read(self, query: Tensor, key: Tensor, use: Any = None) -> None:
+        """Add a layer; ``use`` is given every head's map in the dtype of the queries."""
         heads = []
         for head in range(query.shape[1]):
             scores = query[0, head] @ key[0, head].T * query.shape[3] ** -0.5
             attention = scores.softmax(-1, dtype=torch.float32)
-            out[0, head] = attention.to(value.dtype) @ value[0, head]
+            if use is not None:
+                use(head, attention.to(query.dtype))
             heads.append(read_map(attention, self.video, self.index, self.fold))
-        read = [torch.stack(part) for part in zip(*heads, strict=True)]
-        self.sums = [a + b for a, b in zip(self.sums, read, strict=True)] if self.sums else read
-        return Read(out, *read)
+        added = [torch.stack(part) for part in zip(*heads, strict=True)]
+        self.sums = [a + b for a, b in zip(self.sums, added, strict=True)] if self.sums else added
 
 
 def _kept(out: Tensor, statistics: MotionStatistics) -> Read:
@@ -114,7 +123,9 @@ def _layer_work(shape: Teacher) -> Work:
 
     def check(role: str, result: Read, inputs: tuple[Any, ...]) -> None:
         # The check comes before all timing, so that the sums are this one update's.
-        _compare(shape, result, *exact())
+        for place, head in enumerate(judged(shape.heads)):
+            assert_error_rule(result.out[0, head], *(found[place].out for found in exact()))
+        compare(shape, result, *exact())
 
     kept = 1 + len(statistics_of(shape).text_rows) + SAMPLED
     vision, tokens = video.vision, video.length
@@ -135,7 +146,7 @@ def _layer_work(shape: Teacher) -> Work:
     )
 
 
-def _judged(heads: int) -> list[int]:
+def judged(heads: int) -> list[int]:
     return sorted({0, heads - 1})
 
 
@@ -143,16 +154,15 @@ def _exact(shape: Teacher, inputs: tuple[Tensor, ...]) -> tuple[list[Read], list
     """Float64 and plain results of the first and last head."""
     both: tuple[list[Read], list[Read]] = [], []
     for kind, found in zip((torch.float64, inputs[0].dtype), both, strict=True):
-        for head in _judged(shape.heads):
+        for head in judged(shape.heads):
             query, key, value = (tensor[:, head : head + 1].to(kind) for tensor in inputs)
-            found.append(_by_rows(shape, query, key, value))
+            found.append(by_rows(shape, query, key, value))
     return both
 
 
-def _by_rows(shape: Teacher, query: Tensor, key: Tensor, value: Tensor) -> Read:
+def by_rows(shape: Teacher, query: Tensor, key: Tensor, value: Tensor) -> Read:
     video = shape.video
-    kept = statistics_of(shape)
-    index = torch.cat([kept.text_rows, kept.sampled_rows + video.vision_slice.start]).to(query.device)
+    index = kept_rows(shape)
     frames, positions, vision = video.frames, video.positions, video.vision_slice
     outs, diagonals = [], []
     mass = torch.zeros((), dtype=torch.float64, device=query.device)
@@ -173,9 +183,8 @@ def _by_rows(shape: Teacher, query: Tensor, key: Tensor, value: Tensor) -> Read:
     return Read(torch.cat(outs), diagonal, rows[:, vision], mass)
 
 
-def _compare(shape: Teacher, result: Read, exact: list[Read], plain: list[Read]) -> None:
-    for place, head in enumerate(_judged(shape.heads)):
-        assert_error_rule(result.out[0, head], exact[place].out, plain[place].out)
+def compare(shape: Teacher, result: Read, exact: list[Read], plain: list[Read]) -> None:
+    for place, head in enumerate(judged(shape.heads)):
         for name in ("diagonal", "rows", "vision_mass"):
             found = getattr(result, name)
             if found is not None:
@@ -213,7 +222,7 @@ def _diagonal_work(shape: Teacher) -> Work:
         return _exact(shape, (query, key, torch.zeros_like(key)))
 
     def check(role: str, result: Tensor, inputs: tuple[Any, ...]) -> None:
-        for place, head in enumerate(_judged(shape.heads)):
+        for place, head in enumerate(judged(shape.heads)):
             exact, plain = (found[place].diagonal for found in wanted())
             assert exact is not None
             assert plain is not None

@@ -41,6 +41,8 @@ class Work:
     op: str | None = None
     """The op of mekernels whose backend is on record."""
     rotate: bool = True
+    held: Any = None
+    """What must live as long as the work."""
     verified: dict[str, str] = field(default_factory=dict)
     """Role to what its check found wrong, empty where it passed."""
 
