@@ -282,3 +282,20 @@ def test_a_wheel_without_any_compiler(monkeypatch, tmp_path):
         report = json.loads(archive.read("mekernels/_native/build_report.json"))
     assert not any(name.endswith(".so") for name in names)
     assert report["cpu"]["why_not"] == "no C++ compiler found (CXX=/nowhere/c++)"
+
+
+# ---- the page ----
+
+
+def test_the_page_lists_every_environment_variable():
+    page = (ROOT / "docs" / "building.md").read_text(encoding="utf-8")
+    read = re.compile(
+        r"""(?:environ(?:\.get|\.setdefault)?[(\[]|getenv\(|switch\()\s*["']([A-Z][A-Z_]+)["']"""
+    )
+    names = {"CUDA_HOME", "CUDA_PATH"}  # read in a loop
+    for folder in ("mekernels", "motionenhancer", "csrc"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".cu", ".h"):
+                names |= set(read.findall(path.read_text(encoding="utf-8")))
+    assert {"MEKERNELS_CUDA", "MEKERNELS_CPU_LEVEL", "CXX"} <= names
+    assert not {name for name in names if f"`{name}`" not in page}
