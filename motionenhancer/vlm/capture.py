@@ -190,8 +190,16 @@ def _read(
         explicit = visible.explicit.to(query.device)
         return masked_attention_rows(query, key, rows, columns, explicit, softmax_scale=scale)
     key_mask = None if visible.key_mask is None else visible.key_mask.to(query.device)
+    key_range = None if visible.key_range is None else visible.key_range.to(query.device)
     return mekernels.attention_rows(
-        query, key, rows, columns, softmax_scale=scale, causal=visible.causal, key_mask=key_mask
+        query,
+        key,
+        rows,
+        columns,
+        softmax_scale=scale,
+        causal=visible.causal,
+        key_mask=key_mask,
+        key_range=key_range,
     )
 
 

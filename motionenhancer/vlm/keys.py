@@ -32,14 +32,16 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """The keys of each row: a causal flag and a (B, N) key mask, or an explicit (B, 1 or Hq, R, N) mask.
+    """The keys of each row: a causal flag, a (B, N) key mask and (B, R, 2) key ranges, or an explicit mask.
 
-    ``explicit`` is boolean, or a float mask that is added to the scores (blocked entries are -inf or the
-    type's lowest number). Where it is given it says everything and the other two are unused.
+    ``key_range`` holds the first and one past the last key of each row, as packing and windows leave them.
+    ``explicit`` (B, 1 or Hq, R, N) is boolean, or a float mask that is added to the scores (blocked entries
+    are -inf or the type's lowest number). Where it is given it says everything and the others are unused.
     """
 
     causal: bool = True
     key_mask: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
     explicit: torch.Tensor | None = None
 
 
@@ -116,7 +118,7 @@ def _dense(call: AttentionCall) -> VisibleKeys:
 
 
 def _simplify(explicit: torch.Tensor, last: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
-    """Use a causal flag and a key mask where they describe the rows of ``explicit`` (B, 1, R, N) completely.
+    """Use a key mask or key ranges where they describe the rows of ``explicit`` (B, 1, R, N) completely.
 
     ``last`` (B, N) is the mask's last row. Under causal attention the last row sees every key that is not
     padding, so it is the key mask, if there is one.
@@ -130,10 +132,21 @@ def _simplify(explicit: torch.Tensor, last: torch.Tensor, rows: torch.Tensor) ->
     position = torch.arange(last.shape[1], device=rows.device)
     expected = keys[:, None] & (position <= rows[..., None])
     differs = ((allowed[:, 0] != expected) & (rows >= 0)[..., None]).any()
-    flags = torch.stack([biased | differs, keys.all()]).tolist()
-    if flags[0]:
-        return VisibleKeys(explicit=explicit)
-    return VisibleKeys(causal=True, key_mask=None if flags[1] else keys)
+    key_range, broken = _ranges(allowed[:, 0])
+    flags = torch.stack([biased, differs, keys.all(), broken]).tolist()
+    if not (flags[0] or flags[1]):
+        return VisibleKeys(causal=True, key_mask=None if flags[2] else keys)
+    if not (flags[0] or flags[3]):
+        return VisibleKeys(causal=False, key_range=key_range)
+    return VisibleKeys(explicit=explicit)
+
+
+def _ranges(allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last key (B, R, 2) of each row, and whether any row has a gap between them."""
+    position = torch.arange(allowed.shape[-1], device=allowed.device)
+    first = torch.where(allowed, position, allowed.shape[-1]).amin(dim=-1)
+    end = torch.where(allowed, position + 1, 0).amax(dim=-1).maximum(first)
+    return torch.stack([first, end], dim=-1), (end - first != allowed.sum(dim=-1)).any()
 
 
 @register_mask_reader("sdpa")
@@ -179,7 +192,10 @@ def _flash(call: AttentionCall) -> VisibleKeys:
         allowed &= key_mask[:, None]
     if documents is not None:
         allowed &= documents.gather(1, at)[..., None] == documents[:, None]
-    return VisibleKeys(explicit=allowed[:, None])
+    key_range, broken = _ranges(allowed)
+    if broken:
+        return VisibleKeys(explicit=allowed[:, None])
+    return VisibleKeys(causal=False, key_range=key_range)
 
 
 def _documents(call: AttentionCall) -> torch.Tensor | None:

@@ -37,6 +37,8 @@ def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tens
         allowed &= position <= rows[..., None]
     if visible.key_mask is not None:
         allowed &= visible.key_mask[:, None]
+    if visible.key_range is not None:
+        allowed &= (position >= visible.key_range[..., :1]) & (position < visible.key_range[..., 1:])
     return allowed[:, None]
 
 
@@ -105,6 +107,7 @@ def test_flash_packing(given_as: str, window: int | None) -> None:
     dense = torch.block_diag(*[torch.ones(n, n).tril(0) for n in lengths]).bool()
     if window is not None:
         dense &= torch.ones(total, total).triu(1 - window).bool()
+    assert visible.explicit is None
     assert torch.equal(rows_of(visible, rows, total)[0, 0], dense[rows[0]])
 
 
@@ -139,12 +142,15 @@ def test_flex_block_masks(seed: int) -> None:
     def packed(b: Any, h: Any, q: Any, k: Any) -> Any:
         return (k <= q) & (documents[b, q] == documents[b, k])
 
-    for mask_mod, explicit in ((causal, False), (packed, True)):
+    def scattered(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & ((q - k) % 3 != 1)
+
+    for mask_mod, explicit in ((causal, False), (packed, False), (scattered, True)):
         block = create_block_mask(mask_mod, B=2, H=None, Q_LEN=length, KV_LEN=length, device="cpu")
         visible = read_mask("flex_attention", call(block, rows, length))
         assert (visible.explicit is not None) == explicit
         b, k = torch.arange(2)[:, None, None], torch.arange(length)[None, None]
-        expected = mask_mod(b, 0, rows[..., None], k)
+        expected = mask_mod(b, 0, rows[..., None], k).expand(2, 7, length)
         assert torch.equal(rows_of(visible, rows, length)[:, 0], expected)
     with pytest.raises(ValueError, match="BlockMask"):
         read_mask("flex_attention", call(SimpleNamespace(), rows, length))
