@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
 
 
 class Student(NamedTuple):
-    """Causal grouped-query attention of a video VLM: tokens, of which the first three quarters are video."""
+    """Causal grouped-query attention of a video VLM: tokens, of which three quarters are video."""
 
     case: str
     tokens: int
@@ -40,7 +40,7 @@ class Student(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        return slice(16, 16 + 3 * self.tokens // 4)
+        return slice(16, 16 + 3 * (self.tokens - 16) // 4)
 
 
 TEACHERS = {

@@ -1,0 +1,197 @@
+#!/usr/bin/env bash
+# Builds, tests, measures and sanitizes on a machine with a GPU, from a bare checkout and without a network.
+set -uo pipefail
+
+usage() {
+    cat <<'TEXT'
+scripts/gpu_check.sh [--stages LIST] [--budget SECONDS] [--results DIR] [--dry-run]
+
+Needs a GPU, torch, triton, pytest, pytest-benchmark, ninja, a C++ compiler and nvcc; nothing is downloaded.
+
+  --stages LIST     of build,tests,benchmarks,sanitizer, separated by commas; all by default
+  --budget SECONDS  for everything together (570); a stage that no longer fits is named and not begun
+  --results DIR     receives the JSON files (benchmarks/results); also copied to $OUT where that is set
+  --dry-run         print what would run and what is missing here; needs no GPU and changes nothing
+
+$PYTHON is the interpreter (python3). Status 0: all chosen stages passed. 1: one failed or did not fit; the
+others ran all the same. 2: wrong arguments, or no GPU.
+TEXT
+}
+
+fail_usage() {
+    echo "error: $1" >&2
+    usage >&2
+    exit 2
+}
+
+known=(build tests benchmarks sanitizer)
+stages=$(IFS=,; echo "${known[*]}")
+budget=570
+results=
+dry_run=
+while (($#)); do
+    case $1 in
+        --stages | --budget | --results)
+            (($# > 1)) || fail_usage "$1 needs a value"
+            case $1 in
+                --stages) stages=$2 ;;
+                --budget) budget=$2 ;;
+                --results) results=$2 ;;
+            esac
+            shift 2
+            ;;
+        --dry-run) dry_run=1; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) fail_usage "unknown argument $1" ;;
+    esac
+done
+[[ $budget =~ ^[1-9][0-9]*$ ]] || fail_usage "--budget must be a whole number of seconds, got '$budget'"
+[[ -n $stages ]] || fail_usage "--stages is empty"
+for stage in ${stages//,/ }; do
+    [[ " ${known[*]} " == *" $stage "* ]] || fail_usage "unknown stage '$stage', there are ${known[*]}"
+done
+chosen() { [[ ",$stages," == *",$1,"* ]]; }
+
+# Paths on the command line are relative to where it was typed.
+[[ -z $results || $results == /* ]] || results=$PWD/$results
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+root=$PWD
+results=${results:-$root/benchmarks/results}
+python=${PYTHON:-python3}
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+began=$SECONDS
+left() { echo $((budget - (SECONDS - began))); }
+
+find_tool() {
+    command -v "$1" || { [[ -x /usr/local/cuda/bin/$1 ]] && echo "/usr/local/cuda/bin/$1"; } || true
+}
+sanitizer=$(find_tool compute-sanitizer)
+nvcc=${CUDACXX:-$(find_tool nvcc)}
+gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+
+# The rest of the package needs more than the kernels do; where that is missing only theirs are tested.
+tests=(tests/mekernels)
+if "$python" -c 'import av, diffusers, torchvision, transformers' 2>/dev/null; then
+    tests+=(tests/motionenhancer)
+fi
+# Without caching every tensor is an allocation of its own, so that reading past its end is seen.
+uncached=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+native_tests=(tests/mekernels/test_native_*.py)
+
+stamp=$(date -u +%Y%m%d-%H%M%S)
+log=
+json=$results/gpu-$stamp.json
+
+# Seconds a stage needs at least, and seconds kept back for each stage behind it.
+declare -A least=([build]=20 [tests]=30 [benchmarks]=60 [sanitizer]=30)
+declare -A kept=([build]=0 [tests]=0 [benchmarks]=150 [sanitizer]=90)
+limit_of() {
+    local reserved=0 later=
+    for stage in "${known[@]}"; do
+        [[ -n $later ]] && chosen "$stage" && reserved=$((reserved + kept[$stage]))
+        [[ $stage == "$1" ]] && later=1
+    done
+    local limit=$(($(left) - reserved))
+    ((limit >= least[$1])) || limit=$(left)
+    echo $limit
+}
+
+commands_of() { # stage, seconds it may take: one command a line, quoted
+    local deadline=$(($2 - 40))
+    ((deadline > 10)) || deadline=10
+    case $1 in
+        build)
+            quoted env MEKERNELS_NATIVE=1 MEKERNELS_CUDA=1 "$python" -m mekernels.build
+            quoted "$python" -m mekernels
+            ;;
+        tests) quoted "$python" -m pytest -m gpu -q -p no:cacheprovider "${tests[@]}" ;;
+        benchmarks)
+            quoted "$python" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider \
+                --deadline "$deadline" --benchmark-json "$json"
+            quoted "$python" benchmarks/report.py "$json"
+            ;;
+        sanitizer)
+            for tool in memcheck racecheck; do
+                quoted "${uncached[@]}" "${sanitizer:-compute-sanitizer}" --tool "$tool" \
+                    --target-processes all --report-api-errors no --error-exitcode 99 \
+                    "$python" -m pytest -m gpu -q -p no:cacheprovider "${native_tests[@]}"
+            done
+            ;;
+    esac
+}
+quoted() { printf '%q ' "$@"; echo; }
+
+if [[ -n $dry_run ]]; then
+    echo "dry run: nothing is executed; budget $budget s; results would be $json"
+    gpu || echo "missing here: a GPU that torch sees"
+    [[ -n $nvcc ]] || echo "missing here: nvcc"
+    [[ -n $sanitizer ]] || echo "missing here: compute-sanitizer"
+    ((${#tests[@]} > 1)) || echo "missing here: diffusers, av or torchvision: only ${tests[*]} would be tested"
+    began=$SECONDS
+    for stage in "${known[@]}"; do
+        chosen "$stage" || continue
+        limit=$(limit_of "$stage")
+        echo "[$stage] at most $limit s"
+        commands_of "$stage" "$limit" | sed 's/^/    /'
+    done
+    exit 0
+fi
+
+gpu || { echo "error: torch sees no GPU here; try --dry-run" >&2; exit 2; }
+mkdir -p "$results" || exit 2
+log=$(mktemp -d)
+trap 'rm -rf "$log"' EXIT
+failed=0
+outcomes=()
+
+record() { # stage, outcome, seconds, why
+    outcomes+=("$1=$2=$3=$4")
+    echo "[$1] $2 after $3 s${4:+: $4}"
+    [[ $2 == passed ]] || failed=1
+}
+
+run_stage() {
+    local stage=$1 start=$SECONDS limit code=0 why=
+    limit=$(limit_of "$stage")
+    if ((limit < least[$stage])); then
+        record "$stage" "did not fit" 0 "$(left) s of the budget were left, it needs ${least[$stage]}"
+        return
+    fi
+    if [[ $stage == sanitizer && -z $sanitizer ]]; then
+        record "$stage" failed 0 "compute-sanitizer is not installed; leave the stage out with --stages"
+        return
+    fi
+    echo "[$stage] at most $limit s"
+    while IFS= read -r command; do
+        local rest=$((limit - (SECONDS - start)))
+        if ((rest < 5)); then
+            why="${why:+$why; }did not fit: $command"
+            continue
+        fi
+        echo "\$ $command"
+        # An interrupt lets pytest say what it had reached.
+        eval "timeout --signal=INT --kill-after=15 $rest $command" 2>&1 </dev/null | tee -a "$log/$stage.log"
+        code=${PIPESTATUS[0]}
+        if ((code == 124 || code == 137)); then
+            why="${why:+$why; }stopped at its limit: $command"
+        elif ((code)); then
+            why="${why:+$why; }status $code: $command"
+        fi
+    done < <(commands_of "$stage" "$limit")
+    record "$stage" "$([[ -z $why ]] && echo passed || echo failed)" $((SECONDS - start)) "$why"
+}
+
+for stage in "${known[@]}"; do
+    if chosen "$stage"; then run_stage "$stage"; else echo "[$stage] not chosen"; fi
+done
+
+"$python" benchmarks/record_check.py "$results/gpu-$stamp-check.json" "${outcomes[@]}" || failed=1
+((${#tests[@]} > 1)) || echo "not tested: tests/motionenhancer, for want of diffusers, av or torchvision"
+if [[ -n ${OUT:-} && -d ${OUT:-} ]]; then
+    cp "$results/gpu-$stamp"*.json "$OUT"/
+    for file in "$log"/*.log; do [[ -e $file ]] && cp "$file" "$OUT"/; done
+fi
+echo "results: $(ls "$results/gpu-$stamp"*.json 2>/dev/null | tr '\n' ' ')"
+echo "$((SECONDS - began)) s of $budget s; $( ((failed)) && echo FAILED || echo passed)"
+exit $failed
