@@ -1,0 +1,359 @@
+"""Put a benchmark's questions to a student and score its answers as the benchmark's authors do.
+
+`python -m motionenhancer.eval --student DIR --benchmark favor --data FILE --video_root DIR --output_dir DIR`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from .arguments import parse_arguments
+from .data.question import Question
+from .data.skips import SkipLog
+from .evaluation.answers import read_answers, read_predictions
+from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
+from .evaluation.compare import compare_runs, read_results
+from .evaluation.generate import Asked, answer_questions
+from .evaluation.table import comparison_text
+from .evaluation.videos import Frames, VideoFolder, default_frames
+from .evaluation.write import student_digest, write_scores, write_whole
+from .extract import default_toy
+from .report import RunReport
+from .vlm import StudentFamily, load_student, student_family
+
+PROG = "python -m motionenhancer.eval"
+
+
+@dataclass
+class EvalArguments:
+    """What is asked, who answers, and how answers are scored."""
+
+    student: str | None = field(
+        default=None, metadata={"help": "Transformers folder of a video VLM. Default: the toy student."}
+    )
+    predictions: str | None = field(
+        default=None,
+        metadata={"help": "Score these answers, json of question id to output, instead of asking a student."},
+    )
+    benchmark: str = field(
+        default="toy", metadata={"help": "Whose questions and rules.", "choices": list(BENCHMARKS)}
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The benchmark's file: video_info.meta.jsonl, video_perspective.json. Default: the toy's."
+        },
+    )
+    video_root: str | None = field(
+        default=None, metadata={"help": "Folder of the clips. Default: the data file's."}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only the first so many questions."})
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "Request in place of the benchmark's own, with {question} and {options}."},
+    )
+    answer_hidden: bool = field(
+        default=False,
+        metadata={"help": "Also ask what has no public answer: not scored, but in the submission."},
+    )
+    letter_rule: str = field(
+        default="published",
+        metadata={
+            "help": "MotionBench: published is the authors' own reading of a letter, lone is stricter.",
+            "choices": ["published", "lone"],
+        },
+    )
+    option_rule: str = field(
+        default="caseless",
+        metadata={
+            "help": "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
+            "choices": ["caseless", "published"],
+        },
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Frames of a clip, evenly. Default: 8 for InternVL, else by rate."}
+    )
+    video_fps: float | None = field(default=None, metadata={"help": "Frames a second. Default: 1, toy 8."})
+    min_frames: int | None = field(default=None, metadata={"help": "Fewest frames by rate. Default: 4."})
+    max_frames: int | None = field(default=None, metadata={"help": "Most frames by rate. Default: 768."})
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Most pixels of a frame, 0 for the processor's own. Default: 151200."}
+    )
+    batch_size: int = field(default=4, metadata={"help": "Questions a process answers at once."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Weights; auto: as stored.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "The student's attention."})
+    workers: int = field(default=0, metadata={"help": "Processes that decode clips ahead."})
+    bootstrap_samples: int = field(default=10_000, metadata={"help": "Resamples; 0: no intervals."})
+    bootstrap_unit: str = field(
+        default="question",
+        metadata={"help": "What is resampled.", "choices": ["question", "video"]},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "Two scored runs, A and B: compare them and do nothing else."}
+    )
+    task: str | None = field(default=None, metadata={"help": "With --compare: only this task."})
+
+    def __post_init__(self) -> None:
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
+        if self.task is not None and self.compare is None:
+            raise ValueError("--task goes with --compare")
+        if self.predictions is not None and self.student is not None:
+            raise ValueError("--student and --predictions exclude each other")
+        if self.data is None and self.benchmark != "toy":
+            wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
+            if self.compare is None:
+                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {wants[self.benchmark]}")
+        for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("bootstrap_samples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (arguments,) = parse_arguments((EvalArguments,), argv, prog=PROG)
+    try:
+        if arguments.compare is not None:
+            compare(arguments)
+        else:
+            _join_processes()
+            run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: EvalArguments) -> dict[str, Any]:
+    """Ask, or read, and score; returns what it wrote to `scores.json`.
+
+    Raises:
+        ValueError, OSError: a setting, folder or file is wrong.
+    """
+    benchmark = BENCHMARKS[arguments.benchmark]
+    rules = Rules(arguments.letter_rule, arguments.option_rule)
+    folder = Path(arguments.output_dir or "runs/eval")
+    _use_toy_defaults(arguments)
+    assert arguments.data is not None
+    skips = SkipLog()
+    hidden = arguments.answer_hidden or arguments.predictions is not None
+    questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
+    if arguments.predictions is not None:
+        report, outputs, questions = _read(arguments, benchmark, questions, folder, skips)
+    else:
+        report, outputs, questions = _ask(arguments, benchmark, questions, folder, skips)
+    if not PartialState().is_main_process:
+        return {}
+    scores = write_scores(
+        folder,
+        Path(arguments.predictions or arguments.student or "").name,
+        benchmark,
+        rules,
+        questions,
+        outputs,
+        skips,
+        samples=arguments.bootstrap_samples,
+        unit=arguments.bootstrap_unit,
+        seed=arguments.seed,
+    )
+    report.content["skipped"] = skips.to_json()
+    report.content["arguments"] = asdict(arguments)
+    report.write("finished")
+    return scores
+
+
+def compare(arguments: EvalArguments) -> dict[str, Any]:
+    """Compare two scored runs and print the result; with `--output_dir` write `comparison.json` too.
+
+    Raises:
+        ValueError: a run is not scored, or the two are not of the same questions.
+    """
+    assert arguments.compare is not None
+    a, b = arguments.compare
+    found = compare_runs(
+        read_results(a),
+        read_results(b),
+        task=arguments.task,
+        samples=arguments.bootstrap_samples,
+        seed=arguments.seed,
+        unit=arguments.bootstrap_unit,
+    )
+    print(comparison_text(found, (a, b), arguments.task))
+    result = {"a": a, "b": b, "task": arguments.task, **found.to_json()}
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _join_processes() -> None:
+    """Join the processes that `accelerate launch` or `torchrun` started, also where there is no GPU."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available()))
+
+
+def _use_toy_defaults(arguments: EvalArguments) -> None:
+    needs_data = arguments.data is None
+    if not needs_data and (arguments.student is not None or arguments.predictions is not None):
+        return
+    toy = default_toy()
+    if needs_data:
+        arguments.data, arguments.video_root = str(toy.test), str(toy.videos)
+    if arguments.student is None and arguments.predictions is None:
+        arguments.student = str(toy.student)
+
+
+def _read(
+    arguments: EvalArguments, benchmark: Benchmark, questions: list[Question], folder: Path, skips: SkipLog
+) -> tuple[RunReport, dict[str, str], list[Question]]:
+    """Answers made elsewhere → report, outputs, and the questions that could have been put.
+
+    A question without an answer is wrong, unless `--video_root` shows that its clip is missing.
+    """
+    assert arguments.predictions is not None
+    outputs = read_predictions(arguments.predictions, skips)
+    known = {q.id for q in questions}
+    for _ in [id for id in outputs if id not in known]:
+        skips.note("prediction for no question of this run")
+    gone: set[str] = set()
+    if arguments.video_root is not None:
+        clips = VideoFolder(arguments.video_root, benchmark.folders)
+        unanswered = [Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs]
+        gone = _skip_missing(unanswered, skips)
+    report = _claim(folder, {"command": "eval", "answers": "predictions"})
+    return report, outputs, [q for q in questions if q.id not in gone]
+
+
+def _ask(
+    arguments: EvalArguments, benchmark: Benchmark, questions: list[Question], folder: Path, skips: SkipLog
+) -> tuple[RunReport, dict[str, str], list[Question]]:
+    """Answer what is not answered yet → report, outputs of all processes, and the questions that were put."""
+    assert arguments.student is not None
+    assert arguments.data is not None
+    family = _family(arguments.student)
+    frames = _frames(arguments, family, benchmark)
+    clips = VideoFolder(arguments.video_root or Path(arguments.data).parent, benchmark.folders)
+    prompt = arguments.prompt or benchmark.prompt
+    max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
+    report = _claim(
+        folder,
+        {
+            "command": "eval",
+            "answers": "student",
+            "benchmark": benchmark.name,
+            "data": hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest(),
+            "limit": arguments.limit,
+            "answer_hidden": arguments.answer_hidden,
+            "student": student_digest(arguments.student),
+            "prompt": prompt,
+            "frames": asdict(frames),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": arguments.batch_size,
+            "dtype": arguments.dtype,
+            "attn_implementation": arguments.attn_implementation,
+        },
+    )
+    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    gone = _skip_missing(asked, skips)
+    state = PartialState()
+    if state.is_main_process:
+        print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {arguments.student}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    answer_questions(
+        lambda: load_student(
+            str(arguments.student),
+            dtype=None if arguments.dtype == "auto" else arguments.dtype,
+            device=state.device,
+            attn_implementation=arguments.attn_implementation,
+        ),
+        asked,
+        folder,
+        frames,
+        max_new_tokens=max_new_tokens,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+    )
+    rows = read_answers(folder)
+    for question in questions:
+        reason = rows.get(question.id, {}).get("skipped")
+        if reason is not None and question.id not in gone:
+            gone.add(question.id)
+            if question.answer is not None:
+                skips.add("unreadable", id=question.id, line=question.line, detail=str(reason))
+    put = [q for q in questions if q.id not in gone]
+    return report, {q.id: rows[q.id]["output"] for q in put}, put
+
+
+def _family(student: str) -> StudentFamily:
+    config = Path(student) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"--student must be a transformers folder with a config.json, got {student}")
+    return student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+
+
+def _frames(arguments: EvalArguments, family: StudentFamily, benchmark: Benchmark) -> Frames:
+    """The family's sampling with whatever flags change of it."""
+    frames = default_frames(family.name, benchmark.name)
+    if arguments.video_fps is not None:
+        frames = replace(frames, num_frames=None, fps=arguments.video_fps)
+    given = {name: getattr(arguments, name) for name in ("num_frames", "min_frames", "max_frames")}
+    frames = replace(frames, **{name: value for name, value in given.items() if value is not None})
+    if arguments.max_pixels is not None:
+        frames = replace(frames, max_pixels=arguments.max_pixels or None)
+    return frames
+
+
+def _skip_missing(asked: Sequence[Asked], skips: SkipLog) -> set[str]:
+    gone = set()
+    for item in asked:
+        if item.video is None:
+            q = item.question
+            gone.add(q.id)
+            if q.answer is not None:  # The others are counted already.
+                skips.add("missing video", id=q.id, line=q.line, detail=f"no file for {q.video!r}")
+    return gone
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> RunReport:
+    """Make the folder this run's, or go on in it; a folder of another run is refused."""
+    report = RunReport(folder, identity)
+    state = PartialState()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if report.path.is_file():
+            report.claim()
+        elif any(folder.glob("answers*.jsonl")):
+            raise ValueError(f"--output_dir {folder}: holds answers of an unknown run; give another folder")
+        report.write("running")
+    state.wait_for_everyone()
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Answers on disk: appended as they come, read back after a kill, or made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from motionenhancer.data.question import video_stem
+from motionenhancer.data.skips import SkipLog
+
+__all__ = ["append_answers", "mend_answers", "read_answers", "read_predictions"]
+
+_PATTERN = "answers*.jsonl"
+
+
+def answers_file(folder: Path, process: int) -> Path:
+    """The file that one process of a run appends to."""
+    return folder / f"answers-{process:05d}.jsonl"
+
+
+def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append one line a row and return only once they are on the disk."""
+    with path.open("ab") as file:
+        file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_answers(path: Path) -> None:
+    """Cut off a last line that a kill left half-written, so that the next one starts on its own."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read every process's answers, id to row; half-written and unreadable lines are as if never written.
+
+    A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. A later row of an id replaces an earlier.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob(_PATTERN)):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if (
+                isinstance(row, dict)
+                and isinstance(row.get("id"), str)
+                and ("output" in row or "skipped" in row)
+            ):
+                rows[row["id"]] = row
+    return rows
+
+
+def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
+    """Read answers made elsewhere: a json object, question id to output, or lines or a list of rows.
+
+    A null output is an empty one. A clip's extension in an id is dropped, as in the questions' ids. Of an id
+    given twice, the first output with a letter A to D counts, else the last: MotionBench's own rule.
+
+    Parameters
+    ----------
+    path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.
+    log: ids given twice are counted in its notes.
+
+    Raises
+    ------
+    ValueError: no such file, not json, or an output that is no text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--predictions must be a json or jsonl file, {path} does not exist")
+    found: dict[str, str] = {}
+    for id, output in _pairs(path):
+        if output is not None and not isinstance(output, str):
+            raise ValueError(f"--predictions {path}: {id!r} must be a text, got {type(output).__name__}")
+        name, text = _normal(id), output or ""
+        if name in found:
+            log.note("prediction given twice for one id")
+            if any(letter in found[name] for letter in "ABCD"):
+                continue
+        found[name] = text
+    return found
+
+
+def _pairs(path: Path) -> list[tuple[str, Any]]:
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--predictions {path}: not utf-8 at byte {error.start}") from None
+    try:
+        values = [json.loads(text, object_pairs_hook=list)]
+    except ValueError:
+        try:
+            values = [json.loads(line, object_pairs_hook=list) for line in text.split("\n") if line.strip()]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--predictions {path}: neither json nor jsonl ({error})") from None
+    if len(values) == 1 and values[0] and isinstance(values[0], list) and isinstance(values[0][0], list):
+        values = values[0]
+    pairs: list[tuple[str, Any]] = []
+    for value in values:
+        if not isinstance(value, list) or not all(isinstance(v, tuple) for v in value):
+            raise ValueError(f"--predictions {path}: must map question ids to outputs")
+        row = dict(value)
+        if isinstance(row.get("id"), str) and "skipped" in row:
+            continue
+        pairs += [(row["id"], row["output"])] if isinstance(row.get("id"), str) and "output" in row else value
+    return pairs
+
+
+def _normal(id: str) -> str:
+    video, mark, index = id.strip().rpartition("#")
+    return f"{video_stem(video)}#{index}" if mark and index.isdecimal() else id.strip()

@@ -1,0 +1,236 @@
+"""The benchmarks: how their files are read, questions put, answers judged, and submissions written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from motionenhancer.data.favor import FAVOR_TASKS, read_favor
+from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
+from motionenhancer.data.question import Question, filled, read_rows, video_stem
+from motionenhancer.data.skips import SkipLog
+from motionenhancer.toy.language import QUESTION_KINDS
+
+from .judge import first_letter, lone_letter, names_option, same_text
+
+__all__ = ["BENCHMARKS", "Benchmark", "Rules", "load_questions", "render_prompt"]
+
+MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
+FAVOR_PROMPT = (
+    "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "
+    "motions, actions, activities, and interactions. Based on your observations, select the best option that "
+    "accurately addresses the question.\n{question}\nYou can only response with the answer among {options}"
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which reading of a benchmark's rule judges.
+
+    letter: "published" (:func:`first_letter`) or "lone" (:func:`lone_letter`), for MotionBench.
+    option: "caseless", or "published" where the authors' code differs (see :func:`names_option`), for
+        FAVOR-Bench.
+    """
+
+    letter: str = "published"
+    option: str = "caseless"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("letter", self.letter, ("published", "lone")),
+            ("option", self.option, ("caseless", "published")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} rule must be one of {known}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What differs between benchmarks.
+
+    name, title: on the command line, in print.
+    tasks: codes in the order of the table.
+    read: file and log to questions.
+    prompt: template of a request; ``{question}`` and ``{options}`` are filled in.
+    parse: an output's answer under the rules, for people to read; the output itself where it is matched.
+    right: whether an output is right under the rules; only asked where the answer is public.
+    max_new_tokens: length of an answer.
+    submission: questions, id to output and rules, to file name and content of the benchmark's own format.
+    folders: below the video root, where the published archive keeps its clips.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    read: Callable[[Path, SkipLog], Iterator[Question]]
+    prompt: str
+    parse: Callable[[str, Rules], str]
+    right: Callable[[Question, str, Rules], bool]
+    max_new_tokens: int
+    submission: Callable[[Sequence[Question], dict[str, str], Rules], tuple[str, str]]
+    folders: tuple[str, ...] = field(default=())
+
+
+def load_questions(
+    benchmark: Benchmark, path: str | Path, log: SkipLog, *, limit: int | None = None, hidden: bool = False
+) -> list[Question]:
+    """Read a benchmark's questions; those without a public answer and repeated ids are counted in ``log``.
+
+    Parameters
+    ----------
+    benchmark: one of :data:`BENCHMARKS`.
+    path: its file.
+    log: receives everything left out.
+    limit: stop after so many questions.
+    hidden: keep the questions without a public answer too, for a submission; they are counted all the same.
+
+    Raises
+    ------
+    ValueError: no such file, or no question in it.
+    """
+    questions = []
+    seen: set[str] = set()
+    found = 0
+    for question in benchmark.read(Path(path), log):
+        found += 1
+        if question.id in seen:
+            log.add("repeated id", id=question.id, line=question.line, detail="the first one counts")
+            continue
+        seen.add(question.id)
+        if question.answer is None:
+            log.add("no public answer", id=question.id, line=question.line)
+            if not hidden:
+                continue
+        questions.append(question)
+    if not found:
+        raise ValueError(f"{path} holds no question of {benchmark.title}. {log.summary()}")
+    return questions[:limit]
+
+
+def render_prompt(template: str, question: Question) -> str:
+    """Fill in ``{question}`` and ``{options}``, a Python list as FAVOR-Bench's authors print it.
+
+    >>> question = Question("a", "v", "Is {options} left?", "x", ("T",), ("x", "y"))
+    >>> render_prompt("{question} {options}", question)
+    "Is {options} left? ['x', 'y']"
+    """
+    parts = {"{question}": question.text, "{options}": str(list(question.options))}
+    return re.sub(r"\{question\}|\{options\}", lambda match: parts[match.group()], template)
+
+
+def _letter(output: str, rules: Rules) -> str:
+    return first_letter(output) if rules.letter == "published" else lone_letter(output)
+
+
+def _motionbench_right(question: Question, output: str, rules: Rules) -> bool:
+    return _letter(output, rules) == question.answer
+
+
+def _favor_right(question: Question, output: str, rules: Rules) -> bool:
+    match_case = rules.option == "published"
+    return names_option(output, question.answer or "", question.options, match_case=match_case)
+
+
+def _toy_right(question: Question, output: str, rules: Rules) -> bool:
+    return same_text(output, question.answer or "")
+
+
+def _as_is(output: str, rules: Rules) -> str:
+    return output.strip()
+
+
+def _motionbench_submission(
+    questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+) -> tuple[str, str]:
+    """One json object, uid to letter: what the leaderboard takes."""
+    letters = {q.id: _letter(outputs[q.id], rules) for q in questions if q.id in outputs}
+    return "submission.json", json.dumps(letters, indent=4) + "\n"
+
+
+def _favor_submission(
+    questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+) -> tuple[str, str]:
+    """One line a clip, its name to the judged answers: what the authors' ``analyze_qa.py`` reads."""
+    clips: dict[str, list[dict[str, Any]]] = {}
+    for q in questions:
+        if q.id in outputs:
+            judged = {
+                "task_type": q.tasks[0],
+                "correct_answer": q.answer,
+                "output": outputs[q.id],
+                "judge": _favor_right(q, outputs[q.id], rules),
+            }
+            clips.setdefault(video_stem(q.video), []).append(judged)
+    lines = [json.dumps({name: answers}) + "\n" for name, answers in clips.items()]
+    return "submission.jsonl", "".join(lines)
+
+
+def _toy_submission(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
+    answers = {q.id: outputs[q.id] for q in questions if q.id in outputs}
+    return "submission.json", json.dumps(answers, indent=1) + "\n"
+
+
+def _read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
+    """The toy world's ``test.jsonl``: LLaVA rows of one question and answer; the id ends with its kind."""
+    for line, row in read_rows(path, log):
+        turns, id, video = row.get("conversations"), row.get("id"), row.get("video")
+        texts = (
+            [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+            if isinstance(turns, list)
+            else []
+        )
+        if not filled(id) or not filled(video) or len(texts) != 2 or not all(filled(t) for t in texts):
+            log.add(
+                "missing fields", id=str(id or ""), line=line, detail="needs id, video, question and answer"
+            )
+            continue
+        kind = str(id).rsplit("-", 1)[-1]
+        task = kind if kind in QUESTION_KINDS else "other"
+        asked = str(texts[0]).replace("<video>", "").strip()
+        yield Question(str(id), str(video), asked, str(texts[1]).strip(), (task,), line=line)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    b.name: b
+    for b in (
+        Benchmark(
+            name="motionbench",
+            title="MotionBench dev",
+            tasks=tuple(MOTIONBENCH_TASKS.values()),
+            read=read_motionbench,
+            prompt=MOTIONBENCH_PROMPT,
+            parse=_letter,
+            right=_motionbench_right,
+            max_new_tokens=16,
+            submission=_motionbench_submission,
+            folders=("self-collected", "public-dataset", "videos"),
+        ),
+        Benchmark(
+            name="favor",
+            title="FAVOR-Bench",
+            tasks=FAVOR_TASKS,
+            read=read_favor,
+            prompt=FAVOR_PROMPT,
+            parse=_as_is,
+            right=_favor_right,
+            max_new_tokens=256,
+            submission=_favor_submission,
+            folders=("FAVOR-Bench", "videos", "videos/FAVOR-Bench"),
+        ),
+        Benchmark(
+            name="toy",
+            title="toy world",
+            tasks=(*QUESTION_KINDS, "other"),
+            read=_read_toy,
+            prompt="{question}",
+            parse=_as_is,
+            right=_toy_right,
+            max_new_tokens=48,
+            submission=_toy_submission,
+        ),
+    )
+}

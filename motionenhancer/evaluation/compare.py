@@ -1,0 +1,152 @@
+"""Two runs on the same questions: difference, its interval, McNemar's test, and what flipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .scores import Judged, accuracies, bootstrap, grouped_sums, interval, tally, task_order, unit_numbers
+
+__all__ = ["Comparison", "compare_runs", "mcnemar", "read_results"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare_runs` found; differences are B minus A, in points.
+
+    questions: how many both runs have, after the filter.
+    only: how many only A, and only B, has.
+    overall, average: for each of A, B and difference the value, and the difference's 95 % interval.
+    gained, lost: ids that only B, and only A, has right.
+    p_value: McNemar's exact test of gained against lost, two-sided.
+    """
+
+    questions: int
+    only: tuple[int, int]
+    overall: dict[str, Any]
+    average: dict[str, Any]
+    gained: list[Judged]
+    lost: list[Judged]
+    p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "questions": self.questions,
+            "only_in_a": self.only[0],
+            "only_in_b": self.only[1],
+            "overall": self.overall,
+            "average": self.average,
+            "mcnemar": {"gained": len(self.gained), "lost": len(self.lost), "p_value": self.p_value},
+            "gained": [j.id for j in self.gained],
+            "lost": [j.id for j in self.lost],
+        }
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p-value of the exact test: is a flip as likely either way?
+
+    >>> mcnemar(0, 0), mcnemar(1, 9)
+    (1.0, 0.021484375)
+    """
+    n = gained + lost
+    ways = tail = 1
+    for i in range(min(gained, lost)):
+        ways = ways * (n - i) // (i + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
+
+
+def read_results(path: str | Path) -> list[Judged]:
+    """Read a run's judged answers from its folder, or from its ``results.jsonl``.
+
+    Raises
+    ------
+    ValueError: there is none, or it is not one of ours.
+    """
+    file = Path(path)
+    file = file / "results.jsonl" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"--compare {path}: no results.jsonl there; give the --output_dir of a scored run")
+    judged = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), start=1):
+        try:
+            row = json.loads(line)
+            judged.append(Judged(**{**row, "tasks": tuple(row["tasks"])}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--compare {file}, line {number}: not a judged answer ({error})") from None
+    return judged
+
+
+def compare_runs(
+    a: Sequence[Judged],
+    b: Sequence[Judged],
+    *,
+    task: str | None = None,
+    samples: int = 10_000,
+    seed: int = 0,
+    unit: str = "question",
+) -> Comparison:
+    """Compare two runs question by question, on those that both have.
+
+    Parameters
+    ----------
+    a, b: judged answers of the two runs.
+    task: only questions of this task.
+    samples, seed, unit: of the bootstrap, as for :func:`score`; both runs are resampled together.
+
+    Raises
+    ------
+    ValueError: no question in common, a task that none has, or different right answers to one question.
+
+    >>> rows = [[Judged(str(i), ("AS",), "v", "x", "x", "x", i < n) for i in range(4)] for n in (1, 3)]
+    >>> found = compare_runs(*rows, samples=100)
+    >>> found.overall["difference"], [j.id for j in found.gained], found.p_value
+    (50.0, ['1', '2'], 0.5)
+    """
+    if unit not in ("question", "video"):
+        raise ValueError(f"unit must be 'question' or 'video', got {unit!r}")
+    if task is not None:
+        known = sorted({t for j in (*a, *b) for t in j.tasks})
+        wanted = {t.lower(): t for t in known}.get(task.lower())
+        if wanted is None:
+            raise ValueError(f"--task must be one of {known}, got {task!r}")
+        a, b = ([j for j in run if wanted in j.tasks] for run in (a, b))
+    other = {j.id: j for j in b}
+    pairs = [(j, other[j.id]) for j in a if j.id in other]
+    if not pairs:
+        raise ValueError("the two runs have no question in common")
+    for one, two in pairs:
+        if one.answer != two.answer:
+            raise ValueError(
+                f"the runs disagree on the right answer to {one.id!r}: not the same benchmark file"
+            )
+    first, second = [p[0] for p in pairs], [p[1] for p in pairs]
+    order = task_order((), [t for j in first for t in j.tasks])
+    count = tally(first, order, "count")
+    tables = [tally(run, order, "right") for run in (first, second)]
+    rows = np.hstack([*tables, count])
+    units = grouped_sums(rows, unit_numbers(first, unit))
+    values = _pair_accuracies(rows.sum(0)[None].astype(np.float64), len(order))
+    drawn = _pair_accuracies(bootstrap(units, samples, seed), len(order)) if samples else None
+    overall, average = ({"a": v[0][0], "b": v[1][0], "difference": v[1][0] - v[0][0]} for v in values)
+    for found, name in ((overall, 0), (average, 1)):
+        found.update({k: float(v) for k, v in found.items()})
+        if drawn is not None:
+            found["interval"] = interval(drawn[name][1] - drawn[name][0])
+    gained = [two for one, two in pairs if two.right and not one.right]
+    lost = [two for one, two in pairs if one.right and not two.right]
+    only = (len(a) - len(pairs), len(b) - len(pairs))
+    return Comparison(len(pairs), only, overall, average, gained, lost, mcnemar(len(gained), len(lost)))
+
+
+def _pair_accuracies(sums: np.ndarray, tasks: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Overall of A and B, Average of A and B, each (samples,)."""
+    width = tasks + 1
+    a, b, count = sums[:, :width], sums[:, width : 2 * width], sums[:, 2 * width :]
+    (oa, aa, _), (ob, ab, _) = (accuracies(np.hstack([x, count]), tasks) for x in (a, b))
+    return (oa, ob), (aa, ab)

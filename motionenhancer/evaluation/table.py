@@ -1,0 +1,97 @@
+"""Scores as text: one table beside the paper's rows, and a comparison for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .compare import Comparison
+from .scores import task_order
+
+__all__ = ["PAPER_ROWS", "comparison_text", "score_table"]
+
+PAPER_ROWS: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "motionbench": (
+        ("Qwen2.5-VL-3B", 53.56, 49.45),
+        ("Qwen2.5-VL-3B + MotionEnhancer", 56.60, 52.51),
+        ("Qwen2.5-VL-7B", 52.81, 48.29),
+        ("Qwen2.5-VL-7B + MotionEnhancer", 57.04, 52.92),
+        ("InternVL3-2B", 53.96, 49.69),
+        ("InternVL3-2B + MotionEnhancer", 55.50, 51.35),
+        ("InternVL3-8B", 54.88, 50.81),
+        ("InternVL3-8B + MotionEnhancer", 57.69, 53.22),
+    ),
+    "favor": (
+        ("Qwen2.5-VL-3B", 37.43, 38.07),
+        ("Qwen2.5-VL-3B + MotionEnhancer", 44.53, 43.94),
+        ("Qwen2.5-VL-7B", 42.61, 42.58),
+        ("Qwen2.5-VL-7B + MotionEnhancer", 46.88, 47.01),
+        ("InternVL3-2B", 39.27, 39.11),
+        ("InternVL3-2B + MotionEnhancer", 43.71, 45.35),
+        ("InternVL3-8B", 45.82, 46.35),
+        ("InternVL3-8B + MotionEnhancer", 48.94, 49.25),
+    ),
+}
+"""Overall and Average as the paper prints them (arXiv 2606.06853): model, Overall, Average."""
+
+
+def score_table(title: str, name: str, scores: dict[str, Any], tasks: Sequence[str], benchmark: str) -> str:
+    """One row for this run with its intervals below it, then the paper's rows for the same benchmark."""
+    codes = task_order(tasks, list(scores["tasks"]))
+    head = [title, *codes, "Overall", "Average"]
+    accuracies = [scores["tasks"][code]["accuracy"] for code in codes]
+    rows = [[name, *(_number(v) for v in (*accuracies, scores["overall"], scores["average"]))]]
+    spread = scores.get("intervals")
+    if spread:
+        bounds = [*(spread["tasks"][code] for code in codes), spread["overall"], spread["average"]]
+        rows.append(["  95 % interval", *(f"{low:.1f}-{high:.1f}" for low, high in bounds)])
+    counts = [str(scores["tasks"][code]["count"]) for code in codes]
+    rows.append(["  questions", *counts, str(scores["count"]), ""])
+    paper = PAPER_ROWS.get(benchmark, ())
+    if paper:
+        rows.append(["in the paper:", *[""] * (len(head) - 1)])
+    rows += [[f"  {model}", *[""] * len(codes), _number(o), _number(a)] for model, o, a in paper]
+    return _align([head, *rows])
+
+
+def comparison_text(found: Comparison, names: tuple[str, str], task: str | None, shown: int = 10) -> str:
+    """Say what :func:`compare_runs` found, with the first ``shown`` flips each way."""
+    head = ["", "A", "B", "B - A", "95 % interval"]
+    rows = []
+    for title, part in (("Overall", found.overall), ("Average", found.average)):
+        low, high = part.get("interval", (float("nan"), float("nan")))
+        rows.append(
+            [
+                title,
+                _number(part["a"]),
+                _number(part["b"]),
+                f"{part['difference']:+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+            ]
+        )
+    lines = [f"A: {names[0]}", f"B: {names[1]}"]
+    lines.append(f"{found.questions} questions" + (f" of task {task}" if task else ""))
+    if any(found.only):
+        lines.append(f"left out: {found.only[0]} only in A, {found.only[1]} only in B")
+    lines += ["", _align([head, *rows]), ""]
+    lines.append(
+        f"McNemar, exact: {len(found.gained)} gained, {len(found.lost)} lost, p = {found.p_value:.4g}"
+    )
+    for title, flips in (("only B is right", found.gained), ("only A is right", found.lost)):
+        lines.append(f"{title}: {len(flips)}" + (f", the first {shown}" if len(flips) > shown else ""))
+        lines += [f"  {j.id} ({', '.join(j.tasks)})" for j in flips[:shown]]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *rest = row
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Find a benchmark's clips, and sample their frames as the paper does for each family."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from motionenhancer.data.question import video_stem
+from motionenhancer.data.video import Video, read_frames
+
+__all__ = ["Frames", "VideoFolder", "default_frames", "sample_video"]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """How a clip is shown.
+
+    num_frames: so many, evenly; takes the place of the rate.
+    fps: frames a second, at least ``min_frames`` (as far as the clip holds them), at most ``max_frames``.
+    max_pixels: most pixels of a frame as the model sees it; None leaves the processor's own limit.
+    """
+
+    num_frames: int | None = None
+    fps: float = 1.0
+    min_frames: int = 4
+    max_frames: int = 768
+    max_pixels: int | None = 360 * 420
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "fps", "min_frames", "max_frames", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"min_frames must be at most max_frames ({self.max_frames}), got {self.min_frames}"
+            )
+
+
+def default_frames(family: str, benchmark: str) -> Frames:
+    """Return the sampling of MotionEnhancer's experiments: InternVL 8 frames, others 1 a second.
+
+    The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published script
+    and of the sampler it calls. The toy world's clips last two seconds: there it is 8 frames a second.
+
+    >>> default_frames("internvl", "favor").num_frames, default_frames("qwen2_5_vl", "favor").fps
+    (8, 1.0)
+    """
+    frames = Frames(num_frames=8) if family.startswith("internvl") else Frames()
+    return replace(frames, fps=8.0) if benchmark == "toy" else frames
+
+
+def sample_video(path: Path, frames: Frames) -> Video:
+    """Decode a clip's frames.
+
+    Raises
+    ------
+    VideoError: it cannot be read.
+    """
+    if frames.num_frames is not None:
+        return read_frames(path, num_frames=frames.num_frames)
+    video = read_frames(path, fps=frames.fps, max_frames=frames.max_frames)
+    wanted = min(frames.min_frames, video.source_frames)
+    return video if len(video.frames) >= wanted else read_frames(path, num_frames=wanted)
+
+
+class VideoFolder:
+    """The clips of a folder by the names a benchmark gives them, with or without extension.
+
+    A name is looked up as it stands below ``root`` and then ``folders``, then with any extension, and then
+    anywhere below ``root`` by its last part, if there is only one of it.
+
+    Raises
+    ------
+    ValueError: ``root`` is not a folder.
+    """
+
+    def __init__(self, root: str | Path, folders: tuple[str, ...] = ()) -> None:
+        self.root, self.folders = Path(root), folders
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise ValueError(f"--video_root must be a folder, {self.root} {what}")
+        self._stems: dict[str, list[Path]] | None = None
+
+    def find(self, name: str) -> Path | None:
+        """Return the clip's file; None where there is none, or more than one."""
+        places = [self.root / name, *(self.root / folder / name for folder in self.folders)]
+        exact = next((place for place in places if _is_file(place)), None)
+        if exact is not None:
+            return exact
+        if self._stems is None:
+            self._stems = defaultdict(list)
+            for path in sorted(self.root.rglob("*")):
+                if video_stem(path.name) != path.name:
+                    self._stems[video_stem(path.name)].append(path)
+        found = self._stems.get(video_stem(Path(name).name), [])
+        near = [path for path in found if path.parent in {place.parent for place in places}]
+        chosen = near or found
+        return chosen[0] if len(chosen) == 1 and _is_file(chosen[0]) else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,121 @@
+"""What a run leaves behind: judged answers, scores, a submission, and the table on the screen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from motionenhancer.data.question import Question
+from motionenhancer.data.skips import SkipLog
+
+from .benchmarks import Benchmark, Rules
+from .scores import judge_answers, score
+from .table import score_table
+
+__all__ = ["student_digest", "write_scores", "write_whole"]
+
+_PIECES, _PIECE = 64, 64 << 10
+
+
+def write_scores(
+    folder: Path,
+    name: str,
+    benchmark: Benchmark,
+    rules: Rules,
+    questions: Sequence[Question],
+    outputs: dict[str, str],
+    skips: SkipLog,
+    *,
+    samples: int,
+    unit: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Judge and score; write results.jsonl, scores.json and the submission; print the table.
+
+    Parameters
+    ----------
+    folder: written to.
+    name: of the model or the file of answers, for the table.
+    benchmark, rules: what judges.
+    questions, outputs: what was asked, and id to output.
+    skips: what was left out.
+    samples, unit, seed: of the bootstrap, see :func:`score`.
+
+    Returns
+    -------
+    What is in scores.json.
+    """
+    judged = judge_answers(benchmark, questions, outputs, rules)
+    scores = score(judged, benchmark.tasks, samples=samples, seed=seed, unit=unit)
+    scores["skipped"] = skips.total
+    scores["skipped_by_reason"] = dict(skips.counts)
+    scores["benchmark"] = benchmark.name
+    scores["rules"] = asdict(rules)
+    scores["other_rules"] = _other_rules(benchmark, questions, outputs, rules)
+    lines = [json.dumps(j.to_json()) + "\n" for j in judged]
+    write_whole(folder / "results.jsonl", "".join(lines))
+    submission, content = benchmark.submission(questions, outputs, rules)
+    write_whole(folder / submission, content)
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    print(score_table(benchmark.title, name, scores, benchmark.tasks, benchmark.name))
+    if scores["unanswered"]:
+        print(f"{scores['unanswered']} questions have no answer and count as wrong")
+    if not judged:
+        print("no question could be scored", file=sys.stderr)
+    if skips.total or skips.notes:
+        print(skips.summary() + "".join(f"; {n} × {what}" for what, n in skips.notes.items()))
+    print(f"scores.json, results.jsonl and {submission} in {folder}")
+    return scores
+
+
+def _other_rules(
+    benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+) -> dict[str, Any] | None:
+    """Overall under the benchmark's other reading, and how many answers the two judge differently."""
+    others = {
+        "motionbench": replace(rules, letter="lone" if rules.letter == "published" else "published"),
+        "favor": replace(rules, option="published" if rules.option == "caseless" else "caseless"),
+    }
+    if benchmark.name not in others:
+        return None
+    other = others[benchmark.name]
+    mine, theirs = (judge_answers(benchmark, questions, outputs, r) for r in (rules, other))
+    return {
+        "rules": asdict(other),
+        "overall": score(theirs, samples=0)["overall"],
+        "judged_differently": sum(a.right != b.right for a, b in zip(mine, theirs, strict=True)),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by rename, so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def student_digest(folder: str | Path) -> str:
+    """Name a student's weights and settings: 32 hexadecimal digits.
+
+    Only the files a checkpoint consists of are read, in the folder itself: runs kept below it, and reports
+    beside it, change nothing. Of a large file, its size and evenly spaced pieces are read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix not in (".json", ".safetensors", ".jinja", ".txt") or not file.is_file():
+            continue
+        if file.name in ("motion_report.json", "trainer_state.json"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            for piece in range(_PIECES if size > _PIECES * _PIECE else 1):
+                stream.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(stream.read(_PIECE if size > _PIECES * _PIECE else -1))
+    return digest.hexdigest()[:32]

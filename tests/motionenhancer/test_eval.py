@@ -1,0 +1,431 @@
+"""The evaluation command on tiny real models: what it writes, what it survives, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vlm_support import clip, sharp_student
+
+from motionenhancer import eval as evaluate
+from motionenhancer.evaluation import generate
+from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
+from motionenhancer.toy.world import ToyFolder, write_world
+from motionenhancer.vlm import student_family
+
+DATA = Path(__file__).parent / "data_eval"
+MOTIONBENCH, FAVOR = DATA / "video_info.meta.jsonl", DATA / "video_perspective.json"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyFolder:
+    """Six clips with a question each."""
+    return write_world(tmp_path_factory.mktemp("eval_world"), clips=1, test_clips=6, progress=False)
+
+
+def main(out: Path, **options: Any) -> int:
+    flags = {"bootstrap_samples": 200, **options, "output_dir": out}
+    return evaluate.main(
+        [
+            str(part)
+            for name, value in flags.items()
+            if value is not None
+            for part in ((f"--{name}",) if value is True else (f"--{name}", *_listed(value)))
+        ]
+    )
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def scores_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "scores.json").read_text())
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    return {r["id"]: r for r in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+def predict(folder: Path, answers: dict[str, Any]) -> Path:
+    file = folder / "predictions.json"
+    file.write_text(json.dumps(answers))
+    return file
+
+
+# ---- answers made elsewhere ----
+
+
+def test_motionbench_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {
+        "mr_0": "(B) It moves right",
+        "mr_1": "b",
+        "lm_0": "C. up",
+        "cm_0": None,
+        "mo_0": "I cannot tell",
+        "ao_0": "B",
+        "rc_0": "A or B",
+        "rc_1": "B",
+        "strange": "A",
+    }
+    # The folder of the predictions itself may receive the scores.
+    assert (
+        main(tmp_path, benchmark="motionbench", data=MOTIONBENCH, predictions=predict(tmp_path, given)) == 0
+    )
+    scores = scores_of(tmp_path)
+    assert scores["overall"] == pytest.approx(100 * 3 / 7)
+    assert scores["average"] == pytest.approx((50 + 100 + 0 + 0 + 100 + 0) / 6)
+    assert {k: (v["accuracy"], v["count"]) for k, v in scores["tasks"].items()} == {
+        "MR": (50, 2),
+        "LM": (100, 1),
+        "CM": (0, 1),
+        "MO": (0, 1),
+        "AO": (100, 1),
+        "RC": (0, 1),
+    }
+    assert scores["skipped"] == 2
+    assert scores["skipped_by_reason"] == {"no public answer": 2}
+    low, high = scores["intervals"]["overall"]
+    assert 0 <= low <= scores["overall"] <= high <= 100
+    assert results_of(tmp_path)["mr_1"]["parsed"] == "b"
+    assert json.loads((tmp_path / "submission.json").read_text())["mo_0"] == "I"
+    printed = capsys.readouterr().out
+    assert "57.04" in printed, "the paper's row"
+    assert "1 × prediction for no question of this run" in printed
+
+
+def test_the_stricter_reading_of_a_letter(tmp_path: Path) -> None:
+    given = {"mr_0": "Because it moves", "mr_1": "a", "lm_0": "It is C", "rc_0": "B"}
+    flags = {"benchmark": "motionbench", "data": MOTIONBENCH, "predictions": predict(tmp_path, given)}
+    assert main(tmp_path / "a", **flags) == 0
+    assert main(tmp_path / "b", **flags, letter_rule="lone") == 0
+    published, lone = scores_of(tmp_path / "a"), scores_of(tmp_path / "b")
+    right = [{k for k, v in results_of(tmp_path / run).items() if v["right"]} for run in "ab"]
+    assert right == [{"mr_0", "rc_0"}, {"mr_1", "lm_0", "rc_0"}]
+    assert published["unanswered"] == 3, "what has no answer is wrong, not left out"
+    assert published["count"] == 7
+    assert published["other_rules"]["overall"] == lone["overall"]
+    assert published["other_rules"]["judged_differently"] == 3
+
+
+def test_favor_predictions(tmp_path: Path) -> None:
+    given = {
+        "test-00000#0": "it moves left and then right",
+        "test-00000.mp4#1": "The answer is TURNING.",
+        "test-00000#2": "very quickly",
+        "test-00001#0": "both shrink",
+        "test-00001.mp4#1": "slow zoom in",
+        "test-00002#0": "",
+    }
+    out = tmp_path / "out"
+    flags = {"benchmark": "favor", "data": FAVOR, "predictions": predict(tmp_path, given)}
+    assert main(out, **flags) == 0
+    scores = scores_of(out)
+    assert scores["overall"] == pytest.approx(100 * 2 / 7)
+    assert scores["tasks"]["AS"]["count"] == 2
+    assert scores["average"] == pytest.approx((0 + 100 + 0 + 100 + 0 + 0) / 6)
+    assert scores["other_rules"]["judged_differently"] == 1, "Zoom in, Slow zoom in"
+    assert len((out / "submission.jsonl").read_text().splitlines()) == 3
+    assert main(out, **flags, option_rule="published") == 0, "scored again into the same folder"
+    assert scores_of(out)["overall"] == pytest.approx(100 * 3 / 7)
+
+
+def test_a_missing_clip_excuses_only_what_was_not_answered(tmp_path: Path, toy: ToyFolder) -> None:
+    (tmp_path / "clips").mkdir()
+    shutil.copy(toy.videos / "test-00000.mp4", tmp_path / "clips")
+    given = predict(tmp_path, {"test-00001#0": "Both shrink"})
+    flags = {"benchmark": "favor", "data": FAVOR, "predictions": given, "video_root": tmp_path / "clips"}
+    assert main(tmp_path / "out", **flags) == 0
+    scores = scores_of(tmp_path / "out")
+    assert (scores["count"], scores["unanswered"], scores["skipped"]) == (4, 3, 3)
+    assert scores["overall"] == 25
+    assert scores["skipped_by_reason"] == {"missing video": 3}
+
+
+# ---- a student's answers ----
+
+
+def test_requests_are_what_the_chat_template_asks() -> None:
+    """Token for token the template's own generation prompt, and the answers of plain transformers."""
+    model, processor = sharp_student(layers=2)
+    family = student_family("qwen2_5_vl")
+    videos = [clip(4, 32, 48, seed=0), clip(2, 64, 32, seed=1), clip(6, 32, 32, seed=2)]
+    prompts = ["What moves?", "Which object moves left?\nA. red\nB. blue", "x"]
+    requests = [
+        encode_request(family, processor, "q", text, video)
+        for text, video in zip(prompts, videos, strict=True)
+    ]
+    settings = greedy(model, 12, processor.tokenizer.pad_token_id)
+    together = generate_answers(model, processor, family, requests, settings)
+    for text, video, request, answer in zip(prompts, videos, requests, together, strict=True):
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        rendered = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+        inputs = processor(
+            text=[rendered],
+            videos=[frames],
+            videos_kwargs={
+                "do_sample_frames": False,
+                "video_metadata": [
+                    {
+                        "total_num_frames": len(frames),
+                        "fps": 2.0,
+                        "frames_indices": list(range(len(frames))),
+                    }
+                ],
+            },
+            return_tensors="pt",
+        )
+        assert request.input_ids.tolist() == inputs["input_ids"][0].tolist()
+        assert (request.labels == -100).all()
+        inputs["second_per_grid_ts"] = torch.tensor([1.0])
+        plain = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+        )
+        new = plain[:, inputs["input_ids"].shape[1] :]
+        assert answer == processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, student_dir: Path, toy: ToyFolder) -> Path:
+    """An undisturbed run over FAVOR's sample file."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(out, **student_flags(student_dir, toy)) == 0
+    return out
+
+
+def student_flags(student: Path, toy: ToyFolder) -> dict[str, Any]:
+    return {
+        "student": student,
+        "benchmark": "favor",
+        "data": FAVOR,
+        "video_root": toy.videos,
+        "batch_size": 2,
+        "max_new_tokens": 6,
+        "video_fps": 4,
+    }
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {n: (out / n).read_bytes() for n in ("results.jsonl", "scores.json", "submission.jsonl")}
+
+
+def test_a_students_run(whole: Path) -> None:
+    scores, results = scores_of(whole), results_of(whole)
+    assert scores["count"] == len(results) == 7
+    assert (scores["skipped"], scores["unanswered"]) == (0, 0)
+    assert all(isinstance(r["output"], str) for r in results.values())
+    report = json.loads((whole / "motion_report.json").read_text())
+    assert report["status"] == "finished"
+    assert report["identity"]["frames"]["fps"] == 4
+
+
+def test_a_finished_run_is_scored_again_without_its_model(
+    whole: Path, student_dir: Path, toy: ToyFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(evaluate, "load_student", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert main(out, **student_flags(student_dir, toy)) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_other_settings_are_refused_in_the_same_folder(
+    whole: Path, student_dir: Path, toy: ToyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(whole)
+    flags = student_flags(student_dir, toy)
+    for change in ({"batch_size": 3}, {"video_fps": 2}, {"prompt": "{question}"}, {"limit": 3}):
+        assert main(whole, **{**flags, **change}) == 2
+        assert "already holds a different run" in capsys.readouterr().err
+    given = predict(whole.parent, {})
+    assert main(whole, benchmark="favor", data=FAVOR, predictions=given) == 2
+    assert files_of(whole) == before
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_stopping_anywhere_changes_nothing(
+    batches: int, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Stopped after some batches, and in the middle of writing the next."""
+    out = tmp_path / "out"
+    real, calls = generate.append_answers, []
+
+    def stop(path: Path, rows: Any) -> None:
+        if len(calls) == batches:
+            line = json.dumps(rows[0])
+            path.open("a").write(line + "\n" + line[: len(line) // 2])
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        real(path, rows)
+
+    monkeypatch.setattr(generate, "append_answers", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(out, **student_flags(student_dir, toy))
+    assert not (out / "scores.json").exists()
+    monkeypatch.setattr(generate, "append_answers", real)
+    assert main(out, **student_flags(student_dir, toy)) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def launch(out: Path, flags: dict[str, Any], **environment: str) -> subprocess.Popen[bytes]:
+    parts = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "motionenhancer.eval", *parts, "--output_dir", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        cwd=Path(evaluate.__file__).parent.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_two_processes_killed_and_started_again(
+    whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path
+) -> None:
+    """Two processes share the batches; killed on the way, one process finishes what they began."""
+    out, flags = tmp_path / "out", student_flags(student_dir, toy)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [launch(out, flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+    try:
+        end = time.monotonic() + 120
+        while not all((out / f"answers-0000{r}.jsonl").exists() for r in range(2)):
+            stopped = [p for p in both if p.poll() not in (None, 0)]
+            assert not stopped, stopped[0].stderr.read().decode()  # type: ignore[union-attr]
+            assert time.monotonic() < end, "no answers"
+            time.sleep(0.02)
+    finally:
+        for process in both:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.communicate()
+    assert main(out, **flags) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_missing_and_broken_clips_are_counted(
+    student_dir: Path, toy: ToyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    (clips / "deeper").mkdir(parents=True)
+    shutil.copy(toy.videos / "test-00000.mp4", clips / "deeper" / "test-00000.mkv")
+    (clips / "test-00002.mp4").write_bytes(b"no video")
+    flags = {**student_flags(student_dir, toy), "video_root": clips, "workers": 1}
+    assert main(tmp_path / "out", **flags) == 0
+    scores = scores_of(tmp_path / "out")
+    assert scores["count"] == 3
+    assert scores["skipped"] == 4
+    assert scores["skipped_by_reason"] == {"missing video": 2, "unreadable": 2}
+    assert "4 skipped" in capsys.readouterr().out
+    (clips / "deeper" / "test-00000.mkv").unlink()
+    flags |= {"limit": 3}
+    assert main(tmp_path / "none", **flags) == 0, "a run without a single clip still says so"
+    assert scores_of(tmp_path / "none")["overall"] is None
+
+
+def test_hidden_answers_are_asked_on_request(student_dir: Path, toy: ToyFolder, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for i in range(8):
+        shutil.copy(toy.videos / f"test-0000{i % 6}.mp4", tmp_path / "clips" / f"test-0000{i}.mp4")
+    flags = {
+        **student_flags(student_dir, toy),
+        "benchmark": "motionbench",
+        "data": MOTIONBENCH,
+        "video_root": tmp_path / "clips",
+        "batch_size": 9,
+        "max_new_tokens": 2,
+        "answer_hidden": True,
+    }
+    assert main(tmp_path / "out", **flags) == 0
+    letters = json.loads((tmp_path / "out" / "submission.json").read_text())
+    assert len(letters) == 9
+    assert all(len(letter) <= 1 for letter in letters.values())
+    assert scores_of(tmp_path / "out")["count"] == 7
+
+
+# ---- comparing, defaults, refusals ----
+
+
+def test_compare_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, answer in (("a", "A"), ("b", "B")):
+        given = predict(
+            tmp_path, dict.fromkeys(["mr_0", "mr_1", "lm_0", "cm_0", "mo_0", "ao_0", "rc_0"], answer)
+        )
+        assert main(tmp_path / name, benchmark="motionbench", data=MOTIONBENCH, predictions=given) == 0
+    capsys.readouterr()
+    assert main(tmp_path / "c", compare=(tmp_path / "a", tmp_path / "b")) == 0
+    printed = capsys.readouterr().out
+    assert "3 gained, 2 lost, p = 1" in printed
+    found = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert found["gained"] == ["mr_0", "ao_0", "rc_0"]
+    assert found["lost"] == ["mr_1", "cm_0"]
+    assert found["overall"]["difference"] == pytest.approx(100 / 7)
+    assert main(tmp_path / "c", compare=(tmp_path / "a", tmp_path / "b"), task="RC") == 0
+    assert json.loads((tmp_path / "c" / "comparison.json").read_text())["questions"] == 1
+    assert main(tmp_path / "c", compare=(tmp_path / "a", tmp_path / "none")) == 2
+
+
+def test_no_arguments_use_the_toy_world(
+    toy: ToyFolder, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(student_dir, toy.student)
+    monkeypatch.setattr(evaluate, "default_toy", lambda: toy)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([]) == 0
+    scores = scores_of(tmp_path / "runs" / "eval")
+    assert scores["count"] == 6
+    assert set(scores["tasks"]) == {"caption", "motion", "object", "still"}
+    answers = {r["id"]: r["answer"] for r in results_of(tmp_path / "runs" / "eval").values()}
+    given = predict(tmp_path, answers)
+    assert main(tmp_path / "right", predictions=given) == 0
+    assert scores_of(tmp_path / "right")["overall"] == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"benchmark": "favor"}, "needs --data, its video_perspective.json"),
+        ({"benchmark": "mvbench"}, "invalid choice"),
+        ({"student": "a", "predictions": "b"}, "exclude each other"),
+        ({"compare": ("a",)}, "must name two runs"),
+        ({"task": "AS"}, "--task goes with --compare"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"batch_size": 0}, "--batch_size must be at least 1"),
+    ],
+)
+def test_contradicting_flags_are_refused(
+    flags: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(tmp_path / "out", **flags)
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"predictions": "none.json"}, "none.json does not exist"),
+        ({"student": "none"}, "--student must be a transformers folder"),
+        ({"student": "none", "data": "none.json"}, "none.json does not exist"),
+    ],
+)
+def test_what_is_not_there_is_refused(
+    flags: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tmp_path / "out", **{"benchmark": "favor", "data": FAVOR, **flags}) == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
