@@ -72,7 +72,8 @@ gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())
 
 # The rest of the package needs more than the kernels do; where that is missing only theirs are tested.
 tests=(tests/mekernels)
-if "$python" -c 'import av, diffusers, torchvision, transformers' 2>/dev/null; then
+have() { "$python" -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' "$@"; }
+if have av diffusers torchvision transformers 2>/dev/null; then
     tests+=(tests/motionenhancer)
 fi
 # Without caching every tensor is an allocation of its own, so that reading past its end is seen.
@@ -84,7 +85,7 @@ log=
 json=$results/gpu-$stamp.json
 
 # Seconds a stage needs at least, and seconds kept back for each stage behind it.
-declare -A least=([build]=20 [tests]=30 [benchmarks]=60 [sanitizer]=30)
+declare -A least=([build]=5 [tests]=30 [benchmarks]=60 [sanitizer]=30)
 declare -A kept=([build]=0 [tests]=0 [benchmarks]=150 [sanitizer]=90)
 limit_of() {
     local reserved=0 later=
@@ -165,7 +166,7 @@ run_stage() {
     echo "[$stage] at most $limit s"
     while IFS= read -r command; do
         local rest=$((limit - (SECONDS - start)))
-        if ((rest < 5)); then
+        if ((rest < 2)); then
             why="${why:+$why; }did not fit: $command"
             continue
         fi
