@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,11 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 def _join_processes() -> None:
     """Join the processes that `accelerate launch` or `torchrun` started, also where there is no GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available()))
+    PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available()),
+        # A process whose clips are short waits for the others at the end: longer than the usual minutes.
+        timeout=timedelta(days=7),
+    )
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:
