@@ -34,10 +34,10 @@ class MotionStatistics:
         sampled_rows: how many video rows estimate the squares off the diagonals, or ``"all"``, which is exact
             and holds the whole block. Rows are drawn one from each of that many equal stretches of the
             sequence, hence evenly over the frames. The default rests on maps of six kinds (local, diagonal,
-            diffuse, sinks, mostly text, a few sharp rows): with 64 rows the relative error of DFC is 1 to 12 %
-            (root mean square; 21 % where a few rows are sharp), and 1 % of the chosen heads are others than
-            with all rows; with 32 rows 3 %, with 16 rows 6 %. Rows times tokens are also most of what an
-            update writes.
+            diffuse, sinks, mostly text, a few sharp rows): with 64 rows the root mean square of the relative
+            error of DFC is 1 to 12 % (21 % where a few rows are sharp), and 1 % of the chosen heads are
+            others than with all rows; with 32 rows 3 %, with 16 rows 6 %. Rows times tokens are also most
+            of what an update writes.
         device: where the sums lie; that of the first update by default.
         seed: of the drawn rows.
         pooling: what the scores are of. ``"pooled"``: the mean of all maps, as in the paper. ``"per_layer"``:
