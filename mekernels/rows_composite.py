@@ -115,7 +115,7 @@ class _Columns:
 
 def forward(
     query, key, rows, columns, start, stop, scale, causal, key_mask, fold, mean, key_range=None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of ``attention_rows``, with the arguments of its op but the backend."""
     dtype = checks.accumulate_dtype(query.dtype)
     batch, heads = query.shape[:2]
@@ -123,15 +123,22 @@ def forward(
     size = (batch, rows.shape[1], width) if mean else (batch, heads, rows.shape[1], width)
     out = query.new_zeros(size, dtype=dtype)
     lse = query.new_full((batch, heads, rows.shape[1]), -math.inf, dtype=dtype)
+    rest = torch.zeros_like(lse)
     own = key.shape[2] // fold
     if not own:
-        return out, lse
+        return out, lse, rest
     for block in _blocks(query, key, rows, scale, causal, key_mask, fold, key_range):
-        total = block.scores.logsumexp(-1)
-        lse[block.sample, block.heads, block.chosen] = total
-        shift = total.masked_fill(total == -math.inf, 0)[..., None]
+        top = block.scores.amax(-1, keepdim=True)
+        top.masked_fill_(top == -math.inf, 0)
+        weights = block.scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        share = torch.where(total > 0, 1 / total, 0)
+        top, logarithm = top[..., 0], total[..., 0].log()
+        place = block.sample, block.heads, block.chosen
+        lse[place] = top + logarithm
+        rest[place] = torch.where(total[..., 0] > 0, top - lse[place] + logarithm, 0)
         reader = _Columns(columns, block.sample, start, stop, own, fold)
-        mass = sum((reader.read(block.scores, part) - shift).exp_() for part in reader.parts)
+        mass = sum(reader.read(weights, part) for part in reader.parts) * share
         assert isinstance(mass, Tensor)
         mass.masked_fill_(~block.valid[:, None], 0)
         if reader.valid is not None:
@@ -140,11 +147,25 @@ def forward(
             out[block.sample, block.chosen] += mass.sum(0)
         else:
             out[block.sample, block.heads, block.chosen] = mass
-    return out.div_(heads) if mean else out, lse
+    return out.div_(heads) if mean else out, lse, rest
 
 
 def backward(
-    grad, query, key, rows, columns, start, stop, scale, causal, key_mask, fold, mean, lse, key_range=None
+    grad,
+    query,
+    key,
+    rows,
+    columns,
+    start,
+    stop,
+    scale,
+    causal,
+    key_mask,
+    fold,
+    mean,
+    lse,
+    rest,
+    key_range=None,
 ) -> tuple[Tensor, Tensor]:
     """The backward of ``attention_rows``, with the arguments of its op but the backend."""
     dtype = checks.accumulate_dtype(query.dtype)
@@ -157,6 +178,7 @@ def backward(
         total = lse[block.sample, block.heads, block.chosen]
         shift = total.masked_fill(total == -math.inf, 0)[..., None]
         weights = block.scores.sub_(shift).exp_()
+        share = rest[block.sample, block.heads, block.chosen, None].neg().exp()
         if mean:
             given = grad[block.sample, block.chosen].to(dtype) / heads
         else:
@@ -165,8 +187,9 @@ def backward(
         reader = _Columns(columns, block.sample, start, stop, own, fold)
         if reader.valid is not None:
             given = given.masked_fill(~reader.valid, 0)
+        given = given * share
         moved = [reader.read(weights, part) * given for part in reader.parts]
-        slope = weights.mul_(-sum(item.sum(-1, keepdim=True) for item in moved))
+        slope = weights.mul_(-share * sum(item.sum(-1, keepdim=True) for item in moved))
         for part, item in zip(reader.parts, moved, strict=True):
             reader.add(slope, part, item)
         slope = slope.reshape(-1, slope.shape[-1])

@@ -62,15 +62,16 @@ def exact_dot(a, b):
 
 
 @triton.jit
-def combined_lse(partial, at, step, splits, inside, SPLITS: tl.constexpr):
-    """Logsumexp over all keys from those of the cuts, which lie ``step`` apart."""
+def combined_rows(tops, totals, at, step, splits, inside, SPLITS: tl.constexpr):
+    """Largest score of a row, and the sum of the exponentials above it, from those of the cuts."""
     cut = tl.arange(0, SPLITS)
     held = inside[:, None] & (cut[None, :] < splits)
-    pieces = tl.load(partial + at[:, None] + cut[None, :] * step, mask=held, other=-float("inf"))
-    top = tl.max(pieces, 1)
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp(pieces - safe[:, None]), 1)
-    return tl.where(total > 0, safe + tl.log(total), -float("inf"))
+    places = at[:, None] + cut[None, :] * step
+    top = tl.load(tops + places, mask=held, other=-float("inf"))
+    total = tl.load(totals + places, mask=held, other=0.0)
+    highest = tl.max(top, 1)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    return safe, tl.sum(total * tl.exp(top - safe[:, None]), 1)
 
 
 @triton.jit
@@ -89,7 +90,8 @@ def row_lse(
     rows,
     ranges,
     key_mask,
-    partial,
+    tops,
+    totals,
     q_batch,
     q_head,
     q_token,
@@ -115,7 +117,7 @@ def row_lse(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Natural-log logsumexp of the stacked rows over one cut of the keys, (splits, B, Hk, R * GROUPS)."""
+    """Largest scores and sums of exponentials over one cut of the keys, (splits, B, Hk, R * GROUPS)."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     head = tl.program_id(1).to(tl.int64)
@@ -143,9 +145,9 @@ def row_lse(
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(scores - safe[:, None]), 1)
         top = higher
-    lse = tl.where(total > 0, top + tl.log(total), -float("inf"))
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
-    tl.store(partial + rank * count * GROUPS + m, lse, mask=inside)
+    tl.store(tops + rank * count * GROUPS + m, top, mask=inside)
+    tl.store(totals + rank * count * GROUPS + m, total, mask=inside)
 
 
 @triton.jit
@@ -156,8 +158,10 @@ def row_columns(
     ranges,
     key_mask,
     columns,
-    partial,
+    tops,
+    totals,
     lse_out,
+    rest_out,
     out,
     q_batch,
     q_head,
@@ -229,10 +233,17 @@ def row_columns(
             q = vectors(place, inside, q_width, 0, WIDTH, BLOCK_D)
             stacked = (sample * kv_heads + kv) * count * GROUPS + r * GROUPS + g
             step = tl.cast(batch, tl.int64) * kv_heads * count * GROUPS
-            lse = combined_lse(partial, stacked, step, splits, inside, SPLITS)
-            out_lse = lse_out + (sample * heads + kv * GROUPS + g) * count + r
-            tl.store(out_lse, lse, mask=inside & (tl.program_id(0) == 0) & (item % FOLD == 0))
-            share = tl.exp(exact_dot(q, k) * scale - lse[:, None])
+            top, total = combined_rows(tops, totals, stacked, step, splits, inside, SPLITS)
+            some = total > 0
+            total = tl.where(some, total, 1.0)
+            lse = top + tl.log(total)
+            # The rounding of the logsumexp, which is large where scores are.
+            rest = (top - lse) + tl.log(total)
+            writes = inside & (tl.program_id(0) == 0) & (item % FOLD == 0)
+            of_row = (sample * heads + kv * GROUPS + g) * count + r
+            tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=writes)
+            tl.store(rest_out + of_row, rest, mask=writes)
+            share = tl.exp(exact_dot(q, k) * scale - top[:, None]) / total[:, None]
             mass += tl.where(allowed & seen[None, :], share, 0.0)
     rank = sample
     if MEAN:

@@ -46,6 +46,7 @@ def row_slope(
     key_mask,
     columns,
     lse_in,
+    rest_in,
     grad,
     partial,
     q_batch,
@@ -91,9 +92,9 @@ def row_slope(
     own_head = head * GROUPS + m % GROUPS
     at = query + sample * q_batch + own_head * q_head + row * q_token
     q = vectors(at, inside, q_width, 0, WIDTH, BLOCK_D)
-    lse = tl.load(
-        lse_in + (sample * tl.num_programs(1) * GROUPS + own_head) * count + r, mask=inside, other=0.0
-    )
+    lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
+    lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
+    rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
     of_rows = offsets(own_head, g_head, WIDE) + offsets(r, width, WIDE)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = tl.minimum(split * span + span, width)
@@ -117,7 +118,7 @@ def row_slope(
             _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
             place = key + sample * k_batch + head * k_head + n.to(tl.int64) * k_token
             k = vectors(place, seen & chosen, k_width, 0, WIDTH, BLOCK_D)
-            share = tl.exp(exact_dot(q, tl.trans(k)) * scale - lse[:, None])
+            share = tl.exp(exact_dot(q, tl.trans(k)) * scale - lse[:, None] - rest[:, None])
             total += tl.sum(tl.where(allowed & seen[None, :], share * given, 0.0), 1)
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
     tl.store(partial + rank * count * GROUPS + m, total * grad_scale, mask=inside)
@@ -131,6 +132,7 @@ def key_gradient(
     ranges,
     key_mask,
     lse_in,
+    rest_in,
     slope_in,
     grad,
     out,
@@ -195,6 +197,7 @@ def key_gradient(
         q = vectors(place, inside, q_width, 0, WIDTH, BLOCK_D)
         lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
         lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
+        rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
         slope = combined_sum(slope_in, stacked + m, step, splits, inside, SPLITS)
         allowed = seen[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
         place = offsets(own_head, g_head, WIDE) + offsets(r, g_row, WIDE)
@@ -203,7 +206,7 @@ def key_gradient(
             mask=allowed & read[:, None] & inside[None, :],
             other=0.0,
         )
-        share = tl.exp(exact_dot(k, tl.trans(q)) * scale - lse[None, :])
+        share = tl.exp(exact_dot(k, tl.trans(q)) * scale - lse[None, :] - rest[None, :])
         change = tl.where(allowed, share * (given * grad_scale - slope[None, :]), 0.0)
         factor = half_factor(change, SCALED)
         total += exact_dot((change * (1.0 / factor)).to(q.dtype), q) * factor
@@ -221,6 +224,7 @@ def query_gradient(
     ranges,
     key_mask,
     lse_in,
+    rest_in,
     slope_in,
     grad,
     partial,
@@ -273,9 +277,9 @@ def query_gradient(
     of_queries = query + sample * q_batch + own_head * q_head + row * q_token
     if CHUNK == BLOCK_D:
         q = vectors(of_queries, inside, q_width, 0, WIDTH, BLOCK_D)
-    lse = tl.load(
-        lse_in + (sample * tl.num_programs(1) * GROUPS + own_head) * count + r, mask=inside, other=0.0
-    )
+    lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
+    lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
+    rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
     stacked = (sample * tl.num_programs(1) + head) * count * GROUPS + m
     step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
     slope = combined_sum(slope_in, stacked, step, slope_splits, inside, SPLITS)
@@ -304,8 +308,8 @@ def query_gradient(
             for d in range(0, WIDTH, CHUNK):
                 some_q = vectors(of_queries, inside, q_width, d, WIDTH, CHUNK)
                 some_k = vectors(place, seen, k_width, d, WIDTH, CHUNK)
-                scores += exact_dot(some_q, tl.trans(some_k))
-        share = tl.exp(scores * scale - lse[:, None])
+                scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision="ieee")
+        share = tl.exp(scores * scale - lse[:, None] - rest[:, None])
         change = tl.where(allowed, share * (given * grad_scale - slope[:, None]), 0.0)
         factor = half_factor(change, SCALED)
         total += exact_dot((change * (1.0 / factor)).to(k.dtype), k) * factor

@@ -63,7 +63,7 @@ def tiles(kernel: str, call: Call) -> Tiles:
     rows = call.rows.shape[1] if kernel == "columns" else call.stacked
     rows = max(16, power_of_two(rows))
     if call.query.dtype == torch.float32:
-        return Tiles(min(rows, 32 if width <= 128 else 16), 32, 8, 1)
+        return Tiles(min(rows, 16 if width > 128 or kernel == "query_gradient" else 32), 32, 8, 1)
     if kernel == "lse" and rows >= 128 and width <= 128:
         return Tiles(128, 64, 8, 3)
     most, keys, num_warps = _HALF[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
@@ -74,7 +74,7 @@ _HALF = {
     "lse": ((64, 64, 4), (64, 64, 4), (64, 64, 8)),
     "columns": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
     "slope": ((64, 64, 4), (64, 64, 8), (64, 64, 8)),
-    "key_gradient": ((32, 64, 4), (64, 64, 8), (32, 64, 8)),
+    "key_gradient": ((32, 64, 4), (32, 64, 8), (32, 64, 8)),
     "query_gradient": ((64, 64, 4), (64, 32, 8), (32, 64, 8)),
 }
 """Rows, keys and warps at head widths up to 64, 128 and 256: the largest that spill no register."""
@@ -130,25 +130,26 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tiles, arguments: dict[str
     return Launch(kernel, grid, named, {"num_warps": tile.num_warps, "num_stages": tile.num_stages})
 
 
-def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of the forward, its result and the rows' logsumexp."""
+def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
+    """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
     query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
     (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
     shape = (batch, count, width) if call.mean else (batch, heads, count, width)
     out = query.new_empty(shape, dtype=torch.float32)
-    lse = query.new_empty((batch, heads, count), dtype=torch.float32)
+    lse, rest = (query.new_empty((batch, heads, count), dtype=torch.float32) for _ in range(2))
     if not keys or not width or not out.numel():
-        return [], out.zero_(), lse.fill_(-torch.inf)
+        return [], out.zero_(), lse.fill_(-torch.inf), rest.zero_()
     shared = _common(call)
     tile = tiles("lse", call)
     blocks = cdiv(call.stacked, tile.rows)
     splits, span = cuts(call, blocks * kv_heads * batch, keys, tile.keys)
-    partial = query.new_empty((splits, batch, kv_heads, call.stacked), dtype=torch.float32)
-    shared |= {"partial": partial, "splits": splits, "span": span, "SPLITS": power_of_two(splits)}
+    tops, totals = query.new_empty((2, splits, batch, kv_heads, call.stacked), dtype=torch.float32)
+    shared |= {"tops": tops, "totals": totals, "splits": splits, "span": span, "SPLITS": power_of_two(splits)}
     launches = [_launch(forward_kernels.row_lse, (blocks * splits, kv_heads, batch), tile, dict(shared))]
     shared |= {
         "columns": None if call.columns is None else call.columns.contiguous(),
         "lse_out": lse,
+        "rest_out": rest,
         "out": out,
         "kv_heads": kv_heads,
         "width": width,
@@ -159,7 +160,7 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor]:
     tile = tiles("columns", call)
     grid = (cdiv(width, tile.keys), cdiv(count, tile.rows), batch * (1 if call.mean else heads))
     launches.append(_launch(forward_kernels.row_columns, grid, tile, dict(shared)))
-    return launches, out, lse
+    return launches, out, lse, rest
 
 
 def dense_gradient(call: Call, grad: Tensor) -> Tensor:
@@ -181,17 +182,18 @@ def dense_gradient(call: Call, grad: Tensor) -> Tensor:
     return dense
 
 
-def plan_backward(call: Call, grad: Tensor, lse: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
+def plan_backward(call: Call, grad: Tensor, lse: Tensor, rest: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key."""
     query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
     (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
     grad_query, grad_key = torch.zeros_like(query), torch.empty_like(key)
     if not keys or not width or not count or not batch:
         return [], grad_query, grad_key.zero_()
-    grad, lse = grad.float().contiguous(), lse.contiguous()
+    grad = grad.float().contiguous()
     shared = _common(call)
     shared |= {
-        "lse_in": lse,
+        "lse_in": lse.contiguous(),
+        "rest_in": rest.contiguous(),
         "grad": grad,
         "g_batch": grad.stride(0),
         "g_head": 0 if call.mean else grad.stride(1),
@@ -241,19 +243,19 @@ def plan_backward(call: Call, grad: Tensor, lse: Tensor) -> tuple[list[Launch], 
     return launches, grad_query, grad_key
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of ``attention_rows``, with the arguments of its op but the backend."""
-    launches, out, lse = plan_forward(Call(*arguments))
+    launches, *results = plan_forward(Call(*arguments))
     for launch in launches:
         run(launch)
-    return out, lse
+    return results[0], results[1], results[2]
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The backward of ``attention_rows``, with the arguments of its op but the backend."""
-    *given, lse, key_range = arguments
+    *given, lse, rest, key_range = arguments
     call = Call(*[*given, key_range])
-    launches, grad_query, grad_key = plan_backward(call, grad, lse)
+    launches, grad_query, grad_key = plan_backward(call, grad, lse, rest)
     for launch in launches:
         run(launch)
     return grad_query, grad_key
@@ -288,8 +290,8 @@ def gates() -> list[resources.Gate]:
             mean=True,
             key_range=torch.empty(1, 64, 2, dtype=torch.int64, device="meta") if index else None,
         )
-        launches, out, lse = plan_forward(call)
-        for launch in [*launches, *plan_backward(call, out, lse)[0]]:
+        launches, out, lse, rest = plan_forward(call)
+        for launch in [*launches, *plan_backward(call, out, lse, rest)[0]]:
             kernel = launch.kernel.__name__
             shaped = dtype != torch.float32 and kernel != "scatter_rows"
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, shaped))

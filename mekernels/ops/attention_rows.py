@@ -163,8 +163,11 @@ def attention_rows_op(
     mean: bool,
     backend: str,
     key_range: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(B, R, C) or (B, Hq, R, C) attention and the rows' (B, Hq, R) natural-log logsumexp."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, R, C) or (B, Hq, R, C) attention, the rows' (B, Hq, R) natural-log logsumexp, and its rest.
+
+    Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone is rounded too far.
+    """
     _index_values(query, rows, columns, key.shape[2] // fold)
     return backends.dispatch(
         "attention_rows",
@@ -190,7 +193,8 @@ def _(query, key, rows, columns, start, stop, scale, causal, mask, fold, mean, b
     batch, heads = query.shape[:2]
     width = stop - start if columns is None else columns.shape[1]
     size = (batch, rows.shape[1], width) if mean else (batch, heads, rows.shape[1], width)
-    return query.new_empty(size, dtype=dtype), query.new_empty((batch, heads, rows.shape[1]), dtype=dtype)
+    lse = query.new_empty((batch, heads, rows.shape[1]), dtype=dtype)
+    return query.new_empty(size, dtype=dtype), lse, torch.empty_like(lse)
 
 
 @torch.library.custom_op("mekernels::attention_rows_backward", mutates_args=())
@@ -208,10 +212,11 @@ def attention_rows_backward_op(
     fold: int,
     mean: bool,
     lse: Tensor,
+    rest: Tensor,
     backend: str,
     key_range: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and key; ``lse`` is what the forward returned."""
+    """Gradients of query and key; ``lse`` and ``rest`` are what the forward returned."""
     return backends.dispatch(
         "attention_rows_backward",
         backend,
@@ -228,6 +233,7 @@ def attention_rows_backward_op(
         fold,
         mean,
         lse,
+        rest,
         key_range,
     )
 
@@ -240,14 +246,14 @@ def _(grad, query, key, *others):
 def _setup(ctx, inputs, output) -> None:
     query, key, rows, columns, *settings, key_mask, fold, mean, ctx.backend, key_range = inputs
     ctx.settings, ctx.options = settings, (fold, mean)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, rows, columns, key_mask, key_range, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(query, key, rows, columns, key_mask, key_range, *output[1:])
 
 
-def _backward(ctx, grad, _):
-    *inputs, key_mask, key_range, lse = ctx.saved_tensors
+def _backward(ctx, grad, *_):
+    *inputs, key_mask, key_range, lse, rest = ctx.saved_tensors
     grads = attention_rows_backward_op(
-        grad, *inputs, *ctx.settings, key_mask, *ctx.options, lse, ctx.backend, key_range
+        grad, *inputs, *ctx.settings, key_mask, *ctx.options, lse, rest, ctx.backend, key_range
     )
     return *grads, *[None] * 11
 

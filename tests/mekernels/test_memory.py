@@ -97,8 +97,8 @@ def test_attention_rows_forward_and_backward(mean):
     bound = max(bound, query.numel())
     assert bound < MAP
     assert largest(run, "attention_rows", query, key, rows, columns, 0, 0, *options) <= bound
-    out, lse = run("attention_rows", query, key, rows, columns, 0, 0, *options)
-    arguments = (rand(*out.shape, dtype=torch.float32), query, key, rows, columns, 0, 0, *options, lse)
+    out, *row_sums = run("attention_rows", query, key, rows, columns, 0, 0, *options)
+    arguments = (rand(*out.shape, dtype=torch.float32), query, key, rows, columns, 0, 0, *options, *row_sums)
     assert largest(run, "attention_rows_backward", *arguments) <= bound
 
 
@@ -107,9 +107,12 @@ def test_all_rows_of_a_few_columns_are_swept():
     rows = torch.arange(VIDEO.length)[None]
     options = (0, 3, 0.3, False, None, 1, True)
     assert largest(run, "attention_rows", query, key, rows, None, *options) <= MAP // 32
-    out, lse = run("attention_rows", query, key, rows, None, *options)
+    out, *row_sums = run("attention_rows", query, key, rows, None, *options)
     grad = rand(*out.shape, dtype=torch.float32)
-    assert largest(run, "attention_rows_backward", grad, query, key, rows, None, *options, lse) <= MAP // 32
+    assert (
+        largest(run, "attention_rows_backward", grad, query, key, rows, None, *options, *row_sums)
+        <= MAP // 32
+    )
 
 
 def test_flash_attention():
@@ -127,4 +130,4 @@ def test_rows_save_little_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         mekernels.attention_rows(query, key, torch.arange(12)[None], slice(16, None))
     extra = [t for t in saved if t.data_ptr() not in (query.data_ptr(), key.data_ptr())]
-    assert sum(t.numel() for t in extra) <= 12 + HEADS * 12
+    assert sum(t.numel() for t in extra) <= 12 + 2 * HEADS * 12

@@ -1,0 +1,237 @@
+"""The Triton kernels of ``attention_rows`` against float64, in triton's interpreter or on a GPU.
+
+Without either, ``test_triton_interpreter.py`` runs this file in a process of its own.
+"""
+
+import math
+
+import pytest
+import torch
+from kernel_support import assert_error_rule, randn, strided
+
+import mekernels
+from mekernels import backends, reference
+from mekernels.kernels import common
+
+DEVICE = "cpu" if common.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])
+
+pytestmark = pytest.mark.skipif(bool(common.machine()), reason="; ".join(common.machine()))
+
+
+@pytest.fixture(autouse=True)
+def wide_grid(monkeypatch):
+    """As if the interpreter had a few multiprocessors, so that the keys are cut."""
+    from mekernels.kernels import attention_rows_plan
+
+    original = attention_rows_plan.cuts
+    monkeypatch.setattr(attention_rows_plan, "cuts", lambda call, programs, *rest: original(call, 1, *rest))
+
+
+def pick(batch, count, limit, seed):
+    """Indices with repeats and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, limit, (batch, count), generator=generator)
+
+
+def inputs(
+    seed, batch, heads, groups, queries, keys, width, rows, columns, dtype, own, ranged=False, scale=1.0
+):
+    query = strided(randn(batch, heads * groups, queries, width, seed=seed, dtype=dtype, scale=scale))
+    key = strided(randn(batch, heads, keys, width, seed=seed + 1, dtype=dtype, scale=scale))
+    row = pick(batch, rows, queries, seed)
+    column = columns if isinstance(columns, slice) else pick(batch, columns, own, seed + 1)
+    limits = None
+    if ranged:
+        limits = torch.stack([pick(batch, rows, own, seed + 2), pick(batch, rows, own + 9, seed + 3)], -1)
+    return query, key, row, column, limits
+
+
+def run(function, query, key, *arguments, dtype=None, device="cpu", **options):
+    """Values and gradients under fixed random weights."""
+    pair = [item.to(device, dtype or item.dtype).requires_grad_() for item in (query, key)]
+    arguments = [item.to(device) if isinstance(item, torch.Tensor) else item for item in arguments]
+    options = {
+        name: item.to(device) if isinstance(item, torch.Tensor) else item for name, item in options.items()
+    }
+    result = function(*pair, *arguments, **options)
+    weights = randn(*result.shape, seed=7).to(result)
+    gradients = torch.autograd.grad(result, pair, weights, materialize_grads=True)
+    return [item.detach().cpu() for item in (result, *gradients)]
+
+
+def compare(query, key, rows, columns, **options):
+    """The error rule for values and gradients, and the same bits twice."""
+    arguments = (query, key, rows, columns)
+    with mekernels.use_backend("triton"):
+        actual = run(mekernels.attention_rows, *arguments, device=DEVICE, **options)
+        again = run(mekernels.attention_rows, *arguments, device=DEVICE, **options)
+    exact = run(reference.attention_rows, *arguments, dtype=torch.float64, **options)
+    plain = run(reference.attention_rows, *arguments, **options)
+    assert actual[0].dtype == torch.float32
+    assert actual[1].dtype == actual[2].dtype == query.dtype
+    for place, (one, two, wanted, rough) in enumerate(zip(actual, again, exact, plain, strict=True)):
+        assert torch.equal(one, two)
+        assert_error_rule(one, wanted, rough, factor=3.0 if place else 2.0)
+    return actual
+
+
+# batch, heads, groups, queries, own keys, width, rows, columns, causal, masked, ranged, fold, reduce
+CASES = [
+    (1, 1, 1, 1, 1, 16, 1, slice(None), False, False, False, 1, "mean"),
+    (2, 1, 3, 41, 41, 40, 7, slice(3, 30), True, True, False, 1, "mean"),
+    (1, 1, 7, 33, 150, 80, 5, 9, True, False, True, 1, "mean"),
+    (1, 1, 2, 90, 70, 32, 40, 75, True, True, False, 1, "none"),
+    (2, 2, 1, 9, 37, 24, 4, slice(30, None), False, True, False, 2, "mean"),
+    (1, 1, 2, 60, 45, 96, 6, 50, True, True, True, 2, "none"),
+    (1, 1, 2, 12, 130, 128, 3, slice(0, 130), False, False, True, 3, "mean"),
+    (1, 1, 2, 12, 70, 256, 3, 5, False, False, False, 1, "mean"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_values_and_gradients(number, dtype):
+    batch, heads, groups, queries, own, width, rows, columns, *settings = CASES[number]
+    causal, masked, ranged, fold, reduce = settings
+    keys = own * fold
+    query, key, row, column, limits = inputs(
+        10 * number, batch, heads, groups, queries, keys, width, rows, columns, dtype, own, ranged
+    )
+    mask = randn(batch, keys, seed=number) > -1 if masked else None
+    options = {"causal": causal, "key_mask": mask, "key_range": limits, "fold": fold, "reduce": reduce}
+    compare(query, key, row, column, softmax_scale=0.2, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flat_rows(dtype):
+    query, key, rows, columns, _ = inputs(5, 1, 2, 2, 70, 70, 32, 6, 40, dtype, 70, scale=1e-3)
+    compare(query, key, rows, columns, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [4.0, 12.0])
+def test_sharp_rows(dtype, scale):
+    query, key, rows, columns, _ = inputs(5, 1, 2, 2, 70, 70, 32, 6, 40, dtype, 70, scale=scale)
+    arguments = (query, key, rows, columns)
+    with mekernels.use_backend("triton"):
+        actual = run(mekernels.attention_rows, *arguments, device=DEVICE, causal=True)
+    exact = run(reference.attention_rows, *arguments, dtype=torch.float64, causal=True)
+    plain = run(reference.attention_rows, *arguments, causal=True)
+    # A score is computed once for the sum and once for the entry. Tiles of another shape may add in another
+    # order, so the two differ by the rounding of a score: a share of the attention that grows with the score.
+    score = reference.attention_scores(query.double(), key.double()).abs().max().item()
+    rounding = 2 * score * torch.finfo(torch.float32).eps
+    for place, (one, wanted, rough) in enumerate(zip(actual, exact, plain, strict=True)):
+        allowed = (3 if place else 2) * (rough.double() - wanted).abs().max()
+        allowed += (4 * torch.finfo(one.dtype).eps + rounding) * wanted.abs().max()
+        assert (one.double() - wanted).abs().max() <= allowed
+
+
+def test_small_gradients_survive_half_precision():
+    query, key, rows, *_ = inputs(1, 1, 1, 2, 50, 90, 32, 5, 60, torch.float16, 90)
+    pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
+    grads = []
+    for factor in (1.0, 2.0**-10):
+        with mekernels.use_backend("triton"):
+            result = mekernels.attention_rows(*pair, rows.to(DEVICE), slice(0, 60))
+        weights = randn(*result.shape, seed=3).to(result) * 8 * factor
+        grads.append([item.double() / factor for item in torch.autograd.grad(result, pair, weights)])
+    for one, small in zip(*grads, strict=True):
+        # They lose digits only where they are stored, the smallest number there being 6e-8.
+        assert (one - small).abs().max() <= 2.0**-24 * 2.0**10 + 2.0**-11 * one.abs().max()
+        assert one.abs().max() > 0.05
+
+
+def test_a_row_without_keys_and_padding_are_zero_with_zero_gradients():
+    query, key, *_ = inputs(0, 1, 1, 2, 9, 4, 16, 1, 1, torch.float32, 4)
+    rows = torch.tensor([[0, 8, -1, 5, 8]])
+    value, grad_query, grad_key = compare(query, key, rows, slice(None), causal=True)
+    assert (value[0, 0] == 0).all()
+    assert (value[0, 2] == 0).all()
+    assert (grad_query[0, :, :5] == 0).all()
+    assert (grad_query[0, :, 8] != 0).any()
+    assert grad_key.isfinite().all()
+    for empty in (torch.full((1, 3), -1), torch.zeros(1, 0, dtype=torch.int64)):
+        for item in compare(query, key, empty, slice(None))[1:]:
+            assert (item == 0).all()
+    for item in compare(query, key, rows, torch.full((1, 3), -1)):
+        assert (item == 0).all()
+
+
+def test_padding_ignores_what_flows_back_to_it():
+    query, key, *_ = inputs(0, 1, 1, 2, 9, 40, 16, 1, 1, torch.float32, 40)
+    query, key = (item.to(DEVICE).requires_grad_() for item in (query, key))
+    rows, columns = torch.tensor([[1, -1]], device=DEVICE), torch.tensor([[0, -1]], device=DEVICE)
+    with mekernels.use_backend("triton"):
+        result = mekernels.attention_rows(query, key, rows, columns)
+    given = torch.full_like(result, math.nan)
+    given[0, 0, 0] = 1.0
+    for gradient in torch.autograd.grad(result, (query, key), given):
+        assert gradient.isfinite().all()
+
+
+def test_memory_that_is_read_beyond_the_keys_does_not_count():
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 20, 30, 24, 4, 9, torch.float32, 30)
+    padded = torch.full((1, 2, 70, 40), math.nan)
+    padded[:, :, 11:41, 5:29] = key
+    wanted = compare(query, key, rows, columns)
+    for one, other in zip(compare(query, padded[:, :, 11:41, 5:29], rows, columns), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_double_use_accumulates():
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 20, 30, 16, 4, 9, torch.float32, 30)
+
+    def twice(query, key, rows, columns):
+        return mekernels.attention_rows(query, key, rows, columns) + mekernels.attention_rows(
+            query, key, rows.flip(1), columns
+        )
+
+    with mekernels.use_backend("triton"):
+        actual = run(twice, query, key, rows, columns, device=DEVICE)
+    wanted = run(twice, query.double(), key.double(), rows, columns)
+    for one, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+def test_wide_offsets_give_the_same(monkeypatch):
+    from mekernels.kernels import attention_rows_plan
+
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 20, 70, 16, 4, 9, torch.float32, 70)
+    wanted = compare(query, key, rows, columns)
+    original = attention_rows_plan._launch
+    monkeypatch.setattr(
+        attention_rows_plan,
+        "_launch",
+        lambda k, g, t, arguments: original(k, g, t, arguments | {"WIDE": True}),
+    )
+    for one, other in zip(compare(query, key, rows, columns), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_operator_checks():
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
+    pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
+    arguments = (rows.to(DEVICE), columns.to(DEVICE), 0, 0, 0.3, True, None, 1, True, "triton")
+    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (*pair, *arguments))
+
+
+def test_what_it_cannot_run_is_refused():
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float64, 20)
+    with mekernels.use_backend("triton"):
+        for change, message in ((1, r"got torch\.float64"), (20, "width 320 is above 256")):
+            wide = [item.repeat(1, 1, 1, change).to(DEVICE) for item in (query, key)]
+            wide = wide if change == 1 else [item.float() for item in wide]
+            with pytest.raises(backends.BackendError, match=message):
+                mekernels.attention_rows(*wide, rows.to(DEVICE), columns.to(DEVICE))
+
+
+def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
+    from mekernels.kernels import attention_rows_plan
+
+    query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
+    monkeypatch.setattr(attention_rows_plan, "forward", None)
+    mekernels.attention_rows(query, key, rows, columns)
+    with mekernels.use_backend("triton"), pytest.raises(TypeError):
+        mekernels.attention_rows(query.to(DEVICE), key.to(DEVICE), rows.to(DEVICE), columns.to(DEVICE))
