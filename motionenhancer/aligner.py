@@ -113,6 +113,7 @@ def align(
     row_tokens: torch.Tensor | None = None,
     aligner: nn.Module | None = None,
     loss: str = "l2",
+    weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Return how far captured attention is from the prior, a scalar to add to the training loss.
 
@@ -131,6 +132,8 @@ def align(
     aligner: of :func:`build_aligner`; the identity by default.
     loss: ``"l2"``: the L2 norm of a row's difference; ``"mse"``: its mean square; ``"kl"``: the divergence
         KL(prior row, student row), the student's entries at least 1e-8 and summing to one.
+    weights: factor on each sample's distance, B of them, such as a confidence; the mean is still over the
+        number of samples, so that a small weight lowers the loss instead of raising the others' share.
 
     Returns
     -------
@@ -156,6 +159,8 @@ def align(
     priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
     if len(priors) != batch:
         raise ValueError(f"prior must have one entry a sample ({batch}), got {len(priors)}")
+    if weights is not None and len(weights) != batch:
+        raise ValueError(f"weights must have one entry a sample ({batch}), got {len(weights)}")
     grids = _grids(grid, priors, width)
     tokens = _row_tokens(captured, row_tokens, priors, batch, count)
     if not torch.isfinite(attention).all():
@@ -171,11 +176,12 @@ def align(
         rows, kept = maps
         target = _teacher_rows(teacher, kept, sample).to(attention.device)
         if loss == "l2" and (aligner is None or isinstance(aligner, nn.Identity)):
-            terms.append(align_rows(rows[None], target[None], shape, teacher.grid))
-            continue
-        student = mekernels.resample_rows(rows[None], shape, teacher.grid, normalize=True)
-        student = student if aligner is None else aligner(student)
-        terms.append(_distance(student, _sum_to_one(target)[None].to(student.dtype), loss))
+            term = align_rows(rows[None], target[None], shape, teacher.grid)
+        else:
+            student = mekernels.resample_rows(rows[None], shape, teacher.grid, normalize=True)
+            student = student if aligner is None else aligner(student)
+            term = _distance(student, _sum_to_one(target)[None].to(student.dtype), loss)
+        terms.append(term if weights is None else term * weights[sample])
     if not terms:
         return attention.sum() * 0.0
     return torch.stack(terms).mean()

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 from .prior import PriorSettings
+from .vdm import Teacher, load_teacher, teacher_dtype, teacher_id
 
 
 @dataclass
@@ -58,7 +60,40 @@ class PriorArguments:
     sampled_rows: str = field(
         default="64", metadata={"help": 'Rows read for a head\'s square sum, or "all".'}
     )
-    prior_seed: int = field(default=0, metadata={"help": "Seed of a random start."})
+    prior_seed: int = field(default=0, metadata={"help": "Seed of a random start, and of renoise's noise."})
+    prior_mode: str = field(
+        default="reconstruct",
+        metadata={
+            "help": "The paper's inversion and reconstruction, or one evaluation of the noised latent.",
+            "choices": ["reconstruct", "renoise"],
+        },
+    )
+    noise_level: int = field(default=200, metadata={"help": "Training timestep of renoise, 0 to 999."})
+    step_weights: str | None = field(
+        default=None,
+        metadata={"help": "Weights of the steps in the pooled map, noisiest first: 0,0,0,1,1."},
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: bfloat16 on CUDA, float32 on the CPU.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    teacher_size: str | None = field(
+        default=None,
+        metadata={"help": "HEIGHTxWIDTH of the clips. Default: as the model was trained."},
+    )
+    teacher_frames: int | None = field(
+        default=None, metadata={"help": "Most frames of a clip. Default: as the model was trained."}
+    )
+    vae_tiling: bool = field(default=False, metadata={"help": "Encode in tiles: less memory, other latents."})
+    offload_text_encoder: bool = field(default=False, metadata={"help": "Leave the text encoder on the CPU."})
+    compile_teacher: bool = field(default=False, metadata={"help": "torch.compile the transformer's blocks."})
+    split_batch: bool = field(
+        default=False,
+        metadata={"help": "Evaluate guidance's two texts one after the other."},
+    )
     measure_roundtrip: bool = field(
         default=False,
         metadata={"help": "Also invert and rebuild one clip without guidance, and report the error."},
@@ -82,6 +117,44 @@ class PriorArguments:
             token_ratio=self.token_ratio,
             sampled_rows=rows if rows == "all" else int(rows),
             seed=self.prior_seed,
+            mode=self.prior_mode,
+            noise_level=self.noise_level,
+            step_weights=_numbers(self.step_weights),
+        )
+
+    def identity(self, device: torch.device | str) -> dict[str, Any]:
+        """The options of `load_teacher` that change what is computed, and so the teacher's id.
+
+        Raises:
+            ValueError: --teacher_size is no size.
+        """
+        size = None
+        if self.teacher_size is not None:
+            parts = self.teacher_size.lower().split("x")
+            if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+                raise ValueError(
+                    f"--teacher_size must be HEIGHTxWIDTH like 480x720, got {self.teacher_size!r}"
+                )
+            size = (int(parts[0]), int(parts[1]))
+        named = self.teacher_dtype
+        dtype = teacher_dtype(device) if named == "auto" else getattr(torch, named)
+        return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
+
+    def teacher_id(self, device: torch.device | str) -> str:
+        """The id `load` will give, without loading anything."""
+        assert self.teacher is not None
+        return teacher_id(self.teacher, **self.identity(device))
+
+    def load(self, device: torch.device | str) -> Teacher:
+        """The teacher, loaded as these options say."""
+        assert self.teacher is not None
+        return load_teacher(
+            self.teacher,
+            device,
+            **self.identity(device),
+            offload_text_encoder=self.offload_text_encoder,
+            compile=self.compile_teacher,
+            split_batch=self.split_batch,
         )
 
 
@@ -118,6 +191,15 @@ def parse_arguments(
         return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in classes)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--step_weights must be numbers between commas, got {text!r}") from None
 
 
 def _read_config(path: Path, names: set[str]) -> dict[str, Any]:

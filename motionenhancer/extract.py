@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from .data.video import VideoError, content_digest, read_frames
 from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from .store import DamagedPrior, PriorStore, prior_key
 from .toy.world import ToyFolder, build_toy
-from .vdm import Teacher, load_teacher, roundtrip_error, teacher_id
+from .vdm import Teacher, roundtrip_error
 
 DEFAULT_TOY = "runs/toy"
 
@@ -222,15 +221,14 @@ def main(argv: list[str] | None = None) -> int:
         use_toy_defaults(data, prior)
         skips = SkipLog()
         samples = load_samples(data, skips)
-        requests = plan_priors(samples, teacher_id(prior.teacher), settings, prior.prompt_source, skips)
         state = PartialState()
+        requests = plan_priors(samples, prior.teacher_id(state.device), settings, prior.prompt_source, skips)
         mine = requests[state.process_index :: state.num_processes]
-        device = state.device if torch.cuda.is_available() else None
         made = make_priors(
             mine,
             PriorStore(Path(prior.prior_dir)),
             settings,
-            lambda: load_teacher(prior.teacher, device),
+            lambda: prior.load(state.device),
             skips,
             measure_roundtrip=prior.measure_roundtrip,
         )

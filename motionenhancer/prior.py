@@ -15,24 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from mekernels import (
-    MotionStatistics,
-    VideoTokens,
-    select_heads,
-    select_tokens,
-    token_motion_scores,
-)
+from mekernels import VideoTokens, select_heads, select_tokens, token_motion_scores
 
+from .confidence import prior_confidence
+from .pool import AttentionPool
 from .vdm.base import Teacher
-from .vdm.inversion import STARTS, invert, reconstruct
+from .vdm.inversion import STARTS, invert, reconstruct, renoise
+
+MODES = ("reconstruct", "renoise")
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Every choice that changes a prior's values.
+    """Every choice that changes a prior's values, the teacher's own options aside.
 
     Attributes:
         steps: DDIM steps K each way; must divide the teacher's training timesteps.
@@ -42,7 +40,11 @@ class PriorSettings:
         head_ratio: share of heads kept by motion-sensitive head selection; 1 keeps all.
         token_ratio: share of tokens kept by motion-salient token identification; 1 keeps all.
         sampled_rows: whole rows read to estimate the square sum of a head's map, or "all" for the exact sum.
-        seed: of the random start.
+        seed: of a random start, and of the noise of "renoise".
+        mode: "reconstruct", the paper's procedure, or "renoise", one evaluation of the noised latent.
+        noise_level: training timestep of "renoise"; 0 is clean, the last is noise.
+        step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
+            weighs all alike.
     """
 
     steps: int = 5
@@ -53,12 +55,17 @@ class PriorSettings:
     token_ratio: float = 0.5
     sampled_rows: int | str = 64
     seed: int = 0
+    mode: str = "reconstruct"
+    noise_level: int = 200
+    step_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("head_ratio", "token_ratio"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
         if not np.isfinite(self.guidance_scale) or self.guidance_scale < 0:
@@ -67,6 +74,14 @@ class PriorSettings:
             raise ValueError(f'sampled_rows must be a positive int or "all", got {self.sampled_rows!r}')
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive int, got {self.steps!r}")
+        if self.step_weights is not None:
+            weights = tuple(float(w) for w in self.step_weights)
+            if len(weights) != self.steps or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+                raise ValueError(
+                    f"step_weights must be {self.steps} weights >= 0, one a step and not all zero, "
+                    f"got {self.step_weights}"
+                )
+            object.__setattr__(self, "step_weights", weights)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class MotionPrior:
         all_spans: their character ranges.
         token_scores: motion score of every real token.
         kept: indices of the kept tokens among all, ascending.
+        confidence: {"concentration", "variation", "confidence"}, each in [0, 1]; see `prior_confidence`.
         teacher: digest of the teacher's folder.
         settings: how it was extracted.
         frames_given: video frames received.
@@ -106,6 +122,7 @@ class MotionPrior:
     all_spans: list[tuple[int, int]]
     token_scores: list[float]
     kept: list[int]
+    confidence: dict[str, float]
     teacher: str
     settings: PriorSettings
     frames_given: int
@@ -135,6 +152,7 @@ class MotionPrior:
             "head_scores": self.head_scores,
             "kept_tokens": listed(self.kept),
             "dropped_tokens": listed(dropped),
+            "confidence": self.confidence,
             "frames_given": self.frames_given,
             "frames_used": self.frames_used,
             "truncated_tokens": self.truncated,
@@ -160,8 +178,7 @@ def extract_prior(
     memory: bool = True,
     head_ratio: float = 0.5,
     token_ratio: float = 0.5,
-    sampled_rows: int | str = 64,
-    seed: int = 0,
+    **options: Any,
 ) -> MotionPrior:
     """Read the motion prior of one clip and text from a frozen teacher.
 
@@ -173,14 +190,14 @@ def extract_prior(
         teacher: from `load_teacher`.
         frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
         text: what happens in the clip; its tokens are the rows of the prior.
-        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed: see
-            `PriorSettings`.
+        steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
+        **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights.
 
     Returns:
         A `MotionPrior`.
 
     Raises:
-        TypeError: frames or text of the wrong type.
+        TypeError: frames or text of the wrong type, an unknown option.
         ValueError: frames of the wrong shape, a setting out of range, steps that do not divide the schedule.
         PriorError: empty text, text without a token, or NaN or infinity in the teacher's attention.
 
@@ -188,54 +205,52 @@ def extract_prior(
         >>> prior = extract_prior(teacher, frames, "the red square moves left")   # doctest: +SKIP
         >>> prior.attention.shape, prior.tokens                                   # doctest: +SKIP
     """
-    settings = PriorSettings(
-        steps, guidance_scale, start, memory, head_ratio, token_ratio, sampled_rows, seed
-    )
+    settings = PriorSettings(steps, guidance_scale, start, memory, head_ratio, token_ratio, **options)
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     if not text.strip():
         raise PriorError("text is empty")
+    full = settings.mode == "reconstruct"
+    schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
     seconds: dict[str, float] = {}
-    schedule = teacher.schedule(settings.steps)
     with _timed(seconds, "encode", teacher):
-        video = teacher.encode_video(frames)
-        prompt, empty = teacher.encode_text(text), teacher.encode_text("")
+        video, prompt = teacher.encode_video(frames), teacher.encode_text(text)
     if not prompt.tokens:
         raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
-    layout = video.tokens
-    statistics = MotionStatistics(
-        layout,
-        teacher.heads,
-        text_rows=_text_positions(layout, len(prompt.tokens)),
-        sampled_rows=settings.sampled_rows,
-        device=teacher.device,
-    )
-    with _timed(seconds, "invert", teacher):
-        trajectory = invert(teacher, video.latents, schedule, empty.embeds)
-    with _timed(seconds, "reconstruct", teacher):
-        result = reconstruct(
-            teacher,
-            trajectory,
-            schedule,
-            prompt.embeds,
-            empty.embeds,
-            guidance_scale=settings.guidance_scale,
-            start=settings.start,
-            memory=settings.memory,
-            seed=settings.seed,
-            reader=lambda query, key, lse, fold: statistics.update(query, key, lse, fold=fold),
-        )
+    pool = AttentionPool(video.tokens, teacher.heads, len(prompt.tokens), settings, teacher.device)
+    if full:
+        empty = teacher.encode_text("").embeds
+        with _timed(seconds, "invert", teacher):
+            trajectory = invert(teacher, video.latents, schedule, empty)
+        with _timed(seconds, "reconstruct", teacher):
+            result = reconstruct(
+                teacher,
+                trajectory,
+                schedule,
+                prompt.embeds,
+                empty,
+                guidance_scale=settings.guidance_scale,
+                start=settings.start,
+                memory=settings.memory,
+                seed=settings.seed,
+                readers=pool.at_level,
+            )
+        evaluations = schedule.steps + result.evaluations
+    else:
+        with _timed(seconds, "renoise", teacher):
+            renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
+        evaluations = 1
     with _timed(seconds, "select", teacher):
-        chosen = _select(statistics, layout, settings)
+        chosen = _select(pool, video.tokens, settings)
     kept = chosen["kept"]
     return MotionPrior(
         **chosen,
         tokens=[prompt.tokens[i] for i in kept],
         spans=[prompt.spans[i] for i in kept],
         prompt=text,
-        grid=(layout.frames, layout.height, layout.width),
+        grid=video.tokens.grid,
         all_tokens=list(prompt.tokens),
         all_spans=list(prompt.spans),
         teacher=teacher.id,
@@ -243,36 +258,33 @@ def extract_prior(
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
-        evaluations=schedule.steps + result.evaluations,
+        evaluations=evaluations,
         seconds=seconds,
     )
 
 
-def _text_positions(layout: VideoTokens, count: int) -> torch.Tensor:
-    first = 0 if layout.text_first else layout.vision
-    return torch.arange(first, first + count)
-
-
-def _select(statistics: MotionStatistics, layout: VideoTokens, settings: PriorSettings) -> dict[str, Any]:
-    """The fields of a prior that follow from the pooled statistics alone."""
+def _select(pool: AttentionPool, layout: VideoTokens, settings: PriorSettings) -> dict[str, Any]:
+    """The fields of a prior that follow from the pooled attention alone."""
     try:
-        scores = statistics.scores()
+        scores = pool.scores()
         composite = scores.composite()
         heads = select_heads(scores, settings.head_ratio)
-        text_attention = statistics.text_attention(heads)
+        text_attention = pool.text_attention(heads)
     except ValueError as error:
         raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
     if not torch.isfinite(text_attention).all():
         raise PriorError("the teacher's attention holds NaN or infinity")
     token_scores = token_motion_scores(text_attention, layout)
     kept = select_tokens(token_scores, settings.token_ratio).cpu()
+    attention = text_attention.cpu()[kept].half()
     named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
     return {
-        "attention": text_attention.cpu()[kept].half(),
+        "attention": attention,
         "heads": heads.tolist(),
         "head_scores": {name: values.tolist() for name, values in named.items()},
         "token_scores": token_scores.tolist(),
         "kept": kept.tolist(),
+        "confidence": prior_confidence(attention, layout.grid),
     }
 
 

@@ -27,7 +27,6 @@ from .report import RunReport
 from .store import PriorStore
 from .toy.world import ToyFolder
 from .trainer import MotionTrainer
-from .vdm import load_teacher, teacher_id
 from .vlm import load_student
 
 PROG = "python -m motionenhancer.train"
@@ -61,6 +60,10 @@ class StudentArguments:
             "help": "Module between student and prior, thrown away after training.",
             "choices": ["mlp", "identity", "pointwise", "conv"],
         },
+    )
+    confidence_gate: float = field(
+        default=0.0,
+        metadata={"help": "Follow priors less confident than this proportionally less; 0 is no gate."},
     )
     measure_alignment: bool = field(default=False, metadata={"help": "Log loss_align also when λ is 0."})
     video_fps: float = field(default=1.0, metadata={"help": "Frames a second the student sees."})
@@ -180,6 +183,7 @@ def run(
             alignment_weight=student.alignment_weight if keys else 0.0,
             alignment_loss=student.alignment_loss,
             aligner=_aligner(student, grids, training.seed),
+            confidence_gate=student.confidence_gate,
             measure_alignment=student.measure_alignment and bool(keys),
         )
         result = trainer.train(resume_from_checkpoint=_checkpoint(training))
@@ -214,8 +218,8 @@ def _priors(
     """Priors in the store for all samples that can have one → usable samples, sample id → key, grids met."""
     state = PartialState()
     assert prior.teacher is not None
-    store = PriorStore(Path(prior.prior_dir))
-    requests = plan_priors(samples, teacher_id(prior.teacher), settings, prior.prompt_source, skips)
+    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
+    requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
     missing = sum(request.key not in store for request in requests)
     untrained = toy is not None and Path(prior.teacher) == toy.teacher
     if state.is_main_process:
@@ -235,7 +239,7 @@ def _priors(
         requests[state.process_index :: state.num_processes],
         store,
         settings,
-        lambda: load_teacher(prior.teacher, state.device),  # type: ignore[arg-type]
+        lambda: prior.load(state.device),
         skips,
         measure_roundtrip=prior.measure_roundtrip,
     )
@@ -244,7 +248,7 @@ def _priors(
     unusable = {s for part in everyone for s in part.unusable}
     report.content["teacher"] = {
         "path": prior.teacher,
-        "id": teacher_id(prior.teacher),
+        "id": name,
         "trained": False if untrained else None,
         "roundtrip": next((part.roundtrip for part in everyone if part.roundtrip), None),
     }
@@ -285,6 +289,7 @@ def _identity(
         "limit": data.limit,
         "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
+        "teacher_options": {k: str(v) for k, v in prior.identity(PartialState().device).items()},
         **{
             k: v
             for k, v in asdict(student).items()

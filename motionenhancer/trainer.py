@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .aligner import align
+from .confidence import gate_weight
 from .vlm.capture import capture_attention
 
 _ALIGNER_FILE = "aligner.safetensors"
@@ -36,6 +37,7 @@ class MotionTrainer(Trainer):
         aligner: module applied to the student's maps, or None for the identity. It is trained along, kept
             outside the model and thrown away at the end; checkpoints for resuming hold it in a file of its
             own.
+        confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
         measure_alignment: log `loss_align` also when λ is 0.
 
     Raises:
@@ -48,15 +50,18 @@ class MotionTrainer(Trainer):
         alignment_weight: float = 1.0,
         alignment_loss: str = "l2",
         aligner: nn.Module | None = None,
+        confidence_gate: float = 0.0,
         measure_alignment: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.alignment_weight = alignment_weight
         self.alignment_loss = alignment_loss
+        self.confidence_gate = confidence_gate
         self.measure_alignment = measure_alignment
         self.aligner = aligner.to(self.args.device) if aligner is not None else None
         self._terms: dict[str, torch.Tensor] = {}
+        self._confidences: list[float] = []
         self._term_steps = 0
         self._aligned_in_step: torch.Tensor | None = None
         #: sample id → why it could not be read and another took its place
@@ -94,25 +99,40 @@ class MotionTrainer(Trainer):
         reads = alignment is not None and alignment.count > 0
         if not reads or (self.alignment_weight == 0 and not self.measure_alignment):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            self._record(model, ids, num_items_in_batch, loss, None)
+            self._require_finite("the model's loss", loss, ids)
+            self._record(model, num_items_in_batch, loss, None)
             return (loss, outputs) if return_outputs else loss
 
         with capture_attention(model, alignment.rows, alignment.columns) as captured:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alignment_weight != 0):
-            aligned = align(
-                captured,
-                alignment.priors,
-                grid=alignment.grids,
-                row_tokens=alignment.row_tokens,
-                aligner=self.aligner,
-                loss=self.alignment_loss,
-            )
+        self._require_finite("the model's loss", loss, ids)
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alignment_weight != 0):
+                aligned = align(
+                    captured,
+                    alignment.priors,
+                    grid=alignment.grids,
+                    row_tokens=alignment.row_tokens,
+                    aligner=self.aligner,
+                    loss=self.alignment_loss,
+                    weights=self._weights(alignment.priors),
+                )
+        except ValueError as error:
+            raise FloatingPointError(
+                f"alignment failed at step {self.state.global_step}: {error}; samples {list(ids)}"
+            ) from error
         aligned = aligned * self._share(model, alignment.count, num_items_in_batch)
-        self._record(model, ids, num_items_in_batch, loss, aligned)
+        self._require_finite("the alignment loss", aligned, ids)
+        self._record(model, num_items_in_batch, loss, aligned)
         if self.alignment_weight != 0:
             loss = loss + self.alignment_weight * aligned
         return (loss, outputs) if return_outputs else loss
+
+    def _weights(self, priors: Sequence[Any]) -> list[float] | None:
+        if not self.confidence_gate:
+            return None
+        sure = [1.0 if prior is None else prior.confidence["confidence"] for prior in priors]
+        return [gate_weight(confidence, self.confidence_gate) for confidence in sure]
 
     def _count(self, ids: Sequence[str], alignment: Any) -> None:
         self.counts["samples"] += len(ids)
@@ -120,6 +140,7 @@ class MotionTrainer(Trainer):
             self.counts["aligned_samples"] += alignment.count
             self.counts["words"] += alignment.words
             self.counts["mapped_words"] += alignment.mapped
+            self._confidences += [p.confidence["confidence"] for p in alignment.priors if p is not None]
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
         """Whether the Trainer will divide the returned loss by the accumulation steps; families differ."""
@@ -142,20 +163,20 @@ class MotionTrainer(Trainer):
         # Data-parallel engines average gradients over processes; the mean is over all their samples.
         return count * accumulation * self.args.world_size / self._aligned_in_step.clamp(min=1)
 
+    def _require_finite(self, name: str, value: torch.Tensor, ids: Sequence[str]) -> None:
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(
+                f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; "
+                f"samples {list(ids)}"
+            )
+
     def _record(
         self,
         model: nn.Module,
-        ids: Sequence[str],
         num_items_in_batch: Any,
         loss: torch.Tensor,
         aligned: torch.Tensor | None,
     ) -> None:
-        for name, value in (("the model's loss", loss), ("the alignment loss", aligned)):
-            if value is not None and not torch.isfinite(value).all():
-                raise FloatingPointError(
-                    f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; "
-                    f"samples {list(ids)}"
-                )
         if not model.training:
             return
         parts = (
@@ -177,7 +198,9 @@ class MotionTrainer(Trainer):
                     value = self.accelerator.reduce(value, "mean")
                 if name in self._terms or name == "loss_ar":
                     logs[name] = float(value) / self._term_steps
-            self._terms, self._term_steps = {}, 0
+            if self._confidences:
+                logs["confidence"] = sum(self._confidences) / len(self._confidences)
+            self._terms, self._confidences, self._term_steps = {}, [], 0
         super().log(logs, start_time)
 
     # ---- the aligner, trained along and left out of the model ----

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 
 from .base import AttentionReader, Teacher, TextEncoding, VideoLatents
 from .identity import teacher_id
-from .inversion import Reconstruction, invert, reconstruct, roundtrip_error
-from .schedule import Schedule, make_schedule
+from .inversion import Reconstruction, invert, reconstruct, renoise, roundtrip_error
+from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
 
 __all__ = [
     "AttentionReader",
+    "DiffusionSchedule",
+    "FlowSchedule",
     "Reconstruction",
     "Schedule",
     "Teacher",
@@ -25,26 +27,31 @@ __all__ = [
     "load_teacher",
     "make_schedule",
     "reconstruct",
+    "renoise",
     "roundtrip_error",
+    "teacher_dtype",
     "teacher_id",
 ]
 
-
-def _load_cogvideox(path: Path, device: torch.device, dtype: torch.dtype) -> Teacher:
-    from .cogvideox import CogVideoXTeacher
-
-    return CogVideoXTeacher.from_pretrained(path, device=device, dtype=dtype)
-
-
-#: `_class_name` in the folder's model_index.json → loader. A new family is one file and one line here.
-FAMILIES: dict[str, Callable[[Path, torch.device, torch.dtype], Teacher]] = {
-    "CogVideoXPipeline": _load_cogvideox,
-    "CogVideoXVideoToVideoPipeline": _load_cogvideox,
+#: `_class_name` in model_index.json → (module, class). A new family is one file and one line here.
+FAMILIES = {
+    "CogVideoXPipeline": ("cogvideox", "CogVideoXTeacher"),
+    "CogVideoXVideoToVideoPipeline": ("cogvideox", "CogVideoXTeacher"),
+    "WanPipeline": ("wan", "WanTeacher"),
 }
 
 
 def load_teacher(
-    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    vae_tiling: bool = False,
+    offload_text_encoder: bool = False,
+    compile: bool | str = False,
+    split_batch: bool = False,
 ) -> Teacher:
     """Load a frozen teacher from an ordinary diffusers folder.
 
@@ -52,24 +59,46 @@ def load_teacher(
         path: folder with `model_index.json`, as `save_pretrained` writes it. Nothing is downloaded.
         device: default the first CUDA device, else the CPU.
         dtype: default bfloat16 on CUDA, float32 on the CPU.
+        size: (height, width) in pixels clips are resized to; default what the model was trained on.
+        frames: most frames of a clip; default what the model was trained on.
+        vae_tiling: encode large frames in overlapping tiles; less memory, slightly other latents.
+        offload_text_encoder: leave the text encoder on the CPU.
+        compile: compile the transformer's blocks with `torch.compile`; a string names the backend.
+        split_batch: evaluate guidance's two texts one after the other. It is switched on by itself when
+            memory runs out.
 
     Raises:
         FileNotFoundError: the folder or its `model_index.json` is missing.
-        ValueError: the pipeline class is not a supported family.
+        ValueError: the pipeline class is not a supported family, or a size or frame count does not fit.
 
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP
     """
-    index = read_model_index(path)
-    name = index.get("_class_name")
+    name = read_model_index(path).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
             f"teacher {path}: pipeline class {name!r} is not supported; "
             f"supported are {', '.join(sorted(FAMILIES))}"
         )
+    module, cls = FAMILIES[name]
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    return FAMILIES[name](Path(path), where, kind)
+    family = getattr(importlib.import_module(f".{module}", __package__), cls)
+    return family.from_pretrained(
+        Path(path),
+        device=where,
+        dtype=dtype or teacher_dtype(where),
+        size=size,
+        frames=frames,
+        vae_tiling=vae_tiling,
+        offload_text_encoder=offload_text_encoder,
+        compile=compile,
+        split_batch=split_batch,
+    )
+
+
+def teacher_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype a teacher runs in when none is named."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def read_model_index(path: str | Path) -> dict[str, Any]:

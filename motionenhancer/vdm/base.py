@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,9 +13,25 @@ from mekernels import VideoTokens
 
 from .schedule import Schedule
 
-#: Called once a layer of every read evaluation: (query, key, lse, fold), shapes (1, heads, tokens, width) and
-#: (1, heads, tokens); the key axis is `fold` times as long as the query axis.
-AttentionReader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+
+class AttentionReader(Protocol):
+    """Receives the attention of one batch row, layer by layer, while a teacher's `reading` is open."""
+
+    def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
+        """One layer's attention among vision tokens, and in joint models text tokens.
+
+        query (1, heads, tokens, width), key (1, heads, fold · tokens, width), lse (1, heads, tokens), natural
+        logarithm. Reference keys, if any, follow the own keys.
+        """
+        ...
+
+    def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
+        """One layer's cross-attention of a model whose vision tokens look at the text.
+
+        text (1, heads, length, width), the keys of the text, padding included; vision (1, heads, S, width),
+        the queries.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,9 @@ class VideoLatents:
     """A clip in the teacher's latent space, with what was done to get it there.
 
     Attributes:
-        latents: (1, frames, channels, height, width) float32, already multiplied by the scaling factor.
-        tokens: where the transformer keeps text and vision.
+        latents: (1, ...) float32, scaled as the transformer wants them; frames and channels in the family's
+            own order.
+        tokens: where self-attention keeps text and vision; `text` is 0 where it sees vision only.
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
         size: (height, width) in pixels the frames were resized to.
@@ -58,12 +74,19 @@ class VideoLatents:
 
 
 class Teacher(Protocol):
-    """A frozen video diffusion transformer whose text-to-vision attention can be read."""
+    """A frozen video diffusion transformer whose text-to-vision attention can be read.
+
+    Attributes:
+        id: changes whenever weights, settings or arithmetic do.
+        family: name of the model family.
+        split_batch: evaluate the prompt's and the empty prompt's rows one after the other, to halve memory.
+    """
 
     id: str
     family: str
     device: torch.device
     dtype: torch.dtype
+    split_batch: bool
 
     @property
     def heads(self) -> int: ...
@@ -86,8 +109,12 @@ class Teacher(Protocol):
         """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels."""
         ...
 
-    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: int) -> torch.Tensor:
-        """One transformer evaluation; latents (b, f, c, h, w), embeds (b, length, width); float32 out."""
+    def level(self, timestep: int) -> Schedule:
+        """A schedule of the one noise level `timestep`."""
+        ...
+
+    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
+        """One transformer evaluation of a batch of latents and (b, length, width) texts; float32 out."""
         ...
 
     def reading(

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 
-from mekernels import VideoTokens, flash_attention
+from mekernels import VideoTokens
 
+from .attention import attend
 from .base import AttentionReader, TextEncoding, VideoLatents
+from .folder import check_latents, load_pipeline, tokenize, valid_size
 from .frames import nearest_valid_count, resample_frames, to_pixels
 from .identity import teacher_id
-from .schedule import Schedule, make_schedule
+from .schedule import DiffusionSchedule, make_schedule, one_level
+
+#: 1.5's configuration names the largest grid of its rotary table, not the size of its clips.
+_LARGEST_1_5 = (768, 1360)
 
 
 @dataclass
@@ -27,32 +31,59 @@ class CogVideoXTeacher:
     """A frozen CogVideoX text-to-video model, loaded from an ordinary diffusers folder.
 
     Attributes:
-        id: digest of the folder (see `teacher_id`).
-        heads: attention heads of each layer.
-        layers: transformer blocks.
+        pipeline: diffusers' own.
+        id: digest of the folder and options (see `teacher_id`).
         device: where it runs.
         dtype: of weights and activations; noise levels and latents are kept in float32.
+        size: (height, width) in pixels clips are resized to.
+        max_frames: most video frames of a clip, as a count the model takes.
+        split_batch: see `Teacher`.
     """
 
     pipeline: Any
     id: str
     device: torch.device
     dtype: torch.dtype
+    size: tuple[int, int]
+    max_frames: int
+    split_batch: bool = False
     family: str = "cogvideox"
+    _empty: TextEncoding | None = None
 
     @classmethod
-    def from_pretrained(cls, path: Path, *, device: torch.device, dtype: torch.dtype) -> CogVideoXTeacher:
-        pipeline = CogVideoXPipeline.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True
+    def from_pretrained(
+        cls,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: tuple[int, int] | None,
+        frames: int | None,
+        vae_tiling: bool,
+        offload_text_encoder: bool,
+        compile: bool | str,
+        split_batch: bool,
+    ) -> CogVideoXTeacher:
+        name = teacher_id(path, dtype=dtype, size=size, frames=frames, vae_tiling=vae_tiling)
+        pipeline = load_pipeline(
+            CogVideoXPipeline,
+            path,
+            device=device,
+            dtype=dtype,
+            vae_tiling=vae_tiling,
+            offload_text_encoder=offload_text_encoder,
+            compile=compile,
+            blocks="transformer_blocks",
         )
-        pipeline.set_progress_bar_config(disable=True)
         # 5B ships a stochastic DPM scheduler; its config makes the deterministic one, SNR shift included.
         pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)
-        for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False)
-            module.eval()
-            module.to(device)
-        return cls(pipeline, teacher_id(path), device, dtype)
+        scale, config = pipeline.vae_scale_factor_spatial, pipeline.transformer.config
+        trained = (config.sample_height * scale, config.sample_width * scale)
+        if config.patch_size_t is not None:
+            trained = (min(trained[0], _LARGEST_1_5[0]), min(trained[1], _LARGEST_1_5[1]))
+        chosen = valid_size(size or trained, scale * config.patch_size)
+        teacher = cls(pipeline, name, device, dtype, chosen, 0, split_batch)
+        return replace(teacher, max_frames=teacher.valid_frames(frames or config.sample_frames))
 
     @property
     def config(self) -> Any:
@@ -66,22 +97,11 @@ class CogVideoXTeacher:
     def layers(self) -> int:
         return self.config.num_layers
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the clips the model was trained on."""
-        scale = self.pipeline.vae_scale_factor_spatial
-        return self.config.sample_height * scale, self.config.sample_width * scale
-
     def valid_frames(self, count: int) -> int:
         """The nearest number of video frames the model takes: 4m+1, and 8m+5 with a temporal patch of two."""
         compression = self.pipeline.vae_scale_factor_temporal
         patch = self.config.patch_size_t or 1
         return nearest_valid_count(count, compression * patch, 1 + compression * (patch - 1))
-
-    @property
-    def max_frames(self) -> int:
-        """Video frames of the clips the model was trained on, as a count it takes."""
-        return self.valid_frames(self.config.sample_frames)
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> VideoLatents:
@@ -90,53 +110,36 @@ class CogVideoXTeacher:
         pixels = to_pixels(resample_frames(frames, used), self.size).to(self.device, self.dtype)
         posterior = self.pipeline.vae.encode(pixels).latent_dist
         latents = posterior.mode().transpose(1, 2).float() * self.pipeline.vae.config.scaling_factor
+        check_latents(latents.shape[-2:], self.size, self.pipeline.vae_scale_factor_spatial)
         return VideoLatents(latents, self._tokens(latents), given, used, self.size)
 
     def _tokens(self, latents: torch.Tensor) -> VideoTokens:
         _, frames, _, height, width = latents.shape
         patch, patch_t = self.config.patch_size, self.config.patch_size_t or 1
-        if frames % patch_t:
-            raise ValueError(
-                f"latents have {frames} frames, this model needs a multiple of its temporal patch {patch_t}"
-            )
-        return VideoTokens(
-            frames // patch_t,
-            height // patch,
-            width // patch,
-            text=self.config.max_text_seq_length,
-            text_first=True,
-        )
+        text = self.config.max_text_seq_length
+        return VideoTokens(frames // patch_t, height // patch, width // patch, text=text, text_first=True)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> TextEncoding:
-        tokenizer, length = self.pipeline.tokenizer, self.config.max_text_seq_length
-        if not tokenizer.is_fast:
-            raise ValueError("the teacher's tokenizer gives no character offsets; a fast tokenizer is needed")
-        encoded = tokenizer(
-            text,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-        ids, mask = encoded["input_ids"], encoded["attention_mask"][0].bool()
-        real = mask & ~encoded["special_tokens_mask"][0].bool()
-        positions = real.nonzero()[:, 0].tolist()
-        if positions != list(range(len(positions))):
-            raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
-        spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"][0][real].tolist())
-        full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        embeds = self.pipeline.text_encoder(ids.to(self.device))[0].to(self.dtype)
-        tokens = tuple(tokenizer.convert_ids_to_tokens(ids[0][real].tolist()))
-        return TextEncoding(embeds, tokens, spans, text, max(0, full - len(spans)))
+        if not text and self._empty is not None:
+            return self._empty
+        pipeline = self.pipeline
+        encoded, encoding = tokenize(pipeline.tokenizer, text, self.config.max_text_seq_length)
+        # No mask: CogVideoX attends to its padding, in the text encoder and in the transformer.
+        embeds = pipeline.text_encoder(encoded["input_ids"].to(pipeline.text_encoder.device))[0]
+        encoding = replace(encoding, embeds=embeds.to(self.device, self.dtype))
+        if not text:
+            self._empty = encoding
+        return encoding
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> DiffusionSchedule:
         return make_schedule(self.pipeline.scheduler, steps)
 
+    def level(self, timestep: int) -> DiffusionSchedule:
+        return one_level(self.pipeline.scheduler, timestep)
+
     @torch.no_grad()
-    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: int) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
         batch, frames, _, height, width = latents.shape
         scale = self.pipeline.vae_scale_factor_spatial
         rotary = None
@@ -147,7 +150,7 @@ class CogVideoXTeacher:
         return self.pipeline.transformer(
             hidden_states=latents.to(self.device, self.dtype),
             encoder_hidden_states=embeds,
-            timestep=torch.full((batch,), timestep, device=self.device, dtype=torch.long),
+            timestep=torch.full((batch,), int(timestep), device=self.device, dtype=torch.long),
             image_rotary_emb=rotary,
             return_dict=False,
         )[0].float()
@@ -189,25 +192,9 @@ class ReadingProcessor:
         )
         query = _rotate(attn.norm_q(query) if attn.norm_q is not None else query, text, image_rotary_emb)
         key = _rotate(attn.norm_k(key) if attn.norm_k is not None else key, text, image_rotary_emb)
-        out = self._attend(query, key, value)
+        out = attend(query, key, value, self.reader, memory=self.memory, row=self.row)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, text:], out[:, :text]
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        reference = None
-        if self.memory:
-            half = len(query) // 2
-            reference = F.scaled_dot_product_attention(query[half:], key[half:], value[half:])
-            query = query[:half]
-            key = torch.cat([key[:half], key[half:]], dim=2)
-            value = torch.cat([value[:half], value[half:]], dim=2)
-        if self.reader is None:
-            out = F.scaled_dot_product_attention(query, key, value)
-        else:
-            out, lse = flash_attention(query, key, value)
-            one = slice(self.row, self.row + 1)
-            self.reader(query[one], key[one], lse[one], 2 if self.memory else 1)
-        return out if reference is None else torch.cat([out, reference])
 
 
 def _rotate(

@@ -5,19 +5,30 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
+
 _WHOLE = 64 << 20
 _PIECES = 64
 _PIECE = 64 << 10
 
 
-def teacher_id(path: str | Path) -> str:
-    """Digest of a diffusers folder: small files whole, larger weight files by evenly spaced samples.
+def teacher_id(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    vae_tiling: bool = False,
+) -> str:
+    """Digest of a diffusers folder and of every option that changes what its model computes.
 
-    A weight file over 64 MiB is read in 64 evenly spaced pieces of 64 KiB and its size, so that a 20 GB
-    folder is named in well under a second; retrained weights differ everywhere and so in the pieces.
+    Small files are read whole. A weight file over 64 MiB is read in 64 evenly spaced pieces of 64 KiB and its
+    size, so that a 20 GB folder is named in well under a second; retrained weights differ everywhere and so
+    in the pieces.
 
     Args:
         path: folder as `save_pretrained` wrote it.
+        dtype, size, frames, vae_tiling: as given to `load_teacher`.
 
     Returns:
         32 hexadecimal digits.
@@ -29,16 +40,16 @@ def teacher_id(path: str | Path) -> str:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise FileNotFoundError(f"teacher {folder}: no such folder, or nothing in it")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{dtype}\0{size}\0{frames}\0{vae_tiling}\0".encode())
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
+        length = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{length}\0".encode())
         with file.open("rb") as stream:
-            if size <= _WHOLE:
+            if length <= _WHOLE:
                 for block in iter(lambda: stream.read(1 << 20), b""):
                     digest.update(block)
             else:
                 for piece in range(_PIECES):
-                    stream.seek((size - _PIECE) * piece // (_PIECES - 1))
+                    stream.seek((length - _PIECE) * piece // (_PIECES - 1))
                     digest.update(stream.read(_PIECE))
     return digest.hexdigest()[:32]

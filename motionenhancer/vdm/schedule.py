@@ -1,16 +1,43 @@
-"""Noise levels and deterministic DDIM steps between them, in both directions."""
+"""Noise levels and deterministic steps between them, in both directions, for DDIM and for flow matching."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 
+class Schedule(Protocol):
+    """The noise levels of a deterministic run, from clean (level 0) to noisy (level `steps`).
+
+    Attributes:
+        timesteps: what the model is conditioned on at levels 1 to K, ascending.
+    """
+
+    @property
+    def timesteps(self) -> Sequence[float]: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        """Move latents from level `source` to level `target`, given the model's output."""
+        ...
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
+        """Clean latents brought to `level` with the given Gaussian noise."""
+        ...
+
+    def below(self, timestep: float) -> Schedule:
+        """The levels under `timestep` only, for a run that stops short of the noisy end."""
+        ...
+
+
 @dataclass(frozen=True)
-class Schedule:
-    """The noise levels of a deterministic run, from clean to noisy.
+class DiffusionSchedule:
+    """Levels of a variance-preserving diffusion, stepped by DDIM with σ = 0.
 
     Attributes:
         timesteps: K training timesteps in ascending order.
@@ -27,19 +54,14 @@ class Schedule:
     def steps(self) -> int:
         return len(self.timesteps)
 
-    def below(self, timestep: int) -> Schedule:
-        """The levels under `timestep` only, for a run that stops short of the noisy end."""
-        kept = tuple(t for t in self.timesteps if t < timestep)
-        if not kept:
-            raise ValueError(f"no level of {self.timesteps} lies below timestep {timestep}")
-        return Schedule(kept, self.alphas_cumprod[: len(kept) + 1], self.prediction_type)
+    def below(self, timestep: float) -> DiffusionSchedule:
+        kept = _below(self.timesteps, timestep)
+        return DiffusionSchedule(kept, self.alphas_cumprod[: len(kept) + 1], self.prediction_type)
 
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        """Move latents from level `source` to level `target` (0 = clean, K = noisiest).
+        """The same formula both ways: x₀ and ε from the output at the source, recombined at the target.
 
-        The same formula runs both ways: x₀ and ε from the output at the source level, recombined at the
-            target
-        (Song et al., "Denoising Diffusion Implicit Models", eq. 12 with σ = 0).
+        Source: Song et al., "Denoising Diffusion Implicit Models", eq. 12.
         """
         a_source, a_target = self.alphas_cumprod[source], self.alphas_cumprod[target]
         signal, noise = a_source**0.5, (1.0 - a_source) ** 0.5
@@ -50,12 +72,51 @@ class Schedule:
             clean, epsilon = (latents - noise * output) / signal, output
         return a_target**0.5 * clean + (1.0 - a_target) ** 0.5 * epsilon
 
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
+        a = self.alphas_cumprod[level]
+        return a**0.5 * latents + (1.0 - a) ** 0.5 * noise
 
-def make_schedule(scheduler: Any, steps: int) -> Schedule:
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Levels of a rectified flow x = (1 − σ)·x₀ + σ·ε, whose model predicts ε − x₀, stepped by Euler.
+
+    Attributes:
+        timesteps: 1000·σ of levels 1 to K, ascending.
+        sigmas: K + 1 values; entry 0 is 0, the clean end.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    def below(self, timestep: float) -> FlowSchedule:
+        kept = _below(self.timesteps, timestep)
+        return FlowSchedule(kept, self.sigmas[: len(kept) + 1])
+
+    def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        return latents + (self.sigmas[target] - self.sigmas[source]) * output
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
+        sigma = self.sigmas[level]
+        return (1.0 - sigma) * latents + sigma * noise
+
+
+def _below(timesteps: tuple[Any, ...], timestep: float) -> tuple[Any, ...]:
+    kept = tuple(t for t in timesteps if t < timestep)
+    if not kept:
+        raise ValueError(f"no level of {timesteps} lies below timestep {timestep}")
+    return kept
+
+
+def make_schedule(scheduler: Any, steps: int) -> DiffusionSchedule:
     """The levels a diffusers DDIM-style `scheduler` visits in `steps` steps.
 
-    ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift:
-    diffusers' `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
+    ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift: diffusers'
+    `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
 
     Args:
         scheduler: a forward scheduler with `alphas_cumprod`, `final_alpha_cumprod`, `set_timesteps` and a
@@ -65,7 +126,36 @@ def make_schedule(scheduler: Any, steps: int) -> Schedule:
     Raises:
         ValueError: steps out of range or not dividing the schedule; an ε-prediction model at zero SNR.
     """
-    total = int(scheduler.config.num_train_timesteps)
+    check_steps(steps, int(scheduler.config.num_train_timesteps))
+    scheduler.set_timesteps(steps)
+    return _diffusion(scheduler, sorted(int(t) for t in scheduler.timesteps))
+
+
+def one_level(scheduler: Any, timestep: int) -> DiffusionSchedule:
+    """A schedule of one noise level, for reading a clip at that level in one evaluation.
+
+    Raises:
+        ValueError: the timestep is not one of the scheduler's.
+    """
+    check_level(timestep, int(scheduler.config.num_train_timesteps))
+    return _diffusion(scheduler, [timestep])
+
+
+def _diffusion(scheduler: Any, timesteps: list[int]) -> DiffusionSchedule:
+    kind = scheduler.config.prediction_type
+    if kind not in ("v_prediction", "epsilon"):
+        raise ValueError(f"the teacher's scheduler predicts {kind!r}; supported are v_prediction and epsilon")
+    alphas = scheduler.alphas_cumprod.double()
+    levels = (float(scheduler.final_alpha_cumprod), *(float(alphas[t]) for t in timesteps))
+    if kind == "epsilon" and min(levels) <= 0.0:
+        raise ValueError(
+            "an epsilon-prediction teacher cannot start from zero terminal SNR (ᾱ = 0 divides by zero)"
+        )
+    return DiffusionSchedule(tuple(timesteps), levels, kind)
+
+
+def check_steps(steps: int, total: int) -> None:
+    """Raise unless `steps` divides the `total` training timesteps."""
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 1 or steps > total or total % steps:
@@ -73,15 +163,11 @@ def make_schedule(scheduler: Any, steps: int) -> Schedule:
             f"steps={steps} must divide the {total} training timesteps of the teacher's schedule "
             "(for example 1, 2, 5, 10)"
         )
-    kind = scheduler.config.prediction_type
-    if kind not in ("v_prediction", "epsilon"):
-        raise ValueError(f"the teacher's scheduler predicts {kind!r}; supported are v_prediction and epsilon")
-    scheduler.set_timesteps(steps)
-    timesteps = tuple(sorted(int(t) for t in scheduler.timesteps))
-    alphas = scheduler.alphas_cumprod.double()
-    levels = (float(scheduler.final_alpha_cumprod), *(float(alphas[t]) for t in timesteps))
-    if kind == "epsilon" and min(levels) <= 0.0:
-        raise ValueError(
-            "an epsilon-prediction teacher cannot start from zero terminal SNR (ᾱ = 0 divides by zero)"
-        )
-    return Schedule(timesteps, levels, kind)
+
+
+def check_level(timestep: int, total: int) -> None:
+    """Raise unless `timestep` is one of the `total` training timesteps."""
+    if isinstance(timestep, bool) or not isinstance(timestep, int):
+        raise TypeError(f"noise_level must be an int, got {type(timestep).__name__}")
+    if not 0 <= timestep < total:
+        raise ValueError(f"noise_level={timestep} must be a timestep of the teacher, 0 to {total - 1}")

@@ -29,21 +29,23 @@ def mean_maps(teacher, clip: np.ndarray, text: str, steps: int, **options: objec
     """Ā of every head over text and vision, (heads, N, N), from whole softmax maps in float64."""
     total, count = 0.0, 0
 
-    def read(query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
-        nonlocal total, count
-        q, k = query[0].double().numpy(), key[0].double().numpy()
-        scores = np.einsum("hid,hjd->hij", q, k) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        n = q.shape[1]
-        total = total + sum(weights[..., i * n : (i + 1) * n] for i in range(fold))
-        count += 1
+    class Reader:
+        @staticmethod
+        def self_attention(query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
+            nonlocal total, count
+            q, k = query[0].double().numpy(), key[0].double().numpy()
+            scores = np.einsum("hid,hjd->hij", q, k) / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            n = q.shape[1]
+            total = total + sum(weights[..., i * n : (i + 1) * n] for i in range(fold))
+            count += 1
 
     schedule = teacher.schedule(steps)
     latents = teacher.encode_video(clip).latents
     empty, prompt = teacher.encode_text("").embeds, teacher.encode_text(text).embeds
     trajectory = invert(teacher, latents, schedule, empty)
-    reconstruct(teacher, trajectory, schedule, prompt, empty, reader=read, **options)
+    reconstruct(teacher, trajectory, schedule, prompt, empty, readers=lambda level: Reader(), **options)
     assert count == teacher.layers * steps
     return total / count
 

@@ -27,6 +27,7 @@ def make_prior(seed: int = 0) -> MotionPrior:
         all_spans=[(0, 3), (4, 7), (8, 14), (15, 20)],
         token_scores=[0.1, 0.3, 0.1, 1 / 3],
         kept=[1, 3],
+        confidence={"concentration": 0.1, "variation": 0.4, "confidence": 0.2},
         teacher="t" * 32,
         settings=PriorSettings(steps=2, sampled_rows="all"),
         frames_given=17,
@@ -65,7 +66,8 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     keys.add(prior_key(base[0], "Text", *base[2:]))
     keys.add(prior_key(*base[:2], "u" * 32, base[3]))
     changed = {"steps": 10, "guidance_scale": 5.0, "start": "random", "memory": False, "head_ratio": 0.25}
-    changed |= {"token_ratio": 0.75, "sampled_rows": "all", "seed": 1}
+    changed |= {"token_ratio": 0.75, "sampled_rows": "all", "seed": 1, "mode": "renoise", "noise_level": 300}
+    changed |= {"step_weights": (0, 0, 0, 1, 1)}
     assert set(changed) == {f.name for f in dataclasses.fields(PriorSettings)}
     keys |= {prior_key(*base[:3], PriorSettings(**{name: value})) for name, value in changed.items()}
     assert len(keys) == 4 + len(changed)

@@ -24,7 +24,7 @@ class Maps:
         self.maps: list[torch.Tensor] = []
         self.unfolded: list[torch.Tensor] = []
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
+    def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
         query, key = query.double(), key.double()
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
@@ -143,7 +143,9 @@ def test_reconstruction_by_hand(teacher, clip: np.ndarray) -> None:
     schedule = teacher.schedule(2)
     trajectory = invert(teacher, latents, schedule, empty)
     reader = Maps()
-    result = reconstruct(teacher, trajectory, schedule, text, empty, guidance_scale=6.0, reader=reader)
+    result = reconstruct(
+        teacher, trajectory, schedule, text, empty, guidance_scale=6.0, readers=lambda level: reader
+    )
     x, maps = trajectory[-1], Maps()
     for level in (2, 1):
         outputs = []

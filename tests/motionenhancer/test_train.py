@@ -19,6 +19,7 @@ from motionenhancer.dataset import MotionCollator, MotionDataset
 from motionenhancer.store import PriorStore
 from motionenhancer.train import TrainArguments
 from motionenhancer.trainer import MotionTrainer
+from motionenhancer.vdm import load_teacher, teacher_id
 from motionenhancer.vlm import load_student
 
 FAST = {
@@ -139,9 +140,9 @@ def parts(world: World, tmp_path: Path, *, priors: bool = True):
     if priors:
         settings = extract.PriorSettings(steps=1)
         skips = SkipLog()
-        requests = extract.plan_priors(samples, extract.teacher_id(world.teacher), settings, "both", skips)
+        requests = extract.plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
         made = extract.make_priors(
-            requests, store, settings, lambda: extract.load_teacher(world.teacher, "cpu"), skips
+            requests, store, settings, lambda: load_teacher(world.teacher, "cpu"), skips
         )
         keys = made.keys
         assert len(keys) == len(samples)
@@ -299,6 +300,40 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
         arguments(
             tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
         )
+
+
+def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_path: Path) -> None:
+    from motionenhancer.aligner import align
+    from motionenhancer.vlm import capture_attention
+
+    model, dataset, collator = parts(world, tmp_path)
+    batch = collator([dataset[0], dataset[1]])
+    alignment, _, _ = (batch.pop(name) for name in ("alignment", "ids", "skipped"))
+    with capture_attention(model, alignment.rows, alignment.columns) as captured, torch.no_grad():
+        model(**batch)
+    chosen = {"grid": alignment.grids, "row_tokens": alignment.row_tokens}
+
+    def one(which: int) -> torch.Tensor:
+        priors = [prior if i == which else None for i, prior in enumerate(alignment.priors)]
+        return align(captured, priors, **chosen)
+
+    first, second = one(0), one(1)
+    sure = [prior.confidence["confidence"] for prior in alignment.priors]
+    assert 0 < sure[0] < 1
+    assert sure[0] != sure[1]
+    trainer = MotionTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=dataset,
+        data_collator=collator,
+        confidence_gate=max(sure),
+    )
+    weights = trainer._weights(alignment.priors)
+    assert weights == pytest.approx([c / max(sure) for c in sure])
+    gated = align(captured, alignment.priors, **chosen, weights=weights)
+    torch.testing.assert_close(gated, (weights[0] * first + weights[1] * second) / 2)
+    trainer.confidence_gate = 0.0
+    assert trainer._weights(alignment.priors) is None
 
 
 # ---- bad input ----
@@ -471,9 +506,7 @@ def test_samples_that_share_an_id_keep_their_own_priors(world: World, tmp_path: 
     assert report["skipped"]["notes"] == {"repeated id, numbered": 2}
 
 
-def test_real_clips_in_the_messages_format(
-    world: World, tmp_path: Path, real_clips: dict[str, Path]
-) -> None:
+def test_real_clips_in_the_messages_format(world: World, tmp_path: Path, real_clips: dict[str, Path]) -> None:
     lines = [
         {
             "messages": [

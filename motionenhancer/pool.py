@@ -1,0 +1,110 @@
+"""A teacher's attention pooled over layers and steps as it is read, per head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mekernels import MotionScores, MotionStatistics, VideoTokens, attention_rows
+
+if TYPE_CHECKING:
+    from .prior import PriorSettings
+
+
+class AttentionPool:
+    """An `AttentionReader` that keeps what a prior needs: MotionStatistics, and cross-attention rows if any.
+
+    Args:
+        layout: where self-attention keeps text and vision.
+        heads: heads of the self-attention.
+        tokens: real tokens of the prompt, which come first among the text.
+        settings: which rows are sampled, and how the steps are weighted.
+        device: of the sums.
+    """
+
+    def __init__(
+        self, layout: VideoTokens, heads: int, tokens: int, settings: PriorSettings, device: torch.device
+    ) -> None:
+        self.layout, self.tokens, self.settings = layout, tokens, settings
+        first = layout.text_slice.start
+        self._joint = layout.text > 0
+        self._arguments = {
+            "video": layout,
+            "heads": heads,
+            "text_rows": torch.arange(first, first + (tokens if self._joint else 0)),
+            "sampled_rows": settings.sampled_rows,
+            "device": device,
+        }
+        self._statistics = MotionStatistics(**self._arguments)  # type: ignore[arg-type]
+        self._words: torch.Tensor | None = None
+        self._word_updates = 0
+        self._level: int | None = None
+        self._weighted: dict[str, torch.Tensor] = {}
+        self._layers = 0
+
+    # ---- reading ----
+
+    def at_level(self, level: int) -> AttentionPool | None:
+        """The reader of a noise level, 1 the cleanest; None where the level has no weight."""
+        weights = self.settings.step_weights
+        if weights is None:
+            return self
+        self._close_level()
+        self._level = level
+        return self if self._weight(level) > 0 else None
+
+    def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
+        self._statistics.update(query, key, lse, fold=fold)
+
+    def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
+        rows = torch.arange(self.tokens, device=text.device)[None]
+        read = attention_rows(text, vision, rows, slice(0, self.layout.vision))[0]
+        self._words = read if self._words is None else self._words + read
+        self._word_updates += 1
+
+    # ---- what was read ----
+
+    def scores(self) -> MotionScores:
+        """Motion scores of the self-attention's heads."""
+        self._finish()
+        return self._statistics.scores()
+
+    def text_attention(self, heads: torch.Tensor) -> torch.Tensor:
+        """(T, S): each word's row, mean over the chosen heads, or over all heads of a cross-attention."""
+        self._finish()
+        if self._joint:
+            return self._statistics.text_attention(heads)
+        if self._words is None:
+            raise ValueError("no cross-attention was read")
+        return self._words / self._word_updates
+
+    # ---- weighted steps: each level's sums are scaled and added once the next level begins ----
+
+    def _weight(self, level: int) -> float:
+        weights = self.settings.step_weights
+        assert weights is not None
+        return weights[self.settings.steps - level] / sum(weights)
+
+    def _close_level(self) -> None:
+        if self._level is None or not self._statistics.updates:
+            return
+        weight = self._weight(self._level)
+        state = dict(self._statistics.state_dict())
+        self._layers = int(state.pop("updates"))
+        if self._words is not None:
+            state["words"] = self._words / self._word_updates
+        for name, value in state.items():
+            scaled = value * weight
+            self._weighted[name] = self._weighted[name] + scaled if name in self._weighted else scaled
+        self._statistics = MotionStatistics(**self._arguments)  # type: ignore[arg-type]
+        self._words, self._word_updates = None, 0
+
+    def _finish(self) -> None:
+        self._close_level()
+        if not self._weighted:
+            return
+        self._words = self._weighted.pop("words", None)
+        self._word_updates = 1
+        self._statistics.load_state_dict({**self._weighted, "updates": torch.tensor(self._layers)})
+        self._weighted, self._level = {}, None

@@ -1,0 +1,80 @@
+"""What all families share: loading a diffusers folder, and text with the characters of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import TextEncoding
+
+
+def load_pipeline(
+    cls: Any,
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_tiling: bool,
+    offload_text_encoder: bool,
+    compile: bool | str,
+    blocks: str,
+) -> Any:
+    """A frozen diffusers pipeline from a folder on disk, each part where it belongs."""
+    pipeline = cls.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for name in ("transformer", "vae", "text_encoder"):
+        module = getattr(pipeline, name)
+        module.requires_grad_(False)
+        module.eval()
+        module.to(torch.device("cpu") if name == "text_encoder" and offload_text_encoder else device)
+    if not pipeline.tokenizer.is_fast:
+        raise ValueError(f"teacher {path}: its tokenizer gives no character offsets; a fast one is needed")
+    if vae_tiling:
+        pipeline.vae.enable_tiling()
+    if compile:
+        options = {"backend": compile} if isinstance(compile, str) else {}
+        for block in pipeline.transformer.get_submodule(blocks):
+            block.compile(**options)
+    return pipeline
+
+
+def tokenize(tokenizer: Any, text: str, length: int) -> tuple[Any, TextEncoding]:
+    """A prompt padded to `length` → the tokenizer's tensors and the encoding, its `embeds` still empty."""
+    encoded = tokenizer(
+        text,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )
+    ids, mask = encoded["input_ids"][0], encoded["attention_mask"][0].bool()
+    real = mask & ~encoded["special_tokens_mask"][0].bool()
+    positions = real.nonzero()[:, 0].tolist()
+    if positions != list(range(len(positions))):
+        raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
+    spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"][0][real].tolist())
+    full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = tuple(tokenizer.convert_ids_to_tokens(ids[real].tolist()))
+    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, max(0, full - len(spans)))
+
+
+def valid_size(size: tuple[int, int], multiple: int, name: str = "size") -> tuple[int, int]:
+    """Raise unless height and width are positive multiples of `multiple` pixels."""
+    if len(size) != 2 or any(not isinstance(n, int) or n < multiple or n % multiple for n in size):
+        raise ValueError(f"{name} must be (height, width), multiples of {multiple} pixels, got {size}")
+    return size
+
+
+def check_latents(found: Sequence[int], size: tuple[int, int], scale: int) -> None:
+    """Raise where tiled encoding gave latents of another size: tiles and clip did not match."""
+    wanted = (size[0] // scale, size[1] // scale)
+    if tuple(found) != wanted:
+        raise ValueError(
+            f"the VAE turned {size[0]}x{size[1]} pixels into {tuple(found)} latents, not {wanted}: "
+            "clips of this size cannot be encoded in tiles"
+        )
