@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
+from .. import backends, checks, flash_packages, reference
 
 aten = torch.ops.aten
 
@@ -35,9 +35,10 @@ def flash_attention(
         value: (B, Hk, Nk, Dv).
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
         causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A row that sees nothing gives zeros.
-        backend: ``"auto"``, ``"torch"`` (chunked composite) or ``"reference"``, or a torch kernel:
-            ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``. Where it is ``"auto"`` the backend of
-            :func:`mekernels.use_backend` holds.
+        backend: ``"auto"``, ``"torch"`` (chunked composite) or ``"reference"``; a kernel of torch:
+            ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``; or one of a package that is
+            installed: ``"flash_attn_3"``, ``"flash_attn"``, ``"xformers"``. Where it is ``"auto"`` the
+            backend of :func:`mekernels.use_backend` holds.
 
     Returns:
         out (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value, and lse
@@ -72,6 +73,8 @@ def flash_attention(
             reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
         )
         return out, lse.to(checks.accumulate_dtype(query.dtype)).detach()
+    if backend == "auto" and _prefers_cudnn(query, key, value, scale, causal):
+        backend = "cudnn"
     out, lse = backends.dispatch("flash_attention", backend, query, key, value, scale, causal)
     return out, lse.detach()
 
@@ -149,6 +152,33 @@ def _cudnn_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, caus
     if query.shape[1] != key.shape[1]:
         reasons.append("grouped-query heads are not supported")
     return reasons
+
+
+def _prefers_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> bool:
+    """On Hopper and later cuDNN's attention outruns torch's own, which is written for Ampere."""
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (9, 0):
+        return False
+    # Earlier ones gave wrong results at some lengths; torch itself avoids them.
+    if (torch.backends.cudnn.version() or 0) < 91500:
+        return False
+    table = backends.table("flash_attention")
+    if not backends.reasons_of(table["flash_attn_3"], query, key, value, scale, causal):
+        return False
+    return not backends.reasons_of(table["cudnn"], query, key, value, scale, causal)
+
+
+def _package_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
+    found = _cuda_reasons(query, key, value, scale, causal) + _half_reasons(query, (8, 0))
+    if query.shape[3] > 256:
+        found.append(f"width {query.shape[3]} is above 256")
+    return found
+
+
+def _hopper_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
+    found = _package_reasons(query, key, value, scale, causal)
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
+        found.append("needs compute capability 9.0")
+    return found
 
 
 def _cudnn_machine() -> list[str]:
@@ -284,7 +314,28 @@ def _backward(ctx, grad, _):
 flash_attention_op.register_autograd(_backward, setup_context=_setup)
 
 backends.register("flash_attention", "cpu_flash", _cpu_flash, reasons=_cpu_flash_reasons)
+backends.register(
+    "flash_attention",
+    "flash_attn_3",
+    flash_packages.flash_attn_3,
+    reasons=_hopper_reasons,
+    machine=lambda: list(flash_packages.missing("flash_attn_3")),
+)
 backends.register("flash_attention", "flash", _flash, reasons=_flash_reasons, machine=_no_cuda)
 backends.register("flash_attention", "cudnn", _cudnn, reasons=_cudnn_reasons, machine=_cudnn_machine)
+backends.register(
+    "flash_attention",
+    "flash_attn",
+    flash_packages.flash_attn,
+    reasons=_package_reasons,
+    machine=lambda: list(flash_packages.missing("flash_attn")),
+)
+backends.register(
+    "flash_attention",
+    "xformers",
+    flash_packages.xformers,
+    reasons=_package_reasons,
+    machine=lambda: list(flash_packages.missing("xformers")),
+)
 backends.register("flash_attention", "efficient", _efficient, reasons=_efficient_reasons, machine=_no_cuda)
 backends.register("flash_attention", "torch", _composite)

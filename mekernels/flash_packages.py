@@ -1,0 +1,99 @@
+"""Attention of the optional packages flash-attn (2 and 3) and xformers, behind one signature.
+
+Both take (batch, tokens, heads, width) and hand back the natural-log logsumexp as (batch, heads, queries).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Result = tuple[Tensor, Tensor]
+
+PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "xformers": "xformers.ops"}
+"""Backend names and the modules they need."""
+
+
+@functools.cache
+def missing(backend: str) -> tuple[str, ...]:
+    """Why the package of a backend cannot be used on this machine."""
+    name = PACKAGES[backend]
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        return (f"the package {name.partition('.')[0]} is not installed",)
+    if not torch.cuda.is_available():
+        return ("no CUDA device",)
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        return (f"importing {name} failed: {error}",)
+    return ()
+
+
+def _module(backend: str) -> Any:
+    return importlib.import_module(PACKAGES[backend])
+
+
+def flash_attn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+    """flash-attn 2. Its third result, the weights, exists only with dropout."""
+    tensors = (item.transpose(1, 2) for item in (query, key, value))
+    out, lse, *_ = _module("flash_attn").flash_attn_func(
+        *tensors, softmax_scale=scale, causal=causal, return_attn_probs=True
+    )
+    return out.transpose(1, 2), lse
+
+
+def flash_attn_3(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+    """flash-attn 3 for Hopper. Early releases return the pair without being asked and know no such option."""
+    function = _module("flash_attn_3").flash_attn_func
+    tensors = [item.transpose(1, 2) for item in (query, key, value)]
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
+    try:
+        result = function(*tensors, **options, return_attn_probs=True)
+    except TypeError as error:
+        if "return_attn_probs" not in str(error):
+            raise
+        result = function(*tensors, **options)
+    return result[0].transpose(1, 2), result[1]
+
+
+class _Xformers(torch.autograd.Function):
+    """The calls of xformers that hand out the logsumexp leave the gradient to their caller."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+        ops = _module("xformers")
+        bias = ops.LowerTriangularMask() if causal else None
+        out, lse = ops.fmha.memory_efficient_attention_forward_requires_grad(
+            query, key, value, attn_bias=bias, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, *grads: Any) -> Any:
+        ops = _module("xformers")
+        query, key, value, out, lse = ctx.saved_tensors
+        bias = ops.LowerTriangularMask() if ctx.causal else None
+        given = grads[0].contiguous()
+        result = ops.fmha.memory_efficient_attention_backward(
+            given, out, lse, query, key, value, attn_bias=bias, scale=ctx.scale
+        )
+        return *result, None, None
+
+
+def xformers(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+    """Memory-efficient attention of xformers, whichever of its kernels takes the call."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (item.repeat_interleave(groups, dim=1) for item in (key, value))
+    tensors = (item.transpose(1, 2) for item in (query, key, value))
+    out, lse = _Xformers.apply(*tensors, scale, causal)
+    # Some of its kernels pad the rows of the logsumexp.
+    return out.transpose(1, 2), lse[:, :, : query.shape[2]]
