@@ -18,10 +18,11 @@ import torch
 from vlm_support import clip, sharp_student
 
 from motionenhancer import eval as evaluate
+from motionenhancer.data import read_frames, read_samples
 from motionenhancer.evaluation import generate
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.toy.world import ToyFolder, write_world
-from motionenhancer.vlm import student_family
+from motionenhancer.vlm import load_student, student_family
 
 DATA = Path(__file__).parent / "data_eval"
 MOTIONBENCH, FAVOR = DATA / "video_info.meta.jsonl", DATA / "video_perspective.json"
@@ -196,6 +197,32 @@ def test_requests_are_what_the_chat_template_asks() -> None:
         )
         new = plain[:, inputs["input_ids"].shape[1] :]
         assert answer == processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]
+
+
+def test_a_student_that_learned_the_answers_is_right(
+    student_dir: Path, toy: ToyFolder, tmp_path: Path
+) -> None:
+    """Fitted to three questions as training puts them, it answers all three; none before."""
+    samples = list(read_samples(toy.test, toy.videos))[:3]
+    flags = {"data": toy.test, "video_root": toy.videos, "limit": 3, "video_fps": 2, "batch_size": 2}
+    assert main(tmp_path / "before", student=student_dir, **flags) == 0
+    assert scores_of(tmp_path / "before")["overall"] == 0
+    model, processor, family = load_student(student_dir)
+    encoded = [family.encode(processor, s, [read_frames(s.videos[0], num_frames=4)]) for s in samples]
+    batch = family.collate(encoded, pad_token_id=processor.tokenizer.pad_token_id)
+    del batch["layouts"]
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for _ in range(200):
+        loss = model(**batch).loss
+        if loss < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "fitted")
+    processor.save_pretrained(tmp_path / "fitted")
+    assert main(tmp_path / "after", student=tmp_path / "fitted", **flags) == 0
+    assert scores_of(tmp_path / "after")["overall"] == 100
 
 
 @pytest.fixture(scope="module")
