@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .base import AttentionReader, Teacher, TextEncoding, VideoLatents
+from .folder import LoadOptions
 from .identity import teacher_id
 from .inversion import Reconstruction, invert, reconstruct, renoise, roundtrip_error
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
@@ -83,17 +84,17 @@ def load_teacher(
     module, cls = FAMILIES[name]
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = getattr(importlib.import_module(f".{module}", __package__), cls)
-    return family.from_pretrained(
-        Path(path),
-        device=where,
-        dtype=dtype or teacher_dtype(where),
-        size=size,
-        frames=frames,
-        vae_tiling=vae_tiling,
-        offload_text_encoder=offload_text_encoder,
-        compile=compile,
-        split_batch=split_batch,
+    options = LoadOptions(
+        where,
+        dtype or teacher_dtype(where),
+        size,
+        frames,
+        vae_tiling,
+        offload_text_encoder,
+        compile,
+        split_batch,
     )
+    return family.from_pretrained(Path(path), options)
 
 
 def teacher_dtype(device: torch.device | str) -> torch.dtype:

@@ -17,9 +17,8 @@ from mekernels import VideoTokens
 
 from .attention import attend
 from .base import AttentionReader, TextEncoding, VideoLatents
-from .folder import check_latents, load_pipeline, tokenize, valid_size
+from .folder import LoadOptions, check_latents, load_pipeline, tokenize, valid_size
 from .frames import nearest_valid_count, resample_frames, to_pixels
-from .identity import teacher_id
 from .schedule import DiffusionSchedule, make_schedule, one_level
 
 #: 1.5's configuration names the largest grid of its rotary table, not the size of its clips.
@@ -51,39 +50,19 @@ class CogVideoXTeacher:
     _empty: TextEncoding | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        size: tuple[int, int] | None,
-        frames: int | None,
-        vae_tiling: bool,
-        offload_text_encoder: bool,
-        compile: bool | str,
-        split_batch: bool,
-    ) -> CogVideoXTeacher:
-        name = teacher_id(path, dtype=dtype, size=size, frames=frames, vae_tiling=vae_tiling)
-        pipeline = load_pipeline(
-            CogVideoXPipeline,
-            path,
-            device=device,
-            dtype=dtype,
-            vae_tiling=vae_tiling,
-            offload_text_encoder=offload_text_encoder,
-            compile=compile,
-            blocks="transformer_blocks",
-        )
+    def from_pretrained(cls, path: Path, options: LoadOptions) -> CogVideoXTeacher:
+        pipeline = load_pipeline(CogVideoXPipeline, path, options, blocks="transformer_blocks")
         # 5B ships a stochastic DPM scheduler; its config makes the deterministic one, SNR shift included.
         pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)
         scale, config = pipeline.vae_scale_factor_spatial, pipeline.transformer.config
         trained = (config.sample_height * scale, config.sample_width * scale)
         if config.patch_size_t is not None:
             trained = (min(trained[0], _LARGEST_1_5[0]), min(trained[1], _LARGEST_1_5[1]))
-        chosen = valid_size(size or trained, scale * config.patch_size)
-        teacher = cls(pipeline, name, device, dtype, chosen, 0, split_batch)
-        return replace(teacher, max_frames=teacher.valid_frames(frames or config.sample_frames))
+        chosen = valid_size(options.size or trained, scale * config.patch_size)
+        teacher = cls(
+            pipeline, options.id(path), options.device, options.dtype, chosen, 0, options.split_batch
+        )
+        return replace(teacher, max_frames=teacher.valid_frames(options.frames or config.sample_frames))
 
     @property
     def config(self) -> Any:

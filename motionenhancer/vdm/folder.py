@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .base import TextEncoding
+from .identity import teacher_id
 
 
-def load_pipeline(
-    cls: Any,
-    path: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae_tiling: bool,
-    offload_text_encoder: bool,
-    compile: bool | str,
-    blocks: str,
-) -> Any:
-    """A frozen diffusers pipeline from a folder on disk, each part where it belongs."""
-    pipeline = cls.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a teacher is loaded; see `load_teacher`, which fills in device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    vae_tiling: bool = False
+    offload_text_encoder: bool = False
+    compile: bool | str = False
+    split_batch: bool = False
+
+    def id(self, path: Path) -> str:
+        """The teacher's id under these options."""
+        return teacher_id(
+            path, dtype=self.dtype, size=self.size, frames=self.frames, vae_tiling=self.vae_tiling
+        )
+
+
+def load_pipeline(cls: Any, path: Path, options: LoadOptions, *, blocks: str) -> Any:
+    """A frozen diffusers pipeline from a folder on disk, each part where it belongs.
+
+    Args:
+        cls: the pipeline's class.
+        path: the folder.
+        options: how to load it.
+        blocks: name of the transformer's list of blocks, which are what gets compiled.
+    """
+    pipeline = cls.from_pretrained(path, dtype=options.dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     for name in ("transformer", "vae", "text_encoder"):
         module = getattr(pipeline, name)
         module.requires_grad_(False)
         module.eval()
-        module.to(torch.device("cpu") if name == "text_encoder" and offload_text_encoder else device)
+        stays = name == "text_encoder" and options.offload_text_encoder
+        module.to(torch.device("cpu") if stays else options.device)
     if not pipeline.tokenizer.is_fast:
         raise ValueError(f"teacher {path}: its tokenizer gives no character offsets; a fast one is needed")
-    if vae_tiling:
+    if options.vae_tiling:
         pipeline.vae.enable_tiling()
-    if compile:
-        options = {"backend": compile} if isinstance(compile, str) else {}
+    if options.compile:
+        backend = {"backend": options.compile} if isinstance(options.compile, str) else {}
         for block in pipeline.transformer.get_submodule(blocks):
-            block.compile(**options)
+            block.compile(**backend)
     return pipeline
 
 

@@ -22,9 +22,8 @@ from mekernels import VideoTokens
 
 from .attention import attend
 from .base import AttentionReader, TextEncoding, VideoLatents
-from .folder import check_latents, load_pipeline, tokenize, valid_size
+from .folder import LoadOptions, check_latents, load_pipeline, tokenize, valid_size
 from .frames import nearest_valid_count, resample_frames, to_pixels
-from .identity import teacher_id
 from .schedule import FlowSchedule, check_level, check_steps
 
 TEXT_LENGTH = 512
@@ -50,36 +49,16 @@ class WanTeacher:
     _empty: TextEncoding | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        size: tuple[int, int] | None,
-        frames: int | None,
-        vae_tiling: bool,
-        offload_text_encoder: bool,
-        compile: bool | str,
-        split_batch: bool,
-    ) -> WanTeacher:
-        name = teacher_id(path, dtype=dtype, size=size, frames=frames, vae_tiling=vae_tiling)
-        pipeline = load_pipeline(
-            WanPipeline,
-            path,
-            device=device,
-            dtype=dtype,
-            vae_tiling=vae_tiling,
-            offload_text_encoder=offload_text_encoder,
-            compile=compile,
-            blocks="blocks",
-        )
+    def from_pretrained(cls, path: Path, options: LoadOptions) -> WanTeacher:
+        pipeline = load_pipeline(WanPipeline, path, options, blocks="blocks")
         config = pipeline.transformer.config
         if config.patch_size[0] != 1 or config.added_kv_proj_dim is not None or config.image_dim is not None:
             raise ValueError(f"teacher {path}: only Wan text-to-video models are supported")
-        chosen = valid_size(size or _SIZE, pipeline.vae_scale_factor_spatial * config.patch_size[1])
-        teacher = cls(pipeline, name, device, dtype, chosen, 0, split_batch)
-        return replace(teacher, max_frames=teacher.valid_frames(frames or _FRAMES))
+        chosen = valid_size(options.size or _SIZE, pipeline.vae_scale_factor_spatial * config.patch_size[1])
+        teacher = cls(
+            pipeline, options.id(path), options.device, options.dtype, chosen, 0, options.split_batch
+        )
+        return replace(teacher, max_frames=teacher.valid_frames(options.frames or _FRAMES))
 
     @property
     def heads(self) -> int:

@@ -1,4 +1,4 @@
-"""The training command on tiny real models: what it writes, what it refuses, what it equals."""
+"""The training command on tiny real models: what it leaves behind and what it equals."""
 
 from __future__ import annotations
 
@@ -11,42 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_world import World
-from transformers import Trainer, TrainerCallback
+from train_support import Weights, arguments, flags, parts, report_of, weights_of
+from transformers import Trainer
 
-from motionenhancer import extract, train
-from motionenhancer.data import SkipLog, read_samples
-from motionenhancer.dataset import MotionCollator, MotionDataset
-from motionenhancer.store import PriorStore
-from motionenhancer.train import TrainArguments
+from motionenhancer import train
+from motionenhancer.aligner import align, build_aligner
 from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vdm import load_teacher, teacher_id
-from motionenhancer.vlm import load_student
-
-FAST = {
-    "ddim_steps": 1,
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "video_fps": 4,
-    "save_strategy": "no",
-    "warmup_steps": 0,
-    "lr_scheduler_type": "constant",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-
-
-def flags(world: World, out: Path, **options: object) -> list[str]:
-    return world.flags(output_dir=out, **{**FAST, "prior_dir": out.parent / "priors", **options})
-
-
-def report_of(out: Path) -> dict:
-    return json.loads((out / "motion_report.json").read_text())
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model.safetensors")
+from motionenhancer.vlm import capture_attention, load_student
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +92,6 @@ def test_the_toy_default_says_that_its_teacher_is_untrained(
 
 
 # ---- what a run equals ----
-
-
-class Weights(TrainerCallback):
-    """Keeps the model's weights after every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        self.steps.append({k: v.detach().clone() for k, v in model.state_dict().items()})
-
-
-def parts(world: World, tmp_path: Path, *, priors: bool = True):
-    model, processor, family = load_student(world.student)
-    samples = list(read_samples(world.data, world.videos, SkipLog()))
-    store, keys = PriorStore(tmp_path / "priors"), {}
-    if priors:
-        settings = extract.PriorSettings(steps=1)
-        skips = SkipLog()
-        requests = extract.plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
-        made = extract.make_priors(
-            requests, store, settings, lambda: load_teacher(world.teacher, "cpu"), skips
-        )
-        keys = made.keys
-        assert len(keys) == len(samples)
-    dataset = MotionDataset(samples, family, processor, keys=keys, store=store, fps=4)
-    return model, dataset, MotionCollator(family, processor)
-
-
-def arguments(tmp_path: Path, **options: object) -> TrainArguments:
-    settings = {k: v for k, v in FAST.items() if k not in ("ddim_steps", "video_fps")}
-    return TrainArguments(output_dir=str(tmp_path / "out"), **{**settings, **options})
 
 
 def test_weight_zero_is_the_plain_trainer_bit_for_bit(world: World, tmp_path: Path) -> None:
@@ -257,7 +196,6 @@ def test_checkpointing_changes_nothing(world: World, tmp_path: Path) -> None:
 
 
 def test_the_aligner_is_trained_and_left_out_of_the_checkpoint(world: World, tmp_path: Path) -> None:
-    from motionenhancer.aligner import build_aligner
 
     model, dataset, collator = parts(world, tmp_path)
     aligner = build_aligner("mlp", (5, 8, 8))
@@ -303,8 +241,6 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_path: Path) -> None:
-    from motionenhancer.aligner import align
-    from motionenhancer.vlm import capture_attention
 
     model, dataset, collator = parts(world, tmp_path)
     batch = collator([dataset[0], dataset[1]])
@@ -334,197 +270,3 @@ def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_p
     torch.testing.assert_close(gated, (weights[0] * first + weights[1] * second) / 2)
     trainer.confidence_gate = 0.0
     assert trainer._weights(alignment.priors) is None
-
-
-# ---- bad input ----
-
-
-def test_nan_stops_the_run_and_names_the_samples(world: World, tmp_path: Path) -> None:
-    model, dataset, collator = parts(world, tmp_path)
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("nan")
-    trainer = MotionTrainer(
-        model=model, args=arguments(tmp_path), train_dataset=dataset, data_collator=collator
-    )
-    with pytest.raises(FloatingPointError, match=r"nan.*step 0.*train-0000"):
-        trainer.train()
-
-
-def test_another_runs_folder_is_refused(
-    trained: Path, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (trained / "model.safetensors").read_bytes()
-    assert train.main(flags(world, trained, alignment_weight=0.5)) == 2
-    assert "alignment_weight: 1.0 there, 0.5 now" in capsys.readouterr().err
-    assert (trained / "model.safetensors").read_bytes() == before
-
-
-def test_a_folder_of_something_else_is_refused(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("precious")
-    assert train.main(flags(world, tmp_path / "out")) == 2
-    assert "thesis.tex" in capsys.readouterr().err
-
-
-def test_an_unwritable_folder_is_refused(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert train.main(flags(world, tmp_path / "file" / "out")) == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"student": "missing"}, "missing"),
-        ({"teacher": "missing"}, "missing"),
-        ({"data": "missing.jsonl"}, "missing.jsonl"),
-        ({"video_root": "missing"}, "missing"),
-        ({"ddim_steps": 3}, "steps=3"),
-        ({"prior_source": "store"}, "python -m motionenhancer.extract"),
-        ({"head_ratio": 0}, "head_ratio"),
-    ],
-)
-def test_one_clear_error(
-    world: World, tmp_path: Path, options: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train.main(flags(world, tmp_path / "out", **options)) == 2
-    assert said in capsys.readouterr().err
-
-
-def rows(world: World) -> list[dict]:
-    return [json.loads(line) for line in world.data.read_text().splitlines()]
-
-
-def test_bad_samples_are_counted_and_the_rest_is_trained(world: World, tmp_path: Path) -> None:
-    good = rows(world)
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    for row in good:
-        (videos / row["video"]).write_bytes((world.videos / row["video"]).read_bytes())
-    body = (videos / good[0]["video"]).read_bytes()
-    (videos / "truncated.mp4").write_bytes(body[: len(body) // 2])
-    (videos / "garbage.mp4").write_bytes(bytes(range(256)) * 40)
-    (videos / "empty.mp4").write_bytes(b"")
-    one_frame(videos / "still.mp4")
-    bad = [
-        {**good[0], "id": name, "video": f"{name}.mp4"}
-        for name in ("truncated", "garbage", "empty", "still", "absent")
-    ]
-    untagged = json.loads(json.dumps(good[0]).replace("<video>", "").replace('"id": "', '"id": "untagged-'))
-    wordless = {**good[0], "id": "wordless", "conversations": [
-        {"from": "human", "value": "<video>\n ?"}, {"from": "gpt", "value": ""}
-    ]}  # fmt: skip
-    lines = [json.dumps(row) for row in [*good[:3], *bad, untagged, wordless]] + ["{not json"]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines) + "\n")
-    out = tmp_path / "out"
-    assert train.main(flags(world, out, data=data, video_root=videos)) == 0
-    skipped = report_of(out)["skipped"]
-    named = {entry["id"] for entry in skipped["entries"]}
-    assert {"truncated", "garbage", "empty", "still", "absent", "wordless"} <= named
-    assert any("untagged" in name for name in named)
-    assert any(entry["line"] == len(lines) for entry in skipped["entries"])
-    assert skipped["total"] == 8
-    assert {s["id"] for s in report_of(out)["samples"]} == {row["id"] for row in good[:3]}
-
-
-def one_frame(path: Path) -> None:
-    import numpy as np
-
-    from motionenhancer.toy.encode import encode_video
-
-    encode_video(path, np.full((1, 64, 64, 3), 90, np.uint8), fps=8)
-
-
-def test_a_clip_that_breaks_later_gives_way_to_the_next(world: World, tmp_path: Path) -> None:
-    _, dataset, collator = parts(world, tmp_path)
-    missing = dataset.samples[1].videos[0]
-    broken = tmp_path / "gone.mp4"
-    object.__setattr__(dataset.samples[1], "videos", (broken,))
-    items = [dataset[0], dataset[1]]
-    assert items[1].id == dataset.samples[2].id
-    batch = collator(items)
-    assert list(batch["skipped"]) == [dataset.samples[1].id]
-    assert "gone.mp4" in batch["skipped"][dataset.samples[1].id]
-    object.__setattr__(dataset.samples[1], "videos", (missing,))
-
-
-def test_a_prior_without_mappable_words_counts_and_costs_nothing(world: World, tmp_path: Path) -> None:
-    import dataclasses
-
-    _, dataset, collator = parts(world, tmp_path)
-    items = [dataset[i] for i in range(2)]
-    words = dataclasses.replace(
-        items[0].words, rows=[], row_tokens=[], dropped=list(range(items[0].words.count))
-    )
-    batch = collator([dataclasses.replace(items[0], words=words), items[1]])
-    assert batch["alignment"].count == 1
-    assert batch["alignment"].mapped == items[1].words.mapped
-    assert batch["alignment"].words == items[0].words.count + items[1].words.count
-    assert collator([dataclasses.replace(items[0], words=words)])["alignment"] is None
-
-
-def test_damaged_priors_are_made_anew(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert train.main(flags(world, out)) == 0
-    store = PriorStore(tmp_path / "priors")
-    keys = sorted(store)
-    before = store.path(keys[0]).read_bytes()
-    store.path(keys[0]).write_bytes(before[:100])
-    assert train.main(flags(world, tmp_path / "again")) == 0
-    assert store.path(keys[0]).read_bytes() == before
-    assert report_of(tmp_path / "again")["skipped"]["notes"] == {"damaged priors made anew": 1}
-    assert [s["made_now"] for s in report_of(tmp_path / "again")["samples"]].count(True) == 1
-
-
-def test_extraction_alone_feeds_training_from_the_store(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    priors = tmp_path / "priors"
-    chosen = world.flags(student=None, prior_dir=priors, ddim_steps=1)
-    assert extract.main(chosen) == 0
-    assert "8 samples have their prior" in capsys.readouterr().out
-    assert train.main(flags(world, tmp_path / "out", prior_source="store")) == 0
-    assert not any(sample["made_now"] for sample in report_of(tmp_path / "out")["samples"])
-    assert extract.main([*chosen, "--ddim_steps", "3"]) == 2
-    assert "steps=3" in capsys.readouterr().err
-
-
-def test_samples_that_share_an_id_keep_their_own_priors(world: World, tmp_path: Path) -> None:
-    lines = [json.dumps({**row, "id": "same"}) for row in rows(world)[:3]]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines) + "\n")
-    out = tmp_path / "out"
-    assert train.main(flags(world, out, data=data)) == 0
-    report = report_of(out)
-    assert [sample["id"] for sample in report["samples"]] == ["same", "same#2", "same#3"]
-    assert len({sample["prompt"] for sample in report["samples"]}) == 3
-    assert report["skipped"]["notes"] == {"repeated id, numbered": 2}
-
-
-def test_real_clips_in_the_messages_format(world: World, tmp_path: Path, real_clips: dict[str, Path]) -> None:
-    lines = [
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [{"type": "video"}, {"type": "text", "text": f"What moves in clip {i}?"}],
-                },
-                {"role": "assistant", "content": "Something moves to the left."},
-            ],
-            "videos": [str(path)],
-        }
-        for i, path in enumerate(real_clips.values())
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    out = tmp_path / "out"
-    assert train.main(flags(world, out, data=data, video_root=tmp_path, max_frames=4, video_fps=1)) == 0
-    report = report_of(out)
-    assert len(report["samples"]) == len(lines)
-    assert report["skipped"]["total"] == 0
-    assert {tuple(sample["grid"]) for sample in report["samples"]} == {(5, 8, 8)}

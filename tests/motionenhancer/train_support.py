@@ -1,0 +1,77 @@
+"""What the tests of training share: a fast recipe, and the parts of a run without the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_world import World
+from transformers import TrainerCallback
+
+from motionenhancer import extract
+from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.dataset import MotionCollator, MotionDataset
+from motionenhancer.store import PriorStore
+from motionenhancer.train import TrainArguments
+from motionenhancer.vdm import load_teacher, teacher_id
+from motionenhancer.vlm import load_student
+
+FAST = {
+    "ddim_steps": 1,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "video_fps": 4,
+    "save_strategy": "no",
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def flags(world: World, out: Path, **options: object) -> list[str]:
+    return world.flags(output_dir=out, **{**FAST, "prior_dir": out.parent / "priors", **options})
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "motion_report.json").read_text())
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+class Weights(TrainerCallback):
+    """Keeps the model's weights after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.steps.append({k: v.detach().clone() for k, v in model.state_dict().items()})
+
+
+def parts(world: World, tmp_path: Path, *, priors: bool = True):
+    model, processor, family = load_student(world.student)
+    samples = list(read_samples(world.data, world.videos, SkipLog()))
+    store, keys = PriorStore(tmp_path / "priors"), {}
+    if priors:
+        settings = extract.PriorSettings(steps=1)
+        skips = SkipLog()
+        requests = extract.plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
+        made = extract.make_priors(
+            requests, store, settings, lambda: load_teacher(world.teacher, "cpu"), skips
+        )
+        keys = made.keys
+        assert len(keys) == len(samples)
+    dataset = MotionDataset(samples, family, processor, keys=keys, store=store, fps=4)
+    return model, dataset, MotionCollator(family, processor)
+
+
+def arguments(tmp_path: Path, **options: object) -> TrainArguments:
+    settings = {k: v for k, v in FAST.items() if k not in ("ddim_steps", "video_fps")}
+    return TrainArguments(output_dir=str(tmp_path / "out"), **{**settings, **options})
