@@ -316,7 +316,7 @@ int main() {
         test_motion_scores(target, 1, 1, 1, 1);
         test_motion_scores(target, 2, 5, 37, 2);
         test_motion_scores(target, 1, 66, 3, 3);
-        test_motion_scores(target, 2, 12, 530, 4);
+        test_motion_scores(target, 2, 3, 4100, 4);
         test_token_motion_scores(target, 3, 1, 5);
         test_token_motion_scores(target, 2, 7, 601);
         test_resampling(target, {2, 3, 4}, {3, 5, 7}, 5);
