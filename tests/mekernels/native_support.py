@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
@@ -33,7 +34,9 @@ needs_library = pytest.mark.skipif(
 
 @cache
 def host_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="mek_cuda_on_host_"))
+    folder = Path(tempfile.mkdtemp(prefix="mek_cuda_on_host_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache
@@ -61,11 +64,6 @@ def cuda_on_host() -> tuple[Library, Any]:
     for name, argtypes in EMULATOR.items():
         getattr(controls, name).argtypes = argtypes
     return Library(str(path), CUDA), controls
-
-
-def remove_host_folder() -> None:
-    if host_folder.cache_info().currsize:
-        shutil.rmtree(host_folder(), ignore_errors=True)
 
 
 def register(controls: Any, tensors: list[Any], device: int = 0) -> None:
