@@ -20,6 +20,7 @@ from .data import SkipLog, prompt_text, read_frames
 from .data.video import VideoError
 from .extract import load_samples, use_toy_defaults
 from .prior import MotionPrior, PriorError, extract_prior
+from .processes import join_processes
 
 
 @dataclass
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     skips = SkipLog()
     try:
+        join_processes()
         levels = [int(part) for part in own.noise_levels.split(",")]
         data.limit = data.limit or 8
         rows = measure(data, prior, levels, skips)

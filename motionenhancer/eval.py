@@ -11,13 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from .arguments import parse_arguments
 from .data.question import Question
@@ -30,6 +27,7 @@ from .evaluation.table import comparison_text
 from .evaluation.videos import Frames, VideoFolder, default_frames
 from .evaluation.write import student_digest, write_scores, write_whole
 from .extract import default_toy
+from .processes import join_processes
 from .report import RunReport
 from .vlm import StudentFamily, load_student, student_family
 
@@ -142,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.compare is not None:
             compare(arguments)
         else:
-            _join_processes()
+            join_processes()
             run(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -211,16 +209,6 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _join_processes() -> None:
-    """Join the processes that `accelerate launch` or `torchrun` started, also where there is no GPU."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available()),
-        # A process whose clips are short waits for the others at the end: longer than the usual minutes.
-        timeout=timedelta(days=7),
-    )
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:

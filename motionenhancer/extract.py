@@ -21,6 +21,7 @@ from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import Sample, SkipLog, prompt_text, read_samples
 from .data.video import VideoError, content_digest, read_frames
 from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from .processes import join_processes
 from .store import DamagedPrior, PriorStore, prior_key
 from .toy.world import ToyFolder, build_toy
 from .vdm import Teacher, roundtrip_error
@@ -217,11 +218,11 @@ def main(argv: list[str] | None = None) -> int:
         (DataArguments, PriorArguments), argv, prog="python -m motionenhancer.extract"
     )
     try:
+        state = join_processes()
         settings = prior.settings()
         use_toy_defaults(data, prior)
         skips = SkipLog()
         samples = load_samples(data, skips)
-        state = PartialState()
         requests = plan_priors(samples, prior.teacher_id(state.device), settings, prior.prompt_source, skips)
         mine = requests[state.process_index :: state.num_processes]
         made = make_priors(
