@@ -99,7 +99,7 @@ limit_of() {
 }
 
 commands_of() { # stage, seconds it may take: one command a line, quoted
-    local deadline=$(($2 - 40))
+    local deadline=$(($2 - 60))
     ((deadline > 10)) || deadline=10
     case $1 in
         build)

@@ -19,7 +19,9 @@ def sweeps(results: Results) -> dict[str, dict[str, list[Figure]]]:
         # A doubled key axis is another work, not another length.
         if "memory" not in figure.case:
             found.setdefault(figure.work, {}).setdefault(figure.role, []).append(figure)
-    lengths = {work: {f.length for figures in roles.values() for f in figures} for work, roles in found.items()}
+    lengths = {
+        work: {f.length for figures in roles.values() for f in figures} for work, roles in found.items()
+    }
     return {
         work: {role: sorted(figures, key=lambda f: f.length) for role, figures in roles.items()}
         for work, roles in found.items()

@@ -43,7 +43,7 @@ class Sampler:
             self._measure(benchmark, work, role)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self.skip(work, role, f"does not fit in memory: {str(error).split('. ')[1:2]}")
+            self.skip(work, role, f"does not fit in memory ({str(error).splitlines()[0][:90]})")
 
     def skip(self, work: Work, role: str, reason: str) -> None:
         self.skipped.append({"work": work.name, "case": work.case, "role": role, "reason": reason})

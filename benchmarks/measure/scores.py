@@ -140,5 +140,7 @@ def token_plans(size: str) -> list[Plan]:
 
 
 def _layers(size: str) -> list[Teacher]:
-    """Memory leaves the scores as they are; real sizes suit two cores too."""
-    return [shape for shape in TEACHERS["real" if size == "scaled" else size] if shape.fold == 1]
+    """Memory leaves the scores as they are; the first real sizes suit two cores too."""
+    if size == "scaled":
+        return [shape for shape in TEACHERS["real"] if shape.fold == 1 and shape.heads == 48]
+    return [shape for shape in TEACHERS[size] if shape.fold == 1]

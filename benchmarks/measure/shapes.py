@@ -64,7 +64,7 @@ TEACHERS = {
 STUDENTS = {
     "tiny": [Student("Qwen2.5-VL, tiny, 64 tokens", 64, 4, 2, 16, rows=5)],
     "scaled": [
-        Student(f"Qwen2.5-VL-7B / 4, {tokens} tokens", tokens, 7, 1, 128) for tokens in (512, 1024, 2048)
+        Student(f"Qwen2.5-VL-7B / 14, {tokens} tokens", tokens, 4, 1, 64) for tokens in (512, 1024, 2048)
     ],
     "real": [
         Student("InternVL3-8B, 2.5k tokens", 2560, 28, 4, 128),

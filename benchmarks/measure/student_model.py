@@ -99,7 +99,7 @@ def video_student(shape: VideoStudent) -> Any:
             "patch_size": 4,
             "window_size": 32,
             "out_hidden_size": hidden,
-            "fullatt_block_indexes": [],
+            "fullatt_block_indexes": [0],
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,

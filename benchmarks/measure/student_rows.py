@@ -85,9 +85,7 @@ def _work(shape: Student) -> Work:
         shape.case,
         make,
         {
-            **{
-                name: graded(call) for name, call in roles("attention_rows", _probe, ours).items()
-            },
+            **{name: graded(call) for name, call in roles("attention_rows", _probe, ours).items()},
             "flash alone": flash,
             "eager map": graded(eager),
         },
@@ -113,7 +111,9 @@ def _check_flash(out: Tensor, inputs: tuple[Tensor, ...]) -> None:
 
 def _read_some() -> Tensor:
     query = randn(1, 1, 32, 64, seed=0, kind=dtype()).requires_grad_()
-    return attention_rows(query, query, torch.zeros(1, 1, dtype=torch.int64, device=query.device), slice(0, 8))
+    return attention_rows(
+        query, query, torch.zeros(1, 1, dtype=torch.int64, device=query.device), slice(0, 8)
+    )
 
 
 def _probe() -> None:

@@ -44,6 +44,7 @@ class Trained(NamedTuple):
 
 
 def _trained(shape: VideoStudent) -> Trained:
+    from motionenhancer.confidence import prior_confidence
     from motionenhancer.prior import MotionPrior, PriorSettings
     from motionenhancer.store import PriorStore
 
@@ -66,6 +67,7 @@ def _trained(shape: VideoStudent) -> Trained:
         all_spans=spans,
         token_scores=[1.0] * shape.rows,
         kept=kept,
+        confidence=prior_confidence(attention, PRIOR_GRID),
         teacher="benchmark",
         settings=PriorSettings(),
         frames_given=49,
@@ -93,9 +95,7 @@ def _ours(trained: Trained, given: Sequence) -> Result:
 
     with capture_attention(trained.model, given.rows, given.columns) as captured:
         out = trained.model(**given.batch)
-    return _finish(
-        trained, out.loss + _aligned(trained, captured.attention, given), captured.attention
-    )
+    return _finish(trained, out.loss + _aligned(trained, captured.attention, given), captured.attention)
 
 
 def _plain(trained: Trained, given: Sequence) -> Result:

@@ -51,7 +51,8 @@ def _needs(figure: Figure) -> bool:
 
 
 def _columns(roofline: bool, change: bool) -> str:
-    line = f"    {'':34} {'time':>8} {'(p20–p80)':>19} {'× time':>8} {'(p20–p80)':>14} {'extra mem':>10} {'× mem':>6}"
+    line = f"    {'':34} {'time':>8} {'(p20–p80)':>19} {'× time':>8} {'(p20–p80)':>14}"
+    line += f" {'extra mem':>10} {'× mem':>6}"
     return line + f" {'floor':>8} {'share':>6}" * roofline + f" {'change':>7}" * change
 
 
@@ -66,7 +67,8 @@ def _line(
         line += f" {times(ratio['p50']):>8} {'(' + times(ratio['p20']) + '–' + times(ratio['p80']) + ')':>14}"
     else:
         line += f" {'1' if figure.role == OURS else '?':>8} {'':>14}"
-    more = times(figure.peak_bytes / ours.peak_bytes) if ours and ours.peak_bytes else "?"
+    more = figure.peak_bytes / ours.peak_bytes if ours and ours.peak_bytes else None
+    more = "?" if more is None else ">999" if more >= 1000 else times(more)
     line += f" {size(figure.peak_bytes):>10} {'1' if figure.role == OURS else more:>6}"
     if roofline:
         known = _needs(figure)
@@ -87,16 +89,21 @@ def _change(now: Figure, before: Figure | None) -> str:
 def _left_out(title: str, entries: list[dict[str, str]]) -> list[str]:
     if not entries:
         return []
-    listed = [f"  {entry['work']}, {entry['case']}, {entry['role']}: {entry['reason']}" for entry in entries]
-    return [f"{title}:", *listed, ""]
+    listed: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        listed.setdefault((entry["work"], entry["reason"]), []).append(f"{entry['case']}: {entry['role']}")
+    lines = [f"{title}:"]
+    for (work, reason), which in listed.items():
+        lines += [f"  {work}: {reason}", *(f"    {item}" for item in which)]
+    return [*lines, ""]
 
 
 def seconds(value: float) -> str:
     """A time in three digits."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
         if value * factor >= 1:
-            break
-    return f"{value * factor:.3g} {unit}"
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
 
 
 def size(count: float) -> str:

@@ -37,7 +37,7 @@ BREAKS = [
     (alignment.plans, "row_l2_loss_backward", None),
 ]
 
-PLUGIN = '''
+PLUGIN = """
 import dataclasses
 from mekernels import backends, motion_scores
 
@@ -46,7 +46,7 @@ for name, backend in list(backends.table("motion_scores").items()):
         dfc, tcs, dsr = run(*args)
         return dfc, tcs * 1.001, dsr
     backends._table["motion_scores"][name] = dataclasses.replace(backend, run=broken)
-'''
+"""
 
 
 def break_op(monkeypatch, op, which):
@@ -70,9 +70,7 @@ def break_op(monkeypatch, op, which):
         return call
 
     for name, backend in backends.table(op).items():
-        monkeypatch.setitem(
-            backends._table[op], name, dataclasses.replace(backend, run=broken(backend.run))
-        )
+        monkeypatch.setitem(backends._table[op], name, dataclasses.replace(backend, run=broken(backend.run)))
 
 
 @pytest.mark.parametrize(("plans", "op", "which"), BREAKS)
@@ -120,9 +118,9 @@ def test_backends_appear_by_themselves(monkeypatch):
     monkeypatch.setitem(backends._table["token_motion_scores"], "triton", slow)
     probe = scores._probe_tokens
     automatic = chosen(probe)["token_motion_scores"]
-    assert set(others("token_motion_scores", probe)) == set(
-        backends.table("token_motion_scores")
-    ) - {automatic}
+    assert set(others("token_motion_scores", probe)) == set(backends.table("token_motion_scores")) - {
+        automatic
+    }
     assert "triton" in others("token_motion_scores", probe)
     refusing = dataclasses.replace(found, reasons=lambda *args: ["not today"])
     monkeypatch.setitem(backends._table["token_motion_scores"], "triton", refusing)

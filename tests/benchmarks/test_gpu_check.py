@@ -61,7 +61,7 @@ def stub(tmp_path):
         python.chmod(0o755)
         if sanitizer:
             tool = tools / "compute-sanitizer"
-            tool.write_text(f"#!/usr/bin/env bash\necho sanitizer \"$*\" >> {shlex.quote(str(calls))}\n")
+            tool.write_text(f'#!/usr/bin/env bash\necho sanitizer "$*" >> {shlex.quote(str(calls))}\n')
             tool.chmod(0o755)
         path = f"{tools}{os.pathsep}{os.environ['PATH']}"
         return {"PYTHON": str(python), "PATH": path}, calls
@@ -161,9 +161,7 @@ def test_a_failing_stage_does_not_stop_the_others(stub, tmp_path):
 
 def test_a_stage_that_hangs_is_stopped_and_named(stub, tmp_path):
     environment, _ = stub(build="exec sleep 60")
-    done = run(
-        "--results", str(tmp_path / "results"), "--stages", "build", "--budget", "6", env=environment
-    )
+    done = run("--results", str(tmp_path / "results"), "--stages", "build", "--budget", "6", env=environment)
     assert done.returncode == 1
     why = record(tmp_path / "results")["build"]["why"]
     assert "stopped at its limit" in why

@@ -1,0 +1,163 @@
+"""What is measured: memory, samples, and where it can be measured at all."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from measure import device, shapes
+from measure.memory import peak_bytes
+from measure.plan import SIZES
+from measure.sampler import Sampler, quantiles
+from measure.student_model import VIDEO_STUDENTS
+from measure.student_rows import chosen_rows
+from measure.teacher_step import MODELS
+from measure.work import Work
+
+ROOT = Path(__file__).resolve().parents[2]
+KIB = 1 << 10
+
+WITHOUT = """
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {"av", "diffusers"} else found(name, path, target)
+
+PathFinder.find_spec = find_spec
+"""
+
+
+def rows(count):
+    return torch.empty(count, KIB, dtype=torch.uint8, device=device.device())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the caching allocator rounds sizes up")
+def test_peak_is_exact():
+    def twice_and_release():
+        first = rows(64)
+        second = rows(16)
+        del first
+        third = rows(32)
+        return second, third
+
+    assert peak_bytes(twice_and_release) == 80 * KIB
+    held = rows(100)
+    assert peak_bytes(lambda: rows(8)) == 8 * KIB
+    del held
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the caching allocator rounds sizes up")
+def test_peak_sees_inside_operators():
+    """What an op of our own allocates is not hidden behind its registration."""
+    left = torch.randn(256, 256)
+
+    def through_a_custom_op():
+        from mekernels import MotionStatistics, VideoTokens
+
+        video = VideoTokens(4, 4, 4)
+        tokens = torch.randn(1, 1, video.length, 8)
+        MotionStatistics(video, 1, sampled_rows=4).update(tokens, tokens, tokens[..., 0])
+
+    sums = 4 * (64 * 4 + 4 * 64)
+    assert peak_bytes(through_a_custom_op) > sums
+    assert peak_bytes(lambda: (left @ left).softmax(-1).sum()) >= 2 * 4 * 256**2
+
+
+def test_peak_of_a_backward():
+    weight = torch.randn(64, 64, requires_grad=True, device=device.device())
+    assert peak_bytes(lambda: (weight @ weight).sum().backward()) >= 2 * 4 * 64**2
+
+
+def test_quantiles():
+    assert quantiles([float(i) for i in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+
+
+def work_of(size):
+    return Work(
+        "copying",
+        "one",
+        lambda seed: (torch.full((size,), float(seed)),),
+        {"ours": lambda x: x + 1, "slow": lambda x: time.sleep(0.002)},
+        lambda role, result, inputs: None,
+        torch.float32,
+        1,
+    )
+
+
+def test_inputs_outgrow_the_cache():
+    small, large = work_of(device.cache_bytes() // 64), work_of(device.cache_bytes())
+    total = sum(inputs[0].nbytes for inputs in small.inputs)
+    assert total >= min(16 * small.inputs[0][0].nbytes, 2 * device.cache_bytes())
+    assert len(large.inputs) == 2
+    assert [int(inputs[0][0]) for inputs in large.inputs] == [0, 1]
+
+
+def test_after_the_deadline_nothing_begins():
+    skipped = []
+    sampler = Sampler(1.0, time.monotonic() - 1, [], skipped)
+    with pytest.raises(pytest.skip.Exception, match="the time budget was spent"):
+        sampler.measure(None, work_of(8), "ours")
+    assert skipped == [
+        {"work": "copying", "case": "one", "role": "ours", "reason": "the time budget was spent"}
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_shapes_are_whole(size):
+    for shape in shapes.TEACHERS[size]:
+        assert shape.video.length == shape.text + shape.video.vision
+        assert shape.words <= max(shape.text, shape.words)
+    for shape in shapes.STUDENTS[size]:
+        found = chosen_rows(shape)
+        assert found.shape == (1, shape.rows)
+        assert shape.columns.stop <= int(found.min()) <= int(found.max()) < shape.tokens
+    for shape in VIDEO_STUDENTS[size]:
+        assert shape.words // 2 >= shape.rows
+    assert all(small.shape.fold == 2 for small in MODELS[size])
+
+
+def test_grids_are_those_of_the_released_models():
+    grids = {shape.case.split(",")[0]: shape for shape in shapes.TEACHERS["real"]}
+    assert grids["CogVideoX-5B"].grid == (13, 30, 45)
+    assert grids["CogVideoX-5B"].video.length == 226 + 17550
+    assert grids["CogVideoX-1.5-5B"].video.vision == 44880
+    assert grids["Wan-14B"].grid == (21, 480 // 16, 832 // 16)
+    assert grids["HunyuanVideo"].grid == (33, 544 // 16, 960 // 16)
+
+
+def test_collected_where_decoding_and_diffusers_are_missing(tmp_path):
+    """Kernels and students are measured on machines that have no teacher and read no clips."""
+    (tmp_path / "without_some.py").write_text(WITHOUT)
+    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "--collect-only", "-q", "-rs"]
+    command += ["--size", "tiny", "-p", "without_some", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    paths = os.pathsep.join(filter(None, [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, text=True, capture_output=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("test_teacher_layer", "test_attention_rows", "test_student_step", "test_alignment"):
+        assert name in done.stdout
+    assert "test_teacher_step[" not in done.stdout
+    assert "diffusers is not installed" in done.stdout
+
+
+def test_students_step_without_them(tmp_path):
+    program = WITHOUT + (
+        "from measure import student_step\n"
+        "from measure.sampler import verify\n"
+        "work = student_step.plans('tiny')[0].build()\n"
+        "assert [verify(work, role) for role in work.roles] == ['', '', '']\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": paths},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
