@@ -18,7 +18,7 @@ from .. import backends
 from ..kernels import common
 from .diagonal_attention import head_diagonal
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 """Attention entries the composite holds at a time: few enough to stay in a core's cache."""
 
 

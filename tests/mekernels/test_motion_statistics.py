@@ -314,3 +314,29 @@ def test_constant_rows():
     torch.testing.assert_close(statistics.text_attention([0, 1]), torch.full((4, 12), 1 / 16))
     torch.testing.assert_close(statistics.scores().dfc, torch.full((2,), 1 / 3))
     assert mekernels.select_heads(statistics.scores()).shape == (1,)
+
+
+def test_keys_that_no_row_sees():
+    """Scores of minus infinity are weights of zero, in video and in text."""
+    video = VideoTokens(3, 2, 3, text=4)
+    query, key, _ = layer(video, 0)
+    query[..., 0] = query[..., 0].abs() + 0.1
+    key[:, :, [1, 7, 21], 0] = -math.inf
+    layers = [(query, key, reference.logsumexp(query, key))]
+    state = pool(video, layers, sampled_rows="all").state_dict()
+    attention = maps(layers)[0]
+    assert_exact(state["rows"][:, :4], attention[:, :4, 4:])
+    assert (state["rows"][:, :, 3] == 0).all()
+    assert_exact(state["vision_mass"], attention[:, 4:, 4:].sum(-1))
+
+
+def test_text_that_takes_everything():
+    """Rounding leaves no negative mass on the video."""
+    video = VideoTokens(2, 2, 2, text=4)
+    query, key, _ = layer(video, 0, dtype=torch.float32)
+    query[..., 0], key[..., 0], key[:, :, :4, 0] = 30.0, 0.0, 30.0
+    lse = reference.logsumexp(query, key)
+    state = pool(video, [(query, key, lse)]).state_dict()
+    assert (state["vision_mass"] >= 0).all()
+    assert (state["vision_mass"] < 1e-4).all()
+    assert pool(video, [(query, key, lse)]).scores().dsr.isfinite().all()

@@ -216,3 +216,44 @@ def test_offsets_beyond_32_bits(tmp_path):
     far = pooled("triton", video, [moved], 1).state_dict()
     for name, tensor in near.items():
         assert torch.equal(tensor, far[name]), name
+
+
+def test_keys_that_no_row_sees():
+    """Scores of minus infinity are weights of zero, in video and in text."""
+    video = VideoTokens(3, 2, 3, text=4)
+    query, key, _ = case(video)
+    query[..., 0] = query[..., 0].abs() + 0.1
+    key[:, :, [1, 7, 21], 0] = -math.inf
+    lse = reference.logsumexp(query.double(), key.double()).float()
+    actual = pooled("triton", video, [(query, key, lse)], 1, sampled_rows="all").state_dict()
+    exact = pooled("reference", video, [(query.double(), key.double(), lse.double())], 1, sampled_rows="all")
+    plain = pooled("reference", video, [(query, key, lse)], 1, sampled_rows="all").state_dict()
+    for name in ("diagonal", "rows", "vision_mass"):
+        assert_error_rule(actual[name].cpu(), exact.state_dict()[name].cpu(), plain[name].cpu())
+    assert (actual["rows"][:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("op", ["diagonal_attention", "motion_statistics_update"])
+def test_opcheck(op):
+    video = VideoTokens(2, 2, 2, text=3)
+    inputs = case(video)
+    if op == "diagonal_attention":
+        arguments = (*inputs, 2, 4, 3, 0.25, 1, "triton")
+    else:
+        sizes = ((2, 2, 2, 4), (2, 5, 8), (2, 8))
+        index = torch.tensor([0, 2, 4, 6, 9], device=DEVICE)
+        sums = [torch.zeros(size, device=DEVICE) for size in sizes]
+        arguments = (*sums, *inputs, index, 2, 4, 3, 3, 0, 0.25, 1, "triton")
+    torch.library.opcheck(getattr(torch.ops.mekernels, op).default, arguments)
+
+
+def test_compiled_without_a_graph_break():
+    video = VideoTokens(2, 2, 3, text=3)
+    query, key, lse = case(video)
+
+    def scaled(query, key, lse):
+        return diagonal_attention(query * 1.0, key, lse, video) + 1
+
+    with mekernels.use_backend("triton"):
+        compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(query, key, lse), scaled(query, key, lse))
