@@ -19,9 +19,14 @@ PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", 
 """Backend names and the modules they need."""
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def missing(backend: str) -> tuple[str, ...]:
-    """Why the package of a backend cannot be used on this machine."""
+    """Why the package of a backend cannot be used on this machine; constant while the process runs."""
+    return _missing(backend)
+
+
+@functools.cache
+def _missing(backend: str) -> tuple[str, ...]:
     name = PACKAGES[backend]
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         return (f"the package {name.partition('.')[0]} is not installed",)

@@ -123,10 +123,20 @@ def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(flash_packages.PACKAGES, "flash_attn", "mekernels.no_such_module")
-    flash_packages.missing.cache_clear()
+    flash_packages._missing.cache_clear()
     (reason,) = flash_packages.missing("flash_attn")
     assert reason.startswith("importing mekernels.no_such_module failed")
-    flash_packages.missing.cache_clear()
+    flash_packages._missing.cache_clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_looking_for_a_package_breaks_no_graph(backend):
+    def count(tensor):
+        return tensor + len(backends.table("flash_attention")[backend].machine())
+
+    flash_packages._missing.cache_clear()
+    compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.zeros(2)), count(torch.zeros(2)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
