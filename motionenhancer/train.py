@@ -51,6 +51,10 @@ class StudentArguments:
         },
     )
     alignment_weight: float = field(default=1.0, metadata={"help": "λ; 0 is plain fine-tuning."})
+    vision_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the vision tower. Default: a fifth of the rest."},
+    )
     alignment_loss: str = field(
         default="l2", metadata={"help": "Distance of two maps.", "choices": ["l2", "mse", "kl"]}
     )
@@ -174,6 +178,9 @@ def run(
             max_frames=student.max_frames,
             max_pixels=student.max_pixels,
         )
+        vision_rate = student.vision_learning_rate
+        if vision_rate is None:
+            vision_rate = training.learning_rate / 5
         trainer = MotionTrainer(
             model=model,
             args=training,
@@ -184,6 +191,7 @@ def run(
             alignment_loss=student.alignment_loss,
             aligner=_aligner(student, grids, training.seed),
             confidence_gate=student.confidence_gate,
+            learning_rates=lambda name: vision_rate if family.in_vision_tower(name) else None,
             measure_alignment=student.measure_alignment and bool(keys),
         )
         result = trainer.train(resume_from_checkpoint=_checkpoint(training))

@@ -5,7 +5,7 @@ Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class MotionTrainer(Trainer):
             outside the model and thrown away at the end; checkpoints for resuming hold it in a file of its
             own.
         confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
+        learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
         measure_alignment: log `loss_align` also when λ is 0.
 
     Raises:
@@ -51,6 +52,7 @@ class MotionTrainer(Trainer):
         alignment_loss: str = "l2",
         aligner: nn.Module | None = None,
         confidence_gate: float = 0.0,
+        learning_rates: Callable[[str], float | None] = lambda name: None,
         measure_alignment: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +60,7 @@ class MotionTrainer(Trainer):
         self.alignment_weight = alignment_weight
         self.alignment_loss = alignment_loss
         self.confidence_gate = confidence_gate
+        self.learning_rates = learning_rates
         self.measure_alignment = measure_alignment
         self.aligner = aligner.to(self.args.device) if aligner is not None else None
         self._terms: dict[str, torch.Tensor] = {}
@@ -208,11 +211,24 @@ class MotionTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if made:
+            self._split_groups(optimizer)
         if made and self.aligner is not None:
             parameters = [p for p in self.aligner.parameters() if p.requires_grad]
             if parameters:
                 optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
         return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move parameters with a learning rate of their own into groups of their own."""
+        assert self.model is not None
+        own = {id(p): self.learning_rates(name) for name, p in self.model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for rate in sorted({r for r in (own[id(p)] for p in group["params"]) if r is not None}):
+                chosen = [p for p in group["params"] if own[id(p)] == rate]
+                group["params"] = [p for p in group["params"] if own[id(p)] != rate]
+                options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+                optimizer.add_param_group({**options, "params": chosen, "lr": rate})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

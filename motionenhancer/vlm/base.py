@@ -101,6 +101,10 @@ class StudentFamily(Protocol):
     model_types: tuple[str, ...]
     """The ``model_type`` of the configurations it handles."""
 
+    def in_vision_tower(self, parameter: str) -> bool:
+        """Whether the parameter of this name belongs to the vision tower, which learns more slowly."""
+        ...
+
     def encode(
         self,
         processor: Any,

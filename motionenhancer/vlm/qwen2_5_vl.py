@@ -24,6 +24,10 @@ class Qwen25VL:
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
 
+    def in_vision_tower(self, parameter: str) -> bool:
+        """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; the merger is not part of it."""
+        return ".visual." in f".{parameter}" and ".visual.merger." not in f".{parameter}"
+
     def encode(
         self,
         processor: Any,

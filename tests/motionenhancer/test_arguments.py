@@ -77,3 +77,18 @@ def test_rows_that_are_no_count(rows: str) -> None:
 
 def test_all_rows() -> None:
     assert parse("--sampled_rows", "all")[1].settings().sampled_rows == "all"
+
+
+def test_the_recipes_in_the_repository_hold_known_fields() -> None:
+    from motionenhancer.train import StudentArguments, TrainArguments
+
+    folder = Path(__file__).parents[2] / "configs"
+    recipes = sorted(folder.glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        _, _, _, training = parse_arguments(
+            (StudentArguments, DataArguments, PriorArguments, TrainArguments),
+            ["--config", str(recipe), "--bf16", "false"],
+            prog="test",
+        )
+        assert training.learning_rate == 1e-5

@@ -270,3 +270,30 @@ def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_p
     torch.testing.assert_close(gated, (weights[0] * first + weights[1] * second) / 2)
     trainer.confidence_gate = 0.0
     assert trainer._weights(alignment.priors) is None
+
+
+def test_the_vision_tower_learns_at_its_own_rate(world: World, tmp_path: Path) -> None:
+    model, dataset, collator = parts(world, tmp_path)
+    family = dataset.family
+    trainer = MotionTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, optim="sgd", weight_decay=0.1),
+        train_dataset=dataset,
+        data_collator=collator,
+        learning_rates=lambda name: 0.0 if family.in_vision_tower(name) else None,
+    )
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    trainer.train()
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    tower = {k for k in before if family.in_vision_tower(k)}
+    assert any(".visual.blocks." in f".{name}" for name in tower)
+    assert not moved & tower
+    assert any("merger" in name for name in moved)
+    assert any("language_model" in name for name in moved)
+    counted = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert counted == len(before)
+    decays = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    bias = next(name for name in tower if "qkv.bias" in name)
+    kernel = next(name for name in tower if "qkv.weight" in name)
+    assert (decays[id(named[bias])], decays[id(named[kernel])]) == (0.0, 0.1)
