@@ -69,15 +69,18 @@ def cache_bytes() -> int:
     return max(sizes)
 
 
-def event_seconds(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds between CUDA events around each call, the calls queued without waiting for one another."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
-    for start, stop in zip(marks[::2], marks[1::2], strict=True):
-        start.record()
-        call()
-        stop.record()
+def event_seconds(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds between CUDA events around every call, the calls taking turns and none waited for."""
+    marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, pairs in zip(calls, marks, strict=True):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            pairs.append((start, stop))
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) / 1e3 for start, stop in zip(marks[::2], marks[1::2], strict=True)]
+    return [[start.elapsed_time(stop) / 1e3 for start, stop in pairs] for pairs in marks]
 
 
 @cache
@@ -98,8 +101,8 @@ def ceilings() -> dict[str, float]:
 
 
 def _median(call: Callable[[], Any]) -> float:
-    event_seconds(call, 3)
-    return sorted(event_seconds(call, 11))[5]
+    event_seconds([call], 3)
+    return sorted(event_seconds([call], 11)[0])[5]
 
 
 def floor_seconds(moved: float, operations: float, dtype: str) -> float | None:

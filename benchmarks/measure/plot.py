@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .results import OURS, Figure, Results, ResultsError
+from .results import OURS, QUANTILES, Figure, Results, ResultsError
 
 SWEPT = 2
 """Lengths a work must have been measured at to be drawn."""
@@ -48,10 +48,11 @@ def draw(results: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(
         2, len(found), figsize=(WIDTH * len(found), 2 * HEIGHT), squeeze=False, layout="constrained"
     )
+    named = dict.fromkeys([OURS, *(role for roles in found.values() for role in roles)])
+    colors = {role: f"C{place}" for place, role in enumerate(named)}
     for column, (work, roles) in enumerate(found.items()):
-        _panel(axes[0][column], roles, "seconds", lambda f: f.best)
-        memory = [lambda f: dict.fromkeys(("p20", "p50", "p80"), f.peak_bytes / 2**20)]
-        _panel(axes[1][column], roles, "extra MiB", memory[0])
+        _panel(axes[0][column], roles, colors, "seconds", lambda f: f.best)
+        _panel(axes[1][column], roles, colors, "extra MiB", _mebibytes)
         axes[0][column].set_title("\n".join(work.split(", ")), fontsize=9)
         axes[1][column].set_xlabel("tokens")
     figure.suptitle(results.device, fontsize=10)
@@ -59,15 +60,22 @@ def draw(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(axis: Any, roles: dict[str, list[Figure]], label: str, value: Any) -> None:
+def _mebibytes(figure: Figure) -> dict[str, float]:
+    return dict.fromkeys(QUANTILES, figure.peak_bytes / 2**20)
+
+
+def _panel(axis: Any, roles: dict[str, list[Figure]], colors: dict[str, str], label: str, value: Any) -> None:
     for role, figures in roles.items():
         lengths, values = [f.length for f in figures], [value(f) for f in figures]
         middle = [v["p50"] for v in values]
         style = {"linewidth": 2.5, "zorder": 3} if role == OURS else {"linewidth": 1.2}
-        (line,) = axis.plot(lengths, middle, marker="o", markersize=4, label=role, **style)
+        axis.plot(lengths, middle, marker="o", markersize=4, label=role, color=colors[role], **style)
         low, high = [v["p20"] for v in values], [v["p80"] for v in values]
-        axis.fill_between(lengths, low, high, alpha=0.15, color=line.get_color())
+        axis.fill_between(lengths, low, high, alpha=0.15, color=colors[role])
     axis.set_xscale("log", base=2)
+    ticks = sorted({figure.length for figures in roles.values() for figure in figures})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
     axis.set_yscale("log")
     axis.set_ylabel(label)
     axis.grid(True, which="major", alpha=0.3)

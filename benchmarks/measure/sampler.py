@@ -70,8 +70,11 @@ class Sampler:
         benchmark.pedantic(call, setup=before, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is None:
             return
+        # Warm-up rounds run the partner too.
         samples = list(benchmark.stats.stats.data)
-        moved = device.event_seconds(call, max(3, min(rounds, 50))) if device.on_gpu() else None
+        pairs = [samples, alternate[-len(samples) :]]
+        if device.on_gpu():
+            pairs = device.event_seconds([call, partner] if partner else [call], max(3, min(rounds, 50)))
         benchmark.extra_info.update(
             work=work.name,
             case=work.case,
@@ -82,17 +85,14 @@ class Sampler:
             copies_of_inputs=len(work.inputs),
             dtype=str(work.dtype).removeprefix("torch."),
             seconds=quantiles(samples),
-            device_seconds=quantiles(moved) if moved else None,
-            # Warm-up rounds run the partner too.
-            over_ours=quantiles([a / b for a, b in zip(samples, alternate[-len(samples) :], strict=True)])
-            if partner
-            else None,
+            device_seconds=quantiles(pairs[0]) if device.on_gpu() else None,
+            over_ours=quantiles([a / b for a, b in zip(*pairs, strict=True)]) if partner else None,
             peak_bytes=peak,
             bytes=work.moved,
             operations=work.operations,
-            floor_seconds=device.floor_seconds(
-                work.moved, work.operations, str(work.dtype).removeprefix("torch.")
-            ),
+            floor_seconds=None
+            if role in work.beside
+            else device.floor_seconds(work.moved, work.operations, str(work.dtype).removeprefix("torch.")),
             device=device.name(),
             versions=device.versions(),
         )

@@ -94,6 +94,7 @@ def _work(shape: Student) -> Work:
         shape.tokens,
         moved=4.0 * moved * kind.itemsize,
         operations=4.0 * 2 * read * shape.width,
+        beside=("flash alone",),
         op="attention_rows",
     )
 

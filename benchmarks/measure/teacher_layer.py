@@ -12,6 +12,7 @@ from torch import Tensor
 from mekernels import (
     MotionStatistics,
     VideoTokens,
+    backends,
     diagonal_attention,
     flash_attention,
     reference,
@@ -112,11 +113,15 @@ def _layer_work(shape: Teacher) -> Work:
         key = (1, shape.heads, shape.fold * video.length, shape.width)
         return tuple(randn(*part, seed=3 * seed + i, kind=kind) for i, part in enumerate((size, key, key)))
 
+    def alone(backend: str):
+        return lambda query, key, value: Read(flash_attention(query, key, value, backend=backend)[0])
+
     eager = EagerStatistics(shape)
     found = {
         "ours": reading("auto"),
         **{label(name): reading(name) for name in _update_backends()},
         "flash alone": lambda q, k, v: Read(F.scaled_dot_product_attention(q, k, v)),
+        **{f"{name} alone": alone(name) for name in _flash_backends()},
         "eager map": eager.attend,
     }
     exact = cache(lambda: _exact(shape, make(0)))
@@ -142,6 +147,7 @@ def _layer_work(shape: Teacher) -> Work:
         tokens,
         moved=inputs + sums,
         operations=shape.heads * shape.fold * shape.width * (4 * tokens**2 + 2 * reads),
+        beside=("flash alone", *(f"{name} alone" for name in _flash_backends())),
         op="motion_statistics_update",
     )
 
@@ -264,12 +270,20 @@ def _update_backends() -> list[str]:
 
 
 @cache
+def _flash_backends() -> list[str]:
+    """Further attention kernels of this machine; on a CPU there is only the one torch takes by itself."""
+    table = backends.table("flash_attention")
+    return [name for name in table if name not in ("cpu_flash", "torch") and not table[name].machine()]
+
+
+@cache
 def _diagonal_backends() -> list[str]:
     return others("diagonal_attention", _probe)
 
 
 def layer_plans(size: str) -> list[Plan]:
-    named = ("ours", *map(label, _update_backends()), "flash alone", "eager map")
+    further = (f"{name} alone" for name in _flash_backends())
+    named = ("ours", *map(label, _update_backends()), "flash alone", *further, "eager map")
     return [Plan(shape.case, named, lambda shape=shape: _layer_work(shape)) for shape in TEACHERS[size]]
 
 
