@@ -25,6 +25,6 @@ rows = [next(i for i in prompt if word in processor.decode(ids[prompt[0] : i + 1
 with torch.no_grad(), capture_attention(model, torch.tensor([rows]), columns) as captured:
     model(**inputs)
 grid = (inputs["image_grid_thw"][0, 1:] // processor.image_processor.merge_size).tolist()
-for word, seen in zip(words, captured.attention[0], strict=True):
+for word, seen in zip(words, captured.attention[0] - captured.attention[0].amin(1)[:, None], strict=True):
     glow = Image.fromarray((seen / seen.max() * 255).byte().view(grid).numpy()).resize(image.size)
     Image.merge("RGB", (glow, image.convert("L"), image.convert("L"))).save(f"{folder}/{word}.png")
