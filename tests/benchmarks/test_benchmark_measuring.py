@@ -77,12 +77,17 @@ def test_quantiles():
     assert quantiles([float(i) for i in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
 
 
+def slowly(x):
+    time.sleep(0.002)
+    return x + 1
+
+
 def work_of(size):
     return Work(
         "copying",
         "one",
         lambda seed: (torch.full((size,), float(seed)),),
-        {"ours": lambda x: x + 1, "slow": lambda x: time.sleep(0.002)},
+        {"ours": lambda x: x + 1, "slow": slowly},
         lambda role, result, inputs: None,
         torch.float32,
         1,
@@ -161,3 +166,62 @@ def test_students_step_without_them(tmp_path):
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Stand:
+    """As much of pytest-benchmark's fixture as the sampler uses."""
+
+    def __init__(self):
+        self.extra_info, self.group = {}, None
+        self.stats = type("Holder", (), {"stats": type("Stats", (), {"data": []})})
+
+    def pedantic(self, target, setup, rounds, warmup_rounds):
+        for turn in range(warmup_rounds + rounds):
+            setup()
+            began = time.perf_counter()
+            target()
+            if turn >= warmup_rounds:
+                self.stats.stats.data.append(time.perf_counter() - began)
+
+
+def test_baselines_take_turns_with_ours():
+    stand = Stand()
+    Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work_of(8), "slow")
+    info = stand.extra_info
+    assert info["role"] == "slow"
+    assert info["seconds"]["p50"] >= 0.002
+    assert info["over_ours"]["p50"] > 5
+    assert info["device_seconds"] is None or torch.cuda.is_available()
+
+
+class Event:
+    """A CUDA event's interface on the host's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_samples_of_a_gpu_are_between_events(monkeypatch):
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "ceilings", lambda: {"bytes_per_second": 1e3, "float32_per_second": 1e6})
+    monkeypatch.setattr("measure.sampler.peak_bytes", lambda call: 7)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    work = work_of(8)
+    work.moved, work.operations = 4.0, 8e3
+    stand = Stand()
+    Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work, "slow")
+    info = stand.extra_info
+    assert info["device_seconds"]["p50"] >= 0.002
+    assert info["over_ours"]["p50"] > 5
+    assert info["floor_seconds"] == pytest.approx(8e-3)
+    assert info["peak_bytes"] == 7
+    work.beside = ("slow",)
+    Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work, "slow")
+    assert stand.extra_info["floor_seconds"] is None
