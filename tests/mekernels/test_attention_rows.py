@@ -34,6 +34,7 @@ shapes = {
     "columns": st.one_of(st.integers(0, 4), st.slices(9)),
     "causal": st.booleans(),
     "masked": st.booleans(),
+    "ranged": st.booleans(),
     "fold": st.integers(1, 3),
     "reduce": st.sampled_from(["mean", "none"]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
@@ -43,7 +44,22 @@ shapes = {
 
 @given(**shapes)
 def test_values_and_gradients_against_the_reference(
-    seed, batch, heads, groups, queries, own, width, rows, columns, causal, masked, fold, reduce, chunk, scale
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    own,
+    width,
+    rows,
+    columns,
+    causal,
+    masked,
+    ranged,
+    fold,
+    reduce,
+    chunk,
+    scale,
 ):
     query, key = case(seed, batch, heads, groups, queries, own * fold, width, scale=scale)
     query, key = strided(query).requires_grad_(), strided(key).requires_grad_()
@@ -53,7 +69,11 @@ def test_values_and_gradients_against_the_reference(
         # torch has no negative steps, so the reference cannot be asked.
         column = slice(column.start, column.stop)
     mask = randn(batch, own * fold, seed=seed) > 0 if masked else None
-    options = {"causal": causal, "key_mask": mask, "fold": fold, "reduce": reduce, "softmax_scale": 0.3}
+    limits = None
+    if ranged:
+        limits = torch.stack([pick(batch, rows, own, seed + 2), pick(batch, rows, own + 3, seed + 3)], -1)
+    options = {"causal": causal, "key_mask": mask, "key_range": limits, "fold": fold, "reduce": reduce}
+    options["softmax_scale"] = 0.3
     expected = reference.attention_rows(query, key, row, column, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_composite, "CHUNK_ELEMENTS", chunk)
@@ -285,6 +305,12 @@ def test_no_keys_and_no_rows():
             "key_mask must be a bool torch.Tensor, got torch.float32",
         ),
         ({"key_mask": torch.ones(2, 6, dtype=torch.bool)}, ValueError, r"key_mask must have shape \(2, 7\)"),
+        ({"key_range": [[[0, 1]]]}, TypeError, "key_range must be an int64 torch.Tensor, got list"),
+        (
+            {"key_range": torch.zeros(2, 1, 3, dtype=torch.int64)},
+            ValueError,
+            r"key_range must have shape \(2, 1, 2\)",
+        ),
         ({"fold": 2}, ValueError, r"fold must divide the number of keys \(7\), got 2"),
         ({"fold": 0}, ValueError, "fold must be at least 1, got 0"),
         ({"fold": 1.0}, TypeError, "fold must be an int, got float"),
@@ -305,3 +331,62 @@ def test_functorch_is_refused():
     rows = torch.tensor([[1], [0]])
     with pytest.raises(RuntimeError, match=r"attention_rows does not support torch\.func"):
         torch.func.grad(lambda q: mekernels.attention_rows(q, key, rows, slice(None)).sum())(query)
+
+
+def test_key_ranges_are_packed_sequences_apart():
+    query, key = case(batch=1, queries=12, keys=12)
+    starts, ends = [0, 5], [5, 12]
+    rows = torch.tensor([[0, 4, 5, 11]])
+    limits = torch.tensor([[[0, 5], [0, 5], [5, 12], [5, 12]]])
+    packed = mekernels.attention_rows(query, key, rows, slice(None), causal=True, key_range=limits)
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        own = slice(2 * number, 2 * number + 2)
+        alone = mekernels.attention_rows(
+            query[:, :, start:end], key[:, :, start:end], rows[:, own] - start, slice(None), causal=True
+        )
+        assert_exact(packed[:, own, start:end], alone)
+        assert_exact(packed[:, own].sum(-1), torch.ones(1, 2, dtype=torch.float64))
+
+
+def test_key_ranges_under_the_operator_checks():
+    query, key = (tensor.requires_grad_() for tensor in case())
+    rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
+    settings = (rows, None, 0, 5, 0.4, True, None, 1, False, "auto", limits)
+    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings))
+
+
+def test_large_scores_keep_their_attention():
+    # The logsumexp alone, near 4,000, is rounded by 2e-4, and so would be attention.
+    query = torch.full((1, 1, 1, 4), 32.0)
+    key = torch.full((1, 1, 8, 4), 32.0)
+    key[0, 0, 3:] -= 2.0**-7
+    rows = torch.tensor([[0]])
+    for scale in (0.5, 1.0):
+        result, gradients = [], []
+        for dtype in (torch.float32, torch.float64):
+            pair = query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_()
+            result.append(mekernels.attention_rows(*pair, rows, slice(0, 4), softmax_scale=scale))
+            gradients.append(torch.autograd.grad(result[-1][0, 0, 0] + 3 * result[-1][0, 0, 3], pair)[1])
+        torch.testing.assert_close(result[0].double(), result[1], rtol=2e-6, atol=0)
+        torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equal_rows_are_added_before_they_are_rounded(dtype):
+    query, key = (tensor.requires_grad_() for tensor in case(batch=1, dtype=dtype))
+    rows = torch.zeros(1, 64, dtype=torch.int64)
+    result = mekernels.attention_rows(query, key, rows, slice(0, 3))
+    weights = randn(*result.shape).float()
+    many = torch.autograd.grad(result, query, weights)[0]
+    exact = query.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(
+        reference.attention_rows(exact, key.detach().double(), rows, slice(0, 3)), exact, weights.double()
+    )[0]
+    assert (many.double() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_gradients_keep_the_memory_order_of_their_inputs():
+    query, key = (strided(tensor).requires_grad_() for tensor in case())
+    result = mekernels.attention_rows(query, key, torch.tensor([[1], [0]]), slice(None))
+    for one, other in zip(torch.autograd.grad(result.sum(), (query, key)), (query, key), strict=True):
+        assert one.stride() == torch.empty_like(other).stride()
