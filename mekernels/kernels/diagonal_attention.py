@@ -142,11 +142,9 @@ def diagonal_attention_kernel(
             tl.store(out + f * out_f + g * out_g + p * out_p, total, mask=mask)
 
 
-def position_blocks(frames: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes: about 128 queries a program, fewer where a tile of them is large."""
-    exact = dtype == torch.float32
-    block_f = min(16 if exact else 32, max(16, common.power_of_two(frames)))
-    queries = 64 if exact else 128
+def position_blocks(frames: int, width: int, dtype: torch.dtype, queries: int) -> dict[str, int]:
+    """Tile sizes for about so many queries a program; fewer positions where there are many frames."""
+    block_f = min(16 if dtype == torch.float32 else 32, max(16, common.power_of_two(frames)))
     block_d = common.inner_block(width, dtype)
     return {"BLOCK_P": max(1, queries // block_f), "BLOCK_F": block_f, "BLOCK_D": block_d}
 
@@ -164,7 +162,7 @@ def plan(
 ) -> Launch:
     """The launch that writes out (B, H, F, F, P)."""
     batch, heads, _, width = query.shape
-    tile = position_blocks(frames, width, query.dtype)
+    tile = position_blocks(frames, width, query.dtype, 64 if query.dtype == torch.float32 else 128)
     arguments = {
         "out": out,
         "query": query,

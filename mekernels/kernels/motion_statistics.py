@@ -328,9 +328,10 @@ def plan(
 ) -> Launch:
     """The launch that adds the map of one sample to the sums; the first axis of query and key is 1."""
     heads, width, exact = query.shape[1], query.shape[3], query.dtype == torch.float32
-    tile = position_blocks(frames, width, query.dtype)
-    tile |= {"BLOCK_T": 16} if exact else {"BLOCK_T": 64}
-    tile |= {"BLOCK_R": 32, "BLOCK_N": 64} if exact else {"BLOCK_R": 64, "BLOCK_N": 128}
+    # Both kinds of programs read and write more than they compute: three small ones on a multiprocessor hide
+    # each other's waiting better than a large one.
+    tile = position_blocks(frames, width, query.dtype, 64)
+    tile |= {"BLOCK_T": 16 if exact else 64, "BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
     arguments = {
         "diagonal": diagonal,
         "rows": rows,
@@ -358,7 +359,7 @@ def plan(
         **tile,
     }
     programs = common.cdiv(positions, tile["BLOCK_P"]) + common.cdiv(frames * positions, tile["BLOCK_N"])
-    options = {"num_warps": 8, "num_stages": 2}
+    options = {"num_warps": 8 if exact else 4, "num_stages": 2}
     return Launch(motion_statistics_kernel, (heads * programs,), arguments, options)
 
 
