@@ -1,4 +1,5 @@
 import math
+import types
 
 import pytest
 import torch
@@ -230,3 +231,28 @@ def test_cuda_error_rule(backend, causal, queries, groups):
     assert_error_rule(actual[1], exact[1], plain[1])
     for index in range(2, 5):
         assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "flash_attn_3", "cudnn", "expected"),
+    [
+        ((9, 0), 91500, ["missing"], [], True),
+        ((8, 0), 91500, ["missing"], [], False),
+        ((9, 0), 91400, ["missing"], [], False),
+        ((9, 0), None, ["missing"], [], False),
+        ((9, 0), 91500, [], [], False),
+        ((9, 0), 91500, ["missing"], ["width 256 is above 128"], False),
+    ],
+)
+def test_cudnn_comes_first_on_hopper(monkeypatch, capability, version, flash_attn_3, cudnn, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    known = {"flash_attn_3": flash_attn_3, "cudnn": cudnn}
+    monkeypatch.setattr(backends, "table", lambda op: {name: name for name in known})
+    monkeypatch.setattr(backends, "reasons_of", lambda name, *args: known[name])
+    query = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
+    assert module._prefers_cudnn(query, query, query, 1.0, False) == expected
+
+
+def test_cudnn_is_no_matter_on_the_cpu():
+    assert not module._prefers_cudnn(*case(), 1.0, False)
