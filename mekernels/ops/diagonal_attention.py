@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,11 @@ def _(query, key, lse, frames, positions, start, softmax_scale, fold, backend):
     return query.new_empty(size, dtype=checks.accumulate_dtype(query.dtype))
 
 
+def exp_(values: Tensor) -> Tensor:
+    """Exponential in place, by the power of two, which is several times faster than ``exp_`` on the CPU."""
+    return values.mul_(math.log2(math.e)).exp2_()
+
+
 def head_diagonal(
     query: Tensor, parts: Tensor, lse: Tensor, scale: float, frames: int, positions: int, start: int
 ) -> Tensor:
@@ -114,7 +121,7 @@ def head_diagonal(
         return tokens[start : start + frames * positions].reshape(frames, positions, -1).transpose(0, 1)
 
     own, shift = by_position(query), by_position(lse[:, None])
-    weights = [(own @ by_position(part).mT).mul_(scale).sub_(shift).exp_() for part in parts]
+    weights = [exp_((own @ by_position(part).mT).mul_(scale).sub_(shift)) for part in parts]
     total = weights[0]
     for more in weights[1:]:
         total += more

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..kernels import common
-from .diagonal_attention import head_diagonal
+from .diagonal_attention import exp_, head_diagonal
 
 CHUNK_ELEMENTS = 1 << 18
 """Attention entries the composite holds at a time: few enough to stay in a core's cache."""
@@ -108,7 +108,7 @@ def _add_rows(total: Tensor, query: Tensor, key: Tensor, lse: Tensor) -> None:
     for first in range(0, len(query), step):
         some = slice(first, first + step)
         weights = torch.mm(query[some], key, out=held[: len(query[some])])
-        total[some] += weights.sub_(lse[some]).exp_()
+        total[some] += exp_(weights.sub_(lse[some]))
 
 
 def _add_vision_mass(total: Tensor, query: Tensor, words: Tensor, lse: Tensor) -> None:
@@ -121,7 +121,7 @@ def _add_vision_mass(total: Tensor, query: Tensor, words: Tensor, lse: Tensor) -
     for first in range(0, len(query), step):
         some = slice(first, first + step)
         weights = torch.mm(query[some], words, out=held[: len(query[some])])
-        on_text = weights.sub_(lse[some]).exp_().sum(-1)
+        on_text = exp_(weights.sub_(lse[some])).sum(-1)
         total[some] += on_text.neg_().add_(1).clamp_(min=0)
 
 
