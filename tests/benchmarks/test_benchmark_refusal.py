@@ -118,9 +118,7 @@ def test_backends_appear_by_themselves(monkeypatch):
     monkeypatch.setitem(backends._table["token_motion_scores"], "triton", slow)
     probe = scores._probe_tokens
     automatic = chosen(probe)["token_motion_scores"]
-    assert set(others("token_motion_scores", probe)) == set(backends.table("token_motion_scores")) - {
-        automatic
-    }
+    assert automatic not in others("token_motion_scores", probe)
     assert "triton" in others("token_motion_scores", probe)
     refusing = dataclasses.replace(found, reasons=lambda *args: ["not today"])
     monkeypatch.setitem(backends._table["token_motion_scores"], "triton", refusing)
