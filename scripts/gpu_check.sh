@@ -71,7 +71,7 @@ nvcc=${CUDACXX:-$(find_tool nvcc)}
 gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
 # The rest of the package needs more than the kernels do; where that is missing only theirs are tested.
-tests=(tests/mekernels)
+tests=(tests/mekernels tests/benchmarks)
 have() { "$python" -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' "$@"; }
 if have av diffusers torchvision transformers 2>/dev/null; then
     tests+=(tests/motionenhancer)
@@ -128,7 +128,7 @@ if [[ -n $dry_run ]]; then
     gpu || echo "missing here: a GPU that torch sees"
     [[ -n $nvcc ]] || echo "missing here: nvcc"
     [[ -n $sanitizer ]] || echo "missing here: compute-sanitizer"
-    ((${#tests[@]} > 1)) || echo "missing here: diffusers, av or torchvision: only ${tests[*]} would be tested"
+    ((${#tests[@]} > 2)) || echo "missing here: diffusers, av or torchvision: only ${tests[*]} would be tested"
     began=$SECONDS
     for stage in "${known[@]}"; do
         chosen "$stage" || continue
@@ -188,7 +188,7 @@ for stage in "${known[@]}"; do
 done
 
 "$python" benchmarks/record_check.py "$results/gpu-$stamp-check.json" "${outcomes[@]}" || failed=1
-((${#tests[@]} > 1)) || echo "not tested: tests/motionenhancer, for want of diffusers, av or torchvision"
+((${#tests[@]} > 2)) || echo "not tested: tests/motionenhancer, for want of diffusers, av or torchvision"
 if [[ -n ${OUT:-} && -d ${OUT:-} ]]; then
     cp "$results/gpu-$stamp"*.json "$OUT"/
     for file in "$log"/*.log; do [[ -e $file ]] && cp "$file" "$OUT"/; done
