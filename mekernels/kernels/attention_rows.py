@@ -125,7 +125,8 @@ def row_lse(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     r, inside = m // GROUPS, m < count * GROUPS
     row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
-    at = query + sample * q_batch + head * GROUPS * q_head + (m % GROUPS) * q_head + row * q_token
+    own_head = head * GROUPS + m % GROUPS
+    at = query + sample * q_batch + own_head * q_head + row * q_token
     q = vectors(at, inside, q_width, 0, WIDTH, BLOCK_D)
     begin, end = seen_span(first, last, split * span, tl.minimum(split * span + span, keys), keys, FOLD)
     base = key + sample * k_batch + head * k_head
@@ -136,7 +137,7 @@ def row_lse(
         n = start + lanes
         position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
         seen &= n < end
-        place = base + tl.cast(start, tl.int64) * k_token + lanes * k_token
+        place = base + n.to(tl.int64) * k_token
         k = vectors(place, seen, k_width, 0, WIDTH, BLOCK_D)
         scores = exact_dot(q, tl.trans(k)) * scale
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])

@@ -177,11 +177,15 @@ def key_gradient(
     """Gradient of one block of keys, from all stacked rows."""
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_N)
-    begin = tl.program_id(0) * BLOCK_N
-    n = begin + lanes
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
-    at = key + sample * k_batch + head * k_head + tl.cast(begin, tl.int64) * k_token + lanes * k_token
+    at = (
+        key
+        + sample * k_batch
+        + head * k_head
+        + tl.cast(begin, tl.int64) * k_token
+        + lanes.to(tl.int64) * k_token
+    )
     k = vectors(at, seen, k_width, 0, WIDTH, BLOCK_D)
     read = seen & (position >= start) & (position < stop)
     of_keys = offsets(position - start, g_key, WIDE)
@@ -211,8 +215,7 @@ def key_gradient(
         factor = half_factor(change, SCALED)
         total += exact_dot((change * (1.0 / factor)).to(q.dtype), q) * factor
     d = tl.arange(0, BLOCK_D)
-    at = out + sample * o_batch + head * o_head + tl.cast(begin, tl.int64) * o_token
-    at = at + lanes[:, None] * o_token + d[None, :] * o_width
+    at = out + sample * o_batch + head * o_head + n.to(tl.int64)[:, None] * o_token + d[None, :] * o_width
     tl.store(at, (total * scale).to(out.dtype.element_ty), mask=(n < keys)[:, None] & (d < WIDTH)[None, :])
 
 
@@ -292,7 +295,7 @@ def query_gradient(
         n = first_n + lanes
         position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
         seen &= n < end
-        place = base + tl.cast(first_n, tl.int64) * k_token + lanes * k_token
+        place = base + n.to(tl.int64) * k_token
         k = vectors(place, seen, k_width, 0, WIDTH, BLOCK_D)
         read = seen & (position >= start) & (position < stop)
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])

@@ -258,7 +258,12 @@ def _backward(ctx, grad, *_):
     return *grads, *[None] * 11
 
 
+def _second_backward(ctx, *_):
+    raise RuntimeError("mekernels.attention_rows can be differentiated once, not twice")
+
+
 attention_rows_op.register_autograd(_backward, setup_context=_setup)
+attention_rows_backward_op.register_autograd(_second_backward)
 
 
 def _triton(*args):

@@ -326,6 +326,14 @@ def test_bad_arguments(backend, change, error, message):
         mekernels.attention_rows(**arguments)
 
 
+def test_second_derivatives_are_refused():
+    query, key = (tensor.requires_grad_() for tensor in case())
+    result = mekernels.attention_rows(query, key, torch.tensor([[1], [0]]), slice(0, 3))
+    (first,) = torch.autograd.grad(result.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_rows can be differentiated once, not twice"):
+        first.sum().backward()
+
+
 def test_functorch_is_refused():
     query, key = case()
     rows = torch.tensor([[1], [0]])

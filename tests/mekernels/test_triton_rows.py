@@ -210,6 +210,24 @@ def test_wide_offsets_give_the_same(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory that is never touched costs nothing only on the CPU")
+def test_strides_beyond_32_bits():
+    query, key, rows, columns, _ = inputs(3, 1, 1, 2, 9, 20, 16, 3, 4, torch.float16, 20)
+    wanted = compare(query, key, rows, columns)
+    torch.use_deterministic_algorithms(False)  # it would fill what is never read
+    far = []
+    for item, strides in ((query, (0, 2**31 + 64, 16, 1)), (key, (0, 0, 2**27 + 64, 1))):
+        size = sum((n - 1) * stride for n, stride in zip(item.shape, strides, strict=True)) + 1
+        view = torch.empty(size, dtype=item.dtype).as_strided(item.shape, strides)
+        far.append(view.copy_(item))
+    pair = [item.requires_grad_() for item in far]
+    with mekernels.use_backend("triton"):
+        result = mekernels.attention_rows(*pair, rows, columns)
+    gradients = torch.autograd.grad(result, pair, randn(*result.shape, seed=7).to(result))
+    for one, other in zip((result, *gradients), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_operator_checks():
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
