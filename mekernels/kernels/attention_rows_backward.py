@@ -179,13 +179,7 @@ def key_gradient(
     sample = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
-    at = (
-        key
-        + sample * k_batch
-        + head * k_head
-        + tl.cast(begin, tl.int64) * k_token
-        + lanes.to(tl.int64) * k_token
-    )
+    at = key + sample * k_batch + head * k_head + n.to(tl.int64) * k_token
     k = vectors(at, seen, k_width, 0, WIDTH, BLOCK_D)
     read = seen & (position >= start) & (position < stop)
     of_keys = offsets(position - start, g_key, WIDE)

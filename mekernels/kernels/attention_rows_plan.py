@@ -63,7 +63,8 @@ def tiles(kernel: str, call: Call) -> Tiles:
     rows = call.rows.shape[1] if kernel == "columns" else call.stacked
     rows = max(16, power_of_two(rows))
     if call.query.dtype == torch.float32:
-        return Tiles(min(rows, 16 if width > 128 or kernel == "query_gradient" else 32), 32, 8, 1)
+        most = 16 if width > 128 or kernel == "query_gradient" else 32
+        return Tiles(min(rows, most), 16 if width > 128 and kernel == "slope" else 32, 8, 1)
     if kernel == "lse" and rows >= 128 and width <= 128:
         return Tiles(128, 64, 8, 3)
     most, keys, num_warps = _HALF[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
