@@ -100,6 +100,8 @@ class StudentFamily(Protocol):
     """As in ``student_family(...).name``."""
     model_types: tuple[str, ...]
     """The ``model_type`` of the configurations it handles."""
+    num_frames: int | None
+    """How many frames of a clip it is shown by default; None where frames a second are given instead."""
 
     def in_vision_tower(self, parameter: str) -> bool:
         """Whether the parameter of this name belongs to the vision tower, which learns more slowly."""

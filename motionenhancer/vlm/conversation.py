@@ -31,9 +31,10 @@ class Rendered:
 def render(processor: Any, sample: Sample) -> Rendered:
     """Render ``sample`` with the chat template of ``processor``.
 
-    An answer begins where the prompt for it ends, and reaches to the last character that is not white space
-    before the next message; both are found by rendering the conversation up to there. A text part lies where
-    the rendering changes when the part does.
+    An answer begins where the prompt for it ends, or with its own text where the template prompts with other
+    white space, and reaches to the last character that is not white space before the next message; both are
+    found by rendering the conversation up to there. A text part lies where the rendering changes when the
+    part does.
 
     Raises
     ------
@@ -49,27 +50,39 @@ def render(processor: Any, sample: Sample) -> Rendered:
     if roles[0] == "assistant":
         raise ValueError(f"sample {sample.id!r} begins with an assistant message: nothing asks for it")
     text = _template(processor, messages)
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
+    ends = {i: len(_prefix(processor, sample, text, i)) for j in answers for i in (j, j + 1)}
+    text_spans = _text_spans(processor, messages, text)
     answer_spans: list[tuple[int, int]] = []
-    for i, role in enumerate(roles):
-        if role == "assistant":
-            first = len(_prefix(processor, sample, text, i, prompt=True))
-            end = len(_prefix(processor, sample, text, i + 1))
-            answer_spans.append((first, first + len(text[first:end].rstrip())))
-    return Rendered(text, _text_spans(processor, messages, text), tuple(answer_spans))
+    for i in answers:
+        prompt = _template(processor, messages[:i], True)
+        if text.startswith(prompt):
+            first = len(prompt)
+        elif text_spans[i]:
+            # Some templates prompt for an answer with other white space than they show one with.
+            first = text_spans[i][0][0]
+        else:
+            raise _changed(sample, i)
+        answer_spans.append((first, first + len(text[first : ends[i + 1]].rstrip())))
+    return Rendered(text, text_spans, tuple(answer_spans))
 
 
 def _template(processor: Any, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
     return processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
 
 
-def _prefix(processor: Any, sample: Sample, text: str, count: int, *, prompt: bool = False) -> str:
-    part = _template(processor, sample.messages[:count], prompt)
+def _prefix(processor: Any, sample: Sample, text: str, count: int) -> str:
+    part = _template(processor, sample.messages[:count]) if count else ""
     if not text.startswith(part):
-        raise ValueError(
-            f"sample {sample.id!r}: the chat template renders the first {count} messages differently once "
-            "later ones are added, so the answers cannot be located"
-        )
+        raise _changed(sample, count)
     return part
+
+
+def _changed(sample: Sample, count: int) -> ValueError:
+    return ValueError(
+        f"sample {sample.id!r}: the chat template renders the first {count} messages differently once "
+        "later ones are added, so the answers cannot be located"
+    )
 
 
 def _text_spans(

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.vlm.base import Encoded, TokenLayout, VisionLayout
+from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.collate import collate
-from motionenhancer.vlm.conversation import answer_labels, expand, render
+from motionenhancer.vlm.conversation import render
+from motionenhancer.vlm.media import Medium, assemble, check_media, frames_tensor, media_order, open_images
 
 __all__ = ["FAMILY", "Qwen25VL"]
 
@@ -23,6 +23,7 @@ class Qwen25VL:
 
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
+    num_frames: int | None = None
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; the merger is not part of it."""
@@ -44,34 +45,38 @@ class Qwen25VL:
         inputs: ``pixel_values_videos``, ``video_grid_thw``, ``second_per_grid_ts`` (seconds between two token
         frames, from the frames' own time stamps) and, with images, ``pixel_values``, ``image_grid_thw``.
         """
-        images = _open_images(sample) if images is None else list(images)
-        kinds = _check_media(processor, sample, videos, images)
+        images = open_images(sample) if images is None else list(images)
+        check_media(sample, videos, images, (processor.video_token, processor.image_token))
         rendered = render(processor, sample)
-        inputs = _process(processor, rendered.text, videos, images, max_pixels)
-        counts = {
-            "video": _token_counts(inputs.get("video_grid_thw"), processor.video_processor.merge_size),
-            "image": _token_counts(inputs.get("image_grid_thw"), processor.image_processor.merge_size),
-        }
         tokens = {"video": processor.video_token, "image": processor.image_token}
-        left = {kind: iter(count) for kind, count in counts.items()}
-        replacements = [(tokens[kind], tokens[kind] * next(left[kind])) for kind in kinds]
-        text, moved = expand(rendered.text, replacements)
+        kinds = media_order(rendered.text, tokens)
+        inputs = _process(processor, rendered.text, videos, images, max_pixels)
+        shapes = {
+            "video": iter(_grids(inputs.get("video_grid_thw"), processor.video_processor.merge_size)),
+            "image": iter(_grids(inputs.get("image_grid_thw"), processor.image_processor.merge_size)),
+        }
+        media = []
+        for kind in kinds:
+            grid = next(shapes[kind])
+            count = grid[0] * grid[1] * grid[2]
+            shape = grid if kind == "video" else None
+            media.append(Medium(kind, tokens[kind], tokens[kind] * count, count, shape))
         ids = inputs.pop("input_ids")[0]
-        tokenized = processor.tokenizer(text, return_offsets_mapping=True)
-        if tokenized["input_ids"] != ids.tolist():
-            raise ValueError(
-                f"sample {sample.id!r}: the processor did not expand the videos as Qwen2.5-VL's does"
-            )
-        offsets = torch.tensor(tokenized["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        labels = answer_labels(ids, offsets, [(moved(a), moved(b)) for a, b in rendered.answer_spans])
-        spans = tuple(tuple((moved(a), moved(b)) for a, b in parts) for parts in rendered.text_spans)
-        layout = TokenLayout(text, offsets, spans, _vision(processor, inputs, ids))
-        token_inputs = {"mm_token_type_ids": inputs.pop("mm_token_type_ids")[0].long()}
-        inputs.pop("attention_mask", None)
+        for name in ("attention_mask", "mm_token_type_ids"):
+            inputs.pop(name, None)
         if len(videos):
             inputs["second_per_grid_ts"] = _seconds_per_grid(processor, videos)
-        encoded = Encoded(ids, torch.ones_like(ids), labels, layout, token_inputs, inputs)
-        return encoded if max_length is None else _cut(encoded, max_length, sample)
+        return assemble(
+            processor,
+            sample,
+            rendered,
+            media,
+            {"video": processor.video_token_id, "image": processor.image_token_id},
+            inputs,
+            token_types=True,
+            expected_ids=ids,
+            max_length=max_length,
+        )
 
     collate = staticmethod(collate)
 
@@ -79,47 +84,12 @@ class Qwen25VL:
 FAMILY = Qwen25VL()
 
 
-def _open_images(sample: Sample) -> list[Any]:
-    from PIL import Image
-
-    opened = []
-    for path in sample.images:
-        try:
-            with Image.open(path) as image:
-                opened.append(image.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"sample {sample.id!r}: {path} is not a readable image: {error}") from error
-    return opened
-
-
-def _check_media(processor: Any, sample: Sample, videos: Sequence[Video], images: Sequence[Any]) -> list[str]:
-    """Return the kinds of media in the order of the conversation."""
-    kinds: list[str] = []
-    placeholders = (processor.video_token, processor.image_token)
-    for i, message in enumerate(sample.messages):
-        for part in message["content"]:
-            if part["type"] in ("video", "image"):
-                kinds.append(part["type"])
-            for token in placeholders:
-                if token in part.get("text", ""):
-                    raise ValueError(f"sample {sample.id!r}: message {i} must not contain {token!r} as text")
-    for kind, given in (("video", videos), ("image", images)):
-        if kinds.count(kind) != len(given):
-            raise ValueError(
-                f"sample {sample.id!r} shows {kinds.count(kind)} {kind}s in its messages, got {len(given)}"
-            )
-    return kinds
-
-
 def _process(
     processor: Any, text: str, videos: Sequence[Video], images: Sequence[Any], max_pixels: int | None
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"videos_kwargs": {"do_sample_frames": False}, "images_kwargs": {}}
     if videos:
-        frames = [
-            torch.from_numpy(np.ascontiguousarray(video.frames)).permute(0, 3, 1, 2) for video in videos
-        ]
-        options["videos"] = frames
+        options["videos"] = [frames_tensor(video) for video in videos]
         options["videos_kwargs"]["video_metadata"] = [
             {
                 "total_num_frames": len(video.frames),
@@ -151,19 +121,8 @@ def _capped(part: Any, max_pixels: int) -> dict[str, int]:
     }
 
 
-def _token_counts(grids: torch.Tensor | None, merge_size: int) -> list[int]:
-    return [] if grids is None else (grids.prod(dim=-1) // merge_size**2).tolist()
-
-
-def _vision(processor: Any, inputs: dict[str, Any], ids: torch.Tensor) -> tuple[VisionLayout, ...]:
-    grids = inputs.get("video_grid_thw")
-    if grids is None:
-        return ()
-    merge = processor.video_processor.merge_size
-    positions = (ids == processor.video_token_id).nonzero()[:, 0]
-    shapes = [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
-    parts = positions.split([t * h * w for t, h, w in shapes])
-    return tuple(VisionLayout(part, shape) for part, shape in zip(parts, shapes, strict=True))
+def _grids(grids: torch.Tensor | None, merge_size: int) -> list[tuple[int, int, int]]:
+    return [] if grids is None else [(t, h // merge_size, w // merge_size) for t, h, w in grids.tolist()]
 
 
 def _interval(video: Video) -> float:
@@ -197,22 +156,3 @@ def _truncates_seconds() -> bool:
     from packaging.version import Version
 
     return Version(transformers.__version__) < Version("5.18")
-
-
-def _cut(encoded: Encoded, max_length: int, sample: Sample) -> Encoded:
-    layout = encoded.layout
-    vision = encoded.token_inputs["mm_token_type_ids"].nonzero()[:, 0]
-    needed = int(vision[-1]) + 1 if len(vision) else 1
-    if max_length < needed:
-        raise ValueError(
-            f"sample {sample.id!r}: max_length must be at least {needed} to keep its vision tokens, "
-            f"got {max_length}"
-        )
-    return Encoded(
-        encoded.input_ids[:max_length],
-        encoded.attention_mask[:max_length],
-        encoded.labels[:max_length],
-        TokenLayout(layout.text, layout.offsets[:max_length], layout.message_spans, layout.videos),
-        {name: tensor[:max_length] for name, tensor in encoded.token_inputs.items()},
-        encoded.vision_inputs,
-    )
