@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .aligner import build_aligner
 from .arguments import DataArguments, PriorArguments, parse_arguments
@@ -313,10 +314,21 @@ def _dtype(training: TrainArguments) -> torch.dtype:
 
 
 def _checkpoint(training: TrainArguments) -> str | None:
-    """The newest checkpoint of this run, if it was cut short."""
+    """The newest whole checkpoint of this run, if it was cut short."""
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    return get_last_checkpoint(training.output_dir) if Path(training.output_dir or "").is_dir() else None
+    folders = Path(training.output_dir or "").glob("checkpoint-*")
+    numbered = {int(f.name[11:]): f for f in folders if f.is_dir() and f.name[11:].isdecimal()}
+    return next((str(numbered[n]) for n in sorted(numbered, reverse=True) if _is_whole(numbered[n])), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes its state last: without it, the run was killed while it saved."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -241,10 +241,12 @@ class MotionTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+        # Before the Trainer's own files: the last of those marks the checkpoint as whole.
         if self.aligner is not None and self.aligner.state_dict() and self.args.should_save:
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(self.aligner.state_dict(), folder / _ALIGNER_FILE)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, target = Path(resume_from_checkpoint), self.model if model is None else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,34 @@ def test_the_aligner_is_trained_and_left_out_of_the_checkpoint(world: World, tmp
         trainer.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main(flags(world, whole, **options)) == 0
+    shutil.copytree(whole, cut)
+    # Killed while step 6 was saved: weights without the Trainer's state. In that last write: half of it.
+    (cut / "checkpoint-6" / "trainer_state.json").unlink()
+    state = cut / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    (cut / "model.safetensors").unlink()
+    begun = []
+    load = MotionTrainer._load_from_checkpoint
+
+    def spy(self: MotionTrainer, folder: str, model: object = None) -> None:
+        begun.append(Path(folder).name)
+        load(self, folder, model)
+
+    monkeypatch.setattr(MotionTrainer, "_load_from_checkpoint", spy)
+    assert train.main(flags(world, cut, **options)) == 0
+    assert begun == ["checkpoint-2"]
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(cut)[name], value, rtol=0, atol=0, msg=name)
+    aligner = "checkpoint-6/aligner.safetensors"
+    assert (cut / aligner).read_bytes() == (whole / aligner).read_bytes()
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
