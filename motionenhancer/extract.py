@@ -5,176 +5,63 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
-from tqdm import tqdm
+from accelerate.utils import gather_object
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import Sample, SkipLog, prompt_text, read_samples
-from .data.video import VideoError, content_digest, read_frames
-from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from .data import Sample, SkipLog, read_samples
+from .estimate import estimate
+from .making import MadePriors, make_priors
+from .planning import PriorRequest, digest_videos, plan_priors, share_requests
+from .prior import PriorSettings
 from .processes import join_processes
-from .store import DamagedPrior, PriorStore, prior_key
+from .report import versions
+from .store import PriorStore
 from .toy.world import ToyFolder, build_toy
-from .vdm import Teacher, roundtrip_error
+
+__all__ = [
+    "MadePriors",
+    "PriorRequest",
+    "PriorSettings",
+    "default_toy",
+    "digest_videos",
+    "load_samples",
+    "main",
+    "make_priors",
+    "plan_priors",
+    "share_requests",
+    "use_toy_defaults",
+]
 
 DEFAULT_TOY = "runs/toy"
-
-
-@dataclass(frozen=True)
-class PriorRequest:
-    """One prior a run needs: which sample, which clip, which text, under which key."""
-
-    sample: Sample
-    video: Path
-    text: str
-    key: str
-
-
-def plan_priors(
-    samples: Sequence[Sample],
-    teacher: str,
-    settings: PriorSettings,
-    source: str,
-    skips: SkipLog,
-) -> list[PriorRequest]:
-    """Name the prior of every sample that has exactly one video; others are counted in `skips` and get none.
-
-    Args:
-        samples: from `read_samples`.
-        teacher: digest of the teacher's folder.
-        settings: of the extraction.
-        source: "both", "question" or "answer": the text given to the teacher.
-        skips: receives samples without a prior and why.
-    """
-    digests: dict[Path, str] = {}
-    requests = []
-    for sample in samples:
-        if len(sample.videos) != 1:
-            skips.add(
-                "no prior: alignment needs one video",
-                id=sample.id,
-                line=sample.line,
-                detail=f"has {len(sample.videos)}",
-            )
-            continue
-        video = sample.videos[0]
-        try:
-            text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
-            if video not in digests:
-                digests[video] = content_digest(video)
-        except (ValueError, OSError) as error:
-            skips.add("no prior: no text or no video file", id=sample.id, line=sample.line, detail=str(error))
-            continue
-        requests.append(PriorRequest(sample, video, text, prior_key(digests[video], text, teacher, settings)))
-    return requests
+REPORT = "extraction.json"
 
 
 @dataclass
-class MadePriors:
-    """What `make_priors` did.
+class ExtractArguments:
+    """How the work is done; none of it changes a prior."""
 
-    Attributes:
-        keys: sample id → key of its prior in the store.
-        described: one entry a sample with a prior, JSON-ready (see `MotionPrior.describe`).
-        unusable: ids of samples whose video cannot be read at all.
-        roundtrip: inversion error of the first clip, if it was asked for.
-    """
+    decode_workers: int = field(
+        default=2, metadata={"help": "Threads a process that decode clips ahead of the teacher."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print evaluations, bytes and memory, and load no model."}
+    )
 
-    keys: dict[str, str] = field(default_factory=dict)
-    described: list[dict[str, Any]] = field(default_factory=list)
-    unusable: set[str] = field(default_factory=set)
-    roundtrip: dict[str, float] | None = None
-
-
-def make_priors(
-    requests: Sequence[PriorRequest],
-    store: PriorStore,
-    settings: PriorSettings,
-    load: Callable[[], Teacher],
-    skips: SkipLog,
-    *,
-    measure_roundtrip: bool = False,
-) -> MadePriors:
-    """Make and store every requested prior that the store does not hold; what it holds is checked.
-
-    Args:
-        requests: from `plan_priors`; under several processes, this process's share.
-        store: read first, written as priors come.
-        settings: of the extraction.
-        load: returns the teacher; called at most once, and only when something is missing.
-        skips: receives damaged files that were re-made, and samples that got no prior.
-        measure_roundtrip: invert and rebuild the first clip made here without guidance, and report the error.
-    """
-    made = MadePriors()
-    described: dict[str, dict[str, Any]] = {}
-    failed: dict[str, Exception] = {}
-    teacher: Teacher | None = None
-    for request in tqdm(requests, desc="priors", unit="clip", disable=not PartialState().is_main_process):
-        sample, key = request.sample, request.key
-        if key not in described and key not in failed:
-            prior = _stored(store, request, skips)
-            fresh = prior is None
-            if prior is None:
-                teacher = teacher or load()
-                try:
-                    frames = read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
-                    prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
-                except (VideoError, PriorError) as error:
-                    failed[key] = error
-                else:
-                    store.write(key, prior)
-                    if measure_roundtrip and made.roundtrip is None:
-                        made.roundtrip = _roundtrip(teacher, frames, request.text, settings.steps)
-            if prior is not None:
-                described[key] = {"key": key, "made_now": fresh, **prior.describe()}
-        if key in failed:
-            broken = isinstance(failed[key], VideoError)
-            reason = "unreadable video" if broken else "no prior: the teacher cannot read it"
-            skips.add(reason, id=sample.id, line=sample.line, detail=str(failed[key]))
-            if broken:
-                made.unusable.add(sample.id)
-            continue
-        made.keys[sample.id] = key
-        made.described.append({"id": sample.id, "video": str(request.video), **described[key]})
-    return made
-
-
-def _roundtrip(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
-    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
-    whole = teacher.schedule(steps)
-    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
-    cut = 0.6 * (whole.timesteps[-1] + 1)
-    if whole.timesteps[0] < cut:
-        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
-    return errors
-
-
-def _keywords(settings: PriorSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in PriorSettings.__dataclass_fields__}
-
-
-def _stored(store: PriorStore, request: PriorRequest, skips: SkipLog) -> MotionPrior | None:
-    if request.key not in store:
-        return None
-    try:
-        return store.read(request.key)
-    except DamagedPrior as error:
-        aside = store.set_aside(request.key)
-        tqdm.write(
-            f"damaged prior of sample {request.sample.id}: {error}; set aside as {aside.name}, making it anew"
-        )
-        skips.note("damaged priors made anew")
-        return None
+    def __post_init__(self) -> None:
+        if self.decode_workers < 1:
+            raise ValueError(f"--decode_workers must be at least 1, got {self.decode_workers}")
 
 
 def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
@@ -214,34 +101,114 @@ def default_toy() -> ToyFolder:
 
 
 def main(argv: list[str] | None = None) -> int:
-    data, prior = parse_arguments(
-        (DataArguments, PriorArguments), argv, prog="python -m motionenhancer.extract"
+    data, prior, how = parse_arguments(
+        (DataArguments, PriorArguments, ExtractArguments), argv, prog="python -m motionenhancer.extract"
     )
     try:
-        state = join_processes()
-        settings = prior.settings()
-        use_toy_defaults(data, prior)
-        skips = SkipLog()
-        samples = load_samples(data, skips)
-        requests = plan_priors(samples, prior.teacher_id(state.device), settings, prior.prompt_source, skips)
-        mine = requests[state.process_index :: state.num_processes]
-        made = make_priors(
-            mine,
-            PriorStore(Path(prior.prior_dir)),
-            settings,
-            lambda: prior.load(state.device),
-            skips,
-            measure_roundtrip=prior.measure_roundtrip,
-        )
+        return run(data, prior, how)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(made.keys)} samples have their prior in {prior.prior_dir}")
-    if made.roundtrip:
-        print(f"inversion error of the first clip: {made.roundtrip}")
+
+
+def run(data: DataArguments, prior: PriorArguments, how: ExtractArguments) -> int:
+    """One process's part of an extraction; all of them return the same.
+
+    Returns:
+        0, or 1 if anything was left out.
+
+    Raises:
+        ValueError, OSError: a setting, folder or file is wrong.
+    """
+    state = join_processes()
+    began = time.time()
+    settings = prior.settings()
+    use_toy_defaults(data, prior)
+    teacher = prior.teacher_id(state.device)
+    store = PriorStore(Path(prior.prior_dir))
+    # Every process reads the data file: only one of them warns and counts.
+    skips, mine = (SkipLog() if state.is_main_process else SkipLog(shout=0) for _ in range(2))
+    samples = load_samples(data, skips)
+    videos = sorted({sample.videos[0] for sample in samples if len(sample.videos) == 1})
+    share = digest_videos(videos[state.process_index :: state.num_processes], how.decode_workers)
+    digests = {video: digest for part in gather_object([share]) for video, digest in part.items()}
+    requests = plan_priors(samples, teacher, settings, prior.prompt_source, skips, digests=digests)
+    if how.dry_run:
+        if state.is_main_process:
+            identity = prior.identity(state.device)
+            identity.pop("vae_tiling")
+            assert prior.teacher is not None
+            print(
+                estimate(requests, store, settings, prior.teacher, **identity, split_batch=prior.split_batch)
+            )
+            if skips.total:
+                print(skips.summary())
+        return 1 if skips.total else 0
+    report = {
+        "teacher": {"path": prior.teacher, "id": teacher},
+        "data": data.data,
+        "limit": data.limit,
+        "prompt_source": prior.prompt_source,
+        "settings": asdict(settings),
+        "processes": state.num_processes,
+        "versions": versions(),
+    }
+    if state.is_main_process:
+        write_report(store.folder, {"status": "running", **report})
+    made = make_priors(
+        share_requests(requests, state.num_processes)[state.process_index],
+        store,
+        settings,
+        lambda: prior.load(state.device),
+        mine,
+        measure_roundtrip=prior.measure_roundtrip,
+        decode_workers=how.decode_workers,
+        describe=False,
+    )
+    counts = {"samples": len(made.keys), "stored": made.stored, "made": made.made}
+    everyone = gather_object([(counts, mine, made.roundtrip)])
+    skips.merge(log for _, log, _ in everyone)
+    if state.is_main_process:
+        finish(store, report, [(counts, found) for counts, _, found in everyone], skips, began)
+    return 1 if skips.total else 0
+
+
+def finish(
+    store: PriorStore,
+    report: dict[str, Any],
+    parts: Sequence[tuple[dict[str, int], dict[str, float] | None]],
+    skips: SkipLog,
+    began: float,
+) -> None:
+    """Print and write what an extraction did and left out.
+
+    Args:
+        store: of the priors; the report is written beside them.
+        report: what the extraction was.
+        parts: counts of each process, and the inversion error where it was measured.
+        skips: what all of them left out.
+        began: seconds since the epoch.
+    """
+    counts = {name: sum(part[name] for part, _ in parts) for name in ("samples", "stored", "made")}
+    roundtrip = next((found for _, found in parts if found), None)
+    results = {**counts, "seconds": round(time.time() - began, 1), "roundtrip": roundtrip}
+    path = write_report(store.folder, {"status": "finished", **report, **results, "skipped": skips.to_json()})
+    print(f"{counts['samples']} samples have their prior in {store.folder} ({counts['made']} made now)")
+    if roundtrip:
+        print(f"inversion error of the first clip: {roundtrip}")
     if skips.total:
         print(skips.summary())
-    return 1 if skips.total else 0
+        print(f"all of them: {path}")
+
+
+def write_report(folder: Path, body: dict[str, Any]) -> Path:
+    """Write `extraction.json` whole, by rename; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / REPORT
+    temporary = folder / f".{REPORT}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+    return path
 
 
 if __name__ == "__main__":

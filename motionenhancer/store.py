@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -86,7 +87,8 @@ class PriorStore:
         text = json.dumps(about, sort_keys=True)
         # One entry only: safetensors writes several in an order that changes from process to process.
         metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
-        temporary = target.with_name(f".{key}.{os.getpid()}.tmp")
+        # Not the process id alone: machines that share the folder may have the same.
+        temporary = target.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             temporary.write_bytes(save({"attention": attention}, metadata))
             os.replace(temporary, target)

@@ -1,0 +1,126 @@
+"""What an extraction will cost, before any model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from .planning import PriorRequest
+from .prior import PriorSettings
+from .store import PriorStore
+from .vdm.plan import TeacherPlan, plan_teacher
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of an extraction.
+
+    Attributes:
+        stored: priors that the store holds already.
+        missing: priors to make.
+        evaluations: of the transformer for all missing ones, counted per batch row.
+        prior_bytes: most that the missing priors' attention takes in the store.
+        weight_bytes: memory of the teacher's weights, by part.
+        work_bytes: least memory beside the weights: the sums of one clip, and one layer's hidden states.
+        plan: the teacher's sizes.
+    """
+
+    stored: int
+    missing: int
+    evaluations: int
+    prior_bytes: int
+    weight_bytes: dict[str, int]
+    work_bytes: int
+    plan: TeacherPlan
+
+    def __str__(self) -> str:
+        grid = "×".join(map(str, self.plan.grid))
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.weight_bytes.items())
+        return "\n".join(
+            [
+                f"priors: {self.stored} stored, {self.missing} to make; "
+                f"clips of up to {self.plan.frames} frames become a grid of {grid}",
+                f"evaluations of the transformer: {self.evaluations:,}",
+                f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest",
+                f"memory a process: weights {readable(sum(self.weight_bytes.values()))} ({parts}), "
+                f"and at least {readable(self.work_bytes)} to work in",
+            ]
+        )
+
+
+def readable(size: float) -> str:
+    """Bytes for people: `readable(1536)` is "1.5 KB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+def evaluations_a_prior(settings: PriorSettings) -> int:
+    """Transformer evaluations of one prior, counted per batch row."""
+    if settings.mode == "renoise":
+        return 1
+    return settings.steps * (1 + _rows(settings, split=False))
+
+
+def estimate(
+    requests: Sequence[PriorRequest],
+    store: PriorStore,
+    settings: PriorSettings,
+    teacher: str | Path,
+    *,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    split_batch: bool = False,
+) -> Estimate:
+    """Count what is missing and what making it takes. Only the tokenizer and configuration files are read.
+
+    Args:
+        requests: from `plan_priors`.
+        store: where priors are looked up, by name only.
+        settings: of the extraction.
+        teacher, dtype, size, frames, split_batch: as given to `load_teacher`.
+
+    Raises:
+        ValueError, OSError: the teacher's folder is missing files, or of a family that is not supported.
+    """
+    plan = plan_teacher(teacher, size=size, frames=frames)
+    texts = {request.key: request.text for request in requests}
+    missing = [text for key, text in texts.items() if key not in store]
+    longest = rows = 0
+    if missing:
+        tokenizer = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
+        special = tokenizer.num_special_tokens_to_add()
+        for text in missing:
+            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            tokens = min(tokens, plan.text_length - special)
+            longest = max(longest, tokens)
+            rows += max(1, math.floor(settings.token_ratio * tokens + 0.5))
+    batch = 1 if settings.mode == "renoise" else _rows(settings, split=split_batch)
+    sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
+    length = plan.vision + (plan.text_length if plan.joint else 0)
+    sums = 4 * plan.heads * plan.vision * (longest + sampled + plan.grid[0])
+    # The stream, its normalised copy, and a feed-forward layer of four times the width.
+    states = 6 * batch * length * plan.width * dtype.itemsize
+    return Estimate(
+        stored=len(texts) - len(missing),
+        missing=len(missing),
+        evaluations=len(missing) * evaluations_a_prior(settings),
+        prior_bytes=2 * plan.vision * rows,
+        weight_bytes={part: count * dtype.itemsize for part, count in plan.weights.items()},
+        work_bytes=(sums + states) if missing else 0,
+        plan=plan,
+    )
+
+
+def _rows(settings: PriorSettings, *, split: bool) -> int:
+    """Batch rows of one evaluation of a reconstruction."""
+    texts = 1 if split or settings.guidance_scale == 1.0 else 2
+    return texts * (2 if settings.memory else 1)

@@ -1,0 +1,191 @@
+"""Making the priors that are missing from a store, with clips decoded ahead of the teacher."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from accelerate import PartialState
+from tqdm import tqdm
+
+from .data import SkipLog
+from .data.video import VideoError, read_frames
+from .planning import PriorRequest
+from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from .store import DamagedPrior, PriorStore
+from .vdm import Teacher, roundtrip_error
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class MadePriors:
+    """What `make_priors` did.
+
+    Attributes:
+        keys: sample id → key of its prior in the store.
+        described: one entry a sample with a prior, JSON-ready (see `MotionPrior.describe`).
+        unusable: ids of samples whose video cannot be read at all.
+        roundtrip: inversion error of the first clip, if it was asked for.
+        stored: priors that were in the store.
+        made: priors made now.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    described: list[dict[str, Any]] = field(default_factory=list)
+    unusable: set[str] = field(default_factory=set)
+    roundtrip: dict[str, float] | None = None
+    stored: int = 0
+    made: int = 0
+
+
+def make_priors(
+    requests: Sequence[PriorRequest],
+    store: PriorStore,
+    settings: PriorSettings,
+    load: Callable[[], Teacher],
+    skips: SkipLog,
+    *,
+    measure_roundtrip: bool = False,
+    decode_workers: int = 2,
+    describe: bool = True,
+    progress: bool | None = None,
+) -> MadePriors:
+    """Make and store every requested prior that the store does not hold; what it holds is checked.
+
+    Args:
+        requests: from `plan_priors`; under several processes, this process's share.
+        store: read first, written as priors come.
+        settings: of the extraction.
+        load: returns the teacher; called at most once, and only when something is missing.
+        skips: receives damaged files that were re-made, and samples that got no prior.
+        measure_roundtrip: invert and rebuild the first clip made here without guidance, and report the error.
+        decode_workers: threads that check stored priors, and then decode the next so many clips while the
+            teacher reads one.
+        describe: fill in `MadePriors.described`, which grows with the samples.
+        progress: show bars; default only in the main process.
+
+    Raises:
+        ValueError: decode_workers below 1.
+    """
+    if decode_workers < 1:
+        raise ValueError(f"decode_workers must be at least 1, got {decode_workers}")
+    if progress is None:
+        progress = PartialState().is_main_process
+    by_key: dict[str, list[PriorRequest]] = {}
+    for request in requests:
+        by_key.setdefault(request.key, []).append(request)
+    made = MadePriors()
+    described: dict[str, dict[str, Any]] = {}
+
+    def keep(key: str, prior: MotionPrior, fresh: bool) -> None:
+        made.keys.update({request.sample.id: key for request in by_key[key]})
+        if describe:
+            described[key] = {"key": key, "made_now": fresh, **prior.describe()}
+
+    missing: list[PriorRequest] = []
+    with ThreadPoolExecutor(decode_workers) as pool:
+        firsts = [group[0] for group in by_key.values()]
+        with tqdm(firsts, desc="stored", unit="prior", disable=not progress, leave=False) as bar:
+            for request, reading in ahead(pool, lambda r: _stored(store, r), bar, decode_workers):
+                found = reading.result()
+                if isinstance(found, MotionPrior):
+                    made.stored += 1
+                    keep(request.key, found, False)
+                    continue
+                missing.append(request)
+                if isinstance(found, DamagedPrior):
+                    tqdm.write(
+                        f"damaged prior of sample {request.sample.id} set aside, making it anew: {found}"
+                    )
+                    skips.note("damaged priors made anew")
+        if missing:
+            teacher = load()
+            bar = tqdm(
+                desc="priors", unit="prior", total=len(firsts), initial=made.stored, disable=not progress
+            )
+            with bar:
+                for request, decoding in ahead(pool, lambda r: _decode(r, teacher), missing, decode_workers):
+                    try:
+                        frames = decoding.result()
+                        prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
+                    except (VideoError, PriorError) as error:
+                        _refuse(by_key[request.key], error, skips, made)
+                    else:
+                        store.write(request.key, prior)
+                        made.made += 1
+                        keep(request.key, prior, True)
+                        if measure_roundtrip and made.roundtrip is None:
+                            made.roundtrip = _roundtrip(teacher, frames, request.text, settings.steps)
+                    bar.update()
+    if describe:
+        made.described = [
+            {"id": r.sample.id, "video": str(r.video), **described[r.key]}
+            for r in requests
+            if r.key in described
+        ]
+    return made
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Each item with the future of `function(item)`, in order; at most `depth` more are under way."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > depth:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _stored(store: PriorStore, request: PriorRequest) -> MotionPrior | DamagedPrior | None:
+    try:
+        return store.read(request.key)
+    except KeyError:
+        return None
+    except DamagedPrior as error:
+        with suppress(FileNotFoundError):
+            store.set_aside(request.key)
+        return error
+
+
+def _decode(request: PriorRequest, teacher: Teacher) -> np.ndarray:
+    return read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
+
+
+def _refuse(
+    requests: Sequence[PriorRequest], error: VideoError | PriorError, skips: SkipLog, made: MadePriors
+) -> None:
+    broken = isinstance(error, VideoError)
+    reason = "unreadable video" if broken else "no prior: the teacher cannot read it"
+    for request in requests:
+        skips.add(reason, id=request.sample.id, line=request.sample.line, detail=str(error))
+        if broken:
+            made.unusable.add(request.sample.id)
+
+
+def _roundtrip(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
+    """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
+    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
+    whole = teacher.schedule(steps)
+    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
+    cut = 0.6 * (whole.timesteps[-1] + 1)
+    if whole.timesteps[0] < cut:
+        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
+    return errors
+
+
+def _keywords(settings: PriorSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in PriorSettings.__dataclass_fields__}
