@@ -162,7 +162,8 @@ def plan(
 ) -> Launch:
     """The launch that writes out (B, H, F, F, P)."""
     batch, heads, _, width = query.shape
-    tile = position_blocks(frames, width, query.dtype, 64 if query.dtype == torch.float32 else 128)
+    small = width <= 32
+    tile = position_blocks(frames, width, query.dtype, 64 if small or query.dtype == torch.float32 else 128)
     arguments = {
         "out": out,
         "query": query,
@@ -183,13 +184,20 @@ def plan(
         **tile,
     }
     grid = (batch * heads * common.cdiv(positions, tile["BLOCK_P"]),)
-    return Launch(diagonal_attention_kernel, grid, arguments, {"num_warps": 8, "num_stages": 2})
+    return Launch(
+        diagonal_attention_kernel, grid, arguments, {"num_warps": 4 if small else 8, "num_stages": 2}
+    )
+
+
+def shapes() -> dict[str, common.Shape]:
+    """Production shapes, and the narrowest and widest heads."""
+    return common.SHAPES | {f"width {width}": common.Shape(30, width, 13, 1350, 226) for width in (32, 256)}
 
 
 def gates() -> list[resources.Gate]:
-    """Production shapes, one and two key parts."""
+    """All shapes, one and two key parts."""
     found = []
-    for name, shape in common.SHAPES.items():
+    for name, shape in shapes().items():
         for dtype in common.DTYPES:
             fold = 2 if dtype == torch.bfloat16 else 1
             query, key, lse = common.meta_inputs(shape, dtype, fold)

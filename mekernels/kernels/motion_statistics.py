@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import resources
 from . import common
 from .common import Launch
-from .diagonal_attention import diagonal_tile, load_tokens, position_blocks
+from .diagonal_attention import diagonal_tile, load_tokens, position_blocks, shapes
 
 
 @triton.jit
@@ -359,14 +359,14 @@ def plan(
         **tile,
     }
     programs = common.cdiv(positions, tile["BLOCK_P"]) + common.cdiv(frames * positions, tile["BLOCK_N"])
-    options = {"num_warps": 8 if exact else 4, "num_stages": 2}
+    options = {"num_warps": 8 if exact or width > 128 else 4, "num_stages": 2}
     return Launch(motion_statistics_kernel, (heads * programs,), arguments, options)
 
 
 def gates() -> list[resources.Gate]:
-    """Production shapes, one and two key parts, 64 chosen rows."""
+    """All shapes, one and two key parts, 64 chosen rows."""
     found = []
-    for name, shape in common.SHAPES.items():
+    for name, shape in shapes().items():
         for dtype in common.DTYPES:
             fold = 2 if dtype == torch.bfloat16 else 1
             query, key, lse = common.meta_inputs(shape, dtype, fold)

@@ -67,6 +67,8 @@ def test_offsets_have_64_bits_where_a_model_is_large(name, monkeypatch):
     """90,000 tokens of 48 heads: all offsets but those into the list of rows are 64-bit."""
     monkeypatch.setattr(common, "SHAPES", {"large": common.Shape(48, 128, 25, 3600, 300)})
     for gate in importlib.import_module(f"mekernels.kernels.{name}").gates():
+        if " large " not in gate.name:
+            continue
         wide = [value for value in gate.launch.arguments.values() if isinstance(value, int)]
         assert max(gate.launch.arguments["key"].numel(), *wide) > 2**29
         code = resources.compile_for(gate.launch, 90).asm["ttir"]
