@@ -74,6 +74,7 @@ class MotionDataset(Dataset[Item]):
         store: where the priors are.
         source: the text the priors were made from: "both", "question" or "answer".
         fps: frames a second the student sees, thinned to at most `max_frames`.
+        num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
         max_frames: most frames of one clip.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
     """
@@ -90,10 +91,14 @@ class MotionDataset(Dataset[Item]):
         fps: float = 1.0,
         max_frames: int = 64,
         max_pixels: int | None = None,
+        num_frames: int | None = None,
     ) -> None:
         self.samples, self.family, self.processor = list(samples), family, processor
         self.keys, self.store, self.source = keys, store, source
-        self.fps, self.max_frames, self.max_pixels = fps, max_frames, max_pixels
+        self.max_pixels = max_pixels
+        self.sampling = (
+            {"fps": fps, "max_frames": max_frames} if num_frames is None else {"num_frames": num_frames}
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,7 +116,7 @@ class MotionDataset(Dataset[Item]):
         )
 
     def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
-        videos = [read_frames(path, fps=self.fps, max_frames=self.max_frames) for path in sample.videos]
+        videos = [read_frames(path, **self.sampling) for path in sample.videos]
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None
         if sample.id in self.keys:

@@ -28,7 +28,7 @@ from .report import RunReport
 from .store import PriorStore
 from .toy.world import ToyFolder
 from .trainer import MotionTrainer
-from .vlm import load_student
+from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
@@ -71,8 +71,12 @@ class StudentArguments:
         metadata={"help": "Follow priors less confident than this proportionally less; 0 is no gate."},
     )
     measure_alignment: bool = field(default=False, metadata={"help": "Log loss_align also when λ is 0."})
-    video_fps: float = field(default=1.0, metadata={"help": "Frames a second the student sees."})
-    max_frames: int = field(default=64, metadata={"help": "Most frames the student sees of one clip."})
+    video_fps: float | None = field(default=None, metadata={"help": "Frames a second. Default: 1."})
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate."},
+    )
+    max_frames: int = field(default=64, metadata={"help": "Most frames of one clip by rate."})
     max_pixels: int | None = field(
         default=None, metadata={"help": "Most pixels of a frame, before patching."}
     )
@@ -164,6 +168,7 @@ def run(
         model, processor, family = load_student(
             student.student, attn_implementation=student.attn_implementation, dtype=_dtype(training)
         )
+        sampling = _sampling(student, family)
         keys: dict[str, str] = {}
         grids: set[tuple[int, int, int]] = set()
         if aligned:
@@ -175,8 +180,7 @@ def run(
             keys=keys,
             store=PriorStore(Path(prior.prior_dir)),
             source=prior.prompt_source,
-            fps=student.video_fps,
-            max_frames=student.max_frames,
+            **sampling,
             max_pixels=student.max_pixels,
         )
         vision_rate = student.vision_learning_rate
@@ -213,6 +217,22 @@ def run(
             print(skips.summary())
         print(f"checkpoint and {report.path.name} in {report.folder}")
     return report
+
+
+def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any]:
+    """The family's frames of a clip with whatever flags change of them."""
+    if student.num_frames is not None and student.video_fps is not None:
+        raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
+    for name in ("num_frames", "video_fps", "max_frames"):
+        value = getattr(student, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if student.num_frames is not None:
+        return {"num_frames": student.num_frames}
+    if student.video_fps is None and family.num_frames is not None:
+        return {"num_frames": family.num_frames}
+    fps = 1.0 if student.video_fps is None else student.video_fps
+    return {"fps": fps, "max_frames": student.max_frames}
 
 
 def _priors(

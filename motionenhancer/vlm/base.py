@@ -120,8 +120,8 @@ class StudentFamily(Protocol):
         """Render and tokenise one conversation with its decoded videos.
 
         ``images`` are decoded images; None opens the sample's own files. ``max_pixels`` caps the pixels of a
-        frame as the model sees it. ``max_length`` cuts the text after so many tokens; vision tokens are never
-        cut.
+        frame as the model sees it, where its size is not fixed. ``max_length`` cuts the text after so many
+        tokens; vision tokens are never cut.
 
         Raises
         ------

@@ -45,8 +45,8 @@ class InternVL:
     ) -> Encoded:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.encode`.
 
-        Vision input: ``pixel_values``, one entry a frame or image tile, in the order of the conversation. A
-        ``max_pixels`` below the size that every frame is resized to is a ValueError.
+        Vision input: ``pixel_values``, one entry a frame or image tile, in the order of the rendered text.
+        ``max_pixels`` changes nothing, as all frames have one size.
         """
         images = open_images(sample) if images is None else list(images)
         reserved = (
@@ -56,7 +56,6 @@ class InternVL:
             processor.end_image_token,
         )
         check_media(sample, videos, images, reserved)
-        _check_size(processor, max_pixels)
         rendered = render(processor, sample)
         tokens = {"video": processor.video_token, "image": processor.image_token}
         kinds = media_order(rendered.text, tokens)
@@ -115,13 +114,3 @@ def _tiles(processor: Any, image: Any) -> torch.Tensor:
     return processor.image_processor(images=[image], crop_to_patches=True, return_tensors="pt")[
         "pixel_values"
     ]
-
-
-def _check_size(processor: Any, max_pixels: int | None) -> None:
-    size = processor.video_processor.size
-    pixels = int(size["height"]) * int(size["width"])
-    if max_pixels is not None and max_pixels < pixels:
-        raise ValueError(
-            f"max_pixels must be at least {pixels}, as InternVL resizes every frame to "
-            f"{size['height']} x {size['width']}, got {max_pixels}"
-        )

@@ -48,12 +48,11 @@ class LlavaOnevision:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.encode`.
 
         Vision inputs: ``pixel_values_videos`` (V, F, 3, H, W) and, with images, ``pixel_values``,
-        ``image_sizes``, ``batch_num_images``. A ``max_pixels`` below the size that every frame is resized to
-        is a ValueError, as are videos of different lengths.
+        ``image_sizes``, ``batch_num_images``. ``max_pixels`` changes nothing, as all frames have one size.
+        Videos of different lengths are a ValueError.
         """
         images = open_images(sample) if images is None else list(images)
         check_media(sample, videos, images, (processor.video_token, processor.image_token))
-        _check_size(processor, max_pixels)
         _check_lengths([len(video.frames) for video in videos])
         rendered = render(processor, sample)
         tokens = {"video": processor.video_token, "image": processor.image_token}
@@ -136,14 +135,4 @@ def _check_lengths(lengths: Sequence[int]) -> None:
         raise ValueError(
             "videos must all have equally many frames, as LLaVA-OneVision runs them as one tensor; got "
             f"{sorted(set(lengths))}: sample a fixed number of frames"
-        )
-
-
-def _check_size(processor: Any, max_pixels: int | None) -> None:
-    size = processor.video_processor.size
-    pixels = int(size["height"]) * int(size["width"])
-    if max_pixels is not None and max_pixels < pixels:
-        raise ValueError(
-            f"max_pixels must be at least {pixels}, as LLaVA-OneVision resizes every frame to "
-            f"{size['height']} x {size['width']}, got {max_pixels}"
         )

@@ -333,8 +333,8 @@ def test_internvl_takes_videos_of_different_lengths(internvl: Any) -> None:
     encoded = family.encode(processor, dialogue("a", "b", videos=2), videos)
     assert [video.grid for video in encoded.layout.videos] == [(2, 2, 2), (5, 2, 2)]
     assert len(encoded.vision_inputs["pixel_values"]) == 7
-    with pytest.raises(ValueError, match="max_pixels must be at least 256"):
-        family.encode(processor, dialogue("a", "b"), videos[:1], max_pixels=255)
+    capped = family.encode(processor, dialogue("a", "b", videos=2), videos, max_pixels=16)
+    assert torch.equal(capped.input_ids, encoded.input_ids), "frames have one size, whatever the cap"
 
 
 def test_qwen3_vl_says_the_time_of_each_pair_of_frames(qwen3_vl: Any) -> None:
@@ -377,8 +377,6 @@ def test_llava_onevision_refuses_videos_of_different_lengths(llava: Any) -> None
     samples = [family.encode(processor, dialogue("a", "b"), [video]) for video in videos]
     with pytest.raises(ValueError, match="equally many frames"):
         family.collate(samples, pad_token_id=0)
-    with pytest.raises(ValueError, match="max_pixels must be at least 400"):
-        family.encode(processor, dialogue("a", "b"), videos[:1], max_pixels=399)
 
 
 def test_llava_onevision_batches_images_of_different_sizes(llava: Any) -> None:

@@ -1,0 +1,99 @@
+"""Training the other families of students: their frames, their loss under accumulation, their checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_students import SAVE, save_internvl
+from tiny_world import World
+from train_support import Weights, arguments, flags, parts, report_of, weights_of
+
+from motionenhancer import train
+from motionenhancer.dataset import MotionDataset
+from motionenhancer.trainer import MotionTrainer
+from motionenhancer.vlm import load_student
+
+
+def world_with(world: World, student: Path) -> World:
+    return World(world.data, world.videos, world.teacher, student)
+
+
+@pytest.mark.parametrize("name", list(SAVE))
+def test_a_run_trains_and_saves_the_family(
+    world: World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = SAVE[name](tmp_path / "student")
+    seen: list[MotionDataset] = []
+    original = MotionDataset.__init__
+
+    def remembered(self: MotionDataset, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        seen.append(self)
+
+    monkeypatch.setattr(MotionDataset, "__init__", remembered)
+    options = {"video_fps": 4 if name == "qwen3_vl" else None, "limit": 4}
+    options |= {"num_frames": 6} if name == "llava_onevision" else {}
+    out = tmp_path / "out"
+    assert train.main(flags(world_with(world, student), out, **options)) == 0
+    report = report_of(out)
+    assert report["status"] == "finished"
+    assert report["skipped"]["total"] == 0
+    assert report["alignment"]["mapped_words"] == report["alignment"]["words"] > 0
+    assert any("loss_align" in entry for entry in report["training"]["log"])
+    frames = {"internvl": 8, "llava_onevision": 6, "qwen3_vl": 4}[name]
+    assert seen[0][0].encoded.layout.videos[0].grid[0] == frames
+    before, after = weights_of(student), weights_of(out)
+    assert set(before) == set(after)
+    assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) // 2
+    _, _, family = load_student(out)
+    assert family.name == name
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_accumulation_gives_internvls_large_batch(world: World, tmp_path: Path, steps: int) -> None:
+    """InternVL's own loss is a share of the global batch, and the Trainer does not divide it again."""
+    student = save_internvl(tmp_path / "student")
+    kept = {}
+    for accumulation in (1, steps):
+        model, dataset, collator = parts(world_with(world, student), tmp_path)
+        for sample in dataset.samples[:2]:
+            # Micro-batches with unequal numbers of aligned samples.
+            dataset.keys.pop(sample.id)
+        weights = Weights()
+        trainer = MotionTrainer(
+            model=model,
+            args=arguments(
+                tmp_path,
+                max_steps=2,
+                per_device_train_batch_size=8 // accumulation,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+            ),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[weights],
+            alignment_weight=10.0,
+        )
+        assert trainer.model_accepts_loss_kwargs
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss_align" in entry]
+        kept[accumulation] = ([e["loss_align"] for e in log], [e["loss_ar"] for e in log], weights.steps[-1])
+    whole, split = kept[1], kept[steps]
+    assert split[0] == pytest.approx(whole[0], rel=1e-5)
+    assert split[1] == pytest.approx(whole[1], rel=1e-5)
+    start = dict(load_student(student)[0].named_parameters())
+    for name, value in whole[2].items():
+        if name in start:
+            moved = float((value - start[name].detach()).norm())
+            assert float((split[2][name] - value).norm()) <= 1e-3 * moved + 1e-6, name
+
+
+def test_frames_and_rate_exclude_each_other(world: World, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert train.main(flags(world, out, num_frames=8)) == 2
+    assert "--num_frames and --video_fps exclude each other" in capsys.readouterr().err
+    assert train.main(flags(world, tmp_path / "b", num_frames=0, video_fps=None)) == 2
+    assert "--num_frames must be positive, got 0" in capsys.readouterr().err
