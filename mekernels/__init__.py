@@ -8,6 +8,7 @@ in memory far below the map's.
 from . import reference
 from .backends import BackendError, use_backend
 from .layout import VideoTokens
+from .ops.align_rows import align_rows
 from .ops.attention_rows import attention_rows
 from .ops.diagonal_attention import diagonal_attention
 from .ops.flash_attention import flash_attention
@@ -25,6 +26,7 @@ __all__ = [
     "MotionScores",
     "MotionStatistics",
     "VideoTokens",
+    "align_rows",
     "attention_rows",
     "diagonal_attention",
     "flash_attention",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import mekernels
-from mekernels.ops.align_rows import align_rows
+from mekernels import align_rows
 
 if TYPE_CHECKING:
     from motionenhancer.prior import MotionPrior

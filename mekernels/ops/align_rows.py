@@ -43,7 +43,7 @@ def align_rows(
 
     Example:
         >>> import torch
-        >>> from mekernels.ops.align_rows import align_rows
+        >>> from mekernels import align_rows
         >>> align_rows(torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), (1, 1, 2), (1, 1, 4))
         tensor(0.8660)
     """

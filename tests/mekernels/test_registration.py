@@ -68,6 +68,8 @@ def cases(dtype):
         "resample_rows_backward": (target, maps.detach(), sums, [2, 2, 2], [3, 2, 2], True, "auto"),
         "row_l2_loss": (maps, rand(2, 3, 8, seed=1, dtype=dtype).requires_grad_(), mask, "auto"),
         "row_l2_loss_backward": (wide_one(wide), maps.detach(), maps.detach(), sums, sums, "auto"),
+        "align_rows": (maps, rand(2, 3, 12, dtype=dtype), mask, [2, 2, 2], [3, 2, 2], True, "auto"),
+        "align_rows_backward": (wide_one(wide), sums, rand(2, 3, 8, dtype=wide), "auto"),
     }
 
 
