@@ -31,6 +31,8 @@ BREAKS = [
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),
+    (alignment.plans, "align_rows", 0),
+    (alignment.plans, "align_rows", 1),
     (alignment.plans, "resample_rows", 0),
     (alignment.plans, "resample_rows_backward", None),
     (alignment.plans, "row_l2_loss", 0),
@@ -76,10 +78,12 @@ def break_op(monkeypatch, op, which):
 @pytest.mark.parametrize(("plans", "op", "which"), BREAKS)
 def test_a_broken_kernel_is_refused(monkeypatch, plans, op, which):
     plan = plans("tiny")[0]
-    assert verify(plan.build(), "ours") == ""
+    apart = op.startswith(("resample_rows", "row_l2_loss"))
+    role = alignment.TWO_OPS if apart else "ours"
+    assert verify(plan.build(), role) == ""
     with monkeypatch.context() as patch:
         break_op(patch, op, which)
-        assert verify(plan.build(), "ours") != ""
+        assert verify(plan.build(), role) != ""
 
 
 @pytest.mark.parametrize(
