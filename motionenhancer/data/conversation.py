@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.motion_sets import as_conversation
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
@@ -192,6 +193,7 @@ def convert(row: Any, line: int, root: Path, log: SkipLog, *, require_video: boo
     given = row.get("id")
     name = f"line-{line}" if given is None or given == "" else str(given)
     try:
+        row = as_conversation(row) or row
         _note_unknown(row, _ROW_KEYS, "", log)
         named: dict[str, list[str]] = {"video": [], "image": []}
         listed = {kind: _files(row, kind) for kind in named}

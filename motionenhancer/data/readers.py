@@ -1,4 +1,4 @@
-"""Stream samples from LLaVA json/jsonl and messages+videos json/jsonl files."""
+"""Stream samples from json and jsonl files: LLaVA, messages+videos, MotionBench-Train, MotionVid-QA."""
 
 from __future__ import annotations
 
@@ -125,12 +125,15 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Stream the samples of a data file; count and report those that cannot be used.
 
-    Two forms, told apart by their keys, line by line:
+    Four forms, told apart by their keys, line by line:
 
     - LLaVA: ``{"id", "video": str or list, "image"?, "conversations": [{"from": "human" | "gpt" | "system",
       "value": "<video>\\n..."}]}``
     - messages: ``{"id"?, "messages": [{"role", "content": str with <video> tags or list of parts}],
       "videos": [...]}``; a part ``{"type": "video", "video": path}`` may name its file itself
+    - MotionBench-Train: ``{"video_path", "motion_caption"}``, with a question of our own
+    - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, of which the rejected answer is left out,
+      or ``{"video", "question", "answer"}``
 
     A jsonl file is read a line at a time and never held in memory; a file that is one json array is loaded.
 
