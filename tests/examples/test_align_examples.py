@@ -1,0 +1,68 @@
+"""The scripts for other training loops run as they are, and bring the student nearer to its priors."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from motionenhancer.aligner import align
+from motionenhancer.toy.world import build_toy
+from motionenhancer.vlm import load_student
+
+FOLDER = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(path.name for path in FOLDER.glob("align_*.py"))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    build_toy(folder, clips=4, test_clips=1, progress=False)
+    return folder
+
+
+def run(script: str, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    torch.manual_seed(0)
+    monkeypatch.setattr(sys, "argv", [script, str(toy)])
+    names = runpy.run_path(str(FOLDER / script))
+    found = re.findall(r"step \d+: answer ([\d.]+), alignment ([\d.]+)", capsys.readouterr().out)
+    return names, [(float(answer), float(alignment)) for answer, alignment in found]
+
+
+def test_each_has_at_most_forty_lines() -> None:
+    assert SCRIPTS
+    for script in SCRIPTS:
+        assert len((FOLDER / script).read_text().splitlines()) <= 40, script
+
+
+def test_plain_loop(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    names, terms = run("align_plain_loop.py", toy, monkeypatch, capsys)
+    assert len(terms) == 4
+    assert terms[-1][0] < terms[0][0]
+    assert 0 < terms[-1][1] < terms[0][1]
+    assert names["words"].mapped == names["words"].count > 0
+    # The first step's alignment, from eager's own maps and without the capture.
+    model, _, _ = load_student(toy / "student", attn_implementation="eager")
+    rows, video = names["rows"], names["video"]
+    with torch.no_grad():
+        maps = torch.stack(model(**names["batch"], output_attentions=True).attentions).mean(dim=(0, 2))
+    expected = align(
+        maps[:, rows[0]][:, :, video.positions],
+        names["prior"],
+        grid=video.grid,
+        row_tokens=names["row_tokens"],
+    )
+    assert terms[0][1] == pytest.approx(float(expected), abs=2e-6)
+
+
+def test_accelerate(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    names, terms = run("align_accelerate.py", toy, monkeypatch, capsys)
+    assert len(terms) == 8
+    assert sum(answer for answer, _ in terms[-2:]) < sum(answer for answer, _ in terms[:2])
+    assert sum(alignment for _, alignment in terms[-2:]) < sum(alignment for _, alignment in terms[:2])
+    assert names["chosen"].mapped == names["chosen"].words > 0
