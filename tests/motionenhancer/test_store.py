@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +137,73 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [f"{KEY}.safetensors"]
     assert cli.main(["list", "--prior_dir", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_opening_and_reading_never_list_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PriorStore(tmp_path)
+    for i in range(40):
+        store.write(f"{i:02x}" + "0" * 62, make_prior(i))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a folder was listed")
+
+    for name in ("scandir", "listdir", "walk"):
+        monkeypatch.setattr(f"os.{name}", refuse)
+    for name in ("glob", "rglob", "iterdir"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(AssertionError, match="listed"):
+        list(store)
+    opened = PriorStore(tmp_path)
+    key = "07" + "0" * 62
+    assert key in opened
+    assert "ff" + "0" * 62 not in opened
+    assert torch.equal(opened.read(key).attention, make_prior(7).attention)
+    with pytest.raises(KeyError):
+        opened.read("ff" + "0" * 62)
+    opened.write(key, make_prior(8))
+    assert torch.equal(opened.read(key).attention, make_prior(8).attention)
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from test_store import make_prior
+from motionenhancer.store import PriorStore
+store = PriorStore(Path(sys.argv[1]))
+for again in range(15):
+    for i in range(12):
+        store.write(f"{i % 3:02x}{i:062x}", make_prior(i))
+"""
+
+
+def test_processes_that_write_the_same_keys_leave_each_prior_whole(tmp_path: Path) -> None:
+    store, here = PriorStore(tmp_path / "store"), Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITER, str(store.folder)], env=environment)
+        for _ in range(2)
+    ]
+    keys, reads = [f"{i % 3:02x}{i:062x}" for i in range(12)], 0
+    while any(writer.poll() is None for writer in writers):
+        for i, key in enumerate(keys):
+            if key in store:
+                assert torch.equal(store.read(key).attention, make_prior(i).attention)
+                reads += 1
+        time.sleep(0.002)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert reads
+    assert sorted(store) == sorted(keys)
+    assert len([path for path in store.folder.rglob("*") if path.is_file()]) == len(keys)
+    alone = PriorStore(tmp_path / "alone")
+    for i, key in enumerate(keys):
+        assert store.path(key).read_bytes() == alone.write(key, make_prior(i)).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_loses_what_it_says(tmp_path: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.rand(2, 24, generator=generator, dtype=torch.float64) ** (4 * seed + 1)
+    store = PriorStore(tmp_path)
+    store.write(KEY, dataclasses.replace(make_prior(), attention=exact))
+    lost = (store.read(KEY).attention.double() - exact).abs()
+    assert (lost <= torch.where(exact > 6.1e-5, exact * 2**-11, torch.tensor(3e-8).double())).all()
