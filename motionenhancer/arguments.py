@@ -182,11 +182,11 @@ def parse_arguments(
     names = {f.name for cls in classes for f in fields(cls) if f.init}
     try:
         chosen = parser.parse_args(argv)
-        config = {} if chosen.config is None else _read_config(Path(chosen.config), names)
+        config = {} if chosen.config is None else _read_config(Path(chosen.config), names, parser)
         parser.set_defaults(**config)
         base = recipe(parser.parse_args(argv))
         if base is not None:
-            parser.set_defaults(**{**_read_config(base, names), **config})
+            parser.set_defaults(**{**_read_config(base, names, parser), **config})
         values = vars(parser.parse_args(argv))
         return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in classes)
     except ValueError as error:
@@ -202,7 +202,7 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"--step_weights must be numbers between commas, got {text!r}") from None
 
 
-def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+def _read_config(path: Path, names: set[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
@@ -219,4 +219,16 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
             for k, h in zip(unknown, hints, strict=True)
         )
         raise ValueError(f"--config {path}: unknown field {listed}")
+    for action in parser._actions:
+        if isinstance(values.get(action.dest), str | int | float):
+            values[action.dest] = _as_flag(action, values[action.dest], path)
     return values
+
+
+def _as_flag(action: argparse.Action, value: str | int | float, path: Path) -> str:
+    """The value as it would stand on the command line: argparse converts such defaults, others it trusts."""
+    text = str(value)
+    allowed = None if action.choices is None else [str(choice) for choice in action.choices]
+    if allowed is not None and text not in allowed:
+        raise ValueError(f"--config {path}: {action.dest} must be one of {', '.join(allowed)}, got {text!r}")
+    return text

@@ -26,6 +26,18 @@ def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> N
     assert (prior.ddim_steps, prior.guidance_scale, prior.head_ratio) == (2, 4, 1.0)
 
 
+def test_a_files_values_are_read_like_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("sampled_rows: 32\nguidance_scale: 1e1\nmemory: no\nlimit: 3\nteacher:\n")
+    data, prior = parse("--config", str(config))
+    assert prior.settings().sampled_rows == 32
+    assert (prior.guidance_scale, prior.memory, prior.teacher, data.limit) == (10.0, False, None, 3)
+    config.write_text("prompt_source: everything\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(config))
+    assert "prompt_source must be one of both, question, answer, got 'everything'" in capsys.readouterr().err
+
+
 def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("teacher: here\n")
