@@ -25,6 +25,7 @@ from motionenhancer.making import ahead, make_priors
 from motionenhancer.planning import PriorRequest, digest_videos, plan_priors, share_requests
 from motionenhancer.prior import PriorSettings
 from motionenhancer.store import PriorStore
+from motionenhancer.toy.models import save_teacher
 from motionenhancer.toy.world import write_world
 from motionenhancer.vdm import load_teacher, teacher_id
 from motionenhancer.vdm.plan import plan_teacher
@@ -305,3 +306,22 @@ def test_killed_at_random_it_ends_with_the_store_of_an_undisturbed_run(world: Wo
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]
     assert stored(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize(("frames", "grid"), [(13, (2, 8, 8)), (17, (3, 8, 8))])
+def test_the_plan_of_a_teacher_with_temporal_patches(
+    tmp_path: Path, frames: int, grid: tuple[int, int, int]
+) -> None:
+    folder = save_teacher(tmp_path, layers=1, patch_size_t=2, frames=frames)
+    teacher, plan = load_teacher(folder, "cpu"), plan_teacher(folder)
+    assert plan.grid == grid
+    clip = torch.zeros(plan.frames, 32, 32, 3, dtype=torch.uint8).numpy()
+    assert teacher.encode_video(clip).tokens.grid == grid
+
+
+def test_a_folder_that_cannot_be_planned_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        plan_teacher(tmp_path / "missing")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    with pytest.raises(ValueError, match="'OtherPipeline' is not supported"):
+        plan_teacher(tmp_path)

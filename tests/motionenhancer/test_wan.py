@@ -14,6 +14,7 @@ from mekernels import VideoTokens
 from motionenhancer.prior import extract_prior
 from motionenhancer.toy.tokenizers import t5_tokenizer
 from motionenhancer.vdm import load_teacher, roundtrip_error
+from motionenhancer.vdm.plan import plan_teacher
 
 TEXT = "the red square moves left"
 
@@ -180,3 +181,21 @@ def test_only_text_to_video_models(folder: Path, tmp_path: Path) -> None:
         load_teacher(folder, device="cpu", size=(60, 64))
     assert load_teacher(folder, device="cpu").size == (480, 832)
     assert load_teacher(folder, device="cpu").max_frames == 81
+
+
+@pytest.mark.parametrize(("size", "frames"), [((64, 64), 17), ((96, 64), 10)])
+def test_the_plan_is_what_the_teacher_becomes(folder: Path, size: tuple[int, int], frames: int) -> None:
+    plan, loaded = (
+        plan_teacher(folder, size=size, frames=frames),
+        load_teacher(folder, "cpu", size=size, frames=frames),
+    )
+    encoded = loaded.encode_video(np.zeros((plan.frames, 32, 32, 3), np.uint8))
+    assert plan.grid == encoded.tokens.grid
+    assert (plan.frames, plan.size, plan.joint) == (loaded.max_frames, encoded.size, False)
+    assert (plan.heads, plan.width) == (loaded.heads, 48)
+    assert plan.text_length == loaded.encode_text(TEXT).embeds.shape[1]
+    pipeline = loaded.pipeline  # type: ignore[attr-defined]
+    for part, count in plan.weights.items():
+        assert count == sum(p.numel() for p in getattr(pipeline, part).parameters()), part
+    # Told nothing, it is the size and length that the published models were trained on.
+    assert plan_teacher(folder).grid == (21, 30, 52)
