@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from .prior import FORMAT, MotionPrior, PriorSettings
 
-DEFAULT_DIR = "runs/default/priors"
+DEFAULT_DIR = "runs/priors"
 _SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
 from motionenhancer.prior import PriorSettings
+from motionenhancer.store import DEFAULT_DIR
 
 
 def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments]:
@@ -16,6 +17,7 @@ def test_defaults_make_the_papers_settings() -> None:
     data, prior = parse()
     assert data.data is None
     assert prior.settings() == PriorSettings()
+    assert prior.prior_dir == DEFAULT_DIR, "without arguments the store looks where extraction writes"
 
 
 def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
