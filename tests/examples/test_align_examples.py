@@ -66,3 +66,38 @@ def test_accelerate(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     assert sum(answer for answer, _ in terms[-2:]) < sum(answer for answer, _ in terms[:2])
     assert sum(alignment for _, alignment in terms[-2:]) < sum(alignment for _, alignment in terms[:2])
     assert names["chosen"].mapped == names["chosen"].words > 0
+
+
+def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    calls: list[Any] = []
+
+    def recorded(captured: Any, priors: Any, **options: Any) -> torch.Tensor:
+        value = align(captured, priors, **options)
+        calls.append((captured, priors, options, float(value.detach())))
+        return value
+
+    monkeypatch.setattr("motionenhancer.aligner.align", recorded)
+    monkeypatch.setattr(sys, "argv", ["align_trl.py", str(toy), str(tmp_path / "out")])
+    names = runpy.run_path(str(FOLDER / "align_trl.py"))
+    assert len(calls) == 3
+    assert calls[-1][-1] < calls[0][-1]
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 3
+    # The first step, from eager's own maps without TRL; the order of the samples is that of the rows.
+    captured, priors, options, value = calls[0]
+    order = [next(item for item in names["items"] if item.prior is prior) for prior in priors]
+    batch = names["collate"](order)
+    for name in ("alignment", "ids", "skipped"):
+        batch.pop(name)
+    model, _, _ = load_student(toy / "student", attn_implementation="eager")
+    with torch.no_grad():
+        out = model(**batch, output_attentions=True)
+    maps = torch.stack(out.attentions).mean(dim=(0, 2))
+    chosen = [
+        attention[rows.clamp(min=0)][:, columns.clamp(min=0)] * (rows >= 0)[:, None] * (columns >= 0)
+        for attention, rows, columns in zip(maps, captured.rows, captured.columns, strict=True)
+    ]
+    expected = float(align(torch.stack(chosen), priors, **options))
+    assert value == pytest.approx(expected, rel=1e-4)
+    assert losses[0] == pytest.approx(float(out.loss) + expected, rel=2e-3)
