@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checks
 
@@ -162,3 +163,12 @@ def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return function(*args, **options)
     with torch.autocast(device, enabled=False):
         return function(*args, **options)
+
+
+def by_reference(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a reference function, in float32 for half types: it would round every step of its maps."""
+    wide = [
+        arg.float() if isinstance(arg, Tensor) and arg.dtype in (torch.float16, torch.bfloat16) else arg
+        for arg in args
+    ]
+    return exactly(function, *wide, **options)

@@ -178,6 +178,8 @@ def parse_arguments(
             names it.
     """
     parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
+    # The list of all options is a page long: errors should not drown in it.
+    parser.usage = "%(prog)s [--option value ...], with --help for all options"
     parser.add_argument("--config", default=None, help="yaml file of these same options; flags override it")
     names = {f.name for cls in classes for f in fields(cls) if f.init}
     try:
@@ -193,12 +195,12 @@ def parse_arguments(
         parser.error(str(error))
 
 
-def _numbers(text: str | None) -> tuple[float, ...] | None:
+def _numbers(text: str | Sequence[float] | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
+        return tuple(float(part) for part in (text.split(",") if isinstance(text, str) else text))
+    except (ValueError, TypeError):
         raise ValueError(f"--step_weights must be numbers between commas, got {text!r}") from None
 
 

@@ -312,7 +312,7 @@ def _family(student: str) -> StudentFamily:
 
 def _frames(arguments: EvalArguments, family: StudentFamily, benchmark: Benchmark) -> Frames:
     """The family's sampling with whatever flags change of it."""
-    frames = default_frames(family.name, benchmark.name)
+    frames = default_frames(family.num_frames, benchmark.name)
     if arguments.video_fps is not None:
         frames = replace(frames, num_frames=None, fps=arguments.video_fps)
     given = {name: getattr(arguments, name) for name in ("num_frames", "min_frames", "max_frames")}

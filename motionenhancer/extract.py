@@ -71,6 +71,12 @@ def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
         ValueError: the data file or the video folder is missing, or nothing in the file is usable.
     """
     assert data.data is not None
+    if data.limit is not None and data.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {data.limit}")
+    if not Path(data.data).is_file():
+        raise ValueError(f"--data {data.data}: no such file")
+    if data.video_root is not None and not Path(data.video_root).is_dir():
+        raise ValueError(f"--video_root {data.video_root}: no such folder")
     seen: Counter[str] = Counter()
     samples = []
     for sample in islice(read_samples(data.data, data.video_root, skips), data.limit):

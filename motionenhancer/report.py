@@ -54,9 +54,12 @@ class RunReport:
                 )
             return
         try:
-            before = json.loads(self.path.read_text())["identity"]
+            report = json.loads(self.path.read_text())
+            before = report["identity"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path}: not a run's report; give an empty --output_dir") from error
+        if report.get("status") == "failed" and [p.name for p in self.folder.iterdir()] == [REPORT]:
+            return  # a run that failed before it trained anything
         mine = json.loads(json.dumps(self.identity))
         changed = sorted(k for k in {*before, *mine} if before.get(k) != mine.get(k))
         if changed:

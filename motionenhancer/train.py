@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,14 +16,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .aligner import build_aligner
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import Sample, SkipLog
+from .data import Sample, SkipLog, content_digest
 from .dataset import MotionCollator, MotionDataset
-from .extract import default_toy, load_samples, make_priors, plan_priors, use_toy_defaults
+from .extract import (
+    default_toy,
+    load_samples,
+    make_priors,
+    plan_priors,
+    share_requests,
+    use_toy_defaults,
+)
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
@@ -31,6 +40,26 @@ from .trainer import MotionTrainer
 from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"
+#: Training arguments that change what is learnt.
+_RECIPE = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "fp16",
+)
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
@@ -131,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         run(student, data, prior, training)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -147,6 +176,8 @@ def run(
         FloatingPointError: the loss became NaN or infinite; the report names the samples.
     """
     settings = prior.settings()
+    if not (math.isfinite(student.alignment_weight) and student.alignment_weight >= 0):
+        raise ValueError(f"--alignment_weight must be a number >= 0, got {student.alignment_weight}")
     toy = use_toy_defaults(data, prior)
     if student.student is None:
         toy = toy or default_toy()
@@ -165,8 +196,15 @@ def run(
         report.write("running")
         print(f"{len(samples)} samples from {data.data}; student {student.student}; output {report.folder}")
     try:
+        if not Path(student.student).is_dir():
+            raise ValueError(
+                f"--student {student.student}: no such folder; give a transformers folder on disk"
+            )
         model, processor, family = load_student(
-            student.student, attn_implementation=student.attn_implementation, dtype=_dtype(training)
+            # Mixed precision keeps weights in float32 and casts as it computes.
+            student.student,
+            attn_implementation=student.attn_implementation,
+            dtype=torch.float32,
         )
         sampling = _sampling(student, family)
         keys: dict[str, str] = {}
@@ -192,7 +230,7 @@ def run(
             train_dataset=dataset,
             data_collator=MotionCollator(family, processor),
             processing_class=processor,
-            alignment_weight=student.alignment_weight if keys else 0.0,
+            alignment_weight=student.alignment_weight,
             alignment_loss=student.alignment_loss,
             aligner=_aligner(student, grids, training.seed),
             confidence_gate=student.confidence_gate,
@@ -265,7 +303,7 @@ def _priors(
             f"python -m motionenhancer.extract --teacher {prior.teacher} ..., or use --prior_source hybrid"
         )
     made = make_priors(
-        requests[state.process_index :: state.num_processes],
+        share_requests(requests, state.num_processes)[state.process_index],
         store,
         settings,
         lambda: prior.load(state.device),
@@ -286,6 +324,11 @@ def _priors(
     usable = [s for s in samples if s.id not in unusable]
     if not usable:
         raise ValueError(f"no sample is left to train on. {skips.summary()}")
+    if not keys and student.alignment_weight != 0:
+        raise ValueError(
+            f"none of the {len(samples)} samples has a prior, so nothing would be aligned; "
+            f"use --alignment_weight 0 for plain fine-tuning. {skips.summary()}"
+        )
     return usable, keys, grids
 
 
@@ -310,11 +353,12 @@ def _identity(
     training: TrainArguments,
 ) -> dict[str, Any]:
     """What makes this run this run: change any of it and the output folder belongs to another."""
-    recipe = ("learning_rate", "num_train_epochs", "max_steps", "seed", "per_device_train_batch_size")
     return {
         "student": student.student,
         "teacher": prior.teacher,
         "data": data.data,
+        "data_digest": content_digest(data.data or "") if Path(data.data or "").is_file() else None,
+        "video_root": data.video_root,
         "limit": data.limit,
         "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
@@ -324,13 +368,8 @@ def _identity(
             for k, v in asdict(student).items()
             if k not in ("student", "prior_source", "attn_implementation")
         },
-        **{k: getattr(training, k) for k in recipe},
+        **{k: str(getattr(training, k)) for k in _RECIPE},
     }
-
-
-def _dtype(training: TrainArguments) -> torch.dtype:
-    """Mixed precision keeps weights in float32 and casts as it computes."""
-    return torch.float32
 
 
 def _checkpoint(training: TrainArguments) -> str | None:

@@ -51,7 +51,7 @@ def align_rows(
     checks.no_functorch("align_rows")
     backend = backends.active()
     if backend == "reference":
-        result = backends.exactly(_reference, student, teacher, source, target, row_mask)
+        result = backends.by_reference(_reference, student, teacher, source, target, row_mask)
         return result.to(row_l2_loss.common_dtype(student, teacher))
     gradient = torch.is_grad_enabled() and student.requires_grad
     return align_rows_op(student, teacher, row_mask, list(source), list(target), gradient, backend)[0]

@@ -95,7 +95,7 @@ def attention_rows(
     backend = backends.active()
     if backend == "reference":
         _index_values(query, rows, index, own)
-        result = backends.exactly(
+        result = backends.by_reference(
             reference.attention_rows,
             query,
             key,

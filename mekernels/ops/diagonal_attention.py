@@ -54,7 +54,7 @@ def diagonal_attention(
     scale = check_side_inputs(query, key, lse, video, softmax_scale, fold)
     backend = backends.active()
     if backend == "reference":
-        result = backends.exactly(
+        result = backends.by_reference(
             reference.diagonal_attention, query, key, lse, video, softmax_scale=scale, fold=fold
         )
         return result.to(checks.accumulate_dtype(query.dtype))

@@ -69,10 +69,10 @@ def flash_attention(
     if backend == "auto":
         backend = backends.active()
     if backend == "reference":
-        out, lse = backends.exactly(
+        out, lse = backends.by_reference(
             reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
         )
-        return out, lse.to(checks.accumulate_dtype(query.dtype)).detach()
+        return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype)).detach()
     if backend == "auto" and _prefers_cudnn(query, key, value, scale, causal):
         backend = "cudnn"
     out, lse = backends.dispatch("flash_attention", backend, query, key, value, scale, causal)
@@ -89,6 +89,10 @@ def _common_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, cau
         reasons.append(f"value width {value.shape[3]} differs from query width {query.shape[3]}")
     if not (query.numel() and key.numel()):
         reasons.append("a tensor is empty")
+    if causal and scale <= 0:
+        reasons.append(
+            f"causal attention with a scale of {scale} gives NaN in fused kernels, it must be positive"
+        )
     if causal and query.shape[2] != key.shape[2]:
         reasons.append("causal attention with different query and key lengths is aligned at the other end")
     return reasons

@@ -93,7 +93,7 @@ def motion_scores(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) 
     backend = backends.active()
     if backend == "reference":
         dtype = checks.accumulate_dtype(diagonal.dtype)
-        triple = backends.exactly(reference.motion_scores, diagonal, mean_attention, square_sum)
+        triple = backends.by_reference(reference.motion_scores, diagonal, mean_attention, square_sum)
         return MotionScores(*(metric.to(dtype) for metric in triple))
     return MotionScores(*motion_scores_op(diagonal, mean_attention, square_sum, backend))
 

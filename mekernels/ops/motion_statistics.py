@@ -146,7 +146,7 @@ class MotionStatistics:
         video, backend = self.video, backends.active()
         inputs = (diagonal, sums["rows"], vision_mass, query, key, lse, sums["index"])
         if backend == "reference":
-            backends.exactly(_reference_update, *inputs, video, scale, fold)
+            backends.by_reference(_reference_update, *inputs, video, scale, fold)
             return
         start, text = video.vision_slice.start, video.text_slice.start
         layout = (video.frames, video.positions, start, video.text, text)

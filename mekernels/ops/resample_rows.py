@@ -49,7 +49,7 @@ def resample_rows(
     checks.no_functorch("resample_rows")
     backend = backends.active()
     if backend == "reference":
-        result = backends.exactly(reference.resample_rows, maps, source, target, normalize=normalize)
+        result = backends.by_reference(reference.resample_rows, maps, source, target, normalize=normalize)
         return result.to(checks.accumulate_dtype(maps.dtype))
     return resample_rows_op(maps, list(source), list(target), normalize, backend)[0]
 

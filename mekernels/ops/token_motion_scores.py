@@ -39,7 +39,7 @@ def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
     )
     backend = backends.active()
     if backend == "reference":
-        scores = backends.exactly(reference.token_motion_scores, text_attention, video)
+        scores = backends.by_reference(reference.token_motion_scores, text_attention, video)
         return scores.to(checks.accumulate_dtype(scores.dtype))
     return token_motion_scores_op(text_attention, video.frames, backend)
 

@@ -38,16 +38,16 @@ class Frames:
             )
 
 
-def default_frames(family: str, benchmark: str) -> Frames:
-    """Return the sampling of MotionEnhancer's experiments: InternVL 8 frames, others 1 a second.
+def default_frames(num_frames: int | None, benchmark: str) -> Frames:
+    """Return the sampling of MotionEnhancer's experiments: a family's own number of frames, or 1 a second.
 
     The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published script
     and of the sampler it calls. The toy world's clips last two seconds: there it is 8 frames a second.
 
-    >>> default_frames("internvl", "favor").num_frames, default_frames("qwen2_5_vl", "favor").fps
+    >>> default_frames(8, "favor").num_frames, default_frames(None, "favor").fps
     (8, 1.0)
     """
-    frames = Frames(num_frames=8) if family.startswith("internvl") else Frames()
+    frames = Frames(num_frames=num_frames)
     return replace(frames, fps=8.0) if benchmark == "toy" else frames
 
 

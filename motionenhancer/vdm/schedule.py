@@ -160,7 +160,7 @@ def check_steps(steps: int, total: int) -> None:
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 1 or steps > total or total % steps:
         raise ValueError(
-            f"steps={steps} must divide the {total} training timesteps of the teacher's schedule "
+            f"steps={steps} (--ddim_steps) must divide the teacher's {total} training timesteps "
             "(for example 1, 2, 5, 10)"
         )
 

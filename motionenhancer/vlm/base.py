@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
@@ -228,7 +229,7 @@ def load_student(
             use_safetensors=True,
             **options,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error
     if device is not None:
         torch.nn.Module.to(model, device)

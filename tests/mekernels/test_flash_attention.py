@@ -256,3 +256,33 @@ def test_cudnn_comes_first_on_hopper(monkeypatch, capability, version, flash_att
 
 def test_cudnn_is_no_matter_on_the_cpu():
     assert not module._prefers_cudnn(*case(), 1.0, False)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scales_that_are_not_positive(scale, causal):
+    query, key, value = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))[:, :1]
+    query, key, value = (t[None] if t.ndim == 3 else t for t in (query, key, value))
+    out, lse = mekernels.flash_attention(query, key, value, softmax_scale=scale, causal=causal)
+    scores = (query.double() @ key.double().transpose(-1, -2)) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_backend_does_not_round_its_maps(dtype):
+    query, key, value = (
+        torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(i)) * 4 for i in range(3)
+    )
+    half = [t.to(dtype) for t in (query, key, value)]
+    with mekernels.use_backend("reference"):
+        out, lse = mekernels.flash_attention(*half)
+    wide = [t.double() for t in half]
+    scores = wide[0] @ wide[1].transpose(-1, -2) * 0.25
+    assert out.dtype == dtype
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), scores.softmax(-1) @ wide[2], rtol=1e-2, atol=4 * torch.finfo(dtype).eps
+    )

@@ -106,3 +106,15 @@ def test_the_recipes_in_the_repository_hold_known_fields() -> None:
             prog="test",
         )
         assert training.learning_rate == 1e-5
+
+
+def test_weights_may_be_a_list_in_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("ddim_steps: 2\nstep_weights: [0, 1]\n")
+    assert parse("--config", str(config))[1].settings().step_weights == (0.0, 1.0)
+
+
+def test_errors_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--nonsense", "1")
+    assert len(capsys.readouterr().err.splitlines()) <= 3

@@ -247,7 +247,7 @@ def test_clips_by_any_name(tmp_path: Path) -> None:
 
 
 def test_frames_as_the_paper_samples_them(tmp_path: Path) -> None:
-    qwen, intern = default_frames("qwen2_5_vl", "favor"), default_frames("internvl", "motionbench")
+    qwen, intern = default_frames(None, "favor"), default_frames(8, "motionbench")
     assert (qwen.num_frames, qwen.fps, qwen.max_pixels) == (None, 1.0, 151200)
     assert intern.num_frames == 8
     world = write_world(tmp_path / "world", clips=1, test_clips=1, frames=48, progress=False)

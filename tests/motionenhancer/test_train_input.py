@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_world import World
 from train_support import arguments, flags, parts, report_of
 
@@ -72,6 +74,10 @@ def test_an_unwritable_folder_is_refused(
         ({"ddim_steps": 3}, "steps=3"),
         ({"prior_source": "store"}, "python -m motionenhancer.extract"),
         ({"head_ratio": 0}, "head_ratio"),
+        ({"alignment_weight": "nan"}, "--alignment_weight"),
+        ({"alignment_weight": -1}, "--alignment_weight"),
+        ({"limit": 0}, "--limit"),
+        ({"limit": -1}, "--limit"),
     ],
 )
 def test_one_clear_error(
@@ -210,3 +216,47 @@ def test_real_clips_in_the_messages_format(world: World, tmp_path: Path, real_cl
     assert len(report["samples"]) == len(lines)
     assert report["skipped"]["total"] == 0
     assert {tuple(sample["grid"]) for sample in report["samples"]} == {(5, 8, 8)}
+
+
+def test_no_prior_at_all_is_an_error_and_not_plain_training(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.teacher, teacher)
+    file = next((teacher / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    next(v for k, v in weights.items() if "attn1.to_q.weight" in k)[0, 0] = float("nan")
+    save_file(weights, file)
+    assert train.main(flags(world, tmp_path / "out", teacher=teacher)) == 2
+    assert "none of the 8 samples has a prior" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert train.main(flags(world, tmp_path / "plain", teacher=teacher, alignment_weight=0)) == 0
+
+
+def test_any_change_of_the_recipe_is_another_run(
+    trained: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for change in (
+        {"weight_decay": 0.9},
+        {"gradient_accumulation_steps": 4},
+        {"lr_scheduler_type": "linear"},
+    ):
+        assert train.main(flags(world, trained, **{"max_steps": 1, **change})) == 2
+        assert next(iter(change)) in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_training_leaves_its_folder_free(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert train.main(flags(world, out, ddim_steps=7)) == 2
+    assert train.main(flags(world, out, ddim_steps=1)) == 0
+
+
+def test_truncated_weights_of_the_student_are_one_clear_error(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(world.student, student)
+    file = student / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert train.main(flags(world, tmp_path / "out", student=student)) == 2
+    assert "no readable weights" in capsys.readouterr().err
