@@ -107,10 +107,10 @@ def make_priors(
                     skips.note("damaged priors made anew")
         if missing:
             teacher = load()
-            bar = tqdm(
+            making = tqdm(
                 desc="priors", unit="prior", total=len(firsts), initial=made.stored, disable=not progress
             )
-            with bar:
+            with making:
                 for request, decoding in ahead(pool, lambda r: _decode(r, teacher), missing, decode_workers):
                     try:
                         frames = decoding.result()
@@ -123,7 +123,7 @@ def make_priors(
                         keep(request.key, prior, True)
                         if measure_roundtrip and made.roundtrip is None:
                             made.roundtrip = _roundtrip(teacher, frames, request.text, settings.steps)
-                    bar.update()
+                    making.update()
     if describe:
         made.described = [
             {"id": r.sample.id, "video": str(r.video), **described[r.key]}
