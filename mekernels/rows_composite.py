@@ -1,7 +1,7 @@
 """``attention_rows`` as a composite of torch ops: the CPU path, and what any device can run.
 
-Its memory is that of a block of rows: (query heads of one key head) x rows x keys, at most about
-:data:`CHUNK_ELEMENTS` scores. The backward computes the block again.
+Its memory is that of a block: query heads of some key heads x rows x keys, at most about
+:data:`CHUNK_ELEMENTS` scores where one key head and row allow it. The backward computes the block again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 class _Block(NamedTuple):
-    """Scores of some chosen rows of the query heads that share one key head."""
+    """Scores of some chosen rows of the query heads of some key heads, G query heads a key head."""
 
     sample: int
     heads: slice
-    group: int
+    """Query heads, h * G of them."""
+    groups: slice
+    """Key heads, h of them."""
     chosen: slice
     """Places along the R axis."""
     rows: Tensor
@@ -33,11 +35,11 @@ class _Block(NamedTuple):
     valid: Tensor
     """(r,) whether the row is one."""
     query: Tensor
-    """(G * r, D), scaled."""
+    """(h, G * r, D), scaled."""
     key: Tensor
-    """(Nk, D)."""
+    """(h, Nk, D)."""
     scores: Tensor
-    """(G, r, Nk), -inf where a key may not be seen."""
+    """(h, G, r, Nk), -inf where a key may not be seen."""
 
 
 def _hidden(
@@ -66,9 +68,10 @@ def _blocks(
     dtype = checks.accumulate_dtype(query.dtype)
     (batch, _, queries, width), (heads, keys) = query.shape, key.shape[1:3]
     groups, own = query.shape[1] // heads, key.shape[2] // fold
-    step = max(1, CHUNK_ELEMENTS // max(1, groups * keys))
+    step = min(rows.shape[1], max(1, CHUNK_ELEMENTS // max(1, groups * keys)))
+    together = max(1, CHUNK_ELEMENTS // max(1, groups * step * keys))
     for sample in range(batch):
-        for first in range(0, rows.shape[1], step):
+        for first in range(0, rows.shape[1], max(1, step)):
             chosen = slice(first, min(first + step, rows.shape[1]))
             row = rows[sample, chosen]
             valid = (row >= 0) & (row < queries)
@@ -76,14 +79,16 @@ def _blocks(
             mask = None if key_mask is None else key_mask[sample]
             ranges = None if key_range is None else key_range[sample, chosen]
             hidden = _hidden(row, queries, own, fold, causal, mask, ranges)
-            for group in range(heads):
-                members = slice(group * groups, (group + 1) * groups)
-                picked = query[sample, members].index_select(1, row).to(dtype).reshape(-1, width) * scale
-                keys_here = key[sample, group].to(dtype)
-                scores = (picked @ keys_here.T).view(groups, len(row), keys)
+            for group in range(0, heads, together):
+                some = slice(group, min(group + together, heads))
+                members = slice(some.start * groups, some.stop * groups)
+                picked = query[sample, members].index_select(1, row).to(dtype) * scale
+                picked = picked.reshape(some.stop - some.start, -1, width)
+                keys_here = key[sample, some].to(dtype)
+                scores = (picked @ keys_here.transpose(1, 2)).view(-1, groups, len(row), keys)
                 if hidden is not None:
                     scores.masked_fill_(hidden, -math.inf)
-                yield _Block(sample, members, group, chosen, row, valid, picked, keys_here, scores)
+                yield _Block(sample, members, some, chosen, row, valid, picked, keys_here, scores)
 
 
 class _Columns:
@@ -135,8 +140,9 @@ def forward(
         share = torch.where(total > 0, 1 / total, 0)
         top, logarithm = top[..., 0], total[..., 0].log()
         place = block.sample, block.heads, block.chosen
-        lse[place] = top + logarithm
-        rest[place] = torch.where(total[..., 0] > 0, top - lse[place] + logarithm, 0)
+        both = top + logarithm
+        lse[place] = both.flatten(0, 1)
+        rest[place] = torch.where(total[..., 0] > 0, top - both + logarithm, 0).flatten(0, 1)
         reader = _Columns(columns, block.sample, start, stop, own, fold)
         mass = sum(reader.read(weights, part) for part in reader.parts) * share
         assert isinstance(mass, Tensor)
@@ -144,9 +150,9 @@ def forward(
         if reader.valid is not None:
             mass.masked_fill_(~reader.valid, 0)
         if mean:
-            out[block.sample, block.chosen] += mass.sum(0)
+            out[block.sample, block.chosen] += mass.sum((0, 1))
         else:
-            out[block.sample, block.heads, block.chosen] = mass
+            out[block.sample, block.heads, block.chosen] = mass.flatten(0, 1)
     return out.div_(heads) if mean else out, lse, rest
 
 
@@ -175,14 +181,15 @@ def backward(
     if not own:
         return grad_query, grad_key.to(key.dtype)
     for block in _blocks(query, key, rows, scale, causal, key_mask, fold, key_range):
-        total = lse[block.sample, block.heads, block.chosen]
+        shape = block.scores.shape[:3]
+        total = lse[block.sample, block.heads, block.chosen].view(shape)
         shift = total.masked_fill(total == -math.inf, 0)[..., None]
         weights = block.scores.sub_(shift).exp_()
-        share = rest[block.sample, block.heads, block.chosen, None].neg().exp()
+        share = rest[block.sample, block.heads, block.chosen].view(*shape, 1).neg().exp()
         if mean:
             given = grad[block.sample, block.chosen].to(dtype) / heads
         else:
-            given = grad[block.sample, block.heads, block.chosen].to(dtype)
+            given = grad[block.sample, block.heads, block.chosen].to(dtype).unflatten(0, shape[:2])
         given = given.masked_fill(~block.valid[:, None], 0)
         reader = _Columns(columns, block.sample, start, stop, own, fold)
         if reader.valid is not None:
@@ -192,9 +199,9 @@ def backward(
         slope = weights.mul_(-share * sum(item.sum(-1, keepdim=True) for item in moved))
         for part, item in zip(reader.parts, moved, strict=True):
             reader.add(slope, part, item)
-        slope = slope.reshape(-1, slope.shape[-1])
-        grad_key[block.sample, block.group].addmm_(slope.T, block.query)
-        picked = (slope @ block.key).mul_(scale).view(*block.scores.shape[:2], -1)
+        slope = slope.flatten(1, 2)
+        grad_key[block.sample, block.groups].baddbmm_(slope.transpose(1, 2), block.query)
+        picked = (slope @ block.key).mul_(scale).view(shape[0] * shape[1], shape[2], -1)
         # Equal rows are added in full precision first.
         position, place = block.rows.unique(return_inverse=True)
         added = picked.new_zeros(picked.shape[0], len(position), picked.shape[2]).index_add_(1, place, picked)
