@@ -273,10 +273,13 @@ def resample_rows(maps: Tensor, grid_in: Grid, grid_out: Grid, *, normalize: boo
         matrix = interpolation_matrix(size_in, size_out, maps.dtype, maps.device)
         volume = (volume.transpose(axis, -1) @ matrix.T).transpose(axis, -1)
     result = volume.flatten(-3)
-    if not normalize:
-        return result
-    total = result.sum(-1, keepdim=True)
-    return torch.where(total == 0, torch.zeros_like(result), result / total.masked_fill(total == 0, 1))
+    return scaled_to_one(result) if normalize else result
+
+
+def scaled_to_one(rows: Tensor) -> Tensor:
+    """Rows (..., S) scaled to sum to one; rows that sum to zero become zero."""
+    total = rows.sum(-1, keepdim=True)
+    return torch.where(total == 0, torch.zeros_like(rows), rows / total.masked_fill(total == 0, 1))
 
 
 def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -291,3 +294,10 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
         if valid.any():
             losses.append(torch.stack([torch.linalg.vector_norm(d) for d in (one - other)[valid]]).mean())
     return torch.stack(losses).mean() if losses else (student[:0].sum() + teacher[:0].sum())
+
+
+def align_rows(
+    student: Tensor, teacher: Tensor, grid_in: Grid, grid_out: Grid, row_mask: Tensor | None = None
+) -> Tensor:
+    """Row L2 loss of the student's rows on the teacher's grid and the teacher's, all scaled to sum to one."""
+    return row_l2_loss(resample_rows(student, grid_in, grid_out), scaled_to_one(teacher), row_mask)

@@ -368,7 +368,7 @@ def _identity(
             for k, v in asdict(student).items()
             if k not in ("student", "prior_source", "attn_implementation")
         },
-        **{k: str(getattr(training, k)) for k in _RECIPE},
+        **{k: v if isinstance(v := getattr(training, k), int | float | None) else str(v) for k in _RECIPE},
     }
 
 

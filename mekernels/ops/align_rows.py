@@ -51,7 +51,7 @@ def align_rows(
     checks.no_functorch("align_rows")
     backend = backends.active()
     if backend == "reference":
-        result = backends.by_reference(_reference, student, teacher, source, target, row_mask)
+        result = backends.by_reference(reference.align_rows, student, teacher, source, target, row_mask)
         return result.to(row_l2_loss.common_dtype(student, teacher))
     gradient = torch.is_grad_enabled() and student.requires_grad
     return align_rows_op(student, teacher, row_mask, list(source), list(target), gradient, backend)[0]
@@ -78,22 +78,6 @@ def _check(
         raise ValueError("teacher must not require a gradient, got one that does: use row_l2_loss")
     row_l2_loss.check_row_mask(row_mask, student)
     return source, target
-
-
-def _scaled_to_one(rows: Tensor) -> Tensor:
-    total = rows.sum(-1, keepdim=True)
-    return torch.where(total == 0, 0, rows / total.masked_fill(total == 0, 1))
-
-
-def _reference(
-    student: Tensor,
-    teacher: Tensor,
-    grid_in: tuple[int, int, int],
-    grid_out: tuple[int, int, int],
-    row_mask: Tensor | None,
-) -> Tensor:
-    rows = reference.resample_rows(student, grid_in, grid_out)
-    return reference.row_l2_loss(rows, _scaled_to_one(teacher), row_mask)
 
 
 @torch.library.custom_op("mekernels::align_rows", mutates_args=())
@@ -154,7 +138,7 @@ def _forward(
     dtype = row_l2_loss.common_dtype(student, teacher)
     maps = student.to(dtype)
     rows, sums = resample_rows._forward(maps, grid_in, grid_out, True)
-    target = _scaled_to_one(teacher.to(dtype))
+    target = reference.scaled_to_one(teacher.to(dtype))
     loss, norms, weights = row_l2_loss._forward(rows, target, row_mask)
     if not gradient:
         return loss, weights, student.new_empty(0, dtype=dtype)

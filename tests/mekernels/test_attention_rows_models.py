@@ -75,7 +75,7 @@ def observed(modules, read):
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # the instance's own entry; the class keeps the original
 
 
 @contextmanager
