@@ -57,6 +57,20 @@ class PriorArguments:
     )
     head_ratio: float = field(default=0.5, metadata={"help": "Share of heads kept; 1 keeps all."})
     token_ratio: float = field(default=0.5, metadata={"help": "Share of words kept; 1 keeps all."})
+    head_selection: str = field(
+        default="mhs",
+        metadata={
+            "help": "Motion-sensitive head selection, or the mean over all heads.",
+            "choices": ["mhs", "off"],
+        },
+    )
+    token_selection: str = field(
+        default="mtti",
+        metadata={
+            "help": "Motion-salient token identification, or all words kept.",
+            "choices": ["mtti", "off"],
+        },
+    )
     sampled_rows: str = field(
         default="64", metadata={"help": 'Rows read for a head\'s square sum, or "all".'}
     )
@@ -120,6 +134,8 @@ class PriorArguments:
             mode=self.prior_mode,
             noise_level=self.noise_level,
             step_weights=_numbers(self.step_weights),
+            head_selection=self.head_selection,
+            token_selection=self.token_selection,
         )
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
@@ -231,6 +247,8 @@ def _as_flag(action: argparse.Action, value: str | int | float, path: Path) -> s
     """The value as it would stand on the command line: argparse converts such defaults, others it trusts."""
     text = str(value)
     allowed = None if action.choices is None else [str(choice) for choice in action.choices]
+    if value is False and allowed is not None and "off" in allowed:
+        text = "off"  # what a bare off means in yaml
     if allowed is not None and text not in allowed:
         raise ValueError(f"--config {path}: {action.dest} must be one of {', '.join(allowed)}, got {text!r}")
     return text

@@ -23,6 +23,8 @@ from .vdm.base import Teacher
 from .vdm.inversion import STARTS, invert, reconstruct, renoise
 
 MODES = ("reconstruct", "renoise")
+HEAD_SELECTIONS = ("mhs", "off")
+TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
 FORMAT = 2
@@ -45,6 +47,8 @@ class PriorSettings:
         noise_level: training timestep of "renoise"; 0 is clean, the last is noise.
         step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
             weighs all alike.
+        head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
+        token_selection: "mtti", motion-salient token identification, or "off", every token kept.
     """
 
     steps: int = 5
@@ -58,8 +62,15 @@ class PriorSettings:
     mode: str = "reconstruct"
     noise_level: int = 200
     step_weights: tuple[float, ...] | None = None
+    head_selection: str = "mhs"
+    token_selection: str = "mtti"
 
     def __post_init__(self) -> None:
+        choices = {"head": HEAD_SELECTIONS, "token": TOKEN_SELECTIONS}
+        for kind, allowed in choices.items():
+            value = getattr(self, f"{kind}_selection")
+            if value not in allowed:
+                raise ValueError(f"{kind}_selection must be one of {allowed}, got {value!r}")
         for name in ("head_ratio", "token_ratio"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
@@ -82,6 +93,10 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
+        # A ratio that plays no part must not tell equal priors apart.
+        for kind in choices:
+            if getattr(self, f"{kind}_selection") == "off":
+                object.__setattr__(self, f"{kind}_ratio", 1.0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class MotionPrior:
         spans: T' character ranges in `prompt`.
         prompt: the text given to the teacher.
         grid: (F, H, W) of the vision tokens.
-        heads: indices of the chosen heads, ascending.
+        heads: indices of the chosen heads, ascending; all of them where none were selected.
         head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
         all_tokens: every real token of the prompt, kept or not.
         all_spans: their character ranges.
@@ -148,6 +163,8 @@ class MotionPrior:
         return {
             "prompt": self.prompt,
             "grid": list(self.grid),
+            "head_selection": self.settings.head_selection,
+            "token_selection": self.settings.token_selection,
             "heads": self.heads,
             "head_scores": self.head_scores,
             "kept_tokens": listed(self.kept),
@@ -191,7 +208,8 @@ def extract_prior(
         frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
         text: what happens in the clip; its tokens are the rows of the prior.
         steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
-        **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights.
+        **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
+            head_selection, token_selection.
 
     Returns:
         A `MotionPrior`.

@@ -9,33 +9,25 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .aligner import build_aligner
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import Sample, SkipLog, content_digest
+from .data import SkipLog, content_digest
 from .dataset import MotionCollator, MotionDataset
-from .extract import (
-    default_toy,
-    load_samples,
-    make_priors,
-    plan_priors,
-    share_requests,
-    use_toy_defaults,
-)
+from .extract import default_toy, load_samples, use_toy_defaults
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
-from .toy.world import ToyFolder
+from .train_arguments import StudentArguments, TrainArguments
+from .train_priors import collect_priors
 from .trainer import MotionTrainer
 from .vlm import StudentFamily, load_student
 
@@ -61,95 +53,6 @@ _RECIPE = (
     "fp16",
 )
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
-
-
-@dataclass
-class StudentArguments:
-    """The model to tune and how strongly it is pulled."""
-
-    student: str | None = field(
-        default=None,
-        metadata={
-            "help": "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."
-        },
-    )
-    prior_source: str = field(
-        default="hybrid",
-        metadata={
-            "help": "store: every prior must be in --prior_dir; hybrid: missing ones are made first.",
-            "choices": ["store", "hybrid"],
-        },
-    )
-    alignment_weight: float = field(default=1.0, metadata={"help": "λ; 0 is plain fine-tuning."})
-    vision_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of the vision tower. Default: a fifth of the rest."},
-    )
-    alignment_loss: str = field(
-        default="l2", metadata={"help": "Distance of two maps.", "choices": ["l2", "mse", "kl"]}
-    )
-    aligner: str = field(
-        default="mlp",
-        metadata={
-            "help": "Module between student and prior, thrown away after training.",
-            "choices": ["mlp", "identity", "pointwise", "conv"],
-        },
-    )
-    confidence_gate: float = field(
-        default=0.0,
-        metadata={"help": "Follow priors less confident than this proportionally less; 0 is no gate."},
-    )
-    measure_alignment: bool = field(default=False, metadata={"help": "Log loss_align also when λ is 0."})
-    video_fps: float | None = field(default=None, metadata={"help": "Frames a second. Default: 1."})
-    num_frames: int | None = field(
-        default=None,
-        metadata={"help": "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate."},
-    )
-    max_frames: int = field(default=64, metadata={"help": "Most frames of one clip by rate."})
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "Most pixels of a frame, before patching."}
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "The student's attention."})
-
-
-@dataclass
-class TrainArguments(TrainingArguments):
-    """All of transformers' TrainingArguments, the paper's recipe as defaults."""
-
-    output_dir: str | None = field(
-        default="runs/train", metadata={"help": "Receives the checkpoint and motion_report.json."}
-    )
-    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's peak learning rate."})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps of warm-up, or below 1 their share of all steps."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples a device and step."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    # HfArgumentParser reads a union of three only with None in front.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "tensorboard, wandb, none ..."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
-        # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing; the old names
-        # mirror the new.
-        if self.gradient_checkpointing:
-            options = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}  # type: ignore[arg-type]
-            if options["use_reentrant"]:
-                raise ValueError(
-                    "re-entrant gradient checkpointing drops the alignment's gradient: "
-                    "leave use_reentrant false"
-                )
-            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-                if hasattr(self, name):
-                    setattr(self, name, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +113,8 @@ def run(
         keys: dict[str, str] = {}
         grids: set[tuple[int, int, int]] = set()
         if aligned:
-            samples, keys, grids = _priors(samples, student, prior, settings, skips, report, toy)
+            found = collect_priors(samples, student, prior, settings, skips, report, toy)
+            samples, keys, grids = found.samples, found.keys, found.grids
         dataset = MotionDataset(
             samples,
             family,
@@ -271,65 +175,6 @@ def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any
         return {"num_frames": family.num_frames}
     fps = 1.0 if student.video_fps is None else student.video_fps
     return {"fps": fps, "max_frames": student.max_frames}
-
-
-def _priors(
-    samples: list[Sample],
-    student: StudentArguments,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    skips: SkipLog,
-    report: RunReport,
-    toy: ToyFolder | None,
-) -> tuple[list[Sample], dict[str, str], set[tuple[int, int, int]]]:
-    """Priors in the store for all samples that can have one → usable samples, sample id → key, grids met."""
-    state = PartialState()
-    assert prior.teacher is not None
-    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
-    requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
-    missing = sum(request.key not in store for request in requests)
-    untrained = toy is not None and Path(prior.teacher) == toy.teacher
-    if state.is_main_process:
-        print(f"teacher {prior.teacher}: {len(requests) - missing} priors stored, {missing} to make")
-        if untrained:
-            print(
-                "the toy teacher is untrained (random weights): its priors exercise the path "
-                "and carry no meaning"
-            )
-    if student.prior_source == "store" and missing:
-        raise ValueError(
-            f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
-            "make them with "
-            f"python -m motionenhancer.extract --teacher {prior.teacher} ..., or use --prior_source hybrid"
-        )
-    made = make_priors(
-        share_requests(requests, state.num_processes)[state.process_index],
-        store,
-        settings,
-        lambda: prior.load(state.device),
-        skips,
-        measure_roundtrip=prior.measure_roundtrip,
-    )
-    everyone = gather_object([made])
-    keys = {k: v for part in everyone for k, v in part.keys.items()}
-    unusable = {s for part in everyone for s in part.unusable}
-    report.content["teacher"] = {
-        "path": prior.teacher,
-        "id": name,
-        "trained": False if untrained else None,
-        "roundtrip": next((part.roundtrip for part in everyone if part.roundtrip), None),
-    }
-    report.content["samples"] = [entry for part in everyone for entry in part.described]
-    grids = {tuple(entry["grid"]) for part in everyone for entry in part.described}
-    usable = [s for s in samples if s.id not in unusable]
-    if not usable:
-        raise ValueError(f"no sample is left to train on. {skips.summary()}")
-    if not keys and student.alignment_weight != 0:
-        raise ValueError(
-            f"none of the {len(samples)} samples has a prior, so nothing would be aligned; "
-            f"use --alignment_weight 0 for plain fine-tuning. {skips.summary()}"
-        )
-    return usable, keys, grids
 
 
 def _aligner(

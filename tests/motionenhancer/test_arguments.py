@@ -40,6 +40,13 @@ def test_a_files_values_are_read_like_flags(tmp_path: Path, capsys: pytest.Captu
     assert "prompt_source must be one of both, question, answer, got 'everything'" in capsys.readouterr().err
 
 
+def test_selections_are_switched_off_by_flags_and_files(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("head_selection: off\n")
+    _, prior = parse("--config", str(config), "--token_selection", "off")
+    assert prior.settings() == PriorSettings(head_selection="off", token_selection="off")
+
+
 def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("teacher: here\n")

@@ -145,6 +145,35 @@ def test_ratios_of_one_keep_everything(teacher, clip: np.ndarray) -> None:
     assert everything.kept == list(range(len(everything.all_tokens)))
 
 
+@pytest.mark.parametrize("heads_off", [False, True])
+@pytest.mark.parametrize("tokens_off", [False, True])
+def test_selections_switched_off_by_name(
+    teacher, clip: np.ndarray, heads_off: bool, tokens_off: bool
+) -> None:
+    options = {
+        "head_selection": "off" if heads_off else "mhs",
+        "token_selection": "off" if tokens_off else "mtti",
+    }
+    prior = extract_prior(teacher, clip, TEXT, steps=2, sampled_rows="all", **options)
+    maps = mean_maps(teacher, clip, TEXT, 2)
+    count = len(prior.all_tokens)
+    selected = independent_prior(maps, (5, 8, 8), 48, count)[2]
+    heads = np.arange(4) if heads_off else selected
+    rows = maps[heads][:, :count, 48:].mean(0)
+    assert prior.heads == heads.tolist()
+    assert prior.kept == list(range(count)) if tokens_off else len(prior.kept) == half_up(0.5, count)
+    np.testing.assert_allclose(prior.attention.double().numpy(), rows[prior.kept], rtol=1e-3, atol=1e-7)
+    about = prior.describe()
+    assert {name: about[name] for name in options} == options
+    assert len(about["head_scores"]["composite"]) == 4
+
+
+def test_a_ratio_of_a_selection_that_is_off_tells_no_priors_apart() -> None:
+    off = {"head_selection": "off", "token_selection": "off"}
+    assert PriorSettings(head_ratio=0.25, token_ratio=0.75, **off) == PriorSettings(**off)
+    assert PriorSettings(**off) != PriorSettings(head_ratio=1.0, token_ratio=1.0)
+
+
 def test_one_frame_of_tokens_is_no_error(teacher, clip: np.ndarray) -> None:
     still = extract_prior(teacher, clip[:2], TEXT, steps=1)
     assert still.grid == (1, 8, 8)
@@ -165,6 +194,8 @@ def test_empty_text(teacher, clip: np.ndarray, text: str) -> None:
         ({"head_ratio": 0.0}, "head_ratio"),
         ({"token_ratio": 1.5}, "token_ratio"),
         ({"start": "noise"}, "start"),
+        ({"head_selection": "on"}, "head_selection"),
+        ({"token_selection": "mhs"}, "token_selection"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"sampled_rows": 0}, "sampled_rows"),
     ],
