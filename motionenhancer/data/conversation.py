@@ -165,14 +165,14 @@ def _match(kind: str, tags: int, listed: list[str] | None, inline: list[str]) ->
     raise BadSample("tag count differs", f"{tags} <{kind}> tag(s) for {len(files)} {kind}(s)")
 
 
-def _locate(kind: str, names: list[str], root: Path) -> tuple[Path, ...]:
+def _locate(kind: str, names: list[str], root: Path, check: bool) -> tuple[Path, ...]:
     paths = []
     for name in names:
         if "://" in name:
             raise BadSample(f"missing {kind} file", f"{_short(name, 120)} is an address; only files are read")
         path = root / name
         try:
-            there = path.is_file()
+            there = not check or path.is_file()
         except (OSError, ValueError):
             there = False
         if not there:
@@ -181,7 +181,16 @@ def _locate(kind: str, names: list[str], root: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def convert(row: Any, line: int, root: Path, log: SkipLog, *, require_video: bool = True) -> Sample:
+def convert(
+    row: Any,
+    line: int,
+    root: Path,
+    log: SkipLog,
+    *,
+    offset: int = 0,
+    require_video: bool = True,
+    check_files: bool = True,
+) -> Sample:
     """Turn a decoded row into a :class:`Sample`.
 
     Raises
@@ -205,7 +214,7 @@ def convert(row: Any, line: int, root: Path, log: SkipLog, *, require_video: boo
             files = _match(kind, tags, listed[kind], named[kind])
             if kind == "video" and require_video and not files:
                 raise BadSample("no video", "neither a video nor a <video> tag")
-            located[kind] = _locate(kind, files, root)
+            located[kind] = _locate(kind, files, root, check_files)
     except BadSample as bad:
         raise BadSample(bad.reason, bad.detail, name) from None
-    return Sample(name, messages, located["video"], located["image"], line)
+    return Sample(name, messages, located["video"], located["image"], line, offset)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.readers import _rows
+from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.skips import SkipLog
 
 __all__ = ["Question", "video_stem"]
@@ -58,7 +58,7 @@ def read_rows(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"path must be a json or jsonl file, {path} {what}")
-    for line, value, problem in _rows(path):
+    for line, _, value, problem in stream_rows(path):
         if problem:
             log.add("invalid json", line=line, detail=problem)
         elif not isinstance(value, dict):

@@ -2,108 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from motionenhancer.data.conversation import BadSample, convert
+from motionenhancer.data.rows import row_at, stream_rows
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["read_samples"]
-
-_Row = tuple[int, Any, str]
-"""Line number, decoded value, and an error text that is empty when the value is good."""
-
-
-def _decode(line: bytes) -> tuple[Any, str]:
-    try:
-        return json.loads(line.decode("utf-8")), ""
-    except UnicodeDecodeError as error:
-        return None, f"not utf-8 at byte {error.start}"
-    except json.JSONDecodeError as error:
-        return None, f"{error.msg} at column {error.colno}"
-    except RecursionError:
-        return None, "nested too deeply"
-    except ValueError as error:
-        return None, str(error)
-
-
-def _lines(file: BinaryIO) -> Iterator[_Row]:
-    for number, line in enumerate(file, start=1):
-        line = line.removeprefix(b"\xef\xbb\xbf").strip()
-        if line:
-            yield number, *_decode(line)
-
-
-def _array(file: BinaryIO) -> Iterator[_Row]:
-    """Yield the elements of a top-level array with the lines they start on, up to a broken one."""
-    raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield raw.count(b"\n", 0, error.start) + 1, None, f"not utf-8 at byte {error.start}; nothing was read"
-        return
-    decoder = json.JSONDecoder()
-    at, line, counted = text.index("[") + 1, 1, 0
-
-    def skip_space(position: int) -> int:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        return position
-
-    at = skip_space(at)
-    while at < len(text) and text[at] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            yield error.lineno, None, f"{error.msg} at column {error.colno}; the rest of the array is lost"
-            return
-        except (RecursionError, ValueError) as error:
-            why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield line, None, f"{why}; the rest of the array is lost"
-            return
-        yield line, value, ""
-        at = skip_space(at)
-        if at < len(text) and text[at] == ",":
-            at = skip_space(at + 1)
-        elif at < len(text) and text[at] != "]":
-            where = line + text.count("\n", counted, at)
-            yield where, None, "no comma between elements; the rest of the array is lost"
-            return
-    if at >= len(text):
-        yield text.count("\n") + 1, None, "the array is not closed"
-    elif text[at + 1 :].strip():
-        yield line + text.count("\n", counted, at), None, "text after the end of the array"
-
-
-def _is_array(file: BinaryIO) -> bool:
-    """Tell one top-level array from lines, the first of which may be an array by mistake."""
-    filled = (line for line in (raw.removeprefix(b"\xef\xbb\xbf").strip() for raw in file) if line)
-    first = next(filled, b"")
-    if not first.startswith(b"["):
-        return False
-    return next(filled, None) is None or bool(_decode(first)[1])
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as file:
-        array = _is_array(file)
-        file.seek(0)
-        yield from _array(file) if array else _lines(file)
+__all__ = ["read_samples", "sample_at"]
 
 
 def _stream(path: Path, root: Path, log: SkipLog, require_video: bool) -> Iterator[Sample]:
     usable = 0
-    for line, value, problem in _rows(path):
+    for line, offset, value, problem in stream_rows(path):
         if problem:
             log.add("invalid json", line=line, detail=problem)
             continue
         try:
-            sample = convert(value, line, root, log, require_video=require_video)
+            sample = convert(value, line, root, log, offset=offset, require_video=require_video)
         except BadSample as bad:
             log.add(bad.reason, id=bad.id, line=line, detail=bad.detail)
             continue
@@ -135,7 +53,7 @@ def read_samples(
     - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, of which the rejected answer is left out,
       or ``{"video", "question", "answer"}``
 
-    A jsonl file is read a line at a time and never held in memory; a file that is one json array is loaded.
+    Neither a jsonl file nor one that is a json array is ever held in memory.
 
     Parameters
     ----------
@@ -165,3 +83,34 @@ def read_samples(
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"video_root must be a folder, {root} {what}")
     return _stream(path, root, SkipLog() if on_skip is None else on_skip, require_video)
+
+
+def sample_at(file: BinaryIO, offset: int, line: int, root: Path) -> Sample:
+    """Read again a sample that `read_samples` gave, without reading what stands before it.
+
+    Whether its files are still there is not looked at.
+
+    Parameters
+    ----------
+    file: the data file, open for bytes.
+    offset, line: as the sample says.
+    root: what relative paths are relative to.
+
+    Raises
+    ------
+    ValueError: there is no usable sample: the file has changed.
+
+    >>> import tempfile
+    >>> from motionenhancer.toy.world import write_world
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     toy = write_world(folder, clips=3, progress=False)
+    ...     *_, last = read_samples(toy.train, toy.videos)
+    ...     with toy.train.open("rb") as file:
+    ...         sample_at(file, last.offset, last.line, toy.videos) == last
+    True
+    """
+    try:
+        value = row_at(file, offset)
+        return convert(value, line, root, SkipLog(shout=0), offset=offset, check_files=False)
+    except (BadSample, ValueError, RecursionError) as error:
+        raise ValueError(f"no usable sample at byte {offset}, line {line}: {error}") from error

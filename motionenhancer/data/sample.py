@@ -18,7 +18,7 @@ class Sample:
         ``{"type": "text", "text": str}``, ``{"type": "video"}`` and ``{"type": "image"}``. Texts are stripped
         and not empty.
     videos, images: files, in the order of their parts.
-    line: 1-based line of the data file where the sample starts.
+    line: 1-based line of the data file where the sample starts; offset: its first byte.
     """
 
     id: str
@@ -26,6 +26,7 @@ class Sample:
     videos: tuple[Path, ...] = ()
     images: tuple[Path, ...] = ()
     line: int = 0
+    offset: int = 0
 
 
 _ROLES: dict[str, tuple[str, ...]] = {
