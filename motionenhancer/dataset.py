@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .data import Sample, prompt_text, read_frames
+from .planning import PriorRequest
 from .prior import MotionPrior
 from .store import PriorStore
 from .vlm.base import Encoded, StudentFamily, TokenLayout
@@ -51,14 +52,55 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class PendingAlignment:
+    """What a batch's `Alignment` will be made from once its priors are there.
+
+    Attributes:
+        requests: the prior each sample is to have; None where it has none.
+        layouts: where each sample's tokens lie in the padded batch.
+        source: the text the priors are made from.
+        device: where the alignment's tensors go.
+    """
+
+    requests: list[PriorRequest | None]
+    layouts: list[TokenLayout]
+    source: str
+    device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PendingAlignment:
+        """Remembers `device`; what accelerate calls to place a batch."""
+        return replace(self, device=device)
+
+    def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
+        """The alignment of these priors, one a sample."""
+        matched = []
+        for request, layout, prior in zip(self.requests, self.layouts, priors, strict=True):
+            words = None
+            if request is not None and prior is not None:
+                words = find_words(request.sample, prior, layout, self.source)
+            matched.append(Matched(prior, words))
+        alignment = align_batch(matched, self.layouts)
+        return None if alignment is None else alignment.to(self.device)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A sample's prior and the rows of the prior's words among the sample's tokens."""
+
+    prior: MotionPrior | None
+    words: WordMap | None
+
+
+@dataclass(frozen=True)
 class Item:
-    """One sample ready for collation: encoded, with its prior and the rows of the prior's words."""
+    """One sample ready for collation: encoded, with its prior or the request of one that is not made yet."""
 
     id: str
     encoded: Encoded
     prior: MotionPrior | None
     words: WordMap | None
     skipped: dict[str, str]
+    request: PriorRequest | None = None
 
 
 class MotionDataset(Dataset[Item]):
@@ -72,6 +114,7 @@ class MotionDataset(Dataset[Item]):
         family, processor: the student's, from `load_student`.
         keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
         store: where the priors are.
+        requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
         fps: frames a second the student sees, thinned to at most `max_frames`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
@@ -92,7 +135,9 @@ class MotionDataset(Dataset[Item]):
         max_frames: int = 64,
         max_pixels: int | None = None,
         num_frames: int | None = None,
+        requests: Mapping[str, PriorRequest] | None = None,
     ) -> None:
+        self.requests = dict(requests or {})
         self.samples, self.family, self.processor = list(samples), family, processor
         self.keys, self.store, self.source = keys, store, source
         self.max_pixels = max_pixels
@@ -121,17 +166,16 @@ class MotionDataset(Dataset[Item]):
         prior, words = None, None
         if sample.id in self.keys:
             prior = self.store.read(self.keys[sample.id])
-            _, segments = prompt_text(sample, self.source)  # type: ignore[arg-type]
-            layout = encoded.layout
-            words = map_words(
-                prior.spans,
-                prior.prompt,
-                segments,
-                layout.text,
-                layout.offsets,
-                message_spans=layout.message_spans,
-            )
-        return Item(sample.id, encoded, prior, words, skipped)
+            words = find_words(sample, prior, encoded.layout, self.source)
+        return Item(sample.id, encoded, prior, words, skipped, self.requests.get(sample.id))
+
+
+def find_words(sample: Sample, prior: MotionPrior, layout: TokenLayout, source: str) -> WordMap:
+    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell."""
+    _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
+    return map_words(
+        prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
+    )
 
 
 class MotionCollator:
@@ -140,10 +184,13 @@ class MotionCollator:
     Args:
         family, processor: the student's.
         padding_side: "right" or "left".
+        source: the text that requested priors are made from.
     """
 
-    def __init__(self, family: StudentFamily, processor: Any, padding_side: str = "right") -> None:
-        self.family = family
+    def __init__(
+        self, family: StudentFamily, processor: Any, padding_side: str = "right", source: str = "both"
+    ) -> None:
+        self.family, self.source = family, source
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.padding_side = padding_side
 
@@ -151,13 +198,17 @@ class MotionCollator:
         batch = self.family.collate(
             [item.encoded for item in items], pad_token_id=self.pad_token_id, padding_side=self.padding_side
         )
-        batch["alignment"] = align_batch(items, batch.pop("layouts"))
+        layouts, requests = batch.pop("layouts"), [item.request for item in items]
+        if any(request is not None for request in requests):
+            batch["alignment"] = PendingAlignment(requests, layouts, self.source)
+        else:
+            batch["alignment"] = align_batch(items, layouts)
         batch["ids"] = [item.id for item in items]
         batch["skipped"] = {k: v for item in items for k, v in item.skipped.items()}
         return batch
 
 
-def align_batch(items: Sequence[Item], layouts: Sequence[TokenLayout]) -> Alignment | None:
+def align_batch(items: Sequence[Item | Matched], layouts: Sequence[TokenLayout]) -> Alignment | None:
     """Rows, columns and priors of a batch; None where no sample has a prior with a mapped word.
 
     Args:

@@ -93,7 +93,7 @@ def make_priors(
     with ThreadPoolExecutor(decode_workers) as pool:
         firsts = [group[0] for group in by_key.values()]
         with tqdm(firsts, desc="stored", unit="prior", disable=not progress, leave=False) as bar:
-            for request, reading in ahead(pool, lambda r: _stored(store, r), bar, decode_workers):
+            for request, reading in ahead(pool, lambda r: stored(store, r.key), bar, decode_workers):
                 found = reading.result()
                 if isinstance(found, MotionPrior):
                     made.stored += 1
@@ -150,14 +150,15 @@ def ahead(
             future.cancel()
 
 
-def _stored(store: PriorStore, request: PriorRequest) -> MotionPrior | DamagedPrior | None:
+def stored(store: PriorStore, key: str) -> MotionPrior | DamagedPrior | None:
+    """A prior of a store; None where it has none; a damaged one is set aside, its error returned."""
     try:
-        return store.read(request.key)
+        return store.read(key)
     except KeyError:
         return None
     except DamagedPrior as error:
         with suppress(FileNotFoundError):
-            store.set_aside(request.key)
+            store.set_aside(key)
         return error
 
 

@@ -311,5 +311,6 @@ def _timed(seconds: dict[str, float], name: str, teacher: Teacher) -> Iterator[N
     began = time.perf_counter()
     yield
     if teacher.device.type == "cuda":
-        torch.cuda.synchronize(teacher.device)
+        # Not the whole device: a training may be running on another stream of it.
+        torch.cuda.current_stream(teacher.device).synchronize()
     seconds[name] = round(time.perf_counter() - began, 4)
