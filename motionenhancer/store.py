@@ -78,13 +78,7 @@ class PriorStore:
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         attention = prior.attention.to(torch.float16).contiguous()
-        about = {
-            f.name: getattr(prior, f.name)
-            for f in fields(prior)
-            if f.name not in ("attention", "seconds", "settings")
-        }
-        about["settings"] = asdict(prior.settings)
-        text = json.dumps(about, sort_keys=True)
+        text = text_of_prior(prior)
         # One entry only: safetensors writes several in an order that changes from process to process.
         metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
         # Not the process id alone: machines that share the folder may have the same.
@@ -112,12 +106,7 @@ class PriorStore:
             digest, _, text = metadata["motion_prior"].partition(" ")
             if digest != _digest(attention, text):
                 raise DamagedPrior(f"{path}: content does not match its digest")
-            about: dict[str, Any] = json.loads(text)
-            settings = PriorSettings(**about.pop("settings"))
-            about["grid"] = tuple(about["grid"])
-            for name in ("spans", "all_spans"):
-                about[name] = [tuple(span) for span in about[name]]
-            return MotionPrior(attention=attention, settings=settings, **about)
+            return prior_from_text(attention, text)
         except DamagedPrior:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -129,6 +118,28 @@ class PriorStore:
         aside = path.with_name(path.name + _DAMAGED)
         os.replace(path, aside)
         return aside
+
+
+def text_of_prior(prior: MotionPrior) -> str:
+    """All of a prior but its attention and timings as json, the same text for the same prior."""
+    left_out = ("attention", "seconds", "settings")
+    about = {f.name: getattr(prior, f.name) for f in fields(prior) if f.name not in left_out}
+    about["settings"] = asdict(prior.settings)
+    return json.dumps(about, sort_keys=True)
+
+
+def prior_from_text(attention: torch.Tensor, text: str) -> MotionPrior:
+    """The prior that `text_of_prior` gave this text for, without its timings.
+
+    Raises:
+        KeyError, TypeError, ValueError: the text is no prior's.
+    """
+    about: dict[str, Any] = json.loads(text)
+    settings = PriorSettings(**about.pop("settings"))
+    about["grid"] = tuple(about["grid"])
+    for name in ("spans", "all_spans"):
+        about[name] = [tuple(span) for span in about[name]]
+    return MotionPrior(attention=attention, settings=settings, **about)
 
 
 def _digest(attention: torch.Tensor, text: str) -> str:
