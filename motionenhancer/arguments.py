@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .prior import PriorSettings
+from .text_cache import CachedTextTeacher, TextCache, encoder_id
 from .vdm import Teacher, load_teacher, teacher_dtype, teacher_id
 
 
@@ -103,6 +104,10 @@ class PriorArguments:
     )
     vae_tiling: bool = field(default=False, metadata={"help": "Encode in tiles: less memory, other latents."})
     offload_text_encoder: bool = field(default=False, metadata={"help": "Leave the text encoder on the CPU."})
+    text_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the teacher's text embeddings for this and later runs."},
+    )
     compile_teacher: bool = field(default=False, metadata={"help": "torch.compile the transformer's blocks."})
     split_batch: bool = field(
         default=False,
@@ -161,17 +166,31 @@ class PriorArguments:
         assert self.teacher is not None
         return teacher_id(self.teacher, **self.identity(device))
 
-    def load(self, device: torch.device | str) -> Teacher:
-        """The teacher, loaded as these options say."""
+    def load(self, device: torch.device | str, *, text_encoder: bool = True) -> Teacher:
+        """The teacher, loaded as these options say.
+
+        Without its text encoder it knows the texts of `text_cache` only.
+        """
         assert self.teacher is not None
-        return load_teacher(
+        teacher = load_teacher(
             self.teacher,
             device,
             **self.identity(device),
             offload_text_encoder=self.offload_text_encoder,
             compile=self.compile_teacher,
             split_batch=self.split_batch,
+            text_encoder=text_encoder,
         )
+        cache = self.texts(device)
+        return teacher if cache is None else CachedTextTeacher(teacher, cache)
+
+    def texts(self, device: torch.device | str) -> TextCache | None:
+        """The cache of text embeddings, if there is to be one."""
+        if self.text_cache is None:
+            return None
+        assert self.teacher is not None
+        dtype = self.identity(device)["dtype"]
+        return TextCache(Path(self.text_cache), encoder_id(self.teacher, dtype))
 
 
 def parse_arguments(

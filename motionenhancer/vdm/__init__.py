@@ -53,6 +53,7 @@ def load_teacher(
     offload_text_encoder: bool = False,
     compile: bool | str = False,
     split_batch: bool = False,
+    text_encoder: bool = True,
 ) -> Teacher:
     """Load a frozen teacher from an ordinary diffusers folder.
 
@@ -67,6 +68,7 @@ def load_teacher(
         compile: compile the transformer's blocks with `torch.compile`; a string names the backend.
         split_batch: evaluate guidance's two texts one after the other. It is switched on by itself when
             memory runs out.
+        text_encoder: False leaves the text encoder out; all texts must then come from a cache.
 
     Raises:
         FileNotFoundError: the folder or its `model_index.json` is missing.
@@ -93,6 +95,7 @@ def load_teacher(
         offload_text_encoder,
         compile,
         split_batch,
+        text_encoder,
     )
     return family.from_pretrained(Path(path), options)
 

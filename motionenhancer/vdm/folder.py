@@ -11,6 +11,7 @@ import torch
 
 from .base import TextEncoding
 from .identity import teacher_id
+from .whole import whole_weights
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LoadOptions:
     offload_text_encoder: bool = False
     compile: bool | str = False
     split_batch: bool = False
+    text_encoder: bool = True
 
     def id(self, path: Path) -> str:
         """The teacher's id under these options."""
@@ -42,10 +44,16 @@ def load_pipeline(cls: Any, path: Path, options: LoadOptions, *, blocks: str) ->
         options: how to load it.
         blocks: name of the transformer's list of blocks, which are what gets compiled.
     """
-    pipeline = cls.from_pretrained(path, dtype=options.dtype, local_files_only=True, use_safetensors=True)
+    parts = {} if options.text_encoder else {"text_encoder": None}
+    with whole_weights():
+        pipeline = cls.from_pretrained(
+            path, dtype=options.dtype, local_files_only=True, use_safetensors=True, **parts
+        )
     pipeline.set_progress_bar_config(disable=True)
     for name in ("transformer", "vae", "text_encoder"):
         module = getattr(pipeline, name)
+        if module is None:
+            continue
         module.requires_grad_(False)
         module.eval()
         stays = name == "text_encoder" and options.offload_text_encoder

@@ -1,0 +1,323 @@
+"""Ranks of a launch that hold the teacher and send priors to the ranks that train.
+
+All processes of the launch meet in its rendezvous store. The process group, which accelerate, the Trainer and
+whatever engine shards the student take for the whole world, is then made of the training ranks alone: none of
+them can wrap, wait for or count the teacher's ranks. Requests and priors travel through the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from threading import BoundedSemaphore, Event
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from .arguments import PriorArguments
+from .data import Sample
+from .making import stored
+from .planning import PriorRequest
+from .prior import MotionPrior, PriorSettings
+from .store import PriorStore, prior_from_text, text_of_prior
+from .teacher_thread import ReadPrior, TeacherThread
+from .vdm import Teacher
+
+_TIMEOUT = timedelta(minutes=30)
+_PENDING = 8
+
+
+class RemoteTeacherError(RuntimeError):
+    """What went wrong on a teacher's rank, in its own words."""
+
+
+@dataclass(frozen=True)
+class TeacherRanks:
+    """Who is who among a launch's processes.
+
+    Attributes:
+        teachers: ranks that hold the teacher, the last ones of the launch.
+        trainers: ranks that train.
+        index: this process's place among the teachers; None where it trains.
+        store: the launch's rendezvous store.
+        device: of this process.
+    """
+
+    teachers: int
+    trainers: int
+    index: int | None
+    store: dist.Store
+    device: torch.device
+
+    def client(self) -> dist.Store:
+        """A connection of its own: one that waits would hold up all others that use it."""
+        return dist.PrefixStore("priors", self.store).clone()
+
+
+_ranks: TeacherRanks | None = None
+
+
+def current() -> TeacherRanks | None:
+    """What `split_ranks` made of this launch; None where the teacher has no ranks of its own."""
+    return _ranks
+
+
+def serving() -> bool:
+    """Whether this process holds the teacher and does not train."""
+    return _ranks is not None and _ranks.index is not None
+
+
+def split_ranks(teachers: int) -> None:
+    """Set the last `teachers` ranks of a launch apart and let the others form the process group.
+
+    Must run before accelerate or the Trainer looks at the launch. On the ranks that train, `WORLD_SIZE` and
+    `LOCAL_WORLD_SIZE` then count them alone; on the teacher's, no trace of a launch is left.
+
+    Raises:
+        ValueError: fewer than 0, no rank left to train, or a process group that is there already.
+    """
+    global _ranks
+    if teachers < 0:
+        raise ValueError(f"--teacher_ranks must be at least 0, got {teachers}")
+    if teachers == 0 or _ranks is not None:
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world <= teachers:
+        raise ValueError(
+            f"--teacher_ranks {teachers} must leave a rank to train, but the launch has {world}; "
+            "start more processes with torchrun or accelerate launch"
+        )
+    if dist.is_initialized():
+        raise ValueError("--teacher_ranks must be set before a process group is made, and there is one")
+    store, rank, _ = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    local, trainers = int(os.environ.get("LOCAL_RANK", "0")), world - teachers
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    _ranks = TeacherRanks(teachers, trainers, rank - trainers if rank >= trainers else None, store, device)
+    if _ranks.index is not None or (trainers == 1 and not gpu):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    os.environ["WORLD_SIZE"] = str(trainers)
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(here, trainers - (rank - local)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.PrefixStore("trainers", store),
+        rank=rank,
+        world_size=trainers,
+        timeout=_TIMEOUT,
+    )
+
+
+# ---- the ranks that train ----
+
+
+class RemoteTeacher:
+    """A `PriorSource` whose teacher is on other ranks: requests queue up, the next free one takes the next.
+
+    Args:
+        ranks: from `current`.
+        prior: how the teacher is loaded; the first training rank's counts.
+        settings: of the priors.
+        store: read first, and given what is made; None keeps nothing.
+        decode_workers: threads of each teacher's rank that decode clips.
+
+    Raises:
+        RemoteTeacherError: a teacher's rank could not load it; the message says why.
+    """
+
+    def __init__(
+        self,
+        ranks: TeacherRanks,
+        prior: PriorArguments,
+        settings: PriorSettings,
+        *,
+        store: PriorStore | None = None,
+        decode_workers: int = 2,
+    ) -> None:
+        self.ranks, self.store = ranks, store
+        self._closing, self._local = Event(), threading.local()
+        self._pool = ThreadPoolExecutor(_PENDING, thread_name_prefix="remote teacher")
+        client = ranks.client()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            use_cpu = not _trains_on_gpu()
+            setup = {
+                "prior": asdict(prior),
+                "settings": asdict(settings),
+                "decode_workers": decode_workers,
+                "use_cpu": use_cpu,
+            }
+            client.set("setup", json.dumps(setup))
+        for index in range(ranks.teachers):
+            problem = _take(client, f"ready/{index}", self._closing, keep=True).decode()
+            if problem:
+                raise RemoteTeacherError(problem)
+
+    def submit(self, request: PriorRequest, settings: PriorSettings | None = None) -> Future[ReadPrior]:
+        """See `PriorSource`."""
+        return self._pool.submit(self._fetch, request, settings)
+
+    def _fetch(self, request: PriorRequest, settings: PriorSettings | None) -> ReadPrior:
+        keeps, damaged = self.store if settings is None else None, ""
+        if keeps is not None:
+            found = stored(keeps, request.key)
+            if isinstance(found, MotionPrior):
+                return ReadPrior(found, fresh=False)
+            damaged = "" if found is None else str(found)
+        if not hasattr(self._local, "client"):
+            self._local.client = self.ranks.client()
+        client = self._local.client
+        ticket = client.add("tickets", 1)
+        job = {
+            "id": request.sample.id,
+            "video": str(request.video.absolute()),
+            "text": request.text,
+            "settings": None if settings is None else asdict(settings),
+        }
+        client.set(f"job/{ticket}", json.dumps(job))
+        read = unpack_answer(_take(client, f"answer/{ticket}", self._closing))
+        if keeps is not None:
+            keeps.write(request.key, read.prior)
+        return ReadPrior(read.prior, fresh=True, seconds=read.seconds, damaged=damaged)
+
+    def close(self) -> None:
+        """See `PriorSource`; the teacher's ranks end once all training ranks have called it."""
+        self._closing.set()
+        self._pool.shutdown(cancel_futures=True)
+        client = self.ranks.client()
+        if client.add("closed", 1) < self.ranks.trainers:
+            return
+        for _ in range(self.ranks.teachers):
+            client.set(f"job/{client.add('tickets', 1)}", "null")
+        # The first rank may be the one that holds the store: it stays until the others need it no more.
+        for index in range(self.ranks.teachers):
+            _take(client, f"left/{index}", Event())
+
+
+def _trains_on_gpu() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().device.type == "cuda"
+
+
+# ---- the teacher's ranks ----
+
+
+def serve_priors() -> int:
+    """Answer requests until all training ranks have closed; returns the process's exit code."""
+    ranks = current()
+    assert ranks is not None
+    assert ranks.index is not None
+    client = ranks.client()
+    setup = json.loads(_take(client, "setup", Event(), keep=True))
+    prior = PriorArguments(**setup["prior"])
+    settings = _settings(setup["settings"])
+    device = torch.device("cpu") if setup["use_cpu"] else ranks.device
+    try:
+        teacher = prior.load(device)
+    except Exception as error:
+        client.set(f"ready/{ranks.index}", f"{type(error).__name__}: {error}")
+        return 2
+    client.set(f"ready/{ranks.index}", "")
+    for ticket, job, answer in _jobs(ranks, teacher, settings, setup["decode_workers"]):
+        request = PriorRequest(
+            Sample(job["id"], [], (Path(job["video"]),)), Path(job["video"]), job["text"], ""
+        )
+        answer(ticket, request, None if job["settings"] is None else _settings(job["settings"]))
+    client.set(f"left/{ranks.index}", "")
+    return 0
+
+
+def _jobs(
+    ranks: TeacherRanks, teacher: Teacher, settings: PriorSettings, workers: int
+) -> Iterator[tuple[int, dict[str, Any], Callable[[int, PriorRequest, PriorSettings | None], None]]]:
+    """Claim jobs one by one, a few more than are being read, and hand each out with what answers it."""
+    thread = TeacherThread(teacher, settings, decode_workers=workers)
+    slots, client, sender = BoundedSemaphore(workers + 1), ranks.client(), ranks.client()
+
+    def answer(ticket: int, request: PriorRequest, other: PriorSettings | None) -> None:
+        def send(done: Future[ReadPrior]) -> None:
+            try:
+                sender.set(f"answer/{ticket}", pack_answer(done))  # type: ignore[arg-type]
+            finally:
+                slots.release()
+
+        thread.submit(request, other).add_done_callback(send)
+
+    try:
+        while True:
+            slots.acquire()
+            ticket = client.add("claims", 1)
+            job = json.loads(_take(client, f"job/{ticket}", Event()))
+            if job is None:
+                return
+            yield ticket, job, answer
+    finally:
+        thread.close()
+
+
+def _settings(fields: dict[str, Any]) -> PriorSettings:
+    weights = fields["step_weights"]
+    return PriorSettings(**{**fields, "step_weights": None if weights is None else tuple(weights)})
+
+
+# ---- what travels ----
+
+
+def pack_answer(done: Future[ReadPrior]) -> bytes:
+    """A prior, or what went wrong instead, as bytes: safetensors with the rest as json."""
+    error = done.exception()
+    if error is not None:
+        return save({"error": _bytes(f"{type(error).__name__}: {error}")})
+    read = done.result()
+    about = json.dumps(
+        {"text": text_of_prior(read.prior), "seconds": read.seconds, "stages": read.prior.seconds}
+    )
+    return save({"attention": read.prior.attention.contiguous(), "about": _bytes(about)})
+
+
+def unpack_answer(data: bytes) -> ReadPrior:
+    """The other way round.
+
+    Raises:
+        RemoteTeacherError: what went wrong.
+    """
+    parts = load(data)
+    if "error" in parts:
+        raise RemoteTeacherError(_text(parts["error"]))
+    about = json.loads(_text(parts["about"]))
+    prior = prior_from_text(parts["attention"], about["text"])
+    prior.seconds.update(about["stages"])
+    return ReadPrior(prior, fresh=True, seconds=about["seconds"])
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _text(tensor: torch.Tensor) -> str:
+    return tensor.numpy().tobytes().decode()
+
+
+def _take(client: dist.Store, key: str, closing: Event, *, keep: bool = False) -> bytes:
+    """Wait for a key and take it out; asked again and again, as one long wait could not be given up."""
+    pause = 0.002
+    while not client.check([key]):
+        if closing.is_set():
+            raise RemoteTeacherError("the run is ending")
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.5)
+    value = client.get(key)
+    if not keep:
+        client.delete_key(key)
+    return value

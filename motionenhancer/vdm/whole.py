@@ -1,0 +1,33 @@
+"""Loading a model whole, whatever engine shards the one that is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SWITCH = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """While open, transformers loads models as if no engine were configured.
+
+    Under ZeRO-3 `from_pretrained` splits every model it loads over the processes, and under FSDP with
+    RAM-efficient loading it leaves all but the first process without weights. A teacher's text encoder,
+    which no engine will ever gather, must be spared both.
+    """
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    before = os.environ.get(_SWITCH)
+    deepspeed.unset_hf_deepspeed_config()
+    os.environ[_SWITCH] = "false"
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+        if before is None:
+            del os.environ[_SWITCH]
+        else:
+            os.environ[_SWITCH] = before
