@@ -115,9 +115,7 @@ def _patched_default(namespace: dict[str, Any]) -> Iterator[None]:
 # Compiled models guard on the function they called: the same wrapper each time keeps them from recompiling.
 @functools.lru_cache(maxsize=64)
 def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @torch._disable_dynamo
-    @functools.wraps(original)
-    def attention_function(
+    def watched(
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -133,5 +131,14 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
                 raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
             observer.callback(name, module, query, key, attention_mask, kwargs)
         return result
+
+    uncompiled = torch._disable_dynamo(watched)
+
+    @functools.wraps(original)
+    def attention_function(*args: Any, **kwargs: Any) -> Any:
+        # What breaks the graph of a compiled model costs more than all the rest where nothing is compiled.
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(*args, **kwargs)
+        return watched(*args, **kwargs)
 
     return attention_function

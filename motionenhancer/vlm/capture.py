@@ -1,7 +1,7 @@
 """Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
 
-Next to each call of the language model's self-attention, the chosen entries are read from the very queries
-and keys by :func:`mekernels.attention_rows`.
+The chosen entries are computed from the very queries and keys of the language model's self-attention: next to
+each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together.
 
 Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
 their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
@@ -13,18 +13,23 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import mekernels
+from mekernels import backends
 from motionenhancer.vlm.attention_registry import observe_attention
-from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask, row_mask
+from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
 from motionenhancer.vlm.locate import attention_modules
-from motionenhancer.vlm.masked_rows import masked_attention_rows
 
 __all__ = ["CapturedAttention", "capture_attention"]
+
+PENDING_NUMBERS = 1 << 21
+"""Queries and keys of layers that wait on a CPU to be read together; their gradients are as large."""
 
 _REENTRANT = (
     "re-entrant gradient checkpointing silently drops the gradient of captured attention; use "
@@ -82,7 +87,18 @@ def capture_attention(
         try:
             yield captured
         finally:
-            captured._masks.clear()
+            captured._forget()
+
+
+class _Kind(NamedTuple):
+    """What layers must have in common to be read together."""
+
+    device: torch.device
+    query: tuple[torch.Size, torch.dtype]
+    key: tuple[torch.Size, torch.dtype]
+    visible: int
+    scale: float | None
+    dtype: torch.dtype
 
 
 class CapturedAttention:
@@ -97,6 +113,9 @@ class CapturedAttention:
         self._repeated = False
         self._sum: torch.Tensor | None = None
         self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
+        self._row_masks: dict[tuple[int, torch.device, torch.dtype], RowMask] = {}
+        self._pending: dict[_Kind, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._numbers = 0
         self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
 
     @property
@@ -104,9 +123,9 @@ class CapturedAttention:
         """(B, R, C), mean over all layers and heads; differentiable where the forward was."""
         if self._repeated:
             raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
-        if not self._seen or self._sum is None:
+        if not self._seen:
             raise RuntimeError("no forward of the captured model has run inside the capture")
-        if len(self._seen) != self.layers:
+        if len(self._seen) != self.layers or self._sum is None:
             raise RuntimeError(
                 f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
                 "capture: did the forward fail, or the attention implementation change?"
@@ -134,11 +153,52 @@ class CapturedAttention:
         rows, columns = self._positions(query.device)
         call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
-        query, key = _compute_dtype(implementation, module, query, key)
-        with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
-            read = _read(query, key, rows, columns, visible, kwargs.get("scaling"))
-            self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
+        dtype, scale = _compute_dtype(implementation, module, query), kwargs.get("scaling")
         self._seen.add(id(module))
+        if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
+            self._wait(query, key, visible, scale, dtype)
+        else:
+            query, key = query.to(dtype), key.to(dtype)
+            with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
+                self._add(_read(query, key, rows, columns, visible, scale))
+        if len(self._seen) == self.layers or self._numbers >= PENDING_NUMBERS:
+            self._read_pending()
+
+    def _wait(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        visible: VisibleKeys,
+        scale: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        kind = _Kind(
+            query.device, (query.shape, query.dtype), (key.shape, key.dtype), id(visible), scale, dtype
+        )
+        if kind not in self._pending:
+            self._row_mask(visible, query)
+        self._pending.setdefault(kind, []).append((query, key))
+        # What is not on a CPU gains nothing from waiting.
+        self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
+
+    def _read_pending(self) -> None:
+        for kind, layers in self._pending.items():
+            queries, keys = zip(*layers, strict=True)
+            mask = self._row_masks[kind.visible, kind.device, kind.query[1]]
+            columns = self._positions(kind.device)[1]
+            with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
+                read = layer_attention_rows(queries, keys, mask, softmax_scale=kind.scale, dtype=kind.dtype)
+                self._add(select_columns(read, columns))
+        self._pending.clear()
+        self._numbers = 0
+
+    def _add(self, read: torch.Tensor) -> None:
+        self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
+
+    def _forget(self) -> None:
+        self._masks.clear()
+        self._row_masks.clear()
+        self._pending.clear()
 
     def _check_call(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
         batch, heads, length = query.shape[:3]
@@ -177,6 +237,12 @@ class CapturedAttention:
             self._masks[key] = (call.mask, read_mask(implementation, call))
         return self._masks[key][1]
 
+    def _row_mask(self, visible: VisibleKeys, query: torch.Tensor) -> None:
+        key = (id(visible), query.device, query.dtype)
+        if key not in self._row_masks:
+            rows = self._positions(query.device)[0]
+            self._row_masks[key] = row_mask(visible, rows, query.shape[2], query.dtype)
+
 
 def _read(
     query: torch.Tensor,
@@ -186,9 +252,6 @@ def _read(
     visible: VisibleKeys,
     scale: float | None,
 ) -> torch.Tensor:
-    if visible.explicit is not None:
-        explicit = visible.explicit.to(query.device)
-        return masked_attention_rows(query, key, rows, columns, explicit, softmax_scale=scale)
     key_mask = None if visible.key_mask is None else visible.key_mask.to(query.device)
     key_range = None if visible.key_range is None else visible.key_range.to(query.device)
     return mekernels.attention_rows(
@@ -204,11 +267,20 @@ def _read(
 
 
 @contextlib.contextmanager
-def _outside_checkpoint(query: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """Keep what the read saves for backward out of a surrounding checkpoint's list of tensors to recompute.
+def _outside_checkpoint(
+    query: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> Iterator[None]:
+    """Keep what a read saves for backward out of a surrounding checkpoint's list of tensors to recompute.
 
-    Of the queries only the chosen rows are kept: the backward of a read uses no others.
+    Of ``query``, where given, only ``rows`` are kept: the backward of a read uses no others.
     """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and query is None:
+        yield
+        return
+    if query is None or rows is None:
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+            yield
+        return
     index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     address, shape = query.data_ptr(), query.shape
 
@@ -227,22 +299,20 @@ def _outside_checkpoint(query: torch.Tensor, rows: torch.Tensor) -> Iterator[Non
         yield
 
 
-def _compute_dtype(
-    implementation: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round queries and keys as the attention function does before it multiplies them."""
+def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
+    """What the attention function rounds queries and keys to before it multiplies them."""
     kind = query.device.type
-    dtype = query.dtype
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    elif implementation.startswith("flash") and dtype == torch.float32:
-        dtype = next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), dtype)
-    return query.to(dtype), key.to(dtype)
+        return torch.get_autocast_dtype(kind)
+    if implementation.startswith("flash") and query.dtype == torch.float32:
+        return next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), query.dtype)
+    return query.dtype
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) is True and module.training:
+        # The class's own default is False, and asking a module for what it lacks is slow.
+        if vars(module).get("gradient_checkpointing") is True and module.training:
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant") is True:
                 raise ValueError(_REENTRANT)
@@ -258,8 +328,8 @@ def _inside_reentrant_checkpoint() -> bool:
 
 
 def _saves_selected_activations() -> bool:
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     return any(type(m).__name__ == "_CachingTorchDispatchMode" for m in _get_current_dispatch_mode_stack())
 
 

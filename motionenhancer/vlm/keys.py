@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["MASK_READERS", "AttentionCall", "VisibleKeys", "read_mask", "register_mask_reader"]
+from motionenhancer.vlm.layer_rows import RowMask
+
+__all__ = ["MASK_READERS", "AttentionCall", "VisibleKeys", "read_mask", "register_mask_reader", "row_mask"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class AttentionCall:
 class VisibleKeys:
     """The keys of each row: a causal flag, a (B, N) key mask and (B, R, 2) key ranges, or an explicit mask.
 
-    ``key_range`` holds the first and one past the last key of each row, as packing and windows leave them.
+    ``key_range`` holds the first and one past the last key of each row, as packing and windows leave them;
+    the key mask takes padding between them away.
     ``explicit`` (B, 1 or Hq, R, N) is boolean, or a float mask that is added to the scores (blocked entries
     are -inf or the type's lowest number). Where it is given it says everything and the others are unused.
     """
@@ -114,39 +117,49 @@ def _dense(call: AttentionCall) -> VisibleKeys:
     explicit = mask.gather(2, index)
     if mask.shape[1] != 1:
         return VisibleKeys(explicit=explicit)
-    return _simplify(explicit, mask[:, 0, -1], rows)
+    return _simplify(explicit, rows)
 
 
-def _simplify(explicit: torch.Tensor, last: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
-    """Use a key mask or key ranges where they describe the rows of ``explicit`` (B, 1, R, N) completely.
-
-    ``last`` (B, N) is the mask's last row. Under causal attention the last row sees every key that is not
-    padding, so it is the key mask, if there is one.
-    """
+def _simplify(explicit: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
+    """Use key ranges, and a key mask, where they say all that ``explicit`` (B, 1, R, N) says."""
     biased = torch.zeros((), dtype=torch.bool, device=explicit.device)
-    allowed, keys = explicit, last
+    allowed = explicit
     if explicit.dtype != torch.bool:
-        lowest = torch.finfo(explicit.dtype).min / 2
-        allowed, keys = explicit > lowest, last > lowest
+        allowed = explicit > torch.finfo(explicit.dtype).min / 2
         biased = (allowed & (explicit != 0)).any()
-    position = torch.arange(last.shape[1], device=rows.device)
-    expected = keys[:, None] & (position <= rows[..., None])
-    differs = ((allowed[:, 0] != expected) & (rows >= 0)[..., None]).any()
-    key_range, broken = _ranges(allowed[:, 0])
-    flags = torch.stack([biased, differs, keys.all(), broken]).tolist()
-    if not (flags[0] or flags[1]):
-        return VisibleKeys(causal=True, key_mask=None if flags[2] else keys)
-    if not (flags[0] or flags[3]):
-        return VisibleKeys(causal=False, key_range=key_range)
-    return VisibleKeys(explicit=explicit)
-
-
-def _ranges(allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one past the last key (B, R, 2) of each row, and whether any row has a gap between them."""
+    allowed = allowed[:, 0] & (rows >= 0)[..., None]
     position = torch.arange(allowed.shape[-1], device=allowed.device)
     first = torch.where(allowed, position, allowed.shape[-1]).amin(dim=-1)
     end = torch.where(allowed, position + 1, 0).amax(dim=-1).maximum(first)
-    return torch.stack([first, end], dim=-1), (end - first != allowed.sum(dim=-1)).any()
+    between = (position >= first[..., None]) & (position < end[..., None])
+    # A key that lies between a row's first and last but that no row sees is padding.
+    keys = allowed.any(dim=1) | ~between.any(dim=1)
+    other = (allowed != (between & keys[:, None])).any()
+    flags = torch.stack([biased, other, keys.all()]).tolist()
+    if flags[0] or flags[1]:
+        return VisibleKeys(explicit=explicit)
+    key_range = torch.stack([first, end], dim=-1)
+    return VisibleKeys(causal=False, key_mask=None if flags[2] else keys, key_range=key_range)
+
+
+def row_mask(visible: VisibleKeys, rows: torch.Tensor, length: int, dtype: torch.dtype) -> RowMask:
+    """Write out which of ``length`` keys each of ``rows`` (B, R) sees.
+
+    >>> row_mask(VisibleKeys(causal=True), torch.tensor([[1]]), 4, torch.float32).bias
+    tensor([[[[0., 0., -inf, -inf]]]])
+    """
+    if visible.explicit is not None:
+        return RowMask.of(visible.explicit.to(rows.device), rows, dtype)
+    position = torch.arange(length, device=rows.device)
+    seen = torch.ones(*rows.shape, length, dtype=torch.bool, device=rows.device)
+    if visible.causal:
+        seen &= position <= rows[..., None]
+    if visible.key_mask is not None:
+        seen &= visible.key_mask.to(rows.device)[:, None]
+    if visible.key_range is not None:
+        limits = visible.key_range.to(rows.device)
+        seen &= (position >= limits[..., :1]) & (position < limits[..., 1:])
+    return RowMask.of(seen[:, None], rows, dtype)
 
 
 @register_mask_reader("sdpa")
@@ -177,25 +190,25 @@ def _flash(call: AttentionCall) -> VisibleKeys:
     documents = None if mask is not None else _documents(call)
     if window is None and documents is None:
         return VisibleKeys(causal=call.causal, key_mask=key_mask)
-    position = torch.arange(length, device=rows.device).expand(rows.shape[0], -1)
-    if key_mask is not None:
-        # Padding is taken out before the kernel runs, so a window counts real tokens only.
-        position = key_mask.long().cumsum(dim=-1) - 1
+    # Padding is taken out before the kernel runs, so a window counts real tokens only.
+    real = torch.ones(rows.shape[0], length, dtype=torch.int64, device=rows.device)
+    real = real if key_mask is None else key_mask.to(real)
+    place = real.cumsum(dim=1) - 1
     at = rows.clamp(min=0)
-    distance = position.gather(1, at)[..., None] - position[:, None]
-    allowed = torch.ones_like(distance, dtype=torch.bool)
-    if call.causal:
-        allowed &= distance >= 0
+    own = place.gather(1, at)
+    first, last = torch.zeros_like(own), torch.full_like(own, length - 1)
     if window is not None:
-        allowed &= distance.abs() < window
-    if key_mask is not None:
-        allowed &= key_mask[:, None]
+        first, last = own - window + 1, own + window - 1
+    if call.causal:
+        last = own
     if documents is not None:
-        allowed &= documents.gather(1, at)[..., None] == documents[:, None]
-    key_range, broken = _ranges(allowed)
-    if broken:
-        return VisibleKeys(explicit=allowed[:, None])
-    return VisibleKeys(causal=False, key_range=key_range)
+        same = documents.gather(1, at)
+        first = first.maximum(torch.searchsorted(documents, same))
+        last = last.minimum(torch.searchsorted(documents, same, right=True) - 1)
+    key_range = torch.stack(
+        [torch.searchsorted(place, first.contiguous()), torch.searchsorted(place, last, right=True)], dim=-1
+    )
+    return VisibleKeys(causal=False, key_mask=key_mask, key_range=key_range)
 
 
 def _documents(call: AttentionCall) -> torch.Tensor | None:
@@ -240,8 +253,6 @@ def _flex(call: AttentionCall) -> VisibleKeys:
         return torch.vmap(mask_mod, in_dims=(None, None, None, 0))(sample, head, row, position)
 
     per_row = torch.vmap(torch.vmap(visible, in_dims=(None, 0)), in_dims=(0, 0))
-    last = torch.full_like(samples, call.length - 1)
     with TransformGetItemToIndex():
         allowed = per_row(samples, rows.clamp(min=0))
-        keys = torch.vmap(visible)(samples, last)
-    return _simplify(allowed[:, None], keys, rows)
+    return _simplify(allowed[:, None], rows)

@@ -74,7 +74,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """
     decoder = text_model(model)
     kinds = _recordable_attention(decoder)
-    found: list[nn.Module] = [module for module in decoder.modules() if kinds and isinstance(module, kinds)]
+    found = _outermost(decoder, kinds) if kinds else []
     if not found:
         found = [module for name, module in decoder.named_modules() if name.split(".")[-1] == "self_attn"]
     if not found:
@@ -82,6 +82,19 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             f"model must have a language model with self-attention, found none in {type(decoder).__name__}"
         )
     return found
+
+
+def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
+    """Modules of these kinds in order, each once and none inside another."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, kinds):
+            found.setdefault(id(current), current)
+        else:
+            waiting.extend(child for child in reversed(current._modules.values()) if child is not None)
+    return list(found.values())
 
 
 def _recordable_attention(decoder: nn.Module) -> tuple[type, ...]:

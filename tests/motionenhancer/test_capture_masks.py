@@ -23,7 +23,7 @@ from vlm_support import (
 import mekernels
 from motionenhancer.vlm import capture_attention
 from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
-from motionenhancer.vlm.masked_rows import masked_attention_rows
+from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
 
 
 def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -217,8 +217,8 @@ def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
         return pick(maps, every, columns)
 
     def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        given_mask = mask if kind == "bool" else bias
-        return masked_attention_rows(query, key, rows, columns, given_mask, softmax_scale=0.3)
+        ready = RowMask.of(mask if kind == "bool" else bias, rows, torch.float64)
+        return select_columns(layer_attention_rows([query], [key], ready, softmax_scale=0.3), columns)
 
     torch.testing.assert_close(read(query, key), whole(query, key))
     assert torch.autograd.gradcheck(read, (query, key))
@@ -228,5 +228,6 @@ def test_masked_rows_agree_with_the_kernel() -> None:
     query, key = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
     rows, columns = torch.tensor([[3, 11], [0, -1]]), slice(2, 9)
     mask = (torch.arange(12) <= rows[..., None])[:, None]
-    found = masked_attention_rows(query, key, rows, columns, mask)
+    ready = RowMask.of(mask, rows, torch.float32)
+    found = select_columns(layer_attention_rows([query], [key], ready), columns)
     torch.testing.assert_close(found, mekernels.attention_rows(query, key, rows, columns, causal=True))
