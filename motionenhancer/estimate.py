@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from .planning import PriorRequest
 from .prior import PriorSettings
-from .store import PriorStore
+from .vdm import read_model_index
 from .vdm.plan import TeacherPlan, plan_teacher
+from .vdm.schedule import check_level, check_steps
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,28 @@ def evaluations_a_prior(settings: PriorSettings) -> int:
     return settings.steps * (1 + _rows(settings, split=False))
 
 
+def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
+    """See that a teacher has the noise levels that settings ask for, from its scheduler's configuration.
+
+    Raises:
+        ValueError: the steps do not divide its training timesteps, or the noise level is none of them.
+        OSError: the folder or its files are missing.
+    """
+    read_model_index(teacher)
+    file = Path(teacher) / "scheduler" / "scheduler_config.json"
+    try:
+        total = int(json.loads(file.read_text())["num_train_timesteps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--teacher {teacher}: {file} names no num_train_timesteps ({error})") from error
+    if settings.mode == "renoise":
+        check_level(settings.noise_level, total)
+    else:
+        check_steps(settings.steps, total)
+
+
 def estimate(
-    requests: Sequence[PriorRequest],
-    store: PriorStore,
+    missing: Iterable[str],
+    stored: int,
     settings: PriorSettings,
     teacher: str | Path,
     *,
@@ -80,11 +102,11 @@ def estimate(
     frames: int | None = None,
     split_batch: bool = False,
 ) -> Estimate:
-    """Count what is missing and what making it takes. Only the tokenizer and configuration files are read.
+    """Work out what making priors takes. Only the tokenizer and configuration files are read.
 
     Args:
-        requests: from `plan_priors`.
-        store: where priors are looked up, by name only.
+        missing: the text of every prior to make; not kept.
+        stored: how many priors are there already.
         settings: of the extraction.
         teacher, dtype, size, frames, split_batch: as given to `load_teacher`.
 
@@ -92,17 +114,17 @@ def estimate(
         ValueError, OSError: the teacher's folder is missing files, or of a family that is not supported.
     """
     plan = plan_teacher(teacher, size=size, frames=frames)
-    texts = {request.key: request.text for request in requests}
-    missing = [text for key, text in texts.items() if key not in store]
-    longest = rows = 0
-    if missing:
-        tokenizer = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
-        special = tokenizer.num_special_tokens_to_add()
-        for text in missing:
-            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            tokens = min(tokens, plan.text_length - special)
-            longest = max(longest, tokens)
-            rows += max(1, math.floor(settings.token_ratio * tokens + 0.5))
+    count = longest = rows = 0
+    tokenizer: Any = None
+    texts = iter(missing)
+    while some := list(islice(texts, 256)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
+        most = plan.text_length - tokenizer.num_special_tokens_to_add()
+        count += len(some)
+        for tokens in map(len, tokenizer(some, add_special_tokens=False)["input_ids"]):
+            longest = max(longest, min(tokens, most))
+            rows += max(1, math.floor(settings.token_ratio * min(tokens, most) + 0.5))
     batch = 1 if settings.mode == "renoise" else _rows(settings, split=split_batch)
     sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
     length = plan.vision + (plan.text_length if plan.joint else 0)
@@ -110,12 +132,12 @@ def estimate(
     # The stream, its normalised copy, and a feed-forward layer of four times the width.
     states = 6 * batch * length * plan.width * dtype.itemsize
     return Estimate(
-        stored=len(texts) - len(missing),
-        missing=len(missing),
-        evaluations=len(missing) * evaluations_a_prior(settings),
+        stored=stored,
+        missing=count,
+        evaluations=count * evaluations_a_prior(settings),
         prior_bytes=2 * plan.vision * rows,
         weight_bytes={part: count * dtype.itemsize for part, count in plan.weights.items()},
-        work_bytes=(sums + states) if missing else 0,
+        work_bytes=(sums + states) if count else 0,
         plan=plan,
     )
 

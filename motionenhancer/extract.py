@@ -10,25 +10,29 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import Sample, SkipLog, read_samples
-from .estimate import estimate
+from .engines import Done, open_engine
+from .estimate import Estimate, check_settings, estimate
+from .job import Job
 from .making import MadePriors, make_priors
-from .planning import PriorRequest, digest_videos, plan_priors, share_requests
+from .planning import PriorRequest, digest_videos, plan_priors, share_requests, stream_requests
 from .prior import PriorSettings
-from .processes import join_processes
+from .processes import from_main, join_processes
 from .report import versions
-from .store import PriorStore
 from .toy.world import ToyFolder, build_toy
+from .workload import Workload, tabulate
 
 __all__ = [
     "MadePriors",
@@ -58,28 +62,60 @@ class ExtractArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Print evaluations, bytes and memory, and load no model."}
     )
+    engine: str = field(
+        default="local",
+        metadata={
+            "help": "local: this process and those it was launched with. ray: workers of a cluster.",
+            "choices": ["local", "ray"],
+        },
+    )
+    ray_address: str | None = field(
+        default=None, metadata={"help": "Cluster to join. Default: a running one, or one on this machine."}
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "Workers, each with a teacher. Default: one a GPU, or one in all."}
+    )
+    ray_cpus: int | None = field(
+        default=None, metadata={"help": "Cores that a worker reserves and computes with. Default: 1."}
+    )
 
     def __post_init__(self) -> None:
-        if self.decode_workers < 1:
-            raise ValueError(f"--decode_workers must be at least 1, got {self.decode_workers}")
+        for name in ("decode_workers", "ray_workers", "ray_cpus"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        for name in ("ray_address", "ray_workers", "ray_cpus"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} needs --engine ray, got --engine {self.engine}")
 
 
-def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
-    """Every usable sample of the data file, bad lines reported in `skips`.
+def stream_samples(data: DataArguments, skips: SkipLog) -> Iterator[Sample]:
+    """The usable samples of the data file, the first `limit` of them, bad lines reported in `skips`.
 
     Raises:
-        ValueError: the data file or the video folder is missing, or nothing in the file is usable.
+        ValueError: at the call, the data file or the video folder is missing or `limit` is no count; at the
+            end, nothing in the file is usable.
     """
     assert data.data is not None
     if data.limit is not None and data.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {data.limit}")
     if not Path(data.data).is_file():
-        raise ValueError(f"--data {data.data}: no such file")
+        what = "is a folder" if Path(data.data).is_dir() else "no such file"
+        raise ValueError(f"--data {data.data}: {what}")
     if data.video_root is not None and not Path(data.video_root).is_dir():
         raise ValueError(f"--video_root {data.video_root}: no such folder")
+    return islice(read_samples(data.data, data.video_root, skips), data.limit)
+
+
+def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
+    """Every usable sample of the data file in a list, ids that are met again numbered.
+
+    Raises:
+        ValueError: the data file or the video folder is missing, or nothing in the file is usable.
+    """
     seen: Counter[str] = Counter()
     samples = []
-    for sample in islice(read_samples(data.data, data.video_root, skips), data.limit):
+    for sample in stream_samples(data, skips):
         seen[sample.id] += 1
         if seen[sample.id] > 1:
             # Priors are looked up by id, so two samples must never share one.
@@ -130,78 +166,121 @@ def run(data: DataArguments, prior: PriorArguments, how: ExtractArguments) -> in
     began = time.time()
     settings = prior.settings()
     use_toy_defaults(data, prior)
-    teacher = prior.teacher_id(state.device)
-    store = PriorStore(Path(prior.prior_dir))
-    # Every process reads the data file: only one of them warns and counts.
-    skips, mine = (SkipLog() if state.is_main_process else SkipLog(shout=0) for _ in range(2))
-    samples = load_samples(data, skips)
-    videos = sorted({sample.videos[0] for sample in samples if len(sample.videos) == 1})
-    share = digest_videos(videos[state.process_index :: state.num_processes], how.decode_workers)
-    digests = {video: digest for part in gather_object([share]) for video, digest in part.items()}
-    requests = plan_priors(samples, teacher, settings, prior.prompt_source, skips, digests=digests)
-    if how.dry_run:
+    assert data.data is not None
+    assert prior.teacher is not None
+    check_settings(settings, prior.teacher)
+    with open_engine(how.engine, state, how.ray_address, how.ray_workers, how.ray_cpus or 1) as engine:
+        teacher = prior.teacher_id(engine.device)
+        root = None if data.video_root is None else Path(data.video_root)
+        job = Job(Path(data.data), root, prior, how.decode_workers)
+        skips = SkipLog()
+        work = plan(job, data, teacher, skips, state)
+        if how.dry_run:
+            if state.is_main_process:
+                print(dry_run(job, work, engine.device))
+                if skips.total:
+                    print(skips.summary())
+            return 1 if skips.total else 0
+        report = {
+            "teacher": {"path": prior.teacher, "id": teacher},
+            "data": data.data,
+            "limit": data.limit,
+            "prompt_source": prior.prompt_source,
+            "settings": asdict(settings),
+            "engine": how.engine,
+            "processes": engine.workers,
+            "versions": versions(),
+        }
         if state.is_main_process:
-            identity = prior.identity(state.device)
-            identity.pop("vae_tiling")
-            assert prior.teacher is not None
-            print(
-                estimate(requests, store, settings, prior.teacher, **identity, split_batch=prior.split_batch)
-            )
-            if skips.total:
-                print(skips.summary())
-        return 1 if skips.total else 0
-    report = {
-        "teacher": {"path": prior.teacher, "id": teacher},
-        "data": data.data,
-        "limit": data.limit,
-        "prompt_source": prior.prompt_source,
-        "settings": asdict(settings),
-        "processes": state.num_processes,
-        "versions": versions(),
-    }
-    if state.is_main_process:
-        write_report(store.folder, {"status": "running", **report})
-    made = make_priors(
-        share_requests(requests, state.num_processes)[state.process_index],
-        store,
-        settings,
-        lambda: prior.load(state.device),
+            write_report(job.store.folder, {"status": "running", **report})
+        done = engine.run(job, work)
+        if state.is_main_process:
+            finish(job, work, done, report, skips, began)
+        return from_main(1 if skips.total else 0)
+
+
+def plan(job: Job, data: DataArguments, teacher: str, skips: SkipLog, state: PartialState) -> Workload:
+    """What there is to do, complete in the main process and empty in the others.
+
+    Every process reads the data file and its share of the clips; the main process joins what they found.
+
+    Args:
+        job: of the extraction.
+        data: where its samples are.
+        teacher: the teacher's id.
+        skips: receives, in the main process, what all of them left out.
+        state: of the processes.
+    """
+    main = state.is_main_process
+    mine = skips if main else SkipLog(shout=0)
+    # Every process meets the same bad lines: only one of them warns and counts.
+    samples = stream_samples(data, skips if main else SkipLog(shout=0))
+    requests = stream_requests(
+        tqdm(samples, desc="planned", unit="sample", disable=not main, leave=False),
+        teacher,
+        job.prior.settings(),
+        job.prior.prompt_source,
         mine,
-        measure_roundtrip=prior.measure_roundtrip,
-        decode_workers=how.decode_workers,
-        describe=False,
+        workers=job.decode_workers,
+        part=state.process_index,
+        parts=state.num_processes,
     )
-    counts = {"samples": len(made.keys), "stored": made.stored, "made": made.made}
-    everyone = gather_object([(counts, mine, made.roundtrip)])
-    skips.merge(log for _, log, _ in everyone)
-    if state.is_main_process:
-        finish(store, report, [(counts, found) for counts, _, found in everyone], skips, began)
-    return 1 if skips.total else 0
+    everyone = gather_object([(tabulate(requests, job.store), None if main else mine)])
+    if not main:
+        return Workload.of([])
+    skips.merge(log for _, log in everyone if log is not None)
+    return Workload.of([items for items, _ in everyone])
+
+
+def dry_run(job: Job, work: Workload, device: torch.device) -> Estimate:
+    """What making the missing priors will take; no model is loaded."""
+    identity = job.prior.identity(device)
+    identity.pop("vae_tiling")
+    assert job.prior.teacher is not None
+    missing = work.take(work.missing())
+    return estimate(
+        (request.text for request in job.requests(missing)),
+        len(work.stored()),
+        job.prior.settings(),
+        job.prior.teacher,
+        **identity,
+        split_batch=job.prior.split_batch,
+    )
 
 
 def finish(
-    store: PriorStore,
-    report: dict[str, Any],
-    parts: Sequence[tuple[dict[str, int], dict[str, float] | None]],
-    skips: SkipLog,
-    began: float,
+    job: Job, work: Workload, done: Done, report: dict[str, Any], skips: SkipLog, began: float
 ) -> None:
     """Print and write what an extraction did and left out.
 
     Args:
-        store: of the priors; the report is written beside them.
+        job: the report is written beside its priors.
+        work: all of it.
+        done: what came of it.
         report: what the extraction was.
-        parts: counts of each process, and the inversion error where it was measured.
-        skips: what all of them left out.
+        skips: what was left out before; receives the samples that got no prior.
         began: seconds since the epoch.
     """
-    counts = {name: sum(part[name] for part, _ in parts) for name in ("samples", "stored", "made")}
-    roundtrip = next((found for _, found in parts if found), None)
-    results = {**counts, "seconds": round(time.time() - began, 1), "roundtrip": roundtrip}
-    path = write_report(store.folder, {"status": "finished", **report, **results, "skipped": skips.to_json()})
-    print(f"{counts['samples']} samples have their prior in {store.folder} ({counts['made']} made now)")
-    if roundtrip:
-        print(f"inversion error of the first clip: {roundtrip}")
+    for _ in range(done.damaged):
+        skips.note("damaged priors made anew")
+    samples = len(work.items)
+    for result in done.refused:
+        lost = work.samples(result.number)
+        samples -= len(lost)
+        for name, line in job.places(lost):
+            skips.add(result.reason, id=name, line=line, detail=result.detail)
+    results = {
+        "samples": samples,
+        "stored": done.stored,
+        "made": done.made,
+        "seconds": round(time.time() - began, 1),
+        "roundtrip": done.roundtrip,
+    }
+    folder = job.store.folder
+    path = write_report(folder, {"status": "finished", **report, **results, "skipped": skips.to_json()})
+    print(f"{samples} samples have their prior in {folder} ({done.made} made now)")
+    if done.roundtrip:
+        print(f"inversion error of the first clip: {done.roundtrip}")
     if skips.total:
         print(skips.summary())
         print(f"all of them: {path}")

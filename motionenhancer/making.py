@@ -105,25 +105,21 @@ def make_priors(
                         f"damaged prior of sample {request.sample.id} set aside, making it anew: {found}"
                     )
                     skips.note("damaged priors made anew")
-        if missing:
-            teacher = load()
-            making = tqdm(
-                desc="priors", unit="prior", total=len(firsts), initial=made.stored, disable=not progress
-            )
-            with making:
-                for request, decoding in ahead(pool, lambda r: _decode(r, teacher), missing, decode_workers):
-                    try:
-                        frames = decoding.result()
-                        prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
-                    except (VideoError, PriorError) as error:
-                        _refuse(by_key[request.key], error, skips, made)
-                    else:
-                        store.write(request.key, prior)
-                        made.made += 1
-                        keep(request.key, prior, True)
-                        if measure_roundtrip and made.roundtrip is None:
-                            made.roundtrip = _roundtrip(teacher, frames, request.text, settings.steps)
-                    making.update()
+    if missing:
+        teacher = load()
+        making = tqdm(
+            desc="priors", unit="prior", total=len(by_key), initial=made.stored, disable=not progress
+        )
+        with making:
+            for one in make_each(missing, store, settings, teacher, decode_workers=decode_workers):
+                if isinstance(one.result, MotionPrior):
+                    made.made += 1
+                    keep(one.request.key, one.result, True)
+                    if measure_roundtrip and made.roundtrip is None:
+                        made.roundtrip = one.roundtrip(teacher, settings.steps)
+                else:
+                    _refuse(by_key[one.request.key], one.result, skips, made)
+                making.update()
     if describe:
         made.described = [
             {"id": r.sample.id, "video": str(r.video), **described[r.key]}
@@ -131,6 +127,69 @@ def make_priors(
             if r.key in described
         ]
     return made
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one request: its prior, which is in the store, or why there is none.
+
+    Attributes:
+        request: what was asked for.
+        result: the prior, or the error.
+        frames: (n, h, w, 3) uint8, the clip as the teacher was given it; None where it could not be read.
+    """
+
+    request: PriorRequest
+    result: MotionPrior | VideoError | PriorError
+    frames: np.ndarray | None = None
+
+    def roundtrip(self, teacher: Teacher, steps: int) -> dict[str, float]:
+        """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
+        assert self.frames is not None
+        latents = teacher.encode_video(self.frames).latents
+        embeds = teacher.encode_text(self.request.text).embeds
+        whole = teacher.schedule(steps)
+        errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
+        cut = 0.6 * (whole.timesteps[-1] + 1)
+        if whole.timesteps[0] < cut:
+            errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
+        return errors
+
+
+def make_each(
+    requests: Iterable[PriorRequest],
+    store: PriorStore,
+    settings: PriorSettings,
+    teacher: Teacher,
+    *,
+    decode_workers: int = 2,
+) -> Iterator[Attempt]:
+    """Make and store one prior after another, in the order of `requests`, clips decoded ahead.
+
+    Args:
+        requests: one a key; read only as far ahead as clips are decoded, so it may be any length.
+        store: written before an attempt is given out.
+        settings: of the extraction.
+        teacher: which reads the clips.
+        decode_workers: threads that decode, and how many clips are decoded ahead.
+    """
+    with ThreadPoolExecutor(decode_workers) as pool:
+        for request, decoding in ahead(pool, lambda r: decode(r, teacher), requests, decode_workers):
+            frames = None
+            try:
+                frames = decoding.result()
+                prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
+            except (VideoError, PriorError) as error:
+                yield Attempt(request, error, frames)
+            else:
+                store.write(request.key, prior)
+                yield Attempt(request, prior, frames)
+
+
+def why_none(error: VideoError | PriorError) -> str:
+    """The reason that a request without a prior is counted under."""
+    broken = isinstance(error, VideoError)
+    return "unreadable video" if broken else "no prior: the teacher cannot read it"
 
 
 def ahead(
@@ -162,7 +221,12 @@ def stored(store: PriorStore, key: str) -> MotionPrior | DamagedPrior | None:
         return error
 
 
-def _decode(request: PriorRequest, teacher: Teacher) -> np.ndarray:
+def decode(request: PriorRequest, teacher: Teacher) -> np.ndarray:
+    """The frames of a request's clip that the teacher reads, (n, h, w, 3) uint8.
+
+    Raises:
+        VideoError: the clip cannot be read, or is a still.
+    """
     return read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
 
 
@@ -170,22 +234,10 @@ def _refuse(
     requests: Sequence[PriorRequest], error: VideoError | PriorError, skips: SkipLog, made: MadePriors
 ) -> None:
     broken = isinstance(error, VideoError)
-    reason = "unreadable video" if broken else "no prior: the teacher cannot read it"
     for request in requests:
-        skips.add(reason, id=request.sample.id, line=request.sample.line, detail=str(error))
+        skips.add(why_none(error), id=request.sample.id, line=request.sample.line, detail=str(error))
         if broken:
             made.unusable.add(request.sample.id)
-
-
-def _roundtrip(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
-    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
-    whole = teacher.schedule(steps)
-    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
-    cut = 0.6 * (whole.timesteps[-1] + 1)
-    if whole.timesteps[0] < cut:
-        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
-    return errors
 
 
 def _keywords(settings: PriorSettings) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import heapq
+import os
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from .data import Sample, SkipLog, prompt_text
@@ -13,15 +16,21 @@ from .data.video import VideoError, content_digest
 from .prior import PriorSettings
 from .store import prior_key
 
+NO_INPUT = "no prior: no text or no video file"
+
 
 @dataclass(frozen=True)
 class PriorRequest:
-    """One prior a run needs: which sample, which clip, which text, under which key."""
+    """One prior a run needs: which sample, which clip, which text, under which key.
+
+    size: bytes of the clip's file; negative where it is not known.
+    """
 
     sample: Sample
     video: Path
     text: str
     key: str
+    size: int = -1
 
 
 def digest_videos(videos: Iterable[Path], workers: int = 1) -> dict[Path, str | VideoError]:
@@ -57,33 +66,123 @@ def plan_priors(
         skips: receives samples without a prior and why.
         digests: of the clips, from `digest_videos`; clips that are not in it are read here.
     """
-    known = dict(digests or {})
-    requests = []
-    for sample in samples:
-        if len(sample.videos) != 1:
-            skips.add(
-                "no prior: alignment needs one video",
-                id=sample.id,
-                line=sample.line,
-                detail=f"has {len(sample.videos)}",
-            )
-            continue
-        video = sample.videos[0]
-        try:
-            text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
-            if video not in known:
-                known |= digest_videos([video])
-            digest = known[video]
-            if isinstance(digest, VideoError):
-                raise digest
-        except (ValueError, OSError) as error:
-            skips.add("no prior: no text or no video file", id=sample.id, line=sample.line, detail=str(error))
-            continue
-        requests.append(PriorRequest(sample, video, text, prior_key(digest, text, teacher, settings)))
-    return requests
+    return list(stream_requests(samples, teacher, settings, source, skips, digests=digests))
 
 
-def share_requests(requests: Sequence[PriorRequest], shares: int) -> list[list[PriorRequest]]:
+def stream_requests(
+    samples: Iterable[Sample],
+    teacher: str,
+    settings: PriorSettings,
+    source: str,
+    skips: SkipLog,
+    *,
+    digests: Mapping[Path, str | VideoError] | None = None,
+    workers: int = 1,
+    part: int = 0,
+    parts: int = 1,
+) -> Iterator[PriorRequest]:
+    """What `plan_priors` lists, one by one: any number of samples, about 300 bytes kept a distinct clip.
+
+    Each clip's file is read once, however many samples name it, a few ahead of the sample that is given out.
+
+    Args:
+        samples, teacher, settings, source, skips, digests: as for `plan_priors`.
+        workers: threads that read clips.
+        part, parts: give out the samples of every `parts`-th clip only, and count no others. All parts
+            together hold each sample once, and the samples of one clip are in one part.
+    """
+    clips = _Clips(digests or {}, workers)
+    waiting: deque[tuple[Sample, str]] = deque()
+
+    def settle(sample: Sample, text: str) -> Iterator[PriorRequest]:
+        found = clips.get(sample.videos[0])
+        if isinstance(found, VideoError):
+            skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
+            return
+        digest, size = found
+        key = prior_key(digest, text, teacher, settings)
+        yield PriorRequest(sample, sample.videos[0], text, key, size)
+
+    with clips:
+        for sample in samples:
+            if _owner(sample, parts) != part:
+                continue
+            if len(sample.videos) != 1:
+                skips.add(
+                    "no prior: alignment needs one video",
+                    id=sample.id,
+                    line=sample.line,
+                    detail=f"has {len(sample.videos)}",
+                )
+                continue
+            try:
+                text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
+            except ValueError as error:
+                skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(error))
+                continue
+            clips.ask(sample.videos[0])
+            waiting.append((sample, text))
+            if len(waiting) > 8 * workers:
+                yield from settle(*waiting.popleft())
+        while waiting:
+            yield from settle(*waiting.popleft())
+
+
+class _Clips:
+    """Digest and size of every clip asked for, each file read once.
+
+    They are kept under a hash of the path: paths are long.
+    """
+
+    def __init__(self, digests: Mapping[Path, str | VideoError], workers: int) -> None:
+        self.digests, self.pool = digests, ThreadPoolExecutor(workers)
+        self.known: dict[bytes, bytes | VideoError | Future[bytes]] = {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def ask(self, video: Path) -> None:
+        name = _name(video)
+        if name not in self.known:
+            self.known[name] = self.pool.submit(self._read, video)
+
+    def get(self, video: Path) -> tuple[str, int] | VideoError:
+        name = _name(video)
+        found = self.known[name]
+        if isinstance(found, Future):
+            try:
+                found = found.result()
+            except VideoError as error:
+                found = error
+            self.known[name] = found
+        if isinstance(found, VideoError):
+            return found
+        return found[8:].hex(), int.from_bytes(found[:8], "big")
+
+    def _read(self, video: Path) -> bytes:
+        digest = self.digests[video] if video in self.digests else content_digest(video)
+        if isinstance(digest, VideoError):
+            raise digest
+        return _size(video).to_bytes(8, "big") + bytes.fromhex(digest)
+
+
+def _name(video: Path) -> bytes:
+    return blake2b(os.fsencode(video), digest_size=16).digest()
+
+
+def _owner(sample: Sample, parts: int) -> int:
+    """Which of the parts has a sample; one without a single video is the first part's."""
+    if parts == 1 or len(sample.videos) != 1:
+        return 0
+    return int.from_bytes(_name(sample.videos[0])[:8], "big") % parts
+
+
+def share_requests(
+    requests: Sequence[PriorRequest], shares: int, *, missing: Collection[str] | None = None
+) -> list[list[PriorRequest]]:
     """Deal requests into `shares` parts of about equal work, the same way wherever it is called.
 
     Requests of one key stay together, so that no prior is made twice. The teacher takes about as long for
@@ -93,6 +192,9 @@ def share_requests(requests: Sequence[PriorRequest], shares: int) -> list[list[P
     Args:
         requests: from `plan_priors`.
         shares: how many parts, at least 1.
+        missing: keys that are to be made; the others, which are only looked up, are dealt evenly beside them.
+            Processes that look into the store one after another may find different ones there: let one
+            decide (see `from_main`). Default: all.
 
     Returns:
         `shares` lists, each in the order of `requests`; some may be empty.
@@ -109,20 +211,34 @@ def share_requests(requests: Sequence[PriorRequest], shares: int) -> list[list[P
     sizes: dict[str, int] = {}
     for request in requests:
         if request.key not in sizes:
-            sizes[request.key] = _size(request.video)
-    # Integers only: all processes must deal alike.
-    count, total = len(sizes), sum(sizes.values())
-    costs = {key: total + count * size for key, size in sizes.items()}
-    loads = [0] * shares
+            sizes[request.key] = request.size if request.size >= 0 else _size(request.video)
+    keys = sorted(sizes)
     owner: dict[str, int] = {}
-    for key in sorted(costs, key=lambda key: (-costs[key], key)):
-        least = min(range(shares), key=lambda share: (loads[share], share))
-        loads[least] += costs[key] or 1
-        owner[key] = least
+    for made in (True, False):
+        group = [key for key in keys if (missing is None or key in missing) is made]
+        owner.update(zip(group, deal([sizes[key] for key in group], shares), strict=True))
     dealt: defaultdict[int, list[PriorRequest]] = defaultdict(list)
     for request in requests:
         dealt[owner[request.key]].append(request)
     return [dealt[share] for share in range(shares)]
+
+
+def deal(sizes: Sequence[int], shares: int) -> list[int]:
+    """The share that each of some clips belongs to, so that the shares take about equally long.
+
+    A clip counts half by itself and half by its size. Integers only: all processes must deal alike.
+
+    >>> deal([9, 1, 1, 1], 2)
+    [0, 1, 1, 1]
+    """
+    count, total = len(sizes), sum(sizes)
+    loads = [(0, share) for share in range(shares)]
+    owner = [0] * count
+    for index in sorted(range(count), key=lambda i: -sizes[i]):
+        load, share = loads[0]
+        heapq.heapreplace(loads, (load + (total + count * sizes[index] or 1), share))
+        owner[index] = share
+    return owner
 
 
 def _size(video: Path) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+Value = TypeVar("Value")
 
 
 def join_processes() -> PartialState:
@@ -21,3 +24,14 @@ def join_processes() -> PartialState:
         # A process whose clips are short waits for the others at the end: longer than the usual minutes.
         timeout=timedelta(days=7),
     )
+
+
+def from_main(value: Value) -> Value:
+    """The main process's value, in every process: what is decided once cannot be decided differently.
+
+    >>> from_main({"missing": 3})
+    {'missing': 3}
+    """
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]

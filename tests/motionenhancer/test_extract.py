@@ -205,7 +205,8 @@ def test_the_dry_runs_numbers_are_those_of_the_run(
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
     store, skips = PriorStore(tmp_path), SkipLog()
     requests = plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
-    expected = estimate(requests, store, settings, world.teacher, dtype=torch.float32)
+    texts = [request.text for request in requests]
+    expected = estimate(texts, 0, settings, world.teacher, dtype=torch.float32)
     assert (expected.stored, expected.missing) == (0, 2)
     teacher = load_teacher(world.teacher, "cpu")
     made = make_priors(requests, store, settings, lambda: teacher, skips)
@@ -218,7 +219,7 @@ def test_the_dry_runs_numbers_are_those_of_the_run(
     pipeline = teacher.pipeline  # type: ignore[attr-defined]
     for part, size in expected.weight_bytes.items():
         assert size == sum(4 * p.numel() for p in getattr(pipeline, part).parameters()), part
-    after = estimate(requests, store, settings, world.teacher, dtype=torch.float32)
+    after = estimate([], 2, settings, world.teacher, dtype=torch.float32)
     assert (after.stored, after.missing, after.evaluations, after.prior_bytes) == (2, 0, 0, 0)
 
 
