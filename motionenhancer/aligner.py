@@ -5,11 +5,16 @@ Source: MotionEnhancer (CVPR 2026, arXiv 2606.06853), section 5.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import mekernels
@@ -19,12 +24,13 @@ if TYPE_CHECKING:
     from motionenhancer.prior import MotionPrior
     from motionenhancer.vlm.capture import CapturedAttention
 
-__all__ = ["ALIGNERS", "LOSSES", "Aligner", "align", "build_aligner"]
+__all__ = ["ALIGNERS", "LOSSES", "Aligner", "align", "build_aligner", "load_aligner", "save_aligner"]
 
 Grid = tuple[int, int, int]
 
 ALIGNERS = ("mlp", "identity", "pointwise", "conv")
 LOSSES = ("l2", "mse", "kl")
+_METADATA = "motion_aligner"
 
 
 class Aligner(nn.Module):
@@ -34,11 +40,13 @@ class Aligner(nn.Module):
     so that one learning rate suits every grid.
     """
 
-    def __init__(self, body: nn.Module, grid: Grid, *, volume: bool) -> None:
+    def __init__(self, body: nn.Module, grid: Grid, *, volume: bool, kind: str = "", width: int = 0) -> None:
         super().__init__()
         self.body = body
         self.grid = grid
         self.volume = volume
+        self.kind = kind
+        self.width = width
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """(..., S) rows to (..., S) rows."""
@@ -102,7 +110,58 @@ def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 
         nn.init.zeros_(last.weight)
         assert last.bias is not None
         nn.init.zeros_(last.bias)
-        return Aligner(nn.Sequential(*layers), shape, volume=name != "mlp")
+        return Aligner(nn.Sequential(*layers), shape, volume=name != "mlp", kind=name, width=width)
+
+
+def save_aligner(aligner: nn.Module, path: str | Path) -> None:
+    """Write an aligner of :func:`build_aligner` to a safetensors file that :func:`load_aligner` reads.
+
+    The file appears whole, by rename; its folder is made.
+
+    Raises
+    ------
+    ValueError: the identity, which has nothing to save, or another module.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "aligner.safetensors"
+    >>> save_aligner(build_aligner("conv", (2, 3, 4)), file)
+    >>> load_aligner(file).grid
+    (2, 3, 4)
+    """
+    if not isinstance(aligner, Aligner) or not aligner.kind:
+        raise ValueError(f"aligner must be one of build_aligner with weights, got {type(aligner).__name__}")
+    about = {"name": aligner.kind, "grid": list(aligner.grid), "width": aligner.width}
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    weights = {name: value.detach().cpu().contiguous() for name, value in aligner.state_dict().items()}
+    try:
+        save_file(weights, temporary, {_METADATA: json.dumps(about)})
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_aligner(path: str | Path) -> Aligner:
+    """Read an aligner that :func:`save_aligner`, or a run with ``--save_aligner``, wrote.
+
+    Raises
+    ------
+    FileNotFoundError: no such file.
+    ValueError: the file is no aligner.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"aligner {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[_METADATA])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        aligner = build_aligner(about["name"], tuple(about["grid"]), about["width"])
+        aligner.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"aligner {path}: not a file of save_aligner ({error})") from error
+    assert isinstance(aligner, Aligner)
+    return aligner
 
 
 def align(

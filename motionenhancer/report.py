@@ -45,6 +45,16 @@ class RunReport:
             probe.unlink()
         except OSError as error:
             raise OSError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
+        self.check()
+
+    def check(self) -> None:
+        """Whether the folder could be this run's; nothing is written.
+
+        Raises:
+            ValueError: as from `claim`.
+        """
+        if not self.folder.is_dir():
+            return
         if not self.path.is_file():
             held = sorted(p.name for p in self.folder.iterdir())
             if held:

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .aligner import build_aligner
+from .aligner import build_aligner, save_aligner
 from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import SkipLog, content_digest
 from .dataset import MotionCollator, MotionDataset
@@ -27,6 +26,16 @@ from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
 from .train_arguments import StudentArguments, TrainArguments
+from .train_lora import add_lora, merged, plain_name
+from .train_plan import (
+    RunPlan,
+    count_priors,
+    engine_of,
+    outline_student,
+    plan_run,
+    teacher_grid,
+    vision_rate,
+)
 from .train_priors import collect_priors
 from .trainer import MotionTrainer
 from .vlm import StudentFamily, load_student
@@ -52,6 +61,8 @@ _RECIPE = (
     "bf16",
     "fp16",
 )
+#: Flags of the student that change nothing of it.
+_NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
@@ -74,77 +85,73 @@ def run(
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
+    Under `student.dry_run` it prints what it would do and returns: no weight is read, no teacher runs and no
+    file is written, the toy world of a command without arguments aside.
+
     Raises:
         ValueError, OSError: a setting, folder or file is wrong; nothing has been trained.
         FloatingPointError: the loss became NaN or infinite; the report names the samples.
     """
     settings = prior.settings()
-    if not (math.isfinite(student.alignment_weight) and student.alignment_weight >= 0):
-        raise ValueError(f"--alignment_weight must be a number >= 0, got {student.alignment_weight}")
+    folder = Path(training.output_dir or "runs/train")
+    student.check(folder)
+    if student.lora_merge and engine_of(training) not in ("plain", "DDP"):
+        raise ValueError(f"--lora_merge: not under {engine_of(training)}; merge the saved adapter afterwards")
     toy = use_toy_defaults(data, prior)
     if student.student is None:
         toy = toy or default_toy()
         student.student = str(toy.student)
-    aligned = student.alignment_weight != 0 or student.measure_alignment
-    report = RunReport(
-        Path(training.output_dir or "runs/train"),
-        identity=_identity(student, data, prior, settings, training),
-    )
+    report = RunReport(folder, identity=_identity(student, data, prior, settings, training))
     main_process = PartialState().is_main_process
     if main_process:
-        report.claim()
+        report.check() if student.dry_run else report.claim()
     skips = SkipLog()
     samples = load_samples(data, skips)
     if main_process:
-        report.write("running")
+        if not student.dry_run:
+            report.write("running")
         print(f"{len(samples)} samples from {data.data}; student {student.student}; output {report.folder}")
     try:
         if not Path(student.student).is_dir():
             raise ValueError(
                 f"--student {student.student}: no such folder; give a transformers folder on disk"
             )
-        model, processor, family = load_student(
-            # Mixed precision keeps weights in float32 and casts as it computes.
-            student.student,
-            attn_implementation=student.attn_implementation,
-            dtype=torch.float32,
-        )
-        sampling = _sampling(student, family)
+        model, processor, family = _student(student, training)
+        options: dict[str, Any] = {
+            "store": PriorStore(Path(prior.prior_dir)),
+            "source": prior.prompt_source,
+            **_sampling(student, family),
+            "max_pixels": student.max_pixels,
+        }
+        if main_process:
+            plain = MotionDataset(samples, family, processor, keys={}, **options)
+            plan = _plan(model, plain, student, prior, settings, training)
+            report.content["plan"] = plan.to_json()
+            print(plan)
+        if student.dry_run:
+            return report
         keys: dict[str, str] = {}
         grids: set[tuple[int, int, int]] = set()
-        if aligned:
+        if student.aligned:
             found = collect_priors(samples, student, prior, settings, skips, report, toy)
             samples, keys, grids = found.samples, found.keys, found.grids
-        dataset = MotionDataset(
-            samples,
-            family,
-            processor,
-            keys=keys,
-            store=PriorStore(Path(prior.prior_dir)),
-            source=prior.prompt_source,
-            **sampling,
-            max_pixels=student.max_pixels,
-        )
-        vision_rate = student.vision_learning_rate
-        if vision_rate is None:
-            vision_rate = training.learning_rate / 5
         trainer = MotionTrainer(
             model=model,
             args=training,
-            train_dataset=dataset,
+            train_dataset=MotionDataset(samples, family, processor, keys=keys, **options),
             data_collator=MotionCollator(family, processor),
             processing_class=processor,
-            alignment_weight=student.alignment_weight,
+            alignment_weight=student.schedule(),
             alignment_loss=student.alignment_loss,
             aligner=_aligner(student, grids, training.seed),
             confidence_gate=student.confidence_gate,
-            learning_rates=lambda name: vision_rate if family.in_vision_tower(name) else None,
+            learning_rates=_learning_rates(family, vision_rate(student, training)),
             measure_alignment=student.measure_alignment and bool(keys),
         )
         result = trainer.train(resume_from_checkpoint=_checkpoint(training))
-        trainer.save_model()
+        _save(trainer, student)
     except BaseException as error:
-        if main_process:
+        if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
             report.write("failed")
         raise
@@ -159,6 +166,64 @@ def run(
             print(skips.summary())
         print(f"checkpoint and {report.path.name} in {report.folder}")
     return report
+
+
+def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, Any, StudentFamily]:
+    """The student to train, with its adapters; in outline only where it will not be trained."""
+    assert student.student is not None
+    # Mixed precision keeps trained weights in float32 and casts as it computes; frozen ones can stay narrow.
+    dtype = torch.bfloat16 if student.lora_r and training.bf16 else torch.float32
+    if student.dry_run:
+        model, processor, family = outline_student(student.student, student.attn_implementation, dtype)
+    else:
+        model, processor, family = load_student(
+            student.student, attn_implementation=student.attn_implementation, dtype=dtype
+        )
+    if student.lora_r:
+        model = add_lora(model, student, training.seed)
+    return model, processor, family
+
+
+def _plan(
+    model: Any,
+    dataset: MotionDataset,
+    student: StudentArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    training: TrainArguments,
+) -> RunPlan:
+    # A run counts its priors when it collects them, so that clips are read once.
+    counted = count_priors(dataset.samples, prior, settings) if student.aligned and student.dry_run else None
+    try:
+        tokens = len(dataset[0].encoded.input_ids)
+    except ValueError:
+        tokens = None
+    return plan_run(
+        model,
+        dataset.family,
+        student,
+        training,
+        samples=len(dataset),
+        grid=teacher_grid(prior) if student.aligned else None,
+        tokens=tokens,
+        priors=counted,
+    )
+
+
+def _learning_rates(family: StudentFamily, vision: float) -> Callable[[str], float | None]:
+    return lambda name: vision if family.in_vision_tower(plain_name(name)) else None
+
+
+def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
+    """The run's result, in the family's own files."""
+    if trainer.is_fsdp_enabled:
+        # Checkpoints to resume from stay in shards; the result is for everyone to read.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if student.lora_merge:
+        trainer.model = merged(trainer.model)
+    trainer.save_model()
+    if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:
+        save_aligner(trainer.aligner, student.save_aligner)
 
 
 def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any]:
@@ -208,11 +273,7 @@ def _identity(
         "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
         "teacher_options": {k: str(v) for k, v in prior.identity(PartialState().device).items()},
-        **{
-            k: v
-            for k, v in asdict(student).items()
-            if k not in ("student", "prior_source", "attn_implementation")
-        },
+        **{k: v for k, v in asdict(student).items() if k not in _NOT_LEARNT},
         **{k: v if isinstance(v := getattr(training, k), int | float | None) else str(v) for k in _RECIPE},
     }
 

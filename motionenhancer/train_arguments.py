@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
+
+from .train_schedule import SCHEDULES, AlignmentSchedule
 
 
 @dataclass
@@ -25,6 +30,16 @@ class StudentArguments:
         },
     )
     alignment_weight: float = field(default=1.0, metadata={"help": "λ; 0 is plain fine-tuning."})
+    alignment_schedule: str = field(
+        default="constant",
+        metadata={"help": "λ over the run.", "choices": list(SCHEDULES)},
+    )
+    alignment_warmup: float = field(
+        default=0.0, metadata={"help": "Steps over which λ rises, or below 1 their share of all steps."}
+    )
+    alignment_end_weight: float = field(
+        default=0.0, metadata={"help": "λ where a linear or cosine schedule ends."}
+    )
     vision_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Peak learning rate of the vision tower. Default: a fifth of the rest."},
@@ -39,11 +54,35 @@ class StudentArguments:
             "choices": ["mlp", "identity", "pointwise", "conv"],
         },
     )
+    save_aligner: str | None = field(
+        default=None,
+        metadata={"help": "Safetensors file outside --output_dir that receives the trained aligner."},
+    )
     confidence_gate: float = field(
         default=0.0,
         metadata={"help": "Follow priors less confident than this proportionally less; 0 is no gate."},
     )
     measure_alignment: bool = field(default=False, metadata={"help": "Log loss_align also when λ is 0."})
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of low-rank adapters trained instead of all weights; 0 is none."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The adapters' scale times their rank. Default: twice the rank."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target: str = field(
+        default="language",
+        metadata={
+            "help": "Layers with adapters: all linear ones of the language model, all of the model, or names "
+            "between commas, or those after the last dot of a name: q_proj,v_proj."
+        },
+    )
+    lora_merge: bool = field(
+        default=False, metadata={"help": "Save the whole model, adapters added into it, and no adapter."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what the run would do, and stop: no weights are read."}
+    )
     video_fps: float | None = field(default=None, metadata={"help": "Frames a second. Default: 1."})
     num_frames: int | None = field(
         default=None,
@@ -54,6 +93,58 @@ class StudentArguments:
         default=None, metadata={"help": "Most pixels of a frame, before patching."}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "The student's attention."})
+
+    @property
+    def aligned(self) -> bool:
+        """Whether priors are needed."""
+        return self.alignment_weight != 0 or self.measure_alignment
+
+    def schedule(self) -> AlignmentSchedule:
+        """λ over the run.
+
+        Raises:
+            ValueError: a flag of it is out of range.
+        """
+        return AlignmentSchedule(
+            self.alignment_weight, self.alignment_schedule, self.alignment_warmup, self.alignment_end_weight
+        )
+
+    def check(self, output_dir: str | Path) -> None:
+        """Refuse what cannot work, before anything is read.
+
+        Raises:
+            ValueError: names the flag, what it was and what it must be.
+        """
+        self.schedule()
+        for name, value, allowed in (
+            ("lora_r", self.lora_r, self.lora_r >= 0),
+            ("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_alpha > 0),
+        ):
+            if not allowed:
+                raise ValueError(f"--{name} must be a positive number, got {value}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if not self.lora_r:
+            defaults = StudentArguments()
+            for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
+                if getattr(self, name) != getattr(defaults, name):
+                    raise ValueError(f"--{name} needs --lora_r, the adapters' rank")
+        if self.save_aligner is not None:
+            self._check_save_aligner(Path(self.save_aligner), Path(output_dir))
+
+    def _check_save_aligner(self, file: Path, output_dir: Path) -> None:
+        if self.aligner == "identity" or self.alignment_weight == 0:
+            raise ValueError(
+                f"--save_aligner {file}: nothing is trained with --aligner {self.aligner} and "
+                f"--alignment_weight {self.alignment_weight}"
+            )
+        if file.suffix != ".safetensors" or file.is_dir():
+            raise ValueError(f"--save_aligner must be a .safetensors file, got {file}")
+        if output_dir.resolve() in file.resolve().parents:
+            raise ValueError(
+                f"--save_aligner {file}: must lie outside --output_dir {output_dir}, whose safetensors files "
+                "are read as the model's weights"
+            )
 
 
 @dataclass
@@ -79,6 +170,10 @@ class TrainArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
 
     def __post_init__(self) -> None:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            # Each process would train alone otherwise.
+            self.use_cpu = True
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay false: samples carry their priors")

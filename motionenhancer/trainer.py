@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-from safetensors.torch import load_file, save_file
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .aligner import align
 from .confidence import gate_weight
+from .dataset import PendingAlignment
+from .online import OnlinePriors
+from .train_aligner import AlignerTraining
+from .train_logs import StepLog
+from .train_schedule import AlignmentSchedule
 from .vlm.capture import capture_attention
-
-_ALIGNER_FILE = "aligner.safetensors"
 
 
 class MotionTrainer(Trainer):
@@ -30,43 +33,57 @@ class MotionTrainer(Trainer):
     model sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain
     Trainer's.
 
+    Both terms are means over the whole global batch, the model's over its answer tokens and the alignment's
+    over its samples with a prior: accumulation steps and processes change neither.
+
     Args:
         *args, **kwargs: the Trainer's.
-        alignment_weight: λ.
+        alignment_weight: λ, or an `AlignmentSchedule` of it.
         alignment_loss: "l2", "mse" or "kl".
-        aligner: module applied to the student's maps, or None for the identity. It is trained along, kept
-            outside the model and thrown away at the end; checkpoints for resuming hold it in a file of its
+        aligner: module applied to the student's maps, or None for the identity. It is trained along by an
+            AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
             own.
         confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
         learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
         measure_alignment: log `loss_align` also when λ is 0.
+        online: makes the priors that batches still wait for, while the batches before are trained on.
 
     Raises:
-        FloatingPointError: from `train`, when the loss is NaN or infinite; names the samples.
+        ValueError: fp16 under DeepSpeed with an aligner to train, whose gradients would stay scaled.
+        FloatingPointError: from `train`, when the loss or the gradient is NaN or infinite; names the samples.
     """
 
     def __init__(
         self,
         *args: Any,
-        alignment_weight: float = 1.0,
+        alignment_weight: float | AlignmentSchedule = 1.0,
         alignment_loss: str = "l2",
         aligner: nn.Module | None = None,
         confidence_gate: float = 0.0,
         learning_rates: Callable[[str], float | None] = lambda name: None,
         measure_alignment: bool = False,
+        online: OnlinePriors | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.alignment_weight = alignment_weight
+        if not isinstance(alignment_weight, AlignmentSchedule):
+            alignment_weight = AlignmentSchedule(alignment_weight)
+        self.alignment_schedule = alignment_weight
         self.alignment_loss = alignment_loss
         self.confidence_gate = confidence_gate
         self.learning_rates = learning_rates
         self.measure_alignment = measure_alignment
+        self.online = online
         self.aligner = aligner.to(self.args.device) if aligner is not None else None
-        self._terms: dict[str, torch.Tensor] = {}
-        self._confidences: list[float] = []
-        self._term_steps = 0
-        self._aligned_in_step: torch.Tensor | None = None
+        self._aligner_training: AlignerTraining | None = None
+        if self.aligner is not None and any(p.requires_grad for p in self.aligner.parameters()):
+            if self.is_deepspeed_enabled and self.args.fp16:
+                raise ValueError("fp16 under DeepSpeed needs --aligner identity; or use bf16")
+            self._aligner_training = AlignerTraining(self.aligner, self.args)
+        self._log = StepLog(self.args.device)
+        #: of the global batch: samples with an alignment, and tokens that count
+        self._step_totals: torch.Tensor | None = None
+        self._step_ids: list[str] = []
         #: sample id → why it could not be read and another took its place
         self.skipped: dict[str, str] = {}
         #: of all training batches this process saw
@@ -78,13 +95,16 @@ class MotionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Also count the aligned samples of all micro-batches, so that accumulation changes nothing."""
+        """Also count aligned samples and tokens over all micro-batches and processes."""
+        if self.online is not None:
+            epoch_iterator = self.online.feed(epoch_iterator, num_batches)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
-        aligned = torch.tensor(float(count), device=self.args.device)
-        if self.args.world_size > 1:
-            aligned = self.accelerator.reduce(aligned, "sum")
-        self._aligned_in_step = aligned
+        if self.online is not None:
+            self.online.judge(lambda counts: self._over_processes(counts.to(self.args.device)))
+        aligned = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
+        totals = torch.tensor([aligned, sum(_counting_tokens(b) for b in batches)], device=self.args.device)
+        self._step_totals = self._over_processes(totals)
+        self._step_ids = [sample for b in batches for sample in b.get("ids", [])]
         return batches, items
 
     def compute_loss(
@@ -95,47 +115,66 @@ class MotionTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         alignment = inputs.pop("alignment", None)
+        if isinstance(alignment, PendingAlignment):
+            if self.online is None:
+                raise ValueError("the batch's priors are still to be made: give MotionTrainer online=")
+            alignment = self.online.complete(alignment)
         ids = inputs.pop("ids", [])
         self.skipped.update(inputs.pop("skipped", {}))
         if model.training:
             self._count(ids, alignment)
-        reads = alignment is not None and alignment.count > 0
-        if not reads or (self.alignment_weight == 0 and not self.measure_alignment):
+        tokens = _counting_tokens(inputs)
+        weight = self.alignment_weight
+        reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
+        aligned, problem = None, None
+        if reads:
+            with capture_attention(model, alignment.rows, alignment.columns) as captured:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            self._require_finite("the model's loss", loss, ids)
-            self._record(model, num_items_in_batch, loss, None)
-            return (loss, outputs) if return_outputs else loss
-
-        with capture_attention(model, alignment.rows, alignment.columns) as captured:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._require_finite("the model's loss", loss, ids)
-        try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alignment_weight != 0):
-                aligned = align(
-                    captured,
-                    alignment.priors,
-                    grid=alignment.grids,
-                    row_tokens=alignment.row_tokens,
-                    aligner=self.aligner,
-                    loss=self.alignment_loss,
-                    weights=self._weights(alignment.priors),
-                )
-        except ValueError as error:
-            raise FloatingPointError(
-                f"alignment failed at step {self.state.global_step}: {error}; samples {list(ids)}"
-            ) from error
-        aligned = aligned * self._share(model, alignment.count, num_items_in_batch)
-        self._require_finite("the alignment loss", aligned, ids)
-        self._record(model, num_items_in_batch, loss, aligned)
-        if self.alignment_weight != 0:
-            loss = loss + self.alignment_weight * aligned
+        if not torch.isfinite(loss).all():
+            problem = f"the model's loss is {float(loss.detach().mean())}"
+        elif reads:
+            try:
+                aligned = self._align(captured, alignment, weight)
+            except ValueError as error:
+                problem = f"alignment failed: {error}"
+            else:
+                if not torch.isfinite(aligned):
+                    problem = f"the alignment loss is {float(aligned)}"
+        self._stop_together(problem, ids, everywhere=model.training)
+        if model.training:
+            divided = self._divided_by_accumulation(num_items_in_batch)
+            parts = self.current_gradient_accumulation_steps if divided else 1
+            if divided:
+                loss = self._share_of(loss, tokens, which=1, parts=parts)
+            if aligned is not None:
+                aligned = self._share_of(aligned, alignment.count, which=0, parts=parts)
+            self._log.add_losses(loss / parts, None if aligned is None else aligned / parts)
+        if aligned is not None and weight != 0:
+            loss = loss + weight * aligned
         return (loss, outputs) if return_outputs else loss
 
-    def _weights(self, priors: Sequence[Any]) -> list[float] | None:
-        if not self.confidence_gate:
-            return None
-        sure = [1.0 if prior is None else prior.confidence["confidence"] for prior in priors]
-        return [gate_weight(confidence, self.confidence_gate) for confidence in sure]
+    @property
+    def alignment_weight(self) -> float:
+        """λ in force at the current step."""
+        return self.alignment_schedule.at(self.state.global_step, self.state.max_steps)
+
+    def _align(self, captured: Any, alignment: Any, weight: float) -> torch.Tensor:
+        gates = None
+        if self.confidence_gate:
+            sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
+            gates = [gate_weight(confidence, self.confidence_gate) for confidence in sure]
+        with self._log.stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            return align(
+                captured,
+                alignment.priors,
+                grid=alignment.grids,
+                row_tokens=alignment.row_tokens,
+                aligner=self.aligner,
+                loss=self.alignment_loss,
+                weights=gates,
+            )
 
     def _count(self, ids: Sequence[str], alignment: Any) -> None:
         self.counts["samples"] += len(ids)
@@ -143,7 +182,7 @@ class MotionTrainer(Trainer):
             self.counts["aligned_samples"] += alignment.count
             self.counts["words"] += alignment.words
             self.counts["mapped_words"] += alignment.mapped
-            self._confidences += [p.confidence["confidence"] for p in alignment.priors if p is not None]
+            self._log.add_batch(alignment)
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
         """Whether the Trainer will divide the returned loss by the accumulation steps; families differ."""
@@ -154,69 +193,55 @@ class MotionTrainer(Trainer):
             ) or self.compute_loss_func is not None
         return not scaled
 
-    def _share(self, model: nn.Module, count: int, num_items_in_batch: Any) -> Any:
-        """Turns this micro-batch's mean over `count` samples into its share of the global batch's mean."""
-        if not model.training or self._aligned_in_step is None:
-            return 1.0
-        accumulation = (
-            self.current_gradient_accumulation_steps
-            if self._divided_by_accumulation(num_items_in_batch)
-            else 1
-        )
-        # Data-parallel engines average gradients over processes; the mean is over all their samples.
-        return count * accumulation * self.args.world_size / self._aligned_in_step.clamp(min=1)
+    def _share_of(self, mean: torch.Tensor, count: int, *, which: int, parts: int) -> torch.Tensor:
+        """Turn this micro-batch's mean over `count` into its share of the global batch's mean.
 
-    def _require_finite(self, name: str, value: torch.Tensor, ids: Sequence[str]) -> None:
-        if not torch.isfinite(value).all():
+        Engines average gradients over processes, and the Trainer divides by the `parts` of accumulation.
+        """
+        if self._step_totals is None or self.current_gradient_accumulation_steps * self.args.world_size == 1:
+            return mean
+        return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
+
+    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
+
+    # ---- stopping at numbers that are none ----
+
+    def _stop_together(self, problem: str | None, ids: Sequence[str], *, everywhere: bool) -> None:
+        """Raise if any process has a problem, in all of them: one alone would leave the others waiting."""
+        step = self.state.global_step
+        found = [] if problem is None else [f"{problem} at step {step}; samples {list(ids)}"]
+        if everywhere and self.args.world_size > 1:
+            flag = torch.tensor(float(len(found)), device=self.args.device)
+            found = gather_object(found) if self._over_processes(flag) > 0 else []
+        if found:
+            raise FloatingPointError("; ".join(found))
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
+            ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
             raise FloatingPointError(
-                f"{name} is {float(value.detach().mean())} at step {self.state.global_step}; "
-                f"samples {list(ids)}"
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step}; samples {ids}"
             )
-
-    def _record(
-        self,
-        model: nn.Module,
-        num_items_in_batch: Any,
-        loss: torch.Tensor,
-        aligned: torch.Tensor | None,
-    ) -> None:
-        if not model.training:
-            return
-        parts = (
-            self.current_gradient_accumulation_steps
-            if self._divided_by_accumulation(num_items_in_batch)
-            else 1
-        )
-        terms = {"loss_ar": loss, "loss_align": aligned}
-        for name, value in terms.items():
-            if value is not None:
-                mean = value.detach().float().mean() / parts
-                self._terms[name] = self._terms[name] + mean if name in self._terms else mean
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._term_steps:
-            for name in ("loss_ar", "loss_align"):
-                value = self._terms.get(name, torch.zeros((), device=self.args.device))
-                if self.args.world_size > 1:
-                    value = self.accelerator.reduce(value, "mean")
-                if name in self._terms or name == "loss_ar":
-                    logs[name] = float(value) / self._term_steps
-            if self._confidences:
-                logs["confidence"] = sum(self._confidences) / len(self._confidences)
-            self._terms, self._confidences, self._term_steps = {}, [], 0
+        if "loss" in logs:
+            logs |= self._log.entries(self._over_processes, self.args.world_size)
+            if "loss_align" in logs:
+                last = max(0, self.state.global_step - 1)
+                logs["lambda"] = self.alignment_schedule.at(last, self.state.max_steps)
         super().log(logs, start_time)
 
-    # ---- the aligner, trained along and left out of the model ----
+    # ---- the optimizers ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made:
             self._split_groups(optimizer)
-        if made and self.aligner is not None:
-            parameters = [p for p in self.aligner.parameters() if p.requires_grad]
-            if parameters:
-                optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
@@ -229,23 +254,29 @@ class MotionTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if own[id(p)] != rate]
                 options = {k: v for k, v in group.items() if k not in ("params", "lr")}
                 optimizer.add_param_group({**options, "params": chosen, "lr": rate})
+        # DeepSpeed flattens every group and cannot flatten nothing.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.aligner is not None and self.args.world_size > 1 and self.accelerator.sync_gradients:
-            for parameter in self.aligner.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.args.world_size
-        return loss
+    def _rate_share(self) -> float:
+        """The learning rate in force over its peak: the same for all groups, as all share one schedule."""
+        assert self.optimizer is not None
+        group = self.optimizer.param_groups[0]
+        peak = group.get("initial_lr") or group["lr"]
+        return float(group["lr"]) / float(peak) if peak else 0.0
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # The Trainer pickles its arguments beside the weights; the checkpoint is to be the family's own.
+        if self.args.should_save:
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Before the Trainer's own files: the last of those marks the checkpoint as whole.
-        if self.aligner is not None and self.aligner.state_dict() and self.args.should_save:
+        if self._aligner_training is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.aligner.state_dict(), folder / _ALIGNER_FILE)
+            self._aligner_training.save(folder)
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -259,18 +290,38 @@ class MotionTrainer(Trainer):
             target.load_state_dict(saved.state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = folder / _ALIGNER_FILE
-        if self.aligner is not None and file.is_file():
-            self.aligner.load_state_dict(load_file(file))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._aligner_training is not None:
+            self._aligner_training.load(Path(checkpoint))
+
+
+def _counting_tokens(batch: dict[str, Any]) -> int:
+    """Answer tokens a batch's loss is the mean of: the first token has nothing before it to follow from."""
+    labels = batch.get("labels")
+    return 0 if labels is None else int((labels[..., 1:] != -100).sum())
 
 
 class _StepEnd(TrainerCallback):
-    """The Trainer clears the model's gradients after a step and knows nothing of the aligner's."""
+    """Steps the aligner with the model; the Trainer knows nothing of it."""
 
     def __init__(self, trainer: MotionTrainer) -> None:
         self.trainer = trainer
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._aligner_training is not None:
+            scaler = getattr(trainer.accelerator, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            trainer._aligner_training.finish_gradients(trainer.args.world_size, scale)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._aligner_training is not None and not trainer.accelerator.optimizer_step_was_skipped:
+            trainer._aligner_training.step(trainer._rate_share())
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._term_steps += 1
-        if self.trainer.aligner is not None:
-            self.trainer.aligner.zero_grad(set_to_none=True)
+        self.trainer._log.steps += 1
+        if self.trainer._aligner_training is not None:
+            self.trainer._aligner_training.clear()

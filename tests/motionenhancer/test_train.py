@@ -103,7 +103,7 @@ def test_weight_zero_is_the_plain_trainer_bit_for_bit(world: World, tmp_path: Pa
         return {k: v for k, v in batch.items() if k not in ("alignment", "ids", "skipped")}
 
     plain, ours, measured = Weights(), Weights(), Weights()
-    settings = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    settings = arguments(tmp_path, max_steps=3)
     Trainer(
         model=model, args=settings, train_dataset=dataset, data_collator=plain_collator, callbacks=[plain]
     ).train()
@@ -258,8 +258,9 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
     assert begun == ["checkpoint-2"]
     for name, value in weights_of(whole).items():
         torch.testing.assert_close(weights_of(cut)[name], value, rtol=0, atol=0, msg=name)
-    aligner = "checkpoint-6/aligner.safetensors"
-    assert (cut / aligner).read_bytes() == (whole / aligner).read_bytes()
+    for name in ("aligner", "optimizer"):
+        file = f"checkpoint-6/motion_aligner/{name}.safetensors"
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
@@ -293,12 +294,11 @@ def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_p
         data_collator=collator,
         confidence_gate=max(sure),
     )
-    weights = trainer._weights(alignment.priors)
-    assert weights == pytest.approx([c / max(sure) for c in sure])
-    gated = align(captured, alignment.priors, **chosen, weights=weights)
+    weights = [c / max(sure) for c in sure]
+    gated = trainer._align(captured, alignment, 1.0)
     torch.testing.assert_close(gated, (weights[0] * first + weights[1] * second) / 2)
     trainer.confidence_gate = 0.0
-    assert trainer._weights(alignment.priors) is None
+    torch.testing.assert_close(trainer._align(captured, alignment, 1.0), (first + second) / 2)
 
 
 def test_the_vision_tower_learns_at_its_own_rate(world: World, tmp_path: Path) -> None:

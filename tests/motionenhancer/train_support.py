@@ -37,6 +37,11 @@ def flags(world: World, out: Path, **options: object) -> list[str]:
     return world.flags(output_dir=out, **{**FAST, "prior_dir": out.parent / "priors", **options})
 
 
+def shared_priors(world: World) -> Path:
+    """A store for tests that only need priors to be there."""
+    return world.data.parent / "priors_of_all_tests"
+
+
 def report_of(out: Path) -> dict:
     return json.loads((out / "motion_report.json").read_text())
 
@@ -58,7 +63,8 @@ class Weights(TrainerCallback):
 def parts(world: World, tmp_path: Path, *, priors: bool = True):
     model, processor, family = load_student(world.student)
     samples = list(read_samples(world.data, world.videos, SkipLog()))
-    store, keys = PriorStore(tmp_path / "priors"), {}
+    # Priors follow from the world alone: made once, whatever student they are for.
+    store, keys = PriorStore(shared_priors(world)), {}
     if priors:
         settings = extract.PriorSettings(steps=1)
         skips = SkipLog()

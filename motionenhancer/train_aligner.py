@@ -1,0 +1,108 @@
+"""Training the aligner beside the model, and keeping it out of the model's files.
+
+It has an optimizer of its own: FSDP2 and DeepSpeed take over the model's and know no other parameters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+#: Folder of a checkpoint to resume from. Loaders of models read every *.safetensors beside the weights.
+FOLDER = "motion_aligner"
+_WEIGHTS, _OPTIMIZER = "aligner.safetensors", "optimizer.safetensors"
+
+
+class AlignerTraining:
+    """An aligner with AdamW, stepped along with the model's optimizer.
+
+    Args:
+        module: the aligner.
+        settings: TrainingArguments; its Adam constants are used, without weight decay.
+
+    Attributes:
+        module: the aligner.
+    """
+
+    def __init__(self, module: nn.Module, settings: Any) -> None:
+        self.module = module
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self._rate = settings.learning_rate
+        self._optimizer = (
+            torch.optim.AdamW(
+                parameters,
+                lr=self._rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
+                weight_decay=0.0,
+            )
+            if parameters
+            else None
+        )
+
+    def finish_gradients(self, processes: int, loss_scale: float = 1.0) -> None:
+        """Average the accumulated gradients over processes and take a gradient scaler's factor off them."""
+        for parameter in self._parameters():
+            if parameter.grad is None:
+                # Every process takes part, whether its own samples had a prior or not.
+                parameter.grad = torch.zeros_like(parameter)
+            if processes > 1:
+                torch.distributed.all_reduce(parameter.grad)
+            if processes > 1 or loss_scale != 1.0:
+                parameter.grad /= processes * loss_scale
+
+    def step(self, share: float) -> None:
+        """One step of AdamW at `share` of the peak learning rate."""
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * share
+        self._optimizer.step()
+
+    def clear(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def save(self, checkpoint: Path) -> None:
+        """Write weights and moments into a checkpoint's folder; nothing where there is nothing to train."""
+        if self._optimizer is None:
+            return
+        folder = checkpoint / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.module.state_dict().items()}, folder / _WEIGHTS)
+        moments = {
+            f"{index}.{name}": torch.as_tensor(value).contiguous()
+            for index, state in self._optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        save_file(moments, folder / _OPTIMIZER)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint has no aligner, or another.
+        """
+        if self._optimizer is None:
+            return
+        folder = checkpoint / FOLDER
+        if not (folder / _OPTIMIZER).is_file():
+            raise ValueError(f"{checkpoint}: a checkpoint without the aligner that this run trains")
+        try:
+            self.module.load_state_dict(load_file(folder / _WEIGHTS))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: another aligner than this run's: {error}") from error
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(folder / _OPTIMIZER).items():
+            index, _, field = name.partition(".")
+            state.setdefault(int(index), {})[field] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [] if self._optimizer is None else self._optimizer.param_groups[0]["params"]

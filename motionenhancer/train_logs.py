@@ -1,0 +1,110 @@
+"""What a training run logs beside the Trainer's own: both losses, λ, words mapped, confidence, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds spent inside `with stopwatch:`, which may be entered often and never nested.
+
+    On a CUDA device the time is the stream's, and nothing waits for it before `seconds` is called.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began = 0.0
+        self._total = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._total += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """The time since the last call of this."""
+        total, self._total = self._total, 0.0
+        for begin, end in self._events:
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return total
+
+
+class StepLog:
+    """Sums over the micro-batches between two log lines, on one process.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stopwatch = Stopwatch(device)
+        self.steps = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps = 0
+        self._losses = torch.zeros(2, device=self.device)
+        self._counts = dict.fromkeys(("aligned", "priors", "confidence", "words", "mapped"), 0.0)
+
+    def add_losses(self, model_loss: torch.Tensor, alignment_loss: torch.Tensor | None) -> None:
+        """Add one micro-batch's terms, each its share of the step's."""
+        self._losses[0] += model_loss.detach()
+        if alignment_loss is not None:
+            self._losses[1] += alignment_loss.detach()
+            self._counts["aligned"] += 1
+
+    def add_batch(self, alignment: Any) -> None:
+        """Add the words and confidences of one micro-batch's `dataset.Alignment`."""
+        sure = [prior.confidence["confidence"] for prior in alignment.priors if prior is not None]
+        self._counts["priors"] += len(sure)
+        self._counts["confidence"] += sum(sure)
+        self._counts["words"] += alignment.words
+        self._counts["mapped"] += alignment.mapped
+
+    def entries(self, total: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict[str, float]:
+        """What to log, averaged over the steps since the last call; starts anew.
+
+        Args:
+            total: sums a tensor over all processes.
+            processes: how many there are.
+
+        Returns:
+            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found
+            among the student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in
+            the forward).
+        """
+        if not self.steps:
+            return {}
+        own = torch.tensor([*self._counts.values(), self.stopwatch.seconds()], device=self.device)
+        summed = total(torch.cat([self._losses, own])).tolist()
+        losses, seconds = [value / self.steps / processes for value in summed[:2]], summed[-1]
+        counts = dict(zip(self._counts, summed[2:-1], strict=True))
+        logs = {"loss_ar": losses[0]}
+        if counts["aligned"]:
+            logs["loss_align"] = losses[1]
+            logs["alignment_seconds"] = seconds / self.steps / processes
+        if counts["words"]:
+            logs["words_mapped"] = counts["mapped"] / counts["words"]
+        if counts["priors"]:
+            logs["confidence"] = counts["confidence"] / counts["priors"]
+        self._clear()
+        return logs

@@ -1,0 +1,84 @@
+"""Training low-rank adapters (LoRA, through PEFT) instead of all weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from .train_arguments import StudentArguments
+from .vlm.locate import text_model
+
+#: What PEFT puts in front of a parameter's name.
+_PREFIX = "base_model.model."
+
+
+def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
+    """Freeze a student and put adapters on it, as `--lora_*` say; they begin as the identity.
+
+    Args:
+        model: from `load_student`; its layers are replaced in place.
+        student: `lora_r`, `lora_alpha` (None: twice the rank), `lora_dropout` and `lora_target` are read.
+        seed: of the adapters' weights. The global random state stays as it is.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        ValueError: PEFT is not installed, or `lora_target` names no layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"--lora_r {student.lora_r} needs PEFT: pip install peft ({error})") from error
+    target = student.lora_target
+    chosen: str | list[str]
+    if target == "language":
+        chosen = _language_layers(model)
+    elif target == "all":
+        chosen = "all-linear"
+    else:
+        chosen = [name.strip() for name in target.split(",") if name.strip()]
+    alpha = 2 * student.lora_r if student.lora_alpha is None else student.lora_alpha
+    config = LoraConfig(
+        r=student.lora_r,
+        lora_alpha=alpha,
+        lora_dropout=student.lora_dropout,
+        target_modules=chosen,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"--lora_target {target}: {error}") from error
+
+
+def _language_layers(model: nn.Module) -> str:
+    """A pattern for all linear layers inside the language model; its output head is not among them."""
+    decoder = text_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    leaves = {name.split(".")[-1] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
+    inside = rf"{re.escape(prefix)}\." if prefix else ""
+    return rf"{inside}.*\.({'|'.join(sorted(leaves))})"
+
+
+def plain_name(parameter: str) -> str:
+    """A parameter's name without what PEFT puts before it.
+
+    >>> plain_name("base_model.model.model.visual.patch_embed.proj.weight")
+    'model.visual.patch_embed.proj.weight'
+    """
+    return parameter.removeprefix(_PREFIX)
+
+
+def merged(model: Any) -> Any:
+    """The plain model with its adapters added into its weights.
+
+    Args:
+        model: a `peft.PeftModel`; it is taken apart.
+    """
+    return model.merge_and_unload()
