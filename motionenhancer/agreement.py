@@ -103,24 +103,24 @@ def measure(
             single[level].append(one)
     if not full:
         raise ValueError(f"no clip could be read. {skips.summary()}")
-    cost = _mean([sum(p.seconds.values()) for p in full])
+    cost = average([sum(p.seconds.values()) for p in full])
     rows = []
     for level in levels:
         each = [compare_priors(a, b) for a, b in zip(full, single[level], strict=True)]
         rows.append(
             {
                 "noise_level": level,
-                **{name: _mean([e[name] for e in each]) for name in each[0]},
-                "evaluations": _mean([p.evaluations for p in single[level]]),
-                "time_share": _mean([sum(p.seconds.values()) for p in single[level]]) / cost,
-                "full_evaluations": _mean([p.evaluations for p in full]),
+                **{name: average([e[name] for e in each]) for name in each[0]},
+                "evaluations": average([p.evaluations for p in single[level]]),
+                "time_share": average([sum(p.seconds.values()) for p in single[level]]) / cost,
+                "full_evaluations": average([p.evaluations for p in full]),
                 "clips": len(full),
             }
         )
     return rows
 
 
-def _mean(values: Sequence[float]) -> float:
+def average(values: Sequence[float]) -> float:
     finite = [v for v in values if v == v]
     return sum(finite) / len(finite) if finite else float("nan")
 

@@ -11,8 +11,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from safetensors.torch import load, save
 
 from .arguments import PriorArguments
@@ -29,6 +31,7 @@ from .making import stored
 from .planning import PriorRequest
 from .prior import MotionPrior, PriorSettings
 from .store import PriorStore, prior_from_text, text_of_prior
+from .teacher_start import ready_teacher
 from .teacher_thread import ReadPrior, TeacherThread
 from .vdm import Teacher
 
@@ -36,7 +39,7 @@ _TIMEOUT = timedelta(minutes=30)
 _PENDING = 8
 
 
-class RemoteTeacherError(RuntimeError):
+class RemoteTeacherError(ValueError):
     """What went wrong on a teacher's rank, in its own words."""
 
 
@@ -131,6 +134,7 @@ class RemoteTeacher:
         settings: of the priors.
         store: read first, and given what is made; None keeps nothing.
         decode_workers: threads of each teacher's rank that decode clips.
+        texts: all that will be asked for; with a text cache they are encoded first.
 
     Raises:
         RemoteTeacherError: a teacher's rank could not load it; the message says why.
@@ -144,18 +148,19 @@ class RemoteTeacher:
         *,
         store: PriorStore | None = None,
         decode_workers: int = 2,
+        texts: Sequence[str] = (),
     ) -> None:
         self.ranks, self.store = ranks, store
         self._closing, self._local = Event(), threading.local()
         self._pool = ThreadPoolExecutor(_PENDING, thread_name_prefix="remote teacher")
         client = ranks.client()
         if not dist.is_initialized() or dist.get_rank() == 0:
-            use_cpu = not _trains_on_gpu()
             setup = {
                 "prior": asdict(prior),
                 "settings": asdict(settings),
                 "decode_workers": decode_workers,
-                "use_cpu": use_cpu,
+                "use_cpu": PartialState().device.type == "cpu",
+                "texts": list(texts) if prior.text_cache is not None else [],
             }
             client.set("setup", json.dumps(setup))
         for index in range(ranks.teachers):
@@ -191,40 +196,60 @@ class RemoteTeacher:
         return ReadPrior(read.prior, fresh=True, seconds=read.seconds, damaged=damaged)
 
     def close(self) -> None:
-        """See `PriorSource`; the teacher's ranks end once all training ranks have called it."""
+        """See `PriorSource`."""
         self._closing.set()
         self._pool.shutdown(cancel_futures=True)
-        client = self.ranks.client()
-        if client.add("closed", 1) < self.ranks.trainers:
-            return
-        for _ in range(self.ranks.teachers):
-            client.set(f"job/{client.add('tickets', 1)}", "null")
-        # The first rank may be the one that holds the store: it stays until the others need it no more.
-        for index in range(self.ranks.teachers):
-            _take(client, f"left/{index}", Event())
 
 
-def _trains_on_gpu() -> bool:
-    from accelerate import PartialState
+@contextmanager
+def letting_teachers_go() -> Iterator[None]:
+    """Around a training: the teacher's ranks end when all training ranks have left it, whichever way."""
+    try:
+        yield
+    finally:
+        if (ranks := current()) is not None:
+            _release(ranks)
 
-    return PartialState().device.type == "cuda"
+
+def _release(ranks: TeacherRanks) -> None:
+    client = ranks.client()
+    if client.add("closed", 1) < ranks.trainers:
+        return
+    if not client.check(["setup"]):
+        client.set("setup", "null")
+    for _ in range(ranks.teachers):
+        client.set(f"job/{client.add('tickets', 1)}", "null")
+    # The first rank may be the one that holds the store: it stays until the others need it no more.
+    for index in range(ranks.teachers):
+        _take(client, f"left/{index}", Event())
 
 
 # ---- the teacher's ranks ----
 
 
 def serve_priors() -> int:
-    """Answer requests until all training ranks have closed; returns the process's exit code."""
+    """Answer requests until all training ranks have let go; returns the process's exit code."""
     ranks = current()
     assert ranks is not None
     assert ranks.index is not None
     client = ranks.client()
     setup = json.loads(_take(client, "setup", Event(), keep=True))
+    if setup is None:
+        client.set(f"left/{ranks.index}", "")
+        return 0
     prior = PriorArguments(**setup["prior"])
     settings = _settings(setup["settings"])
     device = torch.device("cpu") if setup["use_cpu"] else ranks.device
+
+    def encoded() -> None:
+        client.set(f"encoded/{ranks.index}", "")
+        for index in range(ranks.teachers):
+            _take(client, f"encoded/{index}", Event(), keep=True)
+
     try:
-        teacher = prior.load(device)
+        teacher = ready_teacher(
+            prior, settings, device, setup["texts"], index=ranks.index, count=ranks.teachers, wait=encoded
+        )
     except Exception as error:
         client.set(f"ready/{ranks.index}", f"{type(error).__name__}: {error}")
         return 2

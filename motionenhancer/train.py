@@ -22,9 +22,11 @@ from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import SkipLog, content_digest
 from .dataset import MotionCollator, MotionDataset
 from .extract import default_toy, load_samples, use_toy_defaults
+from .online_arguments import OnlineArguments
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
+from .teacher_ranks import letting_teachers_go, serve_priors, serving
 from .train_arguments import StudentArguments, TrainArguments
 from .train_lora import add_lora, merged, plain_name
 from .train_plan import (
@@ -36,7 +38,7 @@ from .train_plan import (
     teacher_grid,
     vision_rate,
 )
-from .train_priors import collect_priors
+from .train_priors import RunPriors, collect_priors
 from .trainer import MotionTrainer
 from .vlm import StudentFamily, load_student
 
@@ -68,12 +70,16 @@ TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    classes = (StudentArguments, DataArguments, PriorArguments, TrainArguments)
-    student, data, prior, training = parse_arguments(
+    classes = (StudentArguments, DataArguments, PriorArguments, OnlineArguments, TrainArguments)
+    student, data, prior, online, training = parse_arguments(
         classes, arguments, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
-        run(student, data, prior, training)
+        online.check(student.prior_source)
+        if serving():
+            return serve_priors()
+        with letting_teachers_go():
+            run(student, data, prior, training, online)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    student: StudentArguments, data: DataArguments, prior: PriorArguments, training: TrainArguments
+    student: StudentArguments,
+    data: DataArguments,
+    prior: PriorArguments,
+    training: TrainArguments,
+    online: OnlineArguments | None = None,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -130,26 +140,29 @@ def run(
             print(plan)
         if student.dry_run:
             return report
-        keys: dict[str, str] = {}
-        grids: set[tuple[int, int, int]] = set()
+        found = RunPriors(samples)
         if student.aligned:
-            found = collect_priors(samples, student, prior, settings, skips, report, toy)
-            samples, keys, grids = found.samples, found.keys, found.grids
-        trainer = MotionTrainer(
-            model=model,
-            args=training,
-            train_dataset=MotionDataset(samples, family, processor, keys=keys, **options),
-            data_collator=MotionCollator(family, processor),
-            processing_class=processor,
-            alignment_weight=student.schedule(),
-            alignment_loss=student.alignment_loss,
-            aligner=_aligner(student, grids, training.seed),
-            confidence_gate=student.confidence_gate,
-            learning_rates=_learning_rates(family, vision_rate(student, training)),
-            measure_alignment=student.measure_alignment and bool(keys),
-        )
-        result = trainer.train(resume_from_checkpoint=_checkpoint(training))
-        _save(trainer, student)
+            found = collect_priors(samples, student, prior, settings, skips, report, toy, online)
+        with found:
+            trainer = MotionTrainer(
+                model=model,
+                args=training,
+                train_dataset=MotionDataset(
+                    found.samples, family, processor, keys=found.keys, requests=found.requests, **options
+                ),
+                data_collator=MotionCollator(family, processor, source=prior.prompt_source),
+                processing_class=processor,
+                alignment_weight=student.schedule(),
+                alignment_loss=student.alignment_loss,
+                aligner=_aligner(student, found.grids, training.seed),
+                confidence_gate=student.confidence_gate,
+                learning_rates=_learning_rates(family, vision_rate(student, training)),
+                measure_alignment=student.measure_alignment and found.any,
+                online=found.online,
+            )
+            result = trainer.train(resume_from_checkpoint=_checkpoint(training))
+            found.finish(report, skips, trainer.total_over_processes)
+            _save(trainer, student)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from .online_arguments import SOURCES
+from .teacher_ranks import serving
 from .train_schedule import SCHEDULES, AlignmentSchedule
 
 
@@ -25,8 +27,9 @@ class StudentArguments:
     prior_source: str = field(
         default="hybrid",
         metadata={
-            "help": "store: every prior must be in --prior_dir; hybrid: missing ones are made first.",
-            "choices": ["store", "hybrid"],
+            "help": "store: every prior must be in --prior_dir; online: all are made while training, none is "
+            "kept; hybrid: what --prior_dir lacks is made while training and kept there.",
+            "choices": list(SOURCES),
         },
     )
     alignment_weight: float = field(default=1.0, metadata={"help": "λ; 0 is plain fine-tuning."})
@@ -170,6 +173,8 @@ class TrainArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
 
     def __post_init__(self) -> None:
+        if serving():
+            return  # this process trains nothing and is in no process group
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             # Each process would train alone otherwise.

@@ -1,36 +1,87 @@
-"""The priors of a training run: which samples have one, and making those that are missing."""
+"""The priors of a training run: which samples have one, and how those that are missing are made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .arguments import PriorArguments
 from .data import Sample, SkipLog
 from .extract import make_priors, plan_priors, share_requests
+from .online import OnlineCounts, OnlinePriors
+from .online_arguments import OnlineArguments
+from .online_start import measure_agreement, open_source, request_priors, say_agreement
+from .planning import PriorRequest
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
+from .teacher_memory import measured_memory
 from .toy.world import ToyFolder
 from .train_arguments import StudentArguments
+from .vdm.plan import plan_teacher
 
 
 @dataclass(frozen=True)
-class RunPriors:
-    """What a run knows of its priors.
+class RunPriors(AbstractContextManager):
+    """What a run knows of its priors. As a context it lets the teacher go at its end, if there is one.
 
     Attributes:
         samples: those that can be trained on, with a prior or without.
         keys: sample id → key of its prior in the store.
-        grids: (F, H, W) of all priors met.
+        grids: (F, H, W) of all priors.
+        requests: sample id → its prior, to be made while training.
+        online: makes them.
     """
 
     samples: list[Sample]
-    keys: dict[str, str]
-    grids: set[tuple[int, int, int]]
+    keys: dict[str, str] = field(default_factory=dict)
+    grids: set[tuple[int, int, int]] = field(default_factory=set)
+    requests: dict[str, PriorRequest] = field(default_factory=dict)
+    online: OnlinePriors | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether a sample has a prior, or is to have one."""
+        return bool(self.keys or self.requests)
+
+    def finish(
+        self, report: RunReport, skips: SkipLog, total: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """After the last step: what was made while training goes into the report. All processes must call it.
+
+        Raises:
+            NoPriorError: priors were to be made while training, and none ever was.
+        """
+        if self.online is None:
+            return
+        self.online.judge(total, final=True)
+        mine = (self.online.counts, self.online.skips, self.online.described, measured_memory())
+        everyone = gather_object([mine])
+        counts = sum((counts for counts, *_ in everyone), OnlineCounts())
+        report.content["teacher"]["online"] = {
+            **asdict(counts),
+            "hidden_share": counts.hidden_share,
+            "prefetch": self.online.prefetch,
+            "memory": [memory for *_, memory in everyone],
+        }
+        described = {name: text for _, _, part, _ in everyone for name, text in part.items()}
+        report.content["samples"] = [json.loads(described[s.id]) for s in self.samples if s.id in described]
+        skips.merge(log for _, log, *_ in everyone)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.online is not None:
+            self.online.close()
 
 
 def collect_priors(
@@ -41,39 +92,73 @@ def collect_priors(
     skips: SkipLog,
     report: RunReport,
     toy: ToyFolder | None,
+    how: OnlineArguments | None = None,
 ) -> RunPriors:
-    """Priors in the store for all samples that can have one; every process makes its share of the missing.
+    """Priors for all samples that can have one, as `--prior_source` says.
+
+    "store" takes what is stored. "hybrid" makes and keeps what is missing, while training or, told so,
+    before: every process its share. "online" makes all while training and keeps none.
 
     Args:
         samples: of the data file.
-        student: `prior_source` and `alignment_weight` are read.
+        student: `prior_source`, `aligner` and `alignment_weight` are read.
         prior, settings: which teacher, how, and where priors are kept.
         skips: receives samples without a prior and why.
         report: receives the teacher and every prior's description.
         toy: the toy world, where any of it is used.
+        how: when and where priors are made.
 
     Raises:
         ValueError: priors are missing under `--prior_source store`, or nothing is left to train on or align.
     """
+    how = how or OnlineArguments()
+    how.check(student.prior_source)
     state = PartialState()
     assert prior.teacher is not None
-    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
-    requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
-    missing = sum(request.key not in store for request in requests)
     untrained = toy is not None and Path(prior.teacher) == toy.teacher
+    report.content["teacher"] = {"path": prior.teacher, "trained": False if untrained else None}
+    if untrained and state.is_main_process:
+        print("the toy teacher is untrained (random weights): its priors exercise the path, carry no meaning")
+    if student.prior_source == "online":
+        requests = request_priors(samples, settings, prior.prompt_source, skips)
+        if state.is_main_process:
+            print(f"teacher {prior.teacher}: reads {len(requests)} clips while training, keeps no prior")
+        return _while_training(samples, requests, None, student, prior, settings, skips, report, how)
+    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
+    report.content["teacher"]["id"] = name
+    requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
+    # A process that looked later might find priors that another has made since.
+    (missing,) = _from_main([sum(request.key not in store for request in requests)])
     if state.is_main_process:
         print(f"teacher {prior.teacher}: {len(requests) - missing} priors stored, {missing} to make")
-        if untrained:
-            print(
-                "the toy teacher is untrained (random weights): its priors exercise the path "
-                "and carry no meaning"
-            )
     if student.prior_source == "store" and missing:
         raise ValueError(
             f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
             "make them with "
             f"python -m motionenhancer.extract --teacher {prior.teacher} ..., or use --prior_source hybrid"
         )
+    if missing and not how.priors_first:
+        return _while_training(samples, requests, store, student, prior, settings, skips, report, how)
+    return _beforehand(samples, requests, store, student, prior, settings, skips, report)
+
+
+def _from_main(values: list[Any]) -> list[Any]:
+    broadcast_object_list(values)
+    return values
+
+
+def _beforehand(
+    samples: list[Sample],
+    requests: list[PriorRequest],
+    store: PriorStore,
+    student: StudentArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    skips: SkipLog,
+    report: RunReport,
+) -> RunPriors:
+    """Check what is stored, make what is missing, and let the teacher go."""
+    state = PartialState()
     made = make_priors(
         share_requests(requests, state.num_processes)[state.process_index],
         store,
@@ -85,20 +170,55 @@ def collect_priors(
     everyone = gather_object([made])
     keys = {k: v for part in everyone for k, v in part.keys.items()}
     unusable = {s for part in everyone for s in part.unusable}
-    report.content["teacher"] = {
-        "path": prior.teacher,
-        "id": name,
-        "trained": False if untrained else None,
-        "roundtrip": next((part.roundtrip for part in everyone if part.roundtrip), None),
-    }
+    report.content["teacher"]["roundtrip"] = next((p.roundtrip for p in everyone if p.roundtrip), None)
     report.content["samples"] = [entry for part in everyone for entry in part.described]
     grids = {tuple(entry["grid"]) for part in everyone for entry in part.described}
     usable = [s for s in samples if s.id not in unusable]
     if not usable:
         raise ValueError(f"no sample is left to train on. {skips.summary()}")
-    if not keys and student.alignment_weight != 0:
+    _require_some(keys, samples, student, skips)
+    return RunPriors(usable, keys, grids)
+
+
+def _while_training(
+    samples: list[Sample],
+    requests: list[PriorRequest],
+    store: PriorStore | None,
+    student: StudentArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    skips: SkipLog,
+    report: RunReport,
+    how: OnlineArguments,
+) -> RunPriors:
+    """Get the teacher ready; it stays until the end of the training."""
+    assert prior.teacher is not None
+    wanted = {request.sample.id: request for request in requests}
+    _require_some(wanted, samples, student, skips)
+    options = prior.identity(PartialState().device)
+    grid = plan_teacher(prior.teacher, size=options["size"], frames=options["frames"]).grid
+    source, roundtrip = open_source(prior, settings, how, requests, store)
+    try:
+        about = report.content["teacher"]
+        about["roundtrip"], about["agreement"] = roundtrip, None
+        if settings.mode == "renoise" and how.agreement_clips:
+            about["agreement"] = measure_agreement(source, requests, settings, how.agreement_clips)
+            if PartialState().is_main_process:
+                print(say_agreement(about["agreement"], settings))
+        online = OnlinePriors(
+            source, prefetch=how.prior_prefetch, grid=grid if student.aligner == "mlp" else None
+        )
+    except BaseException:
+        source.close()
+        raise
+    return RunPriors(samples, {}, {grid}, wanted, online)
+
+
+def _require_some(
+    found: dict[str, Any], samples: list[Sample], student: StudentArguments, skips: SkipLog
+) -> None:
+    if not found and student.alignment_weight != 0:
         raise ValueError(
             f"none of the {len(samples)} samples has a prior, so nothing would be aligned; "
             f"use --alignment_weight 0 for plain fine-tuning. {skips.summary()}"
         )
-    return RunPriors(usable, keys, grids)

@@ -100,7 +100,7 @@ class MotionTrainer(Trainer):
             epoch_iterator = self.online.feed(epoch_iterator, num_batches)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.online is not None:
-            self.online.judge(lambda counts: self._over_processes(counts.to(self.args.device)))
+            self.online.judge(self.total_over_processes)
         aligned = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
         totals = torch.tensor([aligned, sum(_counting_tokens(b) for b in batches)], device=self.args.device)
         self._step_totals = self._over_processes(totals)
@@ -201,6 +201,10 @@ class MotionTrainer(Trainer):
         if self._step_totals is None or self.current_gradient_accumulation_steps * self.args.world_size == 1:
             return mean
         return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
+
+    def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's counts."""
+        return self._over_processes(counts.to(self.args.device))
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor

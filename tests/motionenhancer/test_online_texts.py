@@ -109,7 +109,8 @@ def test_the_flag_wraps_the_teacher(teacher_dir: Path, tmp_path: Path) -> None:
 
 def test_zero_3_does_not_split_the_teacher(teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Config:
-        config: dict = {}
+        def __init__(self) -> None:
+            self.config: dict = {}
 
         def is_zero3(self) -> bool:
             return True
@@ -141,7 +142,14 @@ def test_the_switch_is_put_back(before: str | None, monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     else:
         monkeypatch.setenv(name, before)
-    with pytest.raises(RuntimeError, match="inside"), whole_weights():
-        assert os.environ[name] == "false"
-        raise RuntimeError("inside")
+    seen = []
+
+    def fail() -> None:
+        with whole_weights():
+            seen.append(os.environ[name])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert seen == ["false"]
     assert os.environ.get(name) == before

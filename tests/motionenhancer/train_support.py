@@ -34,6 +34,9 @@ FAST = {
 
 
 def flags(world: World, out: Path, **options: object) -> list[str]:
+    """Flags of a short run; priors that are missing are made beforehand unless their source is named."""
+    if "prior_source" not in options:
+        options = {"priors_first": True, **options}
     return world.flags(output_dir=out, **{**FAST, "prior_dir": out.parent / "priors", **options})
 
 

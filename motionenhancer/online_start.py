@@ -1,0 +1,146 @@
+"""Getting the teacher of a training ready: loaded, its texts encoded, checked, its agreement measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from .agreement import average, compare_priors
+from .arguments import PriorArguments
+from .data import Sample, SkipLog
+from .data.video import VideoError, read_frames
+from .online_arguments import OnlineArguments
+from .planning import PriorRequest, plan_priors
+from .prior import PriorSettings
+from .store import PriorStore
+from .teacher_ranks import RemoteTeacher, current
+from .teacher_start import ready_teacher
+from .teacher_thread import PriorSource, ReadPrior, TeacherThread
+from .vdm import Teacher, roundtrip_error
+
+
+def request_priors(
+    samples: Sequence[Sample], settings: PriorSettings, source: str, skips: SkipLog
+) -> list[PriorRequest]:
+    """What `plan_priors` lists, without keys and without reading a clip: for priors that are never stored."""
+    videos = {video for sample in samples for video in sample.videos}
+    # A digest that no clip has.
+    digests: dict[Path, str | VideoError] = {
+        video: "0" * 64 if video.is_file() else VideoError(video, "no such file") for video in videos
+    }
+    listed = plan_priors(samples, "", settings, source, skips, digests=digests)
+    return [replace(request, key="") for request in listed]
+
+
+def open_source(
+    prior: PriorArguments,
+    settings: PriorSettings,
+    online: OnlineArguments,
+    requests: Sequence[PriorRequest],
+    store: PriorStore | None,
+) -> tuple[PriorSource, dict[str, float] | None]:
+    """A teacher ready to read, in a thread of this process or on ranks of its own, and its inversion error.
+
+    Args:
+        prior: how the teacher is loaded.
+        settings: of the priors.
+        online: where it runs.
+        requests: all that may be asked for; their texts are encoded first where there is a text cache.
+        store: read first and written; None keeps nothing.
+
+    Raises:
+        ValueError, OSError: the teacher cannot be loaded, or not be read as `settings` say.
+    """
+    ranks = current()
+    texts = sorted({request.text for request in requests})
+    if ranks is not None:
+        remote = RemoteTeacher(
+            ranks, prior, settings, store=store, decode_workers=online.prior_workers, texts=texts
+        )
+        return remote, None
+    state = PartialState()
+    teacher = ready_teacher(
+        prior,
+        settings,
+        state.device,
+        texts,
+        index=state.process_index,
+        count=state.num_processes,
+        wait=state.wait_for_everyone,
+    )
+    roundtrip = None
+    if prior.measure_roundtrip and state.is_main_process:
+        roundtrip = _first_roundtrip(teacher, requests, settings.steps)
+    return TeacherThread(teacher, settings, store=store, decode_workers=online.prior_workers), roundtrip
+
+
+def _first_roundtrip(
+    teacher: Teacher, requests: Sequence[PriorRequest], steps: int
+) -> dict[str, float] | None:
+    """Inversion error of the first of a few clips that can be read."""
+    for request in requests[:4]:
+        try:
+            frames = read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
+        except VideoError:
+            continue
+        latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(request.text).embeds
+        return {"whole_schedule": roundtrip_error(teacher, latents, teacher.schedule(steps), embeds)}
+    return None
+
+
+def measure_agreement(
+    source: PriorSource, requests: Sequence[PriorRequest], settings: PriorSettings, clips: int
+) -> dict[str, float] | None:
+    """How far single-pass priors of a run's first clips agree with the full procedure; None if none was read.
+
+    Every process reads its share of them; all get the mean.
+
+    Returns:
+        What `compare_priors` returns, meaned over the clips, and `time_share`, `evaluations`,
+        `full_evaluations` and `clips`.
+    """
+    state = PartialState()
+    distinct = list({(r.video, r.text): r for r in requests}.values())[:clips]
+    mine = distinct[state.process_index :: state.num_processes]
+    full = replace(settings, mode="reconstruct")
+    asked: list[tuple[Future[ReadPrior], Future[ReadPrior]]] = [
+        # Settings of their own keep them out of the store.
+        (source.submit(request, full), source.submit(request, replace(settings)))
+        for request in mine
+    ]
+    rows = []
+    for one, other in asked:
+        try:
+            whole, quick = one.result(), other.result()
+        except Exception:
+            continue
+        rows.append(
+            {
+                **compare_priors(whole.prior, quick.prior),
+                "time_share": quick.seconds / whole.seconds,
+                "evaluations": quick.prior.evaluations,
+                "full_evaluations": whole.prior.evaluations,
+            }
+        )
+    rows = gather_object(rows)
+    if not rows:
+        return None
+    return {**{name: average([row[name] for row in rows]) for name in rows[0]}, "clips": len(rows)}
+
+
+def say_agreement(found: dict[str, float] | None, settings: PriorSettings) -> str:
+    """A line for people."""
+    if found is None:
+        return "agreement of single-pass priors: no clip could be read"
+    return (
+        f"single-pass priors at level {settings.noise_level} against the full procedure, mean over "
+        f"{found['clips']:.0f} of the run's clips: head rank {found['head_rank']:.2f}, same heads "
+        f"{found['heads']:.0%}, same words {found['tokens']:.0%}, cosine of rows {found['cosine']:.3f}; "
+        f"{found['evaluations']:.0f} instead of {found['full_evaluations']:.0f} evaluations, "
+        f"{found['time_share']:.0%} of the time"
+    )

@@ -1,0 +1,307 @@
+"""Priors made while training: the same run as from the store, whatever is prefetched, killed or fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import World
+from train_support import flags, report_of, weights_of
+
+from motionenhancer import extract, train
+from motionenhancer.store import PriorStore
+from motionenhancer.teacher_thread import TeacherThread
+
+#: Two epochs of the eight clips, so that every prior is asked for twice.
+EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, "limit": 4}
+
+
+def same_weights(one: Path, other: Path) -> None:
+    expected, found = weights_of(one), weights_of(other)
+    assert set(expected) == set(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def stored(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose priors were extracted beforehand; they lie beside it."""
+    folder = tmp_path_factory.mktemp("stored")
+    chosen = world.flags(student=None, prior_dir=folder / "priors", ddim_steps=1, limit=4)
+    assert extract.main(chosen) == 0
+    assert train.main(flags(world, folder / "out", prior_source="store", **EPOCHS)) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_online_ends_with_the_weights_of_stored_priors(
+    world: World, tmp_path: Path, stored: Path, prefetch: int
+) -> None:
+    options = {**EPOCHS, "prior_source": "online", "prior_prefetch": prefetch}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    same_weights(stored, tmp_path / "out")
+    assert not (tmp_path / "priors").exists(), "online keeps nothing"
+    report, before = report_of(tmp_path / "out"), report_of(stored)
+    online = report["teacher"]["online"]
+    assert (online["made"], online["stored"], online["failed"]) == (8, 0, 0)
+    assert online["busy_seconds"] > 0
+    assert 0 <= online["hidden_share"] <= 1
+    assert online["prefetch"] == prefetch
+    assert online["memory"][0]["peak_bytes"] > 0
+    assert report["alignment"] == before["alignment"]
+    timed = ("seconds", "key", "made_now")
+    for one, other in zip(report["samples"], before["samples"], strict=True):
+        assert {k: v for k, v in one.items() if k not in timed + ("teacher",)} == {
+            k: v for k, v in other.items() if k not in timed + ("teacher",)
+        }
+
+
+def test_hybrid_makes_each_prior_once(
+    world: World, tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of four is stored already: three are made in the first epoch, none in the second or in another run."""
+    kept = PriorStore(stored.parent / "priors")
+    key = sorted(kept)[0]
+    mine = PriorStore(tmp_path / "priors")
+    mine.path(key).parent.mkdir(parents=True)
+    shutil.copy(kept.path(key), mine.path(key))
+    assert train.main(flags(world, tmp_path / "out", prior_source="hybrid", **EPOCHS)) == 0
+    same_weights(stored, tmp_path / "out")
+    online = report_of(tmp_path / "out")["teacher"]["online"]
+    assert (online["made"], online["stored"], online["failed"]) == (3, 5, 0)
+    assert {k: mine.path(k).read_bytes() for k in mine} == {k: kept.path(k).read_bytes() for k in kept}
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("motionenhancer.arguments.load_teacher", refuse)
+    assert train.main(flags(world, tmp_path / "again", prior_source="hybrid", **EPOCHS)) == 0
+    same_weights(stored, tmp_path / "again")
+
+
+def test_priors_first_makes_them_all_before_training(
+    world: World, tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the teacher stayed")
+
+    monkeypatch.setattr(TeacherThread, "__init__", refuse)
+    options = {**EPOCHS, "prior_source": "hybrid", "priors_first": True}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    same_weights(stored, tmp_path / "out")
+    assert len(list(PriorStore(tmp_path / "priors"))) == 4
+
+
+def test_workers_that_load_the_data_change_nothing(world: World, tmp_path: Path, stored: Path) -> None:
+    options = {**EPOCHS, "prior_source": "online", "dataloader_num_workers": 2}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    same_weights(stored, tmp_path / "out")
+    assert report_of(tmp_path / "out")["teacher"]["online"]["made"] == 8
+
+
+def test_a_damaged_prior_is_made_anew_while_training(world: World, tmp_path: Path, stored: Path) -> None:
+    shutil.copytree(stored.parent / "priors", tmp_path / "priors")
+    store = PriorStore(tmp_path / "priors")
+    first, second, *_ = sorted(store)
+    whole = store.path(first).read_bytes()
+    store.path(first).write_bytes(whole[:100])
+    store.path(second).unlink()
+    assert train.main(flags(world, tmp_path / "out", prior_source="hybrid", **EPOCHS)) == 0
+    same_weights(stored, tmp_path / "out")
+    assert store.path(first).read_bytes() == whole
+    report = report_of(tmp_path / "out")
+    assert report["skipped"]["notes"] == {"damaged priors made anew": 1}
+    assert report["teacher"]["online"]["made"] == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    world: World, tmp_path: Path, accumulation: int
+) -> None:
+    options = {
+        **EPOCHS,
+        "prior_source": "online",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "prior_prefetch": 2,
+    }
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main(flags(world, whole, **options)) == 0
+    shutil.copytree(whole, cut)
+    steps = 8 // accumulation
+    for step in range(steps // 2 + 1, steps + 1):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    (cut / "model.safetensors").unlink()
+    assert train.main(flags(world, cut, **options)) == 0
+    same_weights(whole, cut)
+    made = report_of(cut)["teacher"]["online"]["made"]
+    assert made == 4, "what was trained on before the kill is not read again"
+
+
+def test_teachers_draws_touch_no_global_generator(world: World, tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    from motionenhancer.arguments import PriorArguments
+    from motionenhancer.data import SkipLog, read_samples
+    from motionenhancer.online_start import request_priors
+    from motionenhancer.prior import PriorSettings
+
+    prior = PriorArguments(teacher=str(world.teacher))
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:3]
+    settings = PriorSettings(steps=1, start="random")
+    requests = request_priors(samples, settings, "both", SkipLog())
+    teacher = prior.load("cpu")
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    threads = [TeacherThread(teacher, settings), None]
+    forward = [threads[0].submit(request).result().prior for request in requests]
+    threads[0].close()
+    threads[1] = TeacherThread(teacher, settings)
+    asked = [threads[1].submit(request) for request in reversed(requests)]
+    backward = [answer.result().prior for answer in reversed(asked)]
+    threads[1].close()
+    assert random.getstate() == before[0]
+    assert str(np.random.get_state()) == str(before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    for one, other in zip(forward, backward, strict=True):
+        assert torch.equal(one.attention, other.attention)
+
+
+# ---- what fails ----
+
+
+def rows(world: World) -> list[dict]:
+    return [json.loads(line) for line in world.data.read_text().splitlines()]
+
+
+def write_rows(path: Path, lines: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def fail_on(monkeypatch: pytest.MonkeyPatch, fails) -> None:
+    from motionenhancer import teacher_thread
+
+    make = teacher_thread.extract_prior
+
+    def extract_prior(teacher, frames, text, **options):
+        if fails(text):
+            raise RuntimeError("the teacher stumbled")
+        return make(teacher, frames, text, **options)
+
+    monkeypatch.setattr(teacher_thread, "extract_prior", extract_prior)
+
+
+def test_a_clip_that_fails_costs_its_alignment_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from motionenhancer.data import SkipLog, prompt_text, read_samples
+
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:4]
+    text, _ = prompt_text(samples[1], "both")
+    assert sum(prompt_text(s, "both")[0] == text for s in samples) == 1
+    fail_on(monkeypatch, lambda given: given == text)
+    assert train.main(flags(world, tmp_path / "out", prior_source="online", **EPOCHS)) == 0
+    report = report_of(tmp_path / "out")
+    assert (report["teacher"]["online"]["made"], report["teacher"]["online"]["failed"]) == (6, 2)
+    assert report["alignment"]["samples"] == 8, "the clip is trained on all the same"
+    assert report["alignment"]["aligned_samples"] == 6
+    (entry,) = report["skipped"]["entries"]
+    assert entry["id"] == samples[1].id
+    assert "the teacher stumbled" in entry["detail"]
+    assert "the teacher stumbled" in caplog.text, "said when it happens"
+
+
+def test_a_teacher_that_fails_on_all_stops_the_run_early(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_on(monkeypatch, lambda text: True)
+    options = {**EPOCHS, "num_train_epochs": 50, "limit": None, "prior_source": "online"}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    error = capsys.readouterr().err
+    assert "failed on all 8 clips" in error
+    assert "the teacher stumbled" in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert report_of(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_short_run_without_any_prior_is_an_error_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_on(monkeypatch, lambda text: True)
+    assert train.main(flags(world, tmp_path / "out", prior_source="online", limit=2)) == 2
+    assert "failed on all 4 clips" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_clip_only_the_teacher_cannot_read(world: World, tmp_path: Path) -> None:
+    """One frame is enough for a student; motion needs two."""
+    import numpy as np
+
+    from motionenhancer.toy.encode import encode_video
+
+    videos = tmp_path / "videos"
+    shutil.copytree(world.videos, videos)
+    lines = rows(world)[:2]
+    encode_video(videos / "still.mp4", np.full((1, 64, 64, 3), 90, np.uint8), fps=8)
+    data = write_rows(tmp_path / "data.jsonl", [*lines, {**lines[0], "id": "still", "video": "still.mp4"}])
+    options = {"data": data, "video_root": videos, "prior_source": "online", "max_steps": 2}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    report = report_of(tmp_path / "out")
+    assert "still" in {entry["id"] for entry in report["skipped"]["entries"]}
+    assert report["alignment"]["aligned_samples"] == report["teacher"]["online"]["made"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prior_source": "online", "ddim_steps": 3}, "steps=3"),
+        ({"prior_source": "online", "prior_mode": "renoise", "noise_level": 4000}, "4000"),
+        ({"prior_source": "online", "priors_first": True}, "--priors_first needs --prior_source hybrid"),
+        ({"prior_source": "online", "teacher": "missing"}, "missing"),
+        ({"prior_source": "store", "teacher_ranks": 1}, "--teacher_ranks 1"),
+        ({"prior_source": "online", "teacher_ranks": -1}, "--teacher_ranks"),
+        ({"prior_source": "online", "prior_prefetch": -1}, "--prior_prefetch must be at least 0, got -1"),
+        ({"prior_source": "online", "agreement_clips": -1}, "--agreement_clips"),
+        ({"prior_source": "online", "prior_workers": 0}, "--prior_workers"),
+    ],
+)
+def test_one_clear_error_before_any_training(
+    world: World, tmp_path: Path, options: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = train.main(flags(world, tmp_path / "out", **options))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+# ---- single-pass priors ----
+
+
+def test_single_pass_priors_say_how_far_they_agree(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**EPOCHS, "prior_source": "online", "prior_mode": "renoise", "agreement_clips": 2}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if "single-pass priors at level 200" in line
+    ]
+    assert len(said) == 1
+    assert "1 instead of 5 evaluations" in said[0]
+    found = report_of(tmp_path / "out")["teacher"]["agreement"]
+    assert found["clips"] == 2
+    assert 0 < found["cosine"] < 1
+    # Not one word of it where it is left out, and the same run.
+    assert train.main(flags(world, tmp_path / "silent", **{**options, "agreement_clips": 0})) == 0
+    assert "single-pass" not in capsys.readouterr().out
+    assert report_of(tmp_path / "silent")["teacher"]["agreement"] is None
+    same_weights(tmp_path / "out", tmp_path / "silent")
