@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from vlm_support import (
+    assert_keeps_a_third,
     checkpoint_layers,
     eager_attention,
     full_precision_softmax,
     gradients,
+    kept_numbers,
     make_batch,
     pick,
     random_rows,
@@ -297,29 +297,6 @@ def test_compiled_model() -> None:
     assert_same(captured.attention, expected)
 
 
-@contextlib.contextmanager
-def kept_numbers() -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps for backward, and how many bytes each has."""
-    kept: dict[int, int] = {}
-    held: list[Any] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks
-
-    def count(packed: Any) -> Any:
-        for tensor in packed if isinstance(packed, tuple) else (packed,):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)
-        return packed
-
-    class Counting(hooks):  # type: ignore[misc,valid-type]
-        def __init__(self, pack: Any, unpack: Any) -> None:
-            super().__init__(lambda tensor: count(pack(tensor)), unpack)
-
-    with pytest.MonkeyPatch.context() as patch, hooks(lambda tensor: count(tensor.detach()), lambda t: t):
-        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counting)
-        yield kept
-
-
 def test_keeps_little_under_checkpoints(model: Any, student: Any) -> None:
     """A checkpointed layer keeps its input; the capture adds keys and the queries of the chosen rows."""
     batch, _ = make_batch(student[1], samples=1, dtype=torch.float64)
@@ -341,15 +318,7 @@ def test_keeps_little_under_checkpoints(model: Any, student: Any) -> None:
 
 
 def test_keeps_a_fraction_of_what_eager_keeps() -> None:
-    model, _ = sharp_student(layers=2)
-    ids = torch.randint(300, (1, 2048), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
-    rows, columns = torch.arange(2000, 2016)[None], torch.arange(1024)[None]
-    with kept_numbers() as eager:
-        eager_attention(model, batch, rows, columns)
-    with kept_numbers() as watched, capture_attention(model, rows, columns):
-        model(**batch)
-    assert sum(watched.values()) * 3 < sum(eager.values())
+    assert_keeps_a_third(sharp_student(layers=2)[0])
 
 
 def test_custom_checkpoint_function(model: Any, batch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tiny_students import SAVE, tiny_student
 from vlm_support import (
     TEXTS,
+    assert_keeps_a_third,
     checkpoint_layers,
     clip,
     dialogue,
@@ -304,6 +306,12 @@ def test_captured_attention_of_lora(student: Any, tmp_path: Any) -> None:
         torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
         found = gradients(wrapped, captured.attention.square().sum() + out.loss)
         assert_same_gradients(found, reference)
+
+
+def test_keeps_a_third_of_what_eager_keeps(student: Any) -> None:
+    model = copy.deepcopy(student[0]).float()
+    model.train()
+    assert_keeps_a_third(model)
 
 
 def double(batch: dict[str, Any]) -> dict[str, Any]:
