@@ -32,6 +32,7 @@ class Done:
         refused: keys without a prior, and why.
         roundtrip: inversion error of the first clip made, if it was asked for.
         deaths: workers that died and were replaced.
+        made_each: priors that each process made; empty where work is not dealt beforehand.
     """
 
     stored: int = 0
@@ -40,6 +41,7 @@ class Done:
     refused: list[Result] = field(default_factory=list)
     roundtrip: dict[str, float] | None = None
     deaths: int = 0
+    made_each: list[int] = field(default_factory=list)
 
     def look(self, looked: Looked) -> None:
         """Count what the store holds of a key."""
@@ -120,6 +122,7 @@ class LocalEngine:
         everyone = Done()
         for part in gather_object([done]):
             everyone.join(part)
+            everyone.made_each.append(part.made)
         return everyone
 
     def _mine(self, shares: list[Share]) -> Share:

@@ -273,6 +273,7 @@ def finish(
         "samples": samples,
         "stored": done.stored,
         "made": done.made,
+        **({"made_each": done.made_each} if done.made_each else {"worker_deaths": done.deaths}),
         "seconds": round(time.time() - began, 1),
         "roundtrip": done.roundtrip,
     }

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from .data import Sample, SkipLog, prompt_text
 from .data.video import VideoError, content_digest
 from .prior import PriorSettings
-from .store import prior_key
+from .store import prior_keys
 
 NO_INPUT = "no prior: no text or no video file"
 
@@ -91,7 +93,7 @@ def stream_requests(
         part, parts: give out the samples of every `parts`-th clip only, and count no others. All parts
             together hold each sample once, and the samples of one clip are in one part.
     """
-    clips = _Clips(digests or {}, workers)
+    clips, name = _Clips(digests or {}, workers), prior_keys(teacher, settings)
     waiting: deque[tuple[Sample, str]] = deque()
 
     def settle(sample: Sample, text: str) -> Iterator[PriorRequest]:
@@ -100,8 +102,7 @@ def stream_requests(
             skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
             return
         digest, size = found
-        key = prior_key(digest, text, teacher, settings)
-        yield PriorRequest(sample, sample.videos[0], text, key, size)
+        yield PriorRequest(sample, sample.videos[0], text, name(digest, text), size)
 
     with clips:
         for sample in samples:
@@ -216,27 +217,37 @@ def share_requests(
     owner: dict[str, int] = {}
     for made in (True, False):
         group = [key for key in keys if (missing is None or key in missing) is made]
-        owner.update(zip(group, deal([sizes[key] for key in group], shares), strict=True))
+        owner.update(zip(group, deal([sizes[key] for key in group], shares).tolist(), strict=True))
     dealt: defaultdict[int, list[PriorRequest]] = defaultdict(list)
     for request in requests:
         dealt[owner[request.key]].append(request)
     return [dealt[share] for share in range(shares)]
 
 
-def deal(sizes: Sequence[int], shares: int) -> list[int]:
+def deal(sizes: Sequence[int] | np.ndarray, shares: int) -> np.ndarray:
     """The share that each of some clips belongs to, so that the shares take about equally long.
 
     A clip counts half by itself and half by its size. Integers only: all processes must deal alike.
 
-    >>> deal([9, 1, 1, 1], 2)
+    Args:
+        sizes: (n,) of the clips, in one unit.
+        shares: how many, at least 1.
+
+    Returns:
+        (n,) int32.
+
+    >>> deal([9, 1, 1, 1], 2).tolist()
     [0, 1, 1, 1]
     """
-    count, total = len(sizes), sum(sizes)
+    sizes = np.asarray(sizes, np.int64)
+    owner = np.zeros(len(sizes), np.int32)
+    if shares == 1:
+        return owner
+    count, total = len(sizes), int(sizes.sum())
     loads = [(0, share) for share in range(shares)]
-    owner = [0] * count
-    for index in sorted(range(count), key=lambda i: -sizes[i]):
+    for index in np.argsort(-sizes, kind="stable"):
         load, share = loads[0]
-        heapq.heapreplace(loads, (load + (total + count * sizes[index] or 1), share))
+        heapq.heapreplace(loads, (load + (total + count * int(sizes[index]) or 1), share))
         owner[index] = share
     return owner
 

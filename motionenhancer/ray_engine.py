@@ -192,7 +192,7 @@ class _Crew:
         """What `method` gives for every key of `pieces`, as it comes; for a key given up, its index.
 
         Raises:
-            RuntimeError: workers die one after another.
+            ChildProcessError: workers die one after another.
             Exception: whatever a worker raised.
         """
         if not len(pieces.share):
@@ -227,7 +227,7 @@ class _Crew:
             with suppress(RayError):
                 ray.kill(task.worker)
             if self.fruitless >= PATIENCE:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"{self.fruitless} Ray workers died one after another, the last of: {error}"
                 ) from error
             if task.share is not None and (given_up := pieces.died(task)) is not None:

@@ -6,6 +6,7 @@ prior and the place in the data file that it is read from again when its turn co
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -33,7 +34,7 @@ ITEM = np.dtype(
         ("stored", "?"),
     ]
 )
-_CHUNK = 4096
+_PACKED = struct.Struct("<32sqIII?")
 
 
 def key_of(item: np.void) -> str:
@@ -51,16 +52,12 @@ def tabulate(requests: Iterable[PriorRequest], store: PriorStore) -> np.ndarray:
     Returns:
         (n,) array of `ITEM`, in no particular order.
     """
-    chunks, rows = [np.zeros(0, ITEM)], []
+    table = bytearray()
     for request in requests:
-        key = np.frombuffer(bytes.fromhex(request.key), "<u8")
-        size, check = -(-max(0, request.size) // 1024), _check(request.video, request.text)
-        rows.append((key, request.sample.offset, request.sample.line, min(size, 2**32 - 1), check, False))
-        if len(rows) == _CHUNK:
-            chunks.append(np.array(rows, ITEM))
-            rows.clear()
-    chunks.append(np.array(rows, ITEM))
-    items, starts = _by_key(np.concatenate(chunks))
+        place, size = request.sample, min(-(-max(0, request.size) // 1024), 2**32 - 1)
+        check = _check(request.video, request.text)
+        table += _PACKED.pack(bytes.fromhex(request.key), place.offset, place.line, size, check, False)
+    items, starts = _by_key(np.frombuffer(table, ITEM))
     for start, end in pairwise(starts):
         items["stored"][start:end] = key_of(items[start]) in store
     return items
@@ -68,7 +65,7 @@ def tabulate(requests: Iterable[PriorRequest], store: PriorStore) -> np.ndarray:
 
 def _by_key(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Items sorted by key and place, and where each key begins, with the length at the end."""
-    items = items[np.lexsort((items["offset"], *items["key"].T))]
+    items = items[np.lexsort((items["offset"], items["key"][:, 1], items["key"][:, 0]))]
     new = (items["key"][1:] != items["key"][:-1]).any(axis=1)
     starts = np.concatenate([np.zeros(min(1, len(items)), np.int64), np.flatnonzero(new) + 1, [len(items)]])
     return items, starts
@@ -120,7 +117,7 @@ class Workload:
 
     def deal(self, indices: np.ndarray, shares: int) -> list[Share]:
         """Some of the keys as shares of about equal work, each in the order given."""
-        owner = np.array(deal(self.firsts["size"][indices].tolist(), shares), np.int64)
+        owner = deal(self.firsts["size"][indices], shares)
         return [self.take(indices[owner == share]) for share in range(shares)]
 
 
@@ -174,9 +171,7 @@ def read_requests(items: Iterable[Any], data: Path, root: Path | None, source: s
             except (ValueError, IndexError):
                 same = False
             if not same:
-                raise ValueError(
-                    f"--data {data}: line {line} has changed since it was first read; start again"
-                )
+                raise ValueError(f"--data {data}: line {line} changed while the file was in use; start again")
             yield _request(sample, text, item)
 
 
