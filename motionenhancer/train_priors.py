@@ -22,6 +22,7 @@ from .online_arguments import OnlineArguments
 from .online_start import measure_agreement, open_source, request_priors, say_agreement
 from .planning import PriorRequest
 from .prior import PriorSettings
+from .processes import from_main
 from .report import RunReport
 from .store import PriorStore
 from .teacher_memory import measured_memory
@@ -159,8 +160,9 @@ def _beforehand(
 ) -> RunPriors:
     """Check what is stored, make what is missing, and let the teacher go."""
     state = PartialState()
+    missing = from_main({request.key for request in requests if request.key not in store})
     made = make_priors(
-        share_requests(requests, state.num_processes)[state.process_index],
+        share_requests(requests, state.num_processes, missing=missing)[state.process_index],
         store,
         settings,
         lambda: prior.load(state.device),
