@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import alignment, scores, student_layer, student_rows, teacher_layer
+from measure import alignment, device, scores, student_layer, student_rows, teacher_layer
 from measure.dispatch import chosen, others
 from measure.sampler import verify
 from report import main as report
 
 from mekernels import backends
+from motionenhancer.vlm import layer_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,8 +27,6 @@ BREAKS = [
     (student_rows.plans, "attention_rows", 0),
     (student_rows.plans, "attention_rows_backward", 0),
     (student_rows.plans, "attention_rows_backward", 1),
-    (student_layer.plans, "attention_rows", 0),
-    (student_layer.plans, "attention_rows_backward", 1),
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),
@@ -84,6 +83,25 @@ def test_a_broken_kernel_is_refused(monkeypatch, plans, op, which):
     with monkeypatch.context() as patch:
         break_op(patch, op, which)
         assert verify(plan.build(), role) != ""
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_a_broken_capture_is_refused(monkeypatch, which):
+    """A capture reads by another way on a CPU than on a GPU."""
+    plan = student_layer.plans("tiny")[0]
+    assert verify(plan.build(), "ours") == ""
+    with monkeypatch.context() as patch:
+        if device.on_gpu():
+            break_op(patch, "attention_rows" if which == "forward" else "attention_rows_backward", 0)
+        elif which == "forward":
+            right = layer_rows.layer_attention_rows
+            broken = lambda *args, **options: right(*args, **options) * 1.001  # noqa: E731
+            patch.setattr("motionenhancer.vlm.capture.layer_attention_rows", broken)
+        else:
+            right = layer_rows._gradients
+            broken = lambda *args: tuple(part * 1.001 for part in right(*args))  # noqa: E731
+            patch.setattr(layer_rows, "_gradients", broken)
+        assert verify(plan.build(), "ours") != ""
 
 
 @pytest.mark.parametrize(
