@@ -192,9 +192,20 @@ def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, 
         model, processor, family = load_student(
             student.student, attn_implementation=student.attn_implementation, dtype=dtype
         )
+        _keep_names(model)
     if student.lora_r:
         model = add_lora(model, student, training.seed)
     return model, processor, family
+
+
+def _keep_names(model: Any) -> None:
+    """Save weights under the names they were read by.
+
+    Under ZeRO-3 transformers also keeps renamings that no weight needed and applies them when it saves.
+    """
+    kept = getattr(model, "_weight_conversions", None)
+    if kept:
+        model._weight_conversions = [entry for entry in kept if entry.was_used()]
 
 
 def _plan(

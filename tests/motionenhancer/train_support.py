@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -43,6 +46,23 @@ def flags(world: World, out: Path, **options: object) -> list[str]:
 def shared_priors(world: World) -> Path:
     """A store for tests that only need priors to be there."""
     return world.data.parent / "priors_of_all_tests"
+
+
+@contextlib.contextmanager
+def without_priors_of(ids: Collection[str]) -> Iterator[None]:
+    """Runs inside see these samples without their priors, as if the teacher could not read them."""
+    original = MotionDataset.__init__
+
+    def init(self: MotionDataset, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for sample in ids:
+            self.keys.pop(sample, None)
+
+    MotionDataset.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MotionDataset.__init__ = original  # type: ignore[method-assign]
 
 
 def report_of(out: Path) -> dict:

@@ -1,0 +1,131 @@
+"""Two gloo processes on the same global batch as one process: its loss, its weights, its files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_world import World
+from train_support import flags, report_of, shared_priors, weights_of, without_priors_of
+
+from motionenhancer import train
+from motionenhancer.aligner import load_aligner
+
+HERE = Path(__file__).parent
+OPTIONS = {
+    "max_steps": 4,
+    "alignment_weight": 10.0,
+    "alignment_schedule": "cosine",
+    "lr_scheduler_type": "cosine",
+    # Steps of AdamW follow the sign of a gradient; without this they would follow its rounding too.
+    "adam_epsilon": 1e-4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+#: The processes align unequal numbers of samples.
+WITHOUT = ["train-00001-motion", "train-00003-still", "train-00006-object"]
+
+
+def run_flags(world: World, out: Path, **options: Any) -> list[str]:
+    aligner = out.parent / f"{out.name}.safetensors"
+    return flags(world, out, prior_dir=shared_priors(world), save_aligner=aligner, **OPTIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    with without_priors_of(WITHOUT):
+        assert train.main(run_flags(world, out, per_device_train_batch_size=4)) == 0
+    assert {s["id"] for s in report_of(out)["samples"]} >= set(WITHOUT)
+    return out
+
+
+def launch(folder: Path, runs: list[dict[str, Any]]) -> None:
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, *command, str(HERE / "train_worker.py"), str(folder / "runs.json")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def equals(out: Path, alone: Path, student: Path) -> None:
+    """The run in `out` is the one in `alone`: losses, weights, aligner and files."""
+    start, expected, found = weights_of(student), weights_of(alone), weights_of(out)
+    assert set(found) == set(expected) == set(start)
+    moved = max(float((expected[k] - start[k]).abs().max()) for k in start)
+    assert moved > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=f"{out.name} {name}")
+    log, reference = (report_of(folder)["training"]["log"] for folder in (out, alone))
+    for mine, theirs in zip(log[:4], reference[:4], strict=True):
+        for name in ("loss", "loss_ar", "loss_align", "grad_norm", "lambda", "words_mapped", "confidence"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (out.name, name)
+    aligners = [load_aligner(folder.parent / f"{folder.name}.safetensors") for folder in (out, alone)]
+    for mine, theirs in zip(*(a.state_dict().values() for a in aligners), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert any(float(p.abs().max()) > 0 for p in aligners[0].body[-1].parameters())
+    listed = [{p.name for p in folder.iterdir()} for folder in (out, alone)]
+    assert listed[0] == listed[1]
+    assert (out / "config.json").read_text() == (alone / "config.json").read_text()
+
+
+def run(engine: str, flags: list[str], **more: Any) -> dict[str, Any]:
+    return {"engine": engine, "flags": flags, "without": WITHOUT, **more}
+
+
+def killed_and_resumed(engine: str, flags: list[str]) -> list[dict[str, Any]]:
+    """Dies after step 3 and goes on from the checkpoint of step 2."""
+    return [run(engine, flags, die_after=3), run(engine, flags)]
+
+
+def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path) -> None:
+    outs = {name: tmp_path / name for name in ("ddp", "fsdp2", "accumulated")}
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    launch(
+        tmp_path,
+        [
+            run("ddp", run_flags(world, outs["ddp"])),
+            *killed_and_resumed("fsdp2", run_flags(world, outs["fsdp2"])),
+            run("ddp", run_flags(world, outs["accumulated"], **options)),
+            run("ddp", run_flags(world, tmp_path / "spoiled"), spoil_rank=1, code=2),
+        ],
+    )
+    for out in outs.values():
+        equals(out, alone, world.student)
+    sharded = outs["fsdp2"] / "checkpoint-4"
+    assert (sharded / "pytorch_model_fsdp_0").is_dir()
+    assert not list(sharded.glob("*.safetensors")), "shards only: nothing whole is gathered between"
+    # A NaN in one process stops both: the other is not left waiting, and the report names the sample.
+    report = report_of(tmp_path / "spoiled")
+    assert report["status"] == "failed"
+    assert "loss is nan at step 0" in report["error"]
+    assert report["error"].count("train-0000") == 2, "the samples of one process"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero_is_one_process(world: World, alone: Path, tmp_path: Path) -> None:
+    engines = ("zero2", "zero3")
+    runs = [killed_and_resumed(engine, run_flags(world, tmp_path / engine)) for engine in engines]
+    launch(tmp_path, [one for pair in runs for one in pair])
+    for engine in engines:
+        equals(tmp_path / engine, alone, world.student)
