@@ -86,7 +86,10 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--teacher {teacher}: {file} names no num_train_timesteps ({error})") from error
     if settings.mode == "renoise":
-        check_level(settings.noise_level, total)
+        try:
+            check_level(settings.noise_level, total)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
     else:
         check_steps(settings.steps, total)
 

@@ -264,8 +264,12 @@ class _Crew:
 def _absolute(job: Job) -> Job:
     """Workers have folders of their own to start in."""
     assert job.prior.teacher is not None
+    cache = job.prior.text_cache
     prior = replace(
-        job.prior, teacher=os.path.abspath(job.prior.teacher), prior_dir=os.path.abspath(job.prior.prior_dir)
+        job.prior,
+        teacher=os.path.abspath(job.prior.teacher),
+        prior_dir=os.path.abspath(job.prior.prior_dir),
+        text_cache=None if cache is None else os.path.abspath(cache),
     )
     root = None if job.video_root is None else job.video_root.absolute()
     return replace(job, data=job.data.absolute(), video_root=root, prior=prior)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "text"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "text", "type"])
 def test_a_damaged_file_is_noticed(tmp_path: Path, harm: str) -> None:
     store = PriorStore(tmp_path)
     path = store.write(KEY, make_prior())
@@ -89,6 +90,7 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, harm: str) -> None:
         "flip": body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
         "empty": b"",
         "text": body.replace(b"square moves", b"square stays", 1),
+        "type": body.replace(b'"F16"', b'"I16"', 1),
     }[harm]
     path.write_bytes(damaged)
     with pytest.raises(DamagedPrior, match=KEY):
@@ -111,6 +113,27 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
         assert torch.equal(back.attention, prior.attention)
         assert back.prompt == prior.prompt
         assert back.heads == prior.heads
+
+
+def test_reading_again_and_again_keeps_no_memory(tmp_path: Path) -> None:
+    store = PriorStore(tmp_path)
+    store.write(KEY, make_prior())
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("resident memory is read from /proc")
+    for _ in range(1000):
+        store.read(KEY)
+    gc.collect()
+    before = resident()
+    for _ in range(8000):
+        store.read(KEY)
+    gc.collect()
+    # As torch tensors from safetensors 0.8 they would have kept 64 bytes each.
+    assert resident() - before < 8000 * 32
 
 
 def test_missing(tmp_path: Path) -> None:
