@@ -127,21 +127,27 @@ class PriorArguments:
         rows = self.sampled_rows
         if rows != "all" and not rows.isdecimal():
             raise ValueError(f'--sampled_rows must be a positive number or "all", got {rows!r}')
-        return PriorSettings(
-            steps=self.ddim_steps,
-            guidance_scale=self.guidance_scale,
-            start=self.start,
-            memory=self.memory,
-            head_ratio=self.head_ratio,
-            token_ratio=self.token_ratio,
-            sampled_rows=rows if rows == "all" else int(rows),
-            seed=self.prior_seed,
-            mode=self.prior_mode,
-            noise_level=self.noise_level,
-            step_weights=_numbers(self.step_weights),
-            head_selection=self.head_selection,
-            token_selection=self.token_selection,
-        )
+        try:
+            return PriorSettings(
+                steps=self.ddim_steps,
+                guidance_scale=self.guidance_scale,
+                start=self.start,
+                memory=self.memory,
+                head_ratio=self.head_ratio,
+                token_ratio=self.token_ratio,
+                sampled_rows=rows if rows == "all" else int(rows),
+                seed=self.prior_seed,
+                mode=self.prior_mode,
+                noise_level=self.noise_level,
+                step_weights=_numbers(self.step_weights),
+                head_selection=self.head_selection,
+                token_selection=self.token_selection,
+            )
+        except ValueError as error:
+            # The library's names of three of them are not the flags'.
+            name, _, rest = str(error).partition(" ")
+            flag = {"steps": "ddim_steps", "seed": "prior_seed", "mode": "prior_mode"}.get(name, name)
+            raise ValueError(f"--{flag} {rest}") from error
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
