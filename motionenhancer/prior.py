@@ -19,7 +19,7 @@ from mekernels import VideoTokens, select_heads, select_tokens, token_motion_sco
 
 from .confidence import prior_confidence
 from .pool import AttentionPool
-from .vdm.base import Teacher
+from .vdm.base import Teacher, TextEncoding
 from .vdm.inversion import STARTS, invert, reconstruct, renoise
 
 MODES = ("reconstruct", "renoise")
@@ -48,7 +48,8 @@ class PriorSettings:
         step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
             weighs all alike.
         head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
-        token_selection: "mtti", motion-salient token identification, or "off", every token kept.
+        token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
+            space, which SentencePiece splits off before some pieces, is no token to keep in either.
     """
 
     steps: int = 5
@@ -233,7 +234,8 @@ def extract_prior(
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
         video, prompt = teacher.encode_video(frames), teacher.encode_text(text)
-    if not prompt.tokens:
+    spoken = _spoken(prompt)
+    if not spoken:
         raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
@@ -261,7 +263,7 @@ def extract_prior(
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
         evaluations = 1
     with _timed(seconds, "select", teacher):
-        chosen = _select(pool, video.tokens, settings)
+        chosen = _select(pool, video.tokens, settings, spoken)
     kept = chosen["kept"]
     return MotionPrior(
         **chosen,
@@ -281,8 +283,22 @@ def extract_prior(
     )
 
 
-def _select(pool: AttentionPool, layout: VideoTokens, settings: PriorSettings) -> dict[str, Any]:
-    """The fields of a prior that follow from the pooled attention alone."""
+def _spoken(prompt: TextEncoding) -> list[int]:
+    """Tokens that stand for more than white space.
+
+    Before a piece that it knows only without a space, SentencePiece puts a space as a token of its own.
+    """
+    return [
+        i
+        for i, (token, span) in enumerate(zip(prompt.tokens, prompt.spans, strict=True))
+        if token.replace("▁", " ").strip() and prompt.text[slice(*span)].strip()
+    ]
+
+
+def _select(
+    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, spoken: list[int]
+) -> dict[str, Any]:
+    """The fields of a prior that follow from the pooled attention and the tokens that can be kept."""
     try:
         scores = pool.scores()
         composite = scores.composite()
@@ -293,7 +309,8 @@ def _select(pool: AttentionPool, layout: VideoTokens, settings: PriorSettings) -
     if not torch.isfinite(text_attention).all():
         raise PriorError("the teacher's attention holds NaN or infinity")
     token_scores = token_motion_scores(text_attention, layout)
-    kept = select_tokens(token_scores, settings.token_ratio).cpu()
+    eligible = torch.tensor(spoken, device=token_scores.device)
+    kept = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
     attention = text_attention.cpu()[kept].half()
     named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
     return {

@@ -145,6 +145,23 @@ def test_ratios_of_one_keep_everything(teacher, clip: np.ndarray) -> None:
     assert everything.kept == list(range(len(everything.all_tokens)))
 
 
+@pytest.mark.parametrize("selection", ["mtti", "off"])
+def test_a_bare_space_takes_no_words_place(teacher, clip: np.ndarray, selection: str) -> None:
+    """SentencePiece splits the space off before a piece that it knows only without one."""
+    text = "red , blue 動 , moves"
+    prior = extract_prior(teacher, clip, text, steps=1, token_selection=selection)
+    bare = [i for i, token in enumerate(prior.all_tokens) if token == "▁"]
+    words = [i for i in range(len(prior.all_tokens)) if i not in bare]
+    assert len(bare) == 3
+    assert not set(prior.kept) & set(bare)
+    if selection == "off":
+        assert prior.kept == words
+    else:
+        best = sorted(words, key=lambda i: -prior.token_scores[i])[: half_up(0.5, len(words))]
+        assert prior.kept == sorted(best)
+    assert len(prior.token_scores) == len(prior.all_tokens)
+
+
 @pytest.mark.parametrize("heads_off", [False, True])
 @pytest.mark.parametrize("tokens_off", [False, True])
 def test_selections_switched_off_by_name(
