@@ -202,12 +202,16 @@ class RemoteTeacher:
 
 
 @contextmanager
-def letting_teachers_go() -> Iterator[None]:
-    """Around a training: the teacher's ranks end when all training ranks have left it, whichever way."""
+def letting_teachers_go(ranks: TeacherRanks | None = None) -> Iterator[None]:
+    """Around a training: the teacher's ranks end when all training ranks have left it, whichever way.
+
+    Args:
+        ranks: by default those of this launch, if it has any.
+    """
     try:
         yield
     finally:
-        if (ranks := current()) is not None:
+        if (ranks := ranks or current()) is not None:
             _release(ranks)
 
 
@@ -227,18 +231,25 @@ def _release(ranks: TeacherRanks) -> None:
 # ---- the teacher's ranks ----
 
 
-def serve_priors() -> int:
-    """Answer requests until all training ranks have let go; returns the process's exit code."""
-    ranks = current()
+def serve_priors(ranks: TeacherRanks | None = None) -> int:
+    """Answer requests until all training ranks have let go; returns the process's exit code.
+
+    Args:
+        ranks: by default those of this launch.
+    """
+    ranks = ranks or current()
     assert ranks is not None
-    assert ranks.index is not None
     client = ranks.client()
-    setup = json.loads(_take(client, "setup", Event(), keep=True))
-    if setup is None:
+    try:
+        setup = json.loads(_take(client, "setup", Event(), keep=True))
+        return 0 if setup is None else _serve(ranks, client, setup)
+    finally:
         client.set(f"left/{ranks.index}", "")
-        return 0
-    prior = PriorArguments(**setup["prior"])
-    settings = _settings(setup["settings"])
+
+
+def _serve(ranks: TeacherRanks, client: dist.Store, setup: dict[str, Any]) -> int:
+    assert ranks.index is not None
+    prior, settings = PriorArguments(**setup["prior"]), _settings(setup["settings"])
     device = torch.device("cpu") if setup["use_cpu"] else ranks.device
 
     def encoded() -> None:
@@ -255,11 +266,9 @@ def serve_priors() -> int:
         return 2
     client.set(f"ready/{ranks.index}", "")
     for ticket, job, answer in _jobs(ranks, teacher, settings, setup["decode_workers"]):
-        request = PriorRequest(
-            Sample(job["id"], [], (Path(job["video"]),)), Path(job["video"]), job["text"], ""
-        )
+        video = Path(job["video"])
+        request = PriorRequest(Sample(job["id"], [], (video,)), video, job["text"], "")
         answer(ticket, request, None if job["settings"] is None else _settings(job["settings"]))
-    client.set(f"left/{ranks.index}", "")
     return 0
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SWITCH = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+#: What is switched belongs to the whole process: one at a time.
+_lock = threading.RLock()
 
 
 @contextmanager
@@ -19,15 +22,16 @@ def whole_weights() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed
 
-    held = deepspeed._hf_deepspeed_config_weak_ref
-    before = os.environ.get(_SWITCH)
-    deepspeed.unset_hf_deepspeed_config()
-    os.environ[_SWITCH] = "false"
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = held
-        if before is None:
-            del os.environ[_SWITCH]
-        else:
-            os.environ[_SWITCH] = before
+    with _lock:
+        held = deepspeed._hf_deepspeed_config_weak_ref
+        before = os.environ.get(_SWITCH)
+        deepspeed.unset_hf_deepspeed_config()
+        os.environ[_SWITCH] = "false"
+        try:
+            yield
+        finally:
+            deepspeed._hf_deepspeed_config_weak_ref = held
+            if before is None:
+                del os.environ[_SWITCH]
+            else:
+                os.environ[_SWITCH] = before

@@ -1,0 +1,168 @@
+"""The talk between ranks that train and ranks that hold the teacher, here between threads of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_world import World
+
+from motionenhancer import teacher_ranks
+from motionenhancer.arguments import PriorArguments
+from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.online_start import request_priors
+from motionenhancer.planning import PriorRequest, plan_priors
+from motionenhancer.prior import PriorSettings, extract_prior
+from motionenhancer.store import PriorStore
+from motionenhancer.teacher_ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
+from motionenhancer.teacher_thread import TeacherThread
+
+SETTINGS = PriorSettings(steps=1, step_weights=(1.0,))
+
+
+@contextmanager
+def launch(teachers: int = 1) -> Iterator[tuple[TeacherRanks, list[int]]]:
+    """One training rank and some of the teacher; on leaving, all have ended, their codes in the list."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True)
+    ranks = TeacherRanks(teachers, 1, None, store, torch.device("cpu"))
+    codes: list[int] = []
+
+    def serve(index: int) -> None:
+        codes.append(teacher_ranks.serve_priors(replace(ranks, index=index)))
+
+    threads = [Thread(target=serve, args=(index,), daemon=True) for index in range(teachers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield ranks, codes
+    finally:
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads), "a teacher's rank did not end"
+
+
+@pytest.fixture
+def requests(world: World) -> list[PriorRequest]:
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:4]
+    return request_priors(samples, SETTINGS, "both", SkipLog())
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_what_arrives_is_what_was_read(world: World, requests: list[PriorRequest], teachers: int) -> None:
+    prior = PriorArguments(teacher=str(world.teacher))
+    thread = TeacherThread(prior.load("cpu"), SETTINGS)
+    expected = [thread.submit(request).result().prior for request in requests]
+    thread.close()
+    with launch(teachers) as (ranks, codes), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, prior, SETTINGS)
+        answers = [remote.submit(request) for request in requests]
+        for answer, one in zip(answers, expected, strict=True):
+            read = answer.result()
+            assert torch.equal(read.prior.attention, one.attention)
+            # Equal in all else that counts; tensors have no truth value of their own.
+            assert replace(read.prior, attention=one.attention) == one
+            assert read.prior.seconds.keys() == one.seconds.keys()
+            assert read.fresh
+            assert read.seconds > 0
+        other = remote.submit(requests[0], replace(SETTINGS, mode="renoise")).result().prior
+        assert (other.settings.mode, other.evaluations) == ("renoise", 1)
+        remote.close()
+    assert codes == [0] * teachers
+
+
+def test_a_store_is_kept_by_the_rank_that_asks(world: World, tmp_path: Path) -> None:
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
+    prior, store = PriorArguments(teacher=str(world.teacher)), PriorStore(tmp_path)
+    requests = plan_priors(samples, prior.teacher_id("cpu"), SETTINGS, "both", SkipLog())
+    with launch() as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, prior, SETTINGS, store=store)
+        first = [remote.submit(request).result() for request in requests]
+        assert sorted(store) == sorted(request.key for request in requests)
+        second = [remote.submit(request).result() for request in requests]
+        path = store.path(requests[0].key)
+        path.write_bytes(path.read_bytes()[:90])
+        third = remote.submit(requests[0]).result()
+        # What other settings give is not this run's and stays out of the store.
+        remote.submit(requests[0], replace(SETTINGS, mode="renoise")).result()
+        remote.close()
+    assert [read.fresh for read in first + second] == [True, True, False, False]
+    assert third.fresh
+    assert "damaged" not in third.prior.prompt
+    assert third.damaged
+    assert torch.equal(store.read(requests[0].key).attention, first[0].prior.attention)
+    assert store.read(requests[0].key).settings == SETTINGS
+
+
+def test_one_clips_failure_is_its_own(world: World, requests: list[PriorRequest]) -> None:
+    with launch() as (ranks, codes), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, PriorArguments(teacher=str(world.teacher)), SETTINGS)
+        gone = remote.submit(replace(requests[0], video=Path("gone.mp4")))
+        empty = remote.submit(replace(requests[0], text=" "))
+        with pytest.raises(RemoteTeacherError, match=r"VideoError: .*gone\.mp4"):
+            gone.result()
+        with pytest.raises(RemoteTeacherError, match="PriorError: text is empty"):
+            empty.result()
+        assert remote.submit(requests[0]).result().fresh
+        remote.close()
+    assert codes == [0]
+
+
+def test_a_teacher_that_cannot_be_loaded_is_said_at_once(world: World) -> None:
+    for prior, settings, said in (
+        (PriorArguments(teacher="missing"), SETTINGS, "missing: no such folder"),
+        (PriorArguments(teacher=str(world.teacher)), PriorSettings(steps=3), "steps=3"),
+    ):
+        with launch() as (ranks, codes), pytest.raises(RemoteTeacherError, match=said):
+            RemoteTeacher(ranks, prior, settings)
+        assert codes == [2]
+
+
+def test_teachers_that_nobody_asks_end_too() -> None:
+    with launch(2) as (ranks, codes), teacher_ranks.letting_teachers_go(ranks):
+        pass
+    assert codes == [0, 0]
+
+
+def test_closing_gives_up_what_is_not_begun(world: World, requests: list[PriorRequest]) -> None:
+    with launch() as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, PriorArguments(teacher=str(world.teacher)), SETTINGS)
+        answers = [remote.submit(request) for request in requests * 10]
+        answers[0].result()
+        remote.close()
+        assert all(answer.done() for answer in answers)
+        assert any(answer.cancelled() for answer in answers)
+
+
+def test_texts_are_encoded_before_the_encoder_goes(
+    world: World, requests: list[PriorRequest], tmp_path: Path
+) -> None:
+    plain = PriorArguments(teacher=str(world.teacher))
+    frames = _frames(requests[0])
+    expected = extract_prior(plain.load("cpu"), frames, requests[0].text, steps=1)
+    prior = replace(plain, text_cache=str(tmp_path / "texts"))
+    with launch(2) as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, prior, SETTINGS, texts=[requests[0].text])
+        assert torch.equal(remote.submit(requests[0]).result().prior.attention, expected.attention)
+        unknown = remote.submit(replace(requests[0], text="never announced"))
+        with pytest.raises(RemoteTeacherError, match="'never announced' is not in"):
+            unknown.result()
+        remote.close()
+    assert len(list((tmp_path / "texts").glob("*/*.safetensors"))) == 2
+
+
+def _frames(request: PriorRequest):
+    from motionenhancer.data import read_frames
+
+    return read_frames(request.video, num_frames=17, min_frames=2).frames
+
+
+@pytest.mark.parametrize(("count", "said"), [(-1, "at least 0, got -1"), (1, "must leave a rank to train")])
+def test_a_split_that_cannot_be(count: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        teacher_ranks.split_ranks(count)
