@@ -66,7 +66,7 @@ def language_layer(shape: Student) -> Any:
         max_position_embeddings=1 << 16,
         use_cache=False,
     )
-    return _placed(Qwen2Model, config)
+    return placed(Qwen2Model, config)
 
 
 def video_student(shape: VideoStudent) -> Any:
@@ -106,10 +106,11 @@ def video_student(shape: VideoStudent) -> Any:
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    return _placed(Qwen2_5_VLForConditionalGeneration, config)
+    return placed(Qwen2_5_VLForConditionalGeneration, config)
 
 
-def _placed(model: Any, config: Any) -> Any:
+def placed(model: Any, config: Any) -> Any:
+    """A model of this configuration on the device, random weights, in training mode under sdpa."""
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(), torch.device(device.device()):
         torch.manual_seed(0)

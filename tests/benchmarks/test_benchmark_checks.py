@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from measure import alignment, scores, student_layer, student_rows, student_step, teacher_layer
+from measure import (
+    alignment,
+    scores,
+    student_capture,
+    student_layer,
+    student_rows,
+    student_step,
+    teacher_layer,
+)
 from measure.sampler import verify
 
 PLANS = {
@@ -10,6 +18,7 @@ PLANS = {
     "diagonal attention": teacher_layer.diagonal_plans,
     "attention rows": student_rows.plans,
     "student layer": student_layer.plans,
+    "deep student": student_capture.plans,
     "student step": student_step.plans,
     "motion scores": scores.head_plans,
     "token motion scores": scores.token_plans,
