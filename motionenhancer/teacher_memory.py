@@ -17,6 +17,7 @@ from .estimate import readable
 from .prior import PriorSettings
 from .vdm.plan import plan_teacher
 
+BEFORE = "before the first step"
 #: Video frames that a family's VAE encodes at a time.
 _VAE_FRAMES = {"cogvideox": 9, "wan": 4}
 
@@ -30,14 +31,14 @@ class TeacherMemory:
         host: of these, in the CPU's memory instead: an offloaded text encoder.
         reading: least that reading a clip takes beside them: its sums and one layer's hidden states.
         encoding: least that the VAE takes: its first layer's input and output, of the frames it does at once.
-        stays: whether it stays in memory beside the student.
+        place: "beside the student", "on ranks of its own", or "before the first step".
     """
 
     weights: dict[str, int]
     host: int
     reading: int
     encoding: int
-    stays: bool
+    place: str
 
     @property
     def total(self) -> int:
@@ -46,10 +47,9 @@ class TeacherMemory:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {readable(size)}" for name, size in self.weights.items())
-        where = "beside the student" if self.stays else "before the student's first step, then let go"
         host = f", {readable(self.host)} in the CPU's memory" if self.host else ""
         return (
-            f"teacher, {where}: at least {readable(self.total)}: "
+            f"teacher, {self.place}: at least {readable(self.total)}: "
             f"weights {readable(sum(self.weights.values()))} ({parts}){host}, at least "
             f"{readable(self.reading)} to read a clip and {readable(self.encoding)} to encode it, "
             "one after the other"
@@ -61,7 +61,7 @@ def teacher_memory(
     settings: PriorSettings,
     device: torch.device | str,
     *,
-    stays: bool = True,
+    place: str = "beside the student",
     words: int | None = None,
 ) -> TeacherMemory:
     """Plan the memory of a teacher from its folder's configuration files; no weight is read.
@@ -70,7 +70,7 @@ def teacher_memory(
         prior: which teacher, loaded how.
         settings: of the priors.
         device: where it runs.
-        stays: false where it is let go before training.
+        place: where or when, in words.
         words: tokens of the longest text; by default as many as the teacher takes.
 
     Raises:
@@ -81,7 +81,7 @@ def teacher_memory(
     plan = plan_teacher(prior.teacher, size=options["size"], frames=options["frames"])
     width = options["dtype"].itemsize
     weights, host = {part: count * width for part, count in plan.weights.items()}, 0
-    if prior.text_cache is not None and stays:
+    if prior.text_cache is not None and place != BEFORE:
         weights.pop("text_encoder")
     elif prior.offload_text_encoder and torch.device(device).type != "cpu":
         host = weights.pop("text_encoder")
@@ -99,7 +99,7 @@ def teacher_memory(
     frames = min(_VAE_FRAMES["cogvideox" if plan.joint else "wan"], plan.frames)
     channels = config.get("block_out_channels", [config.get("base_dim", 0)])[0]
     encoding = (channels + 3) * frames * height * across * width
-    return TeacherMemory(weights, host, sums + states, encoding, stays)
+    return TeacherMemory(weights, host, sums + states, encoding, place)
 
 
 def measured_memory() -> dict[str, Any]:

@@ -38,7 +38,7 @@ from .train_plan import (
     teacher_grid,
     vision_rate,
 )
-from .train_priors import RunPriors, collect_priors
+from .train_priors import RunPriors, collect_priors, plan_memory
 from .trainer import MotionTrainer
 from .vlm import StudentFamily, load_student
 
@@ -138,6 +138,10 @@ def run(
             plan = _plan(model, plain, student, prior, settings, training)
             report.content["plan"] = plan.to_json()
             print(plan)
+            teacher = plan_memory(student, prior, settings, online or OnlineArguments())
+            if teacher is not None:
+                report.content["plan"]["teacher"] = {**asdict(teacher), "total": teacher.total}
+                print(teacher)
         if student.dry_run:
             return report
         found = RunPriors(samples)

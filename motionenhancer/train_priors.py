@@ -25,7 +25,7 @@ from .prior import PriorSettings
 from .processes import from_main
 from .report import RunReport
 from .store import PriorStore
-from .teacher_memory import measured_memory
+from .teacher_memory import BEFORE, TeacherMemory, measured_memory, teacher_memory
 from .toy.world import ToyFolder
 from .train_arguments import StudentArguments
 from .vdm.plan import plan_teacher
@@ -141,6 +141,22 @@ def collect_priors(
     if missing and not how.priors_first:
         return _while_training(samples, requests, store, student, prior, settings, skips, report, how)
     return _beforehand(samples, requests, store, student, prior, settings, skips, report)
+
+
+def plan_memory(
+    student: StudentArguments, prior: PriorArguments, settings: PriorSettings, how: OnlineArguments
+) -> TeacherMemory | None:
+    """What the run's teacher will take, if it makes priors at all; no weight is read.
+
+    Raises:
+        ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
+    """
+    if student.prior_source == "store" or not student.aligned:
+        return None
+    place = (
+        BEFORE if how.priors_first else "on ranks of its own" if how.teacher_ranks else "beside the student"
+    )
+    return teacher_memory(prior, settings, PartialState().device, place=place)
 
 
 def _from_main(values: list[Any]) -> list[Any]:
