@@ -285,14 +285,16 @@ def ray_engine(address: str | None, workers: int | None, cpus: int) -> Iterator[
         cpus: cores that each reserves and computes with.
 
     Raises:
-        ValueError: there is no cluster at the address.
+        ValueError: there is no cluster at the address, or none can be started.
     """
     joined = ray.is_initialized()
     if not joined:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise ValueError(f"--ray_address {address}: no cluster there ({error})") from error
+        except Exception as error:
+            # Ray raises a bare Exception where a node does not start in time.
+            where = "no cluster could be started here" if address is None else f"--ray_address {address}"
+            raise ValueError(f"--engine ray: {where} ({error})") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         yield RayEngine(torch.device("cuda" if gpus else "cpu"), workers or max(1, gpus), cpus)

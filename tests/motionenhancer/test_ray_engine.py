@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ from motionenhancer import ray_engine  # noqa: E402
 from motionenhancer.ray_engine import PriorWorker, RayEngine, _Pieces, _Task  # noqa: E402
 
 REPO = Path(__file__).parents[2]
-#: On a busy machine workers at Ray's own niceness of 15 would hardly ever start.
-RAY = {"RAY_worker_niceness": "0"}
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -64,8 +63,30 @@ def workers_under(parent: int) -> list[int]:
     return [pid for pid in actors if descends(pid)]
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster on this machine, started as the command starts one."""
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        # On a busy machine workers at Ray's own niceness of 15 would hardly ever start.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for tries in range(3):
+            try:
+                stack.enter_context(ray_engine.ray_engine("local", None, 1))
+                break
+            except ValueError as error:
+                # Ray gives a node 30 seconds to start, which is not always enough beside other work.
+                if tries == 2 or "timed out during startup" not in str(error):
+                    raise
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        stack.callback(ray.cloudpickle.unregister_pickle_by_value, sys.modules[__name__])
+        yield ray.get_runtime_context().gcs_address
+    assert not ray.is_initialized()
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds Ray's processes in /proc")
-def test_a_worker_killed_on_the_way_changes_nothing(world: World, tmp_path: Path) -> None:
+def test_a_worker_killed_on_the_way_changes_nothing(cluster: str, world: World, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in world.data.read_text().splitlines()]
     more = [{**row, "id": f"{row['id']}-{again}"} for again in range(3) for row in rows]
     for i, row in enumerate(more):
@@ -86,9 +107,10 @@ def test_a_worker_killed_on_the_way_changes_nothing(world: World, tmp_path: Path
     before = len(stored(tmp_path / "ray"))
 
     command = [sys.executable, "-m", "motionenhancer.extract", "--engine", "ray", "--ray_workers", "2"]
+    command += ["--ray_address", cluster]
     process = subprocess.Popen(
         [*command, *world.flags(**flags, prior_dir=tmp_path / "ray")],
-        env={**os.environ, **RAY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -96,7 +118,7 @@ def test_a_worker_killed_on_the_way_changes_nothing(world: World, tmp_path: Path
     store = PriorStore(tmp_path / "ray")
     while process.poll() is None and len(list(store)) < before + 2:
         time.sleep(0.01)
-    killed = random.Random(0).choice(workers_under(process.pid))
+    killed = random.Random(0).choice(workers_under(os.getpid()))
     os.kill(killed, signal.SIGKILL)
     out, errors = process.communicate(timeout=500)
     assert process.returncode == 1, errors[-3000:]
@@ -135,18 +157,6 @@ class OddJob(Job):
             yield Result(int(number), "unreadable video" if request.sample.line == 2 else "")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in RAY.items():
-            patch.setenv(name, value)
-        ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-        ray.shutdown()
-
-
 def odd_job(world: World, tmp_path: Path, **odd: tuple[str, ...]) -> tuple[OddJob, Workload, list[str]]:
     prior = PriorArguments(teacher=str(world.teacher), prior_dir=str(tmp_path / "priors"))
     job = OddJob(world.data, world.videos, prior, 1, **odd)
@@ -156,7 +166,7 @@ def odd_job(world: World, tmp_path: Path, **odd: tuple[str, ...]) -> tuple[OddJo
 
 
 def test_a_clip_that_kills_its_workers_is_left_out_and_no_other(
-    cluster: None, world: World, tmp_path: Path
+    cluster: str, world: World, tmp_path: Path
 ) -> None:
     job, work, ids = odd_job(world, tmp_path)
     job = OddJob(job.data, job.video_root, job.prior, 1, deadly=(ids[4],))
@@ -168,7 +178,7 @@ def test_a_clip_that_kills_its_workers_is_left_out_and_no_other(
     assert not list((tmp_path / "priors").iterdir())
 
 
-def test_what_a_worker_raises_ends_the_run(cluster: None, world: World, tmp_path: Path) -> None:
+def test_what_a_worker_raises_ends_the_run(cluster: str, world: World, tmp_path: Path) -> None:
     job, work, ids = odd_job(world, tmp_path)
     job = OddJob(job.data, job.video_root, job.prior, 1, failing=(ids[3],))
     with pytest.raises(OSError, match="no space left"):
@@ -176,7 +186,7 @@ def test_what_a_worker_raises_ends_the_run(cluster: None, world: World, tmp_path
 
 
 def test_workers_that_keep_dying_end_the_run(
-    cluster: None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "PATIENCE", 1)
     job, work, ids = odd_job(world, tmp_path)
@@ -187,7 +197,7 @@ def test_workers_that_keep_dying_end_the_run(
 
 @pytest.mark.parametrize("flag", ["data", "video_root", "prior_dir", "teacher"])
 def test_a_worker_that_does_not_see_the_files_says_which(
-    cluster: None, world: World, tmp_path: Path, flag: str
+    cluster: str, world: World, tmp_path: Path, flag: str
 ) -> None:
     prior = PriorArguments(teacher=str(world.teacher), prior_dir=str(tmp_path))
     mark = tmp_path / "mark"
