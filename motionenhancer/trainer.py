@@ -65,6 +65,8 @@ class MotionTrainer(Trainer):
         online: OnlinePriors | None = None,
         **kwargs: Any,
     ) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        self._use_cache = {k: v for k, v in _settings(model).items() if k == "use_cache"}
         super().__init__(*args, **kwargs)
         if not isinstance(alignment_weight, AlignmentSchedule):
             alignment_weight = AlignmentSchedule(alignment_weight)
@@ -271,7 +273,14 @@ class MotionTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        settings = _settings(self.model)
+        # The Trainer sets use_cache to false for its own steps; what is loaded later is to generate with it.
+        while_training = settings.pop("use_cache", False)
+        settings.update(self._use_cache)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            settings["use_cache"] = while_training
         # The Trainer pickles its arguments beside the weights; the checkpoint is to be the family's own.
         if self.args.should_save:
             (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -299,6 +308,12 @@ class MotionTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._aligner_training is not None:
             self._aligner_training.load(Path(checkpoint))
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """The configuration's own attributes."""
+    config = getattr(model, "config", None)
+    return {} if config is None else vars(config)
 
 
 def _counting_tokens(batch: dict[str, Any]) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from tiny_world import World
 from train_support import flags, report_of, shared_priors, weights_of, without_priors_of
 
@@ -89,8 +91,42 @@ def equals(out: Path, alone: Path, student: Path) -> None:
     assert (out / "config.json").read_text() == (alone / "config.json").read_text()
 
 
+def environment(engine: str) -> dict[str, str]:
+    """What `accelerate launch --config_file configs/accelerate/<engine>.yaml` hands to its processes."""
+    if engine == "ddp":
+        return {}
+    file = str(HERE.parents[1] / "configs" / "accelerate" / f"{engine}.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", file, "-m", "motionenhancer.train"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == 8
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, found = prepare_deepspeed_cmd_env(arguments)
+    else:
+        found = prepare_multi_gpu_env(arguments)
+    assert found["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    # Half precision is left out: the comparison is to see nothing but the engine.
+    named = {k: v for k, v in found.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**named, "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("zero2", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        (
+            "zero3",
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"},
+        ),
+        ("fsdp2", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+    ],
+)
+def test_the_launchers_configurations_are_read(engine: str, said: dict[str, str]) -> None:
+    assert said.items() <= environment(engine).items()
+
+
 def run(engine: str, flags: list[str], **more: Any) -> dict[str, Any]:
-    return {"engine": engine, "flags": flags, "without": WITHOUT, **more}
+    return {"environment": environment(engine), "flags": flags, "without": WITHOUT, **more}
 
 
 def killed_and_resumed(engine: str, flags: list[str]) -> list[dict[str, Any]]:
@@ -126,6 +162,8 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
 def test_zero_is_one_process(world: World, alone: Path, tmp_path: Path) -> None:
     engines = ("zero2", "zero3")
     runs = [killed_and_resumed(engine, run_flags(world, tmp_path / engine)) for engine in engines]
-    launch(tmp_path, [one for pair in runs for one in pair])
-    for engine in engines:
-        equals(tmp_path / engine, alone, world.student)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    runs.append([run("zero2", run_flags(world, tmp_path / "accumulated", **options))])
+    launch(tmp_path, [one for several in runs for one in several])
+    for name in (*engines, "accumulated"):
+        equals(tmp_path / name, alone, world.student)

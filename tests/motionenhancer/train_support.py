@@ -18,6 +18,7 @@ from motionenhancer.data import SkipLog, read_samples
 from motionenhancer.dataset import MotionCollator, MotionDataset
 from motionenhancer.store import PriorStore
 from motionenhancer.train import TrainArguments
+from motionenhancer.trainer import MotionTrainer
 from motionenhancer.vdm import load_teacher, teacher_id
 from motionenhancer.vlm import load_student
 
@@ -46,6 +47,35 @@ def flags(world: World, out: Path, **options: object) -> list[str]:
 def shared_priors(world: World) -> Path:
     """A store for tests that only need priors to be there."""
     return world.data.parent / "priors_of_all_tests"
+
+
+class Died(BaseException):
+    """Stands for a kill: nothing of the run catches it to go on."""
+
+
+class Death(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Died
+
+
+@contextlib.contextmanager
+def dying(step: int) -> Iterator[None]:
+    """Runs inside die once they have taken so many steps, before anything of that step is saved."""
+    original = MotionTrainer.__init__
+
+    def init(self: MotionTrainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.add_callback(Death(step))
+
+    MotionTrainer.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MotionTrainer.__init__ = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Training runs inside one launch of several CPU processes: `torchrun ... train_worker.py runs.json`.
 
-runs.json lists {"engine": of `ENGINES`, "flags": [...]} with, if wanted, "without": ids of samples to have no
+runs.json lists {"environment": {...}, "flags": [...]} with, if wanted, "without": ids of samples to have no
 prior; "die_after": a step; "spoil_rank": the process whose model gives NaN; "code": what the run returns.
 """
 
@@ -17,46 +17,10 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from train_support import without_priors_of
-from transformers import TrainerCallback
+from train_support import Death, Died, without_priors_of
 
 from motionenhancer import train
 from motionenhancer.trainer import MotionTrainer
-
-#: What `accelerate launch` puts into the environment.
-ENGINES: dict[str, dict[str, str]] = {
-    "ddp": {},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    },
-    **{
-        f"zero{stage}": {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-        }
-        for stage in (2, 3)
-    },
-}
-
-
-class Died(BaseException):
-    """Stands for a kill: nothing of the run catches it."""
-
-
-class Death(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Died
 
 
 def let_cpus_shard() -> None:
@@ -87,12 +51,10 @@ def let_cpus_shard() -> None:
 def main(runs: Path) -> None:
     let_cpus_shard()
     torch.set_num_threads(1)
-    build = MotionTrainer.__init__
+    build, launched = MotionTrainer.__init__, dict(os.environ)
     for run in json.loads(runs.read_text()):
-        for settings in ENGINES.values():
-            for name in settings:
-                os.environ.pop(name, None)
-        os.environ.update(ENGINES[run["engine"]])
+        os.environ.clear()
+        os.environ.update({**launched, **run["environment"]})
         step, spoiled = run.get("die_after"), run.get("spoil_rank")
 
         def init(

@@ -1,0 +1,105 @@
+"""Adapters: what they train is what whole weights would, and what is saved is PEFT's or the family's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_world import World
+from train_support import Died, arguments, dying, flags, parts, report_of, shared_priors, weights_of
+
+from motionenhancer import train
+from motionenhancer.aligner import build_aligner
+from motionenhancer.train_arguments import StudentArguments
+from motionenhancer.train_lora import add_lora, merged
+from motionenhancer.trainer import MotionTrainer
+from motionenhancer.vlm import load_student
+
+ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+
+
+def attention_weights(model: Any) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters())
+    return {k: v for k, v in named.items() if k.endswith(ATTENTION) and "language_model" in k}
+
+
+def test_adapters_of_full_rank_train_what_the_weights_themselves_would(world: World, tmp_path: Path) -> None:
+    """With A the identity and fixed, B is the weight's own change: gradient descent takes the same steps."""
+    kept = []
+    for adapters in (False, True):
+        model, dataset, collator = parts(world, tmp_path)
+        if adapters:
+            model = add_lora(
+                model, StudentArguments(lora_r=64, lora_alpha=64, lora_target="q_proj,k_proj,v_proj"), seed=0
+            )
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    torch.nn.init.eye_(parameter)
+                parameter.requires_grad_("lora_B" in name)
+        else:
+            chosen = {id(p) for p in attention_weights(model).values()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
+        trainer = MotionTrainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=3, optim="sgd", learning_rate=0.5, weight_decay=0.0),
+            train_dataset=dataset,
+            data_collator=collator,
+            alignment_weight=10.0,
+            aligner=build_aligner("mlp", (5, 8, 8)),
+        )
+        trainer.train()
+        log = [entry["loss_align"] for entry in trainer.state.log_history if "loss_align" in entry]
+        kept.append((log, attention_weights(merged(model) if adapters else model)))
+    start = attention_weights(load_student(world.student)[0])
+    assert kept[1][0] == pytest.approx(kept[0][0], rel=1e-5)
+    assert len(start) == 6
+    for name, value in kept[0][1].items():
+        assert float((value - start[name]).abs().max()) > 1e-3, name
+        torch.testing.assert_close(kept[1][1][name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_adapter_is_pefts_and_the_merged_model_the_familys(world: World, tmp_path: Path) -> None:
+    options = {"lora_r": 4, "max_steps": 3, "prior_dir": shared_priors(world)}
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    assert train.main(flags(world, adapter, **options)) == 0
+    assert train.main(flags(world, whole, lora_merge=True, **options)) == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
+    assert not (adapter / "model.safetensors").exists()
+    assert not list(whole.glob("adapter*"))
+    plan = {part["name"]: part for part in report_of(adapter)["plan"]["parts"]}
+    assert plan["vision tower"]["trained"] == plan["output head"]["trained"] == 0
+    assert 0 < plan["language model"]["trained"] < plan["language model"]["parameters"]
+    before, after = weights_of(world.student), weights_of(whole)
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        n for n in before if ".layers." in n and n.endswith("proj.weight") and "visual" not in n
+    }
+    # Plain PEFT on the plain student is the merged model.
+    base, processor, _ = load_student(world.student)
+    with_adapter = PeftModel.from_pretrained(base, adapter)
+    ids = processor.tokenizer("The red square moves left", return_tensors="pt").input_ids
+    with torch.no_grad():
+        a, b = with_adapter(input_ids=ids).logits, load_student(whole)[0](input_ids=ids).logits
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        with with_adapter.disable_adapter():
+            assert float((with_adapter(input_ids=ids).logits - a).abs().max()) > 1e-3
+
+
+def test_a_killed_run_of_adapters_goes_on(world: World, tmp_path: Path) -> None:
+    options = {"lora_r": 2, "lora_target": "all", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options |= {"prior_dir": shared_priors(world), "lora_dropout": 0.1}
+    outs = [tmp_path / "whole", tmp_path / "cut"]
+    assert train.main(flags(world, outs[0], **options)) == 0
+    with dying(3), pytest.raises(Died):
+        train.main(flags(world, outs[1], **options))
+    assert train.main(flags(world, outs[1], **options)) == 0
+    files = [out / "adapter_model.safetensors" for out in outs]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (outs[0] / "checkpoint-2" / "adapter_model.safetensors").read_bytes() != files[0].read_bytes()
