@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_students import SAVE, save_internvl
+from tiny_students import SAVE
 from tiny_world import World
 from train_support import Weights, arguments, flags, parts, report_of, weights_of
 
 from motionenhancer import train
+from motionenhancer.aligner import build_aligner
 from motionenhancer.dataset import MotionDataset
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.vlm import load_student
@@ -52,15 +53,17 @@ def test_a_run_trains_and_saves_the_family(
     assert family.name == name
 
 
-@pytest.mark.parametrize("steps", [2, 4])
-def test_accumulation_gives_internvls_large_batch(world: World, tmp_path: Path, steps: int) -> None:
-    """InternVL's own loss is a share of the global batch, and the Trainer does not divide it again."""
-    student = save_internvl(tmp_path / "student")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *SAVE])
+def test_accumulation_gives_the_large_batch(world: World, tmp_path: Path, name: str) -> None:
+    """Both losses and the weights, with unequal answers and numbers of priors in the micro-batches.
+
+    Some families' own loss is a share of the global batch, which the Trainer does not divide again.
+    """
+    student = world.student if name == "qwen2_5_vl" else SAVE[name](tmp_path / "student")
     kept = {}
-    for accumulation in (1, steps):
+    for accumulation in (1, 4):
         model, dataset, collator = parts(world_with(world, student), tmp_path)
-        for sample in dataset.samples[:2]:
-            # Micro-batches with unequal numbers of aligned samples.
+        for sample in dataset.samples[:3]:
             dataset.keys.pop(sample.id)
         weights = Weights()
         trainer = MotionTrainer(
@@ -75,20 +78,23 @@ def test_accumulation_gives_internvls_large_batch(world: World, tmp_path: Path, 
             train_dataset=dataset,
             data_collator=collator,
             callbacks=[weights],
+            aligner=build_aligner("mlp", (5, 8, 8)),
             alignment_weight=10.0,
         )
-        assert trainer.model_accepts_loss_kwargs
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss_align" in entry]
-        kept[accumulation] = ([e["loss_align"] for e in log], [e["loss_ar"] for e in log], weights.steps[-1])
-    whole, split = kept[1], kept[steps]
-    assert split[0] == pytest.approx(whole[0], rel=1e-5)
-    assert split[1] == pytest.approx(whole[1], rel=1e-5)
+        kept[accumulation] = (log, weights.steps[-1], trainer.aligner.state_dict())
+    (log, whole, aligner), (split_log, split, split_aligner) = kept[1], kept[4]
+    for entry, other in zip(log, split_log, strict=True):
+        for term in ("loss", "loss_ar", "loss_align", "grad_norm"):
+            assert other[term] == pytest.approx(entry[term], rel=2e-5), term
     start = dict(load_student(student)[0].named_parameters())
-    for name, value in whole[2].items():
+    for name, value in whole.items():
         if name in start:
             moved = float((value - start[name].detach()).norm())
-            assert float((split[2][name] - value).norm()) <= 1e-3 * moved + 1e-6, name
+            assert float((split[name] - value).norm()) <= 1e-3 * moved + 1e-6, name
+    for name, value in aligner.items():
+        torch.testing.assert_close(split_aligner[name], value, rtol=0, atol=1e-4, msg=name)
 
 
 def test_frames_and_rate_exclude_each_other(world: World, tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,95 @@
+"""What a run logs, read back from what TensorBoard and wandb keep of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_world import World
+from train_support import flags, report_of, shared_priors, without_priors_of
+
+from motionenhancer import train
+from motionenhancer.train_logs import StepLog, Stopwatch
+
+NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
+
+
+def test_tensorboard_receives_every_number(world: World, tmp_path: Path, monkeypatch) -> None:
+    readers = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    options = {"alignment_weight": 3.0, "alignment_schedule": "linear", "max_steps": 3}
+    options |= {"report_to": "tensorboard", "prior_dir": shared_priors(world)}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    events = readers.EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    logged = [entry for entry in report_of(tmp_path / "out")["training"]["log"] if "loss" in entry]
+    assert len(logged) == 3
+    for name in NAMES:
+        scalars = events.Scalars(f"train/{name}")
+        assert [s.step for s in scalars] == [1, 2, 3], name
+        assert [s.value for s in scalars] == pytest.approx([entry[name] for entry in logged]), name
+    assert [entry["lambda"] for entry in logged] == pytest.approx([3.0, 2.0, 1.0])
+    for entry in logged:
+        total = entry["loss_ar"] + entry["lambda"] * entry["loss_align"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+        assert entry["alignment_seconds"] > 0
+        assert entry["words_mapped"] == 1.0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_keeps_every_number_offline(world: World, tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    import wandb
+
+    options = {"report_to": "wandb", "prior_dir": shared_priors(world), "max_steps": 1}
+    try:
+        assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    finally:
+        wandb.teardown()
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    body = kept.read_bytes()
+    assert all(f"train/{name}".encode() in body for name in NAMES)
+
+
+def test_steps_without_a_prior_log_no_alignment(world: World, tmp_path: Path) -> None:
+    everyone = [json.loads(line)["id"] for line in world.data.read_text().splitlines()]
+    with without_priors_of(everyone):
+        assert train.main(flags(world, tmp_path / "out", prior_dir=shared_priors(world), max_steps=1)) == 0
+    (entry,) = [e for e in report_of(tmp_path / "out")["training"]["log"] if "loss" in e]
+    assert entry["loss"] == pytest.approx(entry["loss_ar"], rel=1e-5)
+    assert not set(entry) & {"loss_align", "lambda", "confidence", "words_mapped"}
+
+
+def test_numbers_are_means_over_steps_processes_and_priors() -> None:
+    log = StepLog(torch.device("cpu"))
+    assert log.entries(lambda t: t, 1) == {}
+    priors = [SimpleNamespace(confidence={"confidence": c}) for c in (0.2, 0.6)]
+    for step in range(2):
+        log.add_losses(torch.tensor(4.0), torch.tensor(1.0) if step else None)
+        log.add_batch(SimpleNamespace(priors=[*priors, None], words=4, mapped=3))
+        with log.stopwatch:
+            sum(range(1000))
+        log.steps += 1
+    # Another process like this one.
+    found = log.entries(lambda t: 2 * t, 2)
+    seconds = found.pop("alignment_seconds")
+    assert found == pytest.approx(
+        {"loss_ar": 4.0, "loss_align": 0.5, "words_mapped": 0.75, "confidence": 0.4}
+    )
+    assert 0 < seconds < 1
+    assert log.entries(lambda t: t, 1) == {}
+
+
+def test_the_stopwatch_starts_anew_when_it_is_read() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    with watch:
+        sum(range(100_000))
+    assert watch.seconds() > 0
+    assert watch.seconds() == 0
