@@ -162,8 +162,10 @@ class _Layers:
         """(b, l, h, G, r, n)."""
         bias = self.mask.bias[part.samples, :, part.rows, self.span]
         scores = torch.bmm(query, key.transpose(1, 2))
-        shape = bias.shape[0], part.layers.stop - part.layers.start, -1, self.members, *bias.shape[2:]
-        scores = scores.view(shape).add_(self._of_heads(bias, part))
+        layers, groups = part.layers.stop - part.layers.start, part.groups.stop - part.groups.start
+        scores = scores.view(len(bias), layers, groups, self.members, *bias.shape[2:]).add_(
+            self._of_heads(bias, part)
+        )
         found = scores.softmax(dim=-1)
         if self.mask.blind is not None:
             found.masked_fill_(self._of_heads(self.mask.blind[part.samples, :, part.rows], part), 0.0)
@@ -228,9 +230,8 @@ def _gradients(layers: _Layers, grad: Tensor) -> tuple[Tensor, Tensor]:
         query, key = layers.factors(part)
         found = layers.probabilities(part, query, key)
         direct = found * grad[part.samples, None, None, None, part.rows, layers.span]
-        slope = direct.addcmul_(found, direct.sum(dim=-1, keepdim=True), value=-1).view(
-            len(query), -1, key.shape[1]
-        )
+        slope = direct.addcmul_(found, direct.sum(dim=-1, keepdim=True), value=-1)
+        slope = slope.view(*query.shape[:2], key.shape[1])
         heads = slice(part.groups.start * layers.members, part.groups.stop * layers.members)
         target = grad_picked[part.samples, part.layers, heads, part.rows]
         target.copy_(torch.bmm(slope, key).mul_(layers.scale).view(target.shape))

@@ -21,7 +21,7 @@ from vlm_support import (
 )
 
 import mekernels
-from motionenhancer.vlm import capture_attention
+from motionenhancer.vlm import capture_attention, layer_rows
 from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
 from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
 
@@ -48,13 +48,15 @@ def call(mask: Any, rows: torch.Tensor, length: int, **kwargs: Any) -> Attention
 
 @st.composite
 def padded(draw: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """A length, a (B, N) padding mask with real tokens on one side, and rows."""
+    """A length, a (B, N) mask of real tokens, on one side or anywhere, and rows."""
     length = draw(st.integers(2, 9))
     counts = draw(st.lists(st.integers(1, length), min_size=1, max_size=3))
-    left = draw(st.booleans())
+    side = draw(st.sampled_from(["left", "right", "within"]))
     mask = torch.zeros(len(counts), length, dtype=torch.bool)
     for row, count in zip(mask, counts, strict=True):
-        row[slice(length - count, None) if left else slice(count)] = True
+        row[slice(length - count, None) if side == "left" else slice(count)] = True
+        if side == "within":
+            row[:] = row[torch.tensor(draw(st.permutations(range(length))))]
     rows = [[draw(st.integers(0, length - 1)) for _ in range(3)] for _ in counts]
     return length, mask, torch.tensor(rows)
 
@@ -89,6 +91,7 @@ def test_flash_padding_and_windows(case: Any, causal: bool, window: int | None) 
             for j, token in enumerate(tokens):
                 near = window is None or length <= window or abs(at - j) < window
                 expected[token] = near and (j <= at or not causal)
+            assert visible.explicit is None
             assert torch.equal(rows_of(visible, rows, length)[sample, 0, i], expected)
 
 
@@ -193,6 +196,43 @@ def test_model_under_flash_attention(side: str) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13 * largest)
 
 
+def flex_stand_in(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """Flex attention's treatment of a block mask, in plain torch; its own kernel has no gradient on a CPU."""
+    repeat, length = query.shape[1] // key.shape[1], query.shape[2]
+    b, n = torch.arange(len(query)), torch.arange(length)
+    allowed = mask.mask_mod(b[:, None, None], torch.zeros((), dtype=torch.int64), n[:, None], n)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(repeat, 1),
+        value.repeat_interleave(repeat, 1),
+        attn_mask=(allowed | torch.eye(length, dtype=torch.bool))[:, None],
+        scale=options["scaling"],
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_model_under_flex_attention(side: str, capture_pending: None) -> None:
+    """The kernel is a stand-in; registry, block masks and capture are those of flex attention."""
+    model, processor = sharp_student(layers=3, dtype=torch.float64)
+    batch, _ = make_batch(processor, side=side, dtype=torch.float64)
+    rows, columns = random_rows(batch, 5)
+    expected, out = eager_attention(model, batch, rows, columns)
+    reference = gradients(model, expected.square().sum() + out.loss)
+    model.config.text_config._attn_implementation_internal = "flex_attention"
+    ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_stand_in
+    try:
+        with capture_attention(model, rows, columns) as captured:
+            out = model(**batch)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
+    found = gradients(model, captured.attention.square().sum() + out.loss)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for name, gradient in reference.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13 * largest)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
@@ -222,6 +262,73 @@ def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
 
     torch.testing.assert_close(read(query, key), whole(query, key))
     assert torch.autograd.gradcheck(read, (query, key))
+
+
+@pytest.mark.parametrize("room", [1, 30, 200, 1 << 18])
+@pytest.mark.parametrize("heads_apart", [False, True])
+def test_layers_together_are_the_layers_apart(
+    monkeypatch: pytest.MonkeyPatch, room: int, heads_apart: bool
+) -> None:
+    """However few scores are computed at a time; some keys that no row sees, a row that sees none."""
+    monkeypatch.setattr(layer_rows, "CHUNK_SCORES", room)
+    generator = torch.Generator().manual_seed(room)
+    batch, groups, width, n, d, layers = 2, 2, 2, 9, 4, 3
+    heads = groups * width
+
+    def drawn(count: int) -> list[torch.Tensor]:
+        shape = (batch, n, count, d)
+        made = [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(layers)]
+        return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+    queries, keys = drawn(heads), drawn(groups)
+    rows = torch.tensor([[3, 3, -1], [8, 0, 5]])
+    mask = torch.rand(batch, heads if heads_apart else 1, 3, n, generator=generator) < 0.6
+    mask[..., 0], mask[..., 7:] = False, False
+    mask[1, :, 1] = False
+    ready = RowMask.of(mask, rows, torch.float64)
+    assert ready.keys[0] >= 1
+    assert ready.keys[1] <= 7
+
+    def whole(*tensors: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for query, key in zip(tensors[:layers], tensors[layers:], strict=True):
+            chosen = torch.stack([q[:, r.clamp(min=0)] for q, r in zip(query, rows, strict=True)])
+            scores = chosen @ key.repeat_interleave(width, 1).transpose(-1, -2) * d**-0.5
+            scores = scores.masked_fill(~mask, float("-inf"))
+            total = total + scores.softmax(-1).nan_to_num(0.0).mean(1) * (rows >= 0)[..., None]
+        return total
+
+    def read(*tensors: torch.Tensor) -> torch.Tensor:
+        return layer_attention_rows(tensors[:layers], tensors[layers:], ready)
+
+    given = (*queries, *keys)
+    torch.testing.assert_close(read(*given), whole(*given))
+    weight = torch.randn(batch, 3, n, dtype=torch.float64, generator=generator)
+    found = torch.autograd.grad((read(*given) * weight).sum(), given)
+    expected = torch.autograd.grad((whole(*given) * weight).sum(), given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    (gradient,) = torch.autograd.grad(read(*given).square().sum(), queries[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_rows_that_are_all_padding(capture_pending: None) -> None:
+    model, processor = sharp_student(layers=3, dtype=torch.float64)
+    batch, _ = make_batch(processor, dtype=torch.float64)
+    with capture_attention(model, torch.full((2, 3), -1), slice(0, 5)) as captured:
+        out = model(**batch)
+    assert captured.attention.shape == (2, 3, 5)
+    assert not captured.attention.any()
+    plain = gradients(model, model(**batch).loss)
+    for name, gradient in gradients(model, captured.attention.sum() + out.loss).items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+@pytest.fixture(params=[1, 1 << 21], ids=["one by one", "together"])
+def capture_pending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers wait to be read together."""
+    monkeypatch.setattr("motionenhancer.vlm.capture.PENDING_NUMBERS", request.param)
 
 
 def test_masked_rows_agree_with_the_kernel() -> None:
