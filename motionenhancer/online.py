@@ -64,7 +64,7 @@ class OnlineCounts:
 
 @dataclass
 class OnlinePriors:
-    """Fills in the alignment of batches whose priors are made while training.
+    """Fills in the alignment of batches whose priors are made while training: `MotionTrainer(online=...)`.
 
     Attributes:
         source: where priors come from.
@@ -74,6 +74,16 @@ class OnlinePriors:
         counts: of the batches handed out so far.
         skips: receives each sample that went without its prior.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
+
+    Raises:
+        ValueError: prefetch below 0.
+
+    Example:
+        >>> requests = request_priors(samples, settings, "both", SkipLog())          # doctest: +SKIP
+        >>> dataset = MotionDataset(..., requests={r.sample.id: r for r in requests})   # doctest: +SKIP
+        >>> online = OnlinePriors(TeacherThread(load_teacher(path), settings))          # doctest: +SKIP
+        >>> trainer = MotionTrainer(..., train_dataset=dataset, online=online)          # doctest: +SKIP
+        >>> trainer.train(); online.close()                                             # doctest: +SKIP
     """
 
     source: PriorSource
