@@ -1,0 +1,90 @@
+"""An aligner kept aside, and what its own optimizer saves and loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from motionenhancer.aligner import build_aligner, load_aligner, save_aligner
+from motionenhancer.train_aligner import AlignerTraining
+
+SETTINGS = SimpleNamespace(learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
+
+
+@pytest.mark.parametrize("name", ["mlp", "pointwise", "conv"])
+def test_a_saved_aligner_is_the_same_function(tmp_path: Path, name: str) -> None:
+    aligner = build_aligner(name, (2, 3, 4), width=32)
+    for parameter in aligner.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    file = tmp_path / "new" / "aligner.safetensors"
+    save_aligner(aligner, file)
+    again = load_aligner(file)
+    maps = torch.rand(5, 24)
+    assert torch.equal(again(maps), aligner(maps))
+    assert not torch.allclose(again(maps), maps)
+    assert (again.kind, again.grid, again.width) == (name, (2, 3, 4), 32)
+    assert [p.name for p in file.parent.iterdir()] == ["aligner.safetensors"]
+
+
+def test_files_that_are_no_aligner(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_aligner(tmp_path / "none.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    for name in ("model", "broken"):
+        with pytest.raises(ValueError, match="not a file of save_aligner"):
+            load_aligner(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="Identity"):
+        save_aligner(build_aligner("identity", (2, 3, 4)), tmp_path / "a.safetensors")
+
+
+def step(training: AlignerTraining, seed: int, share: float = 1.0) -> None:
+    for index, parameter in enumerate(training.module.parameters()):
+        generator = torch.Generator().manual_seed(100 * seed + index)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    training.finish_gradients(1)
+    training.step(share)
+    training.clear()
+
+
+def test_its_steps_are_adamws_at_the_share_of_the_rate() -> None:
+    aligner, other = (build_aligner("conv", (2, 3, 4)) for _ in range(2))
+    training = AlignerTraining(aligner, SETTINGS)
+    step(training, 1, share=0.5)
+    reference = torch.optim.AdamW(other.parameters(), lr=0.05, weight_decay=0.0)
+    for index, parameter in enumerate(other.parameters()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 + index))
+    reference.step()
+    for mine, theirs in zip(aligner.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.grad is None
+
+
+def test_it_goes_on_from_its_files(tmp_path: Path) -> None:
+    whole, cut, late = (AlignerTraining(build_aligner("mlp", (2, 3, 4)), SETTINGS) for _ in range(3))
+    for seed in range(4):
+        step(whole, seed)
+    for seed in range(2):
+        step(cut, seed)
+    cut.save(tmp_path)
+    late.load(tmp_path)
+    for seed in range(2, 4):
+        step(late, seed)
+    for mine, theirs in zip(late.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="another aligner"):
+        AlignerTraining(build_aligner("conv", (2, 3, 4)), SETTINGS).load(tmp_path)
+    with pytest.raises(ValueError, match="without the aligner"):
+        late.load(tmp_path / "elsewhere")
+
+
+def test_a_scalers_factor_is_taken_off() -> None:
+    training = AlignerTraining(build_aligner("mlp", (2, 3, 4)), SETTINGS)
+    parameter = next(training.module.parameters())
+    parameter.grad = torch.full_like(parameter, 8.0)
+    training.finish_gradients(1, loss_scale=4.0)
+    assert torch.equal(parameter.grad, torch.full_like(parameter, 2.0))
