@@ -26,3 +26,11 @@ def test_reports_are_those_of_their_files(name, block):
 def test_no_figures_besides():
     prose = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     assert not re.search(r"\d\s*(?:ms|µs|GiB|MiB|TFLOP|TB/s|times faster|%)(?!\w)", prose)
+
+
+def test_outputs_are_those_of_their_files():
+    blocks = re.findall(r"<!-- output of (\S+) -->\n```\n(.*?)```\n", PAGE, flags=re.DOTALL)
+    assert len(blocks) == PAGE.count("<!-- output of") > 0
+    for name, block in blocks:
+        assert name.startswith("benchmarks/results/")
+        assert block == (ROOT / name).read_text(encoding="utf-8")
