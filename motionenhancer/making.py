@@ -144,16 +144,20 @@ class Attempt:
     frames: np.ndarray | None = None
 
     def roundtrip(self, teacher: Teacher, steps: int) -> dict[str, float]:
-        """Relative errors of invert-then-rebuild: over the whole schedule, and over its lower 60 %."""
+        """See `inversion_errors`."""
         assert self.frames is not None
-        latents = teacher.encode_video(self.frames).latents
-        embeds = teacher.encode_text(self.request.text).embeds
-        whole = teacher.schedule(steps)
-        errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
-        cut = 0.6 * (whole.timesteps[-1] + 1)
-        if whole.timesteps[0] < cut:
-            errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
-        return errors
+        return inversion_errors(teacher, self.frames, self.request.text, steps)
+
+
+def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
+    """Relative errors of invert-then-rebuild of a clip: over the whole schedule, and over its lower 60 %."""
+    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
+    whole = teacher.schedule(steps)
+    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
+    cut = 0.6 * (whole.timesteps[-1] + 1)
+    if whole.timesteps[0] < cut:
+        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
+    return errors
 
 
 def make_each(

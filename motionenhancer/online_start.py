@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from accelerate.utils import gather_object
 from .agreement import average, compare_priors
 from .arguments import PriorArguments
 from .data import Sample, SkipLog
-from .data.video import VideoError, read_frames
+from .data.video import VideoError
+from .making import decode, inversion_errors
 from .online_arguments import OnlineArguments
 from .planning import PriorRequest, plan_priors
 from .prior import PriorSettings
@@ -21,7 +23,7 @@ from .store import PriorStore
 from .teacher_ranks import RemoteTeacher, current
 from .teacher_start import ready_teacher
 from .teacher_thread import PriorSource, ReadPrior, TeacherThread
-from .vdm import Teacher, roundtrip_error
+from .vdm import Teacher
 
 
 def request_priors(
@@ -84,12 +86,8 @@ def _first_roundtrip(
 ) -> dict[str, float] | None:
     """Inversion error of the first of a few clips that can be read."""
     for request in requests[:4]:
-        try:
-            frames = read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
-        except VideoError:
-            continue
-        latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(request.text).embeds
-        return {"whole_schedule": roundtrip_error(teacher, latents, teacher.schedule(steps), embeds)}
+        with suppress(VideoError):
+            return inversion_errors(teacher, decode(request, teacher), request.text, steps)
     return None
 
 

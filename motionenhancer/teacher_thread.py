@@ -15,8 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .data.video import read_frames
-from .making import stored
+from .making import decode, stored
 from .planning import PriorRequest
 from .prior import MotionPrior, PriorSettings, extract_prior
 from .store import PriorStore
@@ -144,8 +143,7 @@ class TeacherThread:
             if isinstance(found, MotionPrior):
                 return _Prepared(found)
             damaged = "" if found is None else str(found)
-        video = read_frames(job.request.video, num_frames=self.teacher.max_frames, min_frames=2)
-        return _Prepared(video.frames, damaged)
+        return _Prepared(decode(job.request, self.teacher), damaged)
 
     def _answer(self, job: _Job, preparing: Future[_Prepared]) -> None:
         if not job.answer.set_running_or_notify_cancel():

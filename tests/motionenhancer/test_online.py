@@ -48,7 +48,7 @@ def stored(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_online_ends_with_the_weights_of_stored_priors(
     world: World, tmp_path: Path, stored: Path, prefetch: int
 ) -> None:
-    options = {**EPOCHS, "prior_source": "online", "prior_prefetch": prefetch}
+    options = {**EPOCHS, "prior_source": "online", "prior_prefetch": prefetch, "measure_roundtrip": True}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     same_weights(stored, tmp_path / "out")
     assert not (tmp_path / "priors").exists(), "online keeps nothing"
@@ -58,6 +58,7 @@ def test_online_ends_with_the_weights_of_stored_priors(
     assert online["busy_seconds"] > 0
     assert 0 <= online["hidden_share"] <= 1
     assert online["prefetch"] == prefetch
+    assert 0 < report["teacher"]["roundtrip"]["whole_schedule"] < 10
     assert online["memory"][0]["peak_bytes"] > 0
     assert report["alignment"] == before["alignment"]
     timed = ("seconds", "key", "made_now")
