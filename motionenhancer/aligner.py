@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import mekernels
 from mekernels import align_rows
@@ -224,7 +225,7 @@ def align(
     tokens = _row_tokens(captured, row_tokens, priors, batch, count)
     if not torch.isfinite(attention).all():
         raise ValueError("captured attention holds NaN or infinity")
-    terms = []
+    groups: dict[tuple[Grid, Grid], list[_Pair]] = {}
     for sample in range(batch):
         teacher, shape = priors[sample], grids[sample]
         if teacher is None or shape is None:
@@ -234,16 +235,51 @@ def align(
             continue
         rows, kept = maps
         target = _teacher_rows(teacher, kept, sample).to(attention.device)
-        if loss == "l2" and (aligner is None or isinstance(aligner, nn.Identity)):
-            term = align_rows(rows[None], target[None], shape, teacher.grid)
-        else:
-            student = mekernels.resample_rows(rows[None], shape, teacher.grid, normalize=True)
-            student = student if aligner is None else aligner(student)
-            term = _distance(student, _sum_to_one(target)[None].to(student.dtype), loss)
-        terms.append(term if weights is None else term * weights[sample])
-    if not terms:
+        factor = 1.0 if weights is None else weights[sample]
+        groups.setdefault((shape, teacher.grid), []).append((rows, target, factor))
+    if not groups:
         return attention.sum() * 0.0
-    return torch.stack(terms).mean()
+    plain = aligner is None or isinstance(aligner, nn.Identity)
+    terms = []
+    for (shape, wanted), pairs in groups.items():
+        if plain and loss == "l2":
+            terms += _unaligned(pairs, shape, wanted)
+        else:
+            terms += _aligned(pairs, shape, wanted, aligner, loss)
+    return torch.stack(terms).sum() / sum(map(len, groups.values()))
+
+
+#: Rows of one sample's tokens, the prior's, and the factor on their distance.
+_Pair = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.Tensor]:
+    """L2 distances that add up to those of the samples, without a resampled map."""
+    alike = len({target.dtype for _, target, _ in pairs}) == 1 and all(factor == 1.0 for *_, factor in pairs)
+    if len(pairs) == 1 or not alike:
+        terms: list[torch.Tensor] = []
+        for rows, target, factor in pairs:
+            term = align_rows(rows[None], target[None], shape, wanted)
+            terms.append(term if factor == 1.0 else term * factor)
+        return terms
+    lengths = torch.tensor([len(rows) for rows, _, _ in pairs])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    students, teachers = (pad_sequence([pair[which] for pair in pairs], batch_first=True) for which in (0, 1))
+    return [align_rows(students, teachers, shape, wanted, mask.to(students.device)) * len(pairs)]
+
+
+def _aligned(
+    pairs: Sequence[_Pair], shape: Grid, wanted: Grid, aligner: nn.Module | None, loss: str
+) -> list[torch.Tensor]:
+    """One distance a sample. The aligner sees all rows at once: its weights' gradients are made once."""
+    joined = torch.cat([rows for rows, _, _ in pairs])[None]
+    student = mekernels.resample_rows(joined, shape, wanted, normalize=True)
+    student = student if aligner is None else aligner(student)
+    parts = student.split([len(rows) for rows, _, _ in pairs], dim=1)
+    return [
+        _distance(part, _sum_to_one(target)[None].to(part.dtype), loss) * factor
+        for part, (_, target, factor) in zip(parts, pairs, strict=True)
+    ]
 
 
 def _checked_grid(name: str, grid: Sequence[int]) -> Grid:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from motionenhancer.aligner import build_aligner, load_aligner, save_aligner
+from motionenhancer.aligner import align, build_aligner, load_aligner, save_aligner
 from motionenhancer.train_aligner import AlignerTraining
 
 SETTINGS = SimpleNamespace(learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
@@ -55,7 +55,7 @@ def test_its_steps_are_adamws_at_the_share_of_the_rate() -> None:
     aligner, other = (build_aligner("conv", (2, 3, 4)) for _ in range(2))
     training = AlignerTraining(aligner, SETTINGS)
     step(training, 1, share=0.5)
-    reference = torch.optim.AdamW(other.parameters(), lr=0.05, weight_decay=0.0)
+    reference = torch.optim.AdamW(other.parameters(), lr=0.05, weight_decay=0.0, fused=True)
     for index, parameter in enumerate(other.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 + index))
     reference.step()
@@ -88,3 +88,42 @@ def test_a_scalers_factor_is_taken_off() -> None:
     parameter.grad = torch.full_like(parameter, 8.0)
     training.finish_gradients(1, loss_scale=4.0)
     assert torch.equal(parameter.grad, torch.full_like(parameter, 2.0))
+
+
+@pytest.mark.parametrize("loss", ["l2", "mse", "kl"])
+@pytest.mark.parametrize("kind", ["identity", "conv"])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 0.2, 1.0]], ids=["even", "gated"])
+def test_a_batch_is_its_samples_one_by_one(loss: str, kind: str, weights: list[float] | None) -> None:
+    """Unequal rows and grids, a token of two rows, a sample without a prior."""
+    generator = torch.Generator().manual_seed(0)
+    priors = [
+        None
+        if count == 0
+        else SimpleNamespace(attention=torch.rand(count, 24, generator=generator).half(), grid=(2, 3, 4))
+        for count in (2, 5, 0, 3)
+    ]
+    grids = [(2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 2, 4)]
+    tokens = torch.tensor([[0, 1, -1, -1, -1, -1], [0, 1, 2, 3, 4, 4], [-1] * 6, [2, 1, 0, -1, -1, -1]])
+    aligner = build_aligner(kind, (2, 3, 4)).double()
+    for parameter in aligner.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    maps = torch.rand(4, 6, 8, dtype=torch.float64, generator=generator)
+    found, single = maps.clone().requires_grad_(), maps.clone().requires_grad_()
+    options = {"aligner": aligner, "loss": loss}
+    whole = align(found, priors, grid=grids, row_tokens=tokens, weights=weights, **options)
+    terms = [
+        align(
+            single[i : i + 1],
+            priors[i],
+            grid=grids[i],
+            row_tokens=tokens[i : i + 1],
+            weights=None if weights is None else weights[i : i + 1],
+            **options,
+        )
+        for i in (0, 1, 3)
+    ]
+    expected = torch.stack(terms).sum() / 3
+    torch.testing.assert_close(whole, expected, rtol=1e-7, atol=0)
+    whole.backward()
+    expected.backward()
+    torch.testing.assert_close(found.grad, single.grad, rtol=1e-6, atol=1e-10)
