@@ -264,7 +264,8 @@ def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.
         return terms
     lengths = torch.tensor([len(rows) for rows, _, _ in pairs])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    students, teachers = (pad_sequence([pair[which] for pair in pairs], batch_first=True) for which in (0, 1))
+    students = pad_sequence([rows for rows, _, _ in pairs], batch_first=True)
+    teachers = pad_sequence([target for _, target, _ in pairs], batch_first=True)
     return [align_rows(students, teachers, shape, wanted, mask.to(students.device)) * len(pairs)]
 
 
