@@ -1,8 +1,8 @@
 """What alignment to stored priors adds to a step of the trainer on a CPU, its aligner included.
 
 `python benchmarks/aligned_step.py [--rounds N] [--threads N]` trains the toy student on the toy world, at a
-learning rate of 0, in turns without alignment, with the identity as the aligner and with the default perceptron.
-It prints the least process CPU time of each kind of step and its ratio to the plain one: on a busy machine minima
+learning rate of 0, in turns without alignment, with the identity as the aligner and with the default one. It
+prints the least process CPU time of each kind of step and its ratio to the plain one: on a busy machine minima
 and ratios are to be trusted, single times are not. Clips are decoded beforehand; collation is part of a step.
 """
 
