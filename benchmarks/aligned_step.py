@@ -2,8 +2,8 @@
 
 `python benchmarks/aligned_step.py [--rounds N] [--threads N]` trains the toy student on the toy world, at a
 learning rate of 0, in turns without alignment, with the identity as the aligner and with the default one. It
-prints the least process CPU time of each kind of step and its ratio to the plain one: on a busy machine minima
-and ratios are to be trusted, single times are not. Clips are decoded beforehand; collation is part of a step.
+prints the least process CPU time of each kind of step and its ratio to the plain one: on a busy machine both
+are to be trusted, single times are not. Clips are decoded beforehand; collation is part of a step.
 """
 
 from __future__ import annotations
