@@ -19,7 +19,7 @@ from mekernels import VideoTokens, select_heads, select_tokens, token_motion_sco
 
 from .confidence import prior_confidence
 from .pool import AttentionPool
-from .vdm.base import Teacher, TextEncoding
+from .vdm.base import Teacher, TextEncoding, VideoLatents
 from .vdm.inversion import STARTS, invert, reconstruct, renoise
 
 MODES = ("reconstruct", "renoise")
@@ -27,7 +27,7 @@ HEAD_SELECTIONS = ("mhs", "off")
 TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,33 @@ def extract_prior(
         >>> prior.attention.shape, prior.tokens                                   # doctest: +SKIP
     """
     settings = PriorSettings(steps, guidance_scale, start, memory, head_ratio, token_ratio, **options)
+    return select_prior(read_attention(teacher, frames, text, settings), settings)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A clip's attention under a text, read once; what is kept of it is chosen by :func:`select_prior`.
+
+    Attributes:
+        pool: the attention, pooled over layers and steps, per head.
+        video, prompt: what the teacher was given.
+        teacher: its id.
+        settings: how it was read.
+        evaluations, seconds: as in `MotionPrior`.
+    """
+
+    pool: AttentionPool
+    video: VideoLatents
+    prompt: TextEncoding
+    teacher: str
+    settings: PriorSettings
+    evaluations: int
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def read_attention(teacher: Teacher, frames: np.ndarray, text: str, settings: PriorSettings) -> Reading:
+    """Read a clip's attention under a text from a frozen teacher; see `extract_prior` for both."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     if not text.strip():
@@ -234,8 +261,7 @@ def extract_prior(
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
         video, prompt = teacher.encode_video(frames), teacher.encode_text(text)
-    spoken = _spoken(prompt)
-    if not spoken:
+    if not _spoken(prompt):
         raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
@@ -262,24 +288,39 @@ def extract_prior(
         with _timed(seconds, "renoise", teacher):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
         evaluations = 1
-    with _timed(seconds, "select", teacher):
-        chosen = _select(pool, video.tokens, settings, spoken)
+    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
+
+
+@torch.no_grad()
+def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
+    """Choose heads and tokens of a reading.
+
+    Args:
+        reading: from `read_attention`.
+        settings: those it was read with, but for the selection's own, which may differ.
+
+    Raises:
+        PriorError: NaN or infinity in the teacher's attention.
+    """
+    began = time.perf_counter()
+    video, prompt = reading.video, reading.prompt
+    chosen = _select(reading.pool, video.tokens, settings, _spoken(prompt))
     kept = chosen["kept"]
     return MotionPrior(
         **chosen,
         tokens=[prompt.tokens[i] for i in kept],
         spans=[prompt.spans[i] for i in kept],
-        prompt=text,
+        prompt=prompt.text,
         grid=video.tokens.grid,
         all_tokens=list(prompt.tokens),
         all_spans=list(prompt.spans),
-        teacher=teacher.id,
+        teacher=reading.teacher,
         settings=settings,
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
-        evaluations=evaluations,
-        seconds=seconds,
+        evaluations=reading.evaluations,
+        seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
 
 
