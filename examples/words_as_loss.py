@@ -21,7 +21,7 @@ columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().T
 width = int(inputs["image_grid_thw"][0, 2]) // processor.image_processor.merge_size
 left = torch.arange(columns.shape[1]) % width < width // 2
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-for step in range(15):
+for step in range(20):
     with capture_attention(model, rows, columns) as captured:
         loss = model(**inputs, labels=inputs["input_ids"]).loss
     share = captured.attention[..., left].sum() / captured.attention.sum()

@@ -13,7 +13,7 @@ from motionenhancer.data.favor import FAVOR_TASKS, read_favor
 from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
 from motionenhancer.data.question import Question, filled, read_rows, video_stem
 from motionenhancer.data.skips import SkipLog
-from motionenhancer.toy.language import QUESTION_KINDS
+from motionenhancer.toy.scene import TASKS as TOY_TASKS
 
 from .judge import first_letter, lone_letter, names_option, same_text
 
@@ -189,7 +189,7 @@ def _read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
             )
             continue
         kind = str(id).rsplit("-", 1)[-1]
-        task = kind if kind in QUESTION_KINDS else "other"
+        task = kind if kind in TOY_TASKS else "other"
         asked = str(texts[0]).replace("<video>", "").strip()
         yield Question(str(id), str(video), asked, str(texts[1]).strip(), (task,), line=line)
 
@@ -224,7 +224,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="toy",
             title="toy world",
-            tasks=(*QUESTION_KINDS, "other"),
+            tasks=(*TOY_TASKS, "other"),
             read=_read_toy,
             prompt="{question}",
             parse=_as_is,

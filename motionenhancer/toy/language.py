@@ -6,49 +6,84 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, ToyObject
+from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, TASKS, Scene, ToyObject
 
-__all__ = ["QUESTION_KINDS", "caption", "corpus", "phrase", "question"]
+__all__ = ["caption", "corpus", "phrase", "place", "question", "still_question"]
 
-QUESTION_KINDS: tuple[str, ...] = ("caption", "motion", "object", "still")
-
-_ASK_CAPTION = ("Describe what moves in the video.", "What happens in the video?")
-_VERBS = {"grow": "grows", "shrink": "shrinks", "turn": "turns around", "still": "stays still"}
+_COUNT = {1: "one time", 2: "two times", 3: "three times"}
+_LOOKS = ("caption", "colour", "shape", "place")
 
 
 def phrase(obj: ToyObject) -> str:
-    """Say what one object does: ``"moves left quickly"``, ``"stays still"``, ``"grows"``."""
-    return f"moves {obj.motion} {obj.speed}" if obj.motion in DIRECTIONS else _VERBS[obj.motion]
+    """Say what one object does: ``"moves left"``, ``"moves left then up"``, ``"hops two times"``."""
+    if obj.motion == "still":
+        return "stays still"
+    if obj.motion == "hop":
+        return f"hops {_COUNT[obj.times]}"
+    return f"moves {obj.motion} then {obj.then}" if obj.then else f"moves {obj.motion}"
 
 
-def caption(scene: Scene) -> str:
-    """Describe every object of the scene in one sentence."""
-    parts = [f"the {o.name} {phrase(o)}" for o in scene.objects]
+def _join(parts: list[str]) -> str:
     text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return text[0].upper() + text[1:] + "."
 
 
-def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Return a question and its answer, of one of :data:`QUESTION_KINDS`."""
+def caption(scene: Scene) -> str:
+    """Describe the camera if it moves, and every object of the scene, in one sentence."""
+    parts = [f"the {o.name} {phrase(o)}" for o in scene.objects]
+    if scene.camera != "still":
+        parts.insert(0, f"the camera moves {scene.camera}")
+    return _join(parts)
+
+
+def place(obj: ToyObject, axis: int) -> str:
+    """Say on which side of the frame an object is: along x for axis 0, along y for axis 1."""
+    names = ("left", "right") if axis == 0 else ("top", "bottom")
+    return names[int(obj.middle[axis] > 0.5)]
+
+
+def question(scene: Scene, task: str) -> tuple[str, str]:
+    """Return the question of one of the six tasks about a scene drawn for it, and its answer."""
+    asked = scene.objects[0]
+    if task in ("MR", "AO", "RC"):
+        what = {
+            "MR": f"What does the {asked.name} do?",
+            "AO": f"In which order does the {asked.name} move?",
+            "RC": f"How many times does the {asked.name} hop?",
+        }[task]
+        return what, f"The {asked.name} {phrase(asked)}."
+    if task == "LM":
+        side = place(asked, 1 if asked.motion in ("left", "right") else 0)
+        return (
+            f"Where is the object that {phrase(asked)}?",
+            f"The object that {phrase(asked)} is at the {side}.",
+        )
+    if task == "CM":
+        return "How does the camera move?", f"The camera moves {scene.camera}."
+    if task == "MO":
+        return f"Which object {phrase(asked)}?", f"The {asked.name} {phrase(asked)}."
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+
+
+def still_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Return a question that the middle frame alone answers, and its answer; lists go from left to right."""
+    kind = str(rng.choice(_LOOKS))
+    obj = scene.objects[int(rng.integers(len(scene.objects)))]
     if kind == "caption":
-        return str(rng.choice(_ASK_CAPTION)), caption(scene)
-    if kind == "motion":
-        obj = scene.objects[int(rng.integers(len(scene.objects)))]
-        return f"What does the {obj.name} do?", f"The {obj.name} {phrase(obj)}."
-    if kind == "object":
-        obj = scene.movers[int(rng.integers(len(scene.movers)))]
-        same = [o for o in scene.movers if phrase(o) == phrase(obj)]
-        names = " and the ".join(o.name for o in same)
-        return f"Which object {phrase(obj)}?", f"The {names}."
-    if kind == "still":
-        names = " and the ".join(o.name for o in scene.objects if not o.moving)
-        return "Which objects stay still?", f"The {names}."
-    raise ValueError(f"kind must be one of {QUESTION_KINDS}, got {kind!r}")
+        across = sorted(scene.objects, key=lambda o: o.middle[0])
+        return "What is in the picture?", _join([f"the {o.name}" for o in across])
+    if kind == "colour":
+        return f"Which colour is the {obj.shape}?", f"The {obj.shape} is {obj.colour}."
+    if kind == "shape":
+        return f"Which shape is {obj.colour}?", f"The {obj.colour} one is a {obj.shape}."
+    return f"Where is the {obj.name}?", f"The {obj.name} is at the {place(obj, 1)} {place(obj, 0)}."
 
 
 def corpus() -> Iterator[str]:
     """Yield sentences that hold every word of the toy world; the same ones every time."""
-    phrases = [f"moves {d} {s}" for d in DIRECTIONS for s in SPEEDS] + list(_VERBS.values())
+    phrases = ["stays still", *(f"hops {count}" for count in _COUNT.values())]
+    phrases += [f"moves {d}" for d in DIRECTIONS]
+    phrases += [f"moves {a} then {b}" for a in DIRECTIONS for b in DIRECTIONS]
     for i, colour in enumerate(COLOURS):
         for j, shape in enumerate(SHAPES):
             for k in range(3):
@@ -56,5 +91,13 @@ def corpus() -> Iterator[str]:
                 other = phrases[(i * 3 + j + k * 5 + 1) % len(phrases)]
                 yield f"The {colour} {shape} {act} and the {shape} {other}."
                 yield f"Which object {act}? The {colour} {shape} and the {colour} {shape}."
-                yield f"What does the {colour} {shape} do? Which objects stay still?"
-    yield from _ASK_CAPTION
+                yield f"What does the {colour} {shape} do? In which order does the {colour} {shape} move?"
+                yield f"How many times does the {colour} {shape} hop? Which shape is {colour}?"
+                yield f"Where is the object that {act}? Where is the {colour} {shape}?"
+                yield f"Which colour is the {shape}? The {shape} is {colour}. The {colour} one is a {shape}."
+        yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
+    for direction in DIRECTIONS:
+        yield f"How does the camera move? The camera moves {direction}."
+    for side in ("left", "right"):
+        for height in ("top", "bottom"):
+            yield f"What is in the picture? It is at the {height} {side}. The object that is at the {side}."

@@ -31,15 +31,11 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 1.0
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88
-    if shape == "diamond":
-        return (np.abs(x) + np.abs(y) - 1.0) / np.sqrt(2.0)
     if shape == "triangle":
         return np.maximum(y - 0.75, 0.894 * np.abs(x) - 0.447 * y - 0.447)
     if shape == "cross":
         ax, ay = np.abs(x), np.abs(y)
         return np.minimum(np.maximum(ax - 1.0, ay - 0.34), np.maximum(ax - 0.34, ay - 1.0))
-    if shape == "ring":
-        return np.abs(np.hypot(x, y) - 0.74) - 0.26
     raise ValueError(f"shape must be one that the toy world knows, got {shape!r}")
 
 
@@ -55,41 +51,46 @@ def _stretch(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _ground(seed: int, height: int, width: int) -> np.ndarray:
-    """Return a dull patterned ground, (h, w, 3) float64 in 0..255."""
+    """Return a dull patterned ground, (2 h, 2 w, 3) float64 in 0..255, of which the camera sees a quarter."""
     rng = np.random.default_rng(seed)
     base = np.array([128.0, 122.0, 112.0]) + rng.uniform(-14, 14, 3)
-    blobs = _stretch(rng.normal(0, 1, (6, 6, 1)).repeat(3, 2), height, width) * 15.0
-    grain = _stretch(rng.normal(0, 1, (21, 21, 3)), height, width) * 7.0
-    return np.clip(base + blobs + grain, 0, 255)
+    blobs = _stretch(rng.normal(0, 1, (11, 11, 1)).repeat(3, 2), 2 * height, 2 * width) * 15.0
+    return np.clip(base + blobs, 0, 255)
 
 
-def render(scene: Scene, *, frames: int = 17, height: int = 64, width: int = 64) -> Clip:
+def _window(ground: np.ndarray, x: float, y: float, height: int, width: int) -> np.ndarray:
+    """Cut (height, width) out of ``ground`` at a fractional corner, linearly."""
+    x0, y0 = int(np.floor(x)), int(np.floor(y))
+    fx, fy = x - x0, y - y0
+    part = ground[y0 : y0 + height + 1, x0 : x0 + width + 1]
+    part = part[:, :-1] * (1 - fx) + part[:, 1:] * fx
+    return part[:-1] * (1 - fy) + part[1:] * fy
+
+
+def render(scene: Scene, *, frames: int = 17, height: int = 32, width: int = 32) -> Clip:
     """Draw ``scene`` with smooth edges; later objects lie over earlier ones.
 
     >>> import numpy as np
     >>> from motionenhancer.toy.scene import sample_scene
     >>> clip = render(sample_scene(np.random.default_rng(0)))
     >>> clip.frames.shape, clip.frames.dtype
-    ((17, 64, 64, 3), dtype('uint8'))
+    ((17, 32, 32, 3), dtype('uint8'))
     """
     for name, value in (("frames", frames), ("height", height), ("width", width)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     side = float(min(height, width))
-    offset_x, offset_y = (width - side) / 2, (height - side) / 2
+    offset = np.array([(width - side) / 2, (height - side) / 2])
     py, px = np.mgrid[0:height, 0:width] + 0.5
-    ground = _ground(scene.ground, height, width)
-    video = np.broadcast_to(ground, (frames, height, width, 3)).copy()
+    ground, shift = _ground(scene.ground, height, width), scene.shift(frames) * side
+    video = np.stack([_window(ground, width / 2 - x, height / 2 - y, height, width) for x, y in shift])
     masks = np.zeros((len(scene.objects), frames, height, width), dtype=np.float32)
     boxes = np.zeros((len(scene.objects), frames, 4))
     for i, obj in enumerate(scene.objects):
         colour = np.array(COLOURS[obj.colour], dtype=np.float64)
-        for f, (cx, cy, radius, angle) in enumerate(obj.path(frames)):
-            scale = radius * side
-            dx, dy = (px - offset_x - cx * side) / scale, (py - offset_y - cy * side) / scale
-            cos, sin = np.cos(angle), np.sin(angle)
-            distance = _distance(obj.shape, cos * dx + sin * dy, cos * dy - sin * dx) * scale
-            mask = np.clip(0.5 - distance, 0.0, 1.0)
+        scale = obj.radius * side
+        for f, (cx, cy) in enumerate(obj.path(frames) * side + shift + offset):
+            mask = np.clip(0.5 - _distance(obj.shape, (px - cx) / scale, (py - cy) / scale) * scale, 0.0, 1.0)
             video[f] += mask[:, :, None] * (colour - video[f])
             masks[:i, f] *= 1.0 - mask
             masks[i, f] = mask

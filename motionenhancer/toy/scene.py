@@ -2,53 +2,76 @@
 
 A scene is pure data, drawn from a seed. :mod:`motionenhancer.toy.render` turns it into frames and
 :mod:`motionenhancer.toy.language` into sentences.
+
+No single frame says what moves: at the middle of the clip every object's place has the same distribution
+whatever it does, and colour, shape and motion are drawn independently.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["COLOURS", "MOTIONS", "SHAPES", "Scene", "ToyObject", "sample_scene"]
+__all__ = ["COLOURS", "DIRECTIONS", "SHAPES", "TASKS", "Scene", "ToyObject", "sample_scene"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
     "blue": (42, 92, 214),
     "yellow": (240, 200, 40),
-    "purple": (140, 60, 180),
-    "orange": (240, 130, 30),
     "white": (244, 244, 240),
     "black": (20, 20, 24),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
     "up": (0.0, -1.0),
     "down": (0.0, 1.0),
 }
-MOTIONS: tuple[str, ...] = ("still", *DIRECTIONS, "grow", "shrink", "turn")
-"""Everything an object can do; the four directions also carry a speed."""
+TASKS: dict[str, str] = {
+    "MR": "motion recognition",
+    "LM": "location-related motion",
+    "CM": "camera motion",
+    "MO": "motion-related objects",
+    "AO": "action order",
+    "RC": "repetition count",
+}
+"""What can be asked, by MotionBench's own codes."""
 
-SPEEDS: dict[str, float] = {"slowly": 0.28, "quickly": 0.5}
-"""How far an object travels over the clip, as a share of the frame's side."""
+TRAVEL = 0.34
+"""How far an object goes in one direction over the clip, as a share of the frame's side."""
+LEG = 0.22
+"""How far it goes in each of two directions, one after the other."""
+HOP = 0.20
+"""How high it hops."""
+PAN = 0.34
+"""How far the camera goes."""
+MOST_HOPS = 3
+
+_PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+#: Every fourth pair, on a diagonal: each colour and each shape is met in training with other partners.
+_HELD_OUT = {(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)}
 
 
 @dataclass(frozen=True)
 class ToyObject:
     """One object of a scene.
 
-    ``start`` is the centre in the first frame (x, y) and ``radius`` the half size, as shares of the side.
+    ``motion`` is "still", "hop" or a direction; ``then`` a second direction that follows halfway, or "";
+    ``times`` how often it hops, 0 otherwise. ``middle`` is the centre at the middle of the clip (x, y) and
+    ``radius`` the half size, as shares of the side.
     """
 
     shape: str
     colour: str
     motion: str
-    speed: str
-    start: tuple[float, float]
+    middle: tuple[float, float]
     radius: float
+    then: str = ""
+    times: int = 0
 
     @property
     def name(self) -> str:
@@ -59,81 +82,116 @@ class ToyObject:
         return self.motion != "still"
 
     def path(self, frames: int) -> np.ndarray:
-        """Return (frames, 4) float64: centre x, y and half size (shares of the side), angle (radians)."""
-        t = np.linspace(0.0, 1.0, frames)
-        track = np.empty((frames, 4))
-        dx, dy = DIRECTIONS.get(self.motion, (0.0, 0.0))
-        way = SPEEDS[self.speed] * t
-        track[:, 0] = self.start[0] + dx * way
-        track[:, 1] = self.start[1] + dy * way
-        change = {"grow": 0.7, "shrink": -0.45}.get(self.motion, 0.0)
-        track[:, 2] = self.radius * (1.0 + change * t)
-        track[:, 3] = np.pi * t if self.motion == "turn" else 0.0
+        """Return (frames, 2) float64: centre x and y as shares of the side, without the camera."""
+        t = np.linspace(0.0, 1.0, frames) if frames > 1 else np.full(1, 0.5)
+        track = np.tile(np.array(self.middle), (frames, 1))
+        if self.motion == "hop":
+            height = np.abs(np.sin(np.pi * self.times * t)) - np.abs(np.sin(np.pi * self.times * 0.5))
+            track[:, 1] -= HOP * height
+        elif self.then:
+            before, after = np.minimum(t - 0.5, 0.0) * 2, np.maximum(t - 0.5, 0.0) * 2
+            track += LEG * (
+                before[:, None] * DIRECTIONS[self.motion] + after[:, None] * DIRECTIONS[self.then]
+            )
+        elif self.motion in DIRECTIONS:
+            track += TRAVEL * (t - 0.5)[:, None] * DIRECTIONS[self.motion]
         return track
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip's content; ``ground`` seeds the texture of the ground."""
+    """A clip's content.
+
+    ``objects[0]`` is the one a question asks for; ``ground`` seeds the texture of the ground; ``camera`` is
+    "still" or the direction in which it moves, so that everything in the picture goes the other way.
+    """
 
     objects: tuple[ToyObject, ...]
     ground: int
+    camera: str = "still"
 
     @property
     def movers(self) -> tuple[ToyObject, ...]:
         return tuple(o for o in self.objects if o.moving)
 
+    def shift(self, frames: int) -> np.ndarray:
+        """Return (frames, 2) float64: what the camera adds to every place in the picture."""
+        t = np.linspace(0.0, 1.0, frames) if frames > 1 else np.full(1, 0.5)
+        way = np.array(DIRECTIONS.get(self.camera, (0.0, 0.0)))
+        return -PAN * (t - 0.5)[:, None] * way
+
 
 def _overlap(a: ToyObject, b: ToyObject) -> bool:
-    pa, pb = a.path(9), b.path(9)
-    distance = np.hypot(pa[:, 0] - pb[:, 0], pa[:, 1] - pb[:, 1])
-    return bool((distance < 1.15 * (pa[:, 2] + pb[:, 2])).any())
+    distance = np.linalg.norm(a.path(17) - b.path(17), axis=1)
+    return bool((distance < 1.15 * (a.radius + b.radius)).any())
 
 
-def _place(rng: np.random.Generator, shape: str, colour: str, motion: str) -> ToyObject:
-    speed = str(rng.choice(list(SPEEDS))) if motion in DIRECTIONS else "slowly"
-    radius = float(rng.uniform(0.09, 0.13))
-    if motion == "shrink":
-        radius *= 1.5
-    reach = radius * (1.7 if motion == "grow" else 1.0) * (1.42 if motion == "turn" else 1.0) + 0.02
-    low, high = np.full(2, reach), np.full(2, 1.0 - reach)
-    travel = np.array(DIRECTIONS.get(motion, (0.0, 0.0))) * SPEEDS[speed]
-    low = np.maximum(low, low - travel)
-    high = np.minimum(high, high - travel)
-    x, y = rng.uniform(low, high)
-    return ToyObject(shape, colour, motion, speed, (float(x), float(y)), radius)
+def _acts(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """What the asked object and a second one do."""
+    way = str(rng.choice(list(DIRECTIONS)))
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[way]
+    sideways = ["up", "down"] if way in ("left", "right") else ["left", "right"]
+    if task == "CM":
+        return [{"motion": "still"}, {"motion": "still"}]
+    if task == "AO":
+        return [{"motion": way, "then": str(rng.choice(sideways))}, {"motion": "still"}]
+    if task == "RC":
+        return [{"motion": "hop", "times": int(rng.integers(1, MOST_HOPS + 1))}, {"motion": "still"}]
+    if task == "MR":
+        return [{"motion": way}, {"motion": str(rng.choice([*sideways, opposite]))}]
+    return [{"motion": way}, {"motion": opposite}]
 
 
-def sample_scene(rng: np.random.Generator, *, objects: tuple[int, int] = (2, 3)) -> Scene:
-    """Draw a scene of ``objects`` (least, most) objects, at least one of them moving and one still.
+def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: str | None = None) -> Scene:
+    """Draw a scene about which ``task`` can be asked: three objects, at least one of them still.
 
-    Colours and shapes within a scene are distinct. Objects stay inside the frame and never touch, so every
-    sentence about them is true at every frame.
-    A turning object is never a circle or a ring, whose turning cannot be seen.
+    Colours and shapes within a scene are distinct. Objects never touch and stay inside the frame, but for up
+    to 3 % of its side at the foot of a hop, so every sentence about them is true at every frame. For
+    location-related motion the asked object and its opposite lie on two sides of the frame's middle.
 
-    >>> scene = sample_scene(np.random.default_rng(0))
-    >>> len(scene.movers) >= 1 and len(scene.movers) < len(scene.objects)
-    True
+    Parameters
+    ----------
+    rng: where everything is drawn from.
+    task: one of :data:`TASKS`; any by default.
+    split: "train" or "test" keeps to that split's pairs of colour and shape, None takes all.
+
+    >>> scene = sample_scene(np.random.default_rng(0), "MO")
+    >>> len(scene.movers), len(scene.objects)
+    (2, 3)
     """
-    least, most = objects
-    if not 2 <= least <= most <= len(SHAPES):
-        raise ValueError(
-            f"objects must be (least, most) with 2 <= least <= most <= {len(SHAPES)}, got {objects}"
-        )
+    if task is None:
+        task = str(rng.choice(list(TASKS)))
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    pairs = [p for p in _PAIRS if split is None or (p in _HELD_OUT) == (split == "test")]
+    acts = [*_acts(task, rng), {"motion": "still"}]
+    camera = str(rng.choice(list(DIRECTIONS))) if task == "CM" else "still"
     while True:
-        count = int(rng.integers(least, most + 1))
-        shapes = rng.permutation(SHAPES)[:count]
-        colours = rng.permutation(list(COLOURS))[:count]
-        movers = int(rng.integers(1, count))
-        chosen: list[ToyObject] = []
-        for i in range(count):
-            options = [m for m in MOTIONS[1:] if m != "turn" or shapes[i] not in ("circle", "ring")]
-            motion = str(rng.choice(options)) if i < movers else "still"
-            for _ in range(30):
-                candidate = _place(rng, str(shapes[i]), str(colours[i]), motion)
-                if not any(_overlap(candidate, other) for other in chosen):
-                    chosen.append(candidate)
+        drawn = [pairs[i] for i in rng.permutation(len(pairs))]
+        looks: list[tuple[str, str]] = []
+        for pair in drawn:
+            if all(pair[0] != c and pair[1] != s for c, s in looks):
+                looks.append(pair)
+        objects: list[ToyObject] = []
+        for (colour, shape), act in zip(looks, acts, strict=False):
+            for _ in range(20):
+                radius = float(rng.uniform(0.11, 0.13))
+                edge = radius + (PAN / 2 if task == "CM" else 0.0)
+                reach = np.full(2, edge + 0.01)
+                # The same margin for all that moves: the place at the middle says nothing of the motion.
+                if act["motion"] != "still":
+                    reach += LEG if task == "AO" else TRAVEL / 2
+                x, y = rng.uniform(reach, 1.0 - reach)
+                candidate = ToyObject(shape, colour, middle=(float(x), float(y)), radius=radius, **act)
+                if not any(_overlap(candidate, other) for other in objects):
+                    objects.append(candidate)
                     break
-        if len(chosen) == count:
-            order = rng.permutation(count)
-            return Scene(tuple(chosen[i] for i in order), int(rng.integers(0, 2**31)))
+        if len(objects) == len(acts) and (task != "LM" or _apart(objects[0], objects[1])):
+            return Scene(tuple(objects), int(rng.integers(0, 2**31)), camera)
+
+
+def _apart(a: ToyObject, b: ToyObject) -> bool:
+    """Whether two objects lie on two sides of the frame's middle, across their direction."""
+    axis = 1 if a.motion in ("left", "right") else 0
+    low, high = sorted((a.middle[axis], b.middle[axis]))
+    return low < 0.5 - a.radius / 2 and high > 0.5 + a.radius / 2

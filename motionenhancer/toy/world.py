@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from motionenhancer.toy.encode import encode_video
-from motionenhancer.toy.language import QUESTION_KINDS, caption, question
+from motionenhancer.toy.language import caption, question
 from motionenhancer.toy.render import Clip, render
-from motionenhancer.toy.scene import Scene, sample_scene
+from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 
 __all__ = ["ToyFolder", "build_toy", "draw_clip", "write_world"]
 
@@ -64,21 +64,29 @@ class _Settings:
     frames: int
     size: int
     fps: int
-    version: int = 1
+    version: int = 2
 
 
-def draw_clip(seed: int, split: str, index: int, *, frames: int = 17, size: int = 64) -> tuple[Scene, Clip]:
-    """Draw clip ``index`` of ``split`` ("train" or "test"), each from a random stream of its own."""
-    scene = sample_scene(np.random.default_rng([seed, _SPLITS[split], index]))
+def task_of(index: int) -> str:
+    """The task that clip ``index`` is drawn for: they take turns."""
+    return list(TASKS)[index % len(TASKS)]
+
+
+def draw_clip(seed: int, split: str, index: int, *, frames: int = 17, size: int = 32) -> tuple[Scene, Clip]:
+    """Draw clip ``index`` of ``split`` ("train" or "test"), each from a random stream of its own.
+
+    The two splits share colours and shapes, but no pair of them.
+    """
+    rng = np.random.default_rng([seed, _SPLITS[split], index])
+    scene = sample_scene(rng, task_of(index), split=split)
     return scene, render(scene, frames=frames, height=size, width=size)
 
 
 def _sample(settings: _Settings, split: str, index: int, scene: Scene) -> dict[str, Any]:
-    kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-    rng = np.random.default_rng([settings.seed, _SPLITS[split], index, 1])
-    asked, answer = question(scene, kind, rng)
+    task = task_of(index)
+    asked, answer = question(scene, task)
     return {
-        "id": f"{split}-{index:05d}-{kind}",
+        "id": f"{split}-{index:05d}-{task}",
         "video": f"{split}-{index:05d}.mp4",
         "conversations": [
             {"from": "human", "value": f"<video>\n{asked}"},
@@ -101,6 +109,7 @@ def _world_row(settings: _Settings, split: str, index: int, scene: Scene, clip: 
         "height": settings.size,
         "width": settings.size,
         "ground": scene.ground,
+        "camera": scene.camera,
         "objects": objects,
     }
 
@@ -155,7 +164,7 @@ def write_world(
     test_clips: int | None = None,
     seed: int = 0,
     frames: int = 17,
-    size: int = 64,
+    size: int = 32,
     fps: int = 8,
     progress: bool = True,
 ) -> ToyFolder:

@@ -414,7 +414,7 @@ def test_no_arguments_use_the_toy_world(
     assert evaluate.main([]) == 0
     scores = scores_of(tmp_path / "runs" / "eval")
     assert scores["count"] == 6
-    assert set(scores["tasks"]) == {"caption", "motion", "object", "still"}
+    assert set(scores["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
     answers = {r["id"]: r["answer"] for r in results_of(tmp_path / "runs" / "eval").values()}
     given = predict(tmp_path, answers)
     assert main(tmp_path / "right", predictions=given) == 0

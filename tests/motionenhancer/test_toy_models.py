@@ -39,7 +39,7 @@ def student(folders):
 
 
 def toy_video(frames=17):
-    return render(sample_scene(np.random.default_rng(0)), frames=frames).frames
+    return render(sample_scene(np.random.default_rng(0)), frames=frames, height=64, width=64).frames
 
 
 def digests(root):

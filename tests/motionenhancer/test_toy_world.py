@@ -13,12 +13,16 @@ import pytest
 from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
 from motionenhancer.toy.__main__ import main
 from motionenhancer.toy.encode import encode_video
-from motionenhancer.toy.language import QUESTION_KINDS, caption, corpus, phrase, question
+from motionenhancer.toy.language import caption, corpus, phrase, question, still_question
 from motionenhancer.toy.render import render
-from motionenhancer.toy.scene import MOTIONS, sample_scene
+from motionenhancer.toy.scene import COLOURS, SHAPES, TASKS, sample_scene
 from motionenhancer.toy.world import build_toy, draw_clip, write_world
 
-SCENES = [sample_scene(np.random.default_rng(seed)) for seed in range(60)]
+SCENES = {
+    task: [sample_scene(np.random.default_rng([seed, i]), task) for seed in range(40)]
+    for i, task in enumerate(TASKS)
+}
+EVERY = [scene for scenes in SCENES.values() for scene in scenes]
 
 
 def files(root):
@@ -32,52 +36,93 @@ def toy(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("toy") / "w", clips=6, test_clips=3, seed=5, progress=False)
 
 
-def test_scenes_hold_moving_and_still_objects_that_never_touch_or_leave():
-    for scene in SCENES:
-        assert 1 <= len(scene.movers) < len(scene.objects)
-        assert (
-            len({o.shape for o in scene.objects})
-            == len({o.colour for o in scene.objects})
-            == len(scene.objects)
-        )
-        clip = render(scene)
+def test_objects_never_touch_or_leave():
+    for scene in EVERY:
+        assert len({o.shape for o in scene.objects}) == len({o.colour for o in scene.objects}) == 3
+        assert not all(o.moving for o in scene.objects)
+        clip = render(scene, height=64, width=64)
         assert (clip.masks.sum(0) <= 1 + 1e-5).all()
         assert (clip.masks.sum((2, 3)) > 25).all()
-        edge = np.ones((64, 64), bool)
-        edge[1:-1, 1:-1] = False
-        assert clip.masks[:, :, edge].max() == 0
-    assert {o.motion for scene in SCENES for o in scene.objects} == set(MOTIONS)
+        for obj in scene.objects:
+            way = obj.path(17) + scene.shift(17)
+            foot = 0.03 if obj.motion == "hop" else 0.0
+            assert (way - obj.radius > -foot).all()
+            assert (way + obj.radius < 1 + foot).all()
 
 
 def centres(masks):
     y, x = np.mgrid[0 : masks.shape[1], 0 : masks.shape[2]]
     weight = masks.sum((1, 2))
-    return (masks * x).sum((1, 2)) / weight, (masks * y).sum((1, 2)) / weight, weight
+    return np.stack([(masks * x).sum((1, 2)) / weight, (masks * y).sum((1, 2)) / weight], 1)
+
+
+def heading(step):
+    """The direction of a way (x, y), or "still"."""
+    axis = int(abs(step[1]) > abs(step[0]))
+    if abs(step[axis]) < 1:
+        return "still"
+    assert abs(step[1 - axis]) < 1
+    return (("left", "right"), ("up", "down"))[axis][int(step[axis] > 0)]
 
 
 def test_what_is_said_is_what_is_drawn():
-    for scene in SCENES:
-        clip = render(scene)
-        for obj, masks in zip(scene.objects, clip.masks, strict=True):
-            x, y, area = centres(masks)
-            dx, dy, growth = x[-1] - x[0], y[-1] - y[0], area[-1] / area[0]
-            seen = {
-                "left": dx < -10 and abs(dy) < 1,
-                "right": dx > 10 and abs(dy) < 1,
-                "up": dy < -10 and abs(dx) < 1,
-                "down": dy > 10 and abs(dx) < 1,
-                "grow": growth > 2,
-                "shrink": growth < 0.5,
-                "turn": abs(growth - 1) < 0.1 and np.abs(masks - masks[0]).sum((1, 2)).max() > 8,
-                "still": bool((masks == masks[0]).all()),
-            }
-            assert seen[obj.motion], (obj, dx, dy, growth)
-            assert ("quickly" in phrase(obj)) == (max(abs(dx), abs(dy)) > 25)
-            assert f"{obj.name} {phrase(obj)}" in caption(scene).replace("The ", "the ")
+    for task, scenes in SCENES.items():
+        for scene in scenes:
+            clip = render(scene, height=64, width=64)
+            for obj, masks in zip(scene.objects, clip.masks, strict=True):
+                way = centres(masks)
+                if task == "CM":
+                    back = {"left": "right", "right": "left", "up": "down", "down": "up"}[
+                        heading(way[-1] - way[0])
+                    ]
+                    assert back == scene.camera
+                    continue
+                if (masks == masks[0]).all():
+                    seen = "stays still"
+                elif obj.motion == "hop":
+                    high = way[:, 1] < (way[:, 1].min() + way[:, 1].max()) / 2
+                    hops = int(high[0]) + int((high[1:] & ~high[:-1]).sum())
+                    seen = f"hops {('one time', 'two times', 'three times')[hops - 1]}"
+                elif obj.then:
+                    seen = f"moves {heading(way[8] - way[0])} then {heading(way[16] - way[8])}"
+                else:
+                    seen = f"moves {heading(way[-1] - way[0])}"
+                assert seen == phrase(obj)
+                assert f"{obj.name} {seen}" in caption(scene).replace("The ", "the ")
+
+
+def test_the_middle_frame_tells_nothing_of_the_motion():
+    """The asked object's place at the middle has the same mean for every answer."""
+    for task in ("MR", "AO", "RC"):
+        places = {}
+        for seed in range(300):
+            scene = sample_scene(np.random.default_rng([7, seed]), task)
+            obj = scene.objects[0]
+            shown = centres(render(scene, frames=1).masks[:1, 0])[0]
+            np.testing.assert_allclose(shown, np.array(obj.middle) * 32 - 0.5, atol=1.0)
+            places.setdefault(phrase(obj), []).append(obj.middle)
+        assert len(places) == {"MR": 4, "AO": 8, "RC": 3}[task]
+        pooled = np.concatenate([np.array(p) for p in places.values()])
+        for name, found in places.items():
+            error = pooled.std(0) / np.sqrt(len(found))
+            assert (np.abs(np.mean(found, 0) - pooled.mean(0)) < 4.5 * error).all(), (task, name)
+
+
+def test_train_and_test_share_words_but_no_pair():
+    looks = {}
+    for split in ("train", "test"):
+        objects = [
+            o for seed in range(300) for o in sample_scene(np.random.default_rng(seed), split=split).objects
+        ]
+        assert {o.colour for o in objects} == set(COLOURS)
+        assert {o.shape for o in objects} == set(SHAPES)
+        looks[split] = {o.name for o in objects}
+    assert not looks["train"] & looks["test"]
+    assert len(looks["train"]) + len(looks["test"]) == len(COLOURS) * len(SHAPES)
 
 
 def test_boxes_hold_the_objects():
-    for scene in SCENES[:20]:
+    for scene in EVERY[::9]:
         clip = render(scene)
         for boxes, masks in zip(clip.boxes, clip.masks, strict=True):
             for (x0, y0, x1, y1), mask in zip(boxes.astype(int), masks, strict=True):
@@ -88,27 +133,48 @@ def test_boxes_hold_the_objects():
                     assert line.max() >= 0.5
 
 
-def test_questions_name_every_object_that_fits():
-    for seed, scene in enumerate(SCENES):
-        rng = np.random.default_rng(seed)
-        _, answer = question(scene, "still", rng)
-        assert [o.name in answer for o in scene.objects] == [not o.moving for o in scene.objects]
-        asked, answer = question(scene, "object", rng)
-        act = asked.removeprefix("Which object ").removesuffix("?")
-        assert [o.name in answer for o in scene.objects] == [phrase(o) == act for o in scene.objects]
-        asked, answer = question(scene, "motion", rng)
-        (obj,) = [o for o in scene.objects if o.name in asked]
-        assert answer == f"The {obj.name} {phrase(obj)}."
-        assert question(scene, "caption", rng)[1] == caption(scene)
-    with pytest.raises(ValueError, match="kind must be"):
-        question(SCENES[0], "sound", np.random.default_rng(0))
+def test_answers_are_true_of_one_object_only():
+    for task, scenes in SCENES.items():
+        for scene in scenes:
+            asked, answer = question(scene, task)
+            first = scene.objects[0]
+            if task == "CM":
+                assert answer == f"The camera moves {scene.camera}."
+            elif task == "LM":
+                assert [phrase(o) in asked for o in scene.objects] == [True, False, False]
+                side = answer.removesuffix(".").split()[-1]
+                axis = 0 if side in ("left", "right") else 1
+                place = first.middle[axis] - scene.objects[1].middle[axis]
+                assert (place > 0) == (side in ("right", "bottom"))
+            else:
+                assert answer == f"The {first.name} {phrase(first)}."
+                assert sum(phrase(o) == phrase(first) for o in scene.objects) == 1
+    with pytest.raises(ValueError, match="task must be"):
+        question(EVERY[0], "sound")
+    with pytest.raises(ValueError, match="task must be"):
+        sample_scene(np.random.default_rng(0), "sound")
+
+
+def test_still_questions_are_answered_by_one_frame():
+    for seed, scene in enumerate(EVERY):
+        asked, answer = still_question(scene, np.random.default_rng(seed))
+        if asked.startswith("Which colour"):
+            (obj,) = [o for o in scene.objects if o.shape in asked]
+            assert answer == f"The {obj.shape} is {obj.colour}."
+        elif asked.startswith("Where"):
+            (obj,) = [o for o in scene.objects if o.name in asked]
+            x, y = obj.middle
+            assert ("right" in answer, "bottom" in answer) == (x > 0.5, y > 0.5)
+        else:
+            assert any(o.shape in answer for o in scene.objects)
 
 
 def test_corpus_holds_every_word():
     known = {word.strip(".,?").lower() for line in corpus() for word in line.split()}
-    for seed, scene in enumerate(SCENES):
-        for kind in QUESTION_KINDS:
-            said = " ".join(question(scene, kind, np.random.default_rng(seed)))
+    for task, scenes in SCENES.items():
+        for seed, scene in enumerate(scenes):
+            still = still_question(scene, np.random.default_rng(seed))
+            said = " ".join((*question(scene, task), *still, caption(scene)))
             assert {word.strip(".,?").lower() for word in said.split()} <= known
 
 
@@ -117,10 +183,10 @@ def test_files_are_real_and_readable(toy):
     train = list(read_samples(toy.train, toy.videos, log))
     test = list(read_samples(toy.test, toy.videos, log))
     assert (len(train), len(test), log.total, dict(log.notes)) == (6, 3, 0, {})
-    assert [sample.id.split("-")[2] for sample in train] == [QUESTION_KINDS[i % 4] for i in range(6)]
+    assert [sample.id.split("-")[2] for sample in train] == list(TASKS)
     for i, sample in enumerate(train):
         info = check_video(sample.videos[0])
-        assert (info.frames, info.height, info.width, info.fps) == (17, 64, 64, 8.0)
+        assert (info.frames, info.height, info.width, info.fps) == (17, 32, 32, 8.0)
         video = read_frames(sample.videos[0], num_frames=17)
         drawn = draw_clip(5, "train", i)[1].frames
         assert np.abs(video.frames.astype(int) - drawn).mean() < 4
@@ -276,7 +342,7 @@ def test_encoder_refuses(tmp_path, frames):
 
 @pytest.mark.parametrize("codec", [None, "mpeg4"])
 def test_encoder_keeps_rate_and_picture(tmp_path, codec):
-    frames = render(SCENES[0], frames=9, height=48, width=80).frames
+    frames = render(EVERY[0], frames=9, height=48, width=80).frames
     encode_video(tmp_path / "a.bin", frames, fps=29.97, codec=codec)
     video = read_frames(tmp_path / "a.bin")
     assert video.frames.shape == (9, 48, 80, 3)
