@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXPipeline
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-__all__ = ["make_student", "make_teacher", "save_student", "save_teacher"]
+__all__ = [
+    "make_student",
+    "make_teacher",
+    "save_student",
+    "save_teacher",
+]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""The arms of the toy study: what is compared with what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from motionenhancer.prior import PriorSettings
+
+__all__ = ["ARMS", "BOTH", "SWEEPS", "Arm", "Regime"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of fine-tuning.
+
+    Attributes:
+        name: in tables.
+        weight: λ; 0 is plain fine-tuning.
+        prior: "teacher", "masks" for where the objects truly are, "none".
+        mode, noise_level, steps, head_selection, token_selection, ratio: of the teacher's reading, as in
+            `PriorSettings`; ratio is that of heads and of words.
+        aligner, loss: of the alignment.
+        shown: "video"; or a control that hides motion: "shuffled" frames or the "middle" frame alone.
+    """
+
+    name: str
+    weight: float = 1.0
+    prior: str = "teacher"
+    mode: str = "renoise"
+    noise_level: int = 200
+    steps: int = 5
+    head_selection: str = "mhs"
+    token_selection: str = "mtti"
+    ratio: float = 0.5
+    aligner: str = "mlp"
+    loss: str = "l2"
+    shown: str = "video"
+
+    def settings(self) -> PriorSettings:
+        """How the teacher makes this arm's priors."""
+        return PriorSettings(
+            steps=self.steps,
+            mode=self.mode,
+            noise_level=self.noise_level,
+            head_ratio=self.ratio,
+            token_ratio=self.ratio,
+            head_selection=self.head_selection,
+            token_selection=self.token_selection,
+            sampled_rows="all",
+        )
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What all arms share: clips, steps of ``batch`` clips, peak learning rate, the seed of the clips."""
+
+    clips: int = 2400
+    test_clips: int = 600
+    steps: int = 600
+    batch: int = 16
+    learning_rate: float = 1e-3
+    world_seed: int = 0
+
+
+BOTH = Arm("both selections")
+ARMS: tuple[Arm, ...] = (
+    Arm("plain", weight=0.0, prior="none"),
+    Arm("no selection", head_selection="off", token_selection="off"),
+    Arm("MHS only", token_selection="off"),
+    Arm("MTTI only", head_selection="off"),
+    BOTH,
+    Arm("true masks", prior="masks"),
+    Arm("plain, shuffled", weight=0.0, prior="none", shown="shuffled"),
+    Arm("plain, middle frame", weight=0.0, prior="none", shown="middle"),
+)
+SWEEPS: dict[str, tuple[Arm, ...]] = {
+    "noise level": tuple(
+        replace(BOTH, name=f"level {level}", noise_level=level) for level in (20, 100, 400, 700)
+    ),
+    "steps": tuple(
+        replace(BOTH, name=f"inverted, {n} steps", mode="reconstruct", steps=n) for n in (2, 5, 10)
+    ),
+    "ratio": tuple(replace(BOTH, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75)),
+    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.3, 3.0, 10.0)),
+    "aligner": tuple(
+        replace(BOTH, name=f"aligner {a}", aligner=a) for a in ("identity", "pointwise", "conv")
+    ),
+}

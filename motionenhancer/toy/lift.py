@@ -1,0 +1,119 @@
+"""Where the toy teacher's words look: how much more of a word's attention lies on its object than area alone.
+
+``python -m motionenhancer.toy.lift --teacher DIR`` prints, for each noise level and word class, the *lift*:
+the share of a word's row on the object it speaks of, over that object's share of the picture. 1 is blind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mekernels import select_heads
+from motionenhancer.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.toy.language import question
+from motionenhancer.toy.masks import grid_mask, word_class
+from motionenhancer.toy.render import render
+from motionenhancer.toy.scene import TASKS, sample_scene
+from motionenhancer.vdm import load_teacher
+
+
+@dataclass
+class Lift:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, rows: torch.Tensor, mask: torch.Tensor) -> None:
+        value = (rows @ mask) / rows.sum(-1) / mask.mean()
+        self.total += float(value.sum())
+        self.count += len(value)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+
+def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0) -> dict[str, Any]:
+    """Lift by word class of chosen, other and all heads, and what token selection keeps of each class."""
+    lifts: dict[str, dict[str, Lift]] = defaultdict(lambda: defaultdict(Lift))
+    kept: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    tasks = [task for task in TASKS if task != "CM"]
+    chosen_heads = np.zeros(teacher.heads)
+    for index in range(clips):
+        task = tasks[index % len(tasks)]
+        scene = sample_scene(np.random.default_rng([303, seed, index]), task, split="train")
+        clip = render(scene)
+        text = " ".join(question(scene, task))
+        reading = read_attention(teacher, clip.frames, text, settings)
+        prior = select_prior(reading, settings)
+        chosen = select_heads(reading.pool.scores(), settings.head_ratio)
+        others = torch.tensor([h for h in range(teacher.heads) if h not in chosen.tolist()])
+        chosen_heads[chosen.numpy()] += 1
+        mask = torch.from_numpy(grid_mask(clip.masks[0], prior.grid).reshape(-1)).float()
+        maps = {
+            "chosen": reading.pool.text_attention(chosen),
+            "others": reading.pool.text_attention(others),
+            "all": reading.pool.text_attention(torch.arange(teacher.heads)),
+        }
+        each = [reading.pool.text_attention(torch.tensor([h])) for h in range(teacher.heads)]
+        for i, span in enumerate(prior.all_spans):
+            word = text[slice(*span)]
+            name = word_class(word)
+            kept[name][0] += i in prior.kept
+            kept[name][1] += 1
+            for group, rows in maps.items():
+                lifts[name][group].add(rows[i : i + 1].float(), mask)
+            for h, rows in enumerate(each):
+                lifts[name][f"head{h}"].add(rows[i : i + 1].float(), mask)
+    return {
+        "lift": {n: {g: round(v.mean, 3) for g, v in groups.items()} for n, groups in lifts.items()},
+        "kept": {n: round(k / max(1, t), 3) for n, (k, t) in kept.items()},
+        "words": {n: t for n, (_, t) in kept.items()},
+        "chosen": (chosen_heads / clips).round(2).tolist(),
+    }
+
+
+def lines(name: str, found: dict[str, Any]) -> str:
+    """A table of one reading: a row a word class."""
+    rows = [f"{name}: share of clips that choose each head {found['chosen']}"]
+    for kind, row in found["lift"].items():
+        heads = " ".join(f"{row[f'head{h}']:.2f}" for h in range(len(found["chosen"])))
+        groups = "  ".join(f"{group} {row[group]:.2f}" for group in ("chosen", "others", "all"))
+        rows.append(f"  {kind:12s} {groups}  each head {heads}  kept {found['kept'][kind]:.0%}")
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.lift", description=__doc__)
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, help="a CogVideoX folder made for 32 x 32 pixels")
+    add("--levels", type=int, nargs="*", default=[20, 100, 200, 300, 450, 600, 800], help="(%(default)s)")
+    add("--clips", type=int, default=60, help="(%(default)s)")
+    add("--full", action="store_true", help="also the paper's inversion and reconstruction in 5 steps")
+    add("--output", type=Path, default=None, help="a json file for all figures")
+    args = parser.parse_args(argv)
+    teacher = load_teacher(args.teacher, dtype=torch.float32)
+    ways = {
+        f"level {n}": PriorSettings(mode="renoise", noise_level=n, sampled_rows="all") for n in args.levels
+    }
+    if args.full:
+        ways["full"] = PriorSettings(sampled_rows="all")
+    found = {}
+    for name, settings in ways.items():
+        found[name] = measure(teacher, settings, args.clips)
+        print(lines(name, found[name]), flush=True)
+    if args.output is not None:
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Where the asked object of a toy clip truly is, on a teacher's grid: the best prior there could be."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+
+from motionenhancer.prior import MotionPrior, PriorSettings
+from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES
+
+__all__ = ["WORD_CLASSES", "grid_mask", "mask_prior", "word_class"]
+
+WORD_CLASSES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "verb": ("moves", "hops", "do", "move", "hop"),
+    "direction": tuple(DIRECTIONS),
+    "count": ("one", "two", "three", "time", "times"),
+    "object": ("object",),
+}
+"""Words that speak of the asked object, by kind; every other word is a function word."""
+
+
+def word_class(word: str) -> str:
+    """Name the class of a word or token: one of :data:`WORD_CLASSES`, "function" or "punctuation"."""
+    core = re.sub(r"[^a-z]", "", word.lower())
+    if not core:
+        return "punctuation"
+    return next((name for name, words in WORD_CLASSES.items() if core in words), "function")
+
+
+def grid_mask(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Average an object's (n, h, w) coverage over the cells of ``grid`` (F, H, W).
+
+    The first of F cells in time is the first frame alone, as the teacher's VAE has it; the others share the
+    rest evenly.
+    """
+    frames, rows, columns = grid
+    count, height, width = mask.shape
+    step, rest = divmod(count - 1, max(1, frames - 1))
+    if rest or height % rows or width % columns or frames < 2:
+        raise ValueError(f"mask {mask.shape} does not divide into grid {grid}")
+    groups = [mask[:1], *(mask[1 + i * step : 1 + (i + 1) * step] for i in range(frames - 1))]
+    each = np.stack([group.mean(0) for group in groups])
+    return each.reshape(frames, rows, height // rows, columns, width // columns).mean((2, 4))
+
+
+def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior:
+    """Return the prior whose every content word of ``text`` looks at ``mask`` (n, h, w) and nowhere else.
+
+    Raises
+    ------
+    ValueError: no content word in the text; sizes that do not divide.
+    """
+    spans = [m.span() for m in re.finditer(r"\w+", text) if word_class(m.group()) != "function"]
+    if not spans:
+        raise ValueError(f"text {text!r} has no word that speaks of an object")
+    row = torch.from_numpy(grid_mask(mask, grid).reshape(-1))
+    tokens = [text[slice(*span)] for span in spans]
+    return MotionPrior(
+        attention=row.expand(len(spans), -1).half(),
+        tokens=tokens,
+        spans=spans,
+        prompt=text,
+        grid=grid,
+        heads=[],
+        head_scores={},
+        all_tokens=tokens,
+        all_spans=spans,
+        token_scores=[1.0] * len(spans),
+        kept=list(range(len(spans))),
+        confidence={"concentration": 1.0, "variation": 1.0, "confidence": 1.0},
+        teacher="true masks",
+        settings=PriorSettings(),
+        frames_given=len(mask),
+        frames_used=len(mask),
+    )

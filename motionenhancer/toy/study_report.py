@@ -1,0 +1,133 @@
+"""Tables and plots of a toy study, from the files its runs left."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motionenhancer.toy.arms import ARMS, SWEEPS, Regime
+from motionenhancer.toy.scene import TASKS
+
+__all__ = ["interval", "summarise", "write_report"]
+
+#: Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % interval (Student's t); infinite for one value.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)
+    (2.0, 2.484)
+    """
+    count = len(values)
+    if count < 1:
+        raise ValueError("values must hold at least one number")
+    if count == 1:
+        return float(values[0]), math.inf
+    quantile = _T.get(count - 1, 1.96 + 2.5 / (count - 1))
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+
+
+def _load(folder: Path, regime: Regime) -> dict[str, dict[int, dict[str, Any]]]:
+    """Arm's name → seed → what the run left."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["regime"] == asdict(regime):
+            found.setdefault(record["arm"]["name"], {})[record["seed"]] = record
+    return found
+
+
+def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
+    """Means and 95 % intervals of every arm, and of its gain over plain fine-tuning, seed by seed."""
+    found = _load(folder, regime)
+    plain = found.get("plain", {})
+    arms: dict[str, Any] = {}
+    for name, by_seed in found.items():
+        row: dict[str, Any] = {"arm": next(iter(by_seed.values()))["arm"], "seeds": sorted(by_seed)}
+        for measure in ("overall", "average"):
+            values = [by_seed[seed]["accuracy"][measure] for seed in sorted(by_seed)]
+            row[measure] = dict(zip(("mean", "half"), interval(values), strict=True), values=values)
+            shared = sorted(set(by_seed) & set(plain))
+            gains = [by_seed[s]["accuracy"][measure] - plain[s]["accuracy"][measure] for s in shared]
+            if gains and name != "plain":
+                row[f"{measure}_gain"] = dict(zip(("mean", "half"), interval(gains), strict=True))
+        row["tasks"] = {
+            task: float(np.mean([r["accuracy"]["tasks"][task] for r in by_seed.values()])) for task in TASKS
+        }
+        arms[name] = row
+    return {"regime": asdict(regime), "arms": arms}
+
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    def shown(entry: dict[str, Any] | None, sign: str = "") -> str:
+        if entry is None:
+            return ""
+        half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
+        return f"{entry['mean']:{sign}.1f}{half}"
+
+    cells = [name, str(len(row["seeds"])), shown(row["overall"]), shown(row.get("overall_gain"), "+")]
+    cells += [shown(row["average"]), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def tables(summary: dict[str, Any]) -> str:
+    """Markdown: the arms, then each sweep, in percent with 95 % intervals over the seeds."""
+    head = ["", "runs", "Overall", "gain over plain", "Average", *TASKS]
+    lines: list[str] = []
+    groups = {"Arms": [a.name for a in ARMS]} | {
+        f"Sweep: {sweep}": ["both selections", *(a.name for a in arms)] for sweep, arms in SWEEPS.items()
+    }
+    for title, names in groups.items():
+        rows = [_row(name, summary["arms"][name]) for name in names if name in summary["arms"]]
+        if rows and (title == "Arms" or len(rows) > 1):
+            lines += [
+                f"### {title}",
+                "",
+                "| " + " | ".join(head) + " |",
+                "| --- " * len(head) + "|",
+                *rows,
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def _plot(summary: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [a.name for a in ARMS if a.name in summary["arms"]]
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
+    for i, name in enumerate(names):
+        overall = summary["arms"][name]["overall"]
+        half = 0.0 if math.isinf(overall["half"]) else overall["half"]
+        axes.errorbar(overall["mean"], i, xerr=half, fmt="o", color="black", capsize=3)
+        axes.scatter(overall["values"], [i] * len(overall["values"]), s=10, alpha=0.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("Overall accuracy, %, mean and 95 % interval over seeds")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_report(folder: Path, regime: Regime) -> str:
+    """Write ``results.json`` and ``tables.md``, and ``plots.png`` where matplotlib is; returns the tables."""
+    summary = summarise(folder, regime)
+    (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    text = tables(summary)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    try:
+        _plot(summary, folder / "plots.png")
+    except ImportError:
+        text += "\nno plots.png: matplotlib is not installed\n"
+    return text

@@ -1,0 +1,188 @@
+"""The toy's study: what is run, what a killed study does again, and the figures that come of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from motionenhancer.data.video import Video
+from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
+from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
+from motionenhancer.toy.fine_tuning import fine_tune, make_priors, shown_frames
+from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
+from motionenhancer.toy.models import save_student, save_teacher
+from motionenhancer.toy.study import Run, main, planned, readings, unfinished
+from motionenhancer.toy.study_report import interval, summarise, tables
+from motionenhancer.toy.world import draw_clip, write_world
+from motionenhancer.vdm import load_teacher
+
+TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A study's folder with its world, a teacher and a student."""
+    root = tmp_path_factory.mktemp("study")
+    write_world(root / "study" / "world", clips=6, test_clips=6, progress=False)
+    teacher = save_teacher(root / "teacher", layers=1, heads=4, height=32, width=32)
+    return root / "study", teacher, save_student(root / "student", layers=1)
+
+
+def test_masks_lie_on_the_grid() -> None:
+    mask = np.zeros((17, 32, 32), np.float32)
+    mask[0, :8, :8] = 1
+    mask[1:5, 8:16, 24:] = 1
+    mask[5:7, 0:4, 0:8] = 1
+    cells = grid_mask(mask, (5, 4, 4))
+    assert cells[0, 0, 0] == cells[0].sum() == 1
+    assert cells[1, 1, 3] == cells[1].sum() == 1
+    assert cells[2, 0, 0] == cells[2].sum() == 0.25
+    assert cells[3:].sum() == 0
+    with pytest.raises(ValueError, match="does not divide"):
+        grid_mask(mask, (4, 4, 4))
+    prior = mask_prior("What does the red square do? The red square moves left.", mask, (5, 4, 4))
+    assert prior.tokens == ["red", "square", "do", "red", "square", "moves", "left"]
+    np.testing.assert_array_equal(
+        prior.attention.numpy(), np.tile(cells.reshape(1, -1), (7, 1)).astype(np.float16)
+    )
+    with pytest.raises(ValueError, match="no word that speaks of an object"):
+        mask_prior("How is the", mask, (5, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("▁red", "colour"),
+        ("Square", "shape"),
+        ("left.", "direction"),
+        ("?", "punctuation"),
+        ("the", "function"),
+    ],
+)
+def test_words_have_a_class(word: str, name: str) -> None:
+    assert word_class(word) == name
+
+
+def test_controls_hide_motion() -> None:
+    frames = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1).repeat(3, 3)
+    video = Video(frames, np.arange(12) / 8, 8.0, 1.5, 12, 12)
+    assert shown_frames(video, "video", 0) is video
+    assert set(shown_frames(video, "middle", 0).frames.reshape(-1)) == {6}
+    mixed = shown_frames(video, "shuffled", 0).frames[:, 0, 0, 0]
+    assert sorted(mixed) == list(range(12))
+    assert list(mixed) != list(range(12))
+    assert list(mixed) != list(shown_frames(video, "shuffled", 1).frames[:, 0, 0, 0])
+
+
+def test_one_reading_serves_every_selection(folders: tuple[Path, Path, Path]) -> None:
+    """What is selected of a reading is what a whole extraction with those settings gives."""
+    _, folder, _ = folders
+    teacher = load_teacher(folder, dtype=torch.float32)
+    clip = draw_clip(0, "train", 0)[1].frames
+    settings = PriorSettings(mode="renoise", sampled_rows="all")
+    reading = read_attention(teacher, clip, "the red square moves left", settings)
+    for heads in ("mhs", "off"):
+        for words in ("mtti", "off"):
+            options = {"head_selection": heads, "token_selection": words}
+            whole = extract_prior(
+                teacher, clip, "the red square moves left", mode="renoise", sampled_rows="all", **options
+            )
+            chosen = select_prior(reading, replace(settings, **options))
+            assert chosen == replace(whole, attention=chosen.attention)
+            assert torch.equal(chosen.attention, whole.attention)
+
+
+def test_arms_differ_in_one_thing() -> None:
+    names = [arm.name for arm in ARMS] + [arm.name for sweep in SWEEPS.values() for arm in sweep]
+    assert len(set(names)) == len(names)
+    for field, sweep in (
+        ("noise_level", "noise level"),
+        ("ratio", "ratio"),
+        ("weight", "weight"),
+        ("aligner", "aligner"),
+    ):
+        for arm in SWEEPS[sweep]:
+            changed = {k for k, v in asdict(arm).items() if v != asdict(BOTH)[k]}
+            assert changed == {"name", field}
+
+
+def test_runs_are_planned_seed_by_seed_and_never_repeated(tmp_path: Path) -> None:
+    runs = planned(TINY, 2, ["plain", "both selections"], ["ratio"], 1)
+    assert [run.name for run in runs] == [
+        "plain-0",
+        "both_selections-0",
+        "plain-1",
+        "both_selections-1",
+        "ratio_0.25-0",
+        "ratio_0.75-0",
+    ]
+    assert len(readings(runs)) == 3
+    (tmp_path / "runs").mkdir()
+    done = {"arm": asdict(runs[0].arm), "regime": asdict(TINY)}
+    (tmp_path / "runs" / "plain-0.json").write_text(json.dumps(done))
+    assert [run.name for run in unfinished(runs, tmp_path)] == [run.name for run in runs[1:]]
+    other = [Run(runs[0].arm, 0, replace(TINY, steps=3))]
+    with pytest.raises(ValueError, match="of another study"):
+        list(unfinished(other, tmp_path))
+
+
+def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) -> None:
+    root, teacher, student = folders
+    make_priors(BOTH.settings(), root, teacher)
+    first = fine_tune(BOTH, TINY, 0, root, teacher, student)
+    assert first == fine_tune(BOTH, TINY, 0, root, teacher, student)
+    assert first["words"]["aligned_samples"] == 6
+    assert first["words"]["mapped_words"] == first["words"]["words"] > 0
+    assert set(first["accuracy"]["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
+    masks = fine_tune(next(a for a in ARMS if a.prior == "masks"), TINY, 0, root, teacher, student)
+    assert masks["words"]["aligned_samples"] == 5  # a moving camera has no object
+
+
+def test_the_command_writes_results_and_goes_on(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, teacher, student = folders
+    flags = [
+        *("--output_dir", str(tmp_path), "--teacher", str(teacher), "--student", str(student)),
+        *("--clips", "6", "--test_clips", "6", "--steps", "2", "--batch", "3", "--processes", "1"),
+        *("--arms", "plain", "MTTI only", "--sweeps", "--seeds"),
+    ]
+    assert main([*flags, "1"]) == 0
+    kept = (tmp_path / "runs" / "plain-0.json").stat().st_mtime_ns
+    assert main([*flags, "2"]) == 0
+    assert (tmp_path / "runs" / "plain-0.json").stat().st_mtime_ns == kept
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert {name: row["seeds"] for name, row in arms.items()} == {"plain": [0, 1], "MTTI only": [0, 1]}
+    assert "| MTTI only | 2 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--arms", "magic"])
+
+
+def test_intervals_and_gains(tmp_path: Path) -> None:
+    assert interval([3.0]) == (3.0, float("inf"))
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert half == pytest.approx(2.776 * np.sqrt(2.5) / np.sqrt(5), rel=1e-3)
+    (tmp_path / "runs").mkdir()
+    for name, values in (("plain", (50.0, 60.0)), ("both selections", (54.0, 66.0))):
+        arm = next(a for a in ARMS if a.name == name)
+        for seed, value in enumerate(values):
+            tasks = dict.fromkeys(("MR", "LM", "CM", "MO", "AO", "RC"), value)
+            record = {
+                "arm": asdict(arm),
+                "seed": seed,
+                "regime": asdict(TINY),
+                "accuracy": {"overall": value, "average": value, "tasks": tasks},
+            }
+            (tmp_path / "runs" / f"{name}-{seed}.json").write_text(json.dumps(record))
+    found = summarise(tmp_path, TINY)
+    gain = found["arms"]["both selections"]["overall_gain"]
+    assert gain["mean"] == 5
+    assert gain["half"] == pytest.approx(12.706, rel=1e-3)
+    assert "| both selections | 2 | 60.0 ± 76.2 | +5.0 ± 12.7 |" in tables(found)
+    assert not summarise(tmp_path, replace(TINY, steps=9))["arms"]

@@ -1,0 +1,93 @@
+"""Training the toy's own models: ordinary folders, the same for the same seed, losses that fall."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from motionenhancer.prior import PriorSettings, extract_prior
+from motionenhancer.toy import lift, train_student, train_teacher
+from motionenhancer.toy.models import make_student
+from motionenhancer.toy.render import render
+from motionenhancer.vdm import load_teacher
+from motionenhancer.vlm import load_student
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def test_a_teacher_is_trained_from_its_seed(tmp_path: Path) -> None:
+    flags = ["--vae_steps", "2", "--clips", "12", "--steps", "12", "--batch", "4"]
+    for name in ("a", "b"):
+        assert train_teacher.main([*flags, "--output_dir", str(tmp_path / name)]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert not [name for name in contents(tmp_path / "a") if name.endswith((".bin", ".pt", ".pkl"))]
+    record = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert record["steps"] == 12
+    assert len(record["losses"]) == 1
+    teacher = load_teacher(tmp_path / "a", dtype=torch.float32)
+    scene, _ = train_teacher.draw(0, 5)
+    prior = extract_prior(teacher, render(scene).frames, "the red square moves left", mode="renoise")
+    assert prior.grid == (5, 4, 4)
+    found = lift.measure(teacher, PriorSettings(mode="renoise", sampled_rows="all"), 2)
+    assert {"colour", "shape", "verb", "direction"} <= set(found["lift"])
+    assert "verb" in lift.lines("one", found)
+    assert sum(found["chosen"]) == pytest.approx(teacher.heads / 2)
+
+
+def test_a_transformer_learns_to_denoise() -> None:
+    pipe = train_teacher.make_teacher(seed=0, **train_teacher.TEACHER)
+    latents = train_teacher.encode(pipe.vae, seed=0, clips=12, first=0)
+    latents = (latents.float() / latents.float().std()).half()
+    losses = list(
+        train_teacher.train_transformer(pipe, latents, seed=0, first=0, steps=60, batch=4, rate=2e-3)
+    )
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_texts_are_captions_questions_answers_and_nothing() -> None:
+    scene, task = train_teacher.draw(0, 3)
+    rng = np.random.default_rng(0)
+    drawn = [train_teacher.texts(scene, task, rng) for _ in range(200)]
+    assert 5 < drawn.count("") < 40
+    assert any("?" in text for text in drawn)
+    assert any(" and the " in text for text in drawn)
+    assert {name in text for text in drawn for name in (scene.objects[0].name,)} == {True, False}
+
+
+def test_a_student_is_trained_from_its_seed(tmp_path: Path) -> None:
+    flags = ["--pictures", "8", "--steps", "30", "--long_steps", "2", "--batch", "4"]
+    for name in ("a", "b"):
+        assert train_student.main([*flags, "--output_dir", str(tmp_path / name)]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    model, processor, _ = load_student(tmp_path / "a", dtype=torch.float32)
+    data = train_student.Stills(processor, 0, 8)
+    assert len(data.short) == 8
+    rng = np.random.default_rng(0)
+    for short, frames in ((True, 1), (False, train_student.FRAMES // 2)):
+        (one,) = data.draw(1, rng, short=short)
+        assert one.layout.videos[0].grid == (frames, 4, 4)
+    untrained, _ = make_student(seed=0)
+    batch = train_student.FAMILY.collate(
+        data.short, pad_token_id=processor.tokenizer.pad_token_id, padding_side="right"
+    )
+    batch.pop("layouts")
+    with torch.no_grad():
+        assert model.eval()(**batch).loss < 0.8 * untrained.eval()(**batch).loss
+
+
+def test_a_still_clip_says_nothing_of_motion() -> None:
+    """Question and picture are those of a clip, but every frame of it is the middle one."""
+    sample, picture = train_student.still_sample(0, 1)
+    assert picture.shape == (1, 32, 32, 3)
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["video", "text"]
+    asked = [train_student.still_sample(0, i)[0].messages[0]["content"][1]["text"] for i in range(200)]
+    moving = sum(text.startswith(("What does", "How", "In which", "Which object")) for text in asked)
+    assert 15 < moving < 75
