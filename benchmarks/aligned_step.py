@@ -25,8 +25,8 @@ from motionenhancer.extract import make_priors, plan_priors
 from motionenhancer.prior import PriorSettings
 from motionenhancer.store import PriorStore
 from motionenhancer.toy.world import build_toy
-from motionenhancer.train_arguments import TrainArguments
 from motionenhancer.trainer import MotionTrainer
+from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.vdm import load_teacher, teacher_id
 from motionenhancer.vlm import load_student
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from .online.text_cache import CachedTextTeacher, TextCache, encoder_id
 from .prior import PriorSettings
-from .text_cache import CachedTextTeacher, TextCache, encoder_id
 from .vdm import Teacher, load_teacher, teacher_dtype, teacher_id
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .data import Sample, prompt_text, read_frames
-from .planning import PriorRequest
+from .extraction.planning import PriorRequest
 from .prior import MotionPrior
 from .store import PriorStore
 from .vlm.base import Encoded, StudentFamily, TokenLayout

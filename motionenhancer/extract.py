@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import Sample, SkipLog, read_samples
-from .engines import Done, open_engine
-from .estimate import Estimate, check_settings, estimate
-from .job import Job
-from .making import MadePriors, make_priors
-from .planning import PriorRequest, digest_videos, plan_priors, share_requests, stream_requests
+from .extraction.engines import Done, open_engine
+from .extraction.estimate import Estimate, check_settings, estimate
+from .extraction.job import Job
+from .extraction.making import MadePriors, make_priors
+from .extraction.planning import PriorRequest, digest_videos, plan_priors, share_requests, stream_requests
+from .extraction.workload import Workload, tabulate
 from .prior import PriorSettings
 from .processes import from_main, join_processes
 from .report import versions
 from .toy.world import ToyFolder, build_toy
-from .workload import Workload, tabulate
 
 __all__ = [
     "MadePriors",

@@ -22,14 +22,15 @@ from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import SkipLog, content_digest
 from .dataset import MotionCollator, MotionDataset
 from .extract import default_toy, load_samples, use_toy_defaults
-from .online_arguments import OnlineArguments
+from .online.arguments import OnlineArguments
+from .online.ranks import letting_teachers_go, serve_priors, serving
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
-from .teacher_ranks import letting_teachers_go, serve_priors, serving
-from .train_arguments import StudentArguments, TrainArguments
-from .train_lora import add_lora, merged, plain_name
-from .train_plan import (
+from .trainer import MotionTrainer
+from .training.arguments import StudentArguments, TrainArguments
+from .training.lora import add_lora, merged, plain_name
+from .training.plan import (
     RunPlan,
     count_priors,
     engine_of,
@@ -38,8 +39,7 @@ from .train_plan import (
     teacher_grid,
     vision_rate,
 )
-from .train_priors import RunPriors, collect_priors, plan_memory
-from .trainer import MotionTrainer
+from .training.priors import RunPriors, collect_priors, plan_memory
 from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"

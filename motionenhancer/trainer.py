@@ -19,10 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .aligner import align
 from .confidence import gate_weight
 from .dataset import PendingAlignment
-from .online import OnlinePriors
-from .train_aligner import AlignerTraining
-from .train_logs import StepLog
-from .train_schedule import AlignmentSchedule
+from .online.priors import OnlinePriors
+from .training.aligner import AlignerTraining
+from .training.logs import StepLog
+from .training.schedule import AlignmentSchedule
 from .vlm.capture import capture_attention
 
 

@@ -25,8 +25,8 @@ from motionenhancer.toy.arms import Arm, Regime
 from motionenhancer.toy.masks import mask_prior
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import ToyFolder, draw_clip
-from motionenhancer.train_arguments import TrainArguments
 from motionenhancer.trainer import MotionTrainer
+from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import train_worker
 
-from motionenhancer.online import OnlinePriors
+from motionenhancer.online.priors import OnlinePriors
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.vdm import load_teacher
 

@@ -20,9 +20,9 @@ from tiny_world import World
 
 from motionenhancer import extract
 from motionenhancer.data import Sample, SkipLog, read_samples
-from motionenhancer.estimate import estimate, evaluations_a_prior, readable
-from motionenhancer.making import ahead, make_priors
-from motionenhancer.planning import PriorRequest, digest_videos, plan_priors, share_requests
+from motionenhancer.extraction.estimate import estimate, evaluations_a_prior, readable
+from motionenhancer.extraction.making import ahead, make_priors
+from motionenhancer.extraction.planning import PriorRequest, digest_videos, plan_priors, share_requests
 from motionenhancer.prior import PriorSettings
 from motionenhancer.store import PriorStore
 from motionenhancer.toy.models import save_teacher

@@ -14,13 +14,14 @@ import torch
 from tiny_world import World
 from train_support import flags, report_of, weights_of
 
-from motionenhancer import extract, teacher_thread, train
+from motionenhancer import extract, train
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
-from motionenhancer.online_start import request_priors
+from motionenhancer.online import thread as teacher_thread
+from motionenhancer.online.start import request_priors
+from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
-from motionenhancer.teacher_thread import TeacherThread
 from motionenhancer.toy.encode import encode_video
 
 #: Two epochs of the eight clips, so that every prior is asked for twice.

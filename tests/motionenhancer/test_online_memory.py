@@ -14,9 +14,9 @@ from train_support import flags
 
 from motionenhancer import train
 from motionenhancer.arguments import PriorArguments
+from motionenhancer.online.memory import BEFORE, measured_memory, teacher_memory
 from motionenhancer.pool import AttentionPool
 from motionenhancer.prior import PriorSettings
-from motionenhancer.teacher_memory import BEFORE, measured_memory, teacher_memory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from measure.memory import peak_bytes

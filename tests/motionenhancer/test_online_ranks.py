@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from tiny_world import World
 
-from motionenhancer import teacher_ranks
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, read_samples
-from motionenhancer.online_start import request_priors
-from motionenhancer.planning import PriorRequest, plan_priors
+from motionenhancer.extraction.planning import PriorRequest, plan_priors
+from motionenhancer.online import ranks as teacher_ranks
+from motionenhancer.online.ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
+from motionenhancer.online.start import request_priors
+from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
-from motionenhancer.teacher_ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
-from motionenhancer.teacher_thread import TeacherThread
 
 SETTINGS = PriorSettings(steps=1, step_weights=(1.0,))
 

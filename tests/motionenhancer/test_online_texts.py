@@ -13,8 +13,8 @@ import torch
 from transformers.integrations import deepspeed
 
 from motionenhancer.arguments import PriorArguments
+from motionenhancer.online.text_cache import CachedTextTeacher, TextCache, encoder_id
 from motionenhancer.prior import extract_prior
-from motionenhancer.text_cache import CachedTextTeacher, TextCache, encoder_id
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vdm.whole import whole_weights

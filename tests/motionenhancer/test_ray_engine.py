@@ -23,15 +23,15 @@ from tiny_world import World
 from motionenhancer import extract
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, read_samples
-from motionenhancer.job import Job, Result
-from motionenhancer.planning import stream_requests
+from motionenhancer.extraction.job import Job, Result
+from motionenhancer.extraction.planning import stream_requests
+from motionenhancer.extraction.workload import ITEM, Share, Workload, tabulate
 from motionenhancer.store import PriorStore
-from motionenhancer.workload import ITEM, Share, Workload, tabulate
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install motionenhancer[ray]")
 
-from motionenhancer import ray_engine  # noqa: E402
-from motionenhancer.ray_engine import PriorWorker, RayEngine, _Pieces, _Task  # noqa: E402
+from motionenhancer.extraction import ray_engine  # noqa: E402
+from motionenhancer.extraction.ray_engine import PriorWorker, RayEngine, _Pieces, _Task  # noqa: E402
 
 REPO = Path(__file__).parents[2]
 

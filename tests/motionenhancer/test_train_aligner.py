@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from motionenhancer.aligner import align, build_aligner, load_aligner, save_aligner
-from motionenhancer.train_aligner import AlignerTraining
+from motionenhancer.training.aligner import AlignerTraining
 
 SETTINGS = SimpleNamespace(learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
 

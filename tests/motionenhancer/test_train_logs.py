@@ -13,7 +13,7 @@ from tiny_world import World
 from train_support import flags, report_of, shared_priors, without_priors_of
 
 from motionenhancer import train
-from motionenhancer.train_logs import StepLog, Stopwatch
+from motionenhancer.training.logs import StepLog, Stopwatch
 
 NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
 

@@ -14,9 +14,9 @@ from train_support import Died, arguments, dying, flags, parts, report_of, share
 
 from motionenhancer import train
 from motionenhancer.aligner import build_aligner
-from motionenhancer.train_arguments import StudentArguments
-from motionenhancer.train_lora import add_lora, merged
 from motionenhancer.trainer import MotionTrainer
+from motionenhancer.training.arguments import StudentArguments
+from motionenhancer.training.lora import add_lora, merged
 from motionenhancer.vlm import load_student
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight")

@@ -11,10 +11,10 @@ from train_support import arguments, flags, parts, report_of, shared_priors
 from transformers import Trainer
 
 from motionenhancer import train
-from motionenhancer.train_arguments import StudentArguments
-from motionenhancer.train_memory import estimate_memory
-from motionenhancer.train_plan import outline_student, plan_run, plan_steps
 from motionenhancer.trainer import MotionTrainer
+from motionenhancer.training.arguments import StudentArguments
+from motionenhancer.training.memory import estimate_memory
+from motionenhancer.training.plan import outline_student, plan_run, plan_steps
 
 
 def test_a_dry_run_says_it_all_and_touches_nothing(

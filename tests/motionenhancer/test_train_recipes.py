@@ -13,9 +13,9 @@ from train_support import shared_priors
 from motionenhancer import train
 from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
 from motionenhancer.prior import PriorSettings
-from motionenhancer.train_arguments import StudentArguments, TrainArguments
-from motionenhancer.train_plan import vision_rate
-from motionenhancer.train_schedule import AlignmentSchedule
+from motionenhancer.training.arguments import StudentArguments, TrainArguments
+from motionenhancer.training.plan import vision_rate
+from motionenhancer.training.schedule import AlignmentSchedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = (StudentArguments, DataArguments, PriorArguments, TrainArguments)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from motionenhancer.train_schedule import AlignmentSchedule
+from motionenhancer.training.schedule import AlignmentSchedule
 
 
 def test_constant_is_the_papers() -> None:

@@ -14,12 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from motionenhancer import planning
 from motionenhancer.data import Sample, SkipLog, read_samples
-from motionenhancer.planning import PriorRequest, deal, plan_priors, share_requests, stream_requests
+from motionenhancer.extraction import planning
+from motionenhancer.extraction.planning import (
+    PriorRequest,
+    deal,
+    plan_priors,
+    share_requests,
+    stream_requests,
+)
+from motionenhancer.extraction.workload import ITEM, Workload, key_of, read_requests, tabulate
 from motionenhancer.prior import FORMAT, PriorSettings
 from motionenhancer.store import PriorStore, prior_key
-from motionenhancer.workload import ITEM, Workload, key_of, read_requests, tabulate
 
 SETTINGS = PriorSettings()
 

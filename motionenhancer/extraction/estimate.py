@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .prior import PriorSettings
-from .vdm import read_model_index
-from .vdm.plan import TeacherPlan, plan_teacher
-from .vdm.schedule import check_level, check_steps
+from ..prior import PriorSettings
+from ..vdm import read_model_index
+from ..vdm.plan import TeacherPlan, plan_teacher
+from ..vdm.schedule import check_level, check_steps
 
 
 @dataclass(frozen=True)

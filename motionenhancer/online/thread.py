@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .making import decode, stored
-from .planning import PriorRequest
-from .prior import MotionPrior, PriorSettings, extract_prior
-from .store import PriorStore
-from .vdm import Teacher
+from ..extraction.making import decode, stored
+from ..extraction.planning import PriorRequest
+from ..prior import MotionPrior, PriorSettings, extract_prior
+from ..store import PriorStore
+from ..vdm import Teacher
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .vdm import Teacher, TextEncoding, teacher_id
-from .vdm.base import VideoLatents
+from ..vdm import Teacher, TextEncoding, teacher_id
+from ..vdm.base import VideoLatents
 
 
 def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:

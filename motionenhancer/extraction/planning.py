@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Sample, SkipLog, prompt_text
-from .data.video import VideoError, content_digest
-from .prior import PriorSettings
-from .store import prior_keys
+from ..data import Sample, SkipLog, prompt_text
+from ..data.video import VideoError, content_digest
+from ..prior import PriorSettings
+from ..store import prior_keys
 
 NO_INPUT = "no prior: no text or no video file"
 

@@ -11,19 +11,19 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .agreement import average, compare_priors
-from .arguments import PriorArguments
-from .data import Sample, SkipLog
-from .data.video import VideoError
-from .making import decode, inversion_errors
-from .online_arguments import OnlineArguments
-from .planning import PriorRequest, plan_priors
-from .prior import PriorSettings
-from .store import PriorStore
-from .teacher_ranks import RemoteTeacher, current
-from .teacher_start import ready_teacher
-from .teacher_thread import PriorSource, ReadPrior, TeacherThread
-from .vdm import Teacher
+from ..agreement import average, compare_priors
+from ..arguments import PriorArguments
+from ..data import Sample, SkipLog
+from ..data.video import VideoError
+from ..extraction.making import decode, inversion_errors
+from ..extraction.planning import PriorRequest, plan_priors
+from ..prior import PriorSettings
+from ..store import PriorStore
+from ..vdm import Teacher
+from .arguments import OnlineArguments
+from .ranks import RemoteTeacher, current
+from .teacher import ready_teacher
+from .thread import PriorSource, ReadPrior, TeacherThread
 
 
 def request_priors(

@@ -22,9 +22,9 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
+from ..vdm import Teacher
 from .engines import Done, priors_bar, stored_bar
 from .job import Job, Looked, Result
-from .vdm import Teacher
 from .workload import Share, Workload
 
 #: Deaths that a clip may cause, alone on its worker, before it is left out.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .train_arguments import StudentArguments
-from .vlm.locate import text_model
+from ..vlm.locate import text_model
+from .arguments import StudentArguments
 
 #: What PEFT puts in front of a parameter's name.
 _PREFIX = "base_model.model."

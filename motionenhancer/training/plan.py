@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from .aligner import build_aligner
-from .arguments import PriorArguments
-from .data import Sample, SkipLog
-from .planning import plan_priors
-from .prior import PriorSettings
-from .store import PriorStore
-from .train_arguments import StudentArguments, TrainArguments
-from .train_lora import plain_name
-from .train_memory import Memory, estimate_memory, parameter_count
-from .vdm.plan import plan_teacher
-from .vlm import StudentFamily, student_family
+from ..aligner import build_aligner
+from ..arguments import PriorArguments
+from ..data import Sample, SkipLog
+from ..extraction.planning import plan_priors
+from ..prior import PriorSettings
+from ..store import PriorStore
+from ..vdm.plan import plan_teacher
+from ..vlm import StudentFamily, student_family
+from .arguments import StudentArguments, TrainArguments
+from .lora import plain_name
+from .memory import Memory, estimate_memory, parameter_count
 
 
 @dataclass(frozen=True)

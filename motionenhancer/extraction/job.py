@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arguments import PriorArguments
-from .data.readers import sample_at
+from ..arguments import PriorArguments
+from ..data.readers import sample_at
+from ..prior import MotionPrior
+from ..store import DamagedPrior, PriorStore
+from ..vdm import Teacher
 from .making import ahead, make_each, stored, why_none
 from .planning import PriorRequest
-from .prior import MotionPrior
-from .store import DamagedPrior, PriorStore
-from .vdm import Teacher
 from .workload import Share, read_requests
 
 

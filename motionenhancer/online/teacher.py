@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .arguments import PriorArguments
-from .prior import PriorSettings
+from ..arguments import PriorArguments
+from ..prior import PriorSettings
+from ..vdm import Teacher
 from .text_cache import CachedTextTeacher
-from .vdm import Teacher
 
 
 def ready_teacher(

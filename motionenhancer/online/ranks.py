@@ -25,15 +25,15 @@ import torch.distributed as dist
 from accelerate import PartialState
 from safetensors.torch import load, save
 
-from .arguments import PriorArguments
-from .data import Sample
-from .making import stored
-from .planning import PriorRequest
-from .prior import MotionPrior, PriorSettings
-from .store import PriorStore, prior_from_text, text_of_prior
-from .teacher_start import ready_teacher
-from .teacher_thread import ReadPrior, TeacherThread
-from .vdm import Teacher
+from ..arguments import PriorArguments
+from ..data import Sample
+from ..extraction.making import stored
+from ..extraction.planning import PriorRequest
+from ..prior import MotionPrior, PriorSettings
+from ..store import PriorStore, prior_from_text, text_of_prior
+from ..vdm import Teacher
+from .teacher import ready_teacher
+from .thread import ReadPrior, TeacherThread
 
 _TIMEOUT = timedelta(minutes=30)
 _PENDING = 8

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .data import SkipLog
-from .dataset import Alignment, PendingAlignment
-from .planning import PriorRequest
-from .prior import MotionPrior
-from .teacher_thread import PriorSource, ReadPrior
+from ..data import SkipLog
+from ..dataset import Alignment, PendingAlignment
+from ..extraction.planning import PriorRequest
+from ..prior import MotionPrior
+from .thread import PriorSource, ReadPrior
 
 Batch = dict[str, Any]
 Answers = dict[tuple[Path, str], Future[ReadPrior]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .estimate import readable
+from ..extraction.estimate import readable
 
 #: Bytes of optimizer state a trained parameter; other optimizers are counted like AdamW.
 _STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_32bit": 4}

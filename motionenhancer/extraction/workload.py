@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .data import Sample, prompt_text
-from .data.readers import sample_at
+from ..data import Sample, prompt_text
+from ..data.readers import sample_at
+from ..store import PriorStore
 from .planning import PriorRequest, deal
-from .store import PriorStore
 
 #: A sample: its prior's key; line and first byte in the data file; its clip's size in KiB, rounded up; a hash
 #: of clip and text, to notice a data file that changes; whether the store held the prior.

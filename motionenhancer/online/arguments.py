@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .teacher_ranks import split_ranks
+from .ranks import split_ranks
 
 SOURCES = ("store", "online", "hybrid")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from .online_arguments import SOURCES
-from .teacher_ranks import serving
-from .train_schedule import SCHEDULES, AlignmentSchedule
+from ..online.arguments import SOURCES
+from ..online.ranks import serving
+from .schedule import SCHEDULES, AlignmentSchedule
 
 
 @dataclass

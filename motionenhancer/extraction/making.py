@@ -13,12 +13,12 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .data import SkipLog
-from .data.video import VideoError, read_frames
+from ..data import SkipLog
+from ..data.video import VideoError, read_frames
+from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from ..store import DamagedPrior, PriorStore
+from ..vdm import Teacher, roundtrip_error
 from .planning import PriorRequest
-from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
-from .store import DamagedPrior, PriorStore
-from .vdm import Teacher, roundtrip_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -14,21 +14,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .arguments import PriorArguments
-from .data import Sample, SkipLog
-from .extract import make_priors, plan_priors, share_requests
-from .online import OnlineCounts, OnlinePriors
-from .online_arguments import OnlineArguments
-from .online_start import measure_agreement, open_source, request_priors, say_agreement
-from .planning import PriorRequest
-from .prior import PriorSettings
-from .processes import from_main
-from .report import RunReport
-from .store import PriorStore
-from .teacher_memory import BEFORE, TeacherMemory, measured_memory, teacher_memory
-from .toy.world import ToyFolder
-from .train_arguments import StudentArguments
-from .vdm.plan import plan_teacher
+from ..arguments import PriorArguments
+from ..data import Sample, SkipLog
+from ..extract import make_priors, plan_priors, share_requests
+from ..extraction.planning import PriorRequest
+from ..online.arguments import OnlineArguments
+from ..online.memory import BEFORE, TeacherMemory, measured_memory, teacher_memory
+from ..online.priors import OnlineCounts, OnlinePriors
+from ..online.start import measure_agreement, open_source, request_priors, say_agreement
+from ..prior import PriorSettings
+from ..processes import from_main
+from ..report import RunReport
+from ..store import PriorStore
+from ..toy.world import ToyFolder
+from ..vdm.plan import plan_teacher
+from .arguments import StudentArguments
 
 
 @dataclass(frozen=True)

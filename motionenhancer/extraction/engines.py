@@ -13,8 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from ..processes import from_main
 from .job import Job, Looked, Result
-from .processes import from_main
 from .workload import Share, Workload
 
 #: Keys without a prior whose details are kept.
@@ -149,7 +149,7 @@ def open_engine(
     Args:
         name: "local" or "ray".
         state: of the processes.
-        address, workers, cpus: of the Ray cluster; see `motionenhancer.ray_engine`.
+        address, workers, cpus: of the Ray cluster; see `motionenhancer.extraction.ray_engine`.
 
     Raises:
         ValueError: Ray is not installed, its cluster is not there, or several processes were launched for it.

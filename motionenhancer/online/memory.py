@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .arguments import PriorArguments
-from .estimate import readable
-from .prior import PriorSettings
-from .vdm.plan import plan_teacher
+from ..arguments import PriorArguments
+from ..extraction.estimate import readable
+from ..prior import PriorSettings
+from ..vdm.plan import plan_teacher
 
 BEFORE = "before the first step"
 #: Video frames that a family's VAE encodes at a time.

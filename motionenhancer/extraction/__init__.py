@@ -1,0 +1,1 @@
+"""How priors are made for a whole data file: planned, shared among workers, made and stored."""

@@ -1,0 +1,1 @@
+"""The parts of a training run that `train.py` and `trainer.py` put together."""
