@@ -105,14 +105,15 @@ def test_the_recipes_in_the_repository_hold_known_fields() -> None:
 
     folder = Path(__file__).parents[2] / "configs"
     recipes = sorted(folder.glob("*.yaml"))
-    assert recipes
+    assert {"qwen2_5_vl", "internvl3"} <= {recipe.stem for recipe in recipes}
     for recipe in recipes:
         _, _, _, training = parse_arguments(
             (StudentArguments, DataArguments, PriorArguments, TrainArguments),
             ["--config", str(recipe), "--bf16", "false"],
             prog="test",
         )
-        assert training.learning_rate == 1e-5
+        if recipe.stem in ("qwen2_5_vl", "internvl3"):
+            assert training.learning_rate == 1e-5
 
 
 def test_weights_may_be_a_list_in_yaml(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ OPTIONS = {
 
 
 #: The processes align unequal numbers of samples.
-WITHOUT = ["train-00001-motion", "train-00003-still", "train-00006-object"]
+WITHOUT = ["train-00001-LM", "train-00003-MO", "train-00006-MR"]
 
 
 def run_flags(world: World, out: Path, **options: Any) -> list[str]:
