@@ -11,7 +11,9 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from .prior import FORMAT, MotionPrior, PriorSettings
 
 DEFAULT_DIR = "runs/priors"
 _SUFFIX, _DAMAGED = ".safetensors", ".damaged"
+#: Seconds after which a temporary file is taken for one of a run that died.
+_ABANDONED = 600
 
 
 class DamagedPrior(ValueError):
@@ -188,9 +192,14 @@ def _verify(store: PriorStore) -> int:
 def _prune(store: PriorStore) -> int:
     """Remove what no run will read: damaged files set aside and temporary files of runs that died."""
     freed = count = 0
-    for path in [*store.folder.glob(f"*/*{_DAMAGED}"), *store.folder.glob("*/.*.tmp")]:
-        freed, count = freed + path.stat().st_size, count + 1
-        path.unlink()
+    left = [*store.folder.glob("*/.*.tmp"), *store.folder.glob(".*.tmp")]
+    for path in [*store.folder.glob(f"*/*{_DAMAGED}"), *left]:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            # A younger one may belong to a run that is writing now.
+            if path not in left or time.time() - found.st_mtime > _ABANDONED:
+                path.unlink()
+                freed, count = freed + found.st_size, count + 1
     print(f"removed {count} files, {freed:,} bytes from {store.folder}")
     return 0
 

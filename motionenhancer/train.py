@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -172,10 +173,11 @@ def run(
             report.content["error"] = str(error) or type(error).__name__
             report.write("failed")
         raise
+    seen = gather_object([(trainer.counts, trainer.skipped)])
     if main_process:
-        for sample, reason in trainer.skipped.items():
+        for sample, reason in {k: v for _, skipped in seen for k, v in skipped.items()}.items():
             skips.add("unreadable while training", id=sample, detail=reason)
-        report.content["alignment"] = trainer.counts
+        report.content["alignment"] = {name: sum(c[name] for c, _ in seen) for name in trainer.counts}
         report.content["training"] = {"metrics": result.metrics, "log": trainer.state.log_history}
         report.content["skipped"] = skips.to_json()
         report.write("finished")
@@ -221,7 +223,8 @@ def _plan(
     training: TrainArguments,
 ) -> RunPlan:
     # A run counts its priors when it collects them, so that clips are read once.
-    counted = count_priors(dataset.samples, prior, settings) if student.aligned and student.dry_run else None
+    counts = student.aligned and student.dry_run and student.prior_source != "online"
+    counted = count_priors(dataset.samples, prior, settings) if counts else None
     try:
         tokens = len(dataset[0].encoded.input_ids)
     except ValueError:

@@ -226,7 +226,7 @@ class MotionTrainer(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
-        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
+        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
             ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
             raise FloatingPointError(
                 f"the gradient's norm is {float(norm)} at step {self.state.global_step}; samples {ids}"

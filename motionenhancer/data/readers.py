@@ -72,7 +72,7 @@ def read_samples(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     toy = write_world(folder, clips=2, progress=False)
     ...     [sample.id for sample in read_samples(toy.train, toy.videos)]
-    ['train-00000-caption', 'train-00001-motion']
+    ['train-00000-MR', 'train-00001-LM']
     """
     path = Path(path)
     if not path.is_file():

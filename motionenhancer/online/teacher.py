@@ -39,7 +39,8 @@ def ready_teacher(
         teacher = prior.load(device)
     else:
         wanted = [*texts, ""]
-        mine = [text for text in wanted if cache.read(text) is None][index::count]
+        # Shared out before looking: a process that looks later finds what another has written since.
+        mine = [text for text in wanted[index::count] if cache.read(text) is None]
         teacher = prior.load(device, text_encoder=bool(mine))
         assert isinstance(teacher, CachedTextTeacher)
         teacher.fill(mine)

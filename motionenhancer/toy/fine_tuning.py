@@ -31,7 +31,7 @@ from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
 
-__all__ = ["accuracy", "fine_tune", "shown_frames"]
+__all__ = ["accuracy", "fine_tune", "make_priors", "models", "shown_clip"]
 
 FRAMES = 12
 """Frames of a clip that the student sees, evenly."""
@@ -64,17 +64,20 @@ def _widened(encoded: Encoded) -> Encoded:
     return replace(encoded, vision_inputs=inputs)
 
 
-def shown_frames(video: Video, shown: str, index: int) -> Video:
+def shown_clip(path: Path, shown: str, index: int) -> Video:
     """What a student is shown of a clip: "video", its frames "shuffled", or its "middle" frame repeated."""
-    count = len(video.frames)
-    if shown == "video":
-        return video
-    order = (
-        np.random.default_rng([404, index]).permutation(count)
-        if shown == "shuffled"
-        else [count // 2] * count
-    )
-    return replace(video, frames=video.frames[order])
+    video = read_frames(path, num_frames=FRAMES)
+    if shown == "shuffled":
+        return replace(video, frames=video.frames[np.random.default_rng([404, index]).permutation(FRAMES)])
+    if shown == "middle":
+        whole = read_frames(path).frames
+        return replace(video, frames=whole[[len(whole) // 2] * FRAMES])
+    return video
+
+
+def models(teacher: Path, student: Path) -> dict[str, str]:
+    """Which models a result is of: the teacher's id and a digest of the student's weights."""
+    return {"teacher": teacher_name(teacher), "student": content_digest(student / "model.safetensors")}
 
 
 def _samples(path: Path, videos: Path) -> list[Sample]:
@@ -91,7 +94,7 @@ def _encoded(world: Path, student: Path, shown: str) -> list[tuple[Sample, Encod
     _, processor, family = load_student(student, dtype=torch.float32)
     folder, made = ToyFolder(world), []
     for i, sample in enumerate(_samples(folder.train, folder.videos)):
-        video = shown_frames(read_frames(sample.videos[0], num_frames=FRAMES), shown, i)
+        video = shown_clip(sample.videos[0], shown, i)
         made.append((sample, _narrowed(family.encode(processor, sample, [video]))))
     return made
 
@@ -105,10 +108,7 @@ def accuracy(model: Any, processor: Any, family: Any, world: Path, *, shown: str
     for start in range(0, len(samples), 100):
         part = samples[start : start + 100]
         asked = [s.messages[0]["content"][-1]["text"] for s in part]
-        videos = [
-            shown_frames(read_frames(s.videos[0], num_frames=FRAMES), shown, start + i)
-            for i, s in enumerate(part)
-        ]
+        videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
         requests = [
             encode_request(family, processor, s.id, text, video)
             for s, text, video in zip(part, asked, videos, strict=True)

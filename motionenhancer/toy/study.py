@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from motionenhancer.prior import PriorSettings
 from motionenhancer.toy.arms import ARMS, SWEEPS, Arm, Regime
+from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.study_report import write_report
 from motionenhancer.toy.world import write_world
 
@@ -51,11 +52,12 @@ def planned(
 
 def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     """Run in a worker process; the result's file appears whole or not at all."""
-    from motionenhancer.toy.fine_tuning import fine_tune
+    from motionenhancer.toy.fine_tuning import fine_tune, models
 
     began = time.process_time()
     outcome = fine_tune(run.arm, run.regime, run.seed, folder, teacher, student)
-    record = {"arm": asdict(run.arm), "seed": run.seed, "regime": asdict(run.regime), **outcome}
+    record = {"arm": asdict(run.arm), "seed": run.seed, "regime": asdict(run.regime)}
+    record |= {"models": models(teacher, student), **outcome}
     record["cpu_seconds"] = round(time.process_time() - began, 1)
     path = folder / "runs" / f"{run.name}.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -78,12 +80,12 @@ def readings(runs: Sequence[Run]) -> list[PriorSettings]:
     return list(dict.fromkeys(arm.settings() for arm in sorted(found, key=lambda arm: arm.name)))
 
 
-def unfinished(runs: Sequence[Run], folder: Path) -> Iterator[Run]:
+def unfinished(runs: Sequence[Run], folder: Path, models: dict[str, str]) -> Iterator[Run]:
     """The runs without a result.
 
     Raises
     ------
-    ValueError: a result of the same name is of another arm or regime.
+    ValueError: a result of the same name is of another arm or regime, or of other models.
     """
     for run in runs:
         path = folder / "runs" / f"{run.name}.json"
@@ -91,7 +93,8 @@ def unfinished(runs: Sequence[Run], folder: Path) -> Iterator[Run]:
             yield run
             continue
         held = json.loads(path.read_text(encoding="utf-8"))
-        if held["regime"] != asdict(run.regime) or held["arm"] != asdict(run.arm):
+        wanted = {"regime": asdict(run.regime), "arm": asdict(run.arm), "models": models}
+        if any(held.get(name) != value for name, value in wanted.items()):
             raise ValueError(f"{path} is of another study; name another --output_dir or remove it")
 
 
@@ -122,10 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = planned(regime, args.seeds, args.arms, args.sweeps, args.sweep_seeds)
     runs = [Run(r.arm, r.seed + args.first_seed, r.regime) for r in runs]
 
+    if args.test_clips < len(TASKS):
+        parser.error(f"--test_clips must be at least {len(TASKS)}, one a task, got {args.test_clips}")
+    from motionenhancer.toy.fine_tuning import models
+
     teacher, student = args.teacher, args.student
     try:
         (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
-        left = list(unfinished(runs, args.output_dir))
+        left = list(unfinished(runs, args.output_dir, models(teacher, student)))
         write_world(
             args.output_dir / "world", clips=args.clips, test_clips=args.test_clips, seed=args.world_seed
         )

@@ -16,8 +16,24 @@ from motionenhancer.toy.scene import TASKS
 
 __all__ = ["interval", "summarise", "write_report"]
 
-#: Two-sided 95 % quantiles of Student's t, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+#: Two-sided 95 % quantiles of Student's t, from one degree of freedom on.
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -32,7 +48,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         raise ValueError("values must hold at least one number")
     if count == 1:
         return float(values[0]), math.inf
-    quantile = _T.get(count - 1, 1.96 + 2.5 / (count - 1))
+    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96 + 2.6 / (count - 1)
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 

@@ -180,6 +180,10 @@ class TrainArguments(TrainingArguments):
             # Each process would train alone otherwise.
             self.use_cpu = True
         super().__post_init__()
+        if self.n_gpu > 1:
+            # One process would split each batch over model copies, out of the capture's reach.
+            print("one process trains on one GPU; start torchrun or accelerate launch to use all of them")
+            self._n_gpu = 1
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
         # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing; the old names

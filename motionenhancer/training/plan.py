@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -191,11 +192,8 @@ def _parts(count: int, size: int, whole: bool) -> int:
 
 def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: PriorSettings) -> dict[str, int]:
     """How many priors the store holds and lacks for these samples; clips are read, no model is loaded."""
-    state_device = "cuda" if torch.cuda.is_available() else "cpu"
-    store = PriorStore(Path(prior.prior_dir))
-    requests = plan_priors(
-        samples, prior.teacher_id(state_device), settings, prior.prompt_source, SkipLog(shout=0)
-    )
+    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(PartialState().device)
+    requests = plan_priors(samples, name, settings, prior.prompt_source, SkipLog(shout=0))
     keys = {request.key for request in requests}
     stored = sum(key in store for key in keys)
     return {"stored": stored, "missing": len(keys) - stored}

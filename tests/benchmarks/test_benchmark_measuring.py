@@ -26,7 +26,7 @@ from importlib.machinery import PathFinder
 found = PathFinder.find_spec
 
 def find_spec(name, path=None, target=None):
-    return None if name.split(".")[0] in {"av", "diffusers"} else found(name, path, target)
+    return None if str(name).split(".")[0] in {"av", "diffusers"} else found(name, path, target)
 
 PathFinder.find_spec = find_spec
 """

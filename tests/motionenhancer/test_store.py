@@ -154,10 +154,14 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
     assert "1 good, 1 damaged" in capsys.readouterr().out
     assert other not in store
-    (tmp_path / "ab" / ".left.123.tmp").write_bytes(b"half")
+    left, writing = tmp_path / "ab" / ".left.123.tmp", tmp_path / "ab" / ".writing.124.tmp"
+    for temporary in (left, writing, tmp_path / ".job.json.125.tmp"):
+        temporary.write_bytes(b"half")
+        if temporary != writing:
+            os.utime(temporary, (0, 0))
     assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
-    assert "removed 2 files" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [f"{KEY}.safetensors"]
+    assert "removed 3 files" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {f"{KEY}.safetensors", writing.name}
     assert cli.main(["list", "--prior_dir", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from motionenhancer.data.video import Video
+from motionenhancer.data import read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
-from motionenhancer.toy.fine_tuning import fine_tune, make_priors, shown_frames
+from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, shown_clip
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.study import Run, main, planned, readings, unfinished
@@ -68,15 +68,24 @@ def test_words_have_a_class(word: str, name: str) -> None:
     assert word_class(word) == name
 
 
-def test_controls_hide_motion() -> None:
-    frames = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1).repeat(3, 3)
-    video = Video(frames, np.arange(12) / 8, 8.0, 1.5, 12, 12)
-    assert shown_frames(video, "video", 0) is video
-    assert set(shown_frames(video, "middle", 0).frames.reshape(-1)) == {6}
-    mixed = shown_frames(video, "shuffled", 0).frames[:, 0, 0, 0]
-    assert sorted(mixed) == list(range(12))
-    assert list(mixed) != list(range(12))
-    assert list(mixed) != list(shown_frames(video, "shuffled", 1).frames[:, 0, 0, 0])
+def test_controls_hide_motion(folders: tuple[Path, Path, Path]) -> None:
+    path = folders[0] / "world" / "videos" / "train-00000.mp4"
+    whole, video = read_frames(path).frames, shown_clip(path, "video", 0)
+    assert len(whole) == 17
+    middle = shown_clip(path, "middle", 0)
+    assert (middle.frames == whole[8]).all()
+    assert middle.frames.shape == video.frames.shape
+    mixed = shown_clip(path, "shuffled", 0).frames
+    assert sorted(f.tobytes() for f in mixed) == sorted(f.tobytes() for f in video.frames)
+    assert (mixed != video.frames).any()
+    assert (mixed != shown_clip(path, "shuffled", 1).frames).any()
+
+
+def test_a_result_names_its_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, teacher, student = folders
+    found = models(teacher, student)
+    assert found == models(teacher, student)
+    assert found["student"] != models(teacher, save_student(tmp_path / "other", layers=1, seed=1))["student"]
 
 
 def test_one_reading_serves_every_selection(folders: tuple[Path, Path, Path]) -> None:
@@ -123,12 +132,15 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(tmp_path: Path) -> Non
     ]
     assert len(readings(runs)) == 3
     (tmp_path / "runs").mkdir()
-    done = {"arm": asdict(runs[0].arm), "regime": asdict(TINY)}
+    mine = {"teacher": "t", "student": "s"}
+    done = {"arm": asdict(runs[0].arm), "regime": asdict(TINY), "models": mine}
     (tmp_path / "runs" / "plain-0.json").write_text(json.dumps(done))
-    assert [run.name for run in unfinished(runs, tmp_path)] == [run.name for run in runs[1:]]
+    assert [run.name for run in unfinished(runs, tmp_path, mine)] == [run.name for run in runs[1:]]
     other = [Run(runs[0].arm, 0, replace(TINY, steps=3))]
     with pytest.raises(ValueError, match="of another study"):
-        list(unfinished(other, tmp_path))
+        list(unfinished(other, tmp_path, mine))
+    with pytest.raises(ValueError, match="of another study"):
+        list(unfinished(runs, tmp_path, {**mine, "teacher": "another"}))
 
 
 def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) -> None:
