@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -262,7 +263,11 @@ def _serve(ranks: TeacherRanks, client: dist.Store, setup: dict[str, Any]) -> in
             prior, settings, device, setup["texts"], index=ranks.index, count=ranks.teachers, wait=encoded
         )
     except Exception as error:
-        client.set(f"ready/{ranks.index}", f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        # Said here too: the launcher may end the training ranks before they have read it.
+        print(f"error: teacher rank {ranks.index}: {reason}", file=sys.stderr, flush=True)
+        client.set(f"ready/{ranks.index}", reason)
+        client.set(f"encoded/{ranks.index}", "")
         return 2
     client.set(f"ready/{ranks.index}", "")
     for ticket, job, answer in _jobs(ranks, teacher, settings, setup["decode_workers"]):
