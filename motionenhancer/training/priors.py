@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,6 +86,22 @@ class RunPriors(AbstractContextManager):
             self.online.close()
 
 
+def extract_command(prior: PriorArguments, identity: Mapping[str, Any]) -> str:
+    """The command that makes the priors a run wants, with every flag that is not its default.
+
+    Args:
+        prior: the run's.
+        identity: of its report; `data` and `video_root` are read.
+    """
+    chosen = {name: identity[name] for name in ("data", "video_root") if identity.get(name) is not None}
+    for one in fields(prior):
+        value = getattr(prior, one.name)
+        if value != one.default and value is not None:
+            chosen[one.name] = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    given = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "motionenhancer.extract", *given])
+
+
 def collect_priors(
     samples: list[Sample],
     student: StudentArguments,
@@ -135,8 +152,7 @@ def collect_priors(
     if student.prior_source == "store" and missing:
         raise ValueError(
             f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
-            "make them with "
-            f"python -m motionenhancer.extract --teacher {prior.teacher} ..., or use --prior_source hybrid"
+            f"make them with\n  {extract_command(prior, report.identity)}\nor use --prior_source hybrid"
         )
     if missing and not how.priors_first:
         return _while_training(samples, requests, store, student, prior, settings, skips, report, how)

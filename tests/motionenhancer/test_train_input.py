@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -260,3 +262,16 @@ def test_truncated_weights_of_the_student_are_one_clear_error(
     file.write_bytes(file.read_bytes()[:-1000])
     assert train.main(flags(world, tmp_path / "out", student=student)) == 2
     assert "no readable weights" in capsys.readouterr().err
+
+
+def test_the_command_that_makes_missing_priors_can_be_pasted(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"prior_dir": tmp_path / "the priors", "ddim_steps": 2, "memory": "false"}
+    run = [*world.flags(**options), "--output_dir", str(tmp_path / "out"), "--prior_source", "store"]
+    assert train.main(run) == 2
+    (command,) = re.findall(
+        r"^  (python -m motionenhancer\.extract .*)$", capsys.readouterr().err, re.MULTILINE
+    )
+    assert extract.main(shlex.split(command)[3:]) == 0
+    assert train.main([*run, "--max_steps", "1"]) == 0
