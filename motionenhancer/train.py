@@ -278,10 +278,10 @@ def _aligner(
 ) -> torch.nn.Module | None:
     if student.alignment_weight == 0 or not grids:
         return None
-    if len(grids) > 1 and student.aligner == "mlp":
+    if len(grids) > 1 and student.aligner != "identity":
         listed = ", ".join("×".join(map(str, grid)) for grid in sorted(grids))
         raise ValueError(
-            f"--aligner mlp needs priors of one grid, found {listed}; use pointwise, conv or identity"
+            f"--aligner {student.aligner} needs priors of one grid, found {listed}; use identity"
         )
     return build_aligner(student.aligner, sorted(grids)[0], seed=seed)
 
