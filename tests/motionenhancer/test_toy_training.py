@@ -91,3 +91,12 @@ def test_a_still_clip_says_nothing_of_motion() -> None:
     asked = [train_student.still_sample(0, i)[0].messages[0]["content"][1]["text"] for i in range(200)]
     moving = sum(text.startswith(("What does", "How", "In which", "Which object")) for text in asked)
     assert 15 < moving < 75
+
+
+def test_lift_is_one_for_a_blind_word_and_one_over_the_area_for_a_sharp_one() -> None:
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    blind, sharp, both = lift.Lift(), lift.Lift(), lift.Lift()
+    blind.add(torch.full((1, 8), 0.03), mask)
+    sharp.add(0.1 * mask[None], mask)
+    both.add(torch.stack([torch.full((8,), 0.03), 0.1 * mask]), mask)
+    assert [round(found.mean, 5) for found in (blind, sharp, both)] == [1.0, 4.0, 2.5]
