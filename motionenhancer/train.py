@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,11 +15,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .aligner import build_aligner, save_aligner
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import SkipLog, content_digest
+from .data import SkipLog
 from .dataset import MotionCollator, MotionDataset
 from .extract import default_toy, load_samples, use_toy_defaults
 from .online.arguments import OnlineArguments
@@ -30,6 +28,7 @@ from .report import RunReport
 from .store import PriorStore
 from .trainer import MotionTrainer
 from .training.arguments import StudentArguments, TrainArguments
+from .training.identity import checkpoint_to_resume, run_identity
 from .training.lora import add_lora, merged, plain_name
 from .training.plan import (
     RunPlan,
@@ -44,28 +43,6 @@ from .training.priors import RunPriors, collect_priors, plan_memory
 from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"
-#: Training arguments that change what is learnt.
-_RECIPE = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "bf16",
-    "fp16",
-)
-#: Flags of the student that change nothing of it.
-_NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
@@ -112,10 +89,11 @@ def run(
     if student.student is None:
         toy = toy or default_toy()
         student.student = str(toy.student)
-    report = RunReport(folder, identity=_identity(student, data, prior, settings, training))
+    report = RunReport(folder, identity=run_identity(student, data, prior, settings, training))
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
+    checkpoint = checkpoint_to_resume(training)
     skips = SkipLog()
     samples = load_samples(data, skips)
     if main_process:
@@ -165,7 +143,7 @@ def run(
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
-            result = trainer.train(resume_from_checkpoint=_checkpoint(training))
+            result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             _save(trainer, student)
     except BaseException as error:
@@ -284,47 +262,6 @@ def _aligner(
             f"--aligner {student.aligner} needs priors of one grid, found {listed}; use identity"
         )
     return build_aligner(student.aligner, sorted(grids)[0], seed=seed)
-
-
-def _identity(
-    student: StudentArguments,
-    data: DataArguments,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    training: TrainArguments,
-) -> dict[str, Any]:
-    """What makes this run this run: change any of it and the output folder belongs to another."""
-    return {
-        "student": student.student,
-        "teacher": prior.teacher,
-        "data": data.data,
-        "data_digest": content_digest(data.data or "") if Path(data.data or "").is_file() else None,
-        "video_root": data.video_root,
-        "limit": data.limit,
-        "prior": asdict(settings),
-        "prompt_source": prior.prompt_source,
-        "teacher_options": {k: str(v) for k, v in prior.identity(PartialState().device).items()},
-        **{k: v for k, v in asdict(student).items() if k not in _NOT_LEARNT},
-        **{k: v if isinstance(v := getattr(training, k), int | float | None) else str(v) for k in _RECIPE},
-    }
-
-
-def _checkpoint(training: TrainArguments) -> str | None:
-    """The newest whole checkpoint of this run, if it was cut short."""
-    if training.resume_from_checkpoint:
-        return training.resume_from_checkpoint
-    folders = Path(training.output_dir or "").glob("checkpoint-*")
-    numbered = {int(f.name[11:]): f for f in folders if f.is_dir() and f.name[11:].isdecimal()}
-    return next((str(numbered[n]) for n in sorted(numbered, reverse=True) if _is_whole(numbered[n])), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state last: without it, the run was killed while it saved."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 if __name__ == "__main__":

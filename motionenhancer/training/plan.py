@@ -182,8 +182,12 @@ def plan_steps(samples: int, training: TrainArguments) -> Steps:
     batches = _parts(batches, training.world_size, whole)
     an_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    return Steps(samples, batch, an_epoch, total)
+    return Steps(samples, global_batch(training), an_epoch, total)
+
+
+def global_batch(training: TrainArguments) -> int:
+    """Samples an optimizer step, over all processes and accumulated micro-batches."""
+    return training.train_batch_size * training.world_size * training.gradient_accumulation_steps
 
 
 def _parts(count: int, size: int, whole: bool) -> int:
@@ -191,12 +195,15 @@ def _parts(count: int, size: int, whole: bool) -> int:
 
 
 def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: PriorSettings) -> dict[str, int]:
-    """How many priors the store holds and lacks for these samples; clips are read, no model is loaded."""
+    """How many priors the store holds and how many are to be made; clips are read, no model is loaded.
+
+    Those that the store has on record as impossible are neither.
+    """
     store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(PartialState().device)
     requests = plan_priors(samples, name, settings, prior.prompt_source, SkipLog(shout=0))
     keys = {request.key for request in requests}
     stored = sum(key in store for key in keys)
-    return {"stored": stored, "missing": len(keys) - stored}
+    return {"stored": stored, "missing": sum(not store.settled(key) for key in keys)}
 
 
 def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:

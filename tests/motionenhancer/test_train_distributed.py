@@ -135,7 +135,7 @@ def killed_and_resumed(engine: str, flags: list[str]) -> list[dict[str, Any]]:
 
 
 def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path) -> None:
-    outs = {name: tmp_path / name for name in ("ddp", "fsdp2", "accumulated")}
+    outs = {name: tmp_path / name for name in ("ddp", "fsdp2", "accumulated", "moved")}
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     launch(
         tmp_path,
@@ -144,8 +144,12 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
             *killed_and_resumed("fsdp2", run_flags(world, outs["fsdp2"])),
             run("ddp", run_flags(world, outs["accumulated"], **options)),
             run("ddp", run_flags(world, tmp_path / "spoiled"), spoil_rank=1, code=2),
+            run("ddp", run_flags(world, outs["moved"]), die_after=3),
         ],
     )
+    # What two processes began, one goes on with: the same samples a step.
+    with without_priors_of(WITHOUT):
+        assert train.main(run_flags(world, outs["moved"], per_device_train_batch_size=4)) == 0
     for out in outs.values():
         equals(out, alone, world.student)
     sharded = outs["fsdp2"] / "checkpoint-4"

@@ -238,18 +238,19 @@ def test_no_prior_at_all_is_an_error_and_not_plain_training(
 def test_any_change_of_the_recipe_is_another_run(
     trained: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for change in (
-        {"weight_decay": 0.9},
-        {"gradient_accumulation_steps": 4},
-        {"lr_scheduler_type": "linear"},
+    for change, said in (
+        ({"weight_decay": 0.9}, "weight_decay: 0.1 there, 0.9 now"),
+        ({"gradient_accumulation_steps": 4}, "global_batch_size: 2 there, 8 now"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
     ):
         assert train.main(flags(world, trained, **{"max_steps": 1, **change})) == 2
-        assert next(iter(change)) in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_that_failed_before_training_leaves_its_folder_free(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert train.main(flags(world, out, ddim_steps=7)) == 2
+    assert train.main(flags(world, out, ddim_steps=2, prior_source="store")) == 2
+    assert report_of(out)["status"] == "failed"
     assert train.main(flags(world, out, ddim_steps=1)) == 0
 
 

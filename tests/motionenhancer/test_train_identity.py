@@ -1,0 +1,129 @@
+"""What makes a run another one, what does not, and from which checkpoints a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_world import World
+from train_support import flags
+
+from motionenhancer import train
+from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
+from motionenhancer.online.arguments import OnlineArguments
+from motionenhancer.training.arguments import StudentArguments, TrainArguments
+from motionenhancer.training.identity import checkpoint_format, checkpoint_to_resume, run_identity
+
+
+def identity(world: World, out: Path, **options: object) -> dict[str, Any]:
+    classes = (StudentArguments, DataArguments, PriorArguments, OnlineArguments, TrainArguments)
+    student, data, prior, _, training = parse_arguments(classes, flags(world, out, **options), prog="train")
+    return json.loads(json.dumps(run_identity(student, data, prior, prior.settings(), training)))
+
+
+def changed(world: World, out: Path, **options: object) -> set[str]:
+    one, other = identity(world, out), identity(world, out, **options)
+    return {name for name in {*one, *other} if one.get(name) != other.get(name)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr_scheduler_kwargs", '{"num_cycles": 2}'),
+        ("optim_args", "momentum=0.9"),
+        ("optim_target_modules", "all-linear"),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("max_grad_norm", 0.5),
+        ("average_tokens_across_devices", False),
+        ("auto_find_batch_size", True),
+        ("data_seed", 3),
+        ("adam_beta2", 0.95),
+    ],
+)
+def test_what_changes_the_result_makes_another_run(
+    world: World, tmp_path: Path, name: str, value: object
+) -> None:
+    assert changed(world, tmp_path, **{name: value}) == {name}
+
+
+def test_samples_in_another_order_make_another_run(world: World, tmp_path: Path) -> None:
+    assert changed(world, tmp_path, accelerator_config='{"use_seedable_sampler": false}') == {
+        "use_seedable_sampler"
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logging_steps": 7},
+        {"save_strategy": "steps", "save_steps": 3},
+        {"dataloader_num_workers": 2},
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "eager"},
+        {"prior_source": "online"},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_of_the_result_does_not(
+    world: World, tmp_path: Path, options: dict[str, object]
+) -> None:
+    assert changed(world, tmp_path, **options) == set()
+
+
+def test_only_the_global_batch_counts(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other hardware may go on with a run, as long as every step is made of the same samples."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert changed(world, tmp_path, **split) == set()
+    alone, dropping = identity(world, tmp_path), identity(world, tmp_path, dataloader_drop_last=True)
+    monkeypatch.setattr(TrainArguments, "world_size", property(lambda self: 2))
+    assert identity(world, tmp_path, per_device_train_batch_size=1) == alone
+    both = identity(world, tmp_path)
+    assert {k for k in alone if alone[k] != both[k]} == {"global_batch_size"}
+    assert (alone["global_batch_size"], both["global_batch_size"]) == (2, 4)
+    # Which incomplete batches are dropped depends on how large each process's are.
+    assert (
+        identity(world, tmp_path, per_device_train_batch_size=1, dataloader_drop_last=True)["world_size"]
+        != dropping["world_size"]
+    )
+
+
+def test_another_number_of_processes_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("motionenhancer.train.load_samples", lambda *_: pytest.fail("before any work"))
+        out.mkdir()
+        (out / "motion_report.json").write_text(
+            json.dumps({"status": "running", "identity": identity(world, out)})
+        )
+        patch.setattr(TrainArguments, "world_size", property(lambda self: 2))
+        assert train.main(flags(world, out)) == 2
+    assert "global_batch_size: 2 there, 4 now" in capsys.readouterr().err
+
+
+def test_sharded_checkpoints_belong_to_their_engine() -> None:
+    assert checkpoint_format("plain", 1) == checkpoint_format("DDP", 8) == "whole"
+    assert checkpoint_format("FSDP", 2) == checkpoint_format("FSDP", 8) != "whole"
+    assert len({checkpoint_format(*one) for one in (("ZeRO-2", 8), ("ZeRO-3", 8), ("ZeRO-2", 4))}) == 3
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
+    def training(**options: object) -> TrainArguments:
+        return TrainArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    assert checkpoint_to_resume(training()) is None
+    for number in (2, 10):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint-10: holds no optimizer's state.*--save_only_model"):
+        checkpoint_to_resume(training())
+    chosen = str(tmp_path / "checkpoint-2")
+    assert checkpoint_to_resume(training(resume_from_checkpoint=chosen)) == chosen
+    (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
+    assert checkpoint_to_resume(training()) == str(tmp_path / "checkpoint-10")
