@@ -25,13 +25,28 @@ from safetensors.torch import save
 from .prior import FORMAT, MotionPrior, PriorSettings
 
 DEFAULT_DIR = "runs/priors"
-_SUFFIX, _DAMAGED = ".safetensors", ".damaged"
+_SUFFIX, _DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
 #: Seconds after which a temporary file is taken for one of a run that died.
 _ABANDONED = 600
 
 
 class DamagedPrior(ValueError):
     """A stored file that is not what was written: truncated, altered or of another format."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a clip and text can give no prior: what a store keeps in the prior's place.
+
+    Attributes:
+        reason: a fixed phrase that such clips are counted under.
+        detail: what was wrong with this one.
+        unreadable: the clip itself cannot be read; otherwise it is of no use to the teacher alone.
+    """
+
+    reason: str
+    detail: str
+    unreadable: bool = False
 
 
 def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSettings) -> str:
@@ -69,6 +84,9 @@ class PriorStore:
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
 
+    def refusal_path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}{_REFUSED}"
+
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
 
@@ -80,24 +98,41 @@ class PriorStore:
                     yield entry.name[: -len(_SUFFIX)]
 
     def write(self, key: str, prior: MotionPrior) -> Path:
-        """Store a prior under `key`; an existing file is replaced in one step.
+        """Store a prior under `key`; an existing file is replaced in one step, a refusal forgotten.
 
         Half precision loses at most 2⁻¹¹ of an entry's size above 6.1e-5, and 3e-8 absolutely below it.
         """
-        target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
         attention = prior.attention.to(torch.float16).contiguous()
         text = text_of_prior(prior)
         # One entry only: safetensors writes several in an order that changes from process to process.
         metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
-        # Not the process id alone: machines that share the folder may have the same.
-        temporary = target.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_bytes(save({"attention": attention}, metadata))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target = _write_whole(self.path(key), key, save({"attention": attention}, metadata))
+        self.refusal_path(key).unlink(missing_ok=True)
         return target
+
+    def refuse(self, key: str, refusal: Refusal) -> Path:
+        """Put on record, as json, that there can be no prior of this key."""
+        text = json.dumps(asdict(refusal), indent=1, ensure_ascii=False) + "\n"
+        # Names of files may hold bytes that are no text.
+        return _write_whole(self.refusal_path(key), key, text.encode("utf-8", "backslashreplace"))
+
+    def refusal(self, key: str) -> Refusal | None:
+        """Why there can be no prior of a key; None where that is not on record, or not readably so."""
+        try:
+            return Refusal(**json.loads(self.refusal_path(key).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def settled(self, key: str) -> bool:
+        """Whether there is nothing to make: the prior is stored, or on record as one that cannot be."""
+        return key in self or self.refusal(key) is not None
+
+    def refusals(self) -> Iterator[tuple[str, Refusal]]:
+        """All keys that are on record as without a prior, and why."""
+        for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_REFUSED}"):
+            key = path.name[: -len(_REFUSED)]
+            if (found := self.refusal(key)) is not None:
+                yield key, found
 
     def read(self, key: str) -> MotionPrior:
         """Load and check a prior.
@@ -128,6 +163,19 @@ class PriorStore:
         aside = path.with_name(path.name + _DAMAGED)
         os.replace(path, aside)
         return aside
+
+
+def _write_whole(target: Path, key: str, body: bytes) -> Path:
+    """Write a file by rename: whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process id alone: machines that share the folder may have the same.
+    temporary = target.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(body)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
 
 
 def text_of_prior(prior: MotionPrior) -> str:
@@ -170,7 +218,10 @@ def _list(store: PriorStore) -> int:
         except DamagedPrior:
             about = "DAMAGED"
         print(f"{key[:16]}  {size:>9,} B  {about}")
-    print(f"{count} priors, {total:,} bytes in {store.folder}")
+    refused = list(store.refusals())
+    for key, refusal in refused:
+        print(f"{key[:16]}  {'none':>11}  {refusal.reason}: {refusal.detail}")
+    print(f"{count} priors, {total:,} bytes, {len(refused)} clips that can give none in {store.folder}")
     return 0
 
 

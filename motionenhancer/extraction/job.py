@@ -16,7 +16,7 @@ from ..data.readers import sample_at
 from ..prior import MotionPrior
 from ..store import DamagedPrior, PriorStore
 from ..vdm import Teacher
-from .making import ahead, make_each, stored, why_none
+from .making import ahead, make_each, refusal_of, stored
 from .planning import PriorRequest
 from .workload import Share, read_requests
 
@@ -94,7 +94,8 @@ class Job:
         measured = not self.prior.measure_roundtrip
         for index, one in zip(share.indices, each, strict=True):
             if not isinstance(one.result, MotionPrior):
-                yield Result(int(index), why_none(one.result), str(one.result))
+                why = refusal_of(one.result)
+                yield Result(int(index), why.reason, why.detail)
                 continue
             found = None if measured else one.roundtrip(teacher, settings.steps)
             measured = True

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,9 +14,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data import SkipLog
-from ..data.video import VideoError, read_frames
+from ..data.video import VideoError, content_digest, read_frames
 from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
-from ..store import DamagedPrior, PriorStore
+from ..store import DamagedPrior, PriorStore, Refusal
 from ..vdm import Teacher, roundtrip_error
 from .planning import PriorRequest
 
@@ -59,6 +59,8 @@ def make_priors(
 ) -> MadePriors:
     """Make and store every requested prior that the store does not hold; what it holds is checked.
 
+    What the store has on record as without a prior is not tried again, and counted like any other such clip.
+
     Args:
         requests: from `plan_priors`; under several processes, this process's share.
         store: read first, written as priors come.
@@ -99,6 +101,9 @@ def make_priors(
                     made.stored += 1
                     keep(request.key, found, False)
                     continue
+                if found is None and (refusal := store.refusal(request.key)) is not None:
+                    _refuse(by_key[request.key], on_record(refusal, store, request.key), skips, made)
+                    continue
                 missing.append(request)
                 if isinstance(found, DamagedPrior):
                     tqdm.write(
@@ -118,7 +123,7 @@ def make_priors(
                     if measure_roundtrip and made.roundtrip is None:
                         made.roundtrip = one.roundtrip(teacher, settings.steps)
                 else:
-                    _refuse(by_key[one.request.key], one.result, skips, made)
+                    _refuse(by_key[one.request.key], refusal_of(one.result), skips, made)
                 making.update()
     if describe:
         made.described = [
@@ -170,6 +175,8 @@ def make_each(
 ) -> Iterator[Attempt]:
     """Make and store one prior after another, in the order of `requests`, clips decoded ahead.
 
+    Where there can be none, that is put on record in the store; what is on record already is tried again.
+
     Args:
         requests: one a key; read only as far ahead as clips are decoded, so it may be any length.
         store: written before an attempt is given out.
@@ -184,16 +191,38 @@ def make_each(
                 frames = decoding.result()
                 prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
             except (VideoError, PriorError) as error:
+                put_on_record(store, request, refusal_of(error))
                 yield Attempt(request, error, frames)
             else:
                 store.write(request.key, prior)
                 yield Attempt(request, prior, frames)
 
 
-def why_none(error: VideoError | PriorError) -> str:
-    """The reason that a request without a prior is counted under."""
-    broken = isinstance(error, VideoError)
-    return "unreadable video" if broken else "no prior: the teacher cannot read it"
+class RefusedClip(ValueError):
+    """The store has on record that this clip and text can give no prior."""
+
+
+def refusal_of(error: VideoError | PriorError) -> Refusal:
+    """What to put on record of a request without a prior."""
+    if isinstance(error, VideoError):
+        return Refusal("unreadable video", str(error), unreadable=True)
+    return Refusal("no prior: the teacher cannot read it", str(error))
+
+
+def on_record(refusal: Refusal, store: PriorStore, key: str) -> Refusal:
+    """The same, its detail saying that it was not tried now, and where it stands."""
+    return replace(
+        refusal, detail=f"{refusal.detail} (on record, not tried again: {store.refusal_path(key)})"
+    )
+
+
+def put_on_record(store: PriorStore, request: PriorRequest, refusal: Refusal) -> None:
+    """Record why a clip and text give no prior, unless it is the file that is out of reach just now."""
+    # Without a record the clip is tried again, no more: a store that cannot be written stops nothing here.
+    with suppress(VideoError, OSError):
+        if refusal.unreadable:
+            content_digest(request.video)
+        store.refuse(request.key, refusal)
 
 
 def ahead(
@@ -225,6 +254,18 @@ def stored(store: PriorStore, key: str) -> MotionPrior | DamagedPrior | None:
         return error
 
 
+def stored_or_refused(store: PriorStore, key: str) -> MotionPrior | DamagedPrior | None:
+    """As `stored`.
+
+    Raises:
+        RefusedClip: it is on record that there can be none.
+    """
+    found = stored(store, key)
+    if found is None and (refusal := store.refusal(key)) is not None:
+        raise RefusedClip(on_record(refusal, store, key).detail)
+    return found
+
+
 def decode(request: PriorRequest, teacher: Teacher) -> np.ndarray:
     """The frames of a request's clip that the teacher reads, (n, h, w, 3) uint8.
 
@@ -234,13 +275,10 @@ def decode(request: PriorRequest, teacher: Teacher) -> np.ndarray:
     return read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
 
 
-def _refuse(
-    requests: Sequence[PriorRequest], error: VideoError | PriorError, skips: SkipLog, made: MadePriors
-) -> None:
-    broken = isinstance(error, VideoError)
+def _refuse(requests: Sequence[PriorRequest], refusal: Refusal, skips: SkipLog, made: MadePriors) -> None:
     for request in requests:
-        skips.add(why_none(error), id=request.sample.id, line=request.sample.line, detail=str(error))
-        if broken:
+        skips.add(refusal.reason, id=request.sample.id, line=request.sample.line, detail=refusal.detail)
+        if refusal.unreadable:
             made.unusable.add(request.sample.id)
 
 

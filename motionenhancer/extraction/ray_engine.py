@@ -22,10 +22,11 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
+from ..store import Refusal
 from ..vdm import Teacher
 from .engines import Done, priors_bar, stored_bar
 from .job import Job, Looked, Result
-from .workload import Share, Workload
+from .workload import Share, Workload, key_of
 
 #: Deaths that a clip may cause, alone on its worker, before it is left out.
 TRIES = 2
@@ -169,7 +170,9 @@ class RayEngine:
                 for result in crew.work("make", _Pieces(missing, MAKE, self.workers), bar):
                     if isinstance(result, int):
                         died = f"{TRIES} workers died while they had nothing but it"
-                        result = Result(result, "no prior: its clip kills the worker", died)
+                        why = Refusal("no prior: its clip kills the worker", died)
+                        job.store.refuse(key_of(work.firsts[result]), why)
+                        result = Result(result, why.reason, why.detail)
                     done.add(result)
                     bar.update()
         finally:

@@ -18,19 +18,17 @@ import torch
 
 from ..data import SkipLog
 from ..dataset import Alignment, PendingAlignment
+from ..extraction.making import RefusedClip
 from ..extraction.planning import PriorRequest
 from ..prior import MotionPrior
-from .thread import PriorSource, ReadPrior
+from .thread import PATIENCE, DeadTeacherError, PriorSource, ReadPrior
 
 Batch = dict[str, Any]
 Answers = dict[tuple[Path, str], Future[ReadPrior]]
 
-#: A run stops once so many clips in a row gave no prior, from its first clip on.
-PATIENCE = 8
-
 
 class NoPriorError(ValueError):
-    """The teacher failed on every clip it was given; the message says why."""
+    """The teacher failed on every clip it was given, or it does from some clip on; the message says why."""
 
 
 @dataclass
@@ -70,7 +68,7 @@ class OnlinePriors:
         source: where priors come from.
         prefetch: steps ahead of which priors are asked for; 0 makes each step wait for its own.
         grid: priors on another grid count as failed; None takes any.
-        patience: clips that may all fail before the run stops.
+        patience: clips that may all fail, from the first on, before the run stops.
         counts: of the batches handed out so far.
         skips: receives each sample that went without its prior.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
@@ -96,6 +94,8 @@ class OnlinePriors:
     _feed: _Feed | None = None
     _failures: dict[str, str] = field(default_factory=dict)
     _settled: bool = False
+    _tried: int = 0
+    _dead: str = ""
 
     def __post_init__(self) -> None:
         if self.prefetch < 0:
@@ -162,6 +162,9 @@ class OnlinePriors:
 
     def _fail(self, request: PriorRequest, error: Exception) -> None:
         self.counts.failed += 1
+        self._tried += not isinstance(error, RefusedClip)
+        if isinstance(error, DeadTeacherError):
+            self._dead = str(error)
         sample = request.sample
         if sample.id not in self._failures:
             reason = str(error) or type(error).__name__
@@ -171,22 +174,28 @@ class OnlinePriors:
             )
 
     def judge(self, total: Callable[[torch.Tensor], torch.Tensor], *, final: bool = False) -> None:
-        """Stop a run whose teacher fails on everything; every process must call it at the same step.
+        """Stop a run whose teacher fails on everything; every process must call it at the same steps.
 
         Args:
             total: sums a tensor over all processes.
-            final: nothing more will come.
+            final: nothing more will come; a teacher that died on the way costs no more than it has.
 
         Raises:
-            NoPriorError: no prior was read by any process, and `patience` clips failed, or any at the end.
+            NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or
+                any at the end; or a teacher is taken for dead (see `TeacherThread`).
         """
-        if self._settled:
-            return
         read = self.counts.made + self.counts.stored
-        sums = total(torch.tensor([float(read), float(self.counts.failed)]))
-        self._settled = bool(sums[0] > 0)
+        failures = self.counts.failed if final else self._tried
+        sums = total(torch.tensor([float(read), float(failures), float(bool(self._dead))]))
+        self._settled = self._settled or bool(sums[0] > 0)
         failed = int(sums[1])
         if self._settled or failed < (1 if final else self.patience):
+            if sums[2] > 0 and not final:
+                raise NoPriorError(
+                    f"{self._dead or 'the teacher of another process fails on one clip after another'}. "
+                    "The run stops, as no more would be aligned; started again it goes on from its newest "
+                    "checkpoint"
+                )
             return
         reason = next((f"{k}: {v}" for k, v in self._failures.items()), "on other processes")
         raise NoPriorError(

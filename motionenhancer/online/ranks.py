@@ -28,20 +28,25 @@ from safetensors.torch import load, save
 
 from ..arguments import PriorArguments
 from ..data import Sample
-from ..extraction.making import stored
+from ..data.video import VideoError
+from ..extraction.making import put_on_record, refusal_of, stored_or_refused
 from ..extraction.planning import PriorRequest
-from ..prior import MotionPrior, PriorSettings
-from ..store import PriorStore, prior_from_text, text_of_prior
+from ..prior import MotionPrior, PriorError, PriorSettings
+from ..store import PriorStore, Refusal, prior_from_text, text_of_prior
 from ..vdm import Teacher
 from .teacher import ready_teacher
-from .thread import ReadPrior, TeacherThread
+from .thread import DeadTeacherError, ReadPrior, TeacherThread
 
 _TIMEOUT = timedelta(minutes=30)
 _PENDING = 8
 
 
 class RemoteTeacherError(ValueError):
-    """What went wrong on a teacher's rank, in its own words."""
+    """What went wrong on a teacher's rank, in its own words; `refusal` where it is the clip's own fault."""
+
+    def __init__(self, text: str, refusal: Refusal | None = None) -> None:
+        super().__init__(text)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True)
@@ -164,10 +169,17 @@ class RemoteTeacher:
                 "texts": list(texts) if prior.text_cache is not None else [],
             }
             client.set("setup", json.dumps(setup))
-        for index in range(ranks.teachers):
-            problem = _take(client, f"ready/{index}", self._closing, keep=True).decode()
-            if problem:
-                raise RemoteTeacherError(problem)
+        loading, pause = set(range(ranks.teachers)), 0.002
+        while loading:
+            # Whichever is first: one that failed is not to be heard of only after one that still loads.
+            for index in [index for index in sorted(loading) if client.check([f"ready/{index}"])]:
+                problem = client.get(f"ready/{index}").decode()
+                if problem:
+                    raise RemoteTeacherError(problem)
+                loading.remove(index)
+            if loading:
+                time.sleep(pause)
+                pause = min(0.05, pause * 1.5)
 
     def submit(self, request: PriorRequest, settings: PriorSettings | None = None) -> Future[ReadPrior]:
         """See `PriorSource`."""
@@ -176,7 +188,7 @@ class RemoteTeacher:
     def _fetch(self, request: PriorRequest, settings: PriorSettings | None) -> ReadPrior:
         keeps, damaged = self.store if settings is None else None, ""
         if keeps is not None:
-            found = stored(keeps, request.key)
+            found = stored_or_refused(keeps, request.key)
             if isinstance(found, MotionPrior):
                 return ReadPrior(found, fresh=False)
             damaged = "" if found is None else str(found)
@@ -191,7 +203,12 @@ class RemoteTeacher:
             "settings": None if settings is None else asdict(settings),
         }
         client.set(f"job/{ticket}", json.dumps(job))
-        read = unpack_answer(_take(client, f"answer/{ticket}", self._closing))
+        try:
+            read = unpack_answer(_take(client, f"answer/{ticket}", self._closing))
+        except RemoteTeacherError as error:
+            if keeps is not None and error.refusal is not None:
+                put_on_record(keeps, request, error.refusal)
+            raise
         if keeps is not None:
             keeps.write(request.key, read.prior)
         return ReadPrior(read.prior, fresh=True, seconds=read.seconds, damaged=damaged)
@@ -224,9 +241,13 @@ def _release(ranks: TeacherRanks) -> None:
         client.set("setup", "null")
     for _ in range(ranks.teachers):
         client.set(f"job/{client.add('tickets', 1)}", "null")
-    # The first rank may be the one that holds the store: it stays until the others need it no more.
+    # The first rank may be the one that holds the store: it stays until the others need it no more. One that
+    # still loads after another has failed finds out by itself that it is needed no more.
+    ready = [client.get(key) for i in range(ranks.teachers) if client.check([key := f"ready/{i}"])]
+    failed = any(ready)
     for index in range(ranks.teachers):
-        _take(client, f"left/{index}", Event())
+        if not failed or client.check([f"ready/{index}"]):
+            _take(client, f"left/{index}", Event())
 
 
 # ---- the teacher's ranks ----
@@ -242,10 +263,15 @@ def serve_priors(ranks: TeacherRanks | None = None) -> int:
     assert ranks is not None
     client = ranks.client()
     try:
-        setup = json.loads(_take(client, "setup", Event(), keep=True))
-        return 0 if setup is None else _serve(ranks, client, setup)
-    finally:
-        client.set(f"left/{ranks.index}", "")
+        try:
+            setup = json.loads(_take(client, "setup", Event(), keep=True))
+            return 0 if setup is None else _serve(ranks, client, setup)
+        finally:
+            client.set(f"left/{ranks.index}", "")
+    except dist.DistError as error:
+        reason = f"the launch has ended ({error})"
+        print(f"error: teacher rank {ranks.index}: {reason}", file=sys.stderr, flush=True)
+        return 2
 
 
 def _serve(ranks: TeacherRanks, client: dist.Store, setup: dict[str, Any]) -> int:
@@ -317,7 +343,10 @@ def pack_answer(done: Future[ReadPrior]) -> bytes:
     """A prior, or what went wrong instead, as bytes: safetensors with the rest as json."""
     error = done.exception()
     if error is not None:
-        return save({"error": _bytes(f"{type(error).__name__}: {error}")})
+        refusal = asdict(refusal_of(error)) if isinstance(error, VideoError | PriorError) else None
+        dead = isinstance(error, DeadTeacherError)
+        text = str(error) if dead else f"{type(error).__name__}: {error}"
+        return save({"error": _bytes(json.dumps({"text": text, "refusal": refusal, "dead": dead}))})
     read = done.result()
     about = json.dumps(
         {"text": text_of_prior(read.prior), "seconds": read.seconds, "stages": read.prior.seconds}
@@ -330,10 +359,15 @@ def unpack_answer(data: bytes) -> ReadPrior:
 
     Raises:
         RemoteTeacherError: what went wrong.
+        DeadTeacherError: as it has with one clip after another.
     """
     parts = load(data)
     if "error" in parts:
-        raise RemoteTeacherError(_text(parts["error"]))
+        problem = json.loads(_text(parts["error"]))
+        if problem["dead"]:
+            raise DeadTeacherError(problem["text"])
+        refusal = problem["refusal"]
+        raise RemoteTeacherError(problem["text"], None if refusal is None else Refusal(**refusal))
     about = json.loads(_text(parts["about"]))
     prior = prior_from_text(parts["attention"], about["text"])
     prior.seconds.update(about["stages"])

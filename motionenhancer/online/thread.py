@@ -15,11 +15,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..extraction.making import decode, stored
+from ..data.video import VideoError
+from ..extraction.making import RefusedClip, decode, put_on_record, refusal_of, stored_or_refused
 from ..extraction.planning import PriorRequest
-from ..prior import MotionPrior, PriorSettings, extract_prior
+from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from ..store import PriorStore
 from ..vdm import Teacher
+
+#: Clips that a teacher may fail on one after the other.
+PATIENCE = 8
+
+
+class DeadTeacherError(RuntimeError):
+    """A teacher has failed on `PATIENCE` clips in a row through no fault of theirs."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class TeacherThread:
     the training. On a GPU the teacher runs on a stream of its own. Clips are decoded ahead of it, and priors
     of `store` are read there, in threads besides; at most `decode_workers` + 1 decoded clips are held.
 
+    Clips that can give no prior are put on record in the store and not tried again. From the eighth failure
+    in a row on that is no clip's own (memory, the device), until a prior is made, answers are
+    `DeadTeacherError`.
+
     Args:
         teacher: frozen; nothing else may use it until `close`.
         settings: of the priors.
@@ -97,6 +109,7 @@ class TeacherThread:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._closing = Event()
         self._workers = decode_workers
+        self._failures = 0
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
         # A new thread would not take over how many threads its caller's arithmetic is split into, and with
         # another split sums may round differently.
@@ -139,7 +152,7 @@ class TeacherThread:
     def _prepare(self, job: _Job) -> _Prepared:
         damaged = ""
         if self.store is not None and job.settings is None:
-            found = stored(self.store, job.request.key)
+            found = stored_or_refused(self.store, job.request.key)
             if isinstance(found, MotionPrior):
                 return _Prepared(found)
             damaged = "" if found is None else str(found)
@@ -150,9 +163,29 @@ class TeacherThread:
             preparing.cancel()
             return
         try:
-            job.answer.set_result(self._read(job, preparing.result()))
+            read = self._read(job, preparing.result())
         except BaseException as error:
-            job.answer.set_exception(error)
+            job.answer.set_exception(self._blame(job, error))
+        else:
+            if read.fresh:
+                self._failures = 0
+            job.answer.set_result(read)
+
+    def _blame(self, job: _Job, error: BaseException) -> BaseException:
+        """The error to answer with: a clip's own, or the teacher's, which is counted."""
+        if isinstance(error, VideoError | PriorError):
+            if self.store is not None and job.settings is None:
+                put_on_record(self.store, job.request, refusal_of(error))
+        elif not isinstance(error, RefusedClip):
+            self._failures += 1
+            if self._failures >= PATIENCE:
+                dead = DeadTeacherError(
+                    f"the teacher failed on {self._failures} clips in a row, "
+                    f"the last time with {type(error).__name__}: {error}"
+                )
+                dead.__cause__ = error
+                return dead
+        return error
 
     def _read(self, job: _Job, prepared: _Prepared) -> ReadPrior:
         if isinstance(prepared.content, MotionPrior):
