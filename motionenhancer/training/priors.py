@@ -146,9 +146,15 @@ def collect_priors(
     report.content["teacher"]["id"] = name
     requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
     # A process that looked later might find priors that another has made since.
-    (missing,) = _from_main([sum(request.key not in store for request in requests)])
+    missing, none = _from_main(
+        [
+            sum(not store.settled(request.key) for request in requests),
+            sum(request.key not in store for request in requests),
+        ]
+    )
     if state.is_main_process:
-        print(f"teacher {prior.teacher}: {len(requests) - missing} priors stored, {missing} to make")
+        refused = f", {none - missing} on record as without a prior" if none > missing else ""
+        print(f"teacher {prior.teacher}: {len(requests) - none} priors stored, {missing} to make{refused}")
     if student.prior_source == "store" and missing:
         raise ValueError(
             f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
