@@ -78,6 +78,7 @@ class MotionTrainer(Trainer):
         self.online = online
         self.aligner = aligner.to(self.args.device) if aligner is not None else None
         self._aligner_training: AlignerTraining | None = None
+        self._aligner_steps = True
         if self.aligner is not None and any(p.requires_grad for p in self.aligner.parameters()):
             if self.is_deepspeed_enabled and self.args.fp16:
                 raise ValueError("fp16 under DeepSpeed needs --aligner identity; or use bf16")
@@ -226,12 +227,42 @@ class MotionTrainer(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
-        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
+        if norm is not None and not self.args.fp16:
+            self._refuse_norm(norm, "the gradient's norm")
+        return norm
+
+    def _refuse_norm(self, norm: torch.Tensor | float, name: str) -> None:
+        """Raise if a norm, which all processes have alike, is no number."""
+        if not torch.isfinite(torch.as_tensor(norm)).all():
             ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
             raise FloatingPointError(
-                f"the gradient's norm is {float(norm)} at step {self.state.global_step}; samples {ids}"
+                f"{name} is {float(norm)} at step {self.state.global_step}; samples {ids}"
             )
-        return norm
+
+    def finish_aligner_gradients(self) -> None:
+        """Make the aligner's gradients ready for its step, and stop where they are no numbers.
+
+        Raises:
+            FloatingPointError: their norm is NaN or infinite.
+        """
+        if self._aligner_training is None:
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        norm = self._aligner_training.finish_gradients(
+            self.args.world_size, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm
+        )
+        self._aligner_steps = True
+        if self.args.fp16:
+            # The scaler sees the model's gradients alone and would let the aligner take this step.
+            self._aligner_steps = bool(torch.isfinite(norm))
+        else:
+            self._refuse_norm(norm, "the norm of the aligner's gradient")
+
+    def step_aligner(self) -> None:
+        """Step the aligner, unless the model's optimizer stood still."""
+        skipped = self.accelerator.optimizer_step_was_skipped or not self._aligner_steps
+        if self._aligner_training is not None and not skipped:
+            self._aligner_training.step(self._rate_share())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -329,16 +360,10 @@ class _StepEnd(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer._aligner_training is not None:
-            scaler = getattr(trainer.accelerator, "scaler", None)
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            trainer._aligner_training.finish_gradients(trainer.args.world_size, scale)
+        self.trainer.finish_aligner_gradients()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer._aligner_training is not None and not trainer.accelerator.optimizer_step_was_skipped:
-            trainer._aligner_training.step(trainer._rate_share())
+        self.trainer.step_aligner()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._log.steps += 1

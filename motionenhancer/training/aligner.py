@@ -47,8 +47,21 @@ class AlignerTraining:
             else None
         )
 
-    def finish_gradients(self, processes: int, loss_scale: float = 1.0) -> None:
-        """Average the accumulated gradients over processes and take a gradient scaler's factor off them."""
+    def finish_gradients(
+        self, processes: int, loss_scale: float = 1.0, max_norm: float = 0.0
+    ) -> torch.Tensor:
+        """Average the accumulated gradients over processes, take a scaler's factor off them, and clip them.
+
+        They are clipped by themselves: engines clip the model's on their own, where these are out of reach.
+
+        Args:
+            processes: that share a step.
+            loss_scale: a gradient scaler's factor.
+            max_norm: most that the norm of all gradients together may be; 0 leaves them as they are.
+
+        Returns:
+            The norm before clipping, the same in every process, () float32.
+        """
         for parameter in self._parameters():
             if parameter.grad is None:
                 # Every process takes part, whether its own samples had a prior or not.
@@ -57,6 +70,7 @@ class AlignerTraining:
                 torch.distributed.all_reduce(parameter.grad)
             if processes > 1 or loss_scale != 1.0:
                 parameter.grad /= processes * loss_scale
+        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm if max_norm > 0 else float("inf"))
 
     def step(self, share: float) -> None:
         """One step of AdamW at `share` of the peak learning rate."""

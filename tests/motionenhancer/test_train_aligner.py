@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_world import World
+from train_support import arguments, parts
 
 from motionenhancer.aligner import align, build_aligner, load_aligner, save_aligner
+from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.aligner import AlignerTraining
 
 SETTINGS = SimpleNamespace(learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
@@ -88,6 +91,67 @@ def test_a_scalers_factor_is_taken_off() -> None:
     parameter.grad = torch.full_like(parameter, 8.0)
     training.finish_gradients(1, loss_scale=4.0)
     assert torch.equal(parameter.grad, torch.full_like(parameter, 2.0))
+
+
+@pytest.mark.parametrize(("most", "share"), [(0.0, 1.0), (1e9, 1.0), (6.0, 0.6)])
+def test_its_gradients_are_clipped_together(most: float, share: float) -> None:
+    training = AlignerTraining(build_aligner("mlp", (2, 3, 4)), SETTINGS)
+    parameters = list(training.module.parameters())
+    parameters[0].grad, parameters[1].grad = (torch.zeros_like(p) for p in parameters[:2])
+    parameters[0].grad.view(-1)[0], parameters[1].grad.view(-1)[0] = 8 * 6.0, 8 * 8.0
+    norm = training.finish_gradients(1, loss_scale=8.0, max_norm=most)
+    assert float(norm) == 10.0, "before clipping, without the scaler's factor"
+    found = [float(p.grad.view(-1)[0]) for p in parameters[:2]]
+    assert found == pytest.approx([6.0 * share, 8.0 * share], rel=1e-6)
+
+
+def test_the_runs_max_grad_norm_holds_for_the_aligner(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    original = AlignerTraining.step
+
+    def step(self: AlignerTraining, share: float) -> None:
+        norms.append(torch.cat([p.grad.flatten() for p in self.module.parameters()]).norm())
+        original(self, share)
+
+    monkeypatch.setattr(AlignerTraining, "step", step)
+    for most in (0.0, 1e-4):
+        model, dataset, collator = parts(world, tmp_path)
+        MotionTrainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=1, max_grad_norm=most),
+            train_dataset=dataset,
+            data_collator=collator,
+            aligner=build_aligner("mlp", (5, 8, 8)),
+        ).train()
+    assert norms[0] > 2e-4
+    assert float(norms[1]) == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gradient_that_is_no_number_never_reaches_the_aligner(fp16: bool) -> None:
+    """In half precision the step is left out, as the scaler leaves out the model's."""
+    aligner = build_aligner("mlp", (2, 3, 4))
+    before = {k: v.clone() for k, v in aligner.state_dict().items()}
+    trainer = object.__new__(MotionTrainer)
+    trainer.args = SimpleNamespace(fp16=fp16, world_size=1, max_grad_norm=1.0)
+    trainer.state, trainer._step_ids = SimpleNamespace(global_step=3), ["a", "b"]
+    trainer.accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
+    trainer.optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    trainer._aligner_training = AlignerTraining(aligner, SETTINGS)
+    parameter = next(aligner.parameters())
+    for value, steps in ((float("nan"), False), (1.0, True)):
+        trainer._aligner_training.clear()
+        parameter.grad = torch.full_like(parameter, value)
+        if fp16 or steps:
+            trainer.finish_aligner_gradients()
+            trainer.step_aligner()
+        else:
+            with pytest.raises(FloatingPointError, match=r"aligner's gradient is nan at step 3.*'a', 'b'"):
+                trainer.finish_aligner_gradients()
+        assert all(torch.isfinite(p).all() for p in aligner.parameters())
+        assert steps != all(torch.equal(v, before[k]) for k, v in aligner.state_dict().items())
 
 
 @pytest.mark.parametrize("loss", ["l2", "mse", "kl"])

@@ -62,7 +62,7 @@ def test_killed_after_any_step(world: World, whole: Path, tmp_path: Path, step: 
     assert logs[0] == logs[1] == pytest.approx([10.0, 8.0, 6.0, 4.0, 2.0])
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "aligner"])
 def test_bad_numbers_keep_the_last_good_checkpoint(
     world: World, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -75,6 +75,8 @@ def test_bad_numbers_keep_the_last_good_checkpoint(
         loss = original(self, model, *args, **kwargs)
         if late and where == "gradient":
             model.lm_head.weight.grad[0, 0] = float("nan")
+        if late and where == "aligner":
+            next(self.aligner.parameters()).grad.view(-1)[0] = float("inf")
         return loss
 
     monkeypatch.setattr(MotionTrainer, "training_step", spoiled)
@@ -83,7 +85,8 @@ def test_bad_numbers_keep_the_last_good_checkpoint(
     said = capsys.readouterr().err
     assert "at step 3" in said
     assert "train-0000" in said
-    assert ("the gradient's norm is nan" if where == "gradient" else "the model's loss is") in said
+    problems = {"gradient": "the gradient's norm is nan", "loss": "the model's loss is"}
+    assert problems.get(where, "the norm of the aligner's gradient is inf") in said
     assert report_of(out)["status"] == "failed"
     assert checkpoints(out) == {"checkpoint-3"}
     kept = weights_of(out / "checkpoint-3")
