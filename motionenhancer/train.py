@@ -21,6 +21,7 @@ from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import SkipLog
 from .dataset import MotionCollator, MotionDataset
 from .extract import default_toy, load_samples, use_toy_defaults
+from .extraction.estimate import check_settings
 from .online.arguments import OnlineArguments
 from .online.ranks import letting_teachers_go, serve_priors, serving
 from .prior import PriorSettings
@@ -28,6 +29,7 @@ from .report import RunReport
 from .store import PriorStore
 from .trainer import MotionTrainer
 from .training.arguments import StudentArguments, TrainArguments
+from .training.flags import refuse_idle_flags
 from .training.identity import checkpoint_to_resume, run_identity
 from .training.lora import add_lora, merged, plain_name
 from .training.plan import (
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         online.check(student.prior_source)
+        refuse_idle_flags(student, prior, online, training)
         if serving():
             return serve_priors()
         with letting_teachers_go():
@@ -89,6 +92,9 @@ def run(
     if student.student is None:
         toy = toy or default_toy()
         student.student = str(toy.student)
+    if student.aligned:
+        assert prior.teacher is not None
+        check_settings(settings, prior.teacher)
     report = RunReport(folder, identity=run_identity(student, data, prior, settings, training))
     main_process = PartialState().is_main_process
     if main_process:

@@ -92,11 +92,16 @@ def _first_roundtrip(
 
 
 def measure_agreement(
-    source: PriorSource, requests: Sequence[PriorRequest], settings: PriorSettings, clips: int
+    source: PriorSource,
+    requests: Sequence[PriorRequest],
+    settings: PriorSettings,
+    clips: int,
+    skips: SkipLog,
 ) -> dict[str, float] | None:
     """How far single-pass priors of a run's first clips agree with the full procedure; None if none was read.
 
-    Every process reads its share of them; all get the mean.
+    Every process reads its share of them; all get the mean. Clips that could not be read are counted in
+    `skips`, each with its reason.
 
     Returns:
         What `compare_priors` returns, meaned over the clips, and `time_share`, `evaluations`,
@@ -111,11 +116,13 @@ def measure_agreement(
         (source.submit(request, full), source.submit(request, replace(settings)))
         for request in mine
     ]
-    rows = []
-    for one, other in asked:
+    rows, left_out = [], SkipLog()
+    for request, (one, other) in zip(mine, asked, strict=True):
         try:
             whole, quick = one.result(), other.result()
-        except Exception:
+        except Exception as error:
+            sample, detail = request.sample, str(error) or type(error).__name__
+            left_out.add("left out of the agreement", id=sample.id, line=sample.line, detail=detail)
             continue
         rows.append(
             {
@@ -125,7 +132,9 @@ def measure_agreement(
                 "full_evaluations": whole.prior.evaluations,
             }
         )
-    rows = gather_object(rows)
+    everyone = gather_object([(rows, left_out)])
+    skips.merge(log for _, log in everyone)
+    rows = [row for found, _ in everyone for row in found]
     if not rows:
         return None
     return {**{name: average([row[name] for row in rows]) for name in rows[0]}, "clips": len(rows)}

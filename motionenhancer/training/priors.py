@@ -37,7 +37,7 @@ class RunPriors(AbstractContextManager):
     """What a run knows of its priors. As a context it lets the teacher go at its end, if there is one.
 
     Attributes:
-        samples: those that can be trained on, with a prior or without.
+        samples: all that are trained on, with a prior or without.
         keys: sample id → key of its prior in the store.
         grids: (F, H, W) of all priors.
         requests: sample id → its prior, to be made while training.
@@ -127,7 +127,7 @@ def collect_priors(
         how: when and where priors are made.
 
     Raises:
-        ValueError: priors are missing under `--prior_source store`, or nothing is left to train on or align.
+        ValueError: priors are missing under `--prior_source store`, or nothing is left to align.
     """
     how = how or OnlineArguments()
     how.check(student.prior_source)
@@ -162,7 +162,7 @@ def collect_priors(
         )
     if missing and not how.priors_first:
         return _while_training(samples, requests, store, student, prior, settings, skips, report, how)
-    return _beforehand(samples, requests, store, student, prior, settings, skips, report)
+    return _beforehand(samples, requests, store, student, prior, settings, skips, report, how)
 
 
 def plan_memory(
@@ -195,29 +195,33 @@ def _beforehand(
     settings: PriorSettings,
     skips: SkipLog,
     report: RunReport,
+    how: OnlineArguments,
 ) -> RunPriors:
-    """Check what is stored, make what is missing, and let the teacher go."""
-    state = PartialState()
+    """Check what is stored, make what is missing, and let the teacher go.
+
+    As while training, a sample without its prior stays: whether and in which order clips are trained on must
+    not depend on when priors are made, or on λ.
+    """
+    state, mine = PartialState(), SkipLog()
     missing = from_main({request.key for request in requests if request.key not in store})
     made = make_priors(
         share_requests(requests, state.num_processes, missing=missing)[state.process_index],
         store,
         settings,
         lambda: prior.load(state.device),
-        skips,
+        mine,
         measure_roundtrip=prior.measure_roundtrip,
+        decode_workers=how.prior_workers,
     )
-    everyone = gather_object([made])
+    gathered = gather_object([(made, mine)])
+    everyone = [part for part, _ in gathered]
+    skips.merge(log for _, log in gathered)
     keys = {k: v for part in everyone for k, v in part.keys.items()}
-    unusable = {s for part in everyone for s in part.unusable}
     report.content["teacher"]["roundtrip"] = next((p.roundtrip for p in everyone if p.roundtrip), None)
     report.content["samples"] = [entry for part in everyone for entry in part.described]
     grids = {tuple(entry["grid"]) for part in everyone for entry in part.described}
-    usable = [s for s in samples if s.id not in unusable]
-    if not usable:
-        raise ValueError(f"no sample is left to train on. {skips.summary()}")
     _require_some(keys, samples, student, skips)
-    return RunPriors(usable, keys, grids)
+    return RunPriors(samples, keys, grids)
 
 
 def _while_training(
@@ -242,7 +246,7 @@ def _while_training(
         about = report.content["teacher"]
         about["roundtrip"], about["agreement"] = roundtrip, None
         if settings.mode == "renoise" and how.agreement_clips:
-            about["agreement"] = measure_agreement(source, requests, settings, how.agreement_clips)
+            about["agreement"] = measure_agreement(source, requests, settings, how.agreement_clips, skips)
             if PartialState().is_main_process:
                 print(say_agreement(about["agreement"], settings))
         online = OnlinePriors(

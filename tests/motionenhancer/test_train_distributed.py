@@ -110,6 +110,19 @@ def environment(engine: str) -> dict[str, str]:
     return {**named, "ACCELERATE_MIXED_PRECISION": "no"}
 
 
+def broken_clips(world: World, folder: Path) -> dict[str, Any]:
+    """Four clips and four files that are none, of equal size: each process is to make priors of two."""
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()][:4]
+    folder.mkdir()
+    for row in list(rows):
+        (folder / row["video"]).write_bytes((world.videos / row["video"]).read_bytes())
+    for index in range(4):
+        (folder / f"{index}.mp4").write_bytes(bytes([index]) * 4000)
+        rows.append({**rows[0], "id": f"broken-{index}", "video": f"{index}.mp4"})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return {"data": folder / "data.jsonl", "video_root": folder, "max_steps": 1}
+
+
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
@@ -145,6 +158,7 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
             run("ddp", run_flags(world, outs["accumulated"], **options)),
             run("ddp", run_flags(world, tmp_path / "spoiled"), spoil_rank=1, code=2),
             run("ddp", run_flags(world, outs["moved"]), die_after=3),
+            run("ddp", flags(world, tmp_path / "broken", **broken_clips(world, tmp_path / "data"))),
         ],
     )
     # What two processes began, one goes on with: the same samples a step.
@@ -155,6 +169,11 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
     sharded = outs["fsdp2"] / "checkpoint-4"
     assert (sharded / "pytorch_model_fsdp_0").is_dir()
     assert not list(sharded.glob("*.safetensors")), "shards only: nothing whole is gathered between"
+    # Clips that a process could not read are in the report, whichever it was.
+    skipped = report_of(tmp_path / "broken")["skipped"]
+    named = {e["id"] for e in skipped["entries"] if e["reason"] == "unreadable video"}
+    assert named == {f"broken-{index}" for index in range(4)}
+    assert skipped["counts"]["unreadable video"] == 4
     # A NaN in one process stops both: the other is not left waiting, and the report names the sample.
     report = report_of(tmp_path / "spoiled")
     assert report["status"] == "failed"

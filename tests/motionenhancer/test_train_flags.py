@@ -1,0 +1,105 @@
+"""Flags that would do nothing are refused, each with what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_world import World
+from train_support import flags, shared_priors
+
+from motionenhancer import train
+
+RANKS = {"prior_source": "hybrid", "teacher_ranks": 1}
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch without ranks to split, and nothing read before the refusal."""
+    monkeypatch.setattr("motionenhancer.online.arguments.split_ranks", lambda teachers: None)
+    monkeypatch.setattr("motionenhancer.train.load_samples", lambda *_: pytest.fail("went on to the data"))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag", "right"),
+    [
+        ({**RANKS, "alignment_weight": 0}, "--teacher_ranks 1", "--measure_alignment true"),
+        ({**RANKS, "measure_roundtrip": True}, "--measure_roundtrip", "--measure_roundtrip false"),
+        ({**RANKS, "ddp_timeout": 7200}, "--ddp_timeout 7200", "with 1800 seconds"),
+        ({"prior_source": "store", "prior_prefetch": 3}, "--prior_prefetch 3", "online or hybrid"),
+        (
+            {"priors_first": True, "prior_prefetch": 3},
+            "--prior_prefetch 3 with --priors_first",
+            "leave it out",
+        ),
+        ({"prior_source": "store", "agreement_clips": 9}, "--agreement_clips 9", "leave it out"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_flag_that_would_do_nothing(
+    world: World,
+    tmp_path: Path,
+    options: dict[str, object],
+    flag: str,
+    right: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag}")
+    assert right in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        RANKS,
+        {**RANKS, "alignment_weight": 0, "measure_alignment": True},
+        {"prior_source": "online", "prior_prefetch": 3, "measure_roundtrip": True, "ddp_timeout": 7200},
+        {"prior_source": "store", "agreement_clips": 0},
+        {"priors_first": True, "alignment_weight": 0},
+    ],
+    ids=str,
+)
+def test_flags_that_do_something_pass(world: World, tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(pytest.fail.Exception, match="went on to the data"):
+        train.main(flags(world, tmp_path / "out", **options))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ddim_steps": 3}, "steps=3 (--ddim_steps) must divide the teacher's 1000"),
+        ({"prior_mode": "renoise", "noise_level": 1000}, "--noise_level=1000 must be"),
+    ],
+    ids=["steps", "level"],
+)
+def test_levels_that_the_teacher_has_not(
+    world: World,
+    tmp_path: Path,
+    dry_run: bool,
+    options: dict[str, object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its scheduler's configuration is enough to know."""
+    assert train.main(flags(world, tmp_path / "out", dry_run=dry_run, **options)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_priors_first_decodes_in_as_many_threads_as_it_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+
+    def make_priors(*args: object, decode_workers: int, **options: object) -> None:
+        raise ValueError(f"{decode_workers} threads")
+
+    monkeypatch.setattr("motionenhancer.training.priors.make_priors", make_priors)
+    options = {"prior_dir": shared_priors(world), "prior_workers": 5, "ddim_steps": 2}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    assert "5 threads" in capsys.readouterr().err

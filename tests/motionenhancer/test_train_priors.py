@@ -1,0 +1,76 @@
+"""Clips that give no prior: the same run whenever priors are made, and every one of them named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import World
+from train_support import flags, report_of, weights_of
+
+from motionenhancer import train
+from motionenhancer.online import thread as teacher_thread
+
+#: More than a pass over the data: whatever is left out changes the order of the rest.
+OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 2}
+
+
+def with_broken_clips(world: World, folder: Path) -> dict[str, object]:
+    """The data flags of four good clips and two that are no video."""
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()][:4]
+    videos = folder / "videos"
+    videos.mkdir(parents=True)
+    for row in rows:
+        (videos / row["video"]).write_bytes((world.videos / row["video"]).read_bytes())
+    for index in range(2):
+        (videos / f"broken-{index}.mp4").write_bytes(bytes([index]) * 4000)
+        rows.insert(1 + 2 * index, {**rows[0], "id": f"broken-{index}", "video": f"broken-{index}.mp4"})
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return {"data": data, "video_root": videos, **OPTIONS}
+
+
+def test_unreadable_clips_are_treated_alike_whenever_priors_are_made(world: World, tmp_path: Path) -> None:
+    chosen, reports, weights = with_broken_clips(world, tmp_path), {}, {}
+    for name, how in (
+        ("first", {"priors_first": True, "prior_dir": tmp_path / "priors"}),
+        ("while", {"prior_source": "online"}),
+    ):
+        assert train.main(flags(world, tmp_path / name, **chosen, **how)) == 0
+        reports[name], weights[name] = report_of(tmp_path / name), weights_of(tmp_path / name)
+    for name, value in weights["first"].items():
+        assert torch.equal(value, weights["while"][name]), name
+    assert reports["first"]["alignment"] == reports["while"]["alignment"]
+    assert reports["first"]["plan"]["steps"]["samples"] == 6
+    for report in reports.values():
+        gave_way = [
+            e["id"] for e in report["skipped"]["entries"] if e["reason"] == "unreadable while training"
+        ]
+        assert sorted(gave_way) == ["broken-0", "broken-1"]
+    counts = reports["first"]["skipped"]["counts"]
+    assert counts == {"unreadable video": 2, "unreadable while training": 2}
+
+
+def test_clips_left_out_of_the_agreement_are_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, stumbled = teacher_thread.extract_prior, []
+
+    def extract_prior(teacher, frames, text, **options):
+        if options["mode"] == "reconstruct" and not stumbled:
+            stumbled.append(text)
+            raise RuntimeError("the teacher stumbled")
+        return make(teacher, frames, text, **options)
+
+    monkeypatch.setattr(teacher_thread, "extract_prior", extract_prior)
+    options = {"prior_source": "online", "prior_mode": "renoise", "agreement_clips": 3, "max_steps": 1}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    report = report_of(tmp_path / "out")
+    assert report["teacher"]["agreement"]["clips"] == 2
+    (entry,) = report["skipped"]["entries"]
+    first = json.loads(world.data.read_text().splitlines()[0])["id"]
+    assert (entry["id"], entry["reason"]) == (first, "left out of the agreement")
+    assert entry["detail"] == "the teacher stumbled"
+    assert "left out of the agreement: the teacher stumbled" in caplog.text
