@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import Sample, SkipLog, read_samples
+from .extraction.digests import DigestCache
 from .extraction.engines import Done, open_engine
 from .extraction.estimate import Estimate, check_settings, estimate
 from .extraction.job import Job
@@ -174,7 +175,8 @@ def run(data: DataArguments, prior: PriorArguments, how: ExtractArguments) -> in
         root = None if data.video_root is None else Path(data.video_root)
         job = Job(Path(data.data), root, prior, how.decode_workers)
         skips = SkipLog()
-        work = plan(job, data, teacher, skips, state)
+        with DigestCache(job.store.folder, writes=not how.dry_run) as cache:
+            work = plan(job, data, teacher, skips, state, cache)
         if how.dry_run:
             if state.is_main_process:
                 print(dry_run(job, work, engine.device))
@@ -199,7 +201,9 @@ def run(data: DataArguments, prior: PriorArguments, how: ExtractArguments) -> in
         return from_main(1 if skips.total else 0)
 
 
-def plan(job: Job, data: DataArguments, teacher: str, skips: SkipLog, state: PartialState) -> Workload:
+def plan(
+    job: Job, data: DataArguments, teacher: str, skips: SkipLog, state: PartialState, cache: DigestCache
+) -> Workload:
     """What there is to do, complete in the main process and empty in the others.
 
     Every process reads the data file and its share of the clips; the main process joins what they found.
@@ -210,6 +214,7 @@ def plan(job: Job, data: DataArguments, teacher: str, skips: SkipLog, state: Par
         teacher: the teacher's id.
         skips: receives, in the main process, what all of them left out.
         state: of the processes.
+        cache: digests of clips.
     """
     main = state.is_main_process
     mine = skips if main else SkipLog(shout=0)
@@ -221,6 +226,7 @@ def plan(job: Job, data: DataArguments, teacher: str, skips: SkipLog, state: Par
         job.prior.settings(),
         job.prior.prompt_source,
         mine,
+        cache=cache,
         workers=job.decode_workers,
         part=state.process_index,
         parts=state.num_processes,

@@ -220,7 +220,8 @@ def _list(store: PriorStore) -> int:
         print(f"{key[:16]}  {size:>9,} B  {about}")
     refused = list(store.refusals())
     for key, refusal in refused:
-        print(f"{key[:16]}  {'none':>11}  {refusal.reason}: {refusal.detail}")
+        why = f"{refusal.reason}: {refusal.detail}".encode("utf-8", "backslashreplace").decode()
+        print(f"{key[:16]}  {'none':>11}  {why}")
     print(f"{count} priors, {total:,} bytes, {len(refused)} clips that can give none in {store.folder}")
     return 0
 

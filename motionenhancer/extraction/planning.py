@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from ..data import Sample, SkipLog, prompt_text
 from ..data.video import VideoError, content_digest
 from ..prior import PriorSettings
 from ..store import prior_keys
+from .digests import DigestCache
 
 NO_INPUT = "no prior: no text or no video file"
 
@@ -57,6 +58,7 @@ def plan_priors(
     skips: SkipLog,
     *,
     digests: Mapping[Path, str | VideoError] | None = None,
+    cache: DigestCache | None = None,
 ) -> list[PriorRequest]:
     """Name the prior of every sample that has exactly one video; others are counted in `skips` and get none.
 
@@ -67,8 +69,9 @@ def plan_priors(
         source: "both", "question" or "answer": the text given to the teacher.
         skips: receives samples without a prior and why.
         digests: of the clips, from `digest_videos`; clips that are not in it are read here.
+        cache: knows digests of clips that earlier runs read.
     """
-    return list(stream_requests(samples, teacher, settings, source, skips, digests=digests))
+    return list(stream_requests(samples, teacher, settings, source, skips, digests=digests, cache=cache))
 
 
 def stream_requests(
@@ -79,6 +82,7 @@ def stream_requests(
     skips: SkipLog,
     *,
     digests: Mapping[Path, str | VideoError] | None = None,
+    cache: DigestCache | None = None,
     workers: int = 1,
     part: int = 0,
     parts: int = 1,
@@ -88,12 +92,13 @@ def stream_requests(
     Each clip's file is read once, however many samples name it, a few ahead of the sample that is given out.
 
     Args:
-        samples, teacher, settings, source, skips, digests: as for `plan_priors`.
+        samples, teacher, settings, source, skips, digests, cache: as for `plan_priors`.
         workers: threads that read clips.
         part, parts: give out the samples of every `parts`-th clip only, and count no others. All parts
             together hold each sample once, and the samples of one clip are in one part.
     """
-    clips, name = _Clips(digests or {}, workers), prior_keys(teacher, settings)
+    read = content_digest if cache is None else cache.digest
+    clips, name = _Clips(digests or {}, workers, read), prior_keys(teacher, settings)
     waiting: deque[tuple[Sample, str]] = deque()
 
     def settle(sample: Sample, text: str) -> Iterator[PriorRequest]:
@@ -135,8 +140,10 @@ class _Clips:
     They are kept under a hash of the path: paths are long.
     """
 
-    def __init__(self, digests: Mapping[Path, str | VideoError], workers: int) -> None:
-        self.digests, self.pool = digests, ThreadPoolExecutor(workers)
+    def __init__(
+        self, digests: Mapping[Path, str | VideoError], workers: int, read: Callable[[Path], str]
+    ) -> None:
+        self.digests, self.pool, self.read = digests, ThreadPoolExecutor(workers), read
         self.known: dict[bytes, bytes | VideoError | Future[bytes]] = {}
 
     def __enter__(self) -> None:
@@ -164,7 +171,7 @@ class _Clips:
         return found[8:].hex(), int.from_bytes(found[:8], "big")
 
     def _read(self, video: Path) -> bytes:
-        digest = self.digests[video] if video in self.digests else content_digest(video)
+        digest = self.digests[video] if video in self.digests else self.read(video)
         if isinstance(digest, VideoError):
             raise digest
         return _size(video).to_bytes(8, "big") + bytes.fromhex(digest)

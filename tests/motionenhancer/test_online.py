@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from train_support import flags, report_of, weights_of
 from motionenhancer import extract, train
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
+from motionenhancer.extraction.planning import PriorRequest
 from motionenhancer.online import thread as teacher_thread
 from motionenhancer.online.start import request_priors
 from motionenhancer.online.thread import TeacherThread
@@ -256,6 +258,67 @@ def test_a_teacher_that_fails_on_all_stops_the_run_early(
     assert "the teacher stumbled" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert report_of(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_teacher_that_dies_on_the_way_stops_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a prior it made before nor those found stored hide it."""
+    texts: list[str] = []
+
+    def fails(text: str) -> bool:
+        texts.append(text)
+        return len(texts) > 2
+
+    fail_on(monkeypatch, fails)
+    options = {**EPOCHS, "num_train_epochs": 50, "limit": None, "prior_source": "hybrid"}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    error = capsys.readouterr().err
+    assert (
+        "the teacher failed on 8 clips in a row, the last time with RuntimeError: the teacher stumbled"
+        in error
+    )
+    assert "newest checkpoint" in error
+    assert len(list(PriorStore(tmp_path / "priors"))) == 2
+    assert list(PriorStore(tmp_path / "priors").refusals()) == [], "no clip is to blame"
+    assert len(texts) < 25
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_teacher_that_recovers_or_meets_bad_clips_is_not_dead(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:1]
+    good = request_priors(samples, PriorSettings(steps=1), "both", SkipLog())[0]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    fail_on(monkeypatch, lambda text: text == "fail")
+    thread = TeacherThread(
+        PriorArguments(teacher=str(world.teacher)).load("cpu"), PriorSettings(steps=1, mode="renoise")
+    )
+    stumble, bad, empty = (
+        replace(good, text="fail"),
+        replace(good, video=broken),
+        replace(good, text=" "),
+    )
+
+    def kinds(*requests: PriorRequest) -> list[str]:
+        answers = [thread.submit(request) for request in requests]
+        return [type(answer.exception()).__name__ for answer in answers]
+
+    assert kinds(*[bad, empty] * 5) == ["VideoError", "PriorError"] * 5
+    assert (
+        kinds(*[stumble] * 7, good, *[stumble] * 7)
+        == ["RuntimeError"] * 7 + ["NoneType"] + ["RuntimeError"] * 7
+    )
+    assert kinds(bad, stumble, stumble, good, stumble) == [
+        "VideoError",
+        "DeadTeacherError",
+        "DeadTeacherError",
+        "NoneType",
+        "RuntimeError",
+    ]
+    thread.close()
 
 
 def test_a_short_run_without_any_prior_is_an_error_too(

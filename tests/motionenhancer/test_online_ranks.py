@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from tiny_world import World
 
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.extraction.making import RefusedClip
 from motionenhancer.extraction.planning import PriorRequest, plan_priors
 from motionenhancer.online import ranks as teacher_ranks
+from motionenhancer.online import thread as teacher_thread
 from motionenhancer.online.ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
 from motionenhancer.online.start import request_priors
 from motionenhancer.online.thread import TeacherThread
@@ -121,6 +123,72 @@ def test_a_teacher_that_cannot_be_loaded_is_said_at_once(world: World) -> None:
         with launch() as (ranks, codes), pytest.raises(RemoteTeacherError, match=said):
             RemoteTeacher(ranks, prior, settings)
         assert codes == [2]
+
+
+def test_a_teacher_that_fails_is_not_heard_of_after_one_that_still_loads(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank loads until the second's error has ended the training."""
+    ended, ready = Event(), teacher_ranks.ready_teacher
+
+    def slow(*args, index: int, **options):
+        if index == 1:
+            raise MemoryError("no room")
+        assert ended.wait(60), "the ranks that train waited"
+        return ready(*args, index=index, **options)
+
+    monkeypatch.setattr(teacher_ranks, "ready_teacher", slow)
+    prior = PriorArguments(teacher=str(world.teacher))
+    with launch(2) as (ranks, codes):
+        try:
+            with (
+                pytest.raises(RemoteTeacherError, match="MemoryError: no room"),
+                teacher_ranks.letting_teachers_go(ranks),
+            ):
+                RemoteTeacher(ranks, prior, SETTINGS)
+            assert not ended.is_set()
+        finally:
+            ended.set()
+    assert sorted(codes) == [0, 2]
+    assert "teacher rank 1: MemoryError" in capsys.readouterr().err
+
+
+def test_a_rank_whose_launch_has_ended_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*args, **options):
+        raise dist.DistNetworkError("connection refused")
+
+    monkeypatch.setattr(teacher_ranks, "_serve", gone)
+    store = dist.TCPStore("127.0.0.1", 0, None, True)
+    ranks = TeacherRanks(1, 1, 0, store, torch.device("cpu"))
+    ranks.client().set("setup", "{}")
+    assert teacher_ranks.serve_priors(ranks) == 2
+    assert "the launch has ended (connection refused)" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_clip_or_the_teacher_arrives(
+    world: World, requests: list[PriorRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PriorStore(tmp_path / "priors")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    bad, good = replace(requests[0], video=broken, key="1" * 64), replace(requests[1], key="2" * 64)
+    gone = replace(requests[0], video=tmp_path / "gone.mp4", key="3" * 64)
+    with launch() as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, PriorArguments(teacher=str(world.teacher)), SETTINGS, store=store)
+        with pytest.raises(RemoteTeacherError, match=r"VideoError: .*broken"):
+            remote.submit(bad).result()
+        with pytest.raises(RemoteTeacherError, match=r"VideoError: .*gone"):
+            remote.submit(gone).result()
+        with pytest.raises(RefusedClip, match="on record, not tried again"):
+            remote.submit(bad).result()
+        assert [key for key, _ in store.refusals()] == [bad.key]
+        monkeypatch.setattr(teacher_thread, "extract_prior", None)
+        kinds = [type(remote.submit(good).exception()).__name__ for _ in range(9)]
+        remote.close()
+    assert kinds == ["RemoteTeacherError"] * 7 + ["DeadTeacherError"] * 2
+    assert len(list(store.refusals())) == 1
 
 
 def test_teachers_that_nobody_asks_end_too() -> None:

@@ -1,0 +1,209 @@
+"""Clips that can give no prior: on record in the store, said every time, and tried again only when asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store import KEY, make_prior
+from tiny_world import World
+from train_support import flags, report_of
+
+from motionenhancer import extract, train
+from motionenhancer import store as cli
+from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.extraction.making import make_priors
+from motionenhancer.extraction.planning import PriorRequest, plan_priors
+from motionenhancer.online.thread import TeacherThread
+from motionenhancer.prior import PriorError, PriorSettings
+from motionenhancer.store import PriorStore, Refusal
+from motionenhancer.toy.encode import encode_video
+from motionenhancer.vdm import load_teacher, teacher_id
+
+SETTINGS = PriorSettings(steps=1)
+
+
+def test_a_refusal_is_plain_json_beside_the_priors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, refusal = PriorStore(tmp_path), Refusal("unreadable video", "a\udcff.mp4: empty — ✓", True)
+    assert store.refusal(KEY) is None
+    assert not store.settled(KEY)
+    path = store.refuse(KEY, refusal)
+    assert path.parent == store.path(KEY).parent
+    assert json.loads(path.read_text()) == {
+        "reason": refusal.reason,
+        "detail": refusal.detail,
+        "unreadable": True,
+    }
+    assert store.refusal(KEY) == refusal
+    assert store.settled(KEY)
+    assert KEY not in store
+    assert list(store) == []
+    assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    assert f"{KEY[:16]}" in (listed := capsys.readouterr().out)
+    assert "1 clips that can give none" in listed
+    assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
+    assert store.settled(KEY)
+    for damaged in (b"", b"{", b"[]", b'{"reason": 1}', b"\xff"):
+        path.write_bytes(damaged)
+        assert store.refusal(KEY) is None
+        assert not store.settled(KEY)
+    store.refuse(KEY, refusal)
+    store.write(KEY, make_prior())
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [f"{KEY}.safetensors"]
+
+
+def requests_of(world: World, folder: Path) -> list[PriorRequest]:
+    """A good clip, one that is none, and one whose text has no word."""
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:3]
+    broken = folder / "broken.mp4"
+    broken.write_bytes(b"no video")
+    samples[1] = replace(samples[1], videos=(broken,))
+    planned = plan_priors(samples, teacher_id(world.teacher), SETTINGS, "both", SkipLog())
+    return [*planned[:2], replace(planned[2], text=" ", key="0" * 64)]
+
+
+def test_what_is_on_record_is_not_tried_again_but_said(world: World, tmp_path: Path) -> None:
+    requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
+    loads: list[int] = []
+
+    def load():
+        loads.append(1)
+        return load_teacher(world.teacher, "cpu")
+
+    said = []
+    for _ in range(2):
+        skips = SkipLog(shout=0)
+        made = make_priors(requests, store, SETTINGS, load, skips)
+        said.append(skips)
+        assert list(made.keys) == [requests[0].sample.id]
+        assert made.unusable == {requests[1].sample.id}
+    assert len(loads) == 1, "the second time there is nothing that a teacher could do"
+    first, again = said
+    assert first.counts == again.counts == {"unreadable video": 1, "no prior: the teacher cannot read it": 1}
+    assert {(e.id, e.line) for e in first.entries} == {(e.id, e.line) for e in again.entries}
+    for entry in again.entries:
+        assert "on record, not tried again" in entry.detail
+        assert any(old.detail in entry.detail for old in first.entries)
+    assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
+    # Another clip in its place is another key: it is read.
+    shutil.copy(requests[0].video, requests[1].video)
+    name = teacher_id(world.teacher)
+    changed = plan_priors([requests[1].sample], name, SETTINGS, "both", SkipLog())
+    assert changed[0].key != requests[1].key
+    assert make_priors(changed, store, SETTINGS, load, SkipLog()).made == 1
+
+
+def test_a_file_that_is_out_of_reach_is_not_held_against_its_content(world: World, tmp_path: Path) -> None:
+    requests, store = requests_of(world, tmp_path)[:2], PriorStore(tmp_path / "priors")
+    requests[1].video.unlink()
+    skips = SkipLog(shout=0)
+    make_priors(requests, store, SETTINGS, lambda: load_teacher(world.teacher, "cpu"), skips)
+    assert skips.counts == {"unreadable video": 1}
+    assert list(store.refusals()) == []
+
+
+def test_a_thread_puts_on_record_what_is_the_clips_own(world: World, tmp_path: Path) -> None:
+    requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
+    thread = TeacherThread(load_teacher(world.teacher, "cpu"), SETTINGS, store=store)
+    # With settings that are not the run's, nothing is known about its own priors.
+    with pytest.raises(ValueError, match="broken"):
+        thread.submit(requests[1], replace(SETTINGS, seed=3)).result()
+    assert list(store.refusals()) == []
+    errors = [thread.submit(request).exception() for request in requests]
+    assert errors[0] is None
+    assert isinstance(errors[2], PriorError)
+    assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
+    again = [thread.submit(request).exception() for request in requests]
+    thread.close()
+    assert again[0] is None
+    assert all("on record, not tried again" in str(error) for error in again[1:])
+
+
+@pytest.fixture
+def poor(world: World, tmp_path: Path) -> dict[str, object]:
+    """Flags for three clips, of which the teacher can read one: one is a still, one is no video."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    lines = [json.loads(line) for line in world.data.read_text().splitlines()[:3]]
+    shutil.copy(world.videos / lines[0]["video"], videos / lines[0]["video"])
+    encode_video(videos / "still.mp4", np.full((1, 64, 64, 3), 90, np.uint8), fps=8)
+    (videos / "broken.mp4").write_bytes(b"no video")
+    lines[1]["video"], lines[2]["video"] = "still.mp4", "broken.mp4"
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return {"data": data, "video_root": videos, "prior_dir": tmp_path / "priors", "ddim_steps": 1}
+
+
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("motionenhancer.arguments.load_teacher", refuse)
+
+
+def test_training_from_a_store_goes_without_what_extraction_could_not_read(
+    world: World,
+    tmp_path: Path,
+    poor: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert extract.main(world.flags(student=None, **poor)) == 1
+    refuse_to_load(monkeypatch)
+    capsys.readouterr()
+    for source in ("store", "hybrid"):
+        out = tmp_path / source
+        assert train.main(flags(world, out, **poor, prior_source=source, max_steps=1)) == 0
+        assert "1 priors stored, 0 to make, 2 on record as without a prior" in capsys.readouterr().out
+        skipped = report_of(out)["skipped"]
+        assert skipped["counts"]["unreadable video"] == 2
+        said = [e["detail"] for e in skipped["entries"] if e["reason"] == "unreadable video"]
+        assert all("on record, not tried again" in detail for detail in said)
+    assert train.main(flags(world, tmp_path / "dry", **poor, prior_source="store", dry_run=True)) == 0
+    assert "1 stored, 0 missing" in capsys.readouterr().out
+    # Other settings are other priors, which nobody has tried.
+    assert (
+        train.main(flags(world, tmp_path / "other", **{**poor, "prior_seed": 1}, prior_source="store")) == 2
+    )
+    assert "3 of 3 priors are missing" in capsys.readouterr().err
+
+
+def test_extraction_tries_again_what_is_on_record(
+    world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a new decoder: the clip is the same, what reads it is not."""
+    from motionenhancer.data.video import VideoError
+    from motionenhancer.extraction import making
+
+    def decode(request, teacher):
+        raise VideoError(request.video, "no decoder for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "decode", decode)
+        assert extract.main(world.flags(student=None, **poor)) == 1
+    store = PriorStore(Path(str(poor["prior_dir"])))
+    assert (len(list(store)), len(list(store.refusals()))) == (0, 3)
+    assert extract.main(world.flags(student=None, **poor)) == 1
+    assert (len(list(store)), len(list(store.refusals()))) == (1, 2)
+
+
+def test_hybrid_loads_no_teacher_a_second_time_for_what_it_cannot_read(
+    world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**poor, "prior_source": "hybrid", "max_steps": 3, "per_device_train_batch_size": 1}
+    assert train.main(flags(world, tmp_path / "first", **options)) == 0
+    store = PriorStore(tmp_path / "priors")
+    assert (len(list(store)), len(list(store.refusals()))) == (1, 1)
+    assert not [1 for _, refusal in store.refusals() if "still" not in refusal.detail]
+    # The student cannot read the third clip either, so the teacher was never asked for it.
+    line = Path(poor["data"]).read_text().splitlines()[:2]
+    Path(poor["data"]).write_text("\n".join(line) + "\n")
+    refuse_to_load(monkeypatch)
+    assert train.main(flags(world, tmp_path / "second", **options)) == 0
+    assert "still.mp4" in str(report_of(tmp_path / "second")["skipped"]["entries"])
