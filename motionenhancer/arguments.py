@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from .online.text_cache import CachedTextTeacher, TextCache, encoder_id
 from .prior import PriorSettings
 from .vdm import Teacher, load_teacher, teacher_dtype, teacher_id
+from .vdm.plan import size_multiple
 
 
 @dataclass
@@ -153,7 +154,7 @@ class PriorArguments:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
 
         Raises:
-            ValueError: --teacher_size is no size.
+            ValueError: --teacher_size is no size, or none that the teacher takes.
         """
         size = None
         if self.teacher_size is not None:
@@ -163,9 +164,22 @@ class PriorArguments:
                     f"--teacher_size must be HEIGHTxWIDTH like 480x720, got {self.teacher_size!r}"
                 )
             size = (int(parts[0]), int(parts[1]))
+            self._check_size(size)
         named = self.teacher_dtype
         dtype = teacher_dtype(device) if named == "auto" else getattr(torch, named)
         return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        try:
+            multiple = size_multiple(self.teacher or "")
+        except (OSError, ValueError):
+            # A folder that does not say is refused in words of its own once it is to be used.
+            return
+        if any(n < multiple or n % multiple for n in size):
+            raise ValueError(
+                f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for {self.teacher}, "
+                f"got {self.teacher_size!r}"
+            )
 
     def teacher_id(self, device: torch.device | str) -> str:
         """The id `load` will give, without loading anything."""

@@ -170,6 +170,7 @@ def run(data: DataArguments, prior: PriorArguments, how: ExtractArguments) -> in
     assert data.data is not None
     assert prior.teacher is not None
     check_settings(settings, prior.teacher)
+    prior.identity(state.device)  # raises for a size that the teacher does not take
     with open_engine(how.engine, state, how.ray_address, how.ray_workers, how.ray_cpus or 1) as engine:
         teacher = prior.teacher_id(engine.device)
         root = None if data.video_root is None else Path(data.video_root)

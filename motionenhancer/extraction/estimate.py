@@ -29,7 +29,8 @@ class Estimate:
         evaluations: of the transformer for all missing ones, counted per batch row.
         prior_bytes: most that the missing priors' attention takes in the store.
         weight_bytes: memory of the teacher's weights, by part.
-        work_bytes: least memory beside the weights: the sums of one clip, and one layer's hidden states.
+        work_bytes: least memory beside the weights: the sums of one clip, and one layer's hidden states; what
+            the VAE takes is not in it.
         plan: the teacher's sizes.
     """
 
@@ -51,7 +52,8 @@ class Estimate:
                 f"evaluations of the transformer: {self.evaluations:,}",
                 f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest",
                 f"memory a process: weights {readable(sum(self.weight_bytes.values()))} ({parts}), "
-                f"and at least {readable(self.work_bytes)} to work in",
+                f"and at least {readable(self.work_bytes)} to work in, besides what the VAE takes to encode "
+                "a clip, which only a run measures",
             ]
         )
 

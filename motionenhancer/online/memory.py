@@ -31,6 +31,7 @@ class TeacherMemory:
         host: of these, in the CPU's memory instead: an offloaded text encoder.
         reading: least that reading a clip takes beside them: its sums and one layer's hidden states.
         encoding: least that the VAE takes: its first layer's input and output, of the frames it does at once.
+            The peak is many times that and depends on the device's convolutions: 23 times with the toy's.
         place: "beside the student", "on ranks of its own", or "before the first step".
     """
 
@@ -52,7 +53,8 @@ class TeacherMemory:
             f"teacher, {self.place}: at least {readable(self.total)}: "
             f"weights {readable(sum(self.weights.values()))} ({parts}){host}, at least "
             f"{readable(self.reading)} to read a clip and {readable(self.encoding)} to encode it, "
-            "one after the other"
+            "one after the other (least amounts, of single layers: encoding takes many times its own at its "
+            "peak, which only a run measures)"
         )
 
 

@@ -73,6 +73,31 @@ def plan_teacher(
     return plans[family](transformer, vae, weights, size, frames)
 
 
+def size_multiple(path: str | Path) -> int:
+    """Pixels that height and width of a teacher's clips must be multiples of, from its configuration files.
+
+    Args:
+        path: a diffusers folder.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is not JSON or names no such sizes, or the family is not supported.
+    """
+    from . import FAMILIES, read_model_index
+
+    folder = Path(path)
+    family = FAMILIES.get(str(read_model_index(folder).get("_class_name")), ("", ""))[0]
+    transformer, vae = _config(folder / "transformer"), _config(folder / "vae")
+    try:
+        if family == "cogvideox":
+            return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        if family == "wan":
+            return vae.get("scale_factor_spatial", 8) * transformer["patch_size"][1]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"teacher {folder}: its configuration names no sizes ({error})") from error
+    raise ValueError(f"teacher {folder}: its family is not supported")
+
+
 def _cogvideox(
     config: dict[str, Any],
     vae: dict[str, Any],

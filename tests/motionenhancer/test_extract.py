@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_world import World
+from train_support import flags
 
-from motionenhancer import extract
+from motionenhancer import extract, train
+from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import Sample, SkipLog, read_samples
 from motionenhancer.extraction.estimate import estimate, evaluations_a_prior, readable
 from motionenhancer.extraction.making import ahead, make_priors
@@ -28,7 +30,7 @@ from motionenhancer.store import PriorStore
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.toy.world import write_world
 from motionenhancer.vdm import load_teacher, teacher_id
-from motionenhancer.vdm.plan import plan_teacher
+from motionenhancer.vdm.plan import plan_teacher, size_multiple
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -236,6 +238,7 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(
     assert "0 stored, 3 to make" in printed
     assert "evaluations of the transformer: 75" in printed
     assert "memory a process" in printed
+    assert "what the VAE takes to encode a clip" in printed, "what the estimate leaves out is said"
     assert not (tmp_path / "priors").exists()
 
 
@@ -251,6 +254,47 @@ def test_a_teachers_plan_is_what_it_becomes(
     assert plan.heads == teacher.heads
     assert plan.size == teacher.size  # type: ignore[attr-defined]
     assert plan.text_length == teacher.encode_video(clip).tokens.text
+
+
+@pytest.mark.parametrize("size", ["64x60", "0x64", "8x8"])
+def test_a_size_the_teacher_does_not_take_is_refused_before_any_clip_is_read(
+    world: World,
+    tmp_path: Path,
+    size: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("work was done")
+
+    for name in ("motionenhancer.arguments.load_teacher", "motionenhancer.extract.plan"):
+        monkeypatch.setattr(name, refuse)
+    monkeypatch.setattr("motionenhancer.train._student", refuse)
+    chosen = {"prior_dir": tmp_path / "priors", "teacher_size": size}
+    assert extract.main(world.flags(student=None, **chosen)) == 2
+    assert train.main(flags(world, tmp_path / "out", prior_source="online", teacher_size=size)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    said = [line for line in errors if line.startswith("error: --teacher_size")]
+    assert len(said) == 2
+    assert all("multiples of 16 pixels" in line and repr(size) in line for line in said)
+    assert not (tmp_path / "priors").exists()
+
+
+def test_sizes_come_in_the_multiples_that_loading_takes(world: World, tmp_path: Path) -> None:
+    multiple = size_multiple(world.teacher)
+    load_teacher(world.teacher, "cpu", size=(multiple, 3 * multiple))
+    with pytest.raises(ValueError, match=f"multiples of {multiple} pixels"):
+        load_teacher(world.teacher, "cpu", size=(multiple, 3 * multiple + multiple // 2))
+    for part, config in (("vae", {}), ("transformer", {"patch_size": [1, 2, 2]})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    assert size_multiple(tmp_path) == 16
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no sizes"):
+        size_multiple(tmp_path)
+    # What cannot be told is left to those who use the folder.
+    PriorArguments(teacher=str(tmp_path), teacher_size="64x60").identity("cpu")
 
 
 def test_readable_sizes() -> None:
