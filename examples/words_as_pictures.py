@@ -16,7 +16,7 @@ image = (
     Image.open(sys.argv[3]) if len(sys.argv) > 3 else Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 50)
 )
 model, processor = AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
-words = sys.argv[4:] or ["red", "circle"]
+words = sys.argv[4:] or ["red", "ring"]
 text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]) + " ".join(words)
 inputs = processor(text=[text], images=[image.convert("RGB")], return_tensors="pt")
 columns = ((ids := inputs["input_ids"][0]) == model.config.image_token_id).nonzero().T

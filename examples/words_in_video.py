@@ -16,7 +16,7 @@ video = (
 )
 model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa")  # or flash_attention_2
 processor = AutoProcessor.from_pretrained(name)
-words = sys.argv[3:] or ["red", "circle", "moves"]
+words = sys.argv[3:] or ["red", "ring", "moves"]
 say = {"type": "text", "text": f"The {' '.join(words)}."}
 text = processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}, say]}])
 inputs = processor(text=[text], videos=[torch.as_tensor(video).byte().movedim(-1, 1)], return_tensors="pt")

@@ -140,7 +140,7 @@ def use_toy_defaults(data: DataArguments, prior: PriorArguments) -> ToyFolder | 
 def default_toy() -> ToyFolder:
     """The toy world of commands typed without arguments, made on first use by one process."""
     with PartialState().main_process_first():
-        return build_toy(Path(DEFAULT_TOY))
+        return build_toy(Path(DEFAULT_TOY), clips=480, test_clips=120)
 
 
 def main(argv: list[str] | None = None) -> int:

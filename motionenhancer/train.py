@@ -27,6 +27,8 @@ from .online.ranks import letting_teachers_go, serve_priors, serving
 from .prior import PriorSettings
 from .report import RunReport
 from .store import PriorStore
+from .toy.accuracy import accuracy, accuracy_table
+from .toy.world import ToyFolder
 from .trainer import MotionTrainer
 from .training.arguments import StudentArguments, TrainArguments
 from .training.flags import refuse_idle_flags
@@ -129,9 +131,12 @@ def run(
                 print(teacher)
         if student.dry_run:
             return report
+        tested = toy if student.student == (toy and str(toy.student)) and _can_test(training) else None
+        if tested is not None and main_process:
+            report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         found = RunPriors(samples)
         if student.aligned:
-            found = collect_priors(samples, student, prior, settings, skips, report, toy, online)
+            found = collect_priors(samples, student, prior, settings, skips, report, online)
         with found:
             trainer = MotionTrainer(
                 model=model,
@@ -152,6 +157,8 @@ def run(
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             _save(trainer, student)
+            if tested is not None and main_process:
+                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
@@ -167,8 +174,23 @@ def run(
         report.write("finished")
         if skips.total:
             print(skips.summary())
+        if "evaluation" in report.content:
+            print(accuracy_table(report.content["evaluation"]))
         print(f"checkpoint and {report.path.name} in {report.folder}")
     return report
+
+
+def _can_test(training: TrainArguments) -> bool:
+    """Whether one process has all weights."""
+    return engine_of(training) in ("plain", "DDP")
+
+
+def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
+    print(f"answering the questions of {toy.test} ...")
+    was_training = model.training
+    found = accuracy(model.eval(), processor, family, toy.root)
+    model.train(was_training)
+    return found
 
 
 def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, Any, StudentFamily]:

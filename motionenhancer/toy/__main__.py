@@ -1,4 +1,4 @@
-"""``python -m motionenhancer.toy``: write the toy world, a tiny teacher and a tiny student."""
+"""``python -m motionenhancer.toy``: write the toy world, its trained teacher and its base student."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output_dir", type=Path, default=Path("runs/toy"), help="folder to write (%(default)s)")
     add("--clips", type=int, default=64, help="training clips (%(default)s)")
     add("--test_clips", type=int, default=None, help="test clips (a quarter of --clips)")
-    add("--seed", type=int, default=0, help="seed of clips and weights (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the clips (%(default)s)")
     args = parser.parse_args(argv)
 
     from transformers.utils import logging as transformers_logging
@@ -31,11 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         (toy.test, "test samples"),
         (toy.videos, "clips, the --video_root of both"),
         (toy.worlds, "what is in each clip, with boxes"),
-        (toy.teacher, "CogVideoX teacher"),
-        (toy.student, "Qwen2.5-VL student"),
+        (toy.teacher, "CogVideoX teacher, trained on this world"),
+        (toy.student, "Qwen2.5-VL student, trained on its still pictures"),
     ):
         print(f"{path}  {what}")
-    print("The toy teacher is untrained: its weights are random, so its motion priors carry no meaning yet.")
     return 0
 
 

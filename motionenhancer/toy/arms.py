@@ -24,7 +24,7 @@ class Arm:
     """
 
     name: str
-    weight: float = 1.0
+    weight: float = 0.1
     prior: str = "teacher"
     mode: str = "renoise"
     noise_level: int = 200
@@ -59,7 +59,7 @@ class Regime:
     steps: int = 600
     batch: int = 16
     learning_rate: float = 1e-3
-    world_seed: int = 0
+    world_seed: int = 1
 
 
 BOTH = Arm("both selections")
@@ -81,7 +81,7 @@ SWEEPS: dict[str, tuple[Arm, ...]] = {
         replace(BOTH, name=f"inverted, {n} steps", mode="reconstruct", steps=n) for n in (2, 5, 10)
     ),
     "ratio": tuple(replace(BOTH, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75)),
-    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.3, 3.0, 10.0)),
+    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.03, 0.3, 1.0)),
     "aligner": tuple(
         replace(BOTH, name=f"aligner {a}", aligner=a) for a in ("identity", "pointwise", "conv")
     ),

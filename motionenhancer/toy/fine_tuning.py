@@ -9,21 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging as transformers_logging
 
 from motionenhancer.aligner import build_aligner
-from motionenhancer.data import Sample, SkipLog, content_digest, prompt_text, read_frames, read_samples
-from motionenhancer.data.video import Video
+from motionenhancer.data import Sample, content_digest, prompt_text, read_frames
 from motionenhancer.dataset import Item, MotionCollator, find_words
-from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.prior import MotionPrior, PriorSettings, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
+from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.arms import Arm, Regime
 from motionenhancer.toy.masks import mask_prior
-from motionenhancer.toy.scene import TASKS
+from motionenhancer.toy.train_student import narrowed, widened
 from motionenhancer.toy.world import ToyFolder, draw_clip
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
@@ -31,10 +29,8 @@ from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
 
-__all__ = ["accuracy", "fine_tune", "make_priors", "models", "shown_clip"]
+__all__ = ["fine_tune", "make_priors", "models"]
 
-FRAMES = 12
-"""Frames of a clip that the student sees, evenly."""
 _SELECTIONS = tuple((h, t) for h in ("off", "mhs") for t in ("off", "mtti"))
 
 
@@ -48,44 +44,13 @@ class Items(Dataset[Item]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
-        return replace(self.items[index], encoded=_widened(self.items[index].encoded))
+        return replace(self.items[index], encoded=widened(self.items[index].encoded))
 
 
-def _narrowed(encoded: Encoded) -> Encoded:
-    inputs = {
-        n: v.half() if v.dtype == torch.float32 and v.dim() > 1 else v
-        for n, v in encoded.vision_inputs.items()
-    }
-    return replace(encoded, vision_inputs=inputs)
-
-
-def _widened(encoded: Encoded) -> Encoded:
-    inputs = {n: v.float() if v.dtype == torch.float16 else v for n, v in encoded.vision_inputs.items()}
-    return replace(encoded, vision_inputs=inputs)
-
-
-def shown_clip(path: Path, shown: str, index: int) -> Video:
-    """What a student is shown of a clip: "video", its frames "shuffled", or its "middle" frame repeated."""
-    video = read_frames(path, num_frames=FRAMES)
-    if shown == "shuffled":
-        return replace(video, frames=video.frames[np.random.default_rng([404, index]).permutation(FRAMES)])
-    if shown == "middle":
-        whole = read_frames(path).frames
-        return replace(video, frames=whole[[len(whole) // 2] * FRAMES])
-    return video
-
-
-def models(teacher: Path, student: Path) -> dict[str, str]:
-    """Which models a result is of: the teacher's id and a digest of the student's weights."""
-    return {"teacher": teacher_name(teacher), "student": content_digest(student / "model.safetensors")}
-
-
-def _samples(path: Path, videos: Path) -> list[Sample]:
-    skips = SkipLog()
-    samples = list(read_samples(path, videos, skips))
-    if skips.total:
-        raise ValueError(f"{path}: {skips.summary()}")
-    return samples
+def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
+    """Which models a result is of: the student's digest and, where it teaches, the teacher's id."""
+    found = {"student": content_digest(student / "model.safetensors")}
+    return {"teacher": teacher_name(teacher), **found} if arm.prior == "teacher" else found
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,37 +58,10 @@ def _encoded(world: Path, student: Path, shown: str) -> list[tuple[Sample, Encod
     """The training samples as the student reads them; kept for the next run of this process."""
     _, processor, family = load_student(student, dtype=torch.float32)
     folder, made = ToyFolder(world), []
-    for i, sample in enumerate(_samples(folder.train, folder.videos)):
+    for i, sample in enumerate(samples_of(folder.train, folder.videos)):
         video = shown_clip(sample.videos[0], shown, i)
-        made.append((sample, _narrowed(family.encode(processor, sample, [video]))))
+        made.append((sample, narrowed(family.encode(processor, sample, [video]))))
     return made
-
-
-def accuracy(model: Any, processor: Any, family: Any, world: Path, *, shown: str = "video") -> dict[str, Any]:
-    """Percent of the test questions answered word for word: overall, the mean over tasks, and by task."""
-    folder = ToyFolder(world)
-    settings = greedy(model, 16, processor.tokenizer.pad_token_id)
-    samples = _samples(folder.test, folder.videos)
-    right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    for start in range(0, len(samples), 100):
-        part = samples[start : start + 100]
-        asked = [s.messages[0]["content"][-1]["text"] for s in part]
-        videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
-        requests = [
-            encode_request(family, processor, s.id, text, video)
-            for s, text, video in zip(part, asked, videos, strict=True)
-        ]
-        answers = generate_answers(model, processor, family, requests, settings)
-        for sample, answer in zip(part, answers, strict=True):
-            right[sample.id.rsplit("-", 1)[1]].append(
-                answer.strip() == sample.messages[1]["content"][0]["text"]
-            )
-    tasks = {task: 100 * float(np.mean(found)) for task, found in right.items()}
-    return {
-        "overall": 100 * float(np.mean([r for found in right.values() for r in found])),
-        "average": float(np.mean(list(tasks.values()))),
-        "tasks": tasks,
-    }
 
 
 def _priors(
@@ -148,7 +86,7 @@ def make_priors(settings: PriorSettings, folder: Path, teacher: Path) -> None:
     world, store, name = ToyFolder(folder / "world"), PriorStore(folder / "priors"), teacher_name(teacher)
     loaded = load_teacher(teacher, dtype=torch.float32)
     ways = [replace(settings, head_selection=heads, token_selection=words) for heads, words in _SELECTIONS]
-    for sample in _samples(world.train, world.videos):
+    for sample in samples_of(world.train, world.videos):
         keys = [_key(sample, name, way) for way in ways]
         if not all(key in store for key in keys):
             frames = read_frames(sample.videos[0], num_frames=loaded.max_frames).frames

@@ -11,7 +11,7 @@ from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, TASKS, Scene, 
 __all__ = ["caption", "corpus", "phrase", "place", "question", "still_question"]
 
 _COUNT = {1: "one time", 2: "two times", 3: "three times"}
-_LOOKS = ("caption", "colour", "shape", "place")
+_LOOKS = {"caption": 0.6, "shape": 0.1, "colour": 0.15, "place": 0.15}
 
 
 def phrase(obj: ToyObject) -> str:
@@ -39,7 +39,7 @@ def caption(scene: Scene) -> str:
 def place(obj: ToyObject, axis: int) -> str:
     """Say on which side of the frame an object is: along x for axis 0, along y for axis 1."""
     names = ("left", "right") if axis == 0 else ("top", "bottom")
-    return names[int(obj.middle[axis] > 0.5)]
+    return names[int(obj.path(1)[0, axis] > 0.5)]
 
 
 def question(scene: Scene, task: str) -> tuple[str, str]:
@@ -61,22 +61,25 @@ def question(scene: Scene, task: str) -> tuple[str, str]:
     if task == "CM":
         return "How does the camera move?", f"The camera moves {scene.camera}."
     if task == "MO":
-        return f"Which object {phrase(asked)}?", f"The {asked.name} {phrase(asked)}."
+        return f"Which object {phrase(asked)}?", f"The {asked.colour} one {phrase(asked)}."
     raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
 
 
 def still_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """Return a question that the middle frame alone answers, and its answer; lists go from left to right."""
-    kind = str(rng.choice(_LOOKS))
+    kind = str(rng.choice(list(_LOOKS), p=list(_LOOKS.values())))
     obj = scene.objects[int(rng.integers(len(scene.objects)))]
     if kind == "caption":
-        across = sorted(scene.objects, key=lambda o: o.middle[0])
-        return "What is in the picture?", _join([f"the {o.name}" for o in across])
-    if kind == "colour":
-        return f"Which colour is the {obj.shape}?", f"The {obj.shape} is {obj.colour}."
+        across = sorted(scene.objects, key=lambda o: o.path(1)[0, 0])
+        parts = [f"the {o.name} is at the {place(o, 1)} {place(o, 0)}" for o in across]
+        return "What is in the picture?", _join(parts)
     if kind == "shape":
         return f"Which shape is {obj.colour}?", f"The {obj.colour} one is a {obj.shape}."
-    return f"Where is the {obj.name}?", f"The {obj.name} is at the {place(obj, 1)} {place(obj, 0)}."
+    corner = f"{place(obj, 1)} {place(obj, 0)}"
+    alone = sum(f"{place(o, 1)} {place(o, 0)}" == corner for o in scene.objects) == 1
+    if kind == "colour" and alone:
+        return f"Which colour is at the {corner}?", f"The {obj.colour} one is at the {corner}."
+    return f"Where is the {obj.name}?", f"The {obj.name} is at the {corner}."
 
 
 def corpus() -> Iterator[str]:
@@ -94,10 +97,11 @@ def corpus() -> Iterator[str]:
                 yield f"What does the {colour} {shape} do? In which order does the {colour} {shape} move?"
                 yield f"How many times does the {colour} {shape} hop? Which shape is {colour}?"
                 yield f"Where is the object that {act}? Where is the {colour} {shape}?"
-                yield f"Which colour is the {shape}? The {shape} is {colour}. The {colour} one is a {shape}."
+                yield f"The {colour} one is a {shape}. The {colour} one {act}."
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
     for direction in DIRECTIONS:
         yield f"How does the camera move? The camera moves {direction}."
     for side in ("left", "right"):
         for height in ("top", "bottom"):
-            yield f"What is in the picture? It is at the {height} {side}. The object that is at the {side}."
+            asked = f"What is in the picture? Which colour is at the {height} {side}?"
+            yield f"{asked} The object is at the {side}."

@@ -63,6 +63,7 @@ def make_teacher(
     width: int = 64,
     text_length: int = 48,
     vae_channels: tuple[int, ...] = (8, 16, 16),
+    temporal_compression: int = 4,
     latent_channels: int = 8,
     text_width: int = 32,
     snr_shift_scale: float | None = None,
@@ -82,7 +83,8 @@ def make_teacher(
     patch_size_t: None for CogVideoX 1.0; 2 for 1.5, which then wants an even number of latent frames.
     frames, height, width: the clip that the sample size is made for, in frames and pixels.
     text_length: text tokens, padding included.
-    vae_channels: one entry a VAE block; n entries shrink the picture by 2 ** (n - 1), time by 4.
+    vae_channels: one entry a VAE block; n entries shrink the picture by 2 ** (n - 1).
+    temporal_compression: by how much the VAE shrinks time: 1, 2 or 4, as in the released models.
     latent_channels: channels of the latents.
     text_width: width of the T5 encoder.
     snr_shift_scale: of the scheduler; None takes the released models' own, 3.0 for sinusoidal (2B), else 1.0.
@@ -106,8 +108,10 @@ def make_teacher(
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % (2 * spatial):
             raise ValueError(f"{name} must be a positive multiple of {2 * spatial}, got {value}")
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"frames must be 4 m + 1, got {frames}")
+    if temporal_compression not in (1, 2, 4):
+        raise ValueError(f"temporal_compression must be 1, 2 or 4, got {temporal_compression}")
+    if frames < 1 or (frames - 1) % temporal_compression:
+        raise ValueError(f"frames must be {temporal_compression} m + 1, got {frames}")
 
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -129,7 +133,7 @@ def make_teacher(
             latent_channels=latent_channels,
             layers_per_block=1,
             norm_num_groups=4,
-            temporal_compression_ratio=4,
+            temporal_compression_ratio=temporal_compression,
             sample_height=height,
             sample_width=width,
             scaling_factor=1.0 if scaling_factor is None else scaling_factor,
@@ -147,7 +151,7 @@ def make_teacher(
             sample_frames=frames,
             patch_size=2,
             patch_size_t=patch_size_t,
-            temporal_compression_ratio=4,
+            temporal_compression_ratio=temporal_compression,
             max_text_seq_length=text_length,
             spatial_interpolation_scale=1.0,
             use_rotary_positional_embeddings=rotary,
@@ -198,6 +202,7 @@ def make_student(
     vision_hidden_size: int = 32,
     vision_layers: int = 2,
     patch_size: int = 4,
+    tokens_per_second: int = 2,
     max_pixels: int = 128 * 128,
     vocab_size: int = 512,
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
@@ -211,6 +216,7 @@ def make_student(
     hidden_size, layers, heads, key_value_heads: of the language model; a head's width is even.
     vision_hidden_size, vision_layers: of the vision tower, which has 2 heads.
     patch_size: side of a vision patch in pixels; 2 x 2 patches and 2 frames make a token.
+    tokens_per_second: steps of the temporal rotary position in a second, of which it takes whole ones.
     max_pixels: the video processor shrinks larger frames to at most this.
     vocab_size: of the tokenizer, without special tokens.
 
@@ -273,7 +279,7 @@ def make_student(
             "patch_size": patch_size,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "tokens_per_second": 2,
+            "tokens_per_second": tokens_per_second,
             "window_size": 4 * token_side,
             "out_hidden_size": hidden_size,
             "fullatt_block_indexes": [vision_layers - 1],

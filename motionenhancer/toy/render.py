@@ -8,7 +8,12 @@ import numpy as np
 
 from motionenhancer.toy.scene import COLOURS, Scene
 
-__all__ = ["Clip", "render"]
+__all__ = ["FRAMES", "SIZE", "Clip", "render"]
+
+FRAMES = 9
+"""Frames of a toy clip."""
+SIZE = 32
+"""Side of its frames, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,14 @@ class Clip:
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return how far (x, y) lies outside ``shape`` of half size 1 at the origin; negative is inside."""
-    if shape == "circle":
-        return np.hypot(x, y) - 1.0
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88
-    if shape == "triangle":
-        return np.maximum(y - 0.75, 0.894 * np.abs(x) - 0.447 * y - 0.447)
-    if shape == "cross":
-        ax, ay = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(ax - 1.0, ay - 0.34), np.maximum(ax - 0.34, ay - 1.0))
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.74) - 0.26
+    if shape == "bar":
+        return np.maximum(np.abs(x) - 1.0, np.abs(y) - 0.36)
+    if shape == "post":
+        return np.maximum(np.abs(x) - 0.36, np.abs(y) - 1.0)
     raise ValueError(f"shape must be one that the toy world knows, got {shape!r}")
 
 
@@ -51,11 +55,18 @@ def _stretch(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _ground(seed: int, height: int, width: int) -> np.ndarray:
-    """Return a dull patterned ground, (2 h, 2 w, 3) float64 in 0..255, of which the camera sees a quarter."""
+    """Return a dull patterned ground, (2 h, 2 w, 3) float64 in 0..255, of which the camera sees a quarter.
+
+    It grows redder to the right and bluer to the bottom, so that a part of a picture says where it is.
+    """
     rng = np.random.default_rng(seed)
-    base = np.array([128.0, 122.0, 112.0]) + rng.uniform(-14, 14, 3)
-    blobs = _stretch(rng.normal(0, 1, (11, 11, 1)).repeat(3, 2), 2 * height, 2 * width) * 15.0
-    return np.clip(base + blobs, 0, 255)
+    base = np.array([128.0, 122.0, 112.0]) + rng.uniform(-6, 6, 3)
+    blobs = _stretch(rng.normal(0, 1, (11, 11, 1)).repeat(3, 2), 2 * height, 2 * width) * 4.0
+    across, down = np.linspace(-1, 1, 2 * width), np.linspace(-1, 1, 2 * height)
+    tint = np.zeros((2 * height, 2 * width, 3))
+    tint[:, :, 0] = 80.0 * across[None, :]
+    tint[:, :, 2] = 80.0 * down[:, None]
+    return np.clip(base + blobs + tint, 0, 255)
 
 
 def _window(ground: np.ndarray, x: float, y: float, height: int, width: int) -> np.ndarray:
@@ -67,14 +78,14 @@ def _window(ground: np.ndarray, x: float, y: float, height: int, width: int) -> 
     return part[:-1] * (1 - fy) + part[1:] * fy
 
 
-def render(scene: Scene, *, frames: int = 17, height: int = 32, width: int = 32) -> Clip:
+def render(scene: Scene, *, frames: int = FRAMES, height: int = SIZE, width: int = SIZE) -> Clip:
     """Draw ``scene`` with smooth edges; later objects lie over earlier ones.
 
     >>> import numpy as np
     >>> from motionenhancer.toy.scene import sample_scene
     >>> clip = render(sample_scene(np.random.default_rng(0)))
     >>> clip.frames.shape, clip.frames.dtype
-    ((17, 32, 32, 3), dtype('uint8'))
+    ((9, 32, 32, 3), dtype('uint8'))
     """
     for name, value in (("frames", frames), ("height", height), ("width", width)):
         if value < 1:

@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 240),
     "black": (20, 20, 24),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+SHAPES: tuple[str, ...] = ("square", "ring", "bar", "post")
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
@@ -50,6 +50,15 @@ HOP = 0.20
 PAN = 0.34
 """How far the camera goes."""
 MOST_HOPS = 3
+#: How far what moves in a task's scenes goes from its middle, to either side.
+_MARGIN = {
+    "MR": TRAVEL / 2,
+    "LM": TRAVEL / 2,
+    "CM": PAN / 2,
+    "MO": TRAVEL / 2,
+    "AO": LEG,
+    "RC": 0.0,
+}
 
 _PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 #: Every fourth pair, on a diagonal: each colour and each shape is met in training with other partners.
@@ -62,7 +71,8 @@ class ToyObject:
 
     ``motion`` is "still", "hop" or a direction; ``then`` a second direction that follows halfway, or "";
     ``times`` how often it hops, 0 otherwise. ``middle`` is the centre at the middle of the clip (x, y) and
-    ``radius`` the half size, as shares of the side.
+    ``radius`` the half size, as shares of the side. ``phase`` is where a hop begins, in hops; the ``middle``
+    of an object that hops is that of its foot.
     """
 
     shape: str
@@ -72,6 +82,7 @@ class ToyObject:
     radius: float
     then: str = ""
     times: int = 0
+    phase: float = 0.0
 
     @property
     def name(self) -> str:
@@ -86,8 +97,7 @@ class ToyObject:
         t = np.linspace(0.0, 1.0, frames) if frames > 1 else np.full(1, 0.5)
         track = np.tile(np.array(self.middle), (frames, 1))
         if self.motion == "hop":
-            height = np.abs(np.sin(np.pi * self.times * t)) - np.abs(np.sin(np.pi * self.times * 0.5))
-            track[:, 1] -= HOP * height
+            track[:, 1] -= HOP * np.abs(np.sin(np.pi * (self.times * t + self.phase)))
         elif self.then:
             before, after = np.minimum(t - 0.5, 0.0) * 2, np.maximum(t - 0.5, 0.0) * 2
             track += LEG * (
@@ -122,7 +132,7 @@ class Scene:
 
 
 def _overlap(a: ToyObject, b: ToyObject) -> bool:
-    distance = np.linalg.norm(a.path(17) - b.path(17), axis=1)
+    distance = np.linalg.norm(a.path(25) - b.path(25), axis=1)
     return bool((distance < 1.15 * (a.radius + b.radius)).any())
 
 
@@ -145,9 +155,9 @@ def _acts(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
 def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: str | None = None) -> Scene:
     """Draw a scene about which ``task`` can be asked: three objects, at least one of them still.
 
-    Colours and shapes within a scene are distinct. Objects never touch and stay inside the frame, but for up
-    to 3 % of its side at the foot of a hop, so every sentence about them is true at every frame. For
-    location-related motion the asked object and its opposite lie on two sides of the frame's middle.
+    Colours and shapes within a scene are distinct. Objects never touch and stay inside the frame, so every
+    sentence about them is true at every frame. For location-related motion the asked object and its opposite
+    lie on two sides of the frame's middle.
 
     Parameters
     ----------
@@ -174,15 +184,21 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
                 looks.append(pair)
         objects: list[ToyObject] = []
         for (colour, shape), act in zip(looks, acts, strict=False):
+            hops = act["motion"] == "hop"
             for _ in range(20):
-                radius = float(rng.uniform(0.11, 0.13))
-                edge = radius + (PAN / 2 if task == "CM" else 0.0)
-                reach = np.full(2, edge + 0.01)
+                radius = float(rng.uniform(0.115, 0.13))
                 # The same margin for all that moves: the place at the middle says nothing of the motion.
-                if act["motion"] != "still":
-                    reach += LEG if task == "AO" else TRAVEL / 2
-                x, y = rng.uniform(reach, 1.0 - reach)
-                candidate = ToyObject(shape, colour, middle=(float(x), float(y)), radius=radius, **act)
+                moves = task == "CM" or act["motion"] != "still"
+                edge = radius + 0.01 + (_MARGIN[task] if moves else 0.0)
+                x, y = rng.uniform((edge, edge + HOP * hops), (1.0 - edge, 1.0 - edge))
+                candidate = ToyObject(
+                    shape,
+                    colour,
+                    middle=(float(x), float(y)),
+                    radius=radius,
+                    phase=float(rng.uniform()) if hops else 0.0,
+                    **act,
+                )
                 if not any(_overlap(candidate, other) for other in objects):
                     objects.append(candidate)
                     break

@@ -23,7 +23,7 @@ from motionenhancer.prior import PriorSettings
 from motionenhancer.toy.arms import ARMS, SWEEPS, Arm, Regime
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.study_report import write_report
-from motionenhancer.toy.world import write_world
+from motionenhancer.toy.world import WEIGHTS, write_world
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     began = time.process_time()
     outcome = fine_tune(run.arm, run.regime, run.seed, folder, teacher, student)
     record = {"arm": asdict(run.arm), "seed": run.seed, "regime": asdict(run.regime)}
-    record |= {"models": models(teacher, student), **outcome}
+    record |= {"models": models(run.arm, teacher, student), **outcome}
     record["cpu_seconds"] = round(time.process_time() - began, 1)
     path = folder / "runs" / f"{run.name}.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,20 +80,23 @@ def readings(runs: Sequence[Run]) -> list[PriorSettings]:
     return list(dict.fromkeys(arm.settings() for arm in sorted(found, key=lambda arm: arm.name)))
 
 
-def unfinished(runs: Sequence[Run], folder: Path, models: dict[str, str]) -> Iterator[Run]:
+def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:
     """The runs without a result.
 
     Raises
     ------
     ValueError: a result of the same name is of another arm or regime, or of other models.
     """
+    from motionenhancer.toy.fine_tuning import models
+
     for run in runs:
         path = folder / "runs" / f"{run.name}.json"
         if not path.exists():
             yield run
             continue
         held = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {"regime": asdict(run.regime), "arm": asdict(run.arm), "models": models}
+        wanted = {"regime": asdict(run.regime), "arm": asdict(run.arm)}
+        wanted["models"] = models(run.arm, teacher, student)
         if any(held.get(name) != value for name, value in wanted.items()):
             raise ValueError(f"{path} is of another study; name another --output_dir or remove it")
 
@@ -103,8 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     shared = Regime()
     add("--output_dir", type=Path, default=Path("runs/study"), help="receives everything (%(default)s)")
-    add("--teacher", type=Path, required=True, help="folder of a teacher, as train_teacher writes it")
-    add("--student", type=Path, required=True, help="folder of a student, as train_student writes it")
+    add(
+        "--teacher", type=Path, default=WEIGHTS / "teacher", help="as train_teacher writes it (the package's)"
+    )
+    add(
+        "--student", type=Path, default=WEIGHTS / "student", help="as train_student writes it (the package's)"
+    )
     add("--arms", nargs="*", default=[], help=f"some of {', '.join(a.name for a in ARMS)}; all by default")
     add("--seeds", type=int, default=5, help="fine-tunings of each arm (%(default)s)")
     add("--sweeps", nargs="*", default=list(SWEEPS), choices=list(SWEEPS), help="settings to vary (all)")
@@ -127,12 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.test_clips < len(TASKS):
         parser.error(f"--test_clips must be at least {len(TASKS)}, one a task, got {args.test_clips}")
-    from motionenhancer.toy.fine_tuning import models
-
     teacher, student = args.teacher, args.student
     try:
         (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
-        left = list(unfinished(runs, args.output_dir, models(teacher, student)))
+        left = list(unfinished(runs, args.output_dir, teacher, student))
         write_world(
             args.output_dir / "world", clips=args.clips, test_clips=args.test_clips, seed=args.world_seed
         )

@@ -76,7 +76,7 @@ def t5_tokenizer(texts: Iterable[str] | None = None, *, max_length: int = 48) ->
     texts: sentences to learn from; the toy world's own by default.
     max_length: the ``model_max_length`` to store, in tokens.
 
-    >>> t5_tokenizer()("The red circle", return_offsets_mapping=True)["offset_mapping"][1]
+    >>> t5_tokenizer()("The red ring", return_offsets_mapping=True)["offset_mapping"][1]
     (4, 7)
     """
     from transformers import T5Tokenizer

@@ -28,8 +28,9 @@ from motionenhancer.toy.scene import TASKS, sample_scene
 from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.qwen2_5_vl import FAMILY
 
-_STREAM = 202
-FRAMES, FPS = 12, 8.0
+_STREAM = 7_000_202
+FRAMES, FPS = 8, 8.0
+STUDENT: dict[str, Any] = {"layers": 3, "vision_hidden_size": 48, "tokens_per_second": 4}
 
 
 def as_video(frames: np.ndarray) -> Video:
@@ -47,7 +48,7 @@ def as_sample(id: str, asked: str, answer: str) -> Sample:
     )
 
 
-def still_sample(seed: int, index: int, *, motion: float = 0.25) -> tuple[Sample, np.ndarray]:
+def still_sample(seed: int, index: int, *, motion: float = 0.15) -> tuple[Sample, np.ndarray]:
     """Return sample ``index`` and its (1, 32, 32, 3) picture; a share ``motion`` asks what cannot be seen."""
     rng = np.random.default_rng([_STREAM, seed, index])
     task = str(rng.choice(list(TASKS)))
@@ -55,6 +56,21 @@ def still_sample(seed: int, index: int, *, motion: float = 0.25) -> tuple[Sample
     picture = render(scene, frames=1).frames
     asked, answer = question(scene, task) if rng.random() < motion else still_question(scene, rng)
     return as_sample(f"still-{index}", asked, answer), picture
+
+
+def narrowed(encoded: Encoded) -> Encoded:
+    """Hold pixels in half precision: many samples fit into memory."""
+    inputs = {
+        n: v.half() if v.dtype == torch.float32 and v.dim() > 1 else v
+        for n, v in encoded.vision_inputs.items()
+    }
+    return replace(encoded, vision_inputs=inputs)
+
+
+def widened(encoded: Encoded) -> Encoded:
+    """Undo :func:`narrowed`."""
+    inputs = {n: v.float() if v.dtype == torch.float16 else v for n, v in encoded.vision_inputs.items()}
+    return replace(encoded, vision_inputs=inputs)
 
 
 class Stills(torch.utils.data.Dataset):
@@ -65,21 +81,21 @@ class Stills(torch.utils.data.Dataset):
         self.long: list[Encoded] = []
         for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=2):
             sample, picture = still_sample(seed, i)
-            self.short.append(FAMILY.encode(processor, sample, [as_video(picture.repeat(2, 0))]))
+            self.short.append(narrowed(FAMILY.encode(processor, sample, [as_video(picture.repeat(2, 0))])))
             if i % 4 == 0:
                 whole = FAMILY.encode(processor, sample, [as_video(picture.repeat(FRAMES, 0))])
                 # All token frames are the same: they are unfolded when asked for.
                 patches = whole.vision_inputs["pixel_values_videos"]
                 whole.vision_inputs["pixel_values_videos"] = patches[: len(patches) // (FRAMES // 2)].clone()
-                self.long.append(whole)
+                self.long.append(narrowed(whole))
 
     def draw(self, count: int, rng: np.random.Generator, *, short: bool) -> list[Encoded]:
         """Draw ``count`` of them."""
         if short:
-            return [self.short[i] for i in rng.integers(0, len(self.short), count)]
+            return [widened(self.short[i]) for i in rng.integers(0, len(self.short), count)]
         drawn = []
         for i in rng.integers(0, len(self.long), count):
-            encoded = self.long[i]
+            encoded = widened(self.long[i])
             patches = encoded.vision_inputs["pixel_values_videos"].repeat(FRAMES // 2, 1)
             inputs = {**encoded.vision_inputs, "pixel_values_videos": patches}
             drawn.append(replace(encoded, vision_inputs=inputs))
@@ -124,23 +140,29 @@ def train(
     model.eval()
 
 
+def save(model: Any, folder: Path) -> None:
+    """Write weights in half precision, to be loaded in full, in which they can be trained on a CPU."""
+    model.half().save_pretrained(folder)
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"')
+    config.write_text(text, encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train with the settings of ``argv`` and write a folder; 0."""
     parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.train_student", description=__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/toy_student"), help="transformers folder (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, pictures and their order (%(default)s)")
-    add("--pictures", type=int, default=12000, help="different pictures (%(default)s)")
-    add("--steps", type=int, default=6000, help="(%(default)s)")
-    add(
-        "--long_steps", type=int, default=1000, help="the last of them, on clips of full length (%(default)s)"
-    )
+    add("--pictures", type=int, default=8000, help="different pictures (%(default)s)")
+    add("--steps", type=int, default=1500, help="(%(default)s)")
+    add("--long_steps", type=int, default=50, help="the last of them, on clips of full length (%(default)s)")
     add("--batch", type=int, default=32, help="pictures a step (%(default)s)")
     add("--learning_rate", type=float, default=2e-3, help="its peak (%(default)s)")
     args = parser.parse_args(argv)
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
-    model, processor = make_student(seed=args.seed)
+    model, processor = make_student(seed=args.seed, **STUDENT)
     widen(model, args.seed)
     steps = train(
         model,
@@ -157,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for loss in bar:
             losses.append(loss)
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-    model.half().save_pretrained(args.output_dir)
+    save(model, args.output_dir)
     processor.save_pretrained(args.output_dir)
     record: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "output_dir"}
     record["losses"] = [round(float(np.mean(losses[i : i + 100])), 5) for i in range(0, len(losses), 100)]

@@ -1,7 +1,9 @@
 """Train the toy teacher from the toy world alone: ``python -m motionenhancer.toy.train_teacher``.
 
-First the VAE learns to rebuild clips, then the transformer and its text encoder learn together to denoise
-their latents under captions, or under a question with its answer. Everything follows from the seed.
+First the VAE learns to rebuild clips. Then the transformer and its text encoder learn to denoise latents
+under a text, first of single pictures, then of clips. In the text some words are wrong, and a throwaway head
+on the transformer's text stream learns to name the right ones: with the denoising alone a model of this size
+takes hardly any notice of its text. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -10,71 +12,86 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from motionenhancer.toy.language import caption, question
+from motionenhancer.toy.language import caption, question, still_question
+from motionenhancer.toy.mistakes import CHECKED, mistaken
 from motionenhancer.toy.models import make_teacher
-from motionenhancer.toy.render import render
+from motionenhancer.toy.render import FRAMES, SIZE, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 
 TEACHER: dict[str, Any] = {
     "layers": 4,
     "heads": 8,
     "head_dim": 16,
-    "frames": 17,
-    "height": 32,
-    "width": 32,
+    "positions": "sinusoidal",
+    "snr_shift_scale": 1.0,
+    "frames": FRAMES,
+    "height": SIZE,
+    "width": SIZE,
     "text_length": 32,
     "text_width": 64,
+    "vae_channels": (16, 32, 32),
+    "temporal_compression": 2,
     "scaling_factor": 1.0,
 }
 #: Apart from any stream that draws clips for the student.
-_STREAM = 101
+_STREAM = 7_000_101
+_SHORT = 5
 
 
-def draw(seed: int, index: int) -> tuple[Scene, str]:
-    """Return scene ``index`` of the teacher's own stream and the task it was drawn for."""
+def draw(seed: int, index: int, *, still: bool = False) -> tuple[Scene, str]:
+    """Return scene ``index`` of the teacher's own stream and the task it was drawn for; train pairs only."""
     task = list(TASKS)[index % len(TASKS)]
-    return sample_scene(np.random.default_rng([_STREAM, seed, index]), task), task
+    rng = np.random.default_rng([_STREAM, seed, int(still), index])
+    return sample_scene(rng, task, split="train"), task
 
 
-def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """(n, 3, 17, 32, 32) float32 in [-1, 1]."""
-    clips = np.stack([render(scene).frames for scene in scenes])
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+def pixels(frames: np.ndarray) -> torch.Tensor:
+    """Turn (n, f, h, w, 3) uint8 into (n, 3, f, h, w) float32 in [-1, 1]."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def texts(scene: Scene, task: str, rng: np.random.Generator) -> str:
-    """Draw what a clip is called: a caption, a question with its answer, an answer, or nothing."""
+def picture_text(scene: Scene, task: str, rng: np.random.Generator) -> str:
+    """Say what a still picture shows: a question about it with its answer, or the answer alone."""
+    asked, answer = still_question(scene, rng)
+    return answer if rng.random() < 0.7 or len(answer) > 60 else f"{asked} {answer}"
+
+
+def clip_text(scene: Scene, task: str, rng: np.random.Generator) -> str:
+    """Say what happens in a clip: a caption of some or all objects, or a question with its answer."""
     kind = rng.random()
-    if kind < 0.1:
-        return ""
-    if kind < 0.55:
+    if kind < 0.5:
         order = rng.permutation(len(scene.objects))
         kept = order[: int(rng.integers(1, len(order) + 1))]
         return caption(Scene(tuple(scene.objects[i] for i in kept), scene.ground, scene.camera))
     asked, answer = question(scene, task)
-    return answer if kind < 0.75 else f"{asked} {answer}"
+    return answer if kind < 0.65 else f"{asked} {answer}"
 
 
-def train_vae(vae: Any, *, seed: int, steps: int, batch: int = 8) -> Iterator[float]:
-    """Teach ``vae`` to rebuild toy clips; yields the mean absolute error of each step, in [-1, 1] units."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+def train_vae(vae: Any, clips: np.ndarray, *, seed: int, steps: int, batch: int = 8) -> Iterator[float]:
+    """Teach ``vae`` to rebuild parts of ``clips`` (n, f, h, w, 3); yields each step's mean absolute error."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng([_STREAM, seed, 2])
     vae.train()
-    for step in range(steps):
-        video = pixels([draw(seed, step * batch + i)[0] for i in range(batch)])
-        posterior = vae.encode(video).latent_dist
-        rebuilt = vae.decode(posterior.mode()).sample
+    for _ in range(steps):
+        first = int(rng.integers(0, clips.shape[1] - _SHORT + 1))
+        video = pixels(clips[rng.integers(0, len(clips), batch), first : first + _SHORT])
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(video).latent_dist.mode().float()
+            rebuilt = vae.decode(latents).sample.float()
         error = (rebuilt - video).abs().mean()
-        loss = error + (rebuilt - video).square().mean() + 1e-4 * posterior.mode().square().mean()
+        loss = error + 4 * (rebuilt - video).square().mean() + 1e-4 * latents.square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -85,71 +102,101 @@ def train_vae(vae: Any, *, seed: int, steps: int, batch: int = 8) -> Iterator[fl
 
 
 @torch.no_grad()
-def encode(vae: Any, *, seed: int, clips: int, first: int) -> torch.Tensor:
-    """(clips, 5, 8, 8, 8) float16 latents of the stream's clips from ``first`` on."""
-    parts = []
-    for start in tqdm(range(0, clips, 32), desc="latents", unit="batch"):
-        scenes = [draw(seed, first + i)[0] for i in range(start, min(clips, start + 32))]
-        parts.append(vae.encode(pixels(scenes)).latent_dist.mode().transpose(1, 2).half())
+def encode(vae: Any, clips: np.ndarray) -> torch.Tensor:
+    """Return (n, latent frames, channels, h, w) float16 latents, unscaled."""
+    parts = [
+        vae.encode(pixels(clips[i : i + 32])).latent_dist.mode().transpose(1, 2).half()
+        for i in tqdm(range(0, len(clips), 32), desc="latents", unit="batch", mininterval=2)
+    ]
     return torch.cat(parts)
 
 
-def train_transformer(
-    pipe: Any, latents: torch.Tensor, *, seed: int, first: int, steps: int, batch: int, rate: float
-) -> Iterator[float]:
-    """Teach the transformer and the text encoder to denoise; yields the loss of each step.
+@dataclass(frozen=True)
+class Lesson:
+    """Scaled latents, what each is drawn from, how it is put into words; ``steps`` of ``batch``."""
 
-    The weights kept are their running mean over about the last thousand steps.
+    latents: torch.Tensor
+    scenes: list[tuple[Scene, str]]
+    text: Callable[[Scene, str, np.random.Generator], str]
+    steps: int
+    batch: int
+
+
+def train_transformer(
+    pipe: Any, lessons: Sequence[Lesson], *, seed: int, rate: float
+) -> Iterator[tuple[float, float]]:
+    """Teach the transformer and the text encoder one lesson after the other.
+
+    Yields each step's denoising loss and the share of wrong words that were set right, of those that more
+    signal than noise was there for.
+
+    The learning rate falls along a cosine in the last lesson. The weights kept are their running mean over
+    about its last five hundred steps.
     """
     transformer, encoder, tokenizer = pipe.transformer, pipe.text_encoder, pipe.tokenizer
-    alphas = pipe.scheduler.alphas_cumprod.float()
-    rotary = pipe._prepare_rotary_positional_embeddings(32, 32, 5, torch.device("cpu"))
-    length = transformer.config.max_text_seq_length
+    config, alphas = transformer.config, pipe.scheduler.alphas_cumprod.float()
+    width = config.num_attention_heads * config.attention_head_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(tokenizer)))
+    checked = torch.zeros(len(tokenizer), dtype=torch.bool)
+    checked[[tokenizer.convert_tokens_to_ids(f"▁{word}") for word in CHECKED]] = True
+    stream: list[torch.Tensor] = []
+    hook = transformer.transformer_blocks[-1].register_forward_hook(lambda *call: stream.append(call[2][1]))
+
     models = nn.ModuleList([transformer, encoder])
-    mean = copy.deepcopy(models).requires_grad_(False)
-    decay = 1.0 - 1.0 / min(1000, max(10, steps // 10))
-    optimizer = torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 0.01,
-    )
-    rng = np.random.default_rng([_STREAM, seed, 1])
-    scenes = [draw(seed, first + i) for i in range(len(latents))]
-    noise = torch.Generator().manual_seed(seed)
+    trained = [*models.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rng, noise = np.random.default_rng([_STREAM, seed, 3]), torch.Generator().manual_seed(seed)
+
+    def tokens(texts: list[str]) -> torch.Tensor:
+        options = {"padding": "max_length", "max_length": config.max_text_seq_length, "truncation": True}
+        return tokenizer(texts, return_tensors="pt", **options).input_ids
+
     models.train()
-    for _ in range(steps):
-        chosen = rng.integers(0, len(latents), batch)
-        drawn = [scenes[int(i)] for i in chosen]
-        ids = tokenizer(
-            [texts(scene, task, rng) for scene, task in drawn],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        clean = latents[torch.from_numpy(chosen)].float()
-        level = torch.randint(0, len(alphas), (batch,), generator=noise)
-        epsilon = torch.randn(clean.shape, generator=noise)
-        alpha = alphas[level].view(-1, 1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * epsilon
-        target = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * clean
-        output = transformer(
-            hidden_states=noisy,
-            encoder_hidden_states=encoder(ids)[0],
-            timestep=level,
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0]
-        loss = (output - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for kept, now in zip(mean.parameters(), models.parameters(), strict=True):
-                kept.lerp_(now, 1.0 - decay)
-        yield loss.item()
+    for lesson in lessons:
+        mean = copy.deepcopy(models).requires_grad_(False)
+        for step in range(lesson.steps):
+            fall = 0.5 * (1 + math.cos(math.pi * step / lesson.steps)) if lesson is lessons[-1] else 1.0
+            optimizer.param_groups[0]["lr"] = rate * (min(1.0, (step + 1) / 200) * fall + 0.005)
+            drawn = rng.integers(0, len(lesson.latents), lesson.batch)
+            texts = [lesson.text(*lesson.scenes[int(i)], rng) for i in drawn]
+            given, true = tokens([mistaken(text, rng) for text in texts]), tokens(texts)
+            clean = lesson.latents[torch.from_numpy(drawn)].float()
+            level = torch.rand(lesson.batch, generator=noise)
+            level[::2] *= 0.3
+            level = (level * len(alphas)).long()
+            epsilon = torch.randn(clean.shape, generator=noise)
+            alpha = alphas[level].view(-1, 1, 1, 1, 1)
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * epsilon
+            target = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * clean
+            stream.clear()
+            # At this size PyTorch's plain attention is faster on a CPU than its flash attention.
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                output = transformer(
+                    hidden_states=noisy,
+                    encoder_hidden_states=encoder(given)[0],
+                    timestep=level,
+                    return_dict=False,
+                )[0]
+            denoising = (output.float() - target).square().mean()
+            use = checked[true]
+            # What noise hides cannot be corrected: words weigh as much as there is signal.
+            weight = alphas[level][:, None].expand(true.shape)[use]
+            words = head(stream[0].float())[use]
+            naming = nn.functional.cross_entropy(words, true[use], reduction="none")
+            loss = denoising + (naming * weight).sum() / weight.sum()
+            wrong = (given[use] != true[use]) & (weight > 0.5)
+            righted = (words.argmax(-1) == true[use])[wrong].float().mean().item()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            decay = 1.0 - 1.0 / min(500, max(10, (step + 1) // 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(mean.parameters()), list(models.parameters()), 1.0 - decay)
+            yield denoising.item(), righted
+    hook.remove()
     models.load_state_dict(mean.state_dict())
     models.eval()
 
@@ -160,14 +207,18 @@ def save(pipe: Any, record: dict[str, Any], folder: Path) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(losses: Iterator[float], steps: int, what: str) -> list[float]:
-    """Run through ``losses`` behind a progress bar; returns the mean of every hundred."""
-    seen: list[float] = []
-    with tqdm(losses, total=steps, desc=what, unit="step", mininterval=2) as bar:
-        for loss in bar:
-            seen.append(loss)
-            bar.set_postfix(loss=f"{np.mean(seen[-100:]):.4f}", refresh=False)
-    return [round(float(np.mean(seen[i : i + 100])), 5) for i in range(0, len(seen), 100)]
+def _shown(steps: Iterator[Any], count: int, what: str, names: Sequence[str]) -> dict[str, list[float]]:
+    """Run through ``steps`` behind a progress bar; returns the mean of every hundred, by name."""
+    seen: list[Any] = []
+    with tqdm(steps, total=count, desc=what, unit="step", mininterval=2) as bar:
+        for step in bar:
+            seen.append(step)
+            if len(seen) % 20 == 0:
+                recent = np.nanmean(np.reshape(seen[-100:], (-1, len(names))), 0)
+                bar.set_postfix({n: f"{v:.4f}" for n, v in zip(names, recent, strict=True)}, refresh=False)
+    values = np.reshape(seen, (-1, len(names)))
+    means = [np.nanmean(values[i : i + 100], 0) for i in range(0, len(values), 100)]
+    return {name: [round(float(m[i]), 5) for m in means] for i, name in enumerate(names)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,33 +227,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/toy_teacher"), help="a diffusers folder (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, clips and noise (%(default)s)")
-    add("--vae_steps", type=int, default=400, help="of 8 clips, for the VAE (%(default)s)")
-    add("--clips", type=int, default=12000, help="clips whose latents are learnt (%(default)s)")
-    add("--steps", type=int, default=6000, help="of the transformer (%(default)s)")
-    add("--batch", type=int, default=32, help="clips a step of the transformer (%(default)s)")
-    add("--learning_rate", type=float, default=2e-3, help="its peak (%(default)s)")
+    add("--vae_steps", type=int, default=800, help="of 8 parts of clips, for the VAE (%(default)s)")
+    add("--pictures", type=int, default=16000, help="different pictures to learn (%(default)s)")
+    add("--picture_steps", type=int, default=2000, help="of 64 pictures, for the transformer (%(default)s)")
+    add("--clips", type=int, default=12000, help="different clips to learn (%(default)s)")
+    add("--steps", type=int, default=4500, help="of 32 clips, for the transformer (%(default)s)")
+    add("--learning_rate", type=float, default=2e-3, help="the transformer's peak (%(default)s)")
     args = parser.parse_args(argv)
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     pipe: Any = make_teacher(seed=args.seed, **TEACHER)
     record: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "output_dir"}
-    errors = train_vae(pipe.vae, seed=args.seed, steps=args.vae_steps)
-    record["vae_error"] = _shown(errors, args.vae_steps, "vae")
-    first = args.vae_steps * 8
-    latents = encode(pipe.vae, seed=args.seed, clips=args.clips, first=first)
+    scenes = [draw(args.seed, i) for i in tqdm(range(args.clips), desc="scenes", mininterval=2)]
+    stills = [
+        draw(args.seed, i, still=True) for i in tqdm(range(args.pictures), desc="stills", mininterval=2)
+    ]
+    clips = np.stack([render(scene).frames for scene, _ in tqdm(scenes, desc="clips", mininterval=2)])
+    pictures = np.stack([render(scene, frames=1).frames for scene, _ in stills])
+    errors = train_vae(pipe.vae, clips, seed=args.seed, steps=args.vae_steps)
+    record |= _shown(errors, args.vae_steps, "vae", ["vae_error"])
+    latents, flat = encode(pipe.vae, clips), encode(pipe.vae, pictures)
     scale = float(f"{1.0 / latents.float().std().item():.4g}")
     pipe.vae.register_to_config(scaling_factor=scale)
-    losses = train_transformer(
-        pipe,
-        (latents.float() * scale).half(),
-        seed=args.seed,
-        first=first,
-        steps=args.steps,
-        batch=args.batch,
-        rate=args.learning_rate,
+    lessons = (
+        Lesson((flat.float() * scale).half(), stills, picture_text, args.picture_steps, 64),
+        Lesson((latents.float() * scale).half(), scenes, clip_text, args.steps, 32),
     )
-    record["losses"] = _shown(losses, args.steps, "transformer")
+    steps = train_transformer(pipe, lessons, seed=args.seed, rate=args.learning_rate)
+    record |= _shown(steps, args.picture_steps + args.steps, "transformer", ["loss", "righted"])
     save(pipe, record, args.output_dir)
     return 0
 

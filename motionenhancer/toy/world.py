@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from motionenhancer.toy.encode import encode_video
 from motionenhancer.toy.language import caption, question
-from motionenhancer.toy.render import Clip, render
+from motionenhancer.toy.render import FRAMES, SIZE, Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 
 __all__ = ["ToyFolder", "build_toy", "draw_clip", "write_world"]
 
 _SPLITS = {"train": 0, "test": 1}
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folders of the trained toy models, as ``train_teacher`` and ``train_student`` write them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class _Settings:
     frames: int
     size: int
     fps: int
-    version: int = 2
+    version: int = 3
 
 
 def task_of(index: int) -> str:
@@ -72,7 +75,9 @@ def task_of(index: int) -> str:
     return list(TASKS)[index % len(TASKS)]
 
 
-def draw_clip(seed: int, split: str, index: int, *, frames: int = 17, size: int = 32) -> tuple[Scene, Clip]:
+def draw_clip(
+    seed: int, split: str, index: int, *, frames: int = FRAMES, size: int = SIZE
+) -> tuple[Scene, Clip]:
     """Draw clip ``index`` of ``split`` ("train" or "test"), each from a random stream of its own.
 
     The two splits share colours and shapes, but no pair of them.
@@ -163,8 +168,8 @@ def write_world(
     clips: int = 64,
     test_clips: int | None = None,
     seed: int = 0,
-    frames: int = 17,
-    size: int = 32,
+    frames: int = FRAMES,
+    size: int = SIZE,
     fps: int = 8,
     progress: bool = True,
 ) -> ToyFolder:
@@ -256,15 +261,13 @@ def build_toy(
     seed: int = 0,
     progress: bool = True,
 ) -> ToyFolder:
-    """Write a whole toy world: :func:`write_world`, then an untrained ``teacher/`` and ``student/``.
+    """Write a whole toy world: :func:`write_world`, then the package's trained ``teacher/`` and ``student/``.
 
     Raises
     ------
     ValueError: as :func:`write_world`.
     """
-    from motionenhancer.toy.models import save_student, save_teacher
-
     folder = write_world(output_dir, clips=clips, test_clips=test_clips, seed=seed, progress=progress)
-    _make_once(folder.teacher, lambda path: save_teacher(path, seed=seed))
-    _make_once(folder.student, lambda path: save_student(path, seed=seed))
+    for model in (folder.teacher, folder.student):
+        _make_once(model, functools.partial(shutil.copytree, WEIGHTS / model.name))
     return folder

@@ -27,7 +27,6 @@ from ..prior import PriorSettings
 from ..processes import from_main
 from ..report import RunReport
 from ..store import PriorStore
-from ..toy.world import ToyFolder
 from ..vdm.plan import plan_teacher
 from .arguments import StudentArguments
 
@@ -109,7 +108,6 @@ def collect_priors(
     settings: PriorSettings,
     skips: SkipLog,
     report: RunReport,
-    toy: ToyFolder | None,
     how: OnlineArguments | None = None,
 ) -> RunPriors:
     """Priors for all samples that can have one, as `--prior_source` says.
@@ -123,7 +121,6 @@ def collect_priors(
         prior, settings: which teacher, how, and where priors are kept.
         skips: receives samples without a prior and why.
         report: receives the teacher and every prior's description.
-        toy: the toy world, where any of it is used.
         how: when and where priors are made.
 
     Raises:
@@ -133,10 +130,7 @@ def collect_priors(
     how.check(student.prior_source)
     state = PartialState()
     assert prior.teacher is not None
-    untrained = toy is not None and Path(prior.teacher) == toy.teacher
-    report.content["teacher"] = {"path": prior.teacher, "trained": False if untrained else None}
-    if untrained and state.is_main_process:
-        print("the toy teacher is untrained (random weights): its priors exercise the path, carry no meaning")
+    report.content["teacher"] = {"path": prior.teacher}
     if student.prior_source == "online":
         requests = request_priors(samples, settings, prior.prompt_source, skips)
         if state.is_main_process:

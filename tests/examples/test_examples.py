@@ -46,7 +46,7 @@ def test_there_are_three_of_at_most_thirty_lines():
 def test_words_in_video(monkeypatch, capsys, student):
     names, printed = run(monkeypatch, capsys, "words_in_video.py", student)
     expected = eager(names)
-    for word, row, line in zip(["red", "circle", "moves"], expected, printed.splitlines(), strict=True):
+    for word, row, line in zip(["red", "ring", "moves"], expected, printed.splitlines(), strict=True):
         share, best = re.fullmatch(
             rf"{word}: ([\d.]+)% on the video, most on its token (\d+) of 256", line
         ).groups()
@@ -54,7 +54,7 @@ def test_words_in_video(monkeypatch, capsys, student):
         assert row[int(best)] == pytest.approx(row.max().item(), rel=1e-4)
     ids = names["inputs"]["input_ids"][0]
     decoded = [names["processor"].decode([ids[row]]).strip() for row in names["rows"]]
-    assert decoded == ["red", "circle", "moves"]
+    assert decoded == ["red", "ring", "moves"]
 
 
 def test_words_in_video_of_a_file(monkeypatch, capsys, student, tmp_path):

@@ -18,7 +18,7 @@ from motionenhancer.toy.scene import sample_scene
 from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer, t5_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
-SENTENCE = "The red circle moves left quickly, the blue ring stays still. Zoë (really) waits?"
+SENTENCE = "The red ring moves left quickly, the blue post stays still. Zoë (really) waits?"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_teacher_variants_denoise(name):
     options, frames = VARIANTS[name]
     pipe = make_teacher(scaling_factor=1.0, **options)
     out = pipe(
-        "The red circle moves left.",
+        "The red ring moves left.",
         height=options.get("height", 64),
         width=options.get("width", 64),
         num_frames=frames,
@@ -116,7 +116,7 @@ def test_teacher_listens_to_its_prompt(teacher):
     latents = encode(teacher.vae, toy_video()).permute(0, 2, 1, 3, 4)
     rotary = teacher._prepare_rotary_positional_embeddings(64, 64, 5, torch.device("cpu"))
     outputs = []
-    for prompt in ("The red circle moves left.", "The blue ring stays still."):
+    for prompt in ("The red ring moves left.", "The blue post stays still."):
         text = teacher.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=48)[0]
         out = teacher.transformer(latents, text, torch.tensor([199]), image_rotary_emb=rotary).sample
         assert out.shape == (1, 5, 8, 16, 16)
@@ -162,12 +162,12 @@ def test_t5_offsets_survive_the_disk(teacher):
         assert tokenizer.is_fast
         encoded = tokenizer(SENTENCE, return_offsets_mapping=True)
         tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-        assert tokens[:4] == ["▁The", "▁red", "▁circle", "▁moves"]
+        assert tokens[:4] == ["▁The", "▁red", "▁ring", "▁moves"]
         assert tokens[-1] == "</s>"
         for token, (start, end) in zip(tokens[:-1], encoded["offset_mapping"][:-1], strict=True):
             if token not in ("<unk>", "▁"):
                 assert SENTENCE[start:end] == token.removeprefix("▁")
-        padded = tokenizer(["a", "The red circle"], padding="max_length", max_length=9, truncation=True)
+        padded = tokenizer(["a", "The red ring"], padding="max_length", max_length=9, truncation=True)
         assert {len(ids) for ids in padded["input_ids"]} == {9}
     assert t5_tokenizer()(SENTENCE)["input_ids"] == teacher.tokenizer(SENTENCE)["input_ids"]
     assert teacher.tokenizer.model_max_length == 48
@@ -181,7 +181,7 @@ def test_qwen_tokens_survive_the_disk(student):
         assert tokenizer.decode(ids) == strange
         encoded = tokenizer(SENTENCE, return_offsets_mapping=True)
         pieces = [SENTENCE[a:b] for a, b in encoded["offset_mapping"]]
-        assert "".join(pieces).startswith("The red circle moves left")
+        assert "".join(pieces).startswith("The red ring moves left")
         for token in QWEN_SPECIAL_TOKENS:
             assert tokenizer(token)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
         assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
@@ -190,7 +190,7 @@ def test_qwen_tokens_survive_the_disk(student):
 
 CHAT = [
     {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "The red circle."}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "The red ring."}]},
 ]
 
 
@@ -200,7 +200,7 @@ def test_chat_template(student):
     assert render_chat(CHAT, tokenize=False) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{video}What moves?<|im_end|>\n"
-        "<|im_start|>assistant\nThe red circle.<|im_end|>\n"
+        "<|im_start|>assistant\nThe red ring.<|im_end|>\n"
     )
     asked = [{"role": "system", "content": "Be short."}, CHAT[0]]
     assert render_chat(asked, tokenize=False, add_generation_prompt=True) == (

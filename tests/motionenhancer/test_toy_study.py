@@ -12,10 +12,12 @@ import torch
 
 from motionenhancer.data import read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
+from motionenhancer.toy.accuracy import shown_clip
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
-from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, shown_clip
+from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
+from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.study import Run, main, planned, readings, unfinished
 from motionenhancer.toy.study_report import interval, summarise, tables
 from motionenhancer.toy.world import draw_clip, write_world
@@ -29,7 +31,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     """A study's folder with its world, a teacher and a student."""
     root = tmp_path_factory.mktemp("study")
     write_world(root / "study" / "world", clips=6, test_clips=6, progress=False)
-    teacher = save_teacher(root / "teacher", layers=1, heads=4, height=32, width=32)
+    teacher = save_teacher(
+        root / "teacher", layers=1, heads=4, frames=FRAMES, height=32, width=32, temporal_compression=2
+    )
     return root / "study", teacher, save_student(root / "student", layers=1)
 
 
@@ -71,9 +75,9 @@ def test_words_have_a_class(word: str, name: str) -> None:
 def test_controls_hide_motion(folders: tuple[Path, Path, Path]) -> None:
     path = folders[0] / "world" / "videos" / "train-00000.mp4"
     whole, video = read_frames(path).frames, shown_clip(path, "video", 0)
-    assert len(whole) == 17
+    assert len(whole) == FRAMES
     middle = shown_clip(path, "middle", 0)
-    assert (middle.frames == whole[8]).all()
+    assert (middle.frames == whole[FRAMES // 2]).all()
     assert middle.frames.shape == video.frames.shape
     mixed = shown_clip(path, "shuffled", 0).frames
     assert sorted(f.tobytes() for f in mixed) == sorted(f.tobytes() for f in video.frames)
@@ -83,9 +87,11 @@ def test_controls_hide_motion(folders: tuple[Path, Path, Path]) -> None:
 
 def test_a_result_names_its_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, teacher, student = folders
-    found = models(teacher, student)
-    assert found == models(teacher, student)
-    assert found["student"] != models(teacher, save_student(tmp_path / "other", layers=1, seed=1))["student"]
+    found = models(BOTH, teacher, student)
+    assert found == models(BOTH, teacher, student)
+    assert set(models(ARMS[0], teacher, student)) == {"student"}
+    other = save_student(tmp_path / "other", layers=1, seed=1)
+    assert found["student"] != models(BOTH, teacher, other)["student"]
 
 
 def test_one_reading_serves_every_selection(folders: tuple[Path, Path, Path]) -> None:
@@ -120,7 +126,10 @@ def test_arms_differ_in_one_thing() -> None:
             assert changed == {"name", field}
 
 
-def test_runs_are_planned_seed_by_seed_and_never_repeated(tmp_path: Path) -> None:
+def test_runs_are_planned_seed_by_seed_and_never_repeated(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    _, teacher, student = folders
     runs = planned(TINY, 2, ["plain", "both selections"], ["ratio"], 1)
     assert [run.name for run in runs] == [
         "plain-0",
@@ -132,15 +141,18 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(tmp_path: Path) -> Non
     ]
     assert len(readings(runs)) == 3
     (tmp_path / "runs").mkdir()
-    mine = {"teacher": "t", "student": "s"}
-    done = {"arm": asdict(runs[0].arm), "regime": asdict(TINY), "models": mine}
-    (tmp_path / "runs" / "plain-0.json").write_text(json.dumps(done))
-    assert [run.name for run in unfinished(runs, tmp_path, mine)] == [run.name for run in runs[1:]]
+    for run in runs[:2]:
+        done = {"arm": asdict(run.arm), "regime": asdict(TINY), "models": models(run.arm, teacher, student)}
+        (tmp_path / "runs" / f"{run.name}.json").write_text(json.dumps(done))
+    left = list(unfinished(runs, tmp_path, teacher, student))
+    assert [run.name for run in left] == [run.name for run in runs[2:]]
     other = [Run(runs[0].arm, 0, replace(TINY, steps=3))]
     with pytest.raises(ValueError, match="of another study"):
-        list(unfinished(other, tmp_path, mine))
+        list(unfinished(other, tmp_path, teacher, student))
+    another = save_teacher(tmp_path / "teacher", layers=1, heads=4, seed=1)
+    assert list(unfinished(runs[:1], tmp_path, another, student)) == []
     with pytest.raises(ValueError, match="of another study"):
-        list(unfinished(runs, tmp_path, {**mine, "teacher": "another"}))
+        list(unfinished(runs[1:2], tmp_path, another, student))
 
 
 def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,20 +77,25 @@ def test_the_report_says_what_was_read(trained: Path) -> None:
         assert entry["loss"] == pytest.approx(entry["loss_ar"] + entry["loss_align"], rel=1e-3)
 
 
-def test_the_toy_default_says_that_its_teacher_is_untrained(
+def test_the_toy_default_answers_test_questions_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No student, teacher or data named: the toy world is made and its recipe used; numbers are cut down."""
     monkeypatch.chdir(tmp_path)
-    cut = ["--limit", "4", "--max_steps", "1", "--ddim_steps", "1", "--per_device_train_batch_size", "2"]
+    cut = ["--limit", "4", "--max_steps", "2", "--per_device_train_batch_size", "2"]
     assert train.main(cut) == 0
     out = capsys.readouterr().out
-    assert "untrained" in out
     assert "checkpoint and motion_report.json in runs/train" in out
     report = report_of(tmp_path / "runs" / "train")
-    assert report["teacher"]["trained"] is False
-    assert report["identity"]["learning_rate"] == 0.002
-    assert len(list((tmp_path / "runs" / "toy" / "videos").glob("*.mp4"))) == 64 + 16
+    assert report["identity"]["learning_rate"] == 0.001
+    assert len(list((tmp_path / "runs" / "toy" / "videos").glob("*.mp4"))) == 480 + 120
+    found = report["evaluation"]
+    assert set(found) == {"before", "after"}
+    for name, one in found.items():
+        assert len(one["tasks"]) == 6
+        assert one["overall"] == pytest.approx(np.mean(list(one["tasks"].values())))
+        (row,) = [line for line in out.splitlines() if line.startswith(f"{name}  ")]
+        assert f"{one['overall']:.1f}%" in row
 
 
 # ---- what a run equals ----

@@ -1,0 +1,74 @@
+"""How well a student answers the toy world's test questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motionenhancer.data import Sample, SkipLog, read_frames, read_samples
+from motionenhancer.data.video import Video
+from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
+from motionenhancer.toy.scene import TASKS
+from motionenhancer.toy.train_student import FRAMES
+from motionenhancer.toy.world import ToyFolder
+
+__all__ = ["accuracy", "accuracy_table", "samples_of", "shown_clip"]
+
+
+def shown_clip(path: Path, shown: str, index: int) -> Video:
+    """What a student is shown of a clip: "video", its frames "shuffled", or its "middle" frame repeated."""
+    video = read_frames(path, num_frames=FRAMES)
+    if shown == "shuffled":
+        return replace(video, frames=video.frames[np.random.default_rng([404, index]).permutation(FRAMES)])
+    if shown == "middle":
+        whole = read_frames(path).frames
+        return replace(video, frames=whole[[len(whole) // 2] * FRAMES])
+    return video
+
+
+def samples_of(path: Path, videos: Path) -> list[Sample]:
+    """Read a toy world's file of samples, which must be whole."""
+    skips = SkipLog()
+    samples = list(read_samples(path, videos, skips))
+    if skips.total:
+        raise ValueError(f"{path}: {skips.summary()}")
+    return samples
+
+
+def accuracy(model: Any, processor: Any, family: Any, world: Path, *, shown: str = "video") -> dict[str, Any]:
+    """Percent of the test questions answered word for word: overall, the mean over tasks, and by task."""
+    folder = ToyFolder(world)
+    settings = greedy(model, 16, processor.tokenizer.pad_token_id)
+    samples = samples_of(folder.test, folder.videos)
+    right: dict[str, list[bool]] = {task: [] for task in TASKS}
+    for start in range(0, len(samples), 100):
+        part = samples[start : start + 100]
+        asked = [s.messages[0]["content"][-1]["text"] for s in part]
+        videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
+        requests = [
+            encode_request(family, processor, s.id, text, video)
+            for s, text, video in zip(part, asked, videos, strict=True)
+        ]
+        answers = generate_answers(model, processor, family, requests, settings)
+        for sample, answer in zip(part, answers, strict=True):
+            right[sample.id.rsplit("-", 1)[1]].append(
+                answer.strip() == sample.messages[1]["content"][0]["text"]
+            )
+    tasks = {task: 100 * float(np.mean(found)) for task, found in right.items()}
+    return {
+        "overall": 100 * float(np.mean([r for found in right.values() for r in found])),
+        "average": float(np.mean(list(tasks.values()))),
+        "tasks": tasks,
+    }
+
+
+def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
+    """Lines of figures, one for each of ``found``: name → what :func:`accuracy` returned."""
+    rows = [" " * 8 + "".join(f"{name:>9s}" for name in ("Overall", *TASKS))]
+    for name, one in found.items():
+        values = (one["overall"], *(one["tasks"][task] for task in TASKS))
+        rows.append(f"{name:8s}" + "".join(f"{value:8.1f}%" for value in values))
+    return "\n".join(rows)
