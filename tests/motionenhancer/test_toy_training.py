@@ -17,6 +17,7 @@ from motionenhancer.toy.mistakes import mistaken
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import COLOURS, SHAPES, Scene
+from motionenhancer.toy.world import WEIGHTS
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 
@@ -126,3 +127,16 @@ def test_lift_is_one_for_a_blind_word_and_one_over_the_area_for_a_sharp_one() ->
     sharp.add(0.1 * mask[None], mask)
     both.add(torch.stack([torch.full((8,), 0.03), 0.1 * mask]), mask)
     assert [round(found.mean, 5) for found in (blind, sharp, both)] == [1.0, 4.0, 2.5]
+
+
+def test_the_weights_in_the_package_are_small_and_look_at_what_is_named() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 8_000_000
+    teacher = load_teacher(WEIGHTS / "teacher", dtype=torch.float32)
+    found = lift.measure(teacher, PriorSettings(mode="renoise", sampled_rows="all"), 15, seed=1)["lift"]
+    assert found["direction"]["chosen"] > 1.3
+    assert found["shape"]["all"] > 1.5
+
+
+def test_the_student_in_the_package_can_be_trained_as_it_is_loaded() -> None:
+    model, _, _ = load_student(WEIGHTS / "student")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
