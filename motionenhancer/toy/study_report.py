@@ -68,7 +68,8 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
     plain = found.get("plain", {})
     arms: dict[str, Any] = {}
     for name, by_seed in found.items():
-        row: dict[str, Any] = {"arm": next(iter(by_seed.values()))["arm"], "seeds": sorted(by_seed)}
+        one = next(iter(by_seed.values()))
+        row: dict[str, Any] = {"arm": one["arm"], "models": one.get("models"), "seeds": sorted(by_seed)}
         for measure in ("overall", "average"):
             values = [by_seed[seed]["accuracy"][measure] for seed in sorted(by_seed)]
             row[measure] = dict(zip(("mean", "half"), interval(values), strict=True), values=values)
@@ -136,10 +137,17 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _finite(value: Any) -> Any:
+    """Put null for the interval of a single run: json has no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
 def write_report(folder: Path, regime: Regime) -> str:
     """Write ``results.json`` and ``tables.md``, and ``plots.png`` where matplotlib is; returns the tables."""
     summary = summarise(folder, regime)
-    (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(_finite(summary), indent=1) + "\n", encoding="utf-8")
     text = tables(summary)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     try:

@@ -178,6 +178,13 @@ def test_the_command_writes_results_and_goes_on(
     ]
     assert main([*flags, "1"]) == 0
     kept = (tmp_path / "runs" / "plain-0.json").stat().st_mtime_ns
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"results.json holds {constant}, which is not json")
+
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert written["arms"]["plain"]["overall"]["half"] is None
+    assert set(written["arms"]["MTTI only"]["models"]) == {"teacher", "student"}
     assert main([*flags, "2"]) == 0
     assert (tmp_path / "runs" / "plain-0.json").stat().st_mtime_ns == kept
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
