@@ -14,9 +14,9 @@ name = sys.argv[1] if len(sys.argv) > 1 else save_student(tempfile.mkdtemp())
 model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa").train()
 processor = AutoProcessor.from_pretrained(name)
 image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]) + "A red ring"
+text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]) + "A red square"
 inputs = processor(text=[text], images=[image], return_tensors="pt")
-rows = torch.tensor([[inputs["input_ids"].shape[1] - 1]])  # the last token: "ring"
+rows = torch.tensor([[inputs["input_ids"].shape[1] - 1]])  # the last token: "square"
 columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().T
 width = int(inputs["image_grid_thw"][0, 2]) // processor.image_processor.merge_size
 left = torch.arange(columns.shape[1]) % width < width // 2

@@ -12,7 +12,7 @@ import torch
 from motionenhancer.prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from motionenhancer.vdm import invert, load_teacher, reconstruct
 
-TEXT = "the red square moves left and the blue circle stays"
+TEXT = "the red square moves left and the blue ring stays"
 
 
 @pytest.fixture(scope="module")

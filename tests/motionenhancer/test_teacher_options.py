@@ -14,7 +14,7 @@ from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.vdm import invert, load_teacher, reconstruct, teacher_id
 
-TEXT = "the red square moves left and the blue circle stays"
+TEXT = "the red square moves left and the blue ring stays"
 
 
 @pytest.fixture
