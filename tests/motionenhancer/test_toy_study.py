@@ -12,7 +12,7 @@ import torch
 
 from motionenhancer.data import read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
-from motionenhancer.toy.accuracy import shown_clip
+from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
 from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
@@ -20,8 +20,9 @@ from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.study import Run, main, planned, readings, unfinished
 from motionenhancer.toy.study_report import interval, summarise, tables
-from motionenhancer.toy.world import draw_clip, write_world
+from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
 from motionenhancer.vdm import load_teacher
+from motionenhancer.vlm import load_student
 
 TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
 
@@ -83,6 +84,25 @@ def test_controls_hide_motion(folders: tuple[Path, Path, Path]) -> None:
     assert sorted(f.tobytes() for f in mixed) == sorted(f.tobytes() for f in video.frames)
     assert (mixed != video.frames).any()
     assert (mixed != shown_clip(path, "shuffled", 1).frames).any()
+
+
+def test_accuracy_counts_answers_that_agree_word_for_word(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six questions, one a task, the first two are answered rightly and the third but for a full stop."""
+    root, _, student = folders
+    world = ToyFolder(root / "world")
+    true = [s.messages[1]["content"][0]["text"] for s in samples_of(world.test, world.videos)]
+    given = [f" {true[0]} ", true[1], true[2].rstrip("."), "", "", ""]
+    monkeypatch.setattr("motionenhancer.toy.accuracy.generate_answers", lambda *_: given)
+    model, processor, family = load_student(student, dtype=torch.float32)
+    found = accuracy(model, processor, family, root / "world")
+    assert found["tasks"] == {"MR": 100, "LM": 100, "CM": 0, "MO": 0, "AO": 0, "RC": 0}
+    assert found["overall"] == pytest.approx(100 / 3)
+    assert found["average"] == pytest.approx(100 / 3)
+    assert accuracy_table({"now": found}).splitlines()[1].split() == [
+        *("now", "33.3%", "100.0%", "100.0%", "0.0%", "0.0%", "0.0%", "0.0%")
+    ]
 
 
 def test_a_result_names_its_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_mistakes_keep_the_number_of_words_and_their_kind() -> None:
     assert all((3 in places) == (7 in places) for places in changed)
     assert {other[3] for other in words} == set(COLOURS)
     assert {other[14] for other in words} == set(SHAPES)
+    # A camera never "stays still": no sentence of the world says so.
+    assert not any("stays" in mistaken("The camera moves left.", rng) for _ in range(200))
 
 
 def test_a_student_is_trained_from_its_seed(tmp_path: Path) -> None:
