@@ -13,7 +13,7 @@ import pytest
 from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
 from motionenhancer.toy.__main__ import main
 from motionenhancer.toy.encode import encode_video
-from motionenhancer.toy.language import caption, corpus, phrase, question, still_question
+from motionenhancer.toy.language import caption, corpus, phrase, place, question, still_question
 from motionenhancer.toy.render import FRAMES, render
 from motionenhancer.toy.scene import COLOURS, SHAPES, TASKS, sample_scene
 from motionenhancer.toy.world import build_toy, draw_clip, write_world
@@ -181,6 +181,18 @@ def test_still_questions_are_answered_by_one_frame():
             parts = answer.removesuffix(".").lower().replace(" and ", ", ").split(", ")
             across = sorted(scene.objects, key=lambda o: o.path(1)[0, 0])
             assert [part.split(" is at ")[0] for part in parts] == [f"the {o.name}" for o in across]
+
+
+def test_a_place_is_where_the_middle_frame_shows_it_in_the_air_too():
+    high = 0
+    for seed in range(60):
+        scene = sample_scene(np.random.default_rng([11, seed]), "RC")
+        hopping = scene.objects[0]
+        shown = centres(render(scene, frames=1, height=64, width=64).masks[:1, 0])[0][1] + 0.5
+        if abs(shown - 32) > 1:
+            assert place(hopping, 1) == ("top", "bottom")[int(shown > 32)]
+            high += shown < 32 < hopping.middle[1] * 64
+    assert high > 3
 
 
 def test_corpus_holds_every_word():
