@@ -16,9 +16,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import SkipLog, prompt_text, read_frames
+from .data import SkipLog, read_frames
 from .data.video import VideoError
 from .extract import load_samples, use_toy_defaults
+from .extraction.planning import request_priors
 from .prior import MotionPrior, PriorError, extract_prior
 from .processes import join_processes
 
@@ -77,17 +78,28 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 def measure(
     data: DataArguments, prior: PriorArguments, levels: Sequence[int], skips: SkipLog
 ) -> list[dict[str, float]]:
-    """One row a noise level: mean agreement with the full procedure, evaluations and seconds of a clip."""
+    """One row a noise level: mean agreement with the full procedure, evaluations and seconds of a clip.
+
+    Args:
+        data, prior: the clips, and the teacher and how it is read.
+        levels: training timesteps of the single evaluations.
+        skips: receives samples that cannot be compared and why.
+
+    Raises:
+        ValueError: a level that the teacher does not have; no clip could be read.
+    """
     use_toy_defaults(data, prior)
     settings = replace(prior.settings(), mode="reconstruct")
-    samples = [s for s in load_samples(data, skips) if len(s.videos) == 1]
+    requests = request_priors(load_samples(data, skips), settings, prior.prompt_source, skips)
+    if not requests:
+        raise ValueError(f"no sample has one video and a text. {skips.summary()}")
     teacher = prior.load(PartialState().device)
     full: list[MotionPrior] = []
     single: dict[int, list[MotionPrior]] = {level: [] for level in levels}
-    for sample in tqdm(samples, desc="agreement", unit="clip"):
+    for request in tqdm(requests, desc="agreement", unit="clip"):
+        sample, text = request.sample, request.text
         try:
-            text, _ = prompt_text(sample, prior.prompt_source)  # type: ignore[arg-type]
-            frames = read_frames(sample.videos[0], num_frames=teacher.max_frames, min_frames=2).frames
+            frames = read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
             made = extract_prior(teacher, frames, text, **asdict(settings))
             quick = [
                 extract_prior(
@@ -120,6 +132,13 @@ def measure(
     return rows
 
 
+def _levels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--noise_levels must be whole numbers between commas, got {text!r}") from None
+
+
 def average(values: Sequence[float]) -> float:
     finite = [v for v in values if v == v]
     return sum(finite) / len(finite) if finite else float("nan")
@@ -132,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     skips = SkipLog()
     try:
         join_processes()
-        levels = [int(part) for part in own.noise_levels.split(",")]
+        levels = _levels(own.noise_levels)
         data.limit = data.limit or 8
         rows = measure(data, prior, levels, skips)
     except (ValueError, OSError) as error:

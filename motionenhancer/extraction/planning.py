@@ -7,7 +7,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -132,6 +132,19 @@ def stream_requests(
                 yield from settle(*waiting.popleft())
         while waiting:
             yield from settle(*waiting.popleft())
+
+
+def request_priors(
+    samples: Sequence[Sample], settings: PriorSettings, source: str, skips: SkipLog
+) -> list[PriorRequest]:
+    """What `plan_priors` lists, without keys and without reading a clip: for priors that are never stored."""
+    videos = {video for sample in samples for video in sample.videos}
+    # A digest that no clip has.
+    digests: dict[Path, str | VideoError] = {
+        video: "0" * 64 if video.is_file() else VideoError(video, "no such file") for video in videos
+    }
+    listed = plan_priors(samples, "", settings, source, skips, digests=digests)
+    return [replace(request, key="") for request in listed]
 
 
 class _Clips:

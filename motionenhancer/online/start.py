@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..agreement import average, compare_priors
 from ..arguments import PriorArguments
-from ..data import Sample, SkipLog
+from ..data import SkipLog
 from ..data.video import VideoError
 from ..extraction.making import decode, inversion_errors
-from ..extraction.planning import PriorRequest, plan_priors
+from ..extraction.planning import PriorRequest
 from ..prior import PriorSettings
 from ..store import PriorStore
 from ..vdm import Teacher
@@ -24,19 +23,6 @@ from .arguments import OnlineArguments
 from .ranks import RemoteTeacher, current
 from .teacher import ready_teacher
 from .thread import PriorSource, ReadPrior, TeacherThread
-
-
-def request_priors(
-    samples: Sequence[Sample], settings: PriorSettings, source: str, skips: SkipLog
-) -> list[PriorRequest]:
-    """What `plan_priors` lists, without keys and without reading a clip: for priors that are never stored."""
-    videos = {video for sample in samples for video in sample.videos}
-    # A digest that no clip has.
-    digests: dict[Path, str | VideoError] = {
-        video: "0" * 64 if video.is_file() else VideoError(video, "no such file") for video in videos
-    }
-    listed = plan_priors(samples, "", settings, source, skips, digests=digests)
-    return [replace(request, key="") for request in listed]
 
 
 def open_source(

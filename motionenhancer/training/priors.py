@@ -18,11 +18,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..arguments import PriorArguments
 from ..data import Sample, SkipLog
 from ..extract import make_priors, plan_priors, share_requests
-from ..extraction.planning import PriorRequest
+from ..extraction.digests import DigestCache
+from ..extraction.planning import PriorRequest, request_priors
 from ..online.arguments import OnlineArguments
 from ..online.memory import BEFORE, TeacherMemory, measured_memory, teacher_memory
 from ..online.priors import OnlineCounts, OnlinePriors
-from ..online.start import measure_agreement, open_source, request_priors, say_agreement
+from ..online.start import measure_agreement, open_source, say_agreement
 from ..prior import PriorSettings
 from ..processes import from_main
 from ..report import RunReport
@@ -138,7 +139,10 @@ def collect_priors(
         return _while_training(samples, requests, None, student, prior, settings, skips, report, how)
     store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
     report.content["teacher"]["id"] = name
-    requests = plan_priors(samples, name, settings, prior.prompt_source, skips)
+    # A folder that is only read from is not made here.
+    writes = state.is_main_process and (student.prior_source != "store" or store.folder.is_dir())
+    with DigestCache(store.folder, writes=writes) as cache:
+        requests = plan_priors(samples, name, settings, prior.prompt_source, skips, cache=cache)
     # A process that looked later might find priors that another has made since.
     missing, none = _from_main(
         [

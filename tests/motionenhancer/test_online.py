@@ -18,9 +18,8 @@ from train_support import flags, report_of, weights_of
 from motionenhancer import extract, train
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
-from motionenhancer.extraction.planning import PriorRequest
+from motionenhancer.extraction.planning import PriorRequest, request_priors
 from motionenhancer.online import thread as teacher_thread
-from motionenhancer.online.start import request_priors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore

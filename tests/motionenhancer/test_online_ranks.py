@@ -16,11 +16,10 @@ from tiny_world import World
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, read_samples
 from motionenhancer.extraction.making import RefusedClip
-from motionenhancer.extraction.planning import PriorRequest, plan_priors
+from motionenhancer.extraction.planning import PriorRequest, plan_priors, request_priors
 from motionenhancer.online import ranks as teacher_ranks
 from motionenhancer.online import thread as teacher_thread
 from motionenhancer.online.ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
-from motionenhancer.online.start import request_priors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +256,29 @@ def test_the_command_reports_agreement_and_cost(
     assert out.read_text().count("noise_level") == 2
     assert agreement.main([*chosen, "--noise_levels", "5000"]) == 2
     assert "noise_level=5000" in capsys.readouterr().err
+    assert agreement.main([*chosen, "--noise_levels", "100;200"]) == 2
+    assert "--noise_levels must be whole numbers between commas, got '100;200'" in capsys.readouterr().err
+
+
+def test_the_command_names_samples_that_it_cannot_compare(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = json.loads(world.data.read_text().splitlines()[0])
+    two = {**good, "id": "two clips", "video": [good["video"], good["video"]]}
+    two["conversations"] = [{"from": "human", "value": "<video><video>\nWhich?"}, good["conversations"][1]]
+    silent = {**good, "id": "no words", "conversations": [{"from": "human", "value": "<video>"}]}
+    silent["conversations"].append({"from": "gpt", "value": " "})
+    data = tmp_path / "data.jsonl"
+
+    def compare(*rows: dict) -> int:
+        data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+        chosen = world.flags(student=None, ddim_steps=1, noise_levels="100", data=data)
+        return agreement.main(chosen)
+
+    assert compare(two, silent, good) == 0
+    printed = capsys.readouterr().out
+    assert "mean over 1 clips" in printed
+    assert "1 no prior: alignment needs one video (line 1, id two clips: has 2)" in printed
+    assert "1 empty text (line 2, id no words" in printed
+    assert compare(two) == 2
+    assert "no sample has one video and a text" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from tiny_world import World
 from train_support import flags, report_of, weights_of
 
 from motionenhancer import train
+from motionenhancer.data.video import content_digest
+from motionenhancer.extraction import digests
 from motionenhancer.online import thread as teacher_thread
 
 #: More than a pass over the data: whatever is left out changes the order of the rest.
@@ -74,3 +76,34 @@ def test_clips_left_out_of_the_agreement_are_named(
     assert (entry["id"], entry["reason"]) == (first, "left out of the agreement")
     assert entry["detail"] == "the teacher stumbled"
     assert "left out of the agreement: the teacher stumbled" in caplog.text
+
+
+def test_clips_that_an_earlier_run_has_read_are_not_read_again_for_their_digests(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def digest(path: Path) -> str:
+        read.append(Path(path).name)
+        return content_digest(path)
+
+    now = digests.time.time_ns
+    monkeypatch.setattr(digests, "content_digest", digest)
+    # A file that was only just written is not trusted to rest.
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 2 * digests.REST)
+    options = {"limit": 3, "max_steps": 1, "prior_dir": tmp_path / "priors"}
+    assert train.main(flags(world, tmp_path / "first", **options)) == 0
+    assert len(read) == len(set(read)) == 3
+    for source in ("store", "hybrid"):
+        assert train.main(flags(world, tmp_path / source, prior_source=source, **options)) == 0
+    assert len(read) == 3
+    assert report_of(tmp_path / "store")["alignment"]["aligned_samples"] == 2
+
+
+def test_a_folder_of_priors_that_is_not_there_is_not_made_by_a_run_that_only_reads_it(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {"prior_source": "store", "prior_dir": tmp_path / "none", "limit": 2}
+    assert train.main(flags(world, tmp_path / "out", **chosen)) == 2
+    assert "2 of 2 priors are missing" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
