@@ -78,6 +78,12 @@ def test_clips_left_out_of_the_agreement_are_named(
     assert "left out of the agreement: the teacher stumbled" in caplog.text
 
 
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was only just written is not trusted to rest."""
+    now = digests.time.time_ns
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 2 * digests.REST)
+
+
 def test_clips_that_an_earlier_run_has_read_are_not_read_again_for_their_digests(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,10 +93,8 @@ def test_clips_that_an_earlier_run_has_read_are_not_read_again_for_their_digests
         read.append(Path(path).name)
         return content_digest(path)
 
-    now = digests.time.time_ns
     monkeypatch.setattr(digests, "content_digest", digest)
-    # A file that was only just written is not trusted to rest.
-    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 2 * digests.REST)
+    later(monkeypatch)
     options = {"limit": 3, "max_steps": 1, "prior_dir": tmp_path / "priors"}
     assert train.main(flags(world, tmp_path / "first", **options)) == 0
     assert len(read) == len(set(read)) == 3
@@ -101,8 +105,9 @@ def test_clips_that_an_earlier_run_has_read_are_not_read_again_for_their_digests
 
 
 def test_a_folder_of_priors_that_is_not_there_is_not_made_by_a_run_that_only_reads_it(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    later(monkeypatch)
     chosen = {"prior_source": "store", "prior_dir": tmp_path / "none", "limit": 2}
     assert train.main(flags(world, tmp_path / "out", **chosen)) == 2
     assert "2 of 2 priors are missing" in capsys.readouterr().err
