@@ -92,7 +92,7 @@ def measure(
     settings = replace(prior.settings(), mode="reconstruct")
     requests = request_priors(load_samples(data, skips), settings, prior.prompt_source, skips)
     if not requests:
-        raise ValueError(f"no sample has one video and a text. {skips.summary()}")
+        raise ValueError(f"no sample has a text and one video that is there. {skips.summary()}")
     teacher = prior.load(PartialState().device)
     full: list[MotionPrior] = []
     single: dict[int, list[MotionPrior]] = {level: [] for level in levels}

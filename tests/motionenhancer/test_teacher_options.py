@@ -281,4 +281,4 @@ def test_the_command_names_samples_that_it_cannot_compare(
     assert "1 no prior: alignment needs one video (line 1, id two clips: has 2)" in printed
     assert "1 empty text (line 2, id no words" in printed
     assert compare(two) == 2
-    assert "no sample has one video and a text" in capsys.readouterr().err
+    assert "no sample has a text and one video that is there" in capsys.readouterr().err
