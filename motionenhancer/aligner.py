@@ -174,6 +174,7 @@ def align(
     aligner: nn.Module | None = None,
     loss: str = "l2",
     weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Return how far captured attention is from the prior, a scalar to add to the training loss.
 
@@ -194,6 +195,8 @@ def align(
         KL(prior row, student row), the student's entries at least 1e-8 and summing to one.
     weights: factor on each sample's distance, B of them, such as a confidence; the mean is still over the
         number of samples, so that a small weight lowers the loss instead of raising the others' share.
+    temperature: the prior's rows are raised to one over this before they are scaled: below 1 they become
+        sharper, as a mean over many layers and heads is more diffuse than each of them.
 
     Returns
     -------
@@ -202,8 +205,8 @@ def align(
 
     Raises
     ------
-    ValueError: a shape, grid, token index or name that does not fit; NaN or infinity in the captured
-        attention or in a prior.
+    ValueError: a shape, grid, token index or name that does not fit; a temperature that is not above 0; NaN
+        or infinity in the captured attention or in a prior.
 
     >>> from types import SimpleNamespace
     >>> teacher = SimpleNamespace(attention=torch.rand(2, 24).half(), grid=(2, 3, 4))
@@ -215,6 +218,8 @@ def align(
         raise ValueError(f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a number above 0, got {temperature}")
     batch, count, width = attention.shape
     priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
     if len(priors) != batch:
@@ -234,7 +239,7 @@ def align(
         if maps is None:
             continue
         rows, kept = maps
-        target = _teacher_rows(teacher, kept, sample).to(attention.device)
+        target = _teacher_rows(teacher, kept, sample, temperature).to(attention.device)
         factor = 1.0 if weights is None else weights[sample]
         groups.setdefault((shape, teacher.grid), []).append((rows, target, factor))
     if not groups:
@@ -356,8 +361,8 @@ def _token_rows(maps: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor,
     return total / counts[:, None].to(total), kept
 
 
-def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int) -> torch.Tensor:
-    """The chosen rows of a prior as they are stored, in float32 at most."""
+def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int, temperature: float) -> torch.Tensor:
+    """The chosen rows of a prior as they are stored, in float32 at most; sharpened in float32."""
     if teacher.attention.dim() != 2 or teacher.attention.shape[1] != math.prod(teacher.grid):
         raise ValueError(
             f"the prior of sample {sample} must be (tokens, {math.prod(teacher.grid)}) for its grid "
@@ -366,6 +371,9 @@ def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int) -> torc
     rows = teacher.attention[kept.to(teacher.attention.device)]
     if not torch.isfinite(rows).all():
         raise ValueError(f"the prior of sample {sample} holds NaN or infinity")
+    if temperature != 1.0:
+        peak = rows.float().amax(dim=-1, keepdim=True)
+        return (rows.float() / torch.where(peak == 0, 1.0, peak)).clamp(min=0) ** (1 / temperature)
     return rows.float() if rows.dtype == torch.float64 else rows
 
 

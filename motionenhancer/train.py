@@ -149,6 +149,7 @@ def run(
                 alignment_weight=student.schedule(),
                 alignment_loss=student.alignment_loss,
                 aligner=_aligner(student, found.grids, training.seed),
+                prior_temperature=student.prior_temperature,
                 confidence_gate=student.confidence_gate,
                 learning_rates=_learning_rates(family, vision_rate(student, training)),
                 measure_alignment=student.measure_alignment and found.any,

@@ -43,6 +43,7 @@ class MotionTrainer(Trainer):
         aligner: module applied to the student's maps, or None for the identity. It is trained along by an
             AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
             own.
+        prior_temperature: below 1 sharpens the priors' rows, see `aligner.align`.
         confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
         learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
         measure_alignment: log `loss_align` also when λ is 0.
@@ -59,6 +60,7 @@ class MotionTrainer(Trainer):
         alignment_weight: float | AlignmentSchedule = 1.0,
         alignment_loss: str = "l2",
         aligner: nn.Module | None = None,
+        prior_temperature: float = 1.0,
         confidence_gate: float = 0.0,
         learning_rates: Callable[[str], float | None] = lambda name: None,
         measure_alignment: bool = False,
@@ -72,6 +74,7 @@ class MotionTrainer(Trainer):
             alignment_weight = AlignmentSchedule(alignment_weight)
         self.alignment_schedule = alignment_weight
         self.alignment_loss = alignment_loss
+        self.prior_temperature = prior_temperature
         self.confidence_gate = confidence_gate
         self.learning_rates = learning_rates
         self.measure_alignment = measure_alignment
@@ -177,6 +180,7 @@ class MotionTrainer(Trainer):
                 aligner=self.aligner,
                 loss=self.alignment_loss,
                 weights=gates,
+                temperature=self.prior_temperature,
             )
 
     def _count(self, ids: Sequence[str], alignment: Any) -> None:

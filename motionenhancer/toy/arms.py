@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from motionenhancer.prior import PriorSettings
 
-__all__ = ["ARMS", "BOTH", "SWEEPS", "Arm", "Regime"]
+__all__ = ["ARMS", "BOTH", "SWEEPS", "UNSELECTED", "Arm", "Regime"]
+
+#: What of an :class:`Arm` is chosen after reading: one reading serves all.
+UNSELECTED: dict[str, Any] = {"head_selection": "off", "token_selection": "off", "ratio": 1.0}
 
 
 @dataclass(frozen=True)
@@ -15,16 +19,19 @@ class Arm:
 
     Attributes:
         name: in tables.
-        weight: λ; 0 is plain fine-tuning.
+        weight: λ at the start; 0 is plain fine-tuning.
+        schedule: of λ over the run, which a "linear" one takes to 0.
         prior: "teacher", "masks" for where the objects truly are, "none".
         mode, noise_level, steps, head_selection, token_selection, ratio: of the teacher's reading, as in
             `PriorSettings`; ratio is that of heads and of words.
         aligner, loss: of the alignment.
+        temperature: of the teacher's priors, see `align`; true masks are sharp.
         shown: "video"; or a control that hides motion: "shuffled" frames or the "middle" frame alone.
     """
 
     name: str
-    weight: float = 0.1
+    weight: float = 1.0
+    schedule: str = "linear"
     prior: str = "teacher"
     mode: str = "renoise"
     noise_level: int = 200
@@ -32,8 +39,9 @@ class Arm:
     head_selection: str = "mhs"
     token_selection: str = "mtti"
     ratio: float = 0.5
-    aligner: str = "mlp"
+    aligner: str = "identity"
     loss: str = "l2"
+    temperature: float = 0.25
     shown: str = "video"
 
     def settings(self) -> PriorSettings:
@@ -54,9 +62,9 @@ class Arm:
 class Regime:
     """What all arms share: clips, steps of ``batch`` clips, peak learning rate, the seed of the clips."""
 
-    clips: int = 2400
+    clips: int = 9600
     test_clips: int = 600
-    steps: int = 600
+    steps: int = 2400
     batch: int = 16
     learning_rate: float = 1e-3
     world_seed: int = 1
@@ -69,7 +77,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("MHS only", token_selection="off"),
     Arm("MTTI only", head_selection="off"),
     BOTH,
-    Arm("true masks", prior="masks"),
+    Arm("true masks", prior="masks", temperature=1.0),
     Arm("plain, shuffled", weight=0.0, prior="none", shown="shuffled"),
     Arm("plain, middle frame", weight=0.0, prior="none", shown="middle"),
 )
@@ -81,8 +89,8 @@ SWEEPS: dict[str, tuple[Arm, ...]] = {
         replace(BOTH, name=f"inverted, {n} steps", mode="reconstruct", steps=n) for n in (2, 5, 10)
     ),
     "ratio": tuple(replace(BOTH, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75)),
-    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.03, 0.3, 1.0)),
-    "aligner": tuple(
-        replace(BOTH, name=f"aligner {a}", aligner=a) for a in ("identity", "pointwise", "conv")
-    ),
+    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.1, 0.3, 3.0)),
+    "temperature": tuple(replace(BOTH, name=f"temperature {t:g}", temperature=t) for t in (0.5, 1.0)),
+    "schedule": (replace(BOTH, name="schedule constant", schedule="constant"),),
+    "aligner": tuple(replace(BOTH, name=f"aligner {a}", aligner=a) for a in ("mlp", "pointwise", "conv")),
 }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers.utils import logging as transformers_logging
 
 from motionenhancer.aligner import build_aligner
@@ -21,10 +20,11 @@ from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.arms import Arm, Regime
 from motionenhancer.toy.masks import mask_prior
-from motionenhancer.toy.train_student import narrowed, widened
+from motionenhancer.toy.train_student import Items, narrowed
 from motionenhancer.toy.world import ToyFolder, draw_clip
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
+from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
@@ -32,19 +32,6 @@ from motionenhancer.vlm.base import Encoded
 __all__ = ["fine_tune", "make_priors", "models"]
 
 _SELECTIONS = tuple((h, t) for h in ("off", "mhs") for t in ("off", "mtti"))
-
-
-class Items(Dataset[Item]):
-    """Samples decoded and tokenised once; pixels are kept in half precision."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = list(items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        return replace(self.items[index], encoded=widened(self.items[index].encoded))
 
 
 def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
@@ -80,12 +67,16 @@ def _priors(
     return [store.read(_key(sample, name, settings)) for sample in samples]
 
 
-def make_priors(settings: PriorSettings, folder: Path, teacher: Path) -> None:
+def make_priors(settings: PriorSettings, ratios: Sequence[float], folder: Path, teacher: Path) -> None:
     """Read every training clip of a study's folder once and store its prior under every selection."""
     torch.set_num_threads(1)
     world, store, name = ToyFolder(folder / "world"), PriorStore(folder / "priors"), teacher_name(teacher)
     loaded = load_teacher(teacher, dtype=torch.float32)
-    ways = [replace(settings, head_selection=heads, token_selection=words) for heads, words in _SELECTIONS]
+    ways = [
+        replace(settings, head_selection=heads, token_selection=words, head_ratio=ratio, token_ratio=ratio)
+        for heads, words in _SELECTIONS
+        for ratio in ratios
+    ]
     for sample in samples_of(world.train, world.videos):
         keys = [_key(sample, name, way) for way in ways]
         if not all(key in store for key in keys):
@@ -145,8 +136,9 @@ def fine_tune(
             train_dataset=Items(items),
             data_collator=MotionCollator(family, processor),
             processing_class=processor,
-            alignment_weight=arm.weight,
+            alignment_weight=AlignmentSchedule(arm.weight, arm.schedule),
             alignment_loss=arm.loss,
+            prior_temperature=arm.temperature,
             aligner=None if grid is None else build_aligner(arm.aligner, grid, seed=seed),
         )
         trainer.train()

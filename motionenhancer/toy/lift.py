@@ -2,6 +2,7 @@
 
 ``python -m motionenhancer.toy.lift --teacher DIR`` prints, for each noise level and word class, the *lift*:
 the share of a word's row on the object it speaks of, over that object's share of the picture. 1 is blind.
+And how often of the objects in the clip it is this one that the row is densest on.
 """
 
 from __future__ import annotations
@@ -41,9 +42,15 @@ class Lift:
         return self.total / max(1, self.count)
 
 
+def densest(row: torch.Tensor, masks: torch.Tensor) -> int:
+    """Which of ``masks`` (objects, S) a ``row`` (S,) is densest on: most of its mass for their area."""
+    return int(((masks @ row) / masks.sum(-1)).argmax())
+
+
 def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0) -> dict[str, Any]:
-    """Lift by word class of chosen, other and all heads, and what token selection keeps of each class."""
+    """By word class: lift of chosen, other and all heads, how often they find the object, words kept."""
     lifts: dict[str, dict[str, Lift]] = defaultdict(lambda: defaultdict(Lift))
+    found: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     kept: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     tasks = [task for task in TASKS if task != "CM"]
     chosen_heads = np.zeros(teacher.heads)
@@ -57,7 +64,10 @@ def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0)
         chosen = select_heads(reading.pool.scores(), settings.head_ratio)
         others = torch.tensor([h for h in range(teacher.heads) if h not in chosen.tolist()])
         chosen_heads[chosen.numpy()] += 1
-        mask = torch.from_numpy(grid_mask(clip.masks[0], prior.grid).reshape(-1)).float()
+        objects = torch.stack(
+            [torch.from_numpy(grid_mask(mask, prior.grid)).reshape(-1).float() for mask in clip.masks]
+        )
+        mask = objects[0]
         maps = {
             "chosen": reading.pool.text_attention(chosen),
             "others": reading.pool.text_attention(others),
@@ -71,10 +81,12 @@ def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0)
             kept[name][1] += 1
             for group, rows in maps.items():
                 lifts[name][group].add(rows[i : i + 1].float(), mask)
+                found[name][group].append(densest(rows[i].float(), objects) == 0)
             for h, rows in enumerate(each):
                 lifts[name][f"head{h}"].add(rows[i : i + 1].float(), mask)
     return {
         "lift": {n: {g: round(v.mean, 3) for g, v in groups.items()} for n, groups in lifts.items()},
+        "densest": {n: {g: round(float(np.mean(v)), 3) for g, v in gs.items()} for n, gs in found.items()},
         "kept": {n: round(k / max(1, t), 3) for n, (k, t) in kept.items()},
         "words": {n: t for n, (_, t) in kept.items()},
         "chosen": (chosen_heads / clips).round(2).tolist(),
@@ -86,7 +98,8 @@ def lines(name: str, found: dict[str, Any]) -> str:
     rows = [f"{name}: share of clips that choose each head {found['chosen']}"]
     for kind, row in found["lift"].items():
         heads = " ".join(f"{row[f'head{h}']:.2f}" for h in range(len(found["chosen"])))
-        groups = "  ".join(f"{group} {row[group]:.2f}" for group in ("chosen", "others", "all"))
+        right = found["densest"][kind]
+        groups = "  ".join(f"{g} {row[g]:.2f} ({right[g]:.0%})" for g in ("chosen", "others", "all"))
         rows.append(f"  {kind:12s} {groups}  each head {heads}  kept {found['kept'][kind]:.0%}")
     return "\n".join(rows)
 

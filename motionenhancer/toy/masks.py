@@ -1,4 +1,4 @@
-"""Where the asked object of a toy clip truly is, on a teacher's grid: the best prior there could be."""
+"""Where the objects of a toy clip truly are, on a teacher's grid: the best prior there could be."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from motionenhancer.prior import MotionPrior, PriorSettings
-from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES
+from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, Scene
 
-__all__ = ["WORD_CLASSES", "grid_mask", "mask_prior", "word_class"]
+__all__ = ["WORD_CLASSES", "grid_mask", "looks_prior", "mask_prior", "word_class"]
 
 WORD_CLASSES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
@@ -18,9 +18,10 @@ WORD_CLASSES: dict[str, tuple[str, ...]] = {
     "verb": ("moves", "hops", "do", "move", "hop"),
     "direction": tuple(DIRECTIONS),
     "count": ("one", "two", "three", "time", "times"),
+    "place": ("top", "bottom"),
     "object": ("object",),
 }
-"""Words that speak of the asked object, by kind; every other word is a function word."""
+"""Words that speak of an object, by kind; every other word is a function word."""
 
 
 def word_class(word: str) -> str:
@@ -40,7 +41,7 @@ def grid_mask(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     frames, rows, columns = grid
     count, height, width = mask.shape
     step, rest = divmod(count - 1, max(1, frames - 1))
-    if rest or height % rows or width % columns or frames < 2:
+    if rest or height % rows or width % columns or count < frames:
         raise ValueError(f"mask {mask.shape} does not divide into grid {grid}")
     groups = [mask[:1], *(mask[1 + i * step : 1 + (i + 1) * step] for i in range(frames - 1))]
     each = np.stack([group.mean(0) for group in groups])
@@ -54,13 +55,51 @@ def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> Motio
     ------
     ValueError: no content word in the text; sizes that do not divide.
     """
-    spans = [m.span() for m in re.finditer(r"\w+", text) if word_class(m.group()) != "function"]
+    spans = _content_words(text)
     if not spans:
         raise ValueError(f"text {text!r} has no word that speaks of an object")
-    row = torch.from_numpy(grid_mask(mask, grid).reshape(-1))
+    cells = grid_mask(mask, grid)
+    return _prior(text, spans, [cells] * len(spans), grid, len(mask))
+
+
+def looks_prior(text: str, scene: Scene, masks: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior | None:
+    """Return the prior whose content words look at the object each speaks of; None where there is none.
+
+    A colour or shape speaks of the object that has it, any other word of the one named last before it in its
+    sentence, or where there is none, next after it.
+
+    Parameters
+    ----------
+    masks: (objects, n, h, w), of ``scene``'s objects.
+    """
+    named = {look: i for i, obj in enumerate(scene.objects) for look in (obj.colour, obj.shape)}
+    spans, maps = [], []
+    for sentence in re.finditer(r"[^?.]+", text):
+        words = [(a + sentence.start(), b + sentence.start()) for a, b in _content_words(sentence.group())]
+        objects = [named.get(text[slice(*span)].lower()) for span in words]
+        for i, span in enumerate(words):
+            before = [o for o in objects[: i + 1] if o is not None]
+            after = [o for o in objects[i:] if o is not None]
+            if before or after:
+                spans.append(span)
+                maps.append(grid_mask(masks[before[-1] if before else after[0]], grid))
+    return _prior(text, spans, maps, grid, masks.shape[1]) if spans else None
+
+
+def _content_words(text: str) -> list[tuple[int, int]]:
+    return [m.span() for m in re.finditer(r"\w+", text) if word_class(m.group()) != "function"]
+
+
+def _prior(
+    text: str,
+    spans: list[tuple[int, int]],
+    maps: list[np.ndarray],
+    grid: tuple[int, int, int],
+    frames: int,
+) -> MotionPrior:
     tokens = [text[slice(*span)] for span in spans]
     return MotionPrior(
-        attention=row.expand(len(spans), -1).half(),
+        attention=torch.from_numpy(np.stack(maps).reshape(len(spans), -1)).half(),
         tokens=tokens,
         spans=spans,
         prompt=text,
@@ -74,6 +113,6 @@ def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> Motio
         confidence={"concentration": 1.0, "variation": 1.0, "confidence": 1.0},
         teacher="true masks",
         settings=PriorSettings(),
-        frames_given=len(mask),
-        frames_used=len(mask),
+        frames_given=frames,
+        frames_used=frames,
     )

@@ -202,6 +202,7 @@ def make_student(
     vision_hidden_size: int = 32,
     vision_layers: int = 2,
     patch_size: int = 4,
+    temporal_patch_size: int = 2,
     tokens_per_second: int = 2,
     max_pixels: int = 128 * 128,
     vocab_size: int = 512,
@@ -215,7 +216,8 @@ def make_student(
     seed: seed of all weights; the caller's random state is left as it was.
     hidden_size, layers, heads, key_value_heads: of the language model; a head's width is even.
     vision_hidden_size, vision_layers: of the vision tower, which has 2 heads.
-    patch_size: side of a vision patch in pixels; 2 x 2 patches and 2 frames make a token.
+    patch_size: side of a vision patch in pixels; 2 x 2 patches make a token.
+    temporal_patch_size: frames that make a token.
     tokens_per_second: steps of the temporal rotary position in a second, of which it takes whole ones.
     max_pixels: the video processor shrinks larger frames to at most this.
     vocab_size: of the tokenizer, without special tokens.
@@ -278,7 +280,7 @@ def make_student(
             "num_heads": 2,
             "patch_size": patch_size,
             "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
+            "temporal_patch_size": temporal_patch_size,
             "tokens_per_second": tokens_per_second,
             "window_size": 4 * token_side,
             "out_hidden_size": hidden_size,
@@ -299,7 +301,7 @@ def make_student(
     )
     shared: dict[str, Any] = {
         "patch_size": patch_size,
-        "temporal_patch_size": 2,
+        "temporal_patch_size": temporal_patch_size,
         "merge_size": 2,
         "size": {"shortest_edge": token_side**2, "longest_edge": max_pixels},
     }

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from motionenhancer.prior import PriorSettings
-from motionenhancer.toy.arms import ARMS, SWEEPS, Arm, Regime
+from motionenhancer.toy.arms import ARMS, SWEEPS, UNSELECTED, Arm, Regime
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.study_report import write_report
 from motionenhancer.toy.world import WEIGHTS, write_world
@@ -66,18 +66,16 @@ def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     return run.name
 
 
-def _read(settings: PriorSettings, folder: Path, teacher: Path) -> None:
+def _read(settings: PriorSettings, ratios: Sequence[float], folder: Path, teacher: Path) -> None:
     from motionenhancer.toy.fine_tuning import make_priors
 
-    make_priors(settings, folder, teacher)
+    make_priors(settings, ratios, folder, teacher)
 
 
 def readings(runs: Sequence[Run]) -> list[PriorSettings]:
     """The different ways in which these runs' priors are read, whatever is then selected."""
-    found = {
-        replace(r.arm, head_selection="mhs", token_selection="mtti") for r in runs if r.arm.prior == "teacher"
-    }
-    return list(dict.fromkeys(arm.settings() for arm in sorted(found, key=lambda arm: arm.name)))
+    found = (replace(r.arm, **UNSELECTED).settings() for r in runs if r.arm.prior == "teacher")
+    return list(dict.fromkeys(found))
 
 
 def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:
@@ -114,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--arms", nargs="*", default=[], help=f"some of {', '.join(a.name for a in ARMS)}; all by default")
     add("--seeds", type=int, default=5, help="fine-tunings of each arm (%(default)s)")
-    add("--sweeps", nargs="*", default=list(SWEEPS), choices=list(SWEEPS), help="settings to vary (all)")
+    add("--sweeps", nargs="*", default=[], choices=list(SWEEPS), help="settings to vary as well (none)")
     add("--sweep_seeds", type=int, default=2, help="fine-tunings of each setting (%(default)s)")
     add("--clips", type=int, default=shared.clips, help="training clips (%(default)s)")
     add("--test_clips", type=int, default=shared.test_clips, help="test clips (%(default)s)")
@@ -146,10 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     failed: list[str] = []
     ways = readings(left)
+    ratios = sorted({run.arm.ratio for run in left if run.arm.prior == "teacher"})
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="fine-tunings", unit="run")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool, bar:
-        reading = [pool.submit(_read, way, args.output_dir, teacher) for way in ways]
+        reading = [pool.submit(_read, way, ratios, args.output_dir, teacher) for way in ways]
         for read in tqdm(as_completed(reading), total=len(ways), desc="ways of reading priors", unit="way"):
             read.result()
         waiting = {pool.submit(_one, run, args.output_dir, teacher, student): run for run in left}

@@ -80,19 +80,26 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
         row["tasks"] = {
             task: float(np.mean([r["accuracy"]["tasks"][task] for r in by_seed.values()])) for task in TASKS
         }
+        if shared and name != "plain":
+            row["tasks_gain"] = {}
+            for task in TASKS:
+                both = [[one[s]["accuracy"]["tasks"][task] for s in shared] for one in (by_seed, plain)]
+                gains = [after - before for after, before in zip(*both, strict=True)]
+                row["tasks_gain"][task] = dict(zip(("mean", "half"), interval(gains), strict=True))
         arms[name] = row
     return {"regime": asdict(regime), "arms": arms}
 
 
-def _row(name: str, row: dict[str, Any]) -> str:
-    def shown(entry: dict[str, Any] | None, sign: str = "") -> str:
-        if entry is None:
-            return ""
-        half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
-        return f"{entry['mean']:{sign}.1f}{half}"
+def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
+    if entry is None:
+        return ""
+    half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
+    return f"{entry['mean']:{sign}.1f}{half}"
 
-    cells = [name, str(len(row["seeds"])), shown(row["overall"]), shown(row.get("overall_gain"), "+")]
-    cells += [shown(row["average"]), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    cells = [name, str(len(row["seeds"])), _shown(row["overall"]), _shown(row.get("overall_gain"), "+")]
+    cells += [_shown(row["average"]), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -114,6 +121,14 @@ def tables(summary: dict[str, Any]) -> str:
                 *rows,
                 "",
             ]
+    gains = {a.name: summary["arms"].get(a.name, {}).get("tasks_gain") for a in ARMS}
+    if any(gains.values()):
+        lines += ["### Gain over plain by task", "", "| | " + " | ".join(TASKS) + " |"]
+        lines.append("| --- " * (1 + len(TASKS)) + "|")
+        for name, row in gains.items():
+            if row:
+                lines.append(f"| {name} | " + " | ".join(_shown(row[t], "+") for t in TASKS) + " |")
+        lines.append("")
     return "\n".join(lines)
 
 

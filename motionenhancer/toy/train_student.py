@@ -1,15 +1,16 @@
 """Train the toy's base student on still pictures: ``python -m motionenhancer.toy.train_student``.
 
-It learns what things look like and where they are, and how answers about motion are phrased, from clips that
-stand still at their middle frame. What moved cannot be seen there, so at motion it is left to guess.
+It learns what things look like and where they are, to look at what it names, and how answers about motion are
+phrased, from clips that stand still at their middle frame. What moved cannot be seen there, so at motion it
+is left to guess.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
+from motionenhancer.dataset import Item, MotionCollator, find_words
 from motionenhancer.toy.language import question, still_question
+from motionenhancer.toy.masks import looks_prior
 from motionenhancer.toy.models import make_student
-from motionenhancer.toy.render import render
-from motionenhancer.toy.scene import TASKS, sample_scene
+from motionenhancer.toy.render import Clip, render
+from motionenhancer.toy.scene import TASKS, Scene, sample_scene
+from motionenhancer.trainer import MotionTrainer
+from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.qwen2_5_vl import FAMILY
 
 _STREAM = 7_000_202
 FRAMES, FPS = 8, 8.0
-STUDENT: dict[str, Any] = {"layers": 3, "vision_hidden_size": 48, "tokens_per_second": 4}
+FRAMES_A_TOKEN = 4
+STUDENT: dict[str, Any] = {
+    "layers": 3,
+    "vision_hidden_size": 48,
+    "temporal_patch_size": FRAMES_A_TOKEN,
+    "tokens_per_second": 4,
+}
+#: Every so many pictures one stands still for a whole clip instead of one token frame.
+LONG = 4
 
 
 def as_video(frames: np.ndarray) -> Video:
@@ -48,14 +63,13 @@ def as_sample(id: str, asked: str, answer: str) -> Sample:
     )
 
 
-def still_sample(seed: int, index: int, *, motion: float = 0.15) -> tuple[Sample, np.ndarray]:
-    """Return sample ``index`` and its (1, 32, 32, 3) picture; a share ``motion`` asks what cannot be seen."""
+def still_sample(seed: int, index: int, *, motion: float = 0.15) -> tuple[Sample, Scene, Clip]:
+    """Return sample ``index``, its scene and its picture; a share ``motion`` asks what cannot be seen."""
     rng = np.random.default_rng([_STREAM, seed, index])
     task = str(rng.choice(list(TASKS)))
     scene = sample_scene(rng, task)
-    picture = render(scene, frames=1).frames
     asked, answer = question(scene, task) if rng.random() < motion else still_question(scene, rng)
-    return as_sample(f"still-{index}", asked, answer), picture
+    return as_sample(f"still-{index}", asked, answer), scene, render(scene, frames=1)
 
 
 def narrowed(encoded: Encoded) -> Encoded:
@@ -73,33 +87,27 @@ def widened(encoded: Encoded) -> Encoded:
     return replace(encoded, vision_inputs=inputs)
 
 
-class Stills(torch.utils.data.Dataset):
-    """Pictures tokenised once, as a clip of two frames that stands still and as one of :data:`FRAMES`."""
+class Items(Dataset[Item]):
+    """Samples tokenised once; pixels are kept in half precision."""
 
-    def __init__(self, processor: Any, seed: int, count: int) -> None:
-        self.short: list[Encoded] = []
-        self.long: list[Encoded] = []
-        for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=2):
-            sample, picture = still_sample(seed, i)
-            self.short.append(narrowed(FAMILY.encode(processor, sample, [as_video(picture.repeat(2, 0))])))
-            if i % 4 == 0:
-                whole = FAMILY.encode(processor, sample, [as_video(picture.repeat(FRAMES, 0))])
-                # All token frames are the same: they are unfolded when asked for.
-                patches = whole.vision_inputs["pixel_values_videos"]
-                whole.vision_inputs["pixel_values_videos"] = patches[: len(patches) // (FRAMES // 2)].clone()
-                self.long.append(narrowed(whole))
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
 
-    def draw(self, count: int, rng: np.random.Generator, *, short: bool) -> list[Encoded]:
-        """Draw ``count`` of them."""
-        if short:
-            return [widened(self.short[i]) for i in rng.integers(0, len(self.short), count)]
-        drawn = []
-        for i in rng.integers(0, len(self.long), count):
-            encoded = widened(self.long[i])
-            patches = encoded.vision_inputs["pixel_values_videos"].repeat(FRAMES // 2, 1)
-            inputs = {**encoded.vision_inputs, "pixel_values_videos": patches}
-            drawn.append(replace(encoded, vision_inputs=inputs))
-        return drawn
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return replace(self.items[index], encoded=widened(self.items[index].encoded))
+
+
+def still_item(processor: Any, seed: int, index: int) -> Item:
+    """A picture as a clip that stands still, with the masks of the objects that its text names as prior."""
+    sample, scene, picture = still_sample(seed, index)
+    frames = picture.frames.repeat(FRAMES if index % LONG == 0 else FRAMES_A_TOKEN, 0)
+    encoded = narrowed(FAMILY.encode(processor, sample, [as_video(frames)]))
+    prior = looks_prior(prompt_text(sample)[0], scene, picture.masks, (1, 4, 4))
+    words = None if prior is None else find_words(sample, prior, encoded.layout, "both")
+    return Item(sample.id, encoded, prior, words, {})
 
 
 def widen(model: nn.Module, seed: int) -> None:
@@ -114,30 +122,6 @@ def widen(model: nn.Module, seed: int) -> None:
             if weight.dim() >= 2:
                 std = 0.5 if "embed_tokens" in name else weight[0].numel() ** -0.5
                 weight.normal_(0.0, std, generator=generator)
-
-
-def train(
-    model: Any, processor: Any, data: Stills, *, seed: int, steps: int, long: int, batch: int, rate: float
-) -> Iterator[float]:
-    """Teach ``model`` its answers, the last ``long`` steps on whole clips; yields the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 0.01
-    )
-    rng = np.random.default_rng([_STREAM, seed])
-    model.train()
-    for step in range(steps):
-        drawn = data.draw(batch, rng, short=step < steps - long)
-        inputs = FAMILY.collate(drawn, pad_token_id=processor.tokenizer.pad_token_id, padding_side="right")
-        inputs.pop("layouts")
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item()
-    model.eval()
 
 
 def save(model: Any, folder: Path) -> None:
@@ -155,34 +139,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output_dir", type=Path, default=Path("runs/toy_student"), help="transformers folder (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, pictures and their order (%(default)s)")
     add("--pictures", type=int, default=8000, help="different pictures (%(default)s)")
-    add("--steps", type=int, default=1500, help="(%(default)s)")
-    add("--long_steps", type=int, default=50, help="the last of them, on clips of full length (%(default)s)")
+    add("--steps", type=int, default=2000, help="(%(default)s)")
     add("--batch", type=int, default=32, help="pictures a step (%(default)s)")
     add("--learning_rate", type=float, default=2e-3, help="its peak (%(default)s)")
+    add("--alignment_weight", type=float, default=1.0, help="of the masks of what is named (%(default)s)")
     args = parser.parse_args(argv)
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
     model, processor = make_student(seed=args.seed, **STUDENT)
     widen(model, args.seed)
-    steps = train(
-        model,
-        processor,
-        Stills(processor, args.seed, args.pictures),
-        seed=args.seed,
-        steps=args.steps,
-        long=args.long_steps,
-        batch=args.batch,
-        rate=args.learning_rate,
-    )
-    losses: list[float] = []
-    with tqdm(steps, total=args.steps, desc="student", unit="step", mininterval=2) as bar:
-        for loss in bar:
-            losses.append(loss)
-            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-    save(model, args.output_dir)
+    pictures = tqdm(range(args.pictures), desc="pictures", unit="picture", mininterval=2)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = MotionTrainer(
+            model=model,
+            args=TrainArguments(
+                output_dir=scratch,
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch,
+                learning_rate=args.learning_rate,
+                weight_decay=0.05,
+                adam_beta2=0.98,
+                seed=args.seed,
+                use_cpu=True,
+                save_strategy="no",
+                logging_steps=100,
+            ),
+            train_dataset=Items([still_item(processor, args.seed, i) for i in pictures]),
+            data_collator=MotionCollator(FAMILY, processor),
+            processing_class=processor,
+            alignment_weight=args.alignment_weight,
+        )
+        trainer.train()
+    save(model.eval(), args.output_dir)
     processor.save_pretrained(args.output_dir)
     record: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "output_dir"}
-    record["losses"] = [round(float(np.mean(losses[i : i + 100])), 5) for i in range(0, len(losses), 100)]
+    for name in ("loss_ar", "loss_align"):
+        record[name] = [round(entry[name], 5) for entry in trainer.state.log_history if name in entry]
     (args.output_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

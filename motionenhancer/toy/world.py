@@ -67,7 +67,7 @@ class _Settings:
     frames: int
     size: int
     fps: int
-    version: int = 3
+    version: int = 4
 
 
 def task_of(index: int) -> str:

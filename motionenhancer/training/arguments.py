@@ -61,6 +61,10 @@ class StudentArguments:
         default=None,
         metadata={"help": "Safetensors file outside --output_dir that receives the trained aligner."},
     )
+    prior_temperature: float = field(
+        default=1.0,
+        metadata={"help": "The prior's rows are raised to one over this: below 1 they become sharper."},
+    )
     confidence_gate: float = field(
         default=0.0,
         metadata={"help": "Follow priors less confident than this proportionally less; 0 is no gate."},
@@ -125,6 +129,8 @@ class StudentArguments:
         ):
             if not allowed:
                 raise ValueError(f"--{name} must be a positive number, got {value}")
+        if not 0 < self.prior_temperature < float("inf"):
+            raise ValueError(f"--prior_temperature must be above 0, got {self.prior_temperature}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.lora_r:

@@ -22,7 +22,7 @@ class Qwen25VL:
     """The family of ``Qwen2_5_VLForConditionalGeneration`` (section 4 of the MotionEnhancer paper)."""
 
     name = "qwen2_5_vl"
-    model_types = ("qwen2_5_vl",)
+    model_types: tuple[str, ...] = ("qwen2_5_vl",)
     num_frames: int | None = None
 
     def in_vision_tower(self, parameter: str) -> bool:

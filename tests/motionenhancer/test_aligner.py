@@ -245,6 +245,29 @@ def test_nothing_to_align(priors: Any) -> None:
     assert not attention.grad.any()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_temperature_sharpens_the_prior(loss: str) -> None:
+    """It is the prior raised to one over the temperature that the student is held against."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(3, 24, generator=generator)
+    rows[0, 5:] = 0
+    captured = torch.rand(1, 3, 24, generator=generator, requires_grad=True)
+    raised = SimpleNamespace(attention=rows**2, grid=(2, 3, 4))
+    plain = SimpleNamespace(attention=rows, grid=(2, 3, 4))
+    wanted = align(captured, raised, loss=loss)
+    found = align(captured, plain, loss=loss, temperature=0.5)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(one, captured) for one in (found, wanted)))
+    assert align(captured, plain, loss=loss) != wanted
+    # 1e-4 to the tenth power is nothing in half precision, were the row not scaled first.
+    faint = SimpleNamespace(attention=(rows * 1e-4).half(), grid=(2, 3, 4))
+    strong = SimpleNamespace(attention=(rows * 1e-4).half().float() * 1e4, grid=(2, 3, 4))
+    cold = [align(captured, one, loss=loss, temperature=0.1) for one in (faint, strong)]
+    torch.testing.assert_close(*cold)
+    empty = SimpleNamespace(attention=torch.zeros(3, 24), grid=(2, 3, 4))
+    assert torch.isfinite(align(captured, empty, loss=loss, temperature=0.5))
+
+
 def test_rows_without_mass_give_no_nan() -> None:
     generator = torch.Generator().manual_seed(0)
     prior = make_prior(2, (2, 3, 4), generator)
@@ -278,6 +301,7 @@ def test_nan_is_named(bad: float) -> None:
     [
         ({"attention": torch.rand(2, 24)}, r"must be \(batch, rows, columns\), got \(2, 24\)"),
         ({"loss": "l1"}, "loss must be one of"),
+        ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
         ({"prior": []}, r"one entry a sample \(1\), got 0"),
         ({"attention": torch.rand(1, 2, 12)}, "12 columns, the prior 24: pass grid="),
         ({"grid": (2, 3, 5)}, "has 30 tokens, more than the 24 captured columns"),

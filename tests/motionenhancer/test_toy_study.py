@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from motionenhancer.data import read_frames
+from motionenhancer.data import content_digest, prompt_text, read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
+from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
-from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models
+from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
@@ -65,6 +66,7 @@ def test_masks_lie_on_the_grid() -> None:
         ("▁red", "colour"),
         ("Square", "shape"),
         ("left.", "direction"),
+        ("top", "place"),
         ("?", "punctuation"),
         ("the", "function"),
     ],
@@ -139,6 +141,8 @@ def test_arms_differ_in_one_thing() -> None:
         ("noise_level", "noise level"),
         ("ratio", "ratio"),
         ("weight", "weight"),
+        ("schedule", "schedule"),
+        ("temperature", "temperature"),
         ("aligner", "aligner"),
     ):
         for arm in SWEEPS[sweep]:
@@ -159,7 +163,8 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
         "ratio_0.25-0",
         "ratio_0.75-0",
     ]
-    assert len(readings(runs)) == 3
+    assert len(readings(runs)) == 1  # heads and words are chosen after reading
+    assert len(readings(planned(TINY, 1, [], ["noise level"], 1))) == 5
     (tmp_path / "runs").mkdir()
     for run in runs[:2]:
         done = {"arm": asdict(run.arm), "regime": asdict(TINY), "models": models(run.arm, teacher, student)}
@@ -177,7 +182,17 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
 
 def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) -> None:
     root, teacher, student = folders
-    make_priors(BOTH.settings(), root, teacher)
+    world = ToyFolder(root / "world")
+    make_priors(BOTH.settings(), [0.25, BOTH.ratio], root, teacher)
+    store, name = PriorStore(root / "priors"), teacher_name(teacher)
+    few, half = (
+        store.read(prior_key(content_digest(clip), prompt_text(sample)[0], name, way))
+        for sample in samples_of(world.train, world.videos)[:1]
+        for clip in sample.videos
+        for way in (replace(BOTH, ratio=0.25).settings(), BOTH.settings())
+    )
+    assert few.all_tokens == half.all_tokens
+    assert len(few.kept) < len(half.kept)
     first = fine_tune(BOTH, TINY, 0, root, teacher, student)
     assert first == fine_tune(BOTH, TINY, 0, root, teacher, student)
     assert first["words"]["aligned_samples"] == 6
@@ -236,4 +251,6 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
     assert gain["mean"] == 5
     assert gain["half"] == pytest.approx(12.706, rel=1e-3)
     assert "| both selections | 2 | 60.0 ± 76.2 | +5.0 ± 12.7 |" in tables(found)
+    assert found["arms"]["both selections"]["tasks_gain"]["AO"]["mean"] == 5
+    assert "| both selections | +5.0 ± 12.7 | +5.0 ± 12.7 |" in tables(found)
     assert not summarise(tmp_path, replace(TINY, steps=9))["arms"]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from motionenhancer.aligner import align
+from motionenhancer.dataset import MotionCollator
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.toy import lift, train_student, train_teacher
 from motionenhancer.toy.language import caption
+from motionenhancer.toy.masks import grid_mask, looks_prior
 from motionenhancer.toy.mistakes import mistaken
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import render
-from motionenhancer.toy.scene import COLOURS, SHAPES, Scene
+from motionenhancer.toy.scene import COLOURS, SHAPES, Scene, sample_scene
 from motionenhancer.toy.world import WEIGHTS
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
+from motionenhancer.vlm.capture import capture_attention
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,6 +49,7 @@ def test_a_teacher_is_trained_from_its_seed(tmp_path: Path) -> None:
     assert prior.grid == (5, 4, 4)
     found = lift.measure(teacher, PriorSettings(mode="renoise", sampled_rows="all"), 2)
     assert {"colour", "shape", "verb", "direction"} <= set(found["lift"])
+    assert 0 <= found["densest"]["verb"]["all"] <= 1
     assert "verb" in lift.lines("one", found)
     assert sum(found["chosen"]) == pytest.approx(teacher.heads / 2)
 
@@ -58,9 +65,33 @@ def test_a_transformer_learns_to_denoise_and_to_correct() -> None:
         return caption(scene)
 
     lesson = train_teacher.Lesson(latents, scenes, text, 100, 8)
-    steps = np.array(list(train_teacher.train_transformer(pipe, [lesson], seed=0, rate=2e-3)))
+    steps = np.array(list(train_teacher.train_transformer(pipe, [lesson], seed=0, rate=2e-3, wrong=0.35)))
     assert steps[-20:, 0].mean() < 0.8 * steps[:20, 0].mean()
     assert np.nanmean(steps[-20:, 1]) > 0.05 + np.nanmean(steps[:20, 1])
+
+
+def test_blocks_are_compiled_for_the_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def compiled(forward: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+        number = len(called)
+        called.append(0)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            called[number] += 1
+            return forward(*args, **options)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    pipe = train_teacher.make_teacher(seed=0, **train_teacher.TEACHER)
+    scenes = [train_teacher.draw(0, 0)]
+    latents = torch.randn(1, 5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    lesson = train_teacher.Lesson(latents, scenes, train_teacher.clip_text, 2, 2)
+    steps = train_teacher.train_transformer(pipe, [lesson], seed=0, rate=1e-3, wrong=0.2, compiled=True)
+    assert len(list(steps)) == 2
+    assert called == [2] * train_teacher.TEACHER["layers"]
+    assert not any("forward" in vars(block) for block in pipe.transformer.transformer_blocks)
 
 
 def test_texts_are_captions_questions_and_answers() -> None:
@@ -92,34 +123,63 @@ def test_mistakes_keep_the_number_of_words_and_their_kind() -> None:
 
 
 def test_a_student_is_trained_from_its_seed(tmp_path: Path) -> None:
-    flags = ["--pictures", "8", "--steps", "30", "--long_steps", "2", "--batch", "4"]
+    flags = ["--pictures", "8", "--steps", "30", "--batch", "4"]
     for name in ("a", "b"):
         assert train_student.main([*flags, "--output_dir", str(tmp_path / name)]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     model, processor, _ = load_student(tmp_path / "a", dtype=torch.float32)
-    data = train_student.Stills(processor, 0, 8)
-    assert len(data.short) == 8
-    rng = np.random.default_rng(0)
-    for short, frames in ((True, 1), (False, train_student.FRAMES // 2)):
-        (one,) = data.draw(1, rng, short=short)
-        assert one.layout.videos[0].grid == (frames, 4, 4)
-    untrained, _ = make_student(seed=0)
-    batch = train_student.FAMILY.collate(
-        data.short, pad_token_id=processor.tokenizer.pad_token_id, padding_side="right"
-    )
-    batch.pop("layouts")
-    with torch.no_grad():
-        assert model.eval()(**batch).loss < 0.8 * untrained.eval()(**batch).loss
+    items = train_student.Items([train_student.still_item(processor, 0, i) for i in range(8)])
+    whole = train_student.FRAMES // train_student.FRAMES_A_TOKEN
+    assert [item.encoded.layout.videos[0].grid for item in items.items[:3]] == [
+        (whole, 4, 4),
+        (1, 4, 4),
+        (1, 4, 4),
+    ]
+    untrained, _ = make_student(seed=0, temporal_patch_size=train_student.FRAMES_A_TOKEN)
+    batch = MotionCollator(train_student.FAMILY, processor)([items[i] for i in range(8)])
+    alignment = batch.pop("alignment")
+    batch = {name: value for name, value in batch.items() if name not in ("ids", "skipped")}
+    losses = []
+    for one in (model.eval(), untrained.eval()):
+        with torch.no_grad(), capture_attention(one, alignment.rows, alignment.columns) as captured:
+            loss = one(**batch).loss
+        grids = {"grid": alignment.grids, "row_tokens": alignment.row_tokens}
+        losses.append((float(loss), float(align(captured, alignment.priors, **grids))))
+    assert losses[0][0] < 0.8 * losses[1][0]
+    assert losses[0][1] < losses[1][1]
 
 
 def test_a_still_clip_says_nothing_of_motion() -> None:
     """Question and picture are those of a clip, but every frame of it is the middle one."""
-    sample, picture = train_student.still_sample(0, 1)
-    assert picture.shape == (1, 32, 32, 3)
+    sample, scene, picture = train_student.still_sample(0, 1)
+    assert picture.frames.shape == (1, 32, 32, 3)
+    assert picture.masks.shape == (len(scene.objects), 1, 32, 32)
     assert [part["type"] for part in sample.messages[0]["content"]] == ["video", "text"]
     asked = [train_student.still_sample(0, i)[0].messages[0]["content"][1]["text"] for i in range(200)]
     moving = sum(text.startswith(("What does", "How", "In which", "Which object")) for text in asked)
     assert 10 < moving < 60
+
+
+def test_a_word_looks_at_the_object_it_speaks_of() -> None:
+    scene = sample_scene(np.random.default_rng(0), "MR")
+    picture = render(scene, frames=1)
+    cells = [grid_mask(mask, (1, 4, 4)).reshape(-1) for mask in picture.masks]
+    one, two = scene.objects[:2]
+    text = f"Which shape is {one.colour}? The {one.name} is at the top left and the {two.name} stays still."
+    prior = looks_prior(text, scene, picture.masks, (1, 4, 4))
+    assert prior is not None
+    assert prior.tokens == [one.colour, one.colour, one.shape, "top", "left", two.colour, two.shape]
+    for row, index in zip(prior.attention, (0, 0, 0, 0, 0, 1, 1), strict=True):
+        np.testing.assert_array_equal(row.numpy(), cells[index].astype(np.float16))
+    asked = looks_prior(
+        f"Where is the object that moves? It is {one.colour}.", scene, picture.masks, (1, 4, 4)
+    )
+    assert asked is not None
+    assert asked.tokens == [one.colour]  # the question names no object
+    before = looks_prior(f"Left is the {two.shape}.", scene, picture.masks, (1, 4, 4))
+    assert before is not None
+    np.testing.assert_array_equal(before.attention[0].numpy(), cells[1].astype(np.float16))
+    assert looks_prior("How does the camera move?", scene, picture.masks, (1, 4, 4)) is None
 
 
 def test_lift_is_one_for_a_blind_word_and_one_over_the_area_for_a_sharp_one() -> None:
@@ -129,6 +189,13 @@ def test_lift_is_one_for_a_blind_word_and_one_over_the_area_for_a_sharp_one() ->
     sharp.add(0.1 * mask[None], mask)
     both.add(torch.stack([torch.full((8,), 0.03), 0.1 * mask]), mask)
     assert [round(found.mean, 5) for found in (blind, sharp, both)] == [1.0, 4.0, 2.5]
+
+
+def test_a_row_is_densest_where_it_has_most_for_the_area() -> None:
+    masks = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 1.0, 1.0, 1.0, 0, 0], [0, 0, 0, 0, 0.1, 0]])
+    assert lift.densest(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1, 0.0]), masks) == 0
+    assert lift.densest(torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2]), masks) == 1
+    assert lift.densest(torch.tensor([0.1, 0.1, 0.1, 0.1, 0.3, 0.3]), masks) == 2
 
 
 def test_the_weights_in_the_package_are_small_and_look_at_what_is_named() -> None:

@@ -269,6 +269,10 @@ def test_the_gate_scales_each_samples_pull_by_its_confidence(world: World, tmp_p
     torch.testing.assert_close(gated, (weights[0] * first + weights[1] * second) / 2)
     trainer.confidence_gate = 0.0
     torch.testing.assert_close(trainer._align(captured, alignment, 1.0), (first + second) / 2)
+    trainer.prior_temperature = 0.5
+    sharp = align(captured, alignment.priors, **chosen, temperature=0.5)
+    torch.testing.assert_close(trainer._align(captured, alignment, 1.0), sharp)
+    assert sharp != (first + second) / 2
 
 
 def test_the_vision_tower_learns_at_its_own_rate(world: World, tmp_path: Path) -> None:
