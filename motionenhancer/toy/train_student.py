@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=args.seed,
                 use_cpu=True,
                 save_strategy="no",
-                logging_steps=100,
+                logging_steps=min(100, args.steps),
             ),
             train_dataset=Items([still_item(processor, args.seed, i) for i in pictures]),
             data_collator=MotionCollator(FAMILY, processor),

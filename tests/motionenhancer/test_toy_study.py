@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.study import Run, main, planned, readings, unfinished
 from motionenhancer.toy.study_report import interval, summarise, tables
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
+from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 
@@ -200,6 +202,27 @@ def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) 
     assert set(first["accuracy"]["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
     masks = fine_tune(next(a for a in ARMS if a.prior == "masks"), TINY, 0, root, teacher, student)
     assert masks["words"]["aligned_samples"] == 5  # a moving camera has no object
+
+
+def test_an_arm_says_how_it_is_aligned(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Told(Exception):
+        pass
+
+    def told(**options: Any) -> None:
+        given.update(options)
+        raise Told
+
+    monkeypatch.setattr("motionenhancer.toy.fine_tuning.MotionTrainer", told)
+    masks = next(a for a in ARMS if a.prior == "masks")
+    with pytest.raises(Told):
+        fine_tune(replace(masks, weight=0.7, temperature=0.3, loss="kl"), TINY, 0, *folders)
+    assert given["alignment_weight"] == AlignmentSchedule(0.7, "linear")
+    assert (given["prior_temperature"], given["alignment_loss"]) == (0.3, "kl")
+    assert isinstance(given["aligner"], torch.nn.Identity)
 
 
 def test_the_command_writes_results_and_goes_on(

@@ -70,7 +70,19 @@ def test_a_transformer_learns_to_denoise_and_to_correct() -> None:
     assert np.nanmean(steps[-20:, 1]) > 0.05 + np.nanmean(steps[:20, 1])
 
 
-def test_blocks_are_compiled_for_the_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_scales_of_queries_and_keys_are_sharpened() -> None:
+    pipe = train_teacher.make_teacher(seed=0, **train_teacher.TEACHER)
+    before = {name: weight.clone() for name, weight in pipe.transformer.named_parameters()}
+    train_teacher.sharpen(pipe.transformer)
+    changed = {n for n, weight in pipe.transformer.named_parameters() if not torch.equal(weight, before[n])}
+    assert len(changed) == 2 * train_teacher.TEACHER["layers"]
+    assert all("norm_q" in name or "norm_k" in name for name in changed)
+    assert all((pipe.transformer.get_parameter(name) == 1.5).all() for name in changed)
+
+
+def test_the_transformer_is_read_at_every_block_but_the_first_and_kept_as_a_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     called: list[int] = []
 
     def compiled(forward: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
@@ -83,13 +95,32 @@ def test_blocks_are_compiled_for_the_training_only(monkeypatch: pytest.MonkeyPat
 
         return counted
 
+    rates: set[float] = set()
+
+    def exchanged(text: str, rng: np.random.Generator, *, rate: float) -> str:
+        rates.add(rate)
+        return mistaken(text, rng, rate=rate)
+
     monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(train_teacher, "mistaken", exchanged)
     pipe = train_teacher.make_teacher(seed=0, **train_teacher.TEACHER)
     scenes = [train_teacher.draw(0, 0)]
     latents = torch.randn(1, 5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     lesson = train_teacher.Lesson(latents, scenes, train_teacher.clip_text, 2, 2)
     steps = train_teacher.train_transformer(pipe, [lesson], seed=0, rate=1e-3, wrong=0.2, compiled=True)
-    assert len(list(steps)) == 2
+    blocks = pipe.transformer.transformer_blocks
+    weight = blocks[0].ff.net[0].proj.weight
+    seen = [weight.detach().clone()]
+    for _ in range(2):
+        next(steps)
+        seen.append(weight.detach().clone())
+    assert [len(block._forward_hooks) for block in blocks] == [0, 1, 1, 1]
+    assert next(steps, None) is None
+    assert [len(block._forward_hooks) for block in blocks] == [0, 0, 0, 0]
+    assert rates == {0.2}
+    mean = seen[0].lerp(seen[1], 0.1).lerp(seen[2], 0.1)
+    torch.testing.assert_close(weight.detach(), mean)
+    assert not torch.equal(mean, seen[2])
     assert called == [2] * train_teacher.TEACHER["layers"]
     assert not any("forward" in vars(block) for block in pipe.transformer.transformer_blocks)
 
@@ -127,6 +158,8 @@ def test_a_student_is_trained_from_its_seed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert train_student.main([*flags, "--output_dir", str(tmp_path / name)]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    record = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert len(record["loss_ar"]) == len(record["loss_align"]) == 1
     model, processor, _ = load_student(tmp_path / "a", dtype=torch.float32)
     items = train_student.Items([train_student.still_item(processor, 0, i) for i in range(8)])
     whole = train_student.FRAMES // train_student.FRAMES_A_TOKEN

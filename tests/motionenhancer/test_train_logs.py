@@ -13,6 +13,7 @@ from tiny_world import World
 from train_support import flags, report_of, shared_priors, without_priors_of
 
 from motionenhancer import train
+from motionenhancer.aligner import align
 from motionenhancer.training.logs import StepLog, Stopwatch
 
 NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
@@ -93,3 +94,18 @@ def test_the_stopwatch_starts_anew_when_it_is_read() -> None:
         sum(range(100_000))
     assert watch.seconds() > 0
     assert watch.seconds() == 0
+
+
+def test_the_priors_temperature_reaches_the_alignment(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def seen(*args: object, temperature: float, **options: object) -> object:
+        given.append(temperature)
+        return align(*args, **options)
+
+    monkeypatch.setattr("motionenhancer.trainer.align", seen)
+    options = {"prior_dir": shared_priors(world), "max_steps": 1, "prior_temperature": 0.5}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    assert set(given) == {0.5}
