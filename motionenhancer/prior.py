@@ -250,8 +250,17 @@ class Reading:
 
 
 @torch.no_grad()
-def read_attention(teacher: Teacher, frames: np.ndarray, text: str, settings: PriorSettings) -> Reading:
-    """Read a clip's attention under a text from a frozen teacher; see `extract_prior` for both."""
+def read_attention(
+    teacher: Teacher,
+    frames: np.ndarray | VideoLatents,
+    text: str,
+    settings: PriorSettings,
+) -> Reading:
+    """Read a clip's attention under a text from a frozen teacher; see `extract_prior` for both.
+
+    A clip that is read in several ways need be encoded only once: `frames` may be what
+    `teacher.encode_video` made of them.
+    """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     if not text.strip():
@@ -260,7 +269,8 @@ def read_attention(teacher: Teacher, frames: np.ndarray, text: str, settings: Pr
     schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
-        video, prompt = teacher.encode_video(frames), teacher.encode_text(text)
+        video = frames if isinstance(frames, VideoLatents) else teacher.encode_video(frames)
+        prompt = teacher.encode_text(text)
     if not _spoken(prompt):
         raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
     if not torch.isfinite(video.latents).all():

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from motionenhancer.prior import PriorSettings
 
-__all__ = ["ARMS", "BOTH", "SWEEPS", "UNSELECTED", "Arm", "Regime"]
-
-#: What of an :class:`Arm` is chosen after reading: one reading serves all.
-UNSELECTED: dict[str, Any] = {"head_selection": "off", "token_selection": "off", "ratio": 1.0}
+__all__ = ["ARMS", "BOTH", "SWEEPS", "Arm", "Regime"]
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,19 @@ from motionenhancer.toy.world import ToyFolder, draw_clip
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.schedule import AlignmentSchedule
-from motionenhancer.vdm import load_teacher
+from motionenhancer.vdm import Teacher, load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
-_SELECTIONS = tuple((h, t) for h in ("off", "mhs") for t in ("off", "mtti"))
+#: What is chosen of a reading after it is read.
+UNSELECTED: dict[str, Any] = {
+    "head_selection": "off",
+    "token_selection": "off",
+    "head_ratio": 1.0,
+    "token_ratio": 1.0,
+}
 
 
 def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
@@ -44,8 +50,8 @@ def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
 def _encoded(world: Path, student: Path, shown: str) -> list[tuple[Sample, Encoded]]:
     """The training samples as the student reads them; kept for the next run of this process."""
     _, processor, family = load_student(student, dtype=torch.float32)
-    folder, made = ToyFolder(world), []
-    for i, sample in enumerate(samples_of(folder.train, folder.videos)):
+    made = []
+    for i, sample in enumerate(_training_samples(world)):
         video = shown_clip(sample.videos[0], shown, i)
         made.append((sample, narrowed(family.encode(processor, sample, [video]))))
     return made
@@ -67,23 +73,39 @@ def _priors(
     return [store.read(_key(sample, name, settings)) for sample in samples]
 
 
-def make_priors(settings: PriorSettings, ratios: Sequence[float], folder: Path, teacher: Path) -> None:
-    """Read every training clip of a study's folder once and store its prior under every selection."""
+def make_priors(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: range) -> int:
+    """Store some training clips' priors under each of the settings; returns how many clips that were.
+
+    A clip is encoded once, and read once for all settings that differ in what is selected only.
+    """
     torch.set_num_threads(1)
-    world, store, name = ToyFolder(folder / "world"), PriorStore(folder / "priors"), teacher_name(teacher)
-    loaded = load_teacher(teacher, dtype=torch.float32)
-    ways = [
-        replace(settings, head_selection=heads, token_selection=words, head_ratio=ratio, token_ratio=ratio)
-        for heads, words in _SELECTIONS
-        for ratio in ratios
-    ]
-    for sample in samples_of(world.train, world.videos):
-        keys = [_key(sample, name, way) for way in ways]
-        if not all(key in store for key in keys):
-            frames = read_frames(sample.videos[0], num_frames=loaded.max_frames).frames
-            reading = read_attention(loaded, frames, prompt_text(sample)[0], settings)
-            for key, way in zip(keys, ways, strict=True):
-                store.write(key, select_prior(reading, way))
+    store, name, loaded = PriorStore(folder / "priors"), teacher_name(teacher), _loaded(teacher)
+    ways: dict[PriorSettings, list[PriorSettings]] = {}
+    for settings in wanted:
+        ways.setdefault(replace(settings, **UNSELECTED), []).append(settings)
+    for sample in _training_samples(folder / "world")[clips.start : clips.stop]:
+        text, video = prompt_text(sample)[0], None
+        for way, selections in ways.items():
+            missing = [s for s in selections if _key(sample, name, s) not in store]
+            if missing:
+                if video is None:
+                    frames = read_frames(sample.videos[0], num_frames=loaded.max_frames).frames
+                    video = loaded.encode_video(frames)
+                reading = read_attention(loaded, video, text, way)
+                for settings in missing:
+                    store.write(_key(sample, name, settings), select_prior(reading, settings))
+    return len(clips)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(teacher: Path) -> Teacher:
+    return load_teacher(teacher, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _training_samples(world: Path) -> list[Sample]:
+    folder = ToyFolder(world)
+    return samples_of(folder.train, folder.videos)
 
 
 def _key(sample: Sample, teacher: str, settings: PriorSettings) -> str:
@@ -104,7 +126,8 @@ def fine_tune(
 
     Returns
     -------
-    ``accuracy`` (see :func:`accuracy`), the last logged ``losses``, words mapped.
+    ``accuracy`` on the test questions and on those for ``validation`` (see :func:`accuracy`), the ``log`` of
+    the losses, ``words`` mapped.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -149,6 +172,7 @@ def fine_tune(
     ]
     return {
         "accuracy": accuracy(model, processor, family, world, shown=arm.shown),
+        "validation": accuracy(model, processor, family, folder / "validation", shown=arm.shown),
         "log": log,
         "words": trainer.counts,
     }

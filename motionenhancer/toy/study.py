@@ -14,16 +14,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from motionenhancer.prior import PriorSettings
-from motionenhancer.toy.arms import ARMS, SWEEPS, UNSELECTED, Arm, Regime
+from motionenhancer.toy.arms import ARMS, SWEEPS, Arm, Regime
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.study_report import write_report
 from motionenhancer.toy.world import WEIGHTS, write_world
+
+#: What the seed of the clips is raised by for those that settings may be chosen on.
+VALIDATION = 2
+#: Clips whose priors a process makes at a time.
+_PART = 100
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,15 @@ def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     return run.name
 
 
-def _read(settings: PriorSettings, ratios: Sequence[float], folder: Path, teacher: Path) -> None:
+def _read(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: range) -> int:
     from motionenhancer.toy.fine_tuning import make_priors
 
-    make_priors(settings, ratios, folder, teacher)
+    return make_priors(wanted, folder, teacher, clips)
 
 
-def readings(runs: Sequence[Run]) -> list[PriorSettings]:
-    """The different ways in which these runs' priors are read, whatever is then selected."""
-    found = (replace(r.arm, **UNSELECTED).settings() for r in runs if r.arm.prior == "teacher")
-    return list(dict.fromkeys(found))
+def wanted_priors(runs: Sequence[Run]) -> list[PriorSettings]:
+    """The different ways in which these runs' priors are made."""
+    return list(dict.fromkeys(run.arm.settings() for run in runs if run.arm.prior == "teacher"))
 
 
 def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:
@@ -136,21 +140,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
         left = list(unfinished(runs, args.output_dir, teacher, student))
-        write_world(
-            args.output_dir / "world", clips=args.clips, test_clips=args.test_clips, seed=args.world_seed
-        )
+        for name, clips, seed in (
+            ("world", args.clips, args.world_seed),
+            ("validation", 1, args.world_seed + VALIDATION),
+        ):
+            write_world(args.output_dir / name, clips=clips, test_clips=args.test_clips, seed=seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     os.environ["OMP_NUM_THREADS"] = "1"
     failed: list[str] = []
-    ways = readings(left)
-    ratios = sorted({run.arm.ratio for run in left if run.arm.prior == "teacher"})
+    wanted = wanted_priors(left)
+    clips = range(args.clips) if wanted else range(0)
+    parts = [clips[i : i + _PART] for i in range(0, len(clips), _PART)]
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc="fine-tunings", unit="run")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool, bar:
-        reading = [pool.submit(_read, way, ratios, args.output_dir, teacher) for way in ways]
-        for read in tqdm(as_completed(reading), total=len(ways), desc="ways of reading priors", unit="way"):
-            read.result()
+        reading = [pool.submit(_read, wanted, args.output_dir, teacher, part) for part in parts]
+        with tqdm(total=len(clips), desc="priors", unit="clip", disable=not clips) as priors:
+            for read in as_completed(reading):
+                priors.update(read.result())
         waiting = {pool.submit(_one, run, args.output_dir, teacher, student): run for run in left}
         for done in as_completed(waiting):
             if done.exception() is None:

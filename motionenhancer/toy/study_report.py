@@ -77,6 +77,9 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
             gains = [by_seed[s]["accuracy"][measure] - plain[s]["accuracy"][measure] for s in shared]
             if gains and name != "plain":
                 row[f"{measure}_gain"] = dict(zip(("mean", "half"), interval(gains), strict=True))
+        seen = [r["validation"]["overall"] for r in by_seed.values() if "validation" in r]
+        if seen:
+            row["validation"] = dict(zip(("mean", "half"), interval(seen), strict=True), runs=len(seen))
         row["tasks"] = {
             task: float(np.mean([r["accuracy"]["tasks"][task] for r in by_seed.values()])) for task in TASKS
         }
@@ -99,28 +102,26 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 def _row(name: str, row: dict[str, Any]) -> str:
     cells = [name, str(len(row["seeds"])), _shown(row["overall"]), _shown(row.get("overall_gain"), "+")]
-    cells += [_shown(row["average"]), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
+    cells += [_shown(row.get("validation")), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
     return "| " + " | ".join(cells) + " |"
+
+
+def _groups(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the arms that were run, and of each sweep's, by title."""
+    groups = {"Arms": [a.name for a in ARMS]} | {
+        f"Sweep: {sweep}": ["both selections", *(a.name for a in arms)] for sweep, arms in SWEEPS.items()
+    }
+    there = {title: [n for n in names if n in summary["arms"]] for title, names in groups.items()}
+    return {t: names for t, names in there.items() if len(names) > (t != "Arms")}
 
 
 def tables(summary: dict[str, Any]) -> str:
     """Markdown: the arms, then each sweep, in percent with 95 % intervals over the seeds."""
-    head = ["", "runs", "Overall", "gain over plain", "Average", *TASKS]
+    head = ["", "runs", "Overall", "gain over plain", "validation", *TASKS]
     lines: list[str] = []
-    groups = {"Arms": [a.name for a in ARMS]} | {
-        f"Sweep: {sweep}": ["both selections", *(a.name for a in arms)] for sweep, arms in SWEEPS.items()
-    }
-    for title, names in groups.items():
-        rows = [_row(name, summary["arms"][name]) for name in names if name in summary["arms"]]
-        if rows and (title == "Arms" or len(rows) > 1):
-            lines += [
-                f"### {title}",
-                "",
-                "| " + " | ".join(head) + " |",
-                "| --- " * len(head) + "|",
-                *rows,
-                "",
-            ]
+    for title, names in _groups(summary).items():
+        lines += [f"### {title}", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+        lines += [*(_row(name, summary["arms"][name]) for name in names), ""]
     gains = {a.name: summary["arms"].get(a.name, {}).get("tasks_gain") for a in ARMS}
     if any(gains.values()):
         lines += ["### Gain over plain by task", "", "| | " + " | ".join(TASKS) + " |"]
@@ -138,16 +139,26 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [a.name for a in ARMS if a.name in summary["arms"]]
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
-    for i, name in enumerate(names):
-        overall = summary["arms"][name]["overall"]
-        half = 0.0 if math.isinf(overall["half"]) else overall["half"]
-        axes.errorbar(overall["mean"], i, xerr=half, fmt="o", color="black", capsize=3)
-        axes.scatter(overall["values"], [i] * len(overall["values"]), s=10, alpha=0.5)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("Overall accuracy, %, mean and 95 % interval over seeds")
+    groups = _groups(summary)
+    sizes = [len(names) + 1 for names in groups.values()]
+    figure, panels = pyplot.subplots(
+        len(groups),
+        figsize=(8, 0.35 * sum(sizes) + 1.5),
+        sharex=True,
+        squeeze=False,
+        height_ratios=sizes,
+        layout="constrained",
+    )
+    for axes, (title, names) in zip(panels[:, 0], groups.items(), strict=True):
+        for i, name in enumerate(names):
+            overall = summary["arms"][name]["overall"]
+            half = 0.0 if math.isinf(overall["half"]) else overall["half"]
+            axes.errorbar(overall["mean"], i, xerr=half, fmt="o", color="black", capsize=3)
+            axes.scatter(overall["values"], [i] * len(overall["values"]), s=10, alpha=0.5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.invert_yaxis()
+    panels[-1, 0].set_xlabel("Overall accuracy, %, mean and 95 % interval over seeds")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

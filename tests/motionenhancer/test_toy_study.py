@@ -14,17 +14,18 @@ import torch
 from motionenhancer.data import content_digest, prompt_text, read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
+from motionenhancer.toy import fine_tuning
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
 from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
-from motionenhancer.toy.study import Run, main, planned, readings, unfinished
+from motionenhancer.toy.study import Run, main, planned, unfinished, wanted_priors
 from motionenhancer.toy.study_report import interval, summarise, tables
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
 from motionenhancer.training.schedule import AlignmentSchedule
-from motionenhancer.vdm import load_teacher
+from motionenhancer.vdm import VideoLatents, load_teacher
 from motionenhancer.vlm import load_student
 
 TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
@@ -34,7 +35,8 @@ TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A study's folder with its world, a teacher and a student."""
     root = tmp_path_factory.mktemp("study")
-    write_world(root / "study" / "world", clips=6, test_clips=6, progress=False)
+    for name, seed in (("world", 0), ("validation", 2)):
+        write_world(root / "study" / name, clips=6, test_clips=6, seed=seed, progress=False)
     teacher = save_teacher(
         root / "teacher", layers=1, heads=4, frames=FRAMES, height=32, width=32, temporal_compression=2
     )
@@ -136,6 +138,42 @@ def test_one_reading_serves_every_selection(folders: tuple[Path, Path, Path]) ->
             assert torch.equal(chosen.attention, whole.attention)
 
 
+def test_priors_are_made_once_a_clip_and_read_once_a_way(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder, _ = folders
+    (tmp_path / "world").symlink_to(root / "world")
+    teacher, reads, encoded = load_teacher(folder, dtype=torch.float32), [], []
+    encode = teacher.encode_video
+
+    def encode_video(frames: np.ndarray) -> VideoLatents:
+        encoded.append(1)
+        return encode(frames)
+
+    def reading(*given: Any) -> Any:
+        reads.append(given[-1].noise_level)
+        return read_attention(*given)
+
+    monkeypatch.setattr(teacher, "encode_video", encode_video)
+    monkeypatch.setattr(fine_tuning, "_loaded", lambda _: teacher)
+    monkeypatch.setattr(fine_tuning, "read_attention", reading)
+    high = replace(BOTH, noise_level=400).settings()
+    ways = [BOTH.settings(), replace(BOTH, token_selection="off").settings(), high]
+    assert make_priors(ways, tmp_path, folder, range(2, 4)) == 2
+    assert len(encoded) == 2
+    assert reads == [200, 400] * 2
+    assert make_priors([*ways, replace(BOTH, noise_level=20).settings()], tmp_path, folder, range(3)) == 3
+    assert len(encoded) == 5  # those of the third clip again
+    assert reads[4:] == [200, 400, 20] * 2 + [20]
+
+    world, store = ToyFolder(root / "world"), PriorStore(tmp_path / "priors")
+    sample = samples_of(world.train, world.videos)[2]
+    frames, text = read_frames(sample.videos[0], num_frames=teacher.max_frames).frames, prompt_text(sample)[0]
+    key = prior_key(content_digest(sample.videos[0]), text, teacher_name(folder), high)
+    options = {"mode": "renoise", "noise_level": 400, "sampled_rows": "all"}
+    assert torch.equal(store.read(key).attention, extract_prior(teacher, frames, text, **options).attention)
+
+
 def test_arms_differ_in_one_thing() -> None:
     names = [arm.name for arm in ARMS] + [arm.name for sweep in SWEEPS.values() for arm in sweep]
     assert len(set(names)) == len(names)
@@ -165,8 +203,8 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
         "ratio_0.25-0",
         "ratio_0.75-0",
     ]
-    assert len(readings(runs)) == 1  # heads and words are chosen after reading
-    assert len(readings(planned(TINY, 1, [], ["noise level"], 1))) == 5
+    assert len(wanted_priors(runs)) == 3  # as selection varies
+    assert len(wanted_priors(planned(TINY, 1, [], ["noise level"], 1))) == 8
     (tmp_path / "runs").mkdir()
     for run in runs[:2]:
         done = {"arm": asdict(run.arm), "regime": asdict(TINY), "models": models(run.arm, teacher, student)}
@@ -182,10 +220,12 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
         list(unfinished(runs[1:2], tmp_path, another, student))
 
 
-def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) -> None:
+def test_a_fine_tuning_is_the_same_every_time(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, teacher, student = folders
     world = ToyFolder(root / "world")
-    make_priors(BOTH.settings(), [0.25, BOTH.ratio], root, teacher)
+    make_priors([replace(BOTH, ratio=0.25).settings(), BOTH.settings()], root, teacher, range(6))
     store, name = PriorStore(root / "priors"), teacher_name(teacher)
     few, half = (
         store.read(prior_key(content_digest(clip), prompt_text(sample)[0], name, way))
@@ -200,7 +240,16 @@ def test_a_fine_tuning_is_the_same_every_time(folders: tuple[Path, Path, Path]) 
     assert first["words"]["aligned_samples"] == 6
     assert first["words"]["mapped_words"] == first["words"]["words"] > 0
     assert set(first["accuracy"]["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
+    assert set(first["validation"]["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
+    asked = []
+
+    def noted(model: Any, processor: Any, family: Any, world: Path, *, shown: str) -> dict[str, Any]:
+        asked.append((world.name, shown))
+        return {}
+
+    monkeypatch.setattr(fine_tuning, "accuracy", noted)
     masks = fine_tune(next(a for a in ARMS if a.prior == "masks"), TINY, 0, root, teacher, student)
+    assert asked == [("world", "video"), ("validation", "video")]
     assert masks["words"]["aligned_samples"] == 5  # a moving camera has no object
 
 
@@ -243,6 +292,9 @@ def test_the_command_writes_results_and_goes_on(
     written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert written["arms"]["plain"]["overall"]["half"] is None
     assert set(written["arms"]["MTTI only"]["models"]) == {"teacher", "student"}
+    assert written["arms"]["plain"]["validation"]["runs"] == 1
+    questions = [(tmp_path / name / "test.jsonl").read_text() for name in ("world", "validation")]
+    assert questions[0] != questions[1]
     assert main([*flags, "2"]) == 0
     assert (tmp_path / "runs" / "plain-0.json").stat().st_mtime_ns == kept
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
@@ -269,6 +321,9 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
                 "accuracy": {"overall": value, "average": value, "tasks": tasks},
             }
             (tmp_path / "runs" / f"{name}-{seed}.json").write_text(json.dumps(record))
+    arm = SWEEPS["ratio"][0]
+    record |= {"arm": asdict(arm), "seed": 0, "validation": {"overall": 61.0}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(record))
     found = summarise(tmp_path, TINY)
     gain = found["arms"]["both selections"]["overall_gain"]
     assert gain["mean"] == 5
@@ -276,4 +331,6 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
     assert "| both selections | 2 | 60.0 ± 76.2 | +5.0 ± 12.7 |" in tables(found)
     assert found["arms"]["both selections"]["tasks_gain"]["AO"]["mean"] == 5
     assert "| both selections | +5.0 ± 12.7 | +5.0 ± 12.7 |" in tables(found)
+    assert tables(found).count("###") == 3  # arms, the sweep of which one arm was run, gains by task
+    assert f"| {arm.name} | 1 | 66.0 | +16.0 | 61.0 |" in tables(found)
     assert not summarise(tmp_path, replace(TINY, steps=9))["arms"]
