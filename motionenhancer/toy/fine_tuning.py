@@ -83,7 +83,8 @@ def make_priors(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, cl
     ways: dict[PriorSettings, list[PriorSettings]] = {}
     for settings in wanted:
         ways.setdefault(replace(settings, **UNSELECTED), []).append(settings)
-    for sample in _training_samples(folder / "world")[clips.start : clips.stop]:
+    samples = _training_samples(folder / "world")[clips.start : clips.stop]
+    for sample in samples:
         text, video = prompt_text(sample)[0], None
         for way, selections in ways.items():
             missing = [s for s in selections if _key(sample, name, s) not in store]
@@ -94,7 +95,7 @@ def make_priors(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, cl
                 reading = read_attention(loaded, video, text, way)
                 for settings in missing:
                     store.write(_key(sample, name, settings), select_prior(reading, settings))
-    return len(clips)
+    return len(samples)
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,6 +124,11 @@ def fine_tune(
     arm: Arm, regime: Regime, seed: int, folder: Path, teacher: Path, student: Path
 ) -> dict[str, Any]:
     """Fine-tune the student as ``arm`` says and test it.
+
+    Parameters
+    ----------
+    folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world of
+        another seed, and the ``priors/`` of :func:`make_priors`.
 
     Returns
     -------

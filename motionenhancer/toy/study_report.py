@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.toy.arms import ARMS, SWEEPS, Regime
+from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
 from motionenhancer.toy.scene import TASKS
 
 __all__ = ["interval", "summarise", "write_report"]
@@ -107,12 +107,14 @@ def _row(name: str, row: dict[str, Any]) -> str:
 
 
 def _groups(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of the arms that were run, and of each sweep's, by title."""
-    groups = {"Arms": [a.name for a in ARMS]} | {
-        f"Sweep: {sweep}": ["both selections", *(a.name for a in arms)] for sweep, arms in SWEEPS.items()
-    }
-    there = {title: [n for n in names if n in summary["arms"]] for title, names in groups.items()}
-    return {t: names for t, names in there.items() if len(names) > (t != "Arms")}
+    """The names of the arms that were run, and of each sweep's after "both selections", by title."""
+    there = summary["arms"]
+    groups = {"Arms": [a.name for a in ARMS if a.name in there]}
+    base = [name for name in groups["Arms"] if name == BOTH.name]
+    for sweep, arms in SWEEPS.items():
+        swept = [a.name for a in arms if a.name in there]
+        groups[f"Sweep: {sweep}"] = base + swept if swept else []
+    return {title: names for title, names in groups.items() if names}
 
 
 def tables(summary: dict[str, Any]) -> str:
@@ -171,13 +173,17 @@ def _finite(value: Any) -> Any:
 
 
 def write_report(folder: Path, regime: Regime) -> str:
-    """Write ``results.json`` and ``tables.md``, and ``plots.png`` where matplotlib is; returns the tables."""
+    """Write ``results.json`` and ``tables.md``, and ``plots.png`` where matplotlib is; returns the tables.
+
+    Without any result there is nothing to plot, and the tables are empty.
+    """
     summary = summarise(folder, regime)
     (folder / "results.json").write_text(json.dumps(_finite(summary), indent=1) + "\n", encoding="utf-8")
     text = tables(summary)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     try:
-        _plot(summary, folder / "plots.png")
+        if summary["arms"]:
+            _plot(summary, folder / "plots.png")
     except ImportError:
         text += "\nno plots.png: matplotlib is not installed\n"
     return text

@@ -14,7 +14,7 @@ import torch
 from motionenhancer.data import content_digest, prompt_text, read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
-from motionenhancer.toy import fine_tuning
+from motionenhancer.toy import fine_tuning, study
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
 from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
@@ -22,7 +22,7 @@ from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.study import Run, main, planned, unfinished, wanted_priors
-from motionenhancer.toy.study_report import interval, summarise, tables
+from motionenhancer.toy.study_report import interval, summarise, tables, write_report
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
 from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import VideoLatents, load_teacher
@@ -204,6 +204,7 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
         "ratio_0.75-0",
     ]
     assert len(wanted_priors(runs)) == 3  # as selection varies
+    assert wanted_priors(planned(TINY, 1, ["plain", "true masks"], [], 1)) == []
     assert len(wanted_priors(planned(TINY, 1, [], ["noise level"], 1))) == 8
     (tmp_path / "runs").mkdir()
     for run in runs[:2]:
@@ -275,9 +276,13 @@ def test_an_arm_says_how_it_is_aligned(
 
 
 def test_the_command_writes_results_and_goes_on(
-    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, teacher, student = folders
+    monkeypatch.setattr(study, "_PART", 4)  # of six clips
     flags = [
         *("--output_dir", str(tmp_path), "--teacher", str(teacher), "--student", str(student)),
         *("--clips", "6", "--test_clips", "6", "--steps", "2", "--batch", "3", "--processes", "1"),
@@ -334,3 +339,19 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
     assert tables(found).count("###") == 3  # arms, the sweep of which one arm was run, gains by task
     assert f"| {arm.name} | 1 | 66.0 | +16.0 | 61.0 |" in tables(found)
     assert not summarise(tmp_path, replace(TINY, steps=9))["arms"]
+
+
+def test_a_sweep_is_shown_without_the_arm_that_it_varies_and_plotted(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    assert write_report(tmp_path, TINY) == ""  # nothing was run
+    assert not (tmp_path / "plots.png").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["arms"] == {}
+    tasks = dict.fromkeys(("MR", "LM", "CM", "MO", "AO", "RC"), 50.0)
+    record = {"arm": asdict(SWEEPS["schedule"][0]), "seed": 0, "regime": asdict(TINY)}
+    record |= {"accuracy": {"overall": 50.0, "average": 50.0, "tasks": tasks}}
+    (tmp_path / "runs" / "one.json").write_text(json.dumps(record))
+    text = write_report(tmp_path, TINY)
+    assert "### Sweep: schedule" in text
+    assert "### Arms" not in text
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "plots.png").stat().st_size > 1000
