@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from motionenhancer.prior import PriorSettings
 
-__all__ = ["ARMS", "BOTH", "SWEEPS", "Arm", "Regime"]
+__all__ = ["ARMS", "BOTH", "PAIRS", "SWEEPS", "Arm", "Regime"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,33 @@ ARMS: tuple[Arm, ...] = (
     Arm("plain, shuffled", weight=0.0, prior="none", shown="shuffled"),
     Arm("plain, middle frame", weight=0.0, prior="none", shown="middle"),
 )
+_INVERTED = replace(BOTH, name="inverted, 5 steps", mode="reconstruct", steps=5)
+#: Which arm is compared with which, seed by seed: each with what it adds to.
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("MHS only", "no selection"),
+    ("MTTI only", "no selection"),
+    ("both selections", "no selection"),
+    ("both selections", "MHS only"),
+    ("both selections", "MTTI only"),
+    ("inverted, 5 steps, MHS only", "inverted, 5 steps, no selection"),
+    ("inverted, 5 steps, MTTI only", "inverted, 5 steps, no selection"),
+    ("inverted, 5 steps", "inverted, 5 steps, no selection"),
+    ("inverted, 5 steps", "inverted, 5 steps, MHS only"),
+    ("inverted, 5 steps", "inverted, 5 steps, MTTI only"),
+)
 SWEEPS: dict[str, tuple[Arm, ...]] = {
     "noise level": tuple(
         replace(BOTH, name=f"level {level}", noise_level=level) for level in (20, 100, 400, 700)
     ),
-    "steps": tuple(
-        replace(BOTH, name=f"inverted, {n} steps", mode="reconstruct", steps=n) for n in (2, 5, 10)
+    "steps": tuple(replace(_INVERTED, name=f"inverted, {n} steps", steps=n) for n in (2, 5, 10)),
+    "selection, inverted": tuple(
+        replace(_INVERTED, name=name, head_selection=heads, token_selection=words)
+        for name, heads, words in (
+            ("inverted, 5 steps, no selection", "off", "off"),
+            ("inverted, 5 steps, MHS only", "mhs", "off"),
+            ("inverted, 5 steps, MTTI only", "off", "mtti"),
+            ("inverted, 5 steps", "mhs", "mtti"),
+        )
     ),
     "ratio": tuple(replace(BOTH, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75)),
     "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.1, 0.3, 3.0)),

@@ -52,7 +52,7 @@ def planned(
     runs = [Run(arm, seed, regime) for seed in range(seeds) for arm in arms]
     for seed in range(sweep_seeds):
         runs += [Run(arm, seed, regime) for sweep in sweeps for arm in SWEEPS[sweep]]
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
+from motionenhancer.toy.arms import ARMS, BOTH, PAIRS, SWEEPS, Regime
 from motionenhancer.toy.scene import TASKS
 
 __all__ = ["interval", "summarise", "write_report"]
@@ -90,7 +90,19 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
                 gains = [after - before for after, before in zip(*both, strict=True)]
                 row["tasks_gain"][task] = dict(zip(("mean", "half"), interval(gains), strict=True))
         arms[name] = row
-    return {"regime": asdict(regime), "arms": arms}
+    return {"regime": asdict(regime), "arms": arms, "pairs": _pairs(found)}
+
+
+def _pairs(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """For each of `PAIRS` that share seeds, by how much the first arm's Overall is above the second's."""
+    rows = []
+    for one, other in PAIRS:
+        shared = sorted(set(found.get(one, {})) & set(found.get(other, {})))
+        if shared:
+            overall = [[found[name][seed]["accuracy"]["overall"] for seed in shared] for name in (one, other)]
+            mean, half = interval([a - b for a, b in zip(*overall, strict=True)])
+            rows.append({"arm": one, "over": other, "seeds": shared, "mean": mean, "half": half})
+    return rows
 
 
 def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
@@ -124,6 +136,12 @@ def tables(summary: dict[str, Any]) -> str:
     for title, names in _groups(summary).items():
         lines += [f"### {title}", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         lines += [*(_row(name, summary["arms"][name]) for name in names), ""]
+    if summary["pairs"]:
+        lines += ["### Seed by seed", "", "| arm | over | runs | gain |", "| --- | --- | --- | --- |"]
+        for pair in summary["pairs"]:
+            cells = [pair["arm"], pair["over"], str(len(pair["seeds"])), _shown(pair, "+")]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
     gains = {a.name: summary["arms"].get(a.name, {}).get("tasks_gain") for a in ARMS}
     if any(gains.values()):
         lines += ["### Gain over plain by task", "", "| | " + " | ".join(TASKS) + " |"]

@@ -16,7 +16,7 @@ from motionenhancer.prior import PriorSettings, extract_prior, read_attention, s
 from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy import fine_tuning, study
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
-from motionenhancer.toy.arms import ARMS, BOTH, SWEEPS, Regime
+from motionenhancer.toy.arms import ARMS, BOTH, PAIRS, SWEEPS, Regime
 from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
@@ -175,8 +175,9 @@ def test_priors_are_made_once_a_clip_and_read_once_a_way(
 
 
 def test_arms_differ_in_one_thing() -> None:
-    names = [arm.name for arm in ARMS] + [arm.name for sweep in SWEEPS.values() for arm in sweep]
-    assert len(set(names)) == len(names)
+    arms = {arm for sweep in (ARMS, *SWEEPS.values()) for arm in sweep}
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert {name for pair in PAIRS for name in pair} <= {arm.name for arm in arms}
     for field, sweep in (
         ("noise_level", "noise level"),
         ("ratio", "ratio"),
@@ -188,6 +189,12 @@ def test_arms_differ_in_one_thing() -> None:
         for arm in SWEEPS[sweep]:
             changed = {k for k, v in asdict(arm).items() if v != asdict(BOTH)[k]}
             assert changed == {"name", field}
+    assert [arm.steps for arm in SWEEPS["steps"]] == [2, 5, 10]
+    inverted = SWEEPS["steps"][1]
+    assert asdict(inverted) == asdict(replace(BOTH, name=inverted.name, mode="reconstruct", steps=5))
+    for arm, plainly in zip(SWEEPS["selection, inverted"], (*ARMS[1:4], BOTH), strict=True):
+        assert asdict(arm) == asdict(replace(plainly, name=arm.name, mode="reconstruct", steps=5))
+        assert arm.name in (inverted.name, f"{inverted.name}, {plainly.name}")
 
 
 def test_runs_are_planned_seed_by_seed_and_never_repeated(
@@ -206,6 +213,8 @@ def test_runs_are_planned_seed_by_seed_and_never_repeated(
     assert len(wanted_priors(runs)) == 3  # as selection varies
     assert wanted_priors(planned(TINY, 1, ["plain", "true masks"], [], 1)) == []
     assert len(wanted_priors(planned(TINY, 1, [], ["noise level"], 1))) == 8
+    swept = planned(TINY, 1, ["plain"], ["steps", "selection, inverted"], 1)
+    assert len(swept) == len(set(swept)) == 1 + 3 + 3  # both selections in 5 steps are in either sweep
     (tmp_path / "runs").mkdir()
     for run in runs[:2]:
         done = {"arm": asdict(run.arm), "regime": asdict(TINY), "models": models(run.arm, teacher, student)}
@@ -336,9 +345,20 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
     assert "| both selections | 2 | 60.0 ± 76.2 | +5.0 ± 12.7 |" in tables(found)
     assert found["arms"]["both selections"]["tasks_gain"]["AO"]["mean"] == 5
     assert "| both selections | +5.0 ± 12.7 | +5.0 ± 12.7 |" in tables(found)
+    assert found["pairs"] == []
+    assert "Seed by seed" not in tables(found)
     assert tables(found).count("###") == 3  # arms, the sweep of which one arm was run, gains by task
     assert f"| {arm.name} | 1 | 66.0 | +16.0 | 61.0 |" in tables(found)
     assert not summarise(tmp_path, replace(TINY, steps=9))["arms"]
+
+    record["arm"] = asdict(next(a for a in ARMS if a.name == "MTTI only"))
+    for seed, value in ((1, 67.0), (2, 20.0)):
+        record |= {"seed": seed, "accuracy": {"overall": value, "average": value, "tasks": tasks}}
+        (tmp_path / "runs" / f"mtti-{seed}.json").write_text(json.dumps(record))
+    found = summarise(tmp_path, TINY)
+    pair = {"arm": "both selections", "over": "MTTI only", "seeds": [1], "mean": -1.0, "half": np.inf}
+    assert found["pairs"] == [pair]
+    assert "| both selections | MTTI only | 1 | -1.0 |" in tables(found)
 
 
 def test_a_sweep_is_shown_without_the_arm_that_it_varies_and_plotted(tmp_path: Path) -> None:

@@ -231,6 +231,29 @@ def test_a_row_is_densest_where_it_has_most_for_the_area() -> None:
     assert lift.densest(torch.tensor([0.1, 0.1, 0.1, 0.1, 0.3, 0.3]), masks) == 2
 
 
+def test_choices_of_heads_are_ranked_by_their_sharpened_lift() -> None:
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    blind = torch.full((8,), 0.1)
+    leaning = torch.where(mask > 0, 0.2, 0.1)
+    away = torch.where(mask > 0, 0.1, 0.2)
+    heads = torch.stack([leaning, away, blind, blind])[:, None]
+    share = 2 * 2**4 / (2 * 2**4 + 6)
+    assert lift.sharpened_lift(heads[0], mask) == pytest.approx(4 * share)
+    assert lift.sharpened_lift(heads[0] * 1e-12, mask) == pytest.approx(4 * share)
+
+    def of(*ratio: float) -> float:
+        on, off = (value**4 for value in ratio)
+        return 4 * 2 * on / (2 * on + 6 * off)
+
+    found = lift.compare_choices([(heads, mask, torch.tensor([2, 3])), (heads, mask, torch.tensor([0, 1]))])
+    # Of six pairs two are leaning and blind, two away and blind, two even.
+    expected = {"least": of(2, 3), "median": 1.0, "largest": of(3, 2), "chosen": 1.0, "all": 1.0}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-4)
+    assert found["below"] == pytest.approx(2 / 6, abs=6e-4)
+    many = torch.rand(14, 1, 8)
+    assert set(lift.compare_choices([(many, mask, torch.arange(7))])) == {"chosen", "all"}
+
+
 def test_the_weights_in_the_package_are_small_and_look_at_what_is_named() -> None:
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 8_000_000
     teacher = load_teacher(WEIGHTS / "teacher", dtype=torch.float32)
