@@ -165,7 +165,11 @@ class MotionDataset(Dataset[Item]):
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None
         if sample.id in self.keys:
-            prior = self.store.read(self.keys[sample.id])
+            try:
+                prior = self.store.read(self.keys[sample.id])
+            except KeyError as error:
+                # Another process may have set it aside since the run was planned.
+                raise ValueError(str(error.args[0])) from None
             words = find_words(sample, prior, encoded.layout, self.source)
         return Item(sample.id, encoded, prior, words, skipped, self.requests.get(sample.id))
 

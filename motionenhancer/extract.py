@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections import Counter
@@ -32,7 +30,7 @@ from .extraction.planning import PriorRequest, digest_videos, plan_priors, share
 from .extraction.workload import Workload, tabulate
 from .prior import PriorSettings
 from .processes import from_main, join_processes
-from .report import versions
+from .report import versions, write_json
 from .toy.world import ToyFolder, build_toy
 
 __all__ = [
@@ -115,13 +113,17 @@ def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
         ValueError: the data file or the video folder is missing, or nothing in the file is usable.
     """
     seen: Counter[str] = Counter()
-    samples = []
+    samples, taken = [], set()
     for sample in stream_samples(data, skips):
-        seen[sample.id] += 1
-        if seen[sample.id] > 1:
+        name = sample.id
+        seen[name] += 1
+        if name in taken:
             # Priors are looked up by id, so two samples must never share one.
             skips.note("repeated id, numbered")
-            sample = replace(sample, id=f"{sample.id}#{seen[sample.id]}")
+            while (numbered := f"{name}#{max(2, seen[name])}") in taken:
+                seen[name] += 1
+            sample = replace(sample, id=numbered)
+        taken.add(sample.id)
         samples.append(sample)
     return samples
 
@@ -298,9 +300,7 @@ def write_report(folder: Path, body: dict[str, Any]) -> Path:
     """Write `extraction.json` whole, by rename; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT
-    temporary = folder / f".{REPORT}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    write_json(path, body)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -81,9 +82,19 @@ class RunReport:
     def write(self, status: str) -> None:
         """Write the report whole, by rename."""
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, body)
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a json file whole, by rename. Bytes of a file's name that are no text become escapes."""
+    # Not the process id alone: machines that share the folder may have the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+    try:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -42,11 +42,13 @@ class Refusal:
         reason: a fixed phrase that such clips are counted under.
         detail: what was wrong with this one.
         unreadable: the clip itself cannot be read; otherwise it is of no use to the teacher alone.
+        passing: it was the machine's fault, not the clip's: such a one is not put on record.
     """
 
     reason: str
     detail: str
     unreadable: bool = False
+    passing: bool = False
 
 
 def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSettings) -> str:
@@ -112,7 +114,8 @@ class PriorStore:
 
     def refuse(self, key: str, refusal: Refusal) -> Path:
         """Put on record, as json, that there can be no prior of this key."""
-        text = json.dumps(asdict(refusal), indent=1, ensure_ascii=False) + "\n"
+        about = {name: value for name, value in asdict(refusal).items() if name != "passing"}
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         # Names of files may hold bytes that are no text.
         return _write_whole(self.refusal_path(key), key, text.encode("utf-8", "backslashreplace"))
 
@@ -139,11 +142,15 @@ class PriorStore:
 
         Raises:
             KeyError: no prior of that key.
+            OSError: the file cannot be read, which says nothing of what it holds.
             DamagedPrior: the file is not what was written.
         """
         path = self.path(key)
-        if not path.is_file():
-            raise KeyError(f"no prior {key} in {self.folder}")
+        try:
+            # safetensors says "no such file" of whatever cannot be opened.
+            path.open("rb").close()
+        except (FileNotFoundError, IsADirectoryError):
+            raise KeyError(f"no prior {key} in {self.folder}") from None
         try:
             # As numpy: read as torch, safetensors 0.8 loses 64 bytes for good with every tensor.
             with safe_open(path, framework="np") as file:
@@ -152,9 +159,9 @@ class PriorStore:
             if attention.dtype != torch.float16 or digest != _digest(attention, text):
                 raise DamagedPrior(f"{path}: content does not match its digest")
             return prior_from_text(attention, text)
-        except DamagedPrior:
+        except (DamagedPrior, OSError):
             raise
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DamagedPrior(f"{path}: {error}") from error
 
     def set_aside(self, key: str) -> Path:
@@ -208,15 +215,20 @@ def _digest(attention: torch.Tensor, text: str) -> str:
 def _list(store: PriorStore) -> int:
     total = count = 0
     for key in store:
-        size = store.path(key).stat().st_size
-        total, count = total + size, count + 1
+        size = 0
         try:
+            size = store.path(key).stat().st_size
             prior = store.read(key)
             about = (
                 f"grid {'×'.join(map(str, prior.grid))}  {len(prior.tokens)} tokens  {prior.prompt[:60]!r}"
             )
+        except (FileNotFoundError, KeyError):
+            continue  # removed or set aside since the folder was listed
         except DamagedPrior:
             about = "DAMAGED"
+        except OSError as error:
+            about = f"CANNOT BE READ ({error.strerror})"
+        total, count = total + size, count + 1
         print(f"{key[:16]}  {size:>9,} B  {about}")
     refused = list(store.refusals())
     for key, refusal in refused:
@@ -227,18 +239,26 @@ def _list(store: PriorStore) -> int:
 
 
 def _verify(store: PriorStore) -> int:
-    good, bad = 0, []
+    good, bad, unread = 0, [], []
     for key in store:
         try:
             store.read(key)
             good += 1
+        except KeyError:
+            continue  # removed or set aside since the folder was listed
         except DamagedPrior as error:
             bad.append(str(error))
-            store.set_aside(key)
+            with suppress(FileNotFoundError):
+                store.set_aside(key)
+        except OSError as error:
+            unread.append(str(error))
     for line in bad:
         print(f"damaged, set aside: {line}")
-    print(f"{good} good, {len(bad)} damaged in {store.folder}")
-    return 1 if bad else 0
+    for line in unread:
+        print(f"cannot be read, left as it is: {line}")
+    more = f", {len(unread)} that cannot be read" if unread else ""
+    print(f"{good} good, {len(bad)} damaged{more} in {store.folder}")
+    return 1 if bad or unread else 0
 
 
 def _prune(store: PriorStore) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,26 @@ try:
 except ImportError:  # Only reading a clip needs it.
     av = None  # type: ignore[assignment]
 
-__all__ = ["Progress", "Timeline", "VideoError", "decode", "judge", "opened", "say", "scan"]
+__all__ = ["Progress", "Timeline", "VideoError", "decode", "is_passing", "judge", "opened", "say", "scan"]
 
 MISSING_SHARE = 0.05
 """A clip is refused when more than this share of its frames cannot be decoded."""
 
 
-class VideoError(ValueError):
-    """A video that cannot be used: ``path`` and ``reason``. Survives pickling, so it may cross processes."""
+#: Errors of a machine, which say nothing about the file that was to be read. ffmpeg means the file by EIO
+#: and ENOMEM.
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EACCES}
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(str(path), reason)
-        self.path, self.reason = Path(path), reason
+
+class VideoError(ValueError):
+    """A video that cannot be used: ``path`` and ``reason``. Survives pickling, so it may cross processes.
+
+    ``passing``: for all that is known the file is good, and the machine could not read it just now.
+    """
+
+    def __init__(self, path: str | Path, reason: str, passing: bool = False) -> None:
+        super().__init__(str(path), reason, passing)
+        self.path, self.reason, self.passing = Path(path), reason, passing
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -54,21 +63,25 @@ class Progress:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a file and its first real video stream, or raise :class:`VideoError` with the reason."""
-    if not path.exists():
-        raise VideoError(path, "does not exist")
-    if not path.is_file():
-        raise VideoError(path, "is not a file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "is empty (0 bytes)")
+    try:
+        if not path.exists():
+            raise VideoError(path, "does not exist")
+        if not path.is_file():
+            raise VideoError(path, "is not a file")
+        if path.stat().st_size == 0:
+            raise VideoError(path, "is empty (0 bytes)")
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
     if av is None:
-        raise VideoError(path, "cannot be read: PyAV is not installed (pip install av)")
+        raise VideoError(path, "cannot be read: PyAV is not installed (pip install av)", passing=True)
     try:
         # A playlist disguised as a clip must not make the demuxer fetch anything.
         container = av.open(
             str(path), mode="r", options={"protocol_whitelist": "file"}, metadata_errors="replace"
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, f"cannot be opened, damaged or not a video ({say(error)})") from None
+        reason = f"cannot be opened, damaged or not a video ({say(error)})"
+        raise VideoError(path, reason, is_passing(error)) from None
     try:
         streams = [s for s in container.streams.video if not _is_cover(s)]
         if not streams:
@@ -88,6 +101,11 @@ def _is_cover(stream: Any) -> bool:
 def say(error: BaseException) -> str:
     """Return the shortest useful text of an error."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is the machine's alone: no memory, too many open files, a share out of reach."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 
 def scan(path: Path) -> Timeline:

@@ -100,7 +100,9 @@ class SkipLog:
                 shown.append(": ".join(part for part in (entry.place, entry.detail) if part))
             listed = "; ".join(text for text in shown if text)
             parts.append(f"{count} {reason}" + (f" ({listed})" if listed else ""))
-        return f"{self.total} skipped: " + ", ".join(parts)
+        said = f"{self.total} skipped: " + ", ".join(parts)
+        # Names of files may hold bytes that are no text, which cannot be printed.
+        return said.encode("utf-8", "backslashreplace").decode()
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types: total, counts by reason, notes, and the kept entries."""

@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import Progress, Timeline, VideoError, av, decode, judge, say, scan
+from motionenhancer.data.decode import (
+    Progress,
+    Timeline,
+    VideoError,
+    av,
+    decode,
+    is_passing,
+    judge,
+    say,
+    scan,
+)
 
 __all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
 
@@ -207,7 +217,8 @@ def read_frames(
     except (av.error.FFmpegError, MemoryError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
-        raise VideoError(path, f"a decoded frame cannot be converted ({say(error)})") from None
+        reason = f"a decoded frame cannot be converted ({say(error)})"
+        raise VideoError(path, reason, is_passing(error)) from None
     finally:
         frames.close()  # type: ignore[attr-defined]
     judge(path, timeline, progress, complete=len(stamps) < len(targets))
@@ -253,4 +264,4 @@ def content_digest(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise VideoError(path, f"cannot be read ({say(error)})") from None
+        raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data import SkipLog
 from ..data.video import VideoError, content_digest, read_frames
 from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
-from ..store import DamagedPrior, PriorStore, Refusal
+from ..store import DamagedPrior, PriorStore, Refusal, prior_keys
 from ..vdm import Teacher, roundtrip_error
 from .planning import PriorRequest
 
@@ -184,14 +184,16 @@ def make_each(
         teacher: which reads the clips.
         decode_workers: threads that decode, and how many clips are decoded ahead.
     """
+    name = prior_keys(teacher.id, settings)
     with ThreadPoolExecutor(decode_workers) as pool:
         for request, decoding in ahead(pool, lambda r: decode(r, teacher), requests, decode_workers):
             frames = None
             try:
                 frames = decoding.result()
                 prior = extract_prior(teacher, frames, request.text, **_keywords(settings))
+                check_clip(request, name)
             except (VideoError, PriorError) as error:
-                put_on_record(store, request, refusal_of(error))
+                put_on_record(store, request, refusal_of(error), name)
                 yield Attempt(request, error, frames)
             else:
                 store.write(request.key, prior)
@@ -205,7 +207,7 @@ class RefusedClip(ValueError):
 def refusal_of(error: VideoError | PriorError) -> Refusal:
     """What to put on record of a request without a prior."""
     if isinstance(error, VideoError):
-        return Refusal("unreadable video", str(error), unreadable=True)
+        return Refusal("unreadable video", str(error), unreadable=True, passing=error.passing)
     return Refusal("no prior: the teacher cannot read it", str(error))
 
 
@@ -216,13 +218,43 @@ def on_record(refusal: Refusal, store: PriorStore, key: str) -> Refusal:
     )
 
 
-def put_on_record(store: PriorStore, request: PriorRequest, refusal: Refusal) -> None:
-    """Record why a clip and text give no prior, unless it is the file that is out of reach just now."""
+def check_clip(request: PriorRequest, name: Callable[[str, str], str]) -> None:
+    """Whether a clip is still the one that its request's key was made of: hours may lie in between.
+
+    Args:
+        request: from `plan_priors`.
+        name: `prior_keys` of the teacher and its settings.
+
+    Raises:
+        VideoError: it is not, or it cannot be read.
+    """
+    if name(content_digest(request.video), request.text) != request.key:
+        raise VideoError(request.video, "changed while the run was going on, start again")
+
+
+def put_on_record(
+    store: PriorStore, request: PriorRequest, refusal: Refusal, name: Callable[[str, str], str]
+) -> None:
+    """Record why a clip and text give no prior, unless the file is out of reach just now or another one."""
     # Without a record the clip is tried again, no more: a store that cannot be written stops nothing here.
     with suppress(VideoError, OSError):
-        if refusal.unreadable:
-            content_digest(request.video)
-        store.refuse(request.key, refusal)
+        if not refusal.passing:
+            check_clip(request, name)
+            store.refuse(request.key, refusal)
+
+
+def keep(
+    store: PriorStore, request: PriorRequest, prior: MotionPrior, name: Callable[[str, str], str]
+) -> str:
+    """Store a prior if that can be done; returns why it was not, or nothing."""
+    try:
+        check_clip(request, name)
+        store.write(request.key, prior)
+    except VideoError:
+        return "priors used, but not kept: the clip changed while the run was going on"
+    except OSError as error:
+        return f"priors used, but not kept: the store cannot be written ({error.strerror})"
+    return ""
 
 
 def ahead(

@@ -155,6 +155,8 @@ class OnlinePriors:
             self.counts.busy_seconds += found.seconds
             if found.damaged:
                 self.skips.note("damaged priors made anew")
+            if found.lost:
+                self.skips.note(found.lost)
         about = {"id": request.sample.id, "video": str(request.video), "key": request.key or None}
         described = {**about, "made_now": found.fresh, **found.prior.describe()}
         self.described.setdefault(request.sample.id, json.dumps(described))

@@ -29,10 +29,10 @@ from safetensors.torch import load, save
 from ..arguments import PriorArguments
 from ..data import Sample
 from ..data.video import VideoError
-from ..extraction.making import put_on_record, refusal_of, stored_or_refused
+from ..extraction.making import keep, put_on_record, refusal_of, stored_or_refused
 from ..extraction.planning import PriorRequest
 from ..prior import MotionPrior, PriorError, PriorSettings
-from ..store import PriorStore, Refusal, prior_from_text, text_of_prior
+from ..store import PriorStore, Refusal, prior_from_text, prior_keys, text_of_prior
 from ..vdm import Teacher
 from .teacher import ready_teacher
 from .thread import DeadTeacherError, ReadPrior, TeacherThread
@@ -157,6 +157,8 @@ class RemoteTeacher:
         texts: Sequence[str] = (),
     ) -> None:
         self.ranks, self.store = ranks, store
+        if store is not None:
+            self._name = prior_keys(prior.teacher_id(PartialState().device), settings)
         self._closing, self._local = Event(), threading.local()
         self._pool = ThreadPoolExecutor(_PENDING, thread_name_prefix="remote teacher")
         client = ranks.client()
@@ -207,11 +209,10 @@ class RemoteTeacher:
             read = unpack_answer(_take(client, f"answer/{ticket}", self._closing))
         except RemoteTeacherError as error:
             if keeps is not None and error.refusal is not None:
-                put_on_record(keeps, request, error.refusal)
+                put_on_record(keeps, request, error.refusal, self._name)
             raise
-        if keeps is not None:
-            keeps.write(request.key, read.prior)
-        return ReadPrior(read.prior, fresh=True, seconds=read.seconds, damaged=damaged)
+        lost = "" if keeps is None else keep(keeps, request, read.prior, self._name)
+        return ReadPrior(read.prior, fresh=True, seconds=read.seconds, damaged=damaged, lost=lost)
 
     def close(self) -> None:
         """See `PriorSource`."""

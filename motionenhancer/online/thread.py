@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from ..data.video import VideoError
-from ..extraction.making import RefusedClip, decode, put_on_record, refusal_of, stored_or_refused
+from ..extraction.making import RefusedClip, decode, keep, put_on_record, refusal_of, stored_or_refused
 from ..extraction.planning import PriorRequest
 from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
-from ..store import PriorStore
+from ..store import PriorStore, prior_keys
 from ..vdm import Teacher
 
 #: Clips that a teacher may fail on one after the other.
@@ -39,12 +39,14 @@ class ReadPrior:
         fresh: made now, and not found in the store.
         seconds: wall time the teacher spent on it.
         damaged: what was wrong with a stored file that was set aside; empty where nothing was.
+        lost: why the store does not keep it, though it was to; see `extraction.making.keep`.
     """
 
     prior: MotionPrior
     fresh: bool
     seconds: float = 0.0
     damaged: str = ""
+    lost: str = ""
 
 
 class PriorSource(Protocol):
@@ -106,6 +108,7 @@ class TeacherThread:
         if decode_workers < 1:
             raise ValueError(f"decode_workers must be at least 1, got {decode_workers}")
         self.teacher, self.settings, self.store = teacher, settings, store
+        self._name = prior_keys(teacher.id, settings)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._closing = Event()
         self._workers = decode_workers
@@ -175,7 +178,7 @@ class TeacherThread:
         """The error to answer with: a clip's own, or the teacher's, which is counted."""
         if isinstance(error, VideoError | PriorError):
             if self.store is not None and job.settings is None:
-                put_on_record(self.store, job.request, refusal_of(error))
+                put_on_record(self.store, job.request, refusal_of(error), self._name)
         elif not isinstance(error, RefusedClip):
             self._failures += 1
             if self._failures >= PATIENCE:
@@ -193,10 +196,10 @@ class TeacherThread:
         began = perf_counter()
         settings = job.settings or self.settings
         prior = extract_prior(self.teacher, prepared.content, job.request.text, **asdict(settings))
-        seconds = perf_counter() - began
+        seconds, lost = perf_counter() - began, ""
         if self.store is not None and job.settings is None:
-            self.store.write(job.request.key, prior)
-        return ReadPrior(prior, fresh=True, seconds=seconds, damaged=prepared.damaged)
+            lost = keep(self.store, job.request, prior, self._name)
+        return ReadPrior(prior, fresh=True, seconds=seconds, damaged=prepared.damaged, lost=lost)
 
 
 @contextlib.contextmanager

@@ -155,15 +155,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--teacher", type=Path, required=True, help="a CogVideoX folder made for 32 x 32 pixels")
     add("--levels", type=int, nargs="*", default=[20, 100, 200, 300, 450, 600, 800], help="(%(default)s)")
     add("--clips", type=int, default=60, help="(%(default)s)")
-    add("--full", action="store_true", help="also the paper's inversion and reconstruction in 5 steps")
+    add(
+        "--inverted", type=int, nargs="*", default=[], help="also inversion and reconstruction in these steps"
+    )
     add("--output", type=Path, default=None, help="a json file for all figures")
     args = parser.parse_args(argv)
     teacher = load_teacher(args.teacher, dtype=torch.float32)
     ways = {
         f"level {n}": PriorSettings(mode="renoise", noise_level=n, sampled_rows="all") for n in args.levels
     }
-    if args.full:
-        ways["full"] = PriorSettings(sampled_rows="all")
+    ways |= {f"inverted, {n} steps": PriorSettings(steps=n, sampled_rows="all") for n in args.inverted}
     found = {}
     for name, settings in ways.items():
         found[name] = measure(teacher, settings, args.clips)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ def teacher_id(
         FileNotFoundError: the folder does not exist or is empty.
     """
     folder = Path(path)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(_files(folder))
     if not files:
         raise FileNotFoundError(f"teacher {folder}: no such folder, or nothing in it")
     digest = hashlib.sha256(f"{dtype}\0{size}\0{frames}\0{vae_tiling}\0".encode())
@@ -53,3 +55,12 @@ def teacher_id(
                     stream.seek((length - _PIECE) * piece // (_PIECES - 1))
                     digest.update(stream.read(_PIECE))
     return digest.hexdigest()[:32]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below, also through links to folders, each real folder once."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(Path(root, name)) not in seen]
+        yield from (p for name in names if not name.startswith(".") and (p := Path(root, name)).is_file())

@@ -20,7 +20,7 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.arguments import PriorArguments
+from motionenhancer.arguments import DataArguments, PriorArguments
 from motionenhancer.data import Sample, SkipLog, read_samples
 from motionenhancer.extraction.estimate import estimate, evaluations_a_prior, readable
 from motionenhancer.extraction.making import ahead, make_priors
@@ -155,6 +155,47 @@ def test_what_is_left_out_is_listed_in_a_file_and_in_the_exit_code(
     assert extract.main(flags) == 1
     assert "(0 made now)" in capsys.readouterr().out
     assert not [path for path in priors.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_names_that_are_no_text_do_not_spoil_the_report(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (videos / rows[0]["video"]).write_bytes((world.videos / rows[0]["video"]).read_bytes())
+    (videos / name).write_bytes(b"no video")
+    rows[1] |= {"video": name, "id": "half \ud83d"}
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    flags = world.flags(student=None, data=data, video_root=videos, prior_dir=tmp_path / "p", ddim_steps=1)
+    assert extract.main(flags) == 1
+    assert "caf\\udce9.mp4" in capsys.readouterr().out
+    report = json.loads((tmp_path / "p" / extract.REPORT).read_text())
+    assert (report["status"], report["made"]) == ("finished", 1)
+    (entry,) = report["skipped"]["entries"]
+    assert entry["id"] == "half \ud83d"
+    assert name in entry["detail"]
+    assert not list((tmp_path / "p").glob(".*.tmp"))
+
+
+def test_no_two_samples_are_given_one_id(world: World, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    for given, expected in (
+        (["a", "a", "a"], ["a", "a#2", "a#3"]),
+        (["a", "a", "a#2"], ["a", "a#2", "a#2#2"]),
+        (["a#2", "a", "a", "a"], ["a#2", "a", "a#3", "a#4"]),
+    ):
+        data = tmp_path / "data.jsonl"
+        named = [{**row, "id": name} for row, name in zip(rows, given, strict=False)]
+        data.write_text("\n".join(map(json.dumps, named)) + "\n")
+        skips = SkipLog(shout=0)
+        samples = extract.load_samples(DataArguments(str(data), str(world.videos)), skips)
+        assert [sample.id for sample in samples] == expected
+        assert skips.notes == {
+            "repeated id, numbered": sum(a != b for a, b in zip(given, expected, strict=True))
+        }
 
 
 def test_a_stored_prior_that_is_damaged_is_made_anew(world: World, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,50 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {key: store.path(key).read_bytes() for key in store}
 
 
+def extract_with_two(flags: list[str]) -> subprocess.CompletedProcess[str]:
+    # accelerate's own launcher starts several processes on CPUs through MPI only.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "motionenhancer.extract", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def test_two_processes_leave_out_and_count_what_one_does(world: World, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    videos = tmp_path / "videos"
+    shutil.copytree(world.videos, videos)
+    for clip in range(3):
+        (videos / f"broken{clip}.mp4").write_bytes(b"no video %d" % clip)
+        rows += [{**rows[0], "id": f"broken-{clip}-{i}", "video": f"broken{clip}.mp4"} for i in range(2)]
+    asked, answer = rows[0]["conversations"]
+    rows.append(
+        {
+            "id": "two",
+            "video": [rows[0]["video"], rows[1]["video"]],
+            "conversations": [{**asked, "value": f"<video>\n{asked['value']}"}, answer],
+        }
+    )
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n{not json\n")
+    flags = {"student": None, "ddim_steps": 1, "data": data, "video_root": videos}
+    assert extract.main(world.flags(**flags, prior_dir=tmp_path / "one")) == 1
+    done = extract_with_two(world.flags(**flags, prior_dir=tmp_path / "two"))
+    one, two = (json.loads((tmp_path / name / "extraction.json").read_text()) for name in ("one", "two"))
+    assert one["skipped"]["counts"] == {
+        "unreadable video": 6,
+        "no prior: alignment needs one video": 1,
+        "invalid json": 1,
+    }
+    assert two["skipped"]["counts"] == one["skipped"]["counts"]
+    assert {entry["line"] for entry in two["skipped"]["entries"]} == set(range(9, 17))
+    assert (two["samples"], two["made"]) == (one["samples"], one["made"]) == (8, 8)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.stdout.count("8 skipped:") == 1
+
+
 def test_two_processes_share_what_is_missing_and_make_the_store_of_one(world: World, tmp_path: Path) -> None:
     flags = {"student": None, "ddim_steps": 1}
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "one")) == 0
@@ -28,15 +73,7 @@ def test_two_processes_share_what_is_missing_and_make_the_store_of_one(world: Wo
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "two", limit=4)) == 0
     store = PriorStore(tmp_path / "two")
     store.path(max(store)).write_bytes(b"damaged")
-    # accelerate's own launcher starts several processes on CPUs through MPI only.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    again = world.flags(**flags, prior_dir=tmp_path / "two")
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "motionenhancer.extract", *again],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    done = extract_with_two(world.flags(**flags, prior_dir=tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if "have their prior" in line]
     assert [line.split()[0] for line in said] == ["8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -15,12 +16,14 @@ from train_support import flags, report_of
 
 from motionenhancer import extract, train
 from motionenhancer import store as cli
-from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.dataset import PendingAlignment
 from motionenhancer.extraction.making import make_priors
 from motionenhancer.extraction.planning import PriorRequest, plan_priors
+from motionenhancer.online.priors import OnlinePriors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorError, PriorSettings
-from motionenhancer.store import PriorStore, Refusal
+from motionenhancer.store import PriorStore, Refusal, prior_key
 from motionenhancer.toy.encode import encode_video
 from motionenhancer.vdm import load_teacher, teacher_id
 
@@ -65,7 +68,8 @@ def requests_of(world: World, folder: Path) -> list[PriorRequest]:
     broken.write_bytes(b"no video")
     samples[1] = replace(samples[1], videos=(broken,))
     planned = plan_priors(samples, teacher_id(world.teacher), SETTINGS, "both", SkipLog())
-    return [*planned[:2], replace(planned[2], text=" ", key="0" * 64)]
+    blank = prior_key(content_digest(samples[2].videos[0]), " ", teacher_id(world.teacher), SETTINGS)
+    return [*planned[:2], replace(planned[2], text=" ", key=blank)]
 
 
 def test_what_is_on_record_is_not_tried_again_but_said(world: World, tmp_path: Path) -> None:
@@ -106,6 +110,83 @@ def test_a_file_that_is_out_of_reach_is_not_held_against_its_content(world: Worl
     make_priors(requests, store, SETTINGS, lambda: load_teacher(world.teacher, "cpu"), skips)
     assert skips.counts == {"unreadable video": 1}
     assert list(store.refusals()) == []
+
+
+def test_a_clip_that_changes_after_planning_gives_no_prior_and_no_record(
+    world: World, tmp_path: Path
+) -> None:
+    """Under the key of what it was, a prior or a refusal of what it is now would be found for good."""
+    requests, store = requests_of(world, tmp_path)[:2], PriorStore(tmp_path / "priors")
+    teacher = load_teacher(world.teacher, "cpu")
+    moved = tmp_path / "moved.mp4"
+    shutil.copy(requests[0].video, moved)
+    changed, broken = replace(requests[0], video=moved), replace(requests[0], video=requests[1].video)
+    encode_video(moved, np.zeros((17, 64, 64, 3), np.uint8), fps=8)
+    skips = SkipLog(shout=0)
+    made = make_priors([changed], store, SETTINGS, lambda: teacher, skips)
+    assert (made.made, made.keys, list(store)) == (0, {}, [])
+    assert "changed while the run was going on" in skips.entries[0].detail
+    make_priors([broken], store, SETTINGS, lambda: teacher, skips)
+    assert skips.counts == {"unreadable video": 2}
+    assert list(store.refusals()) == []
+    # A training step takes what it gets, and keeps nothing of it.
+    thread = TeacherThread(teacher, SETTINGS, store=store)
+    read = thread.submit(changed).result()
+    assert thread.submit(broken).exception() is not None
+    thread.close()
+    assert read.fresh
+    assert "not kept: the clip changed" in read.lost
+    assert list(store) == list(store.refusals()) == []
+
+
+def test_a_full_disk_costs_the_store_and_not_the_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PriorStore, "write", full)
+    online = OnlinePriors(TeacherThread(load_teacher(world.teacher, "cpu"), SETTINGS, store=store))
+    pending = PendingAlignment([requests[0]], [None], "both")
+    monkeypatch.setattr(PendingAlignment, "complete", lambda pending, priors: priors)
+    (prior,) = online.complete(pending)
+    online.close()
+    assert prior is not None
+    assert (online.counts.made, online.counts.failed) == (1, 0)
+    assert [note for note in online.skips.notes if "No space left" in note]
+
+
+@pytest.mark.parametrize("fault", ["open", "stat", "codec"])
+def test_what_is_the_machines_fault_is_not_held_against_a_clip(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One clip out of reach costs that clip; nothing of it is put on record."""
+    requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
+    requests = [requests[0], replace(requests[2], text=requests[0].text)]
+    video, stat, skips = requests[0].video, Path.stat, SkipLog(shout=0)
+
+    def out_of_reach(path: Path, **options):
+        if path == video:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **options)
+
+    def too_many(path: str, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    teacher = load_teacher(world.teacher, "cpu")
+    with monkeypatch.context() as patch:
+        if fault == "stat":
+            patch.setattr(Path, "stat", out_of_reach)
+        elif fault == "open":
+            patch.setattr("av.open", too_many)
+        else:
+            patch.setattr("motionenhancer.data.decode.av", None)
+        make_priors(requests[:1], store, SETTINGS, lambda: teacher, skips)
+    assert skips.counts == {"unreadable video": 1}
+    assert list(store.refusals()) == []
+    assert make_priors(requests[:1], store, SETTINGS, lambda: teacher, SkipLog()).made == 1
 
 
 def test_a_thread_puts_on_record_what_is_the_clips_own(world: World, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from motionenhancer import store as cli
+from motionenhancer.extraction.making import stored
 from motionenhancer.prior import MotionPrior, PriorSettings
 from motionenhancer.store import DamagedPrior, PriorStore, prior_key
 
@@ -164,6 +166,37 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {f"{KEY}.safetensors", writing.name}
     assert cli.main(["list", "--prior_dir", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_a_good_file_that_cannot_be_read_just_now_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, gone = PriorStore(tmp_path), "ef" + "2" * 62
+    path = store.write(KEY, make_prior())
+    opened = Path.open
+
+    def refuse(file: Path, *args, **options):
+        if file == path:
+            raise OSError(errno.EMFILE, "Too many open files", str(file))
+        return opened(file, *args, **options)
+
+    # A key that is listed and then removed by somebody else counts as none.
+    monkeypatch.setattr(PriorStore, "__iter__", lambda store: iter([KEY, gone]))
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 0
+    assert "1 good, 0 damaged in" in capsys.readouterr().out
+    assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    assert "1 priors" in capsys.readouterr().out
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        store.read(KEY)
+    with pytest.raises(OSError, match="Too many open files"):
+        stored(store, KEY)
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
+    assert "0 good, 0 damaged, 1 that cannot be read" in capsys.readouterr().out
+    assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    assert "CANNOT BE READ (Too many open files)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert torch.equal(store.read(KEY).attention, make_prior().attention)
 
 
 def test_opening_and_reading_never_list_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,3 +307,14 @@ def test_the_id_follows_weights_and_settings(tmp_path: Path) -> None:
     assert teacher_id(one) != teacher_id(same)
     with pytest.raises(FileNotFoundError):
         teacher_id(tmp_path / "missing")
+    # A folder put together of links names what they lead to, and a link in a circle does no harm.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for part in same.iterdir():
+        (linked / part.name).symlink_to(part)
+    assert teacher_id(linked) == teacher_id(same)
+    (linked / "transformer").unlink()
+    (linked / "transformer").symlink_to(other / "transformer")
+    assert teacher_id(linked) not in (teacher_id(same), teacher_id(other))
+    (same / "round").symlink_to(same)
+    assert teacher_id(same) == teacher_id(other.with_name("b"))
