@@ -128,6 +128,7 @@ class PriorArguments:
         rows = self.sampled_rows
         if rows != "all" and not rows.isdecimal():
             raise ValueError(f'--sampled_rows must be a positive number or "all", got {rows!r}')
+        step_weights = _numbers(self.step_weights)
         try:
             return PriorSettings(
                 steps=self.ddim_steps,
@@ -140,7 +141,7 @@ class PriorArguments:
                 seed=self.prior_seed,
                 mode=self.prior_mode,
                 noise_level=self.noise_level,
-                step_weights=_numbers(self.step_weights),
+                step_weights=step_weights,
                 head_selection=self.head_selection,
                 token_selection=self.token_selection,
             )

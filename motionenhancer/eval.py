@@ -128,7 +128,13 @@ class EvalArguments:
             wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
             if self.compare is None:
                 raise ValueError(f"--benchmark {self.benchmark} needs --data, its {wants[self.benchmark]}")
-        for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("bootstrap_samples", 0)):
+        for name, least in (
+            ("limit", 1),
+            ("batch_size", 1),
+            ("max_new_tokens", 1),
+            ("workers", 0),
+            ("bootstrap_samples", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
@@ -213,6 +219,8 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:
     needs_data = arguments.data is None
+    if needs_data and arguments.video_root is not None:
+        raise ValueError(f"--video_root {arguments.video_root} needs --data, the questions about its clips")
     if not needs_data and (arguments.student is not None or arguments.predictions is not None):
         return
     toy = default_toy()
@@ -261,6 +269,7 @@ def _ask(
             "answers": "student",
             "benchmark": benchmark.name,
             "data": hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest(),
+            "video_root": str(clips.root.resolve()),
             "limit": arguments.limit,
             "answer_hidden": arguments.answer_hidden,
             "student": student_digest(arguments.student),
@@ -313,13 +322,21 @@ def _family(student: str) -> StudentFamily:
 def _frames(arguments: EvalArguments, family: StudentFamily, benchmark: Benchmark) -> Frames:
     """The family's sampling with whatever flags change of it."""
     frames = default_frames(family.num_frames, benchmark.name)
-    if arguments.video_fps is not None:
-        frames = replace(frames, num_frames=None, fps=arguments.video_fps)
     given = {name: getattr(arguments, name) for name in ("num_frames", "min_frames", "max_frames")}
-    frames = replace(frames, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.video_fps is not None:
+        if "num_frames" in given:
+            raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
+        given |= {"num_frames": None, "fps": arguments.video_fps}
+    if "max_frames" in given:
+        given.setdefault("min_frames", min(frames.min_frames, given["max_frames"]))
     if arguments.max_pixels is not None:
-        frames = replace(frames, max_pixels=arguments.max_pixels or None)
-    return frames
+        given["max_pixels"] = arguments.max_pixels or None
+    try:
+        return replace(frames, **given)
+    except ValueError as error:
+        # Of the frames' own names only the rate is not the flag's.
+        raise ValueError(f"--{'video_' if str(error).startswith('fps') else ''}{error}") from error
 
 
 def _skip_missing(asked: Sequence[Asked], skips: SkipLog) -> set[str]:

@@ -130,6 +130,8 @@ def load_samples(data: DataArguments, skips: SkipLog) -> list[Sample]:
 
 def use_toy_defaults(data: DataArguments, prior: PriorArguments) -> ToyFolder | None:
     """Fill in the toy world for whatever was left out; returns it if any of it is used."""
+    if data.data is None and data.video_root is not None:
+        raise ValueError(f"--video_root {data.video_root} needs --data, the file that names its clips")
     if prior.teacher is not None and data.data is not None:
         return None
     toy = default_toy()

@@ -94,7 +94,9 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
-        # A ratio that plays no part must not tell equal priors apart.
+        # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
+        for name in ("guidance_scale", "head_ratio", "token_ratio"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for kind in choices:
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)

@@ -42,7 +42,8 @@ def mend_answers(path: Path) -> None:
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """Read every process's answers, id to row; half-written and unreadable lines are as if never written.
 
-    A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. A later row of an id replaces an earlier.
+    A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. Of an id, an output replaces what was
+    skipped, and else a later row an earlier one.
     """
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(_PATTERN)):
@@ -51,11 +52,9 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if (
-                isinstance(row, dict)
-                and isinstance(row.get("id"), str)
-                and ("output" in row or "skipped" in row)
-            ):
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+                continue
+            if "output" in row or ("skipped" in row and "output" not in rows.get(row["id"], {})):
                 rows[row["id"]] = row
     return rows
 

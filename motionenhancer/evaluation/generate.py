@@ -145,7 +145,8 @@ def answer_questions(
     max_new_tokens, batch_size: of a request.
     workers: processes that decode clips ahead; 0 decodes in this one.
 
-    Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason.
+    Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason,
+    and tried again by the next run.
     """
     if batch_size < 1 or max_new_tokens < 1 or workers < 0:
         raise ValueError(
@@ -153,7 +154,8 @@ def answer_questions(
             f"got {batch_size}, {max_new_tokens} and {workers}"
         )
     state = PartialState()
-    done = read_answers(folder)
+    # What was skipped is tried again: the clip may have been on its way.
+    done = {id for id, row in read_answers(folder).items() if "output" in row}
     state.wait_for_everyone()
     batches = [
         [item for item in asked[start : start + batch_size] if item.video is not None]

@@ -242,6 +242,8 @@ class _Crew:
             yield message
 
     def _hire(self) -> None:
+        # Whoever tidies the store meanwhile may take the mark for one of a run that died.
+        self.seen[0].touch()
         gpus = 1 if self.engine.device.type == "cuda" else 0
         # A new actor for one that died, not a restart of it: it may find its place on another node, and is
         # given nothing before it is there.

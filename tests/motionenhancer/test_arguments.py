@@ -122,6 +122,11 @@ def test_weights_may_be_a_list_in_yaml(tmp_path: Path) -> None:
     assert parse("--config", str(config))[1].settings().step_weights == (0.0, 1.0)
 
 
+def test_weights_that_are_no_numbers_are_named_once() -> None:
+    with pytest.raises(ValueError, match=r"^--step_weights must be numbers between commas, got '1,x'$"):
+        parse("--step_weights", "1,x")[1].settings()
+
+
 def test_errors_are_short(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--nonsense", "1")

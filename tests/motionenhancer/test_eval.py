@@ -20,7 +20,9 @@ from vlm_support import clip, sharp_student
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
 from motionenhancer.evaluation import generate
+from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
+from motionenhancer.evaluation.videos import Frames
 from motionenhancer.toy.world import ToyFolder, write_world
 from motionenhancer.vlm import load_student, student_family
 
@@ -357,6 +359,14 @@ def test_missing_and_broken_clips_are_counted(
     assert scores["skipped"] == 4
     assert scores["skipped_by_reason"] == {"missing video": 2, "unreadable": 2}
     assert "4 skipped" in capsys.readouterr().out
+    # The clip was on its way only: the same command asks again, and nothing else.
+    shutil.copy(toy.videos / "test-00002.mp4", clips)
+    assert main(tmp_path / "out", **flags) == 0
+    scores = scores_of(tmp_path / "out")
+    assert (scores["count"], scores["skipped_by_reason"]) == (5, {"missing video": 2})
+    # Other clips are another run.
+    assert main(tmp_path / "out", **flags | {"video_root": toy.videos}) == 2
+    assert "video_root: " in capsys.readouterr().err
     (clips / "deeper" / "test-00000.mkv").unlink()
     flags |= {"limit": 3}
     assert main(tmp_path / "none", **flags) == 0, "a run without a single clip still says so"
@@ -431,6 +441,7 @@ def test_no_arguments_use_the_toy_world(
         ({"task": "AS"}, "--task goes with --compare"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
     ],
 )
 def test_contradicting_flags_are_refused(
@@ -440,6 +451,33 @@ def test_contradicting_flags_are_refused(
         main(tmp_path / "out", **flags)
     assert why in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_clips_without_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tmp_path / "out", video_root=tmp_path) == 2
+    assert f"--video_root {tmp_path} needs --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"max_frames": 2}, Frames(None, 1.0, 2, 2)),
+        ({"max_frames": 9}, Frames(None, 1.0, 4, 9)),
+        ({"num_frames": 3, "max_pixels": 0}, Frames(3, max_pixels=None)),
+        ({"video_fps": 0.5, "min_frames": 1}, Frames(None, 0.5, 1)),
+        ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
+        ({"min_frames": 9, "max_frames": 2}, r"--min_frames must be at most max_frames \(2\), got 9"),
+        ({"video_fps": -1}, "--video_fps must be positive, got -1"),
+    ],
+)
+def test_flags_change_how_clips_are_shown(flags: dict[str, Any], found: Frames | str) -> None:
+    arguments = evaluate.EvalArguments(student="s", data="d", benchmark="favor", **flags)
+    family, benchmark = student_family("qwen2_5_vl"), BENCHMARKS["favor"]
+    if isinstance(found, Frames):
+        assert evaluate._frames(arguments, family, benchmark) == found
+    else:
+        with pytest.raises(ValueError, match=f"^{found}"):
+            evaluate._frames(arguments, family, benchmark)
 
 
 @pytest.mark.parametrize(

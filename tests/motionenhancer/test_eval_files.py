@@ -193,6 +193,17 @@ def test_a_half_written_line_is_as_if_never_written(tmp_path: Path) -> None:
         assert set(read_answers(tmp_path)) == {*kept, "c"}
 
 
+def test_an_answer_is_not_lost_to_a_row_that_says_skipped(tmp_path: Path) -> None:
+    append_answers(
+        tmp_path / "answers-00000.jsonl", [{"id": "a", "output": "x"}, {"id": "b", "skipped": "no"}]
+    )
+    append_answers(
+        tmp_path / "answers-00001.jsonl", [{"id": "a", "skipped": "no"}, {"id": "b", "output": "y"}]
+    )
+    append_answers(tmp_path / "answers-00002.jsonl", [{"id": "b", "output": "z"}])
+    assert {id: row["output"] for id, row in read_answers(tmp_path).items()} == {"a": "x", "b": "z"}
+
+
 # ---- submissions ----
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tiny_world import World
 from motionenhancer import extract
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.extraction.engines import Done
 from motionenhancer.extraction.job import Job, Result
 from motionenhancer.extraction.planning import stream_requests
 from motionenhancer.extraction.workload import ITEM, Share, Workload, tabulate
@@ -226,6 +228,17 @@ def test_a_worker_that_does_not_see_the_files_says_which(
 
 def share_of(count: int) -> Share:
     return Share(np.arange(count), np.zeros(count, ITEM))
+
+
+def test_a_worker_hired_late_finds_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store prune` takes an old mark for one of a run that died."""
+    mark = tmp_path / ".seen-by-workers.tmp"
+    monkeypatch.setattr(ray_engine.ray, "put", lambda job: job)
+    monkeypatch.setattr(ray_engine.ray, "remote", lambda cls: MagicMock())
+    job = MagicMock()
+    crew = ray_engine._Crew(RayEngine(torch.device("cpu"), 1), job, (mark, 0, "id"), Done())
+    crew._hire()
+    assert mark.is_file()
 
 
 @pytest.mark.parametrize(("count", "workers"), [(0, 2), (1, 2), (7, 3), (200, 4)])

@@ -78,6 +78,11 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     assert set(changed) == {f.name for f in dataclasses.fields(PriorSettings)}
     keys |= {prior_key(*base[:3], PriorSettings(**{name: value})) for name, value in changed.items()}
     assert len(keys) == 4 + len(changed)
+    written = PriorSettings(guidance_scale=6, head_ratio=1, token_ratio=1)
+    assert written == PriorSettings(guidance_scale=6.0, head_ratio=1.0, token_ratio=1.0)
+    assert prior_key(*base[:3], written) == prior_key(
+        *base[:3], PriorSettings(head_ratio=1.0, token_ratio=1.0)
+    )
     assert prior_key(*base) == prior_key(*base)
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
 
