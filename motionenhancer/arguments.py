@@ -278,6 +278,8 @@ def _read_config(path: Path, names: set[str], parser: argparse.ArgumentParser) -
         )
         raise ValueError(f"--config {path}: unknown field {listed}")
     for action in parser._actions:
+        if isinstance(given := values.get(action.dest), list) and action.nargs is None:
+            values[action.dest] = ",".join(map(str, given))  # as the flag itself takes several
         if isinstance(values.get(action.dest), str | int | float):
             values[action.dest] = _as_flag(action, values[action.dest], path)
     return values

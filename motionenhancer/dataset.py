@@ -175,11 +175,15 @@ class MotionDataset(Dataset[Item]):
 
 
 def find_words(sample: Sample, prior: MotionPrior, layout: TokenLayout, source: str) -> WordMap:
-    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell."""
+    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
+
+    Tokens before the video cannot see it, so a word that stands there only is dropped.
+    """
     _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
-    return map_words(
+    words = map_words(
         prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
     )
+    return words.after(int(layout.videos[0].positions[0]) - layout.start) if layout.videos else words
 
 
 class MotionCollator:

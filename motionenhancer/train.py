@@ -32,7 +32,7 @@ from .toy.world import ToyFolder
 from .trainer import MotionTrainer
 from .training.arguments import StudentArguments, TrainArguments
 from .training.flags import refuse_idle_flags
-from .training.identity import checkpoint_to_resume, run_identity
+from .training.identity import aligned_before, checkpoint_to_resume, run_identity
 from .training.lora import add_lora, merged, plain_name
 from .training.plan import (
     RunPlan,
@@ -137,6 +137,10 @@ def run(
         found = RunPriors(samples)
         if student.aligned:
             found = collect_priors(samples, student, prior, settings, skips, report, online)
+        if checkpoint is not None:
+            report.content["resumed_from"] = Path(checkpoint).name
+            if found.online is not None:
+                found.online.settled = aligned_before(checkpoint)
         with found:
             trainer = MotionTrainer(
                 model=model,
@@ -272,10 +276,17 @@ def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any
         value = getattr(student, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} must be positive, got {value}")
-    if student.num_frames is not None:
-        return {"num_frames": student.num_frames}
-    if student.video_fps is None and family.num_frames is not None:
-        return {"num_frames": family.num_frames}
+    count = student.num_frames
+    if count is None and student.video_fps is None:
+        count = family.num_frames
+    if count is not None:
+        if student.max_frames != StudentArguments().max_frames:
+            raise ValueError(
+                f"--max_frames {student.max_frames} does nothing where {count} frames of each clip are shown "
+                f"({'--num_frames' if student.num_frames is not None else family.name + ' by default'}); "
+                "leave it out, or give --video_fps alone"
+            )
+        return {"num_frames": count}
     fps = 1.0 if student.video_fps is None else student.video_fps
     return {"fps": fps, "max_frames": student.max_frames}
 

@@ -5,7 +5,7 @@ Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class MotionTrainer(Trainer):
         online: makes the priors that batches still wait for, while the batches before are trained on.
 
     Raises:
-        ValueError: fp16 under DeepSpeed with an aligner to train, whose gradients would stay scaled.
+        ValueError: fp16 under DeepSpeed with an aligner to train, whose gradients would stay scaled; a
+            DeepSpeed config with an optimizer or scheduler of its own.
         FloatingPointError: from `train`, when the loss or the gradient is NaN or infinite; names the samples.
     """
 
@@ -82,6 +83,8 @@ class MotionTrainer(Trainer):
         self.aligner = aligner.to(self.args.device) if aligner is not None else None
         self._aligner_training: AlignerTraining | None = None
         self._aligner_steps = True
+        if self.is_deepspeed_enabled:
+            refuse_deepspeed_sections(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if self.aligner is not None and any(p.requires_grad for p in self.aligner.parameters()):
             if self.is_deepspeed_enabled and self.args.fp16:
                 raise ValueError("fp16 under DeepSpeed needs --aligner identity; or use bf16")
@@ -216,6 +219,13 @@ class MotionTrainer(Trainer):
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end. The Trainer would take a step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # ---- stopping at numbers that are none ----
 
     def _stop_together(self, problem: str | None, ids: Sequence[str], *, everywhere: bool) -> None:
@@ -343,6 +353,21 @@ class MotionTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._aligner_training is not None:
             self._aligner_training.load(Path(checkpoint))
+
+
+def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed config that makes the optimizer itself.
+
+    Raises:
+        ValueError: names the section; groups with learning rates of their own would be lost, silently.
+    """
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(
+                f'the DeepSpeed config must have no "{section}" section, as it would replace the learning '
+                "rates of the vision tower and the aligner: remove it, and give --learning_rate, "
+                "--weight_decay, --lr_scheduler_type and --warmup_steps"
+            )
 
 
 def _settings(model: Any) -> dict[str, Any]:

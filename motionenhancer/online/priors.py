@@ -69,6 +69,7 @@ class OnlinePriors:
         prefetch: steps ahead of which priors are asked for; 0 makes each step wait for its own.
         grid: priors on another grid count as failed; None takes any.
         patience: clips that may all fail, from the first on, before the run stops.
+        settled: a prior was made already, as in a run that goes on: clips that fail stop it no more.
         counts: of the batches handed out so far.
         skips: receives each sample that went without its prior.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
@@ -88,12 +89,12 @@ class OnlinePriors:
     prefetch: int = 1
     grid: tuple[int, int, int] | None = None
     patience: int = PATIENCE
+    settled: bool = False
     counts: OnlineCounts = field(default_factory=OnlineCounts)
     skips: SkipLog = field(default_factory=SkipLog)
     described: dict[str, str] = field(default_factory=dict)
     _feed: _Feed | None = None
     _failures: dict[str, str] = field(default_factory=dict)
-    _settled: bool = False
     _tried: int = 0
     _dead: str = ""
 
@@ -189,9 +190,9 @@ class OnlinePriors:
         read = self.counts.made + self.counts.stored
         failures = self.counts.failed if final else self._tried
         sums = total(torch.tensor([float(read), float(failures), float(bool(self._dead))]))
-        self._settled = self._settled or bool(sums[0] > 0)
+        self.settled = self.settled or bool(sums[0] > 0)
         failed = int(sums[1])
-        if self._settled or failed < (1 if final else self.patience):
+        if self.settled or failed < (1 if final else self.patience):
             if sums[2] > 0 and not final:
                 raise NoPriorError(
                     f"{self._dead or 'the teacher of another process fails on one clip after another'}. "

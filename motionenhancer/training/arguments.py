@@ -190,6 +190,12 @@ class TrainArguments(TrainingArguments):
             # One process would split each batch over model copies, out of the capture's reach.
             print("one process trains on one GPU; start torchrun or accelerate launch to use all of them")
             self._n_gpu = 1
+        if self.label_smoothing_factor:
+            # The Trainer's smoother shifts labels for text models only, and would teach others to copy.
+            raise ValueError(
+                f"--label_smoothing_factor must stay 0 for video models, got {self.label_smoothing_factor}: "
+                "the Trainer would smooth each token's own label, not the next one's"
+            )
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
         # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing; the old names

@@ -124,6 +124,15 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
     return chosen
 
 
+def aligned_before(checkpoint: str | Path) -> bool:
+    """Whether a prior was followed on the way to a checkpoint, as far as its log says."""
+    try:
+        log = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["log_history"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any("loss_align" in entry for entry in log)
+
+
 def _newest(folder: Path) -> str | None:
     numbered = {
         int(f.name[11:]): f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name[11:].isdecimal()

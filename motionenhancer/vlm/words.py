@@ -19,7 +19,7 @@ class WordMap:
 
     rows: student token indices, grouped by teacher token, ascending within one.
     row_tokens: for each row the index of its teacher token; as long as ``rows``.
-    dropped: indices of the teacher tokens that overlap no student token.
+    dropped: indices of the teacher tokens that have no row.
     count: number of teacher tokens.
     """
 
@@ -30,8 +30,19 @@ class WordMap:
 
     @property
     def mapped(self) -> int:
-        """How many teacher tokens overlap a student token."""
+        """How many teacher tokens have a row."""
         return self.count - len(self.dropped)
+
+    def after(self, row: int) -> WordMap:
+        """What is left without the student tokens before ``row``, such as those that cannot see the video.
+
+        >>> WordMap([1, 4, 5], [0, 0, 1], [2], 3).after(5)
+        WordMap(rows=[5], row_tokens=[1], dropped=[0, 2], count=3)
+        """
+        kept = [(r, t) for r, t in zip(self.rows, self.row_tokens, strict=True) if r >= row]
+        found = {token for _, token in kept}
+        lost = [token for token in range(self.count) if token not in found]
+        return WordMap([r for r, _ in kept], [t for _, t in kept], lost, self.count)
 
 
 def map_words(

@@ -122,6 +122,15 @@ def test_weights_may_be_a_list_in_yaml(tmp_path: Path) -> None:
     assert parse("--config", str(config))[1].settings().step_weights == (0.0, 1.0)
 
 
+def test_a_list_in_yaml_is_what_commas_are_in_a_flag(tmp_path: Path) -> None:
+    from motionenhancer.train import StudentArguments
+
+    config = tmp_path / "config.yaml"
+    config.write_text("lora_r: 4\nlora_target: [q_proj, v_proj]\n")
+    (student,) = parse_arguments((StudentArguments,), ["--config", str(config)], prog="test")
+    assert student.lora_target == "q_proj,v_proj"
+
+
 def test_weights_that_are_no_numbers_are_named_once() -> None:
     with pytest.raises(ValueError, match=r"^--step_weights must be numbers between commas, got '1,x'$"):
         parse("--step_weights", "1,x")[1].settings()

@@ -6,8 +6,11 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,10 +23,12 @@ from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.extraction.planning import PriorRequest, request_priors
 from motionenhancer.online import thread as teacher_thread
+from motionenhancer.online.priors import NoPriorError, OnlinePriors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
 from motionenhancer.toy.encode import encode_video
+from motionenhancer.training.identity import aligned_before
 
 #: Two epochs of the eight clips, so that every prior is asked for twice.
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, "limit": 4}
@@ -128,7 +133,9 @@ def test_a_damaged_prior_is_made_anew_while_training(world: World, tmp_path: Pat
     assert report["teacher"]["online"]["made"] == 2
 
 
-def test_killed_and_resumed_it_ends_with_the_same_weights(world: World, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulation = 2
     options = {
         **EPOCHS,
@@ -146,8 +153,16 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(world: World, tmp_path
     for step in range(steps // 2 + 1, steps + 1):
         shutil.rmtree(cut / f"checkpoint-{step}")
     (cut / "model.safetensors").unlink()
+    settled, feed = [], OnlinePriors.feed
+
+    def remembered(self: OnlinePriors, *given: Any) -> Any:
+        settled.append(self.settled)
+        return feed(self, *given)
+
+    monkeypatch.setattr(OnlinePriors, "feed", remembered)
     assert train.main(flags(world, cut, **options)) == 0
     same_weights(whole, cut)
+    assert settled[0], "the log says that priors were followed before"
     made = report_of(cut)["teacher"]["online"]["made"]
     assert made == 4, "what was trained on before the kill is not read again"
 
@@ -318,6 +333,20 @@ def test_a_teacher_that_recovers_or_meets_bad_clips_is_not_dead(
         "RuntimeError",
     ]
     thread.close()
+
+
+def test_a_run_that_goes_on_is_not_stopped_for_the_clips_it_has_left(tmp_path: Path) -> None:
+    for settled in (False, True):
+        online = OnlinePriors(MagicMock(), settled=settled)
+        online.counts.failed = 1
+        with nullcontext() if settled else pytest.raises(NoPriorError):
+            online.judge(lambda counts: counts, final=True)
+    state = tmp_path / "trainer_state.json"
+    for log, found in (([{"loss": 1.0}], False), ([{"loss": 1.0}, {"loss_align": 0.5}], True)):
+        state.write_text(json.dumps({"log_history": log}))
+        assert aligned_before(tmp_path) is found
+    state.unlink()
+    assert not aligned_before(tmp_path)
 
 
 def test_a_short_run_without_any_prior_is_an_error_too(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tiny_world import World
 
 from motionenhancer.arguments import PriorArguments
-from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.data import SkipLog, content_digest, read_samples
 from motionenhancer.extraction.making import RefusedClip
 from motionenhancer.extraction.planning import PriorRequest, plan_priors, request_priors
 from motionenhancer.online import ranks as teacher_ranks
@@ -22,7 +22,8 @@ from motionenhancer.online import thread as teacher_thread
 from motionenhancer.online.ranks import RemoteTeacher, RemoteTeacherError, TeacherRanks
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
-from motionenhancer.store import PriorStore
+from motionenhancer.store import PriorStore, prior_key
+from motionenhancer.vdm import teacher_id
 
 SETTINGS = PriorSettings(steps=1, step_weights=(1.0,))
 
@@ -172,7 +173,8 @@ def test_what_is_wrong_with_a_clip_or_the_teacher_arrives(
     store = PriorStore(tmp_path / "priors")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    bad, good = replace(requests[0], video=broken, key="1" * 64), replace(requests[1], key="2" * 64)
+    key = prior_key(content_digest(broken), requests[0].text, teacher_id(world.teacher), SETTINGS)
+    bad, good = replace(requests[0], video=broken, key=key), replace(requests[1], key="2" * 64)
     gone = replace(requests[0], video=tmp_path / "gone.mp4", key="3" * 64)
     with launch() as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
         remote = RemoteTeacher(ranks, PriorArguments(teacher=str(world.teacher)), SETTINGS, store=store)

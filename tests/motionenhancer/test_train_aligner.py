@@ -105,6 +105,25 @@ def test_its_gradients_are_clipped_together(most: float, share: float) -> None:
     assert found == pytest.approx([6.0 * share, 8.0 * share], rel=1e-6)
 
 
+def test_the_aligners_rate_follows_the_runs_schedule(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    monkeypatch.setattr(AlignerTraining, "step", lambda self, share: shares.append(share))
+    model, dataset, collator = parts(world, tmp_path)
+    trainer = MotionTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=6, warmup_steps=2, lr_scheduler_type="linear"),
+        train_dataset=dataset,
+        data_collator=collator,
+        aligner=build_aligner("mlp", (5, 8, 8)),
+        # The vision tower's own rate is another peak, and the same share of it.
+        learning_rates=lambda name: 1e-7 if "visual" in name else None,
+    )
+    trainer.train()
+    assert shares == pytest.approx([0.0, 0.5, 1.0, 0.75, 0.5, 0.25])
+
+
 def test_the_runs_max_grad_norm_holds_for_the_aligner(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from tiny_students import SAVE
 from tiny_world import World
 from train_support import flags, report_of, shared_priors, weights_of, without_priors_of
 
@@ -149,6 +150,11 @@ def killed_and_resumed(engine: str, flags: list[str]) -> list[dict[str, Any]]:
 
 def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path) -> None:
     outs = {name: tmp_path / name for name in ("ddp", "fsdp2", "accumulated", "moved")}
+    # A family whose loss the Trainer does not divide: its shares are another arithmetic.
+    other = World(world.data, world.videos, world.teacher, SAVE["internvl"](tmp_path / "internvl"))
+    whole, shared = tmp_path / "internvl-alone", tmp_path / "internvl-ddp"
+    with without_priors_of(WITHOUT):
+        assert train.main(run_flags(other, whole, video_fps=None, per_device_train_batch_size=4)) == 0
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     launch(
         tmp_path,
@@ -156,6 +162,7 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
             run("ddp", run_flags(world, outs["ddp"])),
             *killed_and_resumed("fsdp2", run_flags(world, outs["fsdp2"])),
             run("ddp", run_flags(world, outs["accumulated"], **options)),
+            run("ddp", run_flags(other, shared, video_fps=None)),
             run("ddp", run_flags(world, tmp_path / "spoiled"), spoil_rank=1, code=2),
             run("ddp", run_flags(world, outs["moved"]), die_after=3),
             run("ddp", flags(world, tmp_path / "broken", **broken_clips(world, tmp_path / "data"))),
@@ -166,6 +173,7 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
         assert train.main(run_flags(world, outs["moved"], per_device_train_batch_size=4)) == 0
     for out in outs.values():
         equals(out, alone, world.student)
+    equals(shared, whole, other.student)
     sharded = outs["fsdp2"] / "checkpoint-4"
     assert (sharded / "pytorch_model_fsdp_0").is_dir()
     assert not list(sharded.glob("*.safetensors")), "shards only: nothing whole is gathered between"

@@ -9,6 +9,9 @@ from tiny_world import World
 from train_support import flags, shared_priors
 
 from motionenhancer import train
+from motionenhancer.trainer import refuse_deepspeed_sections
+from motionenhancer.training.arguments import StudentArguments
+from motionenhancer.vlm import student_family
 
 RANKS = {"prior_source": "hybrid", "teacher_ranks": 1}
 
@@ -50,6 +53,39 @@ def test_a_flag_that_would_do_nothing(
     assert right in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "family", "found"),
+    [
+        ({}, "qwen2_5_vl", {"fps": 1.0, "max_frames": 64}),
+        ({}, "internvl", {"num_frames": 8}),
+        ({"max_frames": 9}, "qwen2_5_vl", {"fps": 1.0, "max_frames": 9}),
+        ({"max_frames": 9, "video_fps": 2.0}, "internvl", {"fps": 2.0, "max_frames": 9}),
+        ({"num_frames": 4, "max_frames": 9}, "qwen2_5_vl", "--max_frames 9 does nothing where 4 frames"),
+        ({"max_frames": 9}, "internvl", r"--max_frames 9 does nothing where 8 frames .*internvl by default"),
+    ],
+)
+def test_how_many_frames_are_shown(options: dict, family: str, found: dict | str) -> None:
+    student = StudentArguments(**options)
+    if isinstance(found, dict):
+        assert train._sampling(student, student_family(family)) == found
+    else:
+        with pytest.raises(ValueError, match=f"^{found}"):
+            train._sampling(student, student_family(family))
+
+
+def test_label_smoothing_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(flags(world, tmp_path / "out", label_smoothing_factor=0.1))
+    assert "--label_smoothing_factor must stay 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_deepspeed_makes_no_optimizer_of_its_own(section: str) -> None:
+    refuse_deepspeed_sections({"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match=f'no "{section}" section'):
+        refuse_deepspeed_sections({section: {"type": "AdamW"}})
 
 
 @pytest.mark.parametrize(

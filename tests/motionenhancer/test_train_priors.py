@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_world import World
-from train_support import flags, report_of, weights_of
+from train_support import flags, parts, report_of, weights_of
 
 from motionenhancer import train
 from motionenhancer.data.video import content_digest
+from motionenhancer.dataset import align_batch, find_words
 from motionenhancer.extraction import digests
 from motionenhancer.online import thread as teacher_thread
 
@@ -32,6 +34,31 @@ def with_broken_clips(world: World, folder: Path) -> dict[str, object]:
     data = folder / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return {"data": data, "video_root": videos, **OPTIONS}
+
+
+def test_words_before_the_video_cannot_see_it_and_are_dropped(world: World, tmp_path: Path) -> None:
+    _, dataset, _ = parts(world, tmp_path)
+    sample = dataset.samples[0]
+    (video, text), answer = sample.messages[0]["content"], sample.messages[1]
+    assert (video["type"], text["type"]) == ("video", "text")
+    first = dataset[0]
+    assert first.words.mapped == first.words.count
+    dataset.samples[0] = replace(sample, messages=[{"role": "user", "content": [text, video]}, answer])
+    last = dataset[0]
+    assert last.prior.prompt == first.prior.prompt, "the teacher's text is the same"
+    seen = int(last.encoded.layout.videos[0].positions[0])
+    assert last.words.rows
+    assert min(last.words.rows) > seen
+    asked = first.prior.prompt.index(answer["content"][0]["text"])
+    said = [i for i, (start, _) in enumerate(first.prior.spans) if start >= asked]
+    assert sorted(set(last.words.row_tokens)) == said
+    assert last.words.dropped == [i for i in range(first.words.count) if i not in said]
+    # Where priors are made while training, words are found in the padded batch.
+    padded = last.encoded.layout.shifted(5)
+    assert find_words(dataset.samples[0], last.prior, padded, "both") == last.words
+    # One that asks and is not answered is trained on without alignment.
+    blind = replace(last, words=last.words.after(10_000))
+    assert align_batch([blind], [last.encoded.layout]) is None
 
 
 def test_unreadable_clips_are_treated_alike_whenever_priors_are_made(world: World, tmp_path: Path) -> None:

@@ -60,6 +60,13 @@ def test_killed_after_any_step(world: World, whole: Path, tmp_path: Path, step: 
     assert all(torch.equal(aligners[0][name], aligners[1][name]) for name in aligners[0])
     logs = [[e["lambda"] for e in report_of(f)["training"]["log"] if "lambda" in e] for f in (whole, out)]
     assert logs[0] == logs[1] == pytest.approx([10.0, 8.0, 6.0, 4.0, 2.0])
+    if step == 3:
+        assert report_of(out)["resumed_from"] == "checkpoint-2"
+        assert "resumed_from" not in report_of(whole)
+        # Typed once more, the command has no step left to take: the Trainer would take one.
+        assert train.main(run_flags(world, out)) == 0
+        assert checkpoints(out) == {"checkpoint-5"}
+        assert all(torch.equal(weights_of(out)[name], value) for name, value in weights_of(whole).items())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "aligner"])
