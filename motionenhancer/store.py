@@ -159,7 +159,7 @@ class PriorStore:
             if attention.dtype != torch.float16 or digest != _digest(attention, text):
                 raise DamagedPrior(f"{path}: content does not match its digest")
             return prior_from_text(attention, text)
-        except (DamagedPrior, OSError):
+        except DamagedPrior:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DamagedPrior(f"{path}: {error}") from error

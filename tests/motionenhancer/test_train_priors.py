@@ -54,7 +54,7 @@ def test_words_before_the_video_cannot_see_it_and_are_dropped(world: World, tmp_
     assert sorted(set(last.words.row_tokens)) == said
     assert last.words.dropped == [i for i in range(first.words.count) if i not in said]
     # Where priors are made while training, words are found in the padded batch.
-    padded = last.encoded.layout.shifted(5)
+    padded = last.encoded.layout.shifted(1000)
     assert find_words(dataset.samples[0], last.prior, padded, "both") == last.words
     # One that asks and is not answered is trained on without alignment.
     blind = replace(last, words=last.words.after(10_000))
