@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from motionenhancer.prior import PriorSettings
 
-__all__ = ["ARMS", "BOTH", "PAIRS", "SWEEPS", "Arm", "Regime"]
+__all__ = ["ARMS", "BOTH", "LEVEL", "PAIRS", "SWEEPS", "Arm", "Regime"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Arm:
     weight: float = 1.0
     schedule: str = "linear"
     prior: str = "teacher"
-    mode: str = "renoise"
+    mode: str = "reconstruct"
     noise_level: int = 200
     steps: int = 5
     head_selection: str = "mhs"
@@ -77,7 +77,31 @@ ARMS: tuple[Arm, ...] = (
     Arm("plain, shuffled", weight=0.0, prior="none", shown="shuffled"),
     Arm("plain, middle frame", weight=0.0, prior="none", shown="middle"),
 )
-_INVERTED = replace(BOTH, name="inverted, 5 steps", mode="reconstruct", steps=5)
+#: Both selections of one evaluation, in place of the paper's inversion and reconstruction.
+LEVEL = replace(BOTH, name="level 200", mode="renoise")
+SWEEPS: dict[str, tuple[Arm, ...]] = {
+    "steps": tuple(replace(BOTH, name=f"{n} steps", steps=n) for n in (2, 10)),
+    "noise level": tuple(
+        replace(LEVEL, name=f"level {level}", noise_level=level) for level in (20, 100, 200, 400, 700)
+    ),
+    "selection at level 200": (
+        replace(LEVEL, name="level 200, no selection", head_selection="off", token_selection="off"),
+        replace(LEVEL, name="level 200, MHS only", token_selection="off"),
+        replace(LEVEL, name="level 200, MTTI only", head_selection="off"),
+        LEVEL,
+    ),
+    "ratio": (LEVEL, *(replace(LEVEL, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75))),
+    "weight": (LEVEL, *(replace(LEVEL, name=f"weight {w:g}", weight=w) for w in (0.1, 0.3, 3.0))),
+    "temperature": (
+        LEVEL,
+        *(replace(LEVEL, name=f"temperature {t:g}", temperature=t) for t in (0.5, 1.0)),
+    ),
+    "schedule": (LEVEL, replace(LEVEL, name="schedule constant", schedule="constant")),
+    "aligner": (
+        LEVEL,
+        *(replace(LEVEL, name=f"aligner {a}", aligner=a) for a in ("mlp", "pointwise", "conv")),
+    ),
+}
 #: Which arm is compared with which, seed by seed: each with what it adds to.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("MHS only", "no selection"),
@@ -85,29 +109,10 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("both selections", "no selection"),
     ("both selections", "MHS only"),
     ("both selections", "MTTI only"),
-    ("inverted, 5 steps, MHS only", "inverted, 5 steps, no selection"),
-    ("inverted, 5 steps, MTTI only", "inverted, 5 steps, no selection"),
-    ("inverted, 5 steps", "inverted, 5 steps, no selection"),
-    ("inverted, 5 steps", "inverted, 5 steps, MHS only"),
-    ("inverted, 5 steps", "inverted, 5 steps, MTTI only"),
+    ("both selections", "level 200"),
+    ("level 200, MHS only", "level 200, no selection"),
+    ("level 200, MTTI only", "level 200, no selection"),
+    ("level 200", "level 200, no selection"),
+    ("level 200", "level 200, MHS only"),
+    ("level 200", "level 200, MTTI only"),
 )
-SWEEPS: dict[str, tuple[Arm, ...]] = {
-    "noise level": tuple(
-        replace(BOTH, name=f"level {level}", noise_level=level) for level in (20, 100, 400, 700)
-    ),
-    "steps": tuple(replace(_INVERTED, name=f"inverted, {n} steps", steps=n) for n in (2, 5, 10)),
-    "selection, inverted": tuple(
-        replace(_INVERTED, name=name, head_selection=heads, token_selection=words)
-        for name, heads, words in (
-            ("inverted, 5 steps, no selection", "off", "off"),
-            ("inverted, 5 steps, MHS only", "mhs", "off"),
-            ("inverted, 5 steps, MTTI only", "off", "mtti"),
-            ("inverted, 5 steps", "mhs", "mtti"),
-        )
-    ),
-    "ratio": tuple(replace(BOTH, name=f"ratio {r}", ratio=r) for r in (0.25, 0.75)),
-    "weight": tuple(replace(BOTH, name=f"weight {w:g}", weight=w) for w in (0.1, 0.3, 3.0)),
-    "temperature": tuple(replace(BOTH, name=f"temperature {t:g}", temperature=t) for t in (0.5, 1.0)),
-    "schedule": (replace(BOTH, name="schedule constant", schedule="constant"),),
-    "aligner": tuple(replace(BOTH, name=f"aligner {a}", aligner=a) for a in ("mlp", "pointwise", "conv")),
-}

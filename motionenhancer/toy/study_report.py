@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.toy.arms import ARMS, BOTH, PAIRS, SWEEPS, Regime
+from motionenhancer.toy.arms import ARMS, LEVEL, PAIRS, SWEEPS, Regime
 from motionenhancer.toy.scene import TASKS
 
 __all__ = ["interval", "summarise", "write_report"]
@@ -119,14 +119,11 @@ def _row(name: str, row: dict[str, Any]) -> str:
 
 
 def _groups(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of the arms that were run, and of each sweep's after "both selections", by title."""
-    there = summary["arms"]
-    groups = {"Arms": [a.name for a in ARMS if a.name in there]}
-    base = [name for name in groups["Arms"] if name == BOTH.name]
-    for sweep, arms in SWEEPS.items():
-        swept = [a.name for a in arms if a.name in there]
-        groups[f"Sweep: {sweep}"] = base + swept if swept else []
-    return {title: names for title, names in groups.items() if names}
+    """The names of the arms that were run, and of each sweep's, by title."""
+    named = {"Arms": ARMS, **{f"Sweep: {sweep}": arms for sweep, arms in SWEEPS.items()}}
+    there = {title: [a.name for a in arms if a.name in summary["arms"]] for title, arms in named.items()}
+    # A sweep begins with what it varies, which alone is no sweep.
+    return {title: names for title, names in there.items() if set(names) - {LEVEL.name}}
 
 
 def tables(summary: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from motionenhancer.prior import PriorSettings, extract_prior, read_attention, s
 from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy import fine_tuning, study
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
-from motionenhancer.toy.arms import ARMS, BOTH, PAIRS, SWEEPS, Regime
+from motionenhancer.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
 from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
 from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
@@ -157,12 +157,12 @@ def test_priors_are_made_once_a_clip_and_read_once_a_way(
     monkeypatch.setattr(teacher, "encode_video", encode_video)
     monkeypatch.setattr(fine_tuning, "_loaded", lambda _: teacher)
     monkeypatch.setattr(fine_tuning, "read_attention", reading)
-    high = replace(BOTH, noise_level=400).settings()
-    ways = [BOTH.settings(), replace(BOTH, token_selection="off").settings(), high]
+    high = replace(LEVEL, noise_level=400).settings()
+    ways = [LEVEL.settings(), replace(LEVEL, token_selection="off").settings(), high]
     assert make_priors(ways, tmp_path, folder, range(2, 4)) == 2
     assert len(encoded) == 2
     assert reads == [200, 400] * 2
-    assert make_priors([*ways, replace(BOTH, noise_level=20).settings()], tmp_path, folder, range(3)) == 3
+    assert make_priors([*ways, replace(LEVEL, noise_level=20).settings()], tmp_path, folder, range(3)) == 3
     assert len(encoded) == 5  # those of the third clip again
     assert reads[4:] == [200, 400, 20] * 2 + [20]
 
@@ -178,43 +178,43 @@ def test_arms_differ_in_one_thing() -> None:
     arms = {arm for sweep in (ARMS, *SWEEPS.values()) for arm in sweep}
     assert len({arm.name for arm in arms}) == len(arms)
     assert {name for pair in PAIRS for name in pair} <= {arm.name for arm in arms}
-    for field, sweep in (
-        ("noise_level", "noise level"),
-        ("ratio", "ratio"),
-        ("weight", "weight"),
-        ("schedule", "schedule"),
-        ("temperature", "temperature"),
-        ("aligner", "aligner"),
+    for field, sweep, base in (
+        ("steps", "steps", BOTH),
+        ("noise_level", "noise level", LEVEL),
+        ("ratio", "ratio", LEVEL),
+        ("weight", "weight", LEVEL),
+        ("schedule", "schedule", LEVEL),
+        ("temperature", "temperature", LEVEL),
+        ("aligner", "aligner", LEVEL),
     ):
         for arm in SWEEPS[sweep]:
-            changed = {k for k, v in asdict(arm).items() if v != asdict(BOTH)[k]}
-            assert changed == {"name", field}
-    assert [arm.steps for arm in SWEEPS["steps"]] == [2, 5, 10]
-    inverted = SWEEPS["steps"][1]
-    assert asdict(inverted) == asdict(replace(BOTH, name=inverted.name, mode="reconstruct", steps=5))
-    for arm, plainly in zip(SWEEPS["selection, inverted"], (*ARMS[1:4], BOTH), strict=True):
-        assert asdict(arm) == asdict(replace(plainly, name=arm.name, mode="reconstruct", steps=5))
-        assert arm.name in (inverted.name, f"{inverted.name}, {plainly.name}")
+            changed = {k for k, v in asdict(arm).items() if v != asdict(base)[k]}
+            assert changed == {"name", field} or arm == base
+    assert (BOTH.mode, BOTH.steps) == ("reconstruct", PriorSettings().steps)
+    assert asdict(LEVEL) == asdict(replace(BOTH, name=LEVEL.name, mode="renoise"))
+    for arm, inverted in zip(SWEEPS["selection at level 200"], ARMS[1:5], strict=True):
+        assert asdict(arm) == asdict(replace(inverted, name=arm.name, mode="renoise"))
+        assert arm == LEVEL or arm.name == f"{LEVEL.name}, {inverted.name}"
 
 
 def test_runs_are_planned_seed_by_seed_and_never_repeated(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     _, teacher, student = folders
-    runs = planned(TINY, 2, ["plain", "both selections"], ["ratio"], 1)
+    runs = planned(TINY, 2, ["plain", "both selections"], ["steps"], 1)
     assert [run.name for run in runs] == [
         "plain-0",
         "both_selections-0",
         "plain-1",
         "both_selections-1",
-        "ratio_0.25-0",
-        "ratio_0.75-0",
+        "2_steps-0",
+        "10_steps-0",
     ]
-    assert len(wanted_priors(runs)) == 3  # as selection varies
+    assert len(wanted_priors(runs)) == 3  # as the number of steps varies
     assert wanted_priors(planned(TINY, 1, ["plain", "true masks"], [], 1)) == []
-    assert len(wanted_priors(planned(TINY, 1, [], ["noise level"], 1))) == 8
-    swept = planned(TINY, 1, ["plain"], ["steps", "selection, inverted"], 1)
-    assert len(swept) == len(set(swept)) == 1 + 3 + 3  # both selections in 5 steps are in either sweep
+    assert len(wanted_priors(planned(TINY, 1, [], ["noise level"], 1))) == 4 + 5
+    swept = planned(TINY, 1, ["plain"], ["ratio", "weight"], 1)
+    assert len(swept) == len(set(swept)) == 1 + 1 + 2 + 3  # what is varied is in either sweep
     (tmp_path / "runs").mkdir()
     for run in runs[:2]:
         done = {"arm": asdict(run.arm), "regime": asdict(TINY), "models": models(run.arm, teacher, student)}
@@ -335,7 +335,7 @@ def test_intervals_and_gains(tmp_path: Path) -> None:
                 "accuracy": {"overall": value, "average": value, "tasks": tasks},
             }
             (tmp_path / "runs" / f"{name}-{seed}.json").write_text(json.dumps(record))
-    arm = SWEEPS["ratio"][0]
+    arm = SWEEPS["ratio"][1]
     record |= {"arm": asdict(arm), "seed": 0, "validation": {"overall": 61.0}}
     (tmp_path / "runs" / "sweep.json").write_text(json.dumps(record))
     found = summarise(tmp_path, TINY)
@@ -367,7 +367,7 @@ def test_a_sweep_is_shown_without_the_arm_that_it_varies_and_plotted(tmp_path: P
     assert not (tmp_path / "plots.png").exists()
     assert json.loads((tmp_path / "results.json").read_text())["arms"] == {}
     tasks = dict.fromkeys(("MR", "LM", "CM", "MO", "AO", "RC"), 50.0)
-    record = {"arm": asdict(SWEEPS["schedule"][0]), "seed": 0, "regime": asdict(TINY)}
+    record = {"arm": asdict(SWEEPS["schedule"][1]), "seed": 0, "regime": asdict(TINY)}
     record |= {"accuracy": {"overall": 50.0, "average": 50.0, "tasks": tasks}}
     (tmp_path / "runs" / "one.json").write_text(json.dumps(record))
     text = write_report(tmp_path, TINY)
