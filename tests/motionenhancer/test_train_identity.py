@@ -34,7 +34,6 @@ def changed(world: World, out: Path, **options: object) -> set[str]:
         ("lr_scheduler_kwargs", '{"num_cycles": 2}'),
         ("optim_args", "momentum=0.9"),
         ("optim_target_modules", "all-linear"),
-        ("label_smoothing_factor", 0.1),
         ("neftune_noise_alpha", 5.0),
         ("max_grad_norm", 0.5),
         ("average_tokens_across_devices", False),
