@@ -251,7 +251,7 @@ def keep(
         check_clip(request, name)
         store.write(request.key, prior)
     except VideoError:
-        return "priors used, but not kept: the clip changed while the run was going on"
+        return "priors used, but not kept: the clip changed while the run was going on, or is out of reach"
     except OSError as error:
         return f"priors used, but not kept: the store cannot be written ({error.strerror})"
     return ""

@@ -185,6 +185,10 @@ def test_what_is_wrong_with_a_clip_or_the_teacher_arrives(
         with pytest.raises(RefusedClip, match="on record, not tried again"):
             remote.submit(bad).result()
         assert [key for key, _ in store.refusals()] == [bad.key]
+        # Its key is of another clip: what was read is used, and not kept.
+        read = remote.submit(good).result()
+        assert "not kept: the clip changed" in read.lost
+        assert list(store) == []
         monkeypatch.setattr(teacher_thread, "extract_prior", None)
         kinds = [type(remote.submit(good).exception()).__name__ for _ in range(9)]
         remote.close()

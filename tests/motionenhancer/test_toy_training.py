@@ -250,6 +250,8 @@ def test_choices_of_heads_are_ranked_by_their_sharpened_lift() -> None:
     expected = {"least": of(2, 3), "median": 1.0, "largest": of(3, 2), "chosen": 1.0, "all": 1.0}
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-4)
     assert found["below"] == pytest.approx(2 / 6, abs=6e-4)
+    best = lift.compare_choices([(heads, mask, torch.tensor([0, 2]))])
+    assert (best["chosen"], best["below"]) == (best["largest"], pytest.approx(4 / 6, abs=6e-4))
     many = torch.rand(14, 1, 8)
     assert set(lift.compare_choices([(many, mask, torch.arange(7))])) == {"chosen", "all"}
 

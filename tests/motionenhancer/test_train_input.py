@@ -73,6 +73,7 @@ def test_an_unwritable_folder_is_refused(
         ({"teacher": "missing"}, "missing"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
         ({"video_root": "missing"}, "missing"),
+        ({"data": None}, "needs --data, the file that names its clips"),
         ({"ddim_steps": 3}, "steps=3"),
         ({"prior_source": "store"}, "python -m motionenhancer.extract"),
         ({"head_ratio": 0}, "head_ratio"),

@@ -61,6 +61,15 @@ def test_words_before_the_video_cannot_see_it_and_are_dropped(world: World, tmp_
     assert align_batch([blind], [last.encoded.layout]) is None
 
 
+def test_a_prior_that_goes_while_training_costs_its_sample_alone(world: World, tmp_path: Path) -> None:
+    _, dataset, _ = parts(world, tmp_path)
+    first, second = (sample.id for sample in dataset.samples[:2])
+    dataset.keys[first] = "f" * 64
+    item = dataset[0]
+    assert item.id == second
+    assert "no prior ffff" in item.skipped[first]
+
+
 def test_unreadable_clips_are_treated_alike_whenever_priors_are_made(world: World, tmp_path: Path) -> None:
     chosen, reports, weights = with_broken_clips(world, tmp_path), {}, {}
     for name, how in (
