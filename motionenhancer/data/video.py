@@ -10,42 +10,35 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import (
-    Progress,
-    Timeline,
-    VideoError,
-    av,
-    decode,
-    is_passing,
-    judge,
-    say,
-    scan,
-)
+from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, say
+from motionenhancer.data.timeline import Timeline, foretell, judge, measure
 
 __all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
 
-
 TIE = 1e-6
 """Seconds; two frames whose distances to a wanted time differ by less are equally near."""
+
+SKEW = math.tan(math.radians(1))
+"""A picture turned by less than one degree off a quarter turn is taken for a quarter turn."""
 
 
 @dataclass(frozen=True)
 class Video:
     """Sampled frames of a clip.
 
-    frames: (n, h, w, 3) uint8, upright.
-    timestamps: (n,) float64, seconds since the clip's first frame; equal where a frame was taken twice.
-    fps: mean frame rate of the file; duration: seconds, the last frame's own time included.
-    decoded: frames that came out of the decoder, of the ``source_frames`` that the file holds; decoding stops
-        once the last wanted frame is there.
-    errors: packets that could not be decoded.
+    Attributes:
+        frames: (n, h, w, 3) uint8, as the display matrix shows them.
+        timestamps: (n,) float64, seconds since the clip's first frame; equal where a frame was taken twice.
+        fps: mean frame rate of the clip.
+        duration: seconds of the whole clip, the last frame's own time included.
+        source_frames: frames that the clip shows.
+        errors: packets that failed to decode.
     """
 
     frames: np.ndarray
     timestamps: np.ndarray
     fps: float
     duration: float
-    decoded: int
     source_frames: int
     errors: int = 0
 
@@ -62,9 +55,30 @@ class VideoInfo:
     errors: int = 0
 
 
-def _upright(frame: Any) -> int:
-    """Return how many quarter turns counter-clockwise show the frame upright."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
+@dataclass(frozen=True)
+class _Orientation:
+    """How a decoded picture becomes the shown one: transposed first, then flipped."""
+
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+
+    def shown(self, height: int, width: int) -> tuple[int, int]:
+        return (width, height) if self.transposed else (height, width)
+
+
+def _orientation(path: Path, frame: Any) -> _Orientation:
+    """Read a frame's display matrix: where x and y of a decoded pixel go."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _Orientation()
+    # Rows (a, b, u), (c, d, v), (x, y, w), in fixed point: a pixel is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    kept, other = ((c, b), (a, d)) if transposed else ((a, d), (b, c))
+    if max(map(abs, other)) > SKEW * min(map(abs, kept)):
+        raise VideoError(path, "is shown turned by an angle other than a multiple of 90 degrees")
+    return _Orientation(transposed, upside_down=kept[1] < 0, mirrored=kept[0] < 0)
 
 
 def _target_size(
@@ -79,27 +93,49 @@ def _target_size(
     return h, max(1, min(math.floor(width * scale), max_pixels // h))
 
 
-def _to_array(frame: Any, turns: int, size: tuple[int, int]) -> np.ndarray:
-    height, width = size if turns % 2 == 0 else size[::-1]
-    picture = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    return np.ascontiguousarray(np.rot90(picture, turns))
+def _choose(
+    timeline: Timeline,
+    num_frames: int | None,
+    fps: float | None,
+    max_frames: int | None,
+    start: float | None,
+    end: float | None,
+) -> tuple[np.ndarray, int]:
+    """Return the indices of the wanted frames, ascending; one occurs twice where a clip is too short.
+
+    Returns:
+        The indices, and the index of the first frame behind ``end``: no later frame matters.
+    """
+    since = timeline.times - timeline.times[0]
+    lower = np.searchsorted(since, (start or 0.0) - TIE)
+    upper = int(np.searchsorted(since, end - TIE)) if end is not None else len(since)
+    times = since[lower:upper]
+    if not len(times):
+        return np.empty(0, np.int64), upper
+    duration = (since[upper] if upper < len(since) else timeline.duration) - times[0]
+    wanted = _choose_times(times, duration, num_frames, fps, max_frames)
+    right = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
+    left = right - 1
+    right = np.minimum(right, len(times) - 1)
+    earlier = wanted - times[left] <= times[right] - wanted + TIE
+    return lower + np.where(earlier, left, right), upper
 
 
 def _choose_times(
-    timeline: Timeline, num_frames: int | None, fps: float | None, max_frames: int | None
+    times: np.ndarray, duration: float, num_frames: int | None, fps: float | None, max_frames: int | None
 ) -> np.ndarray:
-    first, last = timeline.times[0], timeline.times[-1]
-    count = len(timeline.times)
+    first, last = times[0], times[-1]
+    count = len(times)
     most = max_frames if max_frames is not None else max(count, num_frames or 0)
     if num_frames is not None:
         wanted = min(num_frames, most)
     elif fps is not None:
-        wanted = max(1, math.floor(timeline.duration * fps + 1e-6))
+        wanted = max(1, math.floor(duration * fps + 1e-6))
         if wanted <= min(most, count):
             return np.minimum(first + np.arange(wanted) / fps, last)
         wanted = min(most, count)
     elif most >= count:
-        return timeline.times
+        return times
     else:
         wanted = most
     if wanted == 1:
@@ -118,13 +154,25 @@ def _check_number(name: str, value: Any, *, whole: bool = True) -> None:
 
 
 def _check_arguments(
-    num_frames: Any, fps: Any, max_frames: Any, max_pixels: Any, size: Any, min_frames: Any
+    num_frames: Any,
+    fps: Any,
+    max_frames: Any,
+    max_pixels: Any,
+    size: Any,
+    min_frames: Any,
+    start: Any,
+    end: Any,
 ) -> None:
     _check_number("num_frames", num_frames)
     _check_number("fps", fps, whole=False)
     _check_number("max_frames", max_frames)
     _check_number("max_pixels", max_pixels)
     _check_number("min_frames", min_frames)
+    if start:
+        _check_number("start", start, whole=False)
+    _check_number("end", end, whole=False)
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"end must lie behind start, got start {start!r} and end {end!r}")
     if num_frames is not None and fps is not None:
         raise ValueError(f"num_frames and fps exclude each other, got {num_frames} and {fps}")
     if size is not None:
@@ -145,32 +193,34 @@ def read_frames(
     max_pixels: int | None = None,
     size: tuple[int, int] | None = None,
     min_frames: int = 1,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Video:
-    """Decode frames of a clip, sampled over its time, in one pass that keeps only what is asked for.
+    """Decode frames of a clip, sampled over its time, and keep only the frames that are asked for.
 
-    Times are taken from the packets, so a variable frame rate and a wrong header do no harm. For each wanted
-    time the nearest frame is kept, the earlier of two equally near. Frames are turned upright.
+    The timeline is that of the frames that decode, in the order in which they are shown. Where their time
+    stamps do not increase, the order rules. For each wanted time the nearest frame is kept; a tie goes to the
+    earlier one. Frames are shown as the file's display matrix says: turned, mirrored, or both.
 
-    Parameters
-    ----------
-    path: any file that ffmpeg reads.
-    num_frames: exactly so many, evenly from the first frame to the last; a shorter clip repeats frames.
-    fps: so many a second from the first frame on, never more than the file holds.
-    max_frames: with fps or alone: if there are more, so many evenly from the first frame to the last.
-    max_pixels: shrink frames to at most this many pixels, shape kept.
-    size: (height, width) to resize to.
-    min_frames: refuse a file with fewer frames; 2 refuses stills.
+    Args:
+        path: a file of a container format that libav reads (``motionenhancer.data.decode.FORMATS``).
+        num_frames: exactly this many, evenly from the first to the last; a shorter clip repeats frames.
+        fps: frames a second from the first frame on, never more than the clip holds.
+        max_frames: with fps or alone: if there are more, this many evenly from the first to the last.
+        max_pixels: shrink frames to at most this many pixels, shape kept.
+        size: (height, width) in pixels to resize to.
+        min_frames: refuse a clip with fewer frames; 2 refuses stills.
+        start, end: read only frames shown from ``start`` on and before ``end``, in seconds since the clip's
+            first frame. All sampling happens within them.
 
     Without num_frames, fps and max_frames all frames are returned.
 
-    Returns
-    -------
-    Video
+    Returns:
+        Video: timestamps count from the clip's first frame, also for a segment.
 
-    Raises
-    ------
-    VideoError: missing, empty, not a video, without video stream or frames, truncated, damaged, too short.
-    ValueError, TypeError: an argument out of range, or two that exclude each other.
+    Raises:
+        VideoError: missing, empty, not a video, no video stream, no frames, truncated, damaged, too short.
+        ValueError, TypeError: an argument out of range, or two that exclude each other.
 
     >>> import tempfile
     >>> from motionenhancer.toy.encode import encode_video
@@ -180,40 +230,59 @@ def read_frames(
     >>> video.frames.shape, video.timestamps.tolist(), video.duration
     ((3, 16, 32, 3), [0.0, 0.375, 0.875], 1.0)
     """
-    _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames)
+    _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames, start, end)
     path = Path(path)
-    timeline = scan(path)
-    held = len(timeline.times)
-    if held < min_frames:
+    predicted, whole = foretell(path)
+    wanted = (num_frames, fps, max_frames, start, end)
+    video = None
+    if predicted is not None:
+        video = _pick(path, predicted, *_choose(predicted, *wanted), size, max_pixels)
+    if video is None:
+        # The decoder shows other frames than the packets promise.
+        timeline = measure(path, whole)
+        chosen, stop = _choose(timeline, *wanted)
+        if not len(chosen):
+            until = f" and before {end:g} s" if end is not None else ""
+            said = f"has no frames from {start or 0:g} s on{until}; it lasts {timeline.duration:.3g} s"
+            raise VideoError(path, said)
+        video = _pick(path, timeline, chosen, stop, size, max_pixels)
+    if video is None:
+        raise VideoError(path, "gives other frames each time it is decoded")
+    if video.source_frames < min_frames:
+        held = video.source_frames
         raise VideoError(path, f"has {held} frame{'s' if held > 1 else ''}, needs at least {min_frames}")
-    targets = _choose_times(timeline, num_frames, fps, max_frames)
+    return video
 
+
+def _pick(
+    path: Path,
+    timeline: Timeline,
+    chosen: np.ndarray,
+    stop: int,
+    size: tuple[int, int] | None,
+    max_pixels: int | None,
+) -> Video | None:
+    """Decode a clip and convert the chosen frames; None if they are not those of the timeline."""
+    if not len(chosen):
+        return None
     progress = Progress()
-    pictures: list[np.ndarray] = []
-    stamps: list[float] = []
+    # One converter a clip, with one thread: setting one up takes longer than converting a small frame.
+    converter = av.video.reformatter.VideoReformatter()
+    pictures: dict[int, np.ndarray] = {}
     shape: tuple[int, int] | None = None
-    before: tuple[float, Any] | None = None
-
-    def keep(time: float, frame: Any) -> None:
-        nonlocal shape
-        turns = _upright(frame)
-        if shape is None:
-            upright = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
-            shape = _target_size(*upright, size, max_pixels)
-        again = bool(stamps) and stamps[-1] == time
-        pictures.append(pictures[-1] if again else _to_array(frame, turns, shape))
-        stamps.append(time)
-
-    frames = decode(path, timeline, progress)
+    needed = set(chosen.tolist())
+    frames = decode(path, progress)
     try:
-        for time, frame in frames:
-            while len(stamps) < len(targets) and targets[len(stamps)] <= time:
-                wanted = targets[len(stamps)]
-                earlier = before is not None and wanted - before[0] <= time - wanted + TIE
-                keep(*(before if before is not None and earlier else (time, frame)))
-            if len(stamps) == len(targets):
+        for index, frame in enumerate(frames):
+            if index >= len(timeline.stamps) or frame.pts != timeline.stamps[index]:
+                return None
+            if index == stop:
                 break
-            before = (time, frame)
+            if index not in needed:
+                continue
+            turn = _orientation(path, frame)
+            shape = shape or _target_size(*turn.shown(frame.height, frame.width), size, max_pixels)
+            pictures[index] = _to_array(converter, frame, turn, shape)
     except (av.error.FFmpegError, MemoryError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
@@ -221,44 +290,52 @@ def read_frames(
         raise VideoError(path, reason, is_passing(error)) from None
     finally:
         frames.close()  # type: ignore[attr-defined]
-    judge(path, timeline, progress, complete=len(stamps) < len(targets))
-    while before is not None and len(stamps) < len(targets):
-        keep(*before)
+    if progress.decoded != min(stop + 1, len(timeline.stamps)):
+        return None
+    judge(path, progress, timeline.whole or stop < len(timeline.stamps))
     return Video(
-        frames=np.stack(pictures),
-        timestamps=np.array(stamps) - timeline.times[0],
+        frames=np.stack([pictures[index] for index in chosen.tolist()]),
+        timestamps=timeline.times[chosen] - timeline.times[0],
         fps=timeline.fps,
         duration=timeline.duration,
-        decoded=progress.decoded,
-        source_frames=held,
+        source_frames=len(timeline.stamps),
         errors=progress.errors,
     )
 
 
-def check_video(path: str | Path) -> VideoInfo:
-    """Decode a whole clip, keeping nothing, and say what it holds.
+def _to_array(converter: Any, frame: Any, turn: _Orientation, shape: tuple[int, int]) -> np.ndarray:
+    height, width = turn.shown(*shape)
+    converted = converter.reformat(
+        frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
+    )
+    picture = converted.to_ndarray()
+    if turn.transposed:
+        picture = picture.swapaxes(0, 1)
+    return np.ascontiguousarray(picture[:: -1 if turn.upside_down else 1, :: -1 if turn.mirrored else 1])
 
-    Raises
-    ------
-    VideoError: as :func:`read_frames`.
+
+def check_video(path: str | Path) -> VideoInfo:
+    """Decode a whole clip, keep nothing, and return what it holds.
+
+    Raises:
+        VideoError: as :func:`read_frames`.
     """
     path = Path(path)
-    timeline = scan(path)
+    _, whole = foretell(path)
     progress = Progress()
     shape = (0, 0)
-    for _, frame in decode(path, timeline, progress):
-        if progress.decoded == 1:
-            shape = (frame.height, frame.width) if _upright(frame) % 2 == 0 else (frame.width, frame.height)
-    judge(path, timeline, progress, complete=True)
+    timeline = measure(path, whole, progress)
+    for frame in decode(path, Progress()):
+        shape = _orientation(path, frame).shown(frame.height, frame.width)
+        break
     return VideoInfo(progress.decoded, *shape, timeline.fps, timeline.duration, progress.errors)
 
 
 def content_digest(path: str | Path) -> str:
     """Return the sha256 of a file's bytes in hex, whatever the file's name; read in pieces.
 
-    Raises
-    ------
-    VideoError: a file that is not there or cannot be read.
+    Raises:
+        VideoError: a file that is not there or cannot be read.
     """
     try:
         with open(path, "rb") as file:

@@ -1,0 +1,230 @@
+"""When each frame of a clip is shown: foretold from its packets, measured from what decodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say
+from motionenhancer.data.truncation import missing_share
+
+__all__ = ["Timeline", "foretell", "judge", "measure"]
+
+MISSING_SHARE = 0.05
+"""A clip is refused when more than this share of it is missing or fails to decode."""
+
+_HELD = 4
+"""Frames that may still come out of a decoder after the packet that it fails to decode."""
+
+_REORDERED = 16
+"""A codec reorders at most this many frames; a stamp that falls by more starts a joined clip."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a clip in the order in which they are shown.
+
+    Attributes:
+        stamps: each frame's own time stamp in the stream's time base; None for a frame without one.
+        times: (n,) float64, strictly increasing, seconds. Equal to the stamps where those increase; elsewhere
+            the order of the frames rules.
+        duration: seconds from the first frame to the end of the last.
+        fps: mean frame rate.
+        whole: whether the file's own bytes prove that it is not cut off.
+    """
+
+    stamps: list[int | None]
+    times: np.ndarray
+    duration: float
+    fps: float
+    whole: bool
+
+
+@dataclass
+class _Packets:
+    stamps: list[int | None]
+    last_length: int = 0
+    problem: str = ""
+    cut: bool = False
+
+
+def _read_packets(container: Any, stream: Any) -> _Packets:
+    found = _Packets([])
+    cut: dict[int, bool] = {}
+    try:
+        for packet in container.demux():
+            if packet.dts is None and packet.pts is None and packet.size == 0:
+                continue
+            cut[packet.stream_index] = packet.is_corrupt
+            if packet.stream_index == stream.index and not packet.is_discard:
+                found.stamps.append(packet.pts)
+                found.last_length = packet.duration or found.last_length
+    except (av.error.FFmpegError, OSError) as error:
+        found.problem = f" ({say(error)})"
+        if is_passing(error):
+            raise
+    found.cut = any(cut.values())
+    return found
+
+
+def foretell(path: Path) -> tuple[Timeline | None, bool]:
+    """Read all packets of a clip without decoding any.
+
+    Returns:
+        The timeline if every packet has a time stamp of its own, else None; and whether the file's own bytes
+        prove that it is not cut off. The timeline is a prediction: a decoder may show fewer frames (leading
+        pictures without their reference, packets without a picture) or other stamps.
+
+    Raises:
+        VideoError: a file that cannot be opened, holds no packets, is damaged between them, or is cut off.
+    """
+    with opened(path) as (container, stream):
+        try:
+            packets = _read_packets(container, stream)
+            missing = missing_share(path, stream)
+        except OSError as error:
+            raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
+        base, rate = float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
+    count = len(packets.stamps)
+    if missing is None and packets.cut:
+        missing = 1.0
+    if missing is not None and missing > MISSING_SHARE:
+        raise VideoError(path, _cut_reason(missing, count))
+    if not count:
+        raise VideoError(path, f"has no frames{packets.problem}")
+    if packets.problem:
+        raise VideoError(path, f"damaged after {count} frames{packets.problem}")
+    whole = missing is not None
+    known = sorted(stamp for stamp in packets.stamps if stamp is not None)
+    if len(known) < count or len(set(known)) < count or not base:
+        return None, whole
+    return _timeline(list(known), known, packets.last_length, base, rate, whole), whole
+
+
+def _cut_reason(missing: float, count: int) -> str:
+    if missing < 1:
+        return f"truncated: {missing:.0%} of it lies beyond the end of the file, which holds {count} frames"
+    return (
+        f"truncated: the file ends in the middle of its data, after {count} frames "
+        "(to use what is there: ffmpeg -i FILE -c copy NEW_FILE)"
+    )
+
+
+def measure(path: Path, whole: bool, progress: Progress | None = None) -> Timeline:
+    """Decode a clip, keep no frame, and return the timeline of what comes out.
+
+    Args:
+        path: the file.
+        whole: as :func:`foretell` returned it.
+        progress: counts the frames and errors.
+
+    Raises:
+        VideoError: as :func:`judge`.
+    """
+    progress = progress or Progress()
+    pts: list[int | None] = []
+    dts: list[int | None] = []
+    length = 0
+    with opened(path) as (_, stream):
+        base, rate = float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
+    for frame in decode(path, progress):
+        pts.append(frame.pts)
+        dts.append(frame.dts)
+        length = frame.duration or length
+    judge(path, progress, whole)
+    return _timeline(pts, _increasing(pts, dts, base, rate), length, base, rate, whole)
+
+
+def _timeline(
+    stamps: list[int | None], shown: Any, last_length: int, base: float, rate: float, whole: bool
+) -> Timeline:
+    times = np.asarray(shown, np.float64) * (base or 1.0)
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else (1.0 / rate if rate else 0.0)
+    # A last packet may carry a nonsense duration; nothing is shown for longer than it took so far.
+    length = min(last_length * base, float(times[-1] - times[0]) + gap) if last_length and base else gap
+    duration = float(times[-1] - times[0]) + length
+    return Timeline(stamps, times, duration, len(times) / duration if duration > 0 else rate, whole)
+
+
+def _increasing(pts: list[int | None], dts: list[int | None], base: float, rate: float) -> np.ndarray:
+    """Return a strictly increasing stamp for each frame, in units of the time base.
+
+    Args:
+        pts, dts: the stamps that the frames came out with, in the order in which they are shown.
+        base: seconds a unit; 0 if the stream has no time base, then the result is in seconds.
+        rate: frames a second, for frames without any stamp; 0 if unknown.
+    """
+    step = 1.0 / (rate or 25.0) / (base or 1.0)
+    if not base:
+        return np.arange(len(pts)) * step
+    shown = _filled(pts, step)
+    if None not in pts and (np.diff(shown) > 0).all():
+        return shown
+    # Packets in decoding order: AVI with B-frames, MP4 without composition offsets.
+    decoded = _filled(dts, step)
+    if sum(stamp is not None for stamp in dts) * 2 > len(dts) and (np.diff(decoded) > 0).all():
+        return decoded
+    return _spread(np.sort(_joined(shown, step)), step)
+
+
+def _filled(stamps: list[int | None], step: float) -> np.ndarray:
+    """Give frames without a stamp one between their neighbours', or ``step`` beyond the first or last."""
+    index = np.array([i for i, stamp in enumerate(stamps) if stamp is not None], np.int64)
+    places = np.arange(len(stamps), dtype=np.float64)
+    if not len(index):
+        return places * step
+    values = np.array([stamps[i] for i in index], np.float64)
+    steps = np.diff(values)
+    step = float(np.median(steps[steps > 0])) if (steps > 0).any() else step
+    filled = np.interp(places, index, values)
+    filled -= np.maximum(0, index[0] - places) * step
+    filled += np.maximum(0, places - index[-1]) * step
+    return filled
+
+
+def _joined(stamps: np.ndarray, step: float) -> np.ndarray:
+    """Let each clip of a joined file go on where the one before ended."""
+    steps = np.diff(stamps)
+    step = float(np.median(steps[steps > 0])) if (steps > 0).any() else step
+    result, offset, latest = stamps.copy(), 0.0, stamps[0]
+    for i in range(1, len(stamps)):
+        if stamps[i] + offset < latest - _REORDERED * step:
+            offset = latest + step - stamps[i]
+        result[i] = stamps[i] + offset
+        latest = max(latest, result[i])
+    return result
+
+
+def _spread(stamps: np.ndarray, step: float) -> np.ndarray:
+    """Spread frames of one stamp evenly up to the next stamp."""
+    values, index, counts = np.unique(stamps, return_inverse=True, return_counts=True)
+    steps = np.append(np.diff(values), np.median(np.diff(values)) if len(values) > 1 else step * counts[-1])
+    within = np.arange(len(stamps)) - (np.cumsum(counts) - counts)[index]
+    return values[index] + within * (steps / counts)[index]
+
+
+def judge(path: Path, progress: Progress, whole: bool) -> None:
+    """Refuse a clip of which too much failed to decode.
+
+    Args:
+        path: the file.
+        progress: of a decoder that reached the end.
+        whole: whether the file's own bytes prove that it is not cut off. Where nothing does, damaged last
+            frames tell of a cut.
+
+    Raises:
+        VideoError: no frame came out, more than ``MISSING_SHARE`` failed, or the last frames are damaged.
+    """
+    decoded, errors = progress.decoded, progress.errors
+    if decoded == 0:
+        why = f" ({progress.first_error})" if progress.first_error else ""
+        raise VideoError(path, f"none of its frames can be decoded{why}")
+    if errors > MISSING_SHARE * (decoded + errors):
+        said = f"{errors} of {decoded + errors} packets fail to decode, first at {progress.first_error}"
+        raise VideoError(path, f"damaged: {said}")
+    damaged_end = max([progress.last_error, *progress.corrupt]) >= max(0, decoded - _HELD)
+    if damaged_end and not whole:
+        raise VideoError(path, _cut_reason(1, decoded))

@@ -1,0 +1,117 @@
+"""Whether a file ends before its content does, by the evidence of its own bytes."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["missing_share"]
+
+_HEAD = 64 * 1024
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def missing_share(path: Path, stream: Any) -> float | None:
+    """Return which share of a clip lies beyond the end of its file.
+
+    A count of frames in a header is no evidence: edit lists and empty chunks lower what is shown.
+
+    Args:
+        path: the file.
+        stream: PyAV's video stream, after all packets were read.
+
+    Returns:
+        0 for a file that is proven whole, 1 for one that is cut at an unknown place, a share between them if
+        the file says how much it held, and None if the format leaves no evidence.
+    """
+    name = stream.container.format.name
+    size = os.path.getsize(path)
+    if name.startswith("mov"):
+        return _of_samples(stream, size)
+    with open(path, "rb") as file:
+        declared = _DECLARED[name](file.read(_HEAD)) if name in _DECLARED else None
+        if declared is not None:
+            return max(0.0, 1 - size / declared)
+        if name == "flv":
+            return None if _ends_with_tag(file, size) else 1.0
+        if name == "mpegts":
+            return 1.0 if _ends_in_a_packet(file, size) else None
+        if name == "ogg":
+            return None if _ends_with_last_page(file, size) else 1.0
+    return None
+
+
+def _of_samples(stream: Any, size: int) -> float | None:
+    entries = stream.index_entries
+    beyond = sum(entry.pos + entry.size > size for entry in entries)
+    # A fragmented file states no number of frames: nobody knows which fragments followed.
+    fragmented = not stream.frames
+    if fragmented:
+        return 1.0 if beyond else None
+    return beyond / max(1, len(entries))
+
+
+def _riff_size(head: bytes) -> int | None:
+    size = int.from_bytes(head[4:8], "little")
+    # Recorders write 0 or -1 and correct it at the end.
+    return size + 8 if head[:4] == b"RIFF" and 0 < size < 0xFFFFFFFF else None
+
+
+def _matroska_size(head: bytes) -> int | None:
+    at = head.find(b"\x18\x53\x80\x67") + 4  # The segment's id, then its size as a number of variable length.
+    if at < 4 or at >= len(head) or not head[at]:
+        return None
+    length = 9 - head[at].bit_length()
+    size = int.from_bytes(head[at : at + length], "big") - (1 << 7 * length)
+    unknown = (1 << 7 * length) - 1  # All bits set: written while recording.
+    return None if size == unknown else at + length + size
+
+
+def _asf_size(head: bytes) -> int | None:
+    at = head.find(_ASF_FILE_PROPERTIES)
+    size = int.from_bytes(head[at + 40 : at + 48], "little") if at >= 0 else 0
+    return size or None
+
+
+def _flv_size(head: bytes) -> int | None:
+    name = b"\x00\x08filesize\x00"  # A property: length of its name, name, type "number".
+    at = head.find(name)
+    value = head[at + len(name) : at + len(name) + 8]
+    size = struct.unpack(">d", value)[0] if at >= 0 and len(value) == 8 else 0.0
+    return int(size) if 0 < size < 2**63 else None
+
+
+_DECLARED = {"avi": _riff_size, "matroska,webm": _matroska_size, "asf": _asf_size, "flv": _flv_size}
+"""By libav's name of a format: reads the file's size in bytes from its header; None if it states none."""
+
+
+def _ends_with_tag(file: BinaryIO, size: int) -> bool:
+    """Whether an FLV file ends with the size of its last tag, behind that tag."""
+    file.seek(size - 4)
+    length = int.from_bytes(file.read(4), "big")
+    if not 11 <= length <= size - 4:
+        return False
+    file.seek(size - 4 - length)
+    tag = file.read(4)
+    return tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:4], "big") + 11 == length
+
+
+def _ends_in_a_packet(file: BinaryIO, size: int) -> bool:
+    """Whether a transport stream ends in the middle of a packet."""
+    file.seek(0)
+    head = file.read(_HEAD)
+    for length, first in ((188, 0), (192, 4), (204, 0)):
+        starts = head[first : first + 8 * length : length]
+        if starts and set(starts) == {0x47}:
+            return size % length != 0
+    return False
+
+
+def _ends_with_last_page(file: BinaryIO, size: int) -> bool:
+    """Whether the last page of an Ogg file is marked as the last one of its stream."""
+    file.seek(max(0, size - _HEAD - 255))
+    tail = file.read()
+    at = tail.rfind(b"OggS")
+    return at < 0 or (len(tail) > at + 5 and bool(tail[at + 5] & 4))
