@@ -43,7 +43,7 @@ def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # x264's macroblock tree makes the same frames into different bytes from one call to the next.
     options = {"crf": "14", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {"qscale": "2"}
-    with av.open(str(path), mode="w", format="mp4") as container:
+    with av.open(f"file:{path}", mode="w", format="mp4") as container:
         stream: Any = container.add_stream(
             codec, rate=Fraction(fps).limit_denominator(65535), options=options
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from motionenhancer.data import VideoError, check_video, read_frames
+from motionenhancer.toy.encode import encode_video
 
 
 def shade(index):
@@ -320,9 +321,8 @@ def test_a_cover_alone_is_no_film(tmp_path):
     ["00:12:30.mp4", "50%.mp4", "a%03d.mp4", "-i.mp4", "pipe:0", "http:a.mp4", "concat:a|b.mp4", "a?b#c.mp4"],
 )
 def test_a_path_is_a_path(tmp_path, monkeypatch, name):
-    write(tmp_path / "plain.mp4", 5)
-    (tmp_path / "plain.mp4").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    encode_video(name, np.stack([shade(i) for i in range(5)]), fps=25)
     assert indices(read_frames(name).frames) == list(range(5))
     assert indices(read_frames(tmp_path / name).frames) == list(range(5))
     assert check_video(name).frames == 5
