@@ -39,8 +39,8 @@ def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Itera
     """Call ``callback`` after each attention of ``modules``; others, such as a vision tower's, pass unseen.
 
     It is given the implementation's name (see ``implementation_name``), the module, query (B, Hq, N, D),
-    key (B, Hkv, N, D), the mask and the keyword arguments. When the context ends, in whatever way, the registry
-    is as it was.
+    key (B, Hkv, N, D), the mask and the keyword arguments. When the context ends, in whatever way, the
+    registry is as it was.
 
     Raises
     ------
