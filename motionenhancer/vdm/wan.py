@@ -5,8 +5,7 @@ softmax, over all vision positions, of that word's scores. Heads of the two atte
 selection scores the self-attention's, and a word's row is the mean over all heads of the cross-attention.
 
 Wan 2.2 A14B has two experts of one shape: one for noise levels from a boundary up, one for those below. Each
-level is evaluated, and its attention read, in its own expert. A head is pooled by its index over both experts, as
-over layers and steps.
+level is evaluated, and its attention read, in its own expert. A head is pooled by its index over both.
 """
 
 from __future__ import annotations
