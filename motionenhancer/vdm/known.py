@@ -213,6 +213,8 @@ def check_fields(file: Path, name: str, given: Mapping[str, Any] | None = None) 
     if given is None:
         try:
             given = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}: no such file, but model_index.json names {name}") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from error
         if not isinstance(given, dict):

@@ -160,8 +160,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _parameters(folder: Path) -> int:
     """Numbers in a part's safetensors files, from their headers; other variants of the weights left out."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    count, files = 0, sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no safetensors weights in it")
+    for file in files:
         if any(f".{variant}." in file.name or f".{variant}-" in file.name for variant in ("fp16", "bf16")):
             continue
         with file.open("rb") as stream:

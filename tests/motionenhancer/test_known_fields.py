@@ -213,7 +213,10 @@ def test_files_that_are_missing_or_broken_are_named(folder: Path) -> None:
             with pytest.raises(ValueError, match=f"{re.escape(str(folder / file))}: {says}"):
                 plan_teacher(folder)
         (folder / file).unlink()
-        with pytest.raises(FileNotFoundError, match=re.escape(file)):
+        with pytest.raises(FileNotFoundError, match=f"{re.escape(str(folder / file))}: no such file"):
             plan_teacher(folder)
         (folder / file).write_text(whole)
     plan_teacher(folder)
+    next((folder / "transformer").glob("*.safetensors")).rename(folder / "transformer" / "model.bin")
+    with pytest.raises(FileNotFoundError, match="transformer: no safetensors weights"):
+        plan_teacher(folder)
