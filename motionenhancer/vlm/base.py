@@ -297,6 +297,7 @@ def check_config(folder: Path) -> StudentFamily:
             configuration knows; or transformers refuses the configuration. The message names the field.
     """
     from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     family = student_family(_model_type(folder))
     given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -315,6 +316,15 @@ def check_config(folder: Path) -> StudentFamily:
                     f"{folder / 'config.json'}: {field_name} is {section[field_name]!r}; the installed "
                     f"{type(config).__name__} does not read this field, and would compute another model"
                 )
+        # transformers leaves weights of a method that it does not know as they are.
+        method = (section.get("quantization_config") or {}).get("quant_method")
+        if method is not None and not any(
+            name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING
+        ):
+            raise ValueError(
+                f"{folder / 'config.json'}: quantization_config has the quant_method {method!r}, which the "
+                "installed transformers does not know"
+            )
     return family
 
 

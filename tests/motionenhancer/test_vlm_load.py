@@ -132,6 +132,7 @@ def test_attention_of_the_language_model_only(student_dir: Path) -> None:
         (None, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; the installed"),
         ("text_config", {"rope_parameters": {"rope_type": "new", "rope_theta": 1.0}}, "rope_type is 'new'"),
         ("text_config", {"hidden_act": "new"}, "hidden_act is 'new'"),
+        (None, {"quantization_config": {"quant_method": "new"}}, "quant_method 'new'"),
         ("text_config", {"layer_types": ["new", "full_attention"]}, "layer_types"),
     ],
 )
