@@ -310,7 +310,7 @@ def check_config(folder: Path) -> StudentFamily:
     parts = [config, *(getattr(config, name) for name in type(config).sub_configs)]
     known = {name for part in parts for name in inspect.signature(type(part).__init__).parameters}
     for section in (given, *(value for value in given.values() if isinstance(value, dict))):
-        for field_name in _CHANGES - known:
+        for field_name in sorted(_CHANGES - known):
             if section.get(field_name) not in (None, False):
                 raise ValueError(
                     f"{folder / 'config.json'}: {field_name} is {section[field_name]!r}; the installed "
