@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
+import re
 from typing import Any
 
 import torch
@@ -17,6 +19,13 @@ Result = tuple[Tensor, Tensor]
 
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "xformers": "xformers.ops"}
 """Backend names and the modules they need."""
+
+_MEMBERS = {
+    "flash_attn": ("flash_attn_func",),
+    "flash_attn_3": ("flash_attn_func",),
+    "xformers": ("fmha", "LowerTriangularMask"),
+}
+"""What each adapter takes from its module."""
 
 
 @torch.compiler.assume_constant_result
@@ -28,15 +37,44 @@ def missing(backend: str) -> tuple[str, ...]:
 @functools.cache
 def _missing(backend: str) -> tuple[str, ...]:
     name = PACKAGES[backend]
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        return (f"the package {name.partition('.')[0]} is not installed",)
+    package = name.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return (f"the package {package} is not installed",)
+    folders = getattr(spec, "submodule_search_locations", None)
+    if folders and spec.origin is None:
+        return (
+            f"the package {package} is not installed: {next(iter(folders))} is a namespace package without "
+            "code of its own (flash-attn 4 alone leaves such a flash_attn)",
+        )
     if not torch.cuda.is_available():
         return ("no CUDA device",)
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:
         return (f"importing {name} failed: {error}",)
-    return ()
+    lacking = [member for member in _MEMBERS[backend] if not hasattr(module, member)]
+    return tuple(f"{name} has no {member}: another package or release" for member in lacking)
+
+
+@torch.compiler.assume_constant_result
+def other_alignment(backend: str) -> tuple[str, ...]:
+    """Why a backend's causal mask differs from ours where queries and keys differ in number.
+
+    flash-attn aligns the last query with the last key, as we do, since 2.1 (its README, "Changelog").
+    """
+    if backend == "flash_attn_3":
+        return ()
+    what = "causal attention with different query and key lengths"
+    if backend != "flash_attn":
+        return (f"{what} is aligned at the other end",)
+    try:
+        version = str(getattr(_module(backend), "__version__", "unknown"))
+    except Exception:
+        version = "unknown"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (2, 1):
+        return ()
+    return (f"{what} needs flash-attn 2.1 or later, whose mask is aligned at the end; found {version}",)
 
 
 def _module(backend: str) -> Any:
@@ -49,7 +87,7 @@ def flash_attn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: 
     out, lse, *_ = _module("flash_attn").flash_attn_func(
         *tensors, softmax_scale=scale, causal=causal, return_attn_probs=True
     )
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), _blind_rows(lse, key.shape[2], causal)
 
 
 def flash_attn_3(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
@@ -63,7 +101,16 @@ def flash_attn_3(query: Tensor, key: Tensor, value: Tensor, scale: float, causal
         if "return_attn_probs" not in str(error):
             raise
         result = function(*tensors, **options)
-    return result[0].transpose(1, 2), result[1]
+    return result[0].transpose(1, 2), _blind_rows(result[1], key.shape[2], causal)
+
+
+def _blind_rows(lse: Tensor, keys: int, causal: bool) -> Tensor:
+    """flash-attn writes +inf as the logsumexp of a row that sees no key; it is -inf."""
+    blind = lse.shape[2] - keys if causal else 0
+    if blind > 0:
+        lse = lse.clone()
+        lse[:, :, :blind] = -math.inf
+    return lse
 
 
 class _Xformers(torch.autograd.Function):

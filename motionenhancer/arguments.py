@@ -50,6 +50,10 @@ class PriorArguments:
     )
     ddim_steps: int = field(default=5, metadata={"help": "DDIM steps each way."})
     guidance_scale: float = field(default=6.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    guidance_scale_2: float | None = field(
+        default=None,
+        metadata={"help": "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same."},
+    )
     start: str = field(
         default="inverted",
         metadata={"help": "Where reconstruction starts.", "choices": ["inverted", "random"]},
@@ -133,6 +137,7 @@ class PriorArguments:
             return PriorSettings(
                 steps=self.ddim_steps,
                 guidance_scale=self.guidance_scale,
+                guidance_scale_2=self.guidance_scale_2,
                 start=self.start,
                 memory=self.memory,
                 head_ratio=self.head_ratio,

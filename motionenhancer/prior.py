@@ -50,6 +50,7 @@ class PriorSettings:
         head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
         token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
             space, which SentencePiece splits off before some pieces, is no token to keep in either.
+        guidance_scale_2: guidance of the levels that a second expert serves (Wan 2.2 A14B); None: the same.
     """
 
     steps: int = 5
@@ -65,6 +66,7 @@ class PriorSettings:
     step_weights: tuple[float, ...] | None = None
     head_selection: str = "mhs"
     token_selection: str = "mtti"
+    guidance_scale_2: float | None = None
 
     def __post_init__(self) -> None:
         choices = {"head": HEAD_SELECTIONS, "token": TOKEN_SELECTIONS}
@@ -80,8 +82,15 @@ class PriorSettings:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
-        if not np.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale must be a finite number >= 0, got {self.guidance_scale}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            value = getattr(self, name)
+            if value is not None and (not np.isfinite(value) or value < 0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if self.guidance_scale == 1.0 and self.guidance_scale_2 not in (None, 1.0):
+            raise ValueError(
+                f"guidance_scale_2 must be left out where guidance_scale is 1, which switches guidance off, "
+                f"got {self.guidance_scale_2}"
+            )
         if self.sampled_rows != "all" and not (isinstance(self.sampled_rows, int) and self.sampled_rows > 0):
             raise ValueError(f'sampled_rows must be a positive int or "all", got {self.sampled_rows!r}')
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -97,6 +106,9 @@ class PriorSettings:
         # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
         for name in ("guidance_scale", "head_ratio", "token_ratio"):
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.guidance_scale_2 is not None:
+            same = float(self.guidance_scale_2) == self.guidance_scale
+            object.__setattr__(self, "guidance_scale_2", None if same else float(self.guidance_scale_2))
         for kind in choices:
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
@@ -212,7 +224,7 @@ def extract_prior(
         text: what happens in the clip; its tokens are the rows of the prior.
         steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
         **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
-            head_selection, token_selection.
+            head_selection, token_selection, guidance_scale_2.
 
     Returns:
         A `MotionPrior`.
@@ -267,6 +279,7 @@ def read_attention(
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     if not text.strip():
         raise PriorError("text is empty")
+    check_guidance(settings, teacher.boundary)
     full = settings.mode == "reconstruct"
     schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
     seconds: dict[str, float] = {}
@@ -290,6 +303,7 @@ def read_attention(
                 prompt.embeds,
                 empty,
                 guidance_scale=settings.guidance_scale,
+                guidance_scale_2=settings.guidance_scale_2,
                 start=settings.start,
                 memory=settings.memory,
                 seed=settings.seed,
@@ -334,6 +348,15 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         evaluations=reading.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
+
+
+def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
+    """Raise where settings name a guidance for a second expert that the teacher does not have."""
+    if settings.guidance_scale_2 is not None and boundary is None:
+        raise ValueError(
+            f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) is for a teacher with a "
+            "second expert for low noise levels, and this one has none"
+        )
 
 
 def _spoken(prompt: TextEncoding) -> list[int]:

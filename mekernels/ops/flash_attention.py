@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,9 @@ def _cpu_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: 
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
-def _common_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
+def _common_reasons(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, package: str = ""
+) -> list[str]:
     reasons = []
     if value.shape[3] != query.shape[3]:
         reasons.append(f"value width {value.shape[3]} differs from query width {query.shape[3]}")
@@ -94,7 +97,7 @@ def _common_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, cau
             f"causal attention with a scale of {scale} gives NaN in fused kernels, it must be positive"
         )
     if causal and query.shape[2] != key.shape[2]:
-        reasons.append("causal attention with different query and key lengths is aligned at the other end")
+        reasons.extend(flash_packages.other_alignment(package))
     return reasons
 
 
@@ -111,8 +114,10 @@ def _no_cuda() -> list[str]:
     return [] if torch.cuda.is_available() else ["no CUDA device"]
 
 
-def _cuda_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
-    reasons = _common_reasons(query, key, value, scale, causal)
+def _cuda_reasons(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, package: str = ""
+) -> list[str]:
+    reasons = _common_reasons(query, key, value, scale, causal, package)
     if query.device.type != "cuda":
         return [f"runs on cuda, the tensors are on {query.device}", *reasons]
     if query.shape[3] % 8:
@@ -171,15 +176,17 @@ def _prefers_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, caus
     return not backends.reasons_of(table["cudnn"], query, key, value, scale, causal)
 
 
-def _package_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
-    found = _cuda_reasons(query, key, value, scale, causal) + _half_reasons(query, (8, 0))
+def _package_reasons(
+    package: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+) -> list[str]:
+    found = _cuda_reasons(query, key, value, scale, causal, package) + _half_reasons(query, (8, 0))
     if query.shape[3] > 256:
         found.append(f"width {query.shape[3]} is above 256")
     return found
 
 
 def _hopper_reasons(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> list[str]:
-    found = _package_reasons(query, key, value, scale, causal)
+    found = _package_reasons("flash_attn_3", query, key, value, scale, causal)
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
         found.append("needs compute capability 9.0")
     return found
@@ -331,14 +338,14 @@ backends.register(
     "flash_attention",
     "flash_attn",
     flash_packages.flash_attn,
-    reasons=_package_reasons,
+    reasons=partial(_package_reasons, "flash_attn"),
     machine=lambda: list(flash_packages.missing("flash_attn")),
 )
 backends.register(
     "flash_attention",
     "xformers",
     flash_packages.xformers,
-    reasons=_package_reasons,
+    reasons=partial(_package_reasons, "xformers"),
     machine=lambda: list(flash_packages.missing("xformers")),
 )
 backends.register("flash_attention", "efficient", _efficient, reasons=_efficient_reasons, machine=_no_cuda)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..prior import PriorSettings
-from ..vdm import read_model_index
+from ..prior import PriorSettings, check_guidance
+from ..vdm import read_folder
+from ..vdm.known import boundary_of
 from ..vdm.plan import TeacherPlan, plan_teacher
-from ..vdm.schedule import check_level, check_steps
+from ..vdm.schedule import check_experts, check_level, check_steps
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,28 @@ def evaluations_a_prior(settings: PriorSettings) -> int:
 
 
 def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
-    """See that a teacher has the noise levels that settings ask for, from its scheduler's configuration.
+    """See that a teacher is understood and has what settings ask for, from its configuration files.
 
     Raises:
-        ValueError: the steps do not divide its training timesteps, or the noise level is none of them.
+        ValueError: a field of a configuration is not understood; the steps do not divide its training
+            timesteps, or the noise level is none of them; no expert serves a level, or there is no second one
+            for a guidance of its own.
         OSError: the folder or its files are missing.
     """
-    read_model_index(teacher)
-    file = Path(teacher) / "scheduler" / "scheduler_config.json"
-    try:
-        total = int(json.loads(file.read_text())["num_train_timesteps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--teacher {teacher}: {file} names no num_train_timesteps ({error})") from error
+    _, _, parts = read_folder(teacher)
+    total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
+    check_guidance(settings, boundary)
     if settings.mode == "renoise":
         try:
             check_level(settings.noise_level, total)
         except ValueError as error:
             raise ValueError(f"--{error}") from error
+        levels: Sequence[float] = (settings.noise_level,)
     else:
         check_steps(settings.steps, total)
+        # The noisiest of them; where it has an expert, all have.
+        levels = (total,)
+    check_experts(levels, boundary, "transformer" in parts)
 
 
 def estimate(

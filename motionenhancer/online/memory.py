@@ -100,7 +100,9 @@ def teacher_memory(
     height, across = (math.ceil(n / 2) if prior.vae_tiling else n for n in plan.size)
     frames = min(_VAE_FRAMES["cogvideox" if plan.joint else "wan"], plan.frames)
     channels = config.get("block_out_channels", [config.get("base_dim", 0)])[0]
-    encoding = (channels + 3) * frames * height * across * width
+    # Some VAEs first fold patches of pixels into channels.
+    patch = (config.get("patch_size") or 1) ** 2
+    encoding = (channels + 3 * patch) * frames * (height * across // patch) * width
     return TeacherMemory(weights, host, sums + states, encoding, place)
 
 

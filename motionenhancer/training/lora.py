@@ -20,14 +20,15 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
 
     Args:
         model: from `load_student`; its layers are replaced in place.
-        student: `lora_r`, `lora_alpha` (None: twice the rank), `lora_dropout` and `lora_target` are read.
+        student: its `lora_*` options are read; a `lora_alpha` of None is twice the rank.
         seed: of the adapters' weights. The global random state stays as it is.
 
     Returns:
         A `peft.PeftModel`.
 
     Raises:
-        ValueError: PEFT is not installed, or `lora_target` names no layer.
+        ValueError: PEFT is not installed; `lora_target` names no layer, or under `lora_merge` one whose
+            weight is another layer's too.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -52,9 +53,31 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"--lora_target {target}: {error}") from error
+    if student.lora_merge and (tied := _tied_targets(adapted)):
+        raise ValueError(
+            f"--lora_merge: {' and '.join(tied)} of --lora_target share one weight with another layer (tied "
+            "embeddings), which the merge would change too; leave them out of --lora_target, or leave out "
+            "--lora_merge and keep the adapter"
+        )
+    return adapted
+
+
+def _tied_targets(model: nn.Module) -> list[str]:
+    """Layers with adapters whose weight is another layer's too, by their plain names."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [
+        plain_name(name)
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer")
+        and any(owners[id(parameter)] > 1 for parameter in module.base_layer.parameters())
+    ]
 
 
 def _language_layers(model: nn.Module) -> str:

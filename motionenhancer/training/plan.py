@@ -21,7 +21,8 @@ from ..extraction.planning import plan_priors
 from ..prior import PriorSettings
 from ..store import PriorStore
 from ..vdm.plan import plan_teacher
-from ..vlm import StudentFamily, student_family
+from ..vlm import StudentFamily
+from ..vlm.base import check_config, unknown_value
 from .arguments import StudentArguments, TrainArguments
 from .lora import plain_name
 from .memory import Memory, estimate_memory, parameter_count
@@ -229,8 +230,8 @@ def outline_student(
         raise ValueError(f"--student {path}: no safetensors weights in this folder")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        family = check_config(path)
         config = AutoConfig.from_pretrained(path, **options)
-        family = student_family(config)
         processor = AutoProcessor.from_pretrained(path, **options)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
@@ -238,4 +239,6 @@ def outline_student(
             )
     except (OSError, TypeError, ImportError) as error:
         raise ValueError(f"--student {path}: {error}") from error
+    except KeyError as error:
+        raise unknown_value(path, error) from error
     return model, processor, family

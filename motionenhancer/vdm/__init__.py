@@ -13,6 +13,7 @@ from .base import AttentionReader, Teacher, TextEncoding, VideoLatents
 from .folder import LoadOptions
 from .identity import teacher_id
 from .inversion import Reconstruction, invert, reconstruct, renoise, roundtrip_error
+from .known import Parts, check_folder
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
 
 __all__ = [
@@ -72,18 +73,13 @@ def load_teacher(
 
     Raises:
         FileNotFoundError: the folder or its `model_index.json` is missing.
-        ValueError: the pipeline class is not a supported family, or a size or frame count does not fit.
+        ValueError: the pipeline class is not a supported family, a field of a configuration is not
+            understood, or a size or frame count does not fit.
 
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP
     """
-    name = read_model_index(path).get("_class_name")
-    if name not in FAMILIES:
-        raise ValueError(
-            f"teacher {path}: pipeline class {name!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
-        )
-    module, cls = FAMILIES[name]
+    module, cls, parts = read_folder(path)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = getattr(importlib.import_module(f".{module}", __package__), cls)
     options = LoadOptions(
@@ -97,7 +93,28 @@ def load_teacher(
         split_batch,
         text_encoder,
     )
-    return family.from_pretrained(Path(path), options)
+    return family.from_pretrained(Path(path), options, parts)
+
+
+def read_folder(path: str | Path) -> tuple[str, str, Parts]:
+    """The family of a diffusers folder and the configurations of its parts, all of them understood.
+
+    Returns:
+        The family's module, its class, and its parts as `known.check_folder` gives them.
+
+    Raises:
+        FileNotFoundError: the folder or one of its configurations is missing.
+        ValueError: the pipeline class is not a supported family, or a field is not understood.
+    """
+    index = read_model_index(path)
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"teacher {path}: pipeline class {name!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    module, cls = FAMILIES[name]
+    return module, cls, check_folder(Path(path), module, index)
 
 
 def teacher_dtype(device: torch.device | str) -> torch.dtype:

@@ -80,6 +80,8 @@ class Teacher(Protocol):
         id: changes whenever weights, settings or arithmetic do.
         family: name of the model family.
         split_batch: evaluate the prompt's and the empty prompt's rows one after the other, to halve memory.
+        boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
+            transformer serves all noise levels.
     """
 
     id: str
@@ -87,12 +89,15 @@ class Teacher(Protocol):
     device: torch.device
     dtype: torch.dtype
     split_batch: bool
+    boundary: float | None
 
     @property
     def heads(self) -> int: ...
 
     @property
-    def layers(self) -> int: ...
+    def layers(self) -> int:
+        """Of one evaluation: of one expert, where there are two."""
+        ...
 
     @property
     def max_frames(self) -> int:

@@ -19,6 +19,7 @@ from .attention import attend
 from .base import AttentionReader, TextEncoding, VideoLatents
 from .folder import LoadOptions, check_latents, load_pipeline, tokenize, valid_size
 from .frames import nearest_valid_count, resample_frames, to_pixels
+from .known import Parts
 from .schedule import DiffusionSchedule, make_schedule, one_level
 
 #: 1.5's configuration names the largest grid of its rotary table, not the size of its clips.
@@ -36,7 +37,7 @@ class CogVideoXTeacher:
         dtype: of weights and activations; noise levels and latents are kept in float32.
         size: (height, width) in pixels clips are resized to.
         max_frames: most video frames of a clip, as a count the model takes.
-        split_batch: see `Teacher`.
+        split_batch, boundary: see `Teacher`.
     """
 
     pipeline: Any
@@ -46,11 +47,12 @@ class CogVideoXTeacher:
     size: tuple[int, int]
     max_frames: int
     split_batch: bool = False
+    boundary: float | None = None
     family: str = "cogvideox"
     _empty: TextEncoding | None = None
 
     @classmethod
-    def from_pretrained(cls, path: Path, options: LoadOptions) -> CogVideoXTeacher:
+    def from_pretrained(cls, path: Path, options: LoadOptions, parts: Parts) -> CogVideoXTeacher:
         pipeline = load_pipeline(CogVideoXPipeline, path, options, blocks="transformer_blocks")
         # 5B ships a stochastic DPM scheduler; its config makes the deterministic one, SNR shift included.
         pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from .base import TextEncoding
 from .identity import teacher_id
 from .whole import whole_weights
+
+#: Parts of a pipeline that have weights.
+MODELS = ("transformer", "transformer_2", "text_encoder", "vae")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,15 @@ class LoadOptions:
         )
 
 
-def load_pipeline(cls: Any, path: Path, options: LoadOptions, *, blocks: str) -> Any:
+def experts(pipeline: Any) -> list[Any]:
+    """The transformers of a pipeline: one, or one for high and one for low noise levels."""
+    named = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return [model for model in named if model is not None]
+
+
+def load_pipeline(
+    cls: Any, path: Path, options: LoadOptions, *, blocks: str, unused: Iterable[str] = ()
+) -> Any:
     """A frozen diffusers pipeline from a folder on disk, each part where it belongs.
 
     Args:
@@ -43,15 +54,16 @@ def load_pipeline(cls: Any, path: Path, options: LoadOptions, *, blocks: str) ->
         path: the folder.
         options: how to load it.
         blocks: name of the transformer's list of blocks, which are what gets compiled.
+        unused: parts to leave out.
     """
-    parts = {} if options.text_encoder else {"text_encoder": None}
+    left = set(unused) | (set() if options.text_encoder else {"text_encoder"})
     with whole_weights():
         pipeline = cls.from_pretrained(
-            path, dtype=options.dtype, local_files_only=True, use_safetensors=True, **parts
+            path, dtype=options.dtype, local_files_only=True, use_safetensors=True, **dict.fromkeys(left)
         )
     pipeline.set_progress_bar_config(disable=True)
-    for name in ("transformer", "vae", "text_encoder"):
-        module = getattr(pipeline, name)
+    for name in MODELS:
+        module = getattr(pipeline, name, None)
         if module is None:
             continue
         module.requires_grad_(False)
@@ -64,7 +76,7 @@ def load_pipeline(cls: Any, path: Path, options: LoadOptions, *, blocks: str) ->
         pipeline.vae.enable_tiling()
     if options.compile:
         backend = {"backend": options.compile} if isinstance(options.compile, str) else {}
-        for block in pipeline.transformer.get_submodule(blocks):
+        for block in (b for model in experts(pipeline) for b in model.get_submodule(blocks)):
             block.compile(**backend)
     return pipeline
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import AttentionReader, Teacher
-from .schedule import Schedule
+from .schedule import Schedule, is_low_noise
 
 STARTS = ("inverted", "random")
 
@@ -66,6 +66,7 @@ def reconstruct(
     empty_embeds: torch.Tensor,
     *,
     guidance_scale: float = 6.0,
+    guidance_scale_2: float | None = None,
     start: str = "inverted",
     memory: bool = True,
     seed: int = 0,
@@ -85,6 +86,7 @@ def reconstruct(
         prompt_embeds: (1, length, width) of the text.
         empty_embeds: (1, length, width) of the empty prompt.
         guidance_scale: classifier-free guidance; 1 switches it off.
+        guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
         start: "inverted" begins at the inverted noise, "random" at seeded Gaussian noise.
         memory: give the generated stream the keys and values of the reference stream.
         seed: of the random start.
@@ -106,7 +108,9 @@ def reconstruct(
         evaluations += len(texts) * (2 if memory else 1)
         output = outputs[-1:]
         if guided:
-            output = outputs[:1] + guidance_scale * (output - outputs[:1])
+            low = is_low_noise(schedule.timesteps[level - 1], teacher.boundary)
+            scale = guidance_scale_2 if low and guidance_scale_2 is not None else guidance_scale
+            output = outputs[:1] + scale * (output - outputs[:1])
         latents = schedule.step(latents, output, level, level - 1)
     return Reconstruction(latents, evaluations)
 

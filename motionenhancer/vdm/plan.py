@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .folder import MODELS
 from .frames import nearest_valid_count
-
-_PARTS = ("transformer", "text_encoder", "vae")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class TeacherPlan:
         joint: text and vision tokens attend to each other in one sequence.
         heads: of an attention layer.
         width: of a token's hidden state.
-        weights: parameters by part: transformer, text_encoder, vae.
+        weights: parameters by part: transformer, transformer_2 where it serves noise levels of its own,
+            text_encoder, vae.
     """
 
     grid: tuple[int, int, int]
@@ -54,23 +54,20 @@ def plan_teacher(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not JSON, or the family is not supported.
+        ValueError: a file is not JSON, the family is not supported, or a field is not understood.
 
     Example:
         >>> plan_teacher("runs/toy/teacher").grid          # doctest: +SKIP
         (5, 8, 8)
     """
-    from . import FAMILIES, read_model_index
+    from . import read_folder
 
     folder = Path(path)
-    name = read_model_index(folder).get("_class_name")
-    plans = {"cogvideox": _cogvideox, "wan": _wan}
-    family = FAMILIES.get(str(name), ("", ""))[0]
-    if family not in plans:
-        raise ValueError(f"teacher {folder}: cannot be planned: pipeline class {name!r} is not supported")
-    weights = {part: _parameters(folder / part) for part in _PARTS}
-    transformer, vae = _config(folder / "transformer"), _config(folder / "vae")
-    return plans[family](transformer, vae, weights, size, frames)
+    family, _, parts = read_folder(folder)
+    transformer = parts.get("transformer") or parts["transformer_2"]
+    weights = {part: _parameters(folder / part) for part in MODELS if part in parts}
+    plan = _cogvideox if family == "cogvideox" else _wan
+    return plan(transformer, parts["vae"], weights, size, frames, parts["pipeline"])
 
 
 def size_multiple(path: str | Path) -> int:
@@ -87,7 +84,7 @@ def size_multiple(path: str | Path) -> int:
 
     folder = Path(path)
     family = FAMILIES.get(str(read_model_index(folder).get("_class_name")), ("", ""))[0]
-    transformer, vae = _config(folder / "transformer"), _config(folder / "vae")
+    transformer, vae = _config(_transformer(folder)), _config(folder / "vae")
     try:
         if family == "cogvideox":
             return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
@@ -104,11 +101,12 @@ def _cogvideox(
     weights: dict[str, int],
     size: tuple[int, int] | None,
     frames: int | None,
+    pipeline: dict[str, Any],
 ) -> TeacherPlan:
     from .cogvideox import _LARGEST_1_5
 
     scale, compression = 2 ** (len(vae["block_out_channels"]) - 1), vae["temporal_compression_ratio"]
-    patch, patch_t = config["patch_size"], config.get("patch_size_t")
+    patch, patch_t = config["patch_size"], config["patch_size_t"]
     trained = (config["sample_height"] * scale, config["sample_width"] * scale)
     if patch_t is not None:
         trained = (min(trained[0], _LARGEST_1_5[0]), min(trained[1], _LARGEST_1_5[1]))
@@ -130,18 +128,26 @@ def _wan(
     weights: dict[str, int],
     size: tuple[int, int] | None,
     frames: int | None,
+    pipeline: dict[str, Any],
 ) -> TeacherPlan:
-    from .wan import _FRAMES, _SIZE, TEXT_LENGTH
+    from .wan import TEXT_LENGTH, trained_clips
 
-    scale, compression = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-    height, width = size or _SIZE
-    count = nearest_valid_count(frames or _FRAMES, compression, 1)
+    scale, compression = vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    trained_size, trained_frames = trained_clips(pipeline["expand_timesteps"])
+    height, width = size or trained_size
+    count = nearest_valid_count(frames or trained_frames, compression, 1)
     patches = config["patch_size"]
     latents = ((count - 1) // compression + 1, height // scale, width // scale)
     grid = (latents[0] // patches[0], latents[1] // patches[1], latents[2] // patches[2])
     heads = config["num_attention_heads"]
     hidden = heads * config["attention_head_dim"]
     return TeacherPlan(grid, count, (height, width), TEXT_LENGTH, False, heads, hidden, weights)
+
+
+def _transformer(folder: Path) -> Path:
+    """The folder of a transformer; of two experts, which have one shape, either."""
+    first, second = folder / "transformer", folder / "transformer_2"
+    return second if second.is_dir() and not first.is_dir() else first
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -154,8 +160,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _parameters(folder: Path) -> int:
     """Numbers in a part's safetensors files, from their headers; other variants of the weights left out."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    count, files = 0, sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no safetensors weights in it")
+    for file in files:
         if any(f".{variant}." in file.name or f".{variant}-" in file.name for variant in ("fp16", "bf16")):
             continue
         with file.open("rb") as stream:

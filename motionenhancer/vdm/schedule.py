@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+#: Training timesteps of the flow-matching families.
+FLOW_TIMESTEPS = 1000
 
 
 class Schedule(Protocol):
@@ -103,6 +106,67 @@ class FlowSchedule:
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
         sigma = self.sigmas[level]
         return (1.0 - sigma) * latents + sigma * noise
+
+
+def flow_schedule(steps: int, shift: float) -> FlowSchedule:
+    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them.
+
+    Args:
+        steps: number of levels K; must divide the 1000 training timesteps.
+        shift: of the levels, above 0; 1 leaves them even.
+
+    Raises:
+        ValueError: steps out of range or not dividing the schedule.
+
+    Example:
+        >>> flow_schedule(2, 3.0).sigmas
+        (0.0, 0.75, 1.0)
+    """
+    check_steps(steps, FLOW_TIMESTEPS)
+    even = [level / steps for level in range(steps + 1)]
+    sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in even)
+    return FlowSchedule(tuple(FLOW_TIMESTEPS * s for s in sigmas[1:]), sigmas)
+
+
+def flow_level(timestep: int) -> FlowSchedule:
+    """A schedule of one noise level of a flow.
+
+    Raises:
+        ValueError: the timestep is none of the 1000.
+    """
+    check_level(timestep, FLOW_TIMESTEPS)
+    return FlowSchedule((float(timestep),), (0.0, timestep / FLOW_TIMESTEPS))
+
+
+def is_low_noise(timestep: float, boundary: float | None) -> bool:
+    """Whether the second of two experts serves a noise level: those below the boundary.
+
+    A level that lies on the boundary but for rounding belongs to the first.
+
+    Source: diffusers, `WanPipeline.__call__`.
+
+    Example:
+        >>> [is_low_noise(t, 875.0) for t in (874.0, 874.9999999999, 875.0)], is_low_noise(1.0, None)
+        ([True, False, False], False)
+    """
+    return boundary is not None and round(timestep, 6) < round(boundary, 6)
+
+
+def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool) -> None:
+    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone.
+
+    Args:
+        timesteps: of the levels.
+        boundary: see `is_low_noise`.
+        high: the expert for the levels from the boundary up is there.
+    """
+    lacking = [] if high else [t for t in timesteps if not is_low_noise(t, boundary)]
+    if lacking:
+        raise ValueError(
+            f"the teacher has no transformer for timestep {lacking[-1]:g}: its folder holds transformer_2 "
+            f"alone, for those below {boundary:g}; read single levels below that "
+            "(--prior_mode renoise --noise_level)"
+        )
 
 
 def _below(timesteps: tuple[Any, ...], timestep: float) -> tuple[Any, ...]:

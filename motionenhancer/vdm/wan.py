@@ -1,8 +1,11 @@
-"""Wan 2.1 text-to-video as a teacher: flow matching, vision self-attention, cross-attention to the text.
+"""Wan 2.1 and 2.2 text-to-video as a teacher: flow matching, vision self-attention, cross-attention to text.
 
 Vision tokens are the queries of the cross-attention, so a word's row is taken the other way round: the
 softmax, over all vision positions, of that word's scores. Heads of the two attentions are unrelated: head
 selection scores the self-attention's, and a word's row is the mean over all heads of the cross-attention.
+
+Wan 2.2 A14B has two experts of one shape: one for noise levels from a boundary up, one for those below. Each
+level is evaluated, and its attention read, in its own expert. A head is pooled by its index over both.
 """
 
 from __future__ import annotations
@@ -22,20 +25,27 @@ from mekernels import VideoTokens
 
 from .attention import attend
 from .base import AttentionReader, TextEncoding, VideoLatents
-from .folder import LoadOptions, check_latents, load_pipeline, tokenize, valid_size
+from .folder import LoadOptions, check_latents, experts, load_pipeline, tokenize, valid_size
 from .frames import nearest_valid_count, resample_frames, to_pixels
-from .schedule import FlowSchedule, check_level, check_steps
+from .known import Parts, boundary_of, flow_shift
+from .schedule import FlowSchedule, check_experts, flow_level, flow_schedule, is_low_noise
 
 TEXT_LENGTH = 512
-_SIZE, _FRAMES, _LEVELS = (480, 832), 81, 1000
+
+
+def trained_clips(expand_timesteps: bool | None) -> tuple[tuple[int, int], int]:
+    """Size and frames of the clips that a model was trained on: a folder does not say.
+
+    Source: the models' cards; TI2V-5B is the one with a time step for each token.
+    """
+    return ((704, 1280), 121) if expand_timesteps else ((480, 832), 81)
 
 
 @dataclass
 class WanTeacher:
-    """A frozen Wan 2.1 text-to-video model, loaded from an ordinary diffusers folder.
+    """A frozen Wan 2.1 or 2.2 text-to-video model, loaded from an ordinary diffusers folder.
 
-    Attributes: as `CogVideoXTeacher`. The folder does not say which clips the model was trained on: 81 frames
-    of 480 × 832 unless told otherwise.
+    Attributes: as `CogVideoXTeacher`.
     """
 
     pipeline: Any
@@ -45,28 +55,45 @@ class WanTeacher:
     size: tuple[int, int]
     max_frames: int
     split_batch: bool = False
+    boundary: float | None = None
     family: str = "wan"
     _empty: TextEncoding | None = None
 
     @classmethod
-    def from_pretrained(cls, path: Path, options: LoadOptions) -> WanTeacher:
-        pipeline = load_pipeline(WanPipeline, path, options, blocks="blocks")
-        config = pipeline.transformer.config
-        if config.patch_size[0] != 1 or config.added_kv_proj_dim is not None or config.image_dim is not None:
-            raise ValueError(f"teacher {path}: only Wan text-to-video models are supported")
-        chosen = valid_size(options.size or _SIZE, pipeline.vae_scale_factor_spatial * config.patch_size[1])
+    def from_pretrained(cls, path: Path, options: LoadOptions, parts: Parts) -> WanTeacher:
+        unused = {"transformer_2"} - set(parts)
+        pipeline = load_pipeline(WanPipeline, path, options, blocks="blocks", unused=unused)
+        size, frames = trained_clips(pipeline.config.expand_timesteps)
+        patch = experts(pipeline)[0].config.patch_size
+        chosen = valid_size(options.size or size, pipeline.vae_scale_factor_spatial * patch[1])
         teacher = cls(
-            pipeline, options.id(path), options.device, options.dtype, chosen, 0, options.split_batch
+            pipeline,
+            options.id(path),
+            options.device,
+            options.dtype,
+            chosen,
+            0,
+            options.split_batch,
+            boundary_of(parts),
         )
-        return replace(teacher, max_frames=teacher.valid_frames(options.frames or _FRAMES))
+        return replace(teacher, max_frames=teacher.valid_frames(options.frames or frames))
+
+    @property
+    def config(self) -> Any:
+        """Of a transformer; two experts have one shape."""
+        return experts(self.pipeline)[0].config
 
     @property
     def heads(self) -> int:
-        return self.pipeline.transformer.config.num_attention_heads
+        return self.config.num_attention_heads
 
     @property
     def layers(self) -> int:
-        return self.pipeline.transformer.config.num_layers
+        return self.config.num_layers
+
+    def _tokens(self, latents: torch.Tensor) -> VideoTokens:
+        grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True)]
+        return VideoTokens(*grid)
 
     def valid_frames(self, count: int) -> int:
         """The nearest number of video frames the model takes: 4m+1."""
@@ -85,9 +112,7 @@ class WanTeacher:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         latents = (latents - mean) / deviation
-        patch = self.pipeline.transformer.config.patch_size
-        grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
-        return VideoLatents(latents, VideoTokens(*grid), given, used, self.size)
+        return VideoLatents(latents, self._tokens(latents), given, used, self.size)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> TextEncoding:
@@ -105,29 +130,33 @@ class WanTeacher:
         return encoding
 
     def schedule(self, steps: int) -> FlowSchedule:
-        check_steps(steps, _LEVELS)
-        config = self.pipeline.scheduler.config
-        shift = float(getattr(config, "flow_shift", None) or getattr(config, "shift", None) or 1.0)
-        even = [level / steps for level in range(steps + 1)]
-        sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in even)
-        return FlowSchedule(tuple(_LEVELS * s for s in sigmas[1:]), sigmas)
+        return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
 
     def level(self, timestep: int) -> FlowSchedule:
-        check_level(timestep, _LEVELS)
-        return FlowSchedule((float(timestep),), (0.0, timestep / _LEVELS))
+        return self._served(flow_level(timestep))
+
+    def _served(self, schedule: FlowSchedule) -> FlowSchedule:
+        check_experts(schedule.timesteps, self.boundary, self.pipeline.transformer is not None)
+        return schedule
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
-        return self.pipeline.transformer(
+        shape: tuple[int, ...] = (len(latents),)
+        if self.pipeline.config.expand_timesteps:
+            shape = (len(latents), self._tokens(latents).vision)
+        low = is_low_noise(timestep, self.boundary)
+        expert = self.pipeline.transformer_2 if low else self.pipeline.transformer
+        return expert(
             hidden_states=latents.to(self.device, self.dtype),
-            timestep=torch.full((len(latents),), timestep, device=self.device),
+            timestep=torch.full(shape, timestep, device=self.device),
             encoder_hidden_states=embeds,
             return_dict=False,
         )[0].float()
 
     @contextmanager
     def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
-        modules = [m for block in self.pipeline.transformer.blocks for m in (block.attn1, block.attn2)]
+        blocks = [block for transformer in experts(self.pipeline) for block in transformer.blocks]
+        modules = [module for block in blocks for module in (block.attn1, block.attn2)]
         before = [module.processor for module in modules]
         try:
             for module in modules:

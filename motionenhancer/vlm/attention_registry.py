@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from motionenhancer.vlm.keys import implementation_name
+
 __all__ = ["observe_attention"]
 
 Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], None]
@@ -36,8 +38,9 @@ _observer: _Observer | None = None
 def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Iterator[None]:
     """Call ``callback`` after each attention of ``modules``; others, such as a vision tower's, pass unseen.
 
-    It is given the implementation's name, the module, query (B, Hq, N, D), key (B, Hkv, N, D), the mask and
-    the keyword arguments. When the context ends, in whatever way, the registry is as it was.
+    It is given the implementation's name (see ``implementation_name``), the module, query (B, Hq, N, D),
+    key (B, Hkv, N, D), the mask and the keyword arguments. When the context ends, in whatever way, the
+    registry is as it was.
 
     Raises
     ------
@@ -76,10 +79,13 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
             if "eager_attention_forward" not in namespace:
                 raise ValueError(f"model must define eager_attention_forward next to {kind} to run eager")
             patches.setdefault((id(namespace), name), _patched_default(namespace))
-        elif name in registry:
-            patches.setdefault((id(registry), name), _patched_entry(registry, name))
-        else:
+            continue
+        # Some versions of transformers look up the prefix of a paged cache, others drop it.
+        names = [known for known in dict.fromkeys([name, name.removeprefix("paged|")]) if known in registry]
+        if not names:
             raise ValueError(f"attn_implementation must be registered in transformers, {name!r} is not")
+        for known in names:
+            patches.setdefault((id(registry), known), _patched_entry(registry, known))
     return list(patches.values())
 
 
@@ -87,7 +93,7 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
 def _patched_entry(registry: Any, name: str) -> Iterator[None]:
     local = registry._local_mapping
     was_local, before = name in local, registry[name]
-    wrapper = _wrapped(name, before)
+    wrapper = _wrapped(implementation_name(name, before), before)
     registry[name] = wrapper
     try:
         yield
@@ -112,9 +118,32 @@ def _patched_default(namespace: dict[str, Any]) -> Iterator[None]:
             namespace["eager_attention_forward"] = before
 
 
+#: Parameters of attention functions that are read, or that change no attention weight before dropout.
+_READ = {
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "scaling",
+    "dropout",
+    "is_causal",
+    "sliding_window",
+}
+
+
+def _unread(function: Callable[..., Any]) -> dict[str, Any]:
+    """Options of an attention function that a capture does not read, with their defaults."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(function).parameters.values())[5:]  # the tensors and the mask
+    return {p.name: p.default for p in parameters if p.kind in named and p.name not in _READ}
+
+
 # Compiled models guard on the function they called: the same wrapper each time keeps them from recompiling.
 @functools.lru_cache(maxsize=64)
 def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    unread = _unread(original)
+
     def watched(
         module: nn.Module,
         query: torch.Tensor,
@@ -130,6 +159,11 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             if args:
                 raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
             observer.callback(name, module, query, key, attention_mask, kwargs)
+            for option in unread.keys() & kwargs.keys():
+                if kwargs[option] is not None and kwargs[option] != unread[option]:
+                    raise ValueError(
+                        f"{type(module).__name__} gives its attention {option}, which a capture does not read"
+                    )
         return result
 
     uncompiled = torch._disable_dynamo(watched)

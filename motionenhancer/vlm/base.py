@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,35 @@ __all__ = [
     "load_student",
     "student_family",
 ]
+
+
+#: Fields of language models that change attention weights or logits where their class reads them.
+_CHANGES = {
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_softcapping",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "attention_sinks",
+    "attn_sinks",
+    "sinks",
+    "use_sinks",
+    "attention_chunk_size",
+    "alibi",
+    "use_alibi",
+    "clip_qkv",
+    "qk_norm",
+    "use_qk_norm",
+    "qk_layernorm",
+    "no_rope_layers",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "attn_temperature_tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -212,7 +242,7 @@ def load_student(
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"path must be a folder of a transformers model, got {str(path)!r}")
-    family = student_family(_model_type(folder))
+    family = check_config(folder)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -231,6 +261,8 @@ def load_student(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error
+    except KeyError as error:
+        raise unknown_value(folder, error) from error
     if device is not None:
         torch.nn.Module.to(model, device)
     return model, processor, family
@@ -247,6 +279,69 @@ def _model_type(folder: Path) -> str:
     if not isinstance(model_type, str):
         raise ValueError(f"path {str(folder)!r} has a config.json without model_type")
     return model_type
+
+
+def check_config(folder: Path) -> StudentFamily:
+    """See that a student's class knows the fields of ``config.json`` that change attention or logits.
+
+    transformers keeps a field that a class does not read, and computes as if it were not there.
+
+    Args:
+        folder: with a ``config.json``.
+
+    Returns:
+        The student's family.
+
+    Raises:
+        ValueError: no family handles the student; a field of ``_CHANGES`` is set that no class of the
+            configuration knows; or transformers refuses the configuration. The message names the field.
+    """
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    family = student_family(_model_type(folder))
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except KeyError as error:
+        raise unknown_value(folder, error) from error
+    except Exception as error:
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    parts = [config, *(getattr(config, name) for name in type(config).sub_configs)]
+    known = {name for part in parts for name in inspect.signature(type(part).__init__).parameters}
+    for section in (given, *(value for value in given.values() if isinstance(value, dict))):
+        for field_name in sorted(_CHANGES - known):
+            if section.get(field_name) not in (None, False):
+                raise ValueError(
+                    f"{folder / 'config.json'}: {field_name} is {section[field_name]!r}; the installed "
+                    f"{type(config).__name__} does not read this field, and would compute another model"
+                )
+        # transformers leaves weights of a method that it does not know as they are.
+        method = (section.get("quantization_config") or {}).get("quant_method")
+        if method is not None and not any(
+            name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING
+        ):
+            raise ValueError(
+                f"{folder / 'config.json'}: quantization_config has the quant_method {method!r}, which the "
+                "installed transformers does not know"
+            )
+    return family
+
+
+def unknown_value(folder: Path, error: KeyError) -> ValueError:
+    """The error for a value in ``config.json``, such as a rope type, that transformers does not know."""
+    value = error.args[0] if error.args else None
+
+    def fields_with(section: dict[str, Any]) -> Iterator[str]:
+        for name, entry in section.items():
+            if isinstance(entry, dict):
+                yield from fields_with(entry)
+            elif entry == value:
+                yield name
+
+    file = folder / "config.json"
+    names = " and ".join(fields_with(json.loads(file.read_text(encoding="utf-8")))) or "a field"
+    return ValueError(f"{file}: {names} is {value!r}, which the installed transformers does not know")
 
 
 def _check_processor(processor: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,15 @@ from torch import nn
 
 from motionenhancer.vlm.layer_rows import RowMask
 
-__all__ = ["MASK_READERS", "AttentionCall", "VisibleKeys", "read_mask", "register_mask_reader", "row_mask"]
+__all__ = [
+    "MASK_READERS",
+    "AttentionCall",
+    "VisibleKeys",
+    "implementation_name",
+    "read_mask",
+    "register_mask_reader",
+    "row_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,14 @@ MASK_READERS: dict[str, MaskReader] = {}
 _UNSUPPORTED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "position_bias": "a position bias",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "keys chosen by an indexer",
     "block_table": "a paged cache",
     "cache": "a paged cache",
+    "k_cache": "a paged cache",
+    "v_cache": "a paged cache",
 }
 
 
@@ -77,6 +91,32 @@ def register_mask_reader(name: str) -> Callable[[MaskReader], MaskReader]:
         return reader
 
     return register
+
+
+def implementation_name(name: str, function: Callable[..., Any]) -> str:
+    """Return the implementation that ``function``, registered as ``name``, is: the one its masks are read by.
+
+    With the package ``kernels`` transformers replaces ``flash_attention_2`` by the name of a repository. The
+    name may carry a revision and a function. What is registered under it is transformers' own function for
+    flash attention. Earlier versions also put the prefix of a paged cache before any name.
+
+    Args:
+        name: as in ``config._attn_implementation``.
+        function: what is registered under it.
+
+    Returns:
+        A name of ``MASK_READERS``, or ``name`` where the function is unknown.
+    """
+    from transformers import modeling_flash_attention_utils as flash
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    if name in MASK_READERS:
+        return name
+    plain = name.removeprefix("paged|")
+    kernels = {*flash.FLASH_ATTN_KERNEL_FALLBACK.values(), *getattr(flash, "FLASH_ATTN_KERNEL_VERSIONS", ())}
+    if function is flash_attention_forward or re.split("[@:]", plain)[0].strip() in kernels:
+        return "flash_attention_2"
+    return plain if plain in MASK_READERS else name
 
 
 def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:

@@ -18,11 +18,14 @@ BACKENDS = list(flash_packages.PACKAGES)
 
 
 def documented_attention(query, key, value, scale, causal):
-    """(batch, tokens, heads, width) in and out; logsumexp (batch, heads, queries); ends aligned."""
+    """(batch, tokens, heads, width) in and out; logsumexp (batch, heads, queries); ends aligned.
+
+    flash-attn writes +inf as the logsumexp of a row that sees nothing.
+    """
     out, lse = reference.flash_attention(
         *(item.transpose(1, 2) for item in (query, key, value)), softmax_scale=scale, causal=causal
     )
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def flash_attn_2(
@@ -101,6 +104,46 @@ def test_adapter_on_a_stand_in_for_the_package(stand_in, causal, groups):
         assert_exact(actual, expected, 1e-11)
 
 
+@pytest.mark.parametrize("keys", [53, 20])
+def test_causal_masks_of_flash_attn_end_together(stand_in, keys):
+    """As many rows as there are more queries than keys see nothing."""
+    if stand_in is flash_packages.xformers:
+        pytest.skip("its mask is aligned at the other end, and refused")
+    inputs = [randn(2, 2, 37, 8), randn(2, 2, keys, 8, seed=1), randn(2, 2, keys, 8, seed=2)]
+    inputs = [item.requires_grad_() for item in inputs]
+    out, lse = stand_in(*inputs, 0.3, True)
+    exact, exact_lse = reference.flash_attention(*inputs, softmax_scale=0.3, causal=True)
+    assert_exact(out, exact)
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+    assert_exact(lse.detach()[:, :, max(0, 37 - keys) :], exact_lse.detach()[:, :, max(0, 37 - keys) :])
+    weights = randn(*out.shape, seed=3)
+    wanted = torch.autograd.grad(exact, inputs, weights)
+    for actual, expected in zip(torch.autograd.grad(out, inputs, weights), wanted, strict=True):
+        assert_exact(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("version", "allowed"),
+    [
+        ("2.0.9", False),
+        ("2.1.0", True),
+        ("2.1.2.post3", True),
+        ("2.10", True),
+        ("1.0.9", False),
+        (None, False),
+    ],
+)
+def test_causal_lengths_may_differ_from_flash_attn_2_1_on(monkeypatch, version, allowed):
+    members = {} if version is None else {"__version__": version}
+    install(monkeypatch, "flash_attn", flash_attn_func=flash_attn_2, **members)
+    reasons = backends.table("flash_attention")["flash_attn"].reasons
+    call = [randn(1, 1, 3, 8), randn(1, 1, 4, 8), randn(1, 1, 4, 8), 1.0]
+    text = "; ".join(reasons(*call, True))
+    assert ("needs flash-attn 2.1 or later" in text) is not allowed
+    assert ("different query and key lengths" in text) is not allowed
+    assert "lengths" not in "; ".join(reasons(*call, False))
+
+
 def test_an_error_inside_flash_attn_3_is_not_taken_for_an_early_release(monkeypatch):
     def broken(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
         raise TypeError("query has a wrong type")
@@ -129,6 +172,37 @@ def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch):
     flash_packages._missing.cache_clear()
 
 
+def test_a_namespace_package_is_not_the_package(monkeypatch, tmp_path):
+    """flash-attn 4 installs flash_attn/cute and no flash_attn/__init__.py."""
+    cute = tmp_path / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    (cute / "__init__.py").write_text("def flash_attn_func(): ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        flash_packages._missing.cache_clear()
+        (reason,) = flash_packages.missing("flash_attn")
+        assert reason.startswith("the package flash_attn is not installed")
+        assert str(tmp_path) in reason
+        assert "flash-attn 4" in reason
+    flash_packages._missing.cache_clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_package_without_what_is_called_is_a_reason(monkeypatch, backend):
+    name = flash_packages.PACKAGES[backend]
+    install(monkeypatch, name.partition(".")[0])
+    install(monkeypatch, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    flash_packages._missing.cache_clear()
+    reasons = flash_packages.missing(backend)
+    assert reasons
+    assert all(reason.startswith(f"{name} has no ") for reason in reasons)
+    flash_packages._missing.cache_clear()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_looking_for_a_package_breaks_no_graph(backend):
     def count(tensor):
@@ -147,7 +221,7 @@ def test_reasons_of_a_call(backend):
     for part in ("runs on cuda", "needs float16 or bfloat16", "width 264 is above 256"):
         assert part in text
     text = "; ".join(reasons(randn(1, 1, 3, 8), randn(1, 1, 4, 8), randn(1, 1, 4, 8), 1.0, True))
-    assert "different query and key lengths" in text
+    assert ("different query and key lengths" in text) is (backend != "flash_attn_3")
 
 
 @pytest.mark.gpu

@@ -338,7 +338,7 @@ def test_implementation_changed_inside(model: Any, ids: torch.Tensor) -> None:
         _ = captured.attention
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"])
 def test_scores_that_queries_and_keys_do_not_tell(model: Any, name: str) -> None:
     module = model.model.language_model.layers[0].self_attn
     query = torch.randn(1, 4, 7, 16)
@@ -348,6 +348,26 @@ def test_scores_that_queries_and_keys_do_not_tell(model: Any, name: str) -> None
     try:
         with capture_attention(model, ROWS, COLUMNS), pytest.raises(ValueError, match=name):
             ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, key, None, scaling=0.25, **extra)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_an_option_of_the_attention_that_is_not_read(model: Any) -> None:
+    """What an attention function takes by name may change its weights; at its default it does not."""
+    module = model.model.language_model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 7, 16)
+
+    def attend(module, query, key, value, attention_mask, scaling=None, temperature=1.0, **kwargs):
+        return None, None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        with capture_attention(model, ROWS, COLUMNS):
+            forward = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            forward(module, query, key, key, None, scaling=0.25, temperature=1.0, elsewhere=2)
+            other = model.model.language_model.layers[1].self_attn
+            with pytest.raises(ValueError, match="gives its attention temperature"):
+                forward(other, query, key, key, None, scaling=0.25, temperature=2.0)
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
 

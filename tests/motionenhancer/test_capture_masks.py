@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_support import (
     eager_attention,
@@ -22,7 +26,7 @@ from vlm_support import (
 
 import mekernels
 from motionenhancer.vlm import capture_attention, layer_rows
-from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, implementation_name, read_mask
 from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
 
 
@@ -174,21 +178,59 @@ def flash_stand_in(module: Any, query: Any, key: Any, value: Any, mask: Any, **o
     return out.transpose(1, 2).contiguous(), None
 
 
+@contextlib.contextmanager
+def registered(name: str, function: Any) -> Iterator[None]:
+    """Register an attention function and its masks as transformers does a kernel of the Hub."""
+    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    entries = (function, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    before = [registry._global_mapping.get(name) for registry in registries]
+    for registry, entry in zip(registries, entries, strict=True):
+        registry.register(name, entry)
+    try:
+        yield
+    finally:
+        for registry, entry in zip(registries, before, strict=True):
+            registry._global_mapping.pop(name)
+            if entry is not None:
+                registry.register(name, entry)
+
+
+KERNELS = [
+    "kernels-community/flash-attn2",
+    "kernels-community/vllm-flash-attn3",
+    "kernels-community/flash-attn4@main",
+    "kernels-community/flash-attn3 @ v1 : flash_attn_varlen_func",
+    "kernels-community/flash-attn2:flash_attn_func",
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("prefix", ["", "paged|"])
+def test_kernels_from_the_hub_are_flash_attention(name: str, prefix: str) -> None:
+    assert implementation_name(prefix + name, flash_stand_in) == "flash_attention_2"
+
+
+def test_any_kernel_inside_transformers_own_function_is_flash_attention() -> None:
+    assert implementation_name("somebody/fast-attn@v3", flash_attention_forward) == "flash_attention_2"
+    for name in ("flash_attention_3", "flash_attention_4", "sdpa", "flex_attention"):
+        assert implementation_name(name, flash_stand_in) == name
+        assert implementation_name(f"paged|{name}", flash_stand_in) == name
+    for name in ("somebody/flash-attn2", "kernels-community/other:fn", "paged|eager_paged", "my_attention"):
+        assert implementation_name(name, flash_stand_in) == name
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_model_under_flash_attention(side: str) -> None:
+@pytest.mark.parametrize("name", ["flash_attention_2", KERNELS[1], KERNELS[3]])
+def test_model_under_flash_attention(side: str, name: str) -> None:
     """The kernel is a stand-in; registry, masks and capture are those of flash attention."""
     model, processor = sharp_student(layers=2, dtype=torch.float64)
     batch, _ = make_batch(processor, side=side, dtype=torch.float64)
     rows, columns = random_rows(batch, 5)
     expected, out = eager_attention(model, batch, rows, columns)
     reference = gradients(model, expected.square().sum() + out.loss)
-    model.config.text_config._attn_implementation_internal = "flash_attention_2"
-    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_stand_in
-    try:
-        with capture_attention(model, rows, columns) as captured:
-            out = model(**batch)
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    model.config.text_config._attn_implementation_internal = name
+    with registered(name, flash_stand_in), capture_attention(model, rows, columns) as captured:
+        out = model(**batch)
     torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
     found = gradients(model, captured.attention.square().sum() + out.loss)
     largest = max(float(g.abs().max()) for g in reference.values())

@@ -75,6 +75,7 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     changed = {"steps": 10, "guidance_scale": 5.0, "start": "random", "memory": False, "head_ratio": 0.25}
     changed |= {"token_ratio": 0.75, "sampled_rows": "all", "seed": 1, "mode": "renoise", "noise_level": 300}
     changed |= {"step_weights": (0, 0, 0, 1, 1), "head_selection": "off", "token_selection": "off"}
+    changed |= {"guidance_scale_2": 3.0}
     assert set(changed) == {f.name for f in dataclasses.fields(PriorSettings)}
     keys |= {prior_key(*base[:3], PriorSettings(**{name: value})) for name, value in changed.items()}
     assert len(keys) == 4 + len(changed)
@@ -83,6 +84,7 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     assert prior_key(*base[:3], written) == prior_key(
         *base[:3], PriorSettings(head_ratio=1.0, token_ratio=1.0)
     )
+    assert PriorSettings(guidance_scale_2=6) == PriorSettings()
     assert prior_key(*base) == prior_key(*base)
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
 

@@ -14,6 +14,7 @@ from train_support import Died, arguments, dying, flags, parts, report_of, share
 
 from motionenhancer import train
 from motionenhancer.aligner import build_aligner
+from motionenhancer.toy.models import make_student, save_student
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import StudentArguments
 from motionenhancer.training.lora import add_lora, merged
@@ -90,6 +91,81 @@ def test_the_adapter_is_pefts_and_the_merged_model_the_familys(world: World, tmp
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         with with_adapter.disable_adapter():
             assert float((with_adapter(input_ids=ids).logits - a).abs().max()) > 1e-3
+
+
+def randomise(model: Any) -> None:
+    """Adapters begin as the identity; give them something to add."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def save_tied_student(folder: Path) -> Path:
+    """The tiny student with one weight for its embeddings and its output head, as the 3B models have."""
+    model, processor = make_student(layers=2)
+    for config in (model.config, model.config.text_config):
+        config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_proj,lm_head"])
+def test_adapters_on_tied_embeddings_are_not_merged(
+    world: World, tmp_path: Path, target: str, dry_run: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merge would change the layer at the other end too; it is refused before any prior is made."""
+    options = {"student": save_tied_student(tmp_path / "tied"), "lora_r": 2, "lora_target": target}
+    options |= {"prior_dir": tmp_path / "priors", "dry_run": dry_run, "lora_merge": True}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --lora_merge: ")
+    assert target.split(",")[-1] in error
+    assert "q_proj" not in error
+    assert not (tmp_path / "priors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tied", "target"),
+    [
+        (True, "q_proj,down_proj"),
+        (True, "language"),
+        (True, "all"),
+        (False, "lm_head"),
+        (False, "embed_tokens"),
+    ],
+)
+def test_what_is_merged_gives_the_adapters_logits(tmp_path: Path, tied: bool, target: str) -> None:
+    student = (
+        save_tied_student(tmp_path / "student") if tied else save_student(tmp_path / "student", layers=2)
+    )
+    base, processor, _ = load_student(student)
+    model = add_lora(base, StudentArguments(lora_r=3, lora_target=target, lora_merge=True), seed=0)
+    randomise(model)
+    ids = processor.tokenizer("The red square moves left", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merged(model).save_pretrained(tmp_path / "merged")
+        processor.save_pretrained(tmp_path / "merged")
+        found = load_student(tmp_path / "merged")[0](input_ids=ids).logits
+        plain = load_student(student)[0](input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((plain - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_tied_embeddings_comes_back(tmp_path: Path, target: str) -> None:
+    student = save_tied_student(tmp_path / "student")
+    base, processor, _ = load_student(student)
+    model = add_lora(base, StudentArguments(lora_r=3, lora_target=target), seed=0)
+    randomise(model)
+    ids = processor.tokenizer("The red square moves left", return_tensors="pt").input_ids
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_student(student)[0], tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_killed_run_of_adapters_goes_on(world: World, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from motionenhancer.training.plan import outline_student
 from motionenhancer.vlm import known_families, load_student, student_family
 from motionenhancer.vlm.locate import attention_modules, text_model, unwrap_model
 
@@ -120,3 +122,33 @@ def test_attention_of_the_language_model_only(student_dir: Path) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert unwrap_model(wrapped) is model
     assert attention_modules(torch.nn.DataParallel(wrapped)) == attention_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "says"),
+    [
+        ("text_config", {"attn_logit_softcapping": 20.0}, "attn_logit_softcapping is 20.0; the installed"),
+        ("text_config", {"sinks": True}, "sinks is True; the installed"),
+        (None, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; the installed"),
+        ("text_config", {"rope_parameters": {"rope_type": "new", "rope_theta": 1.0}}, "rope_type is 'new'"),
+        ("text_config", {"hidden_act": "new"}, "hidden_act is 'new'"),
+        (None, {"quantization_config": {"quant_method": "new"}}, "quant_method 'new'"),
+        ("text_config", {"layer_types": ["new", "full_attention"]}, "layer_types"),
+    ],
+)
+def test_what_the_installed_transformers_does_not_compute_is_refused_by_name(
+    copy: Path, section: str | None, fields: dict[str, object], says: str
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (config if section is None else config[section]).update(fields)
+    (copy / "config.json").write_text(json.dumps(config))
+    for load in (load_student, lambda path: outline_student(path, "sdpa", torch.float32)):
+        with pytest.raises(ValueError, match=f"{re.escape(str(copy / 'config.json'))}: .*{says}"):
+            load(copy)
+
+
+def test_what_is_switched_off_is_let_pass(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"] |= {"attn_logit_softcapping": None, "sinks": False, "vision_token_id": 7}
+    (copy / "config.json").write_text(json.dumps(config))
+    load_student(copy)

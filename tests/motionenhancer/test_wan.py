@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from tiny_wan import save_wan
 
 from mekernels import VideoTokens
 from motionenhancer.prior import extract_prior
-from motionenhancer.toy.tokenizers import t5_tokenizer
 from motionenhancer.vdm import load_teacher, roundtrip_error
 from motionenhancer.vdm.plan import plan_teacher
 
@@ -21,47 +19,7 @@ TEXT = "the red square moves left"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = t5_tokenizer(max_length=512)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKLWan(
-            base_dim=4,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        )
-        transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=3,
-            attention_head_dim=16,
-            text_dim=32,
-            freq_dim=64,
-            ffn_dim=64,
-            num_layers=2,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
-        )
-        encoder = UMT5EncoderModel(
-            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-        )
-        # Fresh weights attend almost evenly; larger projections give the maps something to tell apart.
-        for block in transformer.blocks:
-            for attention in (block.attn1, block.attn2):
-                attention.norm_q.weight.data.mul_(2)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-    )
-    path = tmp_path_factory.mktemp("wan") / "teacher"
-    WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=scheduler,
-    ).save_pretrained(path, safe_serialization=True)
-    return path
+    return save_wan(tmp_path_factory.mktemp("wan") / "teacher")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,334 @@
+"""Which fields of a teacher's configuration files are understood; every other one is refused by name.
+
+A field that changes what a model computes, and that this package does not know, would give wrong priors
+without a word. Each field below is known for one of three reasons: the class that runs, of diffusers or
+transformers, reads it; the family's file reads it; or it changes nothing in a prior. Some fields are known at
+certain values only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .schedule import FLOW_TIMESTEPS
+
+#: Fields of the parts of a teacher, by the part's name.
+Parts = dict[str, dict[str, Any]]
+
+#: Accepted values of a field by name; None accepts every value.
+Fields = Mapping[str, tuple[Any, ...] | None]
+
+_OFF = (False, None)
+
+
+def _fields(any_value: str, **certain: tuple[Any, ...]) -> Fields:
+    return {**dict.fromkeys(any_value.split()), **certain}
+
+
+_BETAS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
+#: ᾱ and the timesteps come from diffusers' class with all of these applied, and its step clips nothing.
+_DDIM = _fields(
+    f"{_BETAS} snr_shift_scale timestep_spacing steps_offset set_alpha_to_one "
+    "clip_sample clip_sample_range sample_max_value",
+    prediction_type=("v_prediction", "epsilon"),
+)
+#: Of a flow's scheduler only the shift is read, as the levels are ours and steps are Euler's: what else moves
+#: the levels or changes the step must be off. Betas, the solver's order and its kind play no part.
+_FLOW = _fields(
+    "beta_start beta_end beta_schedule trained_betas timestep_spacing steps_offset time_shift_type",
+    num_train_timesteps=(FLOW_TIMESTEPS,),
+    use_dynamic_shifting=_OFF,
+    use_karras_sigmas=_OFF,
+    use_exponential_sigmas=_OFF,
+    use_beta_sigmas=_OFF,
+    shift_terminal=(None,),
+)
+_FLOW_MULTISTEP = {
+    **_FLOW,
+    **_fields(
+        "flow_shift solver_order solver_type lower_order_final dynamic_thresholding_ratio sample_max_value",
+        prediction_type=("flow_prediction",),
+        use_flow_sigmas=(True,),
+        thresholding=_OFF,
+        rescale_betas_zero_snr=_OFF,
+        final_sigmas_type=("zero",),
+    ),
+}
+#: transformers' own class reads them all. The second half is what older versions wrote and nothing reads.
+_T5 = _fields(
+    "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
+    "relative_attention_max_distance dropout_rate layer_norm_epsilon initializer_factor feed_forward_proj "
+    "dense_act_fn is_gated_act is_encoder_decoder use_cache pad_token_id eos_token_id decoder_start_token_id "
+    "classifier_dropout tie_word_embeddings architectures model_type dtype torch_dtype transformers_version "
+    "output_past scalable_attention scale_decoder_outputs tokenizer_class n_positions task_specific_params "
+    "id2label label2id problem_type return_dict output_hidden_states",
+    is_decoder=_OFF,
+    chunk_size_feed_forward=(0,),
+)
+
+#: Class → its fields.
+KNOWN: dict[str, Fields] = {
+    "CogVideoXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    "CogVideoXVideoToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    "WanPipeline": _fields(
+        "tokenizer text_encoder vae transformer transformer_2 scheduler boundary_ratio",
+        expand_timesteps=(True, False, None),
+    ),
+    "CogVideoXTransformer3DModel": _fields(
+        "num_attention_heads attention_head_dim in_channels out_channels flip_sin_to_cos freq_shift "
+        "time_embed_dim text_embed_dim num_layers dropout attention_bias sample_width sample_height "
+        "sample_frames patch_size patch_size_t temporal_compression_ratio max_text_seq_length activation_fn "
+        "timestep_activation_fn norm_elementwise_affine norm_eps spatial_interpolation_scale "
+        "temporal_interpolation_scale patch_bias",
+        use_rotary_positional_embeddings=(True, False),
+        use_learned_positional_embeddings=(True, False),
+        ofs_embed_dim=(None,),
+    ),
+    "WanTransformer3DModel": _fields(
+        "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim freq_dim "
+        "ffn_dim num_layers cross_attn_norm eps rope_max_seq_len",
+        qk_norm=("rms_norm_across_heads",),
+        image_dim=(None,),
+        added_kv_proj_dim=(None,),
+        pos_embed_seq_len=(None,),
+    ),
+    # invert_scale_latents is for the first frame of image-to-video: no text-to-video pipeline reads it.
+    "AutoencoderKLCogVideoX": _fields(
+        "out_channels down_block_types up_block_types block_out_channels latent_channels layers_per_block "
+        "act_fn norm_eps norm_num_groups temporal_compression_ratio sample_height sample_width "
+        "scaling_factor force_upcast use_quant_conv use_post_quant_conv invert_scale_latents",
+        in_channels=(3,),
+        shift_factor=(None,),
+        latents_mean=(None,),
+        latents_std=(None,),
+    ),
+    # clip_output is the decoder's, and no longer read.
+    "AutoencoderKLWan": _fields(
+        "base_dim decoder_base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout "
+        "latents_mean latents_std is_residual in_channels out_channels patch_size scale_factor_temporal "
+        "scale_factor_spatial clip_output"
+    ),
+    "CogVideoXDDIMScheduler": _DDIM,
+    "CogVideoXDPMScheduler": _DDIM,
+    "UniPCMultistepScheduler": {
+        **_FLOW_MULTISTEP,
+        **_fields("predict_x0 disable_corrector solver_p", sigma_min=(None,), sigma_max=(None,)),
+    },
+    "DPMSolverMultistepScheduler": {
+        **_FLOW_MULTISTEP,
+        **_fields(
+            "algorithm_type euler_at_final lambda_min_clipped",
+            use_lu_lambdas=_OFF,
+            variance_type=(None,),
+        ),
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        **_FLOW,
+        **_fields(
+            "shift base_shift max_shift base_image_seq_len max_image_seq_len",
+            invert_sigmas=_OFF,
+            stochastic_sampling=_OFF,
+        ),
+    },
+    "T5EncoderModel": _T5,
+    "UMT5EncoderModel": _T5,
+}
+
+#: Family → part of the pipeline → classes that it may have.
+PARTS = {
+    "cogvideox": {
+        "transformer": ("CogVideoXTransformer3DModel",),
+        "vae": ("AutoencoderKLCogVideoX",),
+        "text_encoder": ("T5EncoderModel",),
+        "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    },
+    "wan": {
+        "transformer": ("WanTransformer3DModel",),
+        "transformer_2": ("WanTransformer3DModel",),
+        "vae": ("AutoencoderKLWan",),
+        "text_encoder": ("UMT5EncoderModel",),
+        "scheduler": (
+            "UniPCMultistepScheduler",
+            "DPMSolverMultistepScheduler",
+            "FlowMatchEulerDiscreteScheduler",
+        ),
+    },
+}
+
+
+def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> Parts:
+    """Read the configurations of a teacher's parts; refuse what is not understood.
+
+    Args:
+        folder: a diffusers folder.
+        family: "cogvideox" or "wan".
+        index: its parsed `model_index.json`.
+
+    Returns:
+        The fields of each part that a pipeline would use, by the part's name, defaults filled in. "pipeline"
+        holds those of `model_index.json`.
+
+    Raises:
+        FileNotFoundError: a part's configuration is missing.
+        ValueError: a class or a field is not understood, or parts do not fit together. The message names the
+            file and the field.
+    """
+    file = folder / "model_index.json"
+    found = {"pipeline": check_fields(file, str(index.get("_class_name")), index)}
+    for part, classes in PARTS[family].items():
+        named = found["pipeline"].get(part)
+        if named is None or list(named) == [None, None]:
+            continue
+        library = "transformers" if part == "text_encoder" else "diffusers"
+        if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
+            raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
+        if named[1] not in classes:
+            raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        found[part] = check_fields(folder / part / name, named[1])
+    for part in PARTS[family]:
+        if part not in found and not part.startswith("transformer"):
+            raise ValueError(f"{file}: names no {part}")
+    _FIT[family](folder, found)
+    return found
+
+
+def check_fields(file: Path, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of one configuration file, with the defaults of its class.
+
+    Args:
+        file: the configuration file.
+        name: of the class that it configures.
+        given: what the file holds, where it has been read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no JSON object, or a field is not understood.
+    """
+    if given is None:
+        try:
+            given = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}: no such file, but model_index.json names {name}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{file}: not a JSON object")
+    known, defaults = KNOWN[name], _defaults(name)
+    fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
+    for field, value in fields.items():
+        accepted = known.get(field, (defaults.get(field),))
+        if accepted is None or any(_same(value, one) for one in accepted):
+            continue
+        why = (
+            f"supported is {' or '.join(map(repr, accepted))}"
+            if field in known
+            else "this field is not understood, and may change what the model computes"
+        )
+        raise ValueError(f"{file}: {field} is {value!r}; {why}")
+    return fields
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, lists and tuples alike; 1 is not True."""
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return len(value) == len(other) and all(map(_same, value, other))
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What a class assumes for fields that a file leaves out."""
+    import diffusers
+    import transformers
+
+    cls = getattr(diffusers, name, None) or getattr(transformers, name).config_class
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _fits_cogvideox(folder: Path, found: Parts) -> None:
+    if "transformer" not in found:
+        raise ValueError(f"{folder / 'model_index.json'}: names no transformer")
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+
+
+def _fits_wan(folder: Path, found: Parts) -> None:
+    file, ratio = folder / "model_index.json", found["pipeline"]["boundary_ratio"]
+    if ratio is None:
+        # Without a boundary a pipeline never comes to its second transformer.
+        found.pop("transformer_2", None)
+        if "transformer" not in found:
+            raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
+    elif isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise ValueError(f"{file}: boundary_ratio is {ratio!r}; it must be a number from 0 to 1")
+    elif "transformer_2" not in found:
+        raise ValueError(
+            f"{file}: boundary_ratio is {ratio}, but there is no transformer_2 for the noise levels below it"
+        )
+    experts = [part for part in ("transformer", "transformer_2") if part in found]
+    for part in experts:
+        config, patch = folder / part / "config.json", found[part]["patch_size"]
+        if len(patch) != 3 or patch[0] != 1:
+            raise ValueError(f"{config}: patch_size is {patch!r}; supported is [1, height, width]")
+        _check_widths(folder, part, found, found["vae"]["z_dim"], "text_dim")
+    if len(experts) == 2:
+        for field, value in found["transformer"].items():
+            other = found["transformer_2"].get(field)
+            if not _same(value, other):
+                raise ValueError(
+                    f"{folder / 'transformer_2' / 'config.json'}: {field} is {other!r}, and {value!r} in "
+                    "transformer; both must have one shape, as their heads are pooled"
+                )
+    shift = flow_shift(found["scheduler"])
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not shift > 0:
+        file = folder / "scheduler" / "scheduler_config.json"
+        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
+    channels = found["vae"]["z_dim"]
+    for field in ("latents_mean", "latents_std"):
+        values = found["vae"][field]
+        if not isinstance(values, list | tuple) or len(values) != channels:
+            file = folder / "vae" / "config.json"
+            raise ValueError(
+                f"{file}: {field} must be {channels} numbers, one for each channel of the latents"
+            )
+
+
+def flow_shift(scheduler: Mapping[str, Any]) -> float:
+    """The shift of a flow's noise levels, as its scheduler's configuration gives it."""
+    return scheduler["flow_shift"] if "flow_shift" in scheduler else scheduler["shift"]
+
+
+def boundary_of(parts: Parts) -> float | None:
+    """The timestep below which `transformer_2` serves; None where there is one transformer for all.
+
+    Args:
+        parts: from `check_folder`.
+    """
+    ratio = parts["pipeline"].get("boundary_ratio")
+    if ratio is None:
+        return None
+    # At a ratio of 1 a pipeline, whose first step is a little below the last timestep, needs no other.
+    return math.inf if ratio == 1 and "transformer" not in parts else ratio * FLOW_TIMESTEPS
+
+
+def _check_widths(folder: Path, part: str, found: Parts, channels: int, text: str) -> None:
+    """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
+    file, config = folder / part / "config.json", found[part]
+    for field in ("in_channels", "out_channels"):
+        if config[field] != channels:
+            raise ValueError(
+                f"{file}: {field} is {config[field]}, the VAE's latents have {channels} channels: "
+                "only text-to-video models are supported"
+            )
+    width = found["text_encoder"].get("d_model")
+    if width != config[text]:
+        raise ValueError(f"{file}: {text} is {config[text]}, but the text encoder's d_model is {width}")
+
+
+_FIT = {"cogvideox": _fits_cogvideox, "wan": _fits_wan}
