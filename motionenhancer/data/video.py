@@ -117,6 +117,18 @@ def _check_number(name: str, value: Any, *, whole: bool = True) -> None:
         raise ValueError(f"{name} must be positive, got {value!r}")
 
 
+def _cut(path: Path, timeline: Timeline, start: float | None, end: float | None) -> Timeline:
+    """The part of a timeline from ``start`` to ``end`` seconds after its first frame, both included."""
+    since = timeline.times - timeline.times[0]
+    first, last = 0.0 if start is None else start, math.inf if end is None else end
+    kept = timeline.times[(since >= first - TIE) & (since <= last + TIE)]
+    if not len(kept):
+        raise VideoError(path, f"has no frame from {first:g} s to {last:g} s")
+    length = timeline.duration / len(timeline.times)
+    duration = float(kept[-1] - kept[0]) + length
+    return Timeline(kept, duration, timeline.fps, timeline.timed)
+
+
 def _check_arguments(
     num_frames: Any, fps: Any, max_frames: Any, max_pixels: Any, size: Any, min_frames: Any
 ) -> None:
@@ -145,6 +157,8 @@ def read_frames(
     max_pixels: int | None = None,
     size: tuple[int, int] | None = None,
     min_frames: int = 1,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Video:
     """Decode frames of a clip, sampled over its time, in one pass that keeps only what is asked for.
 
@@ -160,6 +174,7 @@ def read_frames(
     max_pixels: shrink frames to at most this many pixels, shape kept.
     size: (height, width) to resize to.
     min_frames: refuse a file with fewer frames; 2 refuses stills.
+    start, end: seconds since the file's first frame; frames before start or after end are not there.
 
     Without num_frames, fps and max_frames all frames are returned.
 
@@ -182,7 +197,8 @@ def read_frames(
     """
     _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames)
     path = Path(path)
-    timeline = scan(path)
+    whole = scan(path)
+    timeline = whole if start is None and end is None else _cut(path, whole, start, end)
     held = len(timeline.times)
     if held < min_frames:
         raise VideoError(path, f"has {held} frame{'s' if held > 1 else ''}, needs at least {min_frames}")
@@ -204,9 +220,11 @@ def read_frames(
         pictures.append(pictures[-1] if again else _to_array(frame, turns, shape))
         stamps.append(time)
 
-    frames = decode(path, timeline, progress)
+    frames = decode(path, whole, progress)
     try:
         for time, frame in frames:
+            if not timeline.times[0] - TIE <= time <= timeline.times[-1] + TIE:
+                continue
             while len(stamps) < len(targets) and targets[len(stamps)] <= time:
                 wanted = targets[len(stamps)]
                 earlier = before is not None and wanted - before[0] <= time - wanted + TIE
@@ -221,12 +239,12 @@ def read_frames(
         raise VideoError(path, reason, is_passing(error)) from None
     finally:
         frames.close()  # type: ignore[attr-defined]
-    judge(path, timeline, progress, complete=len(stamps) < len(targets))
+    judge(path, whole, progress, complete=len(stamps) < len(targets))
     while before is not None and len(stamps) < len(targets):
         keep(*before)
     return Video(
         frames=np.stack(pictures),
-        timestamps=np.array(stamps) - timeline.times[0],
+        timestamps=np.array(stamps) - whole.times[0],
         fps=timeline.fps,
         duration=timeline.duration,
         decoded=progress.decoded,
