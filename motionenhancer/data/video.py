@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.decode import (
     Progress,
     Timeline,
@@ -149,7 +150,7 @@ def _check_arguments(
 
 
 def read_frames(
-    path: str | Path,
+    path: str | Path | Clip,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -167,7 +168,7 @@ def read_frames(
 
     Parameters
     ----------
-    path: any file that ffmpeg reads.
+    path: any file that ffmpeg reads; of a :class:`Clip` its segment, unless start or end are given.
     num_frames: exactly so many, evenly from the first frame to the last; a shorter clip repeats frames.
     fps: so many a second from the first frame on, never more than the file holds.
     max_frames: with fps or alone: if there are more, so many evenly from the first frame to the last.
@@ -196,6 +197,8 @@ def read_frames(
     ((3, 16, 32, 3), [0.0, 0.375, 0.875], 1.0)
     """
     _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames)
+    if isinstance(path, Clip) and start is None and end is None:
+        start, end = path.start, path.end
     path = Path(path)
     whole = scan(path)
     timeline = whole if start is None and end is None else _cut(path, whole, start, end)
@@ -271,7 +274,7 @@ def check_video(path: str | Path) -> VideoInfo:
     return VideoInfo(progress.decoded, *shape, timeline.fps, timeline.duration, progress.errors)
 
 
-def content_digest(path: str | Path) -> str:
+def content_digest(path: str | Path | Clip) -> str:
     """Return the sha256 of a file's bytes in hex, whatever the file's name; read in pieces.
 
     Raises
@@ -282,4 +285,4 @@ def content_digest(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
+        raise VideoError(Path(path), f"cannot be read ({say(error)})", is_passing(error)) from None
