@@ -79,8 +79,8 @@ class TokenLayout:
 class Encoded:
     """One sample as tensors, not padded.
 
-    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers and the
-        token that ends each.
+    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers that
+        are to be learnt and the token that ends each.
     token_inputs: further (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
     vision_inputs: model inputs whose first dimension counts patches or videos; batches concatenate them.
     layout: characters and vision tokens.
