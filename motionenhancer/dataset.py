@@ -162,6 +162,12 @@ class MotionDataset(Dataset[Item]):
 
     def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
         videos = [sample_frames(video, **self.sampling) for video in sample.videos]
+        run = self.sampling["num_frames"]
+        if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
+            raise ValueError(
+                f"its row asks for {max(own)} frames; {self.family.name} needs the same number of frames in "
+                f"all clips, {run} in this run"
+            )
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None
         if sample.id in self.keys:

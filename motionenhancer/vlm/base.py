@@ -103,6 +103,8 @@ class StudentFamily(Protocol):
     """The ``model_type`` of the configurations it handles."""
     num_frames: int | None
     """How many frames of a clip it is shown by default; None where frames a second are given instead."""
+    equal_frames: bool
+    """Whether all videos of a batch must have equally many frames."""
 
     def in_vision_tower(self, parameter: str) -> bool:
         """Whether the parameter of this name belongs to the vision tower, which learns more slowly."""

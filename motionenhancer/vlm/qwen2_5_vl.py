@@ -32,6 +32,7 @@ class Qwen25VL:
     name = "qwen2_5_vl"
     model_types: tuple[str, ...] = ("qwen2_5_vl",)
     num_frames: int | None = None
+    equal_frames = False
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; the merger is not part of it."""

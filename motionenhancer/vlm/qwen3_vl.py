@@ -36,6 +36,7 @@ class Qwen3VL:
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
     num_frames: int | None = None
+    equal_frames = False
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; mergers are not part of it."""

@@ -436,6 +436,19 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     assert log.counts == {"unsupported key": 2}
 
 
+def test_a_family_that_needs_equal_frames_leaves_out_a_row_with_others(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In a batch they would end the run."""
+    _, processor, family = tiny_student("llava_onevision", tmp_path_factory.mktemp("students") / "llava")
+    (one,), _ = read(root, {**part(nframes=2), "id": "own"})
+    (other,), _ = read(root, {**LLAVA, "id": "run"})
+    dataset = MotionDataset([one, other], family, processor, keys={}, store=PriorStore(root), num_frames=4)
+    item = dataset[0]
+    assert item.id == "run"
+    assert item.skipped["own"].startswith("its row asks for 2 frames; llava_onevision needs the same number")
+
+
 # ---- pixels ----
 
 
