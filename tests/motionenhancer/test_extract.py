@@ -185,8 +185,13 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
         (entry,) = skipped["entries"]
         assert entry["id"] == rows[0]["id"]
         assert "'红色' holds no word that the teacher's tokenizer has pieces for" in entry["detail"]
-    keys = stored(tmp_path / "priors")
-    assert len(keys) == 3
+    store, log = PriorStore(tmp_path / "priors"), SkipLog(shout=0)
+    assert len(list(store)) == 3
+    name, settings = PriorArguments(teacher=str(world.teacher)).teacher_id("cpu"), PriorSettings(steps=1)
+    samples = list(read_samples(data, world.videos, log))
+    requests = plan_priors(samples, name, settings, "answer", log)
+    make_priors(requests, store, settings, lambda: pytest.fail("nothing is to be made"), log)
+    assert log.notes == {PARTLY_UNKNOWN: 2}
 
 
 def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: Path) -> None:
@@ -216,6 +221,7 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
     requests = plan_priors(samples, name, settings, "both", SkipLog())
     assert [request.key in PriorStore(priors) for request in requests] == [True] * 5
     assert len({request.key for request in requests}) == 4
+    assert requests[2].video == requests[3].video == Clip(world.videos / row["video"], 0.5)
     teacher = load_teacher(world.teacher, "cpu")
     for request in requests:
         frames = read_frames(request.video, num_frames=teacher.max_frames).frames
