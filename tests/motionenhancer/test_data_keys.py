@@ -15,7 +15,7 @@ from motionenhancer.data import Clip, Sample, SkipLog, VideoError, prompt_text, 
 from motionenhancer.data.sampling import sample_frames
 from motionenhancer.dataset import MotionDataset
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, load_questions
-from motionenhancer.evaluation.generate import encode_request
+from motionenhancer.evaluation.generate import Asked, _Requests, encode_request
 from motionenhancer.evaluation.videos import Frames, VideoFolder, sample_video
 from motionenhancer.store import PriorStore
 from motionenhancer.toy.encode import encode_video
@@ -427,6 +427,11 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     assert found == Clip(root / "a.mp4", 0.5, 1.0)
     assert grey(sample_video(found, Frames(fps=8.0))) == [4, 5, 6, 7, 8]
     assert (question.text, question.answer) == ("q", "a")
+    small = Clip(root / "a.mp4", 0.5, 1.0, max_pixels=16 * 16)
+    batch = [Asked(question, "What?", shown) for shown in (found, small)]
+    _, asked, failures = _Requests([batch], family, processor, Frames(fps=4.0, max_pixels=None))[0]
+    assert failures == []
+    assert [request.layout.videos[0].grid for request in asked] == [(2, 8, 8), (2, 2, 2)]
     file.write_text(json.dumps({**row, "video_start": None, "video_end": None}))
     assert load_questions(BENCHMARKS["toy"], file, SkipLog())[0].video == "a.mp4"
     file.write_text(json.dumps({**row, "weight": 3}) + "\n" + json.dumps({**row, "system": "s"}) + "\n")
