@@ -16,9 +16,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .arguments import DataArguments, PriorArguments, parse_arguments
-from .data import SkipLog, read_frames
+from .data import SkipLog
 from .data.video import VideoError
 from .extract import load_samples, use_toy_defaults
+from .extraction.making import decode
 from .extraction.planning import request_priors
 from .prior import MotionPrior, PriorError, extract_prior
 from .processes import join_processes
@@ -99,7 +100,7 @@ def measure(
     for request in tqdm(requests, desc="agreement", unit="clip"):
         sample, text = request.sample, request.text
         try:
-            frames = read_frames(request.video, num_frames=teacher.max_frames, min_frames=2).frames
+            frames = decode(request, teacher)
             made = extract_prior(teacher, frames, text, **asdict(settings))
             quick = [
                 extract_prior(

@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .data import Sample, prompt_text, read_frames
+from .data import Sample, prompt_text
+from .data.sampling import sample_frames
 from .extraction.planning import PriorRequest
 from .prior import MotionPrior
 from .store import PriorStore
@@ -116,7 +117,8 @@ class MotionDataset(Dataset[Item]):
         store: where the priors are.
         requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
-        fps: frames a second the student sees, thinned to at most `max_frames`.
+        fps: frames a second the student sees, thinned to at most `max_frames`. What a sample's own row says
+            of its frames comes first; see `data.Clip`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
         max_frames: most frames of one clip.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
@@ -141,9 +143,7 @@ class MotionDataset(Dataset[Item]):
         self.samples, self.family, self.processor = list(samples), family, processor
         self.keys, self.store, self.source = keys, store, source
         self.max_pixels = max_pixels
-        self.sampling = (
-            {"fps": fps, "max_frames": max_frames} if num_frames is None else {"num_frames": num_frames}
-        )
+        self.sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -161,7 +161,13 @@ class MotionDataset(Dataset[Item]):
         )
 
     def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
-        videos = [read_frames(path, **self.sampling) for path in sample.videos]
+        videos = [sample_frames(video, **self.sampling) for video in sample.videos]
+        run = self.sampling["num_frames"]
+        if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
+            raise ValueError(
+                f"its row asks for {max(own)} frames; {self.family.name} needs the same number of frames in "
+                f"all clips, {run} in this run"
+            )
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None
         if sample.id in self.keys:

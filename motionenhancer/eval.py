@@ -346,7 +346,7 @@ def _skip_missing(asked: Sequence[Asked], skips: SkipLog) -> set[str]:
             q = item.question
             gone.add(q.id)
             if q.answer is not None:  # The others are counted already.
-                skips.add("missing video", id=q.id, line=q.line, detail=f"no file for {q.video!r}")
+                skips.add("missing video", id=q.id, line=q.line, detail=f"no file for {str(q.video)!r}")
     return gone
 
 

@@ -25,7 +25,7 @@ from .extraction.digests import DigestCache
 from .extraction.engines import Done, open_engine
 from .extraction.estimate import Estimate, check_settings, estimate
 from .extraction.job import Job
-from .extraction.making import MadePriors, make_priors
+from .extraction.making import PARTLY_UNKNOWN, MadePriors, make_priors
 from .extraction.planning import PriorRequest, digest_videos, plan_priors, share_requests, stream_requests
 from .extraction.workload import Workload, tabulate
 from .prior import PriorSettings
@@ -274,6 +274,9 @@ def finish(
     """
     for _ in range(done.damaged):
         skips.note("damaged priors made anew")
+    if done.unknown:
+        skips.notes[PARTLY_UNKNOWN] += done.unknown
+        print(f"{done.unknown} {PARTLY_UNKNOWN}: such characters are never words")
     samples = len(work.items)
     for result in done.refused:
         lost = work.samples(result.number)

@@ -7,7 +7,7 @@ Source: MotionEnhancer (arXiv 2606.06853), sections on motion-sensitive head sel
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ HEAD_SELECTIONS = ("mhs", "off")
 TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class PriorSettings:
             weighs all alike.
         head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
         token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
-            space, which SentencePiece splits off before some pieces, is no token to keep in either.
+            space, which SentencePiece splits off before some pieces, and an unknown piece are no tokens to
+            keep in either.
         guidance_scale_2: guidance of the levels that a second expert serves (Wan 2.2 A14B); None: the same.
     """
 
@@ -137,6 +138,7 @@ class MotionPrior:
         frames_given: video frames received.
         frames_used: video frames the teacher encoded.
         truncated: tokens of the text that did not fit into the teacher.
+        unknown: characters of the text that the teacher's tokenizer has no piece for; see `TextEncoding`.
         evaluations: transformer evaluations spent, counted per batch row.
         seconds: wall time by stage; not part of what is compared or keyed.
     """
@@ -158,6 +160,7 @@ class MotionPrior:
     frames_given: int
     frames_used: int
     truncated: int = 0
+    unknown: int = 0
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
@@ -188,6 +191,7 @@ class MotionPrior:
             "frames_given": self.frames_given,
             "frames_used": self.frames_used,
             "truncated_tokens": self.truncated,
+            "unknown_characters": self.unknown,
             "evaluations": self.evaluations,
             "teacher": self.teacher,
             "settings": asdict(self.settings),
@@ -232,7 +236,8 @@ def extract_prior(
     Raises:
         TypeError: frames or text of the wrong type, an unknown option.
         ValueError: frames of the wrong shape, a setting out of range, steps that do not divide the schedule.
-        PriorError: empty text, text without a token, or NaN or infinity in the teacher's attention.
+        PriorError: empty text, text that the teacher's tokenizer has no pieces for, or NaN or infinity in the
+            teacher's attention.
 
     Example:
         >>> prior = extract_prior(teacher, frames, "the red square moves left")   # doctest: +SKIP
@@ -286,8 +291,8 @@ def read_attention(
     with _timed(seconds, "encode", teacher):
         video = frames if isinstance(frames, VideoLatents) else teacher.encode_video(frames)
         prompt = teacher.encode_text(text)
-    if not _spoken(prompt):
-        raise PriorError(f"text {text[:60]!r} has no token the teacher knows")
+    if not prompt.words:
+        raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
     pool = AttentionPool(video.tokens, teacher.heads, len(prompt.tokens), settings, teacher.device)
@@ -330,7 +335,7 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
     """
     began = time.perf_counter()
     video, prompt = reading.video, reading.prompt
-    chosen = _select(reading.pool, video.tokens, settings, _spoken(prompt))
+    chosen = _select(reading.pool, video.tokens, settings, prompt.words)
     kept = chosen["kept"]
     return MotionPrior(
         **chosen,
@@ -345,6 +350,7 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
+        unknown=prompt.unknown,
         evaluations=reading.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
@@ -359,20 +365,8 @@ def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
         )
 
 
-def _spoken(prompt: TextEncoding) -> list[int]:
-    """Tokens that stand for more than white space.
-
-    Before a piece that it knows only without a space, SentencePiece puts a space as a token of its own.
-    """
-    return [
-        i
-        for i, (token, span) in enumerate(zip(prompt.tokens, prompt.spans, strict=True))
-        if token.replace("▁", " ").strip() and prompt.text[slice(*span)].strip()
-    ]
-
-
 def _select(
-    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, spoken: list[int]
+    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, words: Sequence[int]
 ) -> dict[str, Any]:
     """The fields of a prior that follow from the pooled attention and the tokens that can be kept."""
     try:
@@ -385,7 +379,7 @@ def _select(
     if not torch.isfinite(text_attention).all():
         raise PriorError("the teacher's attention holds NaN or infinity")
     token_scores = token_motion_scores(text_attention, layout)
-    eligible = torch.tensor(spoken, device=token_scores.device)
+    eligible = torch.tensor(words, device=token_scores.device)
     kept = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
     attention = text_attention.cpu()[kept].half()
     named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}

@@ -52,7 +52,14 @@ class Refusal:
 
 
 def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSettings) -> str:
-    """The name of a prior: 64 hexadecimal digits over clip, text, teacher and every setting."""
+    """The name of a prior: 64 hexadecimal digits over clip, text, teacher and every setting.
+
+    Args:
+        video_digest: `content_digest` of the clip; of a segment, what `data.clip.named_by` makes of it.
+        text: given to the teacher.
+        teacher: the teacher's id.
+        settings: of the extraction.
+    """
     return prior_keys(teacher, settings)(video_digest, text)
 
 

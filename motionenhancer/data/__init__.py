@@ -1,5 +1,6 @@
 """Training data: samples from json files, frames from video files, a count of what was left out."""
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.readers import read_samples
 from motionenhancer.data.sample import Sample, prompt_text
 from motionenhancer.data.skips import Skip, SkipLog
@@ -13,6 +14,7 @@ from motionenhancer.data.video import (
 )
 
 __all__ = [
+    "Clip",
     "Sample",
     "Skip",
     "SkipLog",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
+from motionenhancer.data.clip import CLIP_KEYS, Clip, clip_of
+from motionenhancer.data.keys import TRAINED_KEYS, is_trained, refusal, video_keys
 from motionenhancer.data.motion_sets import as_conversation
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
@@ -13,7 +18,12 @@ from motionenhancer.data.skips import SkipLog
 __all__ = ["BadSample", "convert"]
 
 _TAG = re.compile(r"<(video|image)>")
-_ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages"}
+#: Tags of ms-swift that stand for what is not shown here.
+_FOREIGN_TAG = re.compile(r"<(?:audio|bbox|ref-object)>")
+_FILE_ADDRESS = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
+#: The rejected answer of a preference, of which the other one is learnt, as in MotionVid-QA.
+_REJECTED = ("rejected", "rejected_response", "rejected_messages")
+_ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system"}
 _TURN_KEYS = {"from", "value", "role", "content"}
 _PART_KEYS = {"type", "text", "video", "image"}
 _ROLES = {
@@ -33,19 +43,31 @@ class BadSample(Exception):
         self.reason, self.detail, self.id = reason, detail, id
 
 
+class _File(NamedTuple):
+    """A file as a row names it, and what it says of how the file is shown (see `CLIP_KEYS`)."""
+
+    name: str
+    said: dict[str, Any]
+
+
 def _short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _note_unknown(found: dict[str, Any], known: set[str], where: str, log: SkipLog) -> None:
+def _note_unknown(found: Mapping[str, Any], known: Collection[str], where: str, log: SkipLog) -> None:
     for key in found:
         if key not in known:
             log.note(f"unknown key {_short(where + str(key))} ignored")
 
 
-def _files(row: dict[str, Any], kind: str) -> list[str] | None:
-    """Return the paths under ``kind`` or its plural; None when the row has neither key."""
+def _check_keys(found: Mapping[str, Any], kind: str, where: str) -> None:
+    if why := refusal(found, kind):
+        raise BadSample("unsupported key", f"{where}{why}")
+
+
+def _files(row: dict[str, Any], kind: str, log: SkipLog) -> list[_File] | None:
+    """Return the files under ``kind`` or its plural; None when the row has neither key."""
     keys = [key for key in (kind, kind + "s") if row.get(key) is not None]
     if not keys:
         return None
@@ -54,12 +76,24 @@ def _files(row: dict[str, Any], kind: str) -> list[str] | None:
     value = row[keys[0]]
     found = []
     for entry in value if isinstance(value, list) else [value]:
+        said = {}
         if isinstance(entry, dict):
+            said = _said(entry, kind, f"{keys[0]}.", {"path", "bytes"}, log)
             entry = entry.get("path")
         if not isinstance(entry, str) or not entry.strip():
             raise BadSample("missing fields", f"{keys[0]!r} must hold file names, got {_short(value)}")
-        found.append(entry)
+        found.append(_File(entry, said))
     return found
+
+
+def _said(
+    found: Mapping[str, Any], kind: str, where: str, known: Collection[str], log: SkipLog
+) -> dict[str, Any]:
+    """What a part, or a file's entry, says of how its video is shown; keys beside ``known`` are noted."""
+    _check_keys(found, kind, where)
+    video = kind == "video"
+    _note_unknown(found, {*known, *(CLIP_KEYS if video else ())}, where, log)
+    return video_keys(found) if video else {}
 
 
 def _split(text: str) -> list[dict[str, Any]]:
@@ -69,6 +103,8 @@ def _split(text: str) -> list[dict[str, Any]]:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BadSample("invalid text", f"half a surrogate pair at character {error.start}") from None
+    if foreign := _FOREIGN_TAG.search(text):
+        raise BadSample("unsupported tag", f"{foreign.group()} stands for nothing that is shown here")
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(_TAG.split(text)):
         if i % 2:
@@ -78,8 +114,8 @@ def _split(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _parts(content: Any, named: dict[str, list[str]], where: str, log: SkipLog) -> list[dict[str, Any]]:
-    """Normalise a message's content; paths that its parts carry are added to ``named``."""
+def _parts(content: Any, named: dict[str, list[_File]], where: str, log: SkipLog) -> list[dict[str, Any]]:
+    """Normalise a message's content; files that its parts carry are added to ``named``."""
     if isinstance(content, str):
         return _split(content)
     if not isinstance(content, list):
@@ -89,20 +125,21 @@ def _parts(content: Any, named: dict[str, list[str]], where: str, log: SkipLog) 
         if isinstance(part, str):
             parts += _split(part)
             continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts += _split(part["text"])
-        elif kind in ("video", "image"):
-            parts.append({"type": kind})
-            if part.get(kind) is not None:
-                if not isinstance(part[kind], str):
-                    raise BadSample(
-                        "missing fields", f"{where}: {kind} must be a file name, got {_short(part)}"
-                    )
-                named[kind].append(part[kind])
-        else:
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
+        known = kind == "text" and isinstance(part.get("text"), str)
+        if not known and kind not in ("video", "image"):
             raise BadSample("missing fields", f"{where} holds a part of no known type: {_short(part)}")
-        _note_unknown(part, _PART_KEYS, "content.", log)
+        said = _said(part, kind, "content.", _PART_KEYS, log)
+        if kind == "text":
+            parts += _split(part["text"])
+            continue
+        parts.append({"type": kind})
+        if part.get(kind) is not None:
+            if not isinstance(part[kind], str):
+                raise BadSample("missing fields", f"{where}: {kind} must be a file name, got {_short(part)}")
+            named[kind].append(_File(part[kind], said))
+        elif said:
+            raise BadSample("unsupported key", f"{where}: {min(said)!r} stands in a part without its video")
     return parts
 
 
@@ -117,22 +154,40 @@ def _turns(row: dict[str, Any]) -> tuple[str, list[Any]]:
     return has[0], turns
 
 
-def _messages(row: dict[str, Any], named: dict[str, list[str]], log: SkipLog) -> list[dict[str, Any]]:
+def _messages(row: dict[str, Any], named: dict[str, list[_File]], log: SkipLog) -> list[dict[str, Any]]:
     form, turns = _turns(row)
     who, what = ("from", "value") if form == "conversations" else ("role", "content")
     messages: list[dict[str, Any]] = []
+    if row.get("system") and not (isinstance(row["system"], str) and not row["system"].strip()):
+        messages.append({"role": "system", "content": _parts(row["system"], named, "system", log)})
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or who not in turn or what not in turn:
             raise BadSample(
                 "missing fields", f"{form}[{i}] must have {who!r} and {what!r}, got {_short(turn)}"
             )
-        _note_unknown(turn, _TURN_KEYS, f"{form}.", log)
         role = _ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
             raise BadSample("wrong roles", f"{form}[{i}] is from {_short(turn[who])}")
+        _check_keys(turn, "turn", f"{form}[{i}].")
+        known = {*_TURN_KEYS, *(TRAINED_KEYS if role == "assistant" else ())}
+        _note_unknown(turn, known, f"{form}.", log)
         parts = _parts(turn[what], named, f"{form}[{i}].{what}", log)
-        messages.append({"role": role, "content": parts})
+        message: dict[str, Any] = {"role": role, "content": parts}
+        if _is_left_out(turn, role, f"{form}[{i}]"):
+            message["loss"] = False
+        messages.append(message)
     return messages
+
+
+def _is_left_out(turn: dict[str, Any], role: str, where: str) -> bool:
+    """Whether a turn is an answer that is not to be trained on."""
+    try:
+        trained = is_trained(turn)
+    except ValueError as error:
+        raise BadSample("unsupported key", f"{where}: {error}") from None
+    if trained and role != "assistant":
+        raise BadSample("unsupported key", f"{where}: only answers are trained on, this is the {role}'s")
+    return trained is False and role == "assistant"
 
 
 def _check_roles(messages: list[dict[str, Any]]) -> None:
@@ -151,9 +206,19 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
             raise BadSample("misplaced tag", f"<{tag}> in a text of the {message['role']}, message {i}")
         if "text" not in kinds and message["role"] != "system":
             raise BadSample("empty text", f"message {i} of the {message['role']}")
+    if all(message.get("loss") is False for message in messages if message["role"] == "assistant"):
+        raise BadSample("no trained answer", "every answer is left out of the loss")
 
 
-def _match(kind: str, tags: int, listed: list[str] | None, inline: list[str]) -> list[str]:
+def _read_image_tags(messages: list[dict[str, Any]], files: dict[str, list[_File]]) -> None:
+    """Take ``<image>`` for ``<video>`` where a row has videos only, as LLaVA-Video-178K writes it."""
+    media = [part for m in messages for part in m["content"] if part["type"] != "text"]
+    if files["video"] and not files["image"] and all(part["type"] == "image" for part in media):
+        for part in media:
+            part["type"] = "video"
+
+
+def _match(kind: str, tags: int, listed: list[_File] | None, inline: list[_File]) -> list[_File]:
     """Return the files of ``kind`` in the order of their tags, or say how tags and files disagree."""
     if inline and listed is not None:
         raise BadSample("tag count differs", f"{kind} files both in the messages and beside them")
@@ -165,20 +230,43 @@ def _match(kind: str, tags: int, listed: list[str] | None, inline: list[str]) ->
     raise BadSample("tag count differs", f"{tags} <{kind}> tag(s) for {len(files)} {kind}(s)")
 
 
-def _locate(kind: str, names: list[str], root: Path, check: bool) -> tuple[Path, ...]:
-    paths = []
-    for name in names:
-        if "://" in name:
-            raise BadSample(f"missing {kind} file", f"{_short(name, 120)} is an address; only files are read")
+def _locate(
+    kind: str, files: list[_File], root: Path, check: bool, whole: Mapping[str, Any]
+) -> tuple[Path | Clip, ...]:
+    """Find files below the root; ``whole`` is what the row itself says of its one video."""
+    if whole and len(files) != 1:
+        raise BadSample("unsupported key", f"{min(whole)!r} of a row with {len(files)} videos")
+    located: list[Path | Clip] = []
+    for name, said in files:
         path = root / name
         try:
+            path = root / _local(name)
             there = not check or path.is_file()
         except (OSError, ValueError):
             there = False
+        if "://" in name and not _FILE_ADDRESS.match(name):
+            raise BadSample(f"missing {kind} file", f"{_short(name, 120)} is an address; only files are read")
         if not there:
             raise BadSample(f"missing {kind} file", _short(str(path), 200))
-        paths.append(path)
-    return tuple(paths)
+        if both := [key for key in whole if said.get(key, whole[key]) != whole[key]]:
+            raise BadSample("unsupported key", f"{both[0]!r} of the row and of its video differ")
+        try:
+            located.append(clip_of(path, {**whole, **said}))
+        except ValueError as error:
+            raise BadSample("unsupported key", str(error)) from None
+    # A processor takes the videos of a sample together.
+    limits = {(v.min_pixels, v.max_pixels) if isinstance(v, Clip) else (None, None) for v in located}
+    if len(limits) > 1:
+        raise BadSample(
+            "unsupported key", "the videos of one row must have the same min_pixels and max_pixels"
+        )
+    return tuple(located)
+
+
+def _local(name: str) -> str:
+    """The path of a ``file:`` address, its percent signs decoded; any other name as it is."""
+    address = _FILE_ADDRESS.match(name)
+    return os.fsdecode(unquote_to_bytes(name[address.end() :])) if address else name
 
 
 def convert(
@@ -193,9 +281,16 @@ def convert(
 ) -> Sample:
     """Turn a decoded row into a :class:`Sample`.
 
-    Raises
-    ------
-    BadSample: with the reason why the row cannot be used.
+    Args:
+        row: as decoded from json.
+        line, offset: where it starts in the data file: its 1-based line and its first byte.
+        root: what relative paths are relative to.
+        log: counts unknown keys in its notes.
+        require_video: refuse a row without any video.
+        check_files: refuse a row whose files are not there.
+
+    Raises:
+        BadSample: with the reason why the row cannot be used.
     """
     if not isinstance(row, dict):
         raise BadSample("missing fields", f"must be an object with fields, got {_short(row)}")
@@ -203,18 +298,23 @@ def convert(
     name = f"line-{line}" if given is None or given == "" else str(given)
     try:
         row = as_conversation(row) or row
-        _note_unknown(row, _ROW_KEYS, "", log)
-        named: dict[str, list[str]] = {"video": [], "image": []}
-        listed = {kind: _files(row, kind) for kind in named}
+        _check_keys(row, "row", "")
+        whole = video_keys(row, row=True)
+        _note_unknown(row, {*_ROW_KEYS, *_REJECTED, *(CLIP_KEYS.keys() - {"fps"})}, "", log)
+        if any(row.get(key) is not None for key in _REJECTED):
+            log.note("rejected answer of a preference not read")
+        named: dict[str, list[_File]] = {"video": [], "image": []}
+        listed = {kind: _files(row, kind, log) for kind in named}
         messages = _messages(row, named, log)
+        _read_image_tags(messages, {kind: [*(listed[kind] or []), *named[kind]] for kind in named})
         _check_roles(messages)
-        located = {}
+        located: dict[str, tuple[Any, ...]] = {}
         for kind in named:
             tags = sum(part["type"] == kind for m in messages for part in m["content"])
             files = _match(kind, tags, listed[kind], named[kind])
             if kind == "video" and require_video and not files:
                 raise BadSample("no video", "neither a video nor a <video> tag")
-            located[kind] = _locate(kind, files, root, check_files)
+            located[kind] = _locate(kind, files, root, check_files, whole if kind == "video" else {})
     except BadSample as bad:
         raise BadSample(bad.reason, bad.detail, name) from None
     return Sample(name, messages, located["video"], located["image"], line, offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CAPTION_QUESTION", "as_conversation"]
+__all__ = ["CAPTION_QUESTION", "as_conversation", "tagged"]
 
 CAPTION_QUESTION = "Describe the motion in this video in detail."
 """What is asked where a data set has captions and no questions."""
@@ -13,13 +13,16 @@ _ANSWERS = ("chosen", "answer")
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of MotionBench-Train or MotionVid-QA as a row with ``conversations``; None if it is neither.
+    """A row of MotionBench-Train, MotionVid-QA or VideoChat2-IT as a row with ``conversations``; else None.
 
     - MotionBench-Train (MotionBench, arXiv 2501.02955; ``MotionBenchCaption-train/train.jsonl`` of its data
       set): ``{"video_path", "motion_caption"}``. It has no questions: ``CAPTION_QUESTION`` is asked.
     - MotionVid-QA (MotionSight, arXiv 2506.01674, and its repository): ``{"video", "question", "chosen",
       "rejected"}``, the preference part, of which the chosen answer is kept, or ``{"video", "question",
       "answer"}``.
+    - VideoChat2-IT (MVBench, arXiv 2311.17005, and ``it_dataset.py`` of its repository): ``{"video", "QA":
+      [{"i", "q", "a"}], "start"?, "end"?}``. The first instruction "i" is the system's text; where captions
+      have no question, it is the question. Start and end are seconds.
 
     Values are passed on as they are: whether they are usable is for the reader of conversations to say.
 
@@ -29,6 +32,8 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
     """
     if row.get("conversations") is not None or row.get("messages") is not None:
         return None
+    if "QA" in row:
+        return _from_qa(row)
     if "motion_caption" in row:
         taken, video, question, answer = {"video_path"}, "video_path", CAPTION_QUESTION, "motion_caption"
     elif "question" in row and (held := [name for name in _ANSWERS if name in row]):
@@ -36,11 +41,36 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
     else:
         return None
     rest = {key: value for key, value in row.items() if key not in {*taken, answer, "video"}}
-    asked = question
-    if isinstance(question, str) and "<video>" not in question:
-        asked = f"<video>\n{question}"
     return {
         **rest,
         "video": row.get(video),
-        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": row[answer]}],
+        "conversations": [
+            {"from": "human", "value": tagged(question, "video")},
+            {"from": "gpt", "value": row[answer]},
+        ],
     }
+
+
+def tagged(question: Any, kind: str) -> Any:
+    """A question with a tag in front unless it has one."""
+    if not isinstance(question, str) or "<video>" in question or "<image>" in question:
+        return question
+    return f"<{kind}>\n{question}"
+
+
+def _from_qa(row: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in row.items() if key not in ("QA", "start", "end")}
+    rest |= {f"video_{key}": row[key] for key in ("start", "end") if key in row}
+    kind = "image" if row.get("video") is None and row.get("image") is not None else "video"
+    turns: list[Any] = []
+    pairs = row["QA"] if isinstance(row["QA"], list) else []
+    for i, pair in enumerate(pairs):
+        pair = pair if isinstance(pair, dict) else {}
+        asked, told = pair.get("q"), pair.get("i")
+        if not asked and told:
+            asked = told
+        elif i == 0 and told:
+            turns.append({"from": "system", "value": told})
+        turns.append({"from": "human", "value": asked if i else tagged(asked, kind)})
+        turns.append({"from": "gpt", "value": pair.get("a")})
+    return {**rest, "conversations": turns}

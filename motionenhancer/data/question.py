@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.skips import SkipLog
 
@@ -20,7 +22,8 @@ class Question:
     """One question of a benchmark, as published.
 
     id: unique in its benchmark.
-    video: name of its clip in the file, with or without extension.
+    video: name of its clip in the file, with or without extension; a :class:`Clip` of that name where the
+        file says which part of it is shown, or with which frames.
     text: the question, untouched.
     answer: the right answer; None where it is not public.
     tasks: codes of the tasks it counts for, mostly one.
@@ -29,7 +32,7 @@ class Question:
     """
 
     id: str
-    video: str
+    video: str | Clip
     text: str
     answer: str | None
     tasks: tuple[str, ...]
@@ -37,13 +40,13 @@ class Question:
     line: int = 0
 
 
-def video_stem(name: str) -> str:
+def video_stem(name: str | Clip) -> str:
     """Return ``name`` without the extension of a video file; any other dot stays.
 
     >>> video_stem("clip_0.5_2.MP4"), video_stem("clip_0.5_2")
     ('clip_0.5_2', 'clip_0.5_2')
     """
-    name = name.strip()
+    name = fspath(name).strip()
     suffix = Path(name).suffix
     return name[: -len(suffix)] if suffix.lower() in _VIDEO_SUFFIXES else name
 

@@ -1,4 +1,4 @@
-"""Stream samples from json and jsonl files: LLaVA, messages+videos, MotionBench-Train, MotionVid-QA."""
+"""Stream samples from json and jsonl files, in every form that `read_samples` lists."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Stream the samples of a data file; count and report those that cannot be used.
 
-    Four forms, told apart by their keys, line by line:
+    Five forms, told apart by their keys, line by line:
 
     - LLaVA: ``{"id", "video": str or list, "image"?, "conversations": [{"from": "human" | "gpt" | "system",
       "value": "<video>\\n..."}]}``
@@ -52,6 +52,10 @@ def read_samples(
     - MotionBench-Train: ``{"video_path", "motion_caption"}``, with a question of our own
     - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, of which the rejected answer is left out,
       or ``{"video", "question", "answer"}``
+    - VideoChat2-IT: ``{"video", "QA": [{"i", "q", "a"}], "start"?, "end"?}``
+
+    Keys that change what is learnt are honoured, or the row is skipped as ``unsupported key``; see
+    ``docs/data.md``.
 
     Neither a jsonl file nor one that is a json array is ever held in memory.
 

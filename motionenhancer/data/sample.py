@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from motionenhancer.data.clip import Clip
+
 __all__ = ["Sample", "prompt_text"]
 
 
@@ -16,14 +18,15 @@ class Sample:
     id: the data file's own, or ``line-<n>``.
     messages: ``[{"role": "system" | "user" | "assistant", "content": [part, ...]}]``, each part one of
         ``{"type": "text", "text": str}``, ``{"type": "video"}`` and ``{"type": "image"}``. Texts are stripped
-        and not empty.
-    videos, images: files, in the order of their parts.
+        and not empty. An answer that is not to be learnt has ``"loss": False`` beside its content.
+    videos, images: files, in the order of their parts; of a video whose row says which part of it is shown,
+        or with which frames, a :class:`Clip`.
     line: 1-based line of the data file where the sample starts; offset: its first byte.
     """
 
     id: str
     messages: list[dict[str, Any]]
-    videos: tuple[Path, ...] = ()
+    videos: tuple[Path | Clip, ...] = ()
     images: tuple[Path, ...] = ()
     line: int = 0
     offset: int = 0
@@ -42,7 +45,8 @@ def prompt_text(
     """Return the text given to the teacher, and where each piece of it comes from.
 
     The text parts of the chosen messages, in their order, joined by one space (MotionEnhancer, section on the
-    teacher's prompt, takes question and answer). System messages are never part of it.
+    teacher's prompt, takes question and answer). System messages, and answers that are not to be learnt, are
+    never part of it.
 
     Parameters
     ----------
@@ -68,7 +72,7 @@ def prompt_text(
     text = ""
     segments: list[tuple[int, int, int]] = []
     for index, message in enumerate(sample.messages):
-        if message["role"] not in _ROLES[source]:
+        if message["role"] not in _ROLES[source] or message.get("loss") is False:
             continue
         for part in message["content"]:
             piece = part.get("text", "").strip() if part["type"] == "text" else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, say
 from motionenhancer.data.timeline import Timeline, foretell, judge, measure
 
@@ -30,8 +31,9 @@ class Video:
         frames: (n, h, w, 3) uint8, as the display matrix shows them.
         timestamps: (n,) float64, seconds since the clip's first frame; equal where a frame was taken twice.
         fps: mean frame rate of the clip.
-        duration: seconds of the whole clip, the last frame's own time included.
-        source_frames: frames that the clip shows.
+        duration: seconds of the clip or its segment, the last frame's own time included.
+        decoded: frames that came out of the decoder; decoding stops behind a segment.
+        source_frames: frames that the clip or its segment shows.
         errors: packets that failed to decode.
     """
 
@@ -39,6 +41,7 @@ class Video:
     timestamps: np.ndarray
     fps: float
     duration: float
+    decoded: int
     source_frames: int
     errors: int = 0
 
@@ -93,6 +96,22 @@ def _target_size(
     return h, max(1, min(math.floor(width * scale), max_pixels // h))
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Which frames of a clip are kept.
+
+    Attributes:
+        indices: ascending; one occurs twice where a clip is too short.
+        start, stop: the first frame of the segment, and the first behind it: no later frame matters.
+        duration: seconds of the segment.
+    """
+
+    indices: np.ndarray
+    start: int
+    stop: int
+    duration: float
+
+
 def _choose(
     timeline: Timeline,
     num_frames: int | None,
@@ -100,25 +119,20 @@ def _choose(
     max_frames: int | None,
     start: float | None,
     end: float | None,
-) -> tuple[np.ndarray, int]:
-    """Return the indices of the wanted frames, ascending; one occurs twice where a clip is too short.
-
-    Returns:
-        The indices, and the index of the first frame behind ``end``: no later frame matters.
-    """
+) -> _Choice:
     since = timeline.times - timeline.times[0]
-    lower = np.searchsorted(since, (start or 0.0) - TIE)
-    upper = int(np.searchsorted(since, end - TIE)) if end is not None else len(since)
+    lower = int(np.searchsorted(since, (start or 0.0) - TIE))
+    upper = int(np.searchsorted(since, end + TIE, side="right")) if end is not None else len(since)
     times = since[lower:upper]
     if not len(times):
-        return np.empty(0, np.int64), upper
-    duration = (since[upper] if upper < len(since) else timeline.duration) - times[0]
+        return _Choice(np.empty(0, np.int64), lower, upper, 0.0)
+    duration = float((since[upper] if upper < len(since) else timeline.duration) - times[0])
     wanted = _choose_times(times, duration, num_frames, fps, max_frames)
     right = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
     left = right - 1
     right = np.minimum(right, len(times) - 1)
     earlier = wanted - times[left] <= times[right] - wanted + TIE
-    return lower + np.where(earlier, left, right), upper
+    return _Choice(lower + np.where(earlier, left, right), lower, upper, duration)
 
 
 def _choose_times(
@@ -185,7 +199,7 @@ def _check_arguments(
 
 
 def read_frames(
-    path: str | Path,
+    path: str | Path | Clip,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -203,15 +217,16 @@ def read_frames(
     earlier one. Frames are shown as the file's display matrix says: turned, mirrored, or both.
 
     Args:
-        path: a file of a container format that libav reads (``motionenhancer.data.decode.FORMATS``).
+        path: a file of a container format that libav reads (``motionenhancer.data.decode.FORMATS``); of a
+            :class:`Clip` its segment, unless start or end are given.
         num_frames: exactly this many, evenly from the first to the last; a shorter clip repeats frames.
         fps: frames a second from the first frame on, never more than the clip holds.
         max_frames: with fps or alone: if there are more, this many evenly from the first to the last.
         max_pixels: shrink frames to at most this many pixels, shape kept.
         size: (height, width) in pixels to resize to.
         min_frames: refuse a clip with fewer frames; 2 refuses stills.
-        start, end: read only frames shown from ``start`` on and before ``end``, in seconds since the clip's
-            first frame. All sampling happens within them.
+        start, end: read only frames with ``start <= time <= end``, in seconds since the clip's first frame,
+            as qwen-vl-utils does. All sampling happens within them.
 
     Without num_frames, fps and max_frames all frames are returned.
 
@@ -231,21 +246,23 @@ def read_frames(
     ((3, 16, 32, 3), [0.0, 0.375, 0.875], 1.0)
     """
     _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames, start, end)
+    if isinstance(path, Clip) and start is None and end is None:
+        start, end = path.start, path.end
     path = Path(path)
     predicted, whole = foretell(path)
     wanted = (num_frames, fps, max_frames, start, end)
     video = None
     if predicted is not None:
-        video = _pick(path, predicted, *_choose(predicted, *wanted), size, max_pixels)
+        video = _pick(path, predicted, _choose(predicted, *wanted), size, max_pixels)
     if video is None:
         # The decoder shows other frames than the packets promise.
         timeline = measure(path, whole)
-        chosen, stop = _choose(timeline, *wanted)
-        if not len(chosen):
-            until = f" and before {end:g} s" if end is not None else ""
+        choice = _choose(timeline, *wanted)
+        if not len(choice.indices):
+            until = f" until {end:g} s" if end is not None else ""
             said = f"has no frames from {start or 0:g} s on{until}; it lasts {timeline.duration:.3g} s"
             raise VideoError(path, said)
-        video = _pick(path, timeline, chosen, stop, size, max_pixels)
+        video = _pick(path, timeline, choice, size, max_pixels)
     if video is None:
         raise VideoError(path, "gives other frames each time it is decoded")
     if video.source_frames < min_frames:
@@ -257,12 +274,12 @@ def read_frames(
 def _pick(
     path: Path,
     timeline: Timeline,
-    chosen: np.ndarray,
-    stop: int,
+    choice: _Choice,
     size: tuple[int, int] | None,
     max_pixels: int | None,
 ) -> Video | None:
     """Decode a clip and convert the chosen frames; None if they are not those of the timeline."""
+    chosen, stop = choice.indices, choice.stop
     if not len(chosen):
         return None
     progress = Progress()
@@ -297,8 +314,9 @@ def _pick(
         frames=np.stack([pictures[index] for index in chosen.tolist()]),
         timestamps=timeline.times[chosen] - timeline.times[0],
         fps=timeline.fps,
-        duration=timeline.duration,
-        source_frames=len(timeline.stamps),
+        duration=choice.duration,
+        decoded=progress.decoded,
+        source_frames=stop - choice.start,
         errors=progress.errors,
     )
 
@@ -331,7 +349,7 @@ def check_video(path: str | Path) -> VideoInfo:
     return VideoInfo(progress.decoded, *shape, timeline.fps, timeline.duration, progress.errors)
 
 
-def content_digest(path: str | Path) -> str:
+def content_digest(path: str | Path | Clip) -> str:
     """Return the sha256 of a file's bytes in hex, whatever the file's name; read in pieces.
 
     Raises:
@@ -341,4 +359,4 @@ def content_digest(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
+        raise VideoError(Path(path), f"cannot be read ({say(error)})", is_passing(error)) from None

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.clip import Clip
+from motionenhancer.data.conversation import BadSample, convert
 from motionenhancer.data.favor import FAVOR_TASKS, read_favor
+from motionenhancer.data.motion_sets import tagged
 from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
 from motionenhancer.data.question import Question, filled, read_rows, video_stem
 from motionenhancer.data.skips import SkipLog
@@ -178,20 +181,32 @@ def _read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
     """The toy world's ``test.jsonl``: LLaVA rows of one question and answer; the id ends with its kind."""
     for line, row in read_rows(path, log):
         turns, id, video = row.get("conversations"), row.get("id"), row.get("video")
-        texts = (
-            [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-            if isinstance(turns, list)
-            else []
-        )
+        turns = turns if isinstance(turns, list) else []
+        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
         if not filled(id) or not filled(video) or len(texts) != 2 or not all(filled(t) for t in texts):
             log.add(
                 "missing fields", id=str(id or ""), line=line, detail="needs id, video, question and answer"
             )
             continue
+        spoken = [{"from": who, **turn} for who, turn in zip(("human", "gpt"), turns, strict=True)]
+        spoken[0]["value"] = tagged(texts[0], "video")
+        try:
+            sample = convert({**row, "conversations": spoken}, line, Path(), log, check_files=False)
+        except BadSample as bad:
+            log.add(bad.reason, id=str(id), line=line, detail=bad.detail)
+            continue
+        if len(sample.messages) != 2:
+            log.add("unsupported key", id=str(id), line=line, detail="'system': questions have none")
+            continue
         kind = str(id).rsplit("-", 1)[-1]
         task = kind if kind in TOY_TASKS else "other"
-        asked = str(texts[0]).replace("<video>", "").strip()
-        yield Question(str(id), str(video), asked, str(texts[1]).strip(), (task,), line=line)
+        asked, answer = (
+            " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+            for message in sample.messages
+        )
+        clip = sample.videos[0]
+        shown = clip if isinstance(clip, Clip) else str(clip)
+        yield Question(str(id), shown, asked, answer, (task,), line=line)
 
 
 BENCHMARKS: dict[str, Benchmark] = {

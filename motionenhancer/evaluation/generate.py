@@ -13,6 +13,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
@@ -30,7 +31,7 @@ class Asked:
 
     question: Question
     prompt: str
-    video: Path | None
+    video: Path | Clip | None
 
 
 def encode_request(
@@ -40,6 +41,7 @@ def encode_request(
     prompt: str,
     video: Video,
     *,
+    clip: Path | Clip | None = None,
     max_pixels: int | None = None,
 ) -> Encoded:
     """Tokens of a user's turn, video first, up to where the assistant's answer begins.
@@ -53,6 +55,7 @@ def encode_request(
     id: for messages.
     prompt: text after the video.
     video: its frames.
+    clip: where they come from; a row's own limits of a frame's pixels are taken from it.
     max_pixels: cap on the pixels of a frame as the model sees it.
 
     Returns
@@ -65,7 +68,8 @@ def encode_request(
     """
     asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompt}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-    encoded = family.encode(processor, Sample(id, [asked, reply]), [video], max_pixels=max_pixels)
+    sample = Sample(id, [asked, reply], () if clip is None else (clip,))
+    encoded = family.encode(processor, sample, [video], max_pixels=max_pixels)
     trained = (encoded.labels != -100).nonzero()[:, 0]
     if not len(trained):
         raise ValueError(f"question {id!r}: the chat template leaves no place for an answer")
@@ -213,7 +217,7 @@ class _Requests(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[list[str], list[Encoded], list[tuple[str, str]]]:
         ids, requests, failures = [], [], []
-        last: tuple[Path, Video] | None = None
+        last: tuple[Path | Clip, Video] | None = None
         for item in self.batches[index]:
             assert item.video is not None
             try:
@@ -226,6 +230,7 @@ class _Requests(Dataset[Any]):
                     item.question.id,
                     item.prompt,
                     last[1],
+                    clip=item.video,
                     max_pixels=self.frames.max_pixels,
                 )
             except (ValueError, OSError) as error:

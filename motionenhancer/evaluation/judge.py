@@ -8,7 +8,29 @@ from collections.abc import Sequence
 
 __all__ = ["first_letter", "lone_letter", "names_option", "same_text"]
 
-_ALONE = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?![A-Za-z0-9'’])")
+#: Words that neither are a noun nor stand between an article and one: a capital A before them is an option.
+_NO_NOUN = (
+    r"is isn was wasn are were has have had does do did can(?=\sbe) could will would shall should may might "
+    r"must and or nor but so yet for because since as if when while(?!\s(?:later|ago|after)) although though "
+    r"than then that which who whom whose where why how what of in on at to from by with without about into "
+    r"over under after before instead only also too not rather(?=\sthan) therefore thus hence here there "
+    r"please i you he she it we they me him her us them his its my your our their the a an this these those "
+    r"both either neither seems appears looks fits matches describes shows depicts represents explains "
+    r"captures reflects states says suggests indicates corresponds applies happens occurs follows aligns "
+    r"agrees contains includes mentions"
+)
+#: A capital A before a lower-case word or a number that can be a noun or stand before one, on the same line.
+_ARTICLE = (
+    r"A(?=[ \t]+(?:[a-z]|\d+-?[A-Za-z]))"
+    rf"(?![ \t]+(?:(?:[a-z]{{1,20}}ly|best)[ \t]+)?(?:{'|'.join(_NO_NOUN.split())})(?!-?[a-z]))"
+)
+#: A letter that stands alone: named an option, capital, or lower-case in brackets; an article has no group.
+_NAMED = re.compile(
+    r"(?<![A-Za-z0-9'’])(?:"
+    r"(?i:option[ \t]{1,8}(?P<option>[A-F])|(?:choice|letter)[ \t]{1,8}(?P<choice>(?-i:[A-F])))"
+    rf"|{_ARTICLE}|(?P<capital>[A-F])|(?<=\()(?P<bracketed>[a-f])(?=\))"
+    r")(?![A-Za-z0-9'’])"
+)
 _LETTERS = "ABCDEF"
 
 
@@ -31,26 +53,28 @@ def first_letter(output: str) -> str:
 def lone_letter(output: str) -> str:
     """Read the one option letter A to F that stands alone; empty where there is none, or more than one.
 
-    A single lower-case letter counts only as the whole answer or in brackets: "a" is also a word. A capital
-    "A" followed by a lower-case word is taken for the article.
+    A lone lower-case letter counts only as the whole answer or in brackets: "a" is also a word. A capital
+    "A" is taken for the article where a noun can follow it: before a lower-case word that is no verb,
+    conjunction, preposition, pronoun or the like. After "option", "choice" or "letter" it is none, and after
+    "option" a lower-case letter counts too. Takes time in proportion to the output's length.
 
     >>> [lone_letter(s) for s in ("(b)", "b.", "The answer is B.", "B) a dog")]
     ['B', 'B', 'B', 'B']
     >>> [lone_letter(s) for s in ("Because", "A or C", "A man walks")]
     ['', '', '']
+    >>> [lone_letter(s) for s in ("Option A is correct.", "It is A because he turns.", "Not A, but B.")]
+    ['A', 'A', '']
     """
-    text = output.strip()
-    whole = text.strip(string.punctuation + " ")
+    whole = output.strip(string.punctuation + string.whitespace)
     if len(whole) == 1 and whole.upper() in _LETTERS:
         return whole.upper()
-    found = set()
-    for match in _ALONE.finditer(text):
-        letter, before, after = match.group(1), text[: match.start()], text[match.end() :]
-        bracketed = before.endswith("(") and after.startswith(")")
-        article = letter == "A" and re.match(r"\s+[a-z]", after) and not re.match(r"\s+(and|or)\b", after)
-        if letter.upper() in _LETTERS and (bracketed or (letter.isupper() and not article)):
-            found.add(letter.upper())
-    return found.pop() if len(found) == 1 else ""
+    found: set[str] = set()
+    for match in _NAMED.finditer(output):
+        if match.lastgroup is not None:
+            found.add(match[match.lastgroup].upper())
+        if len(found) > 1:
+            return ""
+    return found.pop() if found else ""
 
 
 def names_option(output: str, answer: str, options: Sequence[str], *, match_case: bool = False) -> bool:

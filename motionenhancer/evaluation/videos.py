@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import video_stem
-from motionenhancer.data.video import Video, read_frames
+from motionenhancer.data.sampling import sample_frames
+from motionenhancer.data.video import Video
 
 __all__ = ["Frames", "VideoFolder", "default_frames", "sample_video"]
 
@@ -51,18 +54,19 @@ def default_frames(num_frames: int | None, benchmark: str) -> Frames:
     return replace(frames, fps=8.0) if benchmark == "toy" else frames
 
 
-def sample_video(path: Path, frames: Frames) -> Video:
-    """Decode a clip's frames.
+def sample_video(path: Path | Clip, frames: Frames) -> Video:
+    """Decode a clip's frames; what its own row says of them comes first.
 
-    Raises
-    ------
-    VideoError: it cannot be read.
+    Raises:
+        VideoError: it cannot be read.
     """
-    if frames.num_frames is not None:
-        return read_frames(path, num_frames=frames.num_frames)
-    video = read_frames(path, fps=frames.fps, max_frames=frames.max_frames)
-    wanted = min(frames.min_frames, video.source_frames)
-    return video if len(video.frames) >= wanted else read_frames(path, num_frames=wanted)
+    return sample_frames(
+        path,
+        num_frames=frames.num_frames,
+        fps=frames.fps,
+        min_frames=frames.min_frames,
+        max_frames=frames.max_frames,
+    )
 
 
 class VideoFolder:
@@ -83,8 +87,11 @@ class VideoFolder:
             raise ValueError(f"--video_root must be a folder, {self.root} {what}")
         self._stems: dict[str, list[Path]] | None = None
 
-    def find(self, name: str) -> Path | None:
-        """Return the clip's file; None where there is none, or more than one."""
+    def find(self, name: str | Clip) -> Path | Clip | None:
+        """Return the clip's file, shown as ``name`` says; None where there is none, or more than one."""
+        if isinstance(name, Clip):
+            found = self.find(fspath(name))
+            return None if found is None else replace(name, path=Path(found))
         places = [self.root / name, *(self.root / folder / name for folder in self.folders)]
         exact = next((place for place in places if _is_file(place)), None)
         if exact is not None:
@@ -94,9 +101,9 @@ class VideoFolder:
             for path in sorted(self.root.rglob("*")):
                 if video_stem(path.name) != path.name:
                     self._stems[video_stem(path.name)].append(path)
-        found = self._stems.get(video_stem(Path(name).name), [])
-        near = [path for path in found if path.parent in {place.parent for place in places}]
-        chosen = near or found
+        alike = self._stems.get(video_stem(Path(name).name), [])
+        near = [path for path in alike if path.parent in {place.parent for place in places}]
+        chosen = near or alike
         return chosen[0] if len(chosen) == 1 and _is_file(chosen[0]) else None
 
 

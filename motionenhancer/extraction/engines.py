@@ -29,6 +29,7 @@ class Done:
         stored: priors that were in the store, read and found good.
         made: priors made.
         damaged: stored files that were damaged, set aside, and made anew or tried to.
+        unknown: priors, stored or made, some of whose text the teacher's tokenizer has no piece for.
         refused: keys without a prior, and why.
         roundtrip: inversion error of the first clip made, if it was asked for.
         deaths: workers that died and were replaced.
@@ -38,6 +39,7 @@ class Done:
     stored: int = 0
     made: int = 0
     damaged: int = 0
+    unknown: int = 0
     refused: list[Result] = field(default_factory=list)
     roundtrip: dict[str, float] | None = None
     deaths: int = 0
@@ -46,6 +48,7 @@ class Done:
     def look(self, looked: Looked) -> None:
         """Count what the store holds of a key."""
         self.stored += looked.good
+        self.unknown += looked.unknown
         if looked.damage:
             self.damaged += 1
             tqdm.write(f"damaged prior set aside, making it anew: {looked.damage}")
@@ -54,13 +57,14 @@ class Done:
         """Count what came of a missing key."""
         if not result.reason:
             self.made += 1
+            self.unknown += result.unknown
             self.roundtrip = self.roundtrip or result.roundtrip
         else:
             self.refused.append(result if len(self.refused) < KEPT else result._replace(detail=""))
 
     def join(self, other: Done) -> None:
         """Count what another process did."""
-        for name in ("stored", "made", "damaged", "refused", "deaths"):
+        for name in ("stored", "made", "damaged", "unknown", "refused", "deaths"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.roundtrip = self.roundtrip or other.roundtrip
 

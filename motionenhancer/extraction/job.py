@@ -22,20 +22,28 @@ from .workload import Share, read_requests
 
 
 class Looked(NamedTuple):
-    """What the store holds of a key of the workload: whether it is good, and what is wrong if not."""
+    """What the store holds of a key of the workload: whether it is good, and what is wrong if not.
+
+    unknown: the teacher's tokenizer has no piece for some of its text.
+    """
 
     number: int
     good: bool
     damage: str = ""
+    unknown: bool = False
 
 
 class Result(NamedTuple):
-    """What came of a missing key of the workload: why there is no prior, if there is none."""
+    """What came of a missing key of the workload: why there is no prior, if there is none.
+
+    unknown: as of `Looked`.
+    """
 
     number: int
     reason: str = ""
     detail: str = ""
     roundtrip: dict[str, float] | None = None
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Job:
             for (index, _), reading in ahead(pool, lambda k: stored(store, k[1]), keys, self.decode_workers):
                 found = reading.result()
                 damage = str(found) if isinstance(found, DamagedPrior) else ""
-                yield Looked(int(index), isinstance(found, MotionPrior), damage)
+                good = isinstance(found, MotionPrior)
+                yield Looked(int(index), good, damage, isinstance(found, MotionPrior) and found.unknown > 0)
 
     def load(self, device: torch.device | str) -> Teacher:
         """The teacher."""
@@ -99,4 +108,4 @@ class Job:
                 continue
             found = None if measured else one.roundtrip(teacher, settings.steps)
             measured = True
-            yield Result(int(index), roundtrip=found)
+            yield Result(int(index), roundtrip=found, unknown=one.result.unknown > 0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,11 +15,15 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data import SkipLog
+from ..data.clip import named_by
 from ..data.video import VideoError, content_digest, read_frames
 from ..prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from ..store import DamagedPrior, PriorStore, Refusal, prior_keys
 from ..vdm import Teacher, roundtrip_error
 from .planning import PriorRequest
+
+#: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
+PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -88,6 +93,8 @@ def make_priors(
 
     def keep(key: str, prior: MotionPrior, fresh: bool) -> None:
         made.keys.update({request.sample.id: key for request in by_key[key]})
+        if prior.unknown:
+            skips.note(PARTLY_UNKNOWN)
         if describe:
             described[key] = {"key": key, "made_now": fresh, **prior.describe()}
 
@@ -228,8 +235,8 @@ def check_clip(request: PriorRequest, name: Callable[[str, str], str]) -> None:
     Raises:
         VideoError: it is not, or it cannot be read.
     """
-    if name(content_digest(request.video), request.text) != request.key:
-        raise VideoError(request.video, "changed while the run was going on, start again")
+    if name(named_by(content_digest(request.video), request.video), request.text) != request.key:
+        raise VideoError(Path(request.video), "changed while the run was going on, start again")
 
 
 def put_on_record(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import Sample, SkipLog, prompt_text
+from ..data import Clip, Sample, SkipLog, prompt_text
+from ..data.clip import named_by, segment_of
 from ..data.video import VideoError, content_digest
 from ..prior import PriorSettings
 from ..store import prior_keys
@@ -24,13 +25,13 @@ NO_INPUT = "no prior: no text or no video file"
 
 @dataclass(frozen=True)
 class PriorRequest:
-    """One prior a run needs: which sample, which clip, which text, under which key.
+    """One prior a run needs: which sample, which clip or segment of one, which text, under which key.
 
     size: bytes of the clip's file; negative where it is not known.
     """
 
     sample: Sample
-    video: Path
+    video: Path | Clip
     text: str
     key: str
     size: int = -1
@@ -102,12 +103,13 @@ def stream_requests(
     waiting: deque[tuple[Sample, str]] = deque()
 
     def settle(sample: Sample, text: str) -> Iterator[PriorRequest]:
-        found = clips.get(sample.videos[0])
+        video = segment_of(sample.videos[0])
+        found = clips.get(Path(video))
         if isinstance(found, VideoError):
             skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
             return
         digest, size = found
-        yield PriorRequest(sample, sample.videos[0], text, name(digest, text), size)
+        yield PriorRequest(sample, video, text, name(named_by(digest, video), text), size)
 
     with clips:
         for sample in samples:
@@ -126,7 +128,7 @@ def stream_requests(
             except ValueError as error:
                 skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(error))
                 continue
-            clips.ask(sample.videos[0])
+            clips.ask(Path(sample.videos[0]))
             waiting.append((sample, text))
             if len(waiting) > 8 * workers:
                 yield from settle(*waiting.popleft())
@@ -138,7 +140,7 @@ def request_priors(
     samples: Sequence[Sample], settings: PriorSettings, source: str, skips: SkipLog
 ) -> list[PriorRequest]:
     """What `plan_priors` lists, without keys and without reading a clip: for priors that are never stored."""
-    videos = {video for sample in samples for video in sample.videos}
+    videos = {Path(video) for sample in samples for video in sample.videos}
     # A digest that no clip has.
     digests: dict[Path, str | VideoError] = {
         video: "0" * 64 if video.is_file() else VideoError(video, "no such file") for video in videos
@@ -190,7 +192,7 @@ class _Clips:
         return _size(video).to_bytes(8, "big") + bytes.fromhex(digest)
 
 
-def _name(video: Path) -> bytes:
+def _name(video: Path | Clip) -> bytes:
     return blake2b(os.fsencode(video), digest_size=16).digest()
 
 
@@ -272,8 +274,8 @@ def deal(sizes: Sequence[int] | np.ndarray, shares: int) -> np.ndarray:
     return owner
 
 
-def _size(video: Path) -> int:
+def _size(video: Path | Clip) -> int:
     try:
-        return video.stat().st_size
+        return os.stat(video).st_size
     except OSError:
         return 0

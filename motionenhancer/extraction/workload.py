@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Sample, prompt_text
+from ..data import Clip, Sample, prompt_text
+from ..data.clip import named_by, segment_of
 from ..data.readers import sample_at
 from ..store import PriorStore
 from .planning import PriorRequest, deal
@@ -167,7 +168,7 @@ def read_requests(items: Iterable[Any], data: Path, root: Path | None, source: s
             try:
                 sample = sample_at(file, offset, line, data.parent if root is None else root)
                 text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
-                same = _check(sample.videos[0], text) == item["check"]
+                same = _check(segment_of(sample.videos[0]), text) == item["check"]
             except (ValueError, IndexError):
                 same = False
             if not same:
@@ -176,9 +177,10 @@ def read_requests(items: Iterable[Any], data: Path, root: Path | None, source: s
 
 
 def _request(sample: Sample, text: str, item: np.void) -> PriorRequest:
-    return PriorRequest(sample, sample.videos[0], text, key_of(item), 1024 * int(item["size"]))
+    video = segment_of(sample.videos[0])
+    return PriorRequest(sample, video, text, key_of(item), 1024 * int(item["size"]))
 
 
-def _check(video: Path, text: str) -> int:
-    seen = f"{abspath(video)}\0{text}".encode("utf-8", "surrogateescape")
+def _check(video: Path | Clip, text: str) -> int:
+    seen = f"{named_by(abspath(video), video)}\0{text}".encode("utf-8", "surrogateescape")
     return int.from_bytes(blake2b(seen, digest_size=4).digest())

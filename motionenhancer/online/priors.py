@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ..data import SkipLog
+from ..data import Clip, SkipLog
 from ..dataset import Alignment, PendingAlignment
-from ..extraction.making import RefusedClip
+from ..extraction.making import PARTLY_UNKNOWN, RefusedClip
 from ..extraction.planning import PriorRequest
 from ..prior import MotionPrior
 from .thread import PATIENCE, DeadTeacherError, PriorSource, ReadPrior
 
 Batch = dict[str, Any]
-Answers = dict[tuple[Path, str], Future[ReadPrior]]
+Answers = dict[tuple[Path | Clip, str], Future[ReadPrior]]
 
 
 class NoPriorError(ValueError):
@@ -128,7 +128,7 @@ class OnlinePriors:
         """Wait for the priors of a batch and align it; samples that got none go without."""
         if answers is None:
             answers = self.ask(pending)
-        counted: set[tuple[Path, str]] = set()
+        counted: set[tuple[Path | Clip, str]] = set()
         priors: list[MotionPrior | None] = []
         for request in pending.requests:
             if request is None:
@@ -158,6 +158,8 @@ class OnlinePriors:
                 self.skips.note("damaged priors made anew")
             if found.lost:
                 self.skips.note(found.lost)
+            if found.prior.unknown:
+                self.skips.note(PARTLY_UNKNOWN)
         about = {"id": request.sample.id, "video": str(request.video), "key": request.key or None}
         described = {**about, "made_now": found.fresh, **found.prior.describe()}
         self.described.setdefault(request.sample.id, json.dumps(described))

@@ -27,7 +27,8 @@ from accelerate import PartialState
 from safetensors.torch import load, save
 
 from ..arguments import PriorArguments
-from ..data import Sample
+from ..data import Clip, Sample
+from ..data.clip import segment_of
 from ..data.video import VideoError
 from ..extraction.making import keep, put_on_record, refusal_of, stored_or_refused
 from ..extraction.planning import PriorRequest
@@ -200,7 +201,8 @@ class RemoteTeacher:
         ticket = client.add("tickets", 1)
         job = {
             "id": request.sample.id,
-            "video": str(request.video.absolute()),
+            "video": str(Path(request.video).absolute()),
+            "segment": [getattr(request.video, name, None) for name in ("start", "end")],
             "text": request.text,
             "settings": None if settings is None else asdict(settings),
         }
@@ -298,7 +300,8 @@ def _serve(ranks: TeacherRanks, client: dist.Store, setup: dict[str, Any]) -> in
         return 2
     client.set(f"ready/{ranks.index}", "")
     for ticket, job, answer in _jobs(ranks, teacher, settings, setup["decode_workers"]):
-        video = Path(job["video"])
+        start, end = job["segment"]
+        video = segment_of(Clip(Path(job["video"]), start, end))
         request = PriorRequest(Sample(job["id"], [], (video,)), video, job["text"], "")
         answer(ticket, request, None if job["settings"] is None else _settings(job["settings"]))
     return 0

@@ -61,7 +61,8 @@ class TextCache:
             about = json.loads(metadata["text_encoding"])
             spans = tuple((a, b) for a, b in about["spans"])
             embeds = F.pad(embeds, (0, 0, 0, about["length"] - embeds.shape[1]))
-            return TextEncoding(embeds, tuple(about["tokens"]), spans, text, about["truncated"])
+            tokens, words = tuple(about["tokens"]), tuple(about["words"])
+            return TextEncoding(embeds, tokens, spans, text, words, about["truncated"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
             return None
 
@@ -76,6 +77,7 @@ class TextCache:
             "tokens": encoding.tokens,
             "spans": encoding.spans,
             "truncated": encoding.truncated,
+            "words": encoding.words,
             "length": embeds.shape[1],
         }
         body = save({"embeds": embeds[:, :rows].contiguous()}, {"text_encoding": json.dumps(about)})

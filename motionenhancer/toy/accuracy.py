@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data import Sample, SkipLog, read_frames, read_samples
+from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
 from motionenhancer.data.video import Video
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.toy.scene import TASKS
@@ -18,7 +18,7 @@ from motionenhancer.toy.world import ToyFolder
 __all__ = ["accuracy", "accuracy_table", "samples_of", "shown_clip"]
 
 
-def shown_clip(path: Path, shown: str, index: int) -> Video:
+def shown_clip(path: Path | Clip, shown: str, index: int) -> Video:
     """What a student is shown of a clip: "video", its frames "shuffled", or its "middle" frame repeated."""
     video = read_frames(path, num_frames=FRAMES)
     if shown == "shuffled":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,7 @@ class TextEncoding:
         tokens: the surface text of each real token (no padding, no end token).
         spans: character range of each real token in `text`.
         text: the prompt.
+        words: indices of the real tokens that are neither a bare space nor an unknown piece.
         truncated: how many real tokens did not fit and were cut off.
     """
 
@@ -50,7 +52,19 @@ class TextEncoding:
     tokens: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
     text: str
+    words: tuple[int, ...]
     truncated: int = 0
+
+    @property
+    def unknown(self) -> int:
+        """How many letters, digits, signs and marks of the text, short of where it was cut, are in no word.
+
+        They belong to unknown pieces, or the tokenizer dropped them.
+        """
+        read = max((end for _, end in self.spans), default=0) if self.truncated else len(self.text)
+        known = {i for word in self.words for i in range(*self.spans[word])}
+        categories = (unicodedata.category(c)[0] for c in self.text[:read])
+        return sum(kind in "LNPS" and i not in known for i, kind in enumerate(categories))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +101,27 @@ def tokenize(tokenizer: Any, text: str, length: int) -> tuple[Any, TextEncoding]
         raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
     spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"][0][real].tolist())
     full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    tokens = tuple(tokenizer.convert_ids_to_tokens(ids[real].tolist()))
-    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, max(0, full - len(spans)))
+    pieces = ids[real].tolist()
+    tokens = tuple(tokenizer.convert_ids_to_tokens(pieces))
+    # A special piece in a text is the unknown one, or one whose name is written out. Before a piece that it
+    # knows only without a space, SentencePiece puts a space as a token of its own.
+    special = _special_ids(tokenizer)
+    words = tuple(
+        i
+        for i, (piece, token, span) in enumerate(zip(pieces, tokens, spans, strict=True))
+        if piece not in special and token.replace("▁", " ").strip() and text[slice(*span)].strip()
+    )
+    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, words, max(0, full - len(spans)))
+
+
+@functools.lru_cache(maxsize=4)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of a tokenizer's special pieces, and of its model's unknown one if that is not among them."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    unknown = model.get("unk_id")
+    if unknown is None and model.get("unk_token") is not None:
+        unknown = tokenizer.convert_tokens_to_ids(model["unk_token"])
+    return frozenset(tokenizer.all_special_ids) | ({unknown} if unknown is not None else set())
 
 
 def valid_size(size: tuple[int, int], multiple: int, name: str = "size") -> tuple[int, int]:

@@ -109,8 +109,8 @@ class TokenLayout:
 class Encoded:
     """One sample as tensors, not padded.
 
-    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers and the
-        token that ends each.
+    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers that
+        are to be learnt and the token that ends each.
     token_inputs: further (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
     vision_inputs: model inputs whose first dimension counts patches or videos; batches concatenate them.
     layout: characters and vision tokens.
@@ -133,6 +133,8 @@ class StudentFamily(Protocol):
     """The ``model_type`` of the configurations it handles."""
     num_frames: int | None
     """How many frames of a clip it is shown by default; None where frames a second are given instead."""
+    equal_frames: bool
+    """Whether all videos of a batch must have equally many frames."""
 
     def in_vision_tower(self, parameter: str) -> bool:
         """Whether the parameter of this name belongs to the vision tower, which learns more slowly."""

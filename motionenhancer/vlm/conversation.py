@@ -20,7 +20,8 @@ class Rendered:
 
     text: what the chat template gave.
     text_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
-    answer_spans: (start, end) of each assistant message's content and the token that ends it.
+    answer_spans: (start, end) of the content of each assistant message that is to be learnt, and of the token
+        that ends it.
     """
 
     text: str
@@ -50,7 +51,9 @@ def render(processor: Any, sample: Sample) -> Rendered:
     if roles[0] == "assistant":
         raise ValueError(f"sample {sample.id!r} begins with an assistant message: nothing asks for it")
     text = _template(processor, messages)
-    answers = [i for i, role in enumerate(roles) if role == "assistant"]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
+    if not answers:
+        raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")
     ends = {i: len(_prefix(processor, sample, text, i)) for j in answers for i in (j, j + 1)}
     text_spans = _text_spans(processor, messages, text)
     answer_spans: list[tuple[int, int]] = []

@@ -28,6 +28,7 @@ class InternVL:
     model_types = ("internvl",)
     num_frames: int | None = 8
     """InternVL's own number of frames a clip, at whatever rate."""
+    equal_frames = False
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`, without the projector."""

@@ -30,6 +30,7 @@ class LlavaOnevision:
     model_types = ("llava_onevision",)
     num_frames: int | None = 32
     """The number of frames a clip that the family was trained on."""
+    equal_frames = True
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`, without the projector."""

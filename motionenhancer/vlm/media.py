@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
 from motionenhancer.vlm.base import Encoded, TokenLayout, VisionLayout
 from motionenhancer.vlm.conversation import Rendered, answer_labels, expand
 
-__all__ = ["Medium", "assemble", "check_media", "frames_tensor", "media_order", "open_images"]
+__all__ = ["Medium", "assemble", "check_media", "frame_size", "frames_tensor", "media_order", "open_images"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,39 @@ def media_order(text: str, placeholders: Mapping[str, str]) -> list[str]:
     """
     kinds = {token: kind for kind, token in placeholders.items()}
     return [kinds[found] for found in re.findall("|".join(map(re.escape, kinds)), text)]
+
+
+def frame_size(
+    part: Any, max_pixels: int | None, videos: Sequence[Any] = (), frames: int = 1
+) -> dict[str, dict[str, int]]:
+    """The limits of a frame's pixels as an option of a Qwen processor of images or videos.
+
+    Args:
+        part: the processor; its own limits hold where nothing is said.
+        max_pixels: the run's, which are never exceeded.
+        videos: a sample's, whose rows may give limits of their own, one for all of them.
+        frames: how many frames the processor's limits count together.
+
+    Returns:
+        `{"size": {"shortest_edge", "longest_edge"}}`, in pixels, or nothing where the processor's own hold.
+
+    Raises:
+        ValueError: a limit is below the pixels of one token.
+    """
+    own = next((video for video in videos if isinstance(video, Clip)), Clip(Path()))
+    most = min((n for n in (max_pixels, own.max_pixels) if n is not None), default=None)
+    if most is None and own.min_pixels is None:
+        return {}
+    smallest = (part.patch_size * part.merge_size) ** 2
+    if most is not None and most < smallest:
+        raise ValueError(f"max_pixels must be at least {smallest}, one token, got {most}")
+    low, high = int(part.size["shortest_edge"]), int(part.size["longest_edge"])
+    if own.min_pixels is not None:
+        low = own.min_pixels * frames
+        high = max(low, high)
+    if most is not None:
+        high = most * frames if own.max_pixels is not None else min(high, most * frames)
+    return {"size": {"shortest_edge": min(low, high), "longest_edge": high}}
 
 
 def frames_tensor(video: Video) -> torch.Tensor:

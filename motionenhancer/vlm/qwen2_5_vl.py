@@ -13,7 +13,15 @@ from motionenhancer.data.video import Video
 from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.collate import collate
 from motionenhancer.vlm.conversation import render
-from motionenhancer.vlm.media import Medium, assemble, check_media, frames_tensor, media_order, open_images
+from motionenhancer.vlm.media import (
+    Medium,
+    assemble,
+    check_media,
+    frame_size,
+    frames_tensor,
+    media_order,
+    open_images,
+)
 
 __all__ = ["FAMILY", "Qwen25VL"]
 
@@ -24,6 +32,7 @@ class Qwen25VL:
     name = "qwen2_5_vl"
     model_types: tuple[str, ...] = ("qwen2_5_vl",)
     num_frames: int | None = None
+    equal_frames = False
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; the merger is not part of it."""
@@ -50,7 +59,7 @@ class Qwen25VL:
         rendered = render(processor, sample)
         tokens = {"video": processor.video_token, "image": processor.image_token}
         kinds = media_order(rendered.text, tokens)
-        inputs = _process(processor, rendered.text, videos, images, max_pixels)
+        inputs = _process(processor, sample, rendered.text, videos, images, max_pixels)
         shapes = {
             "video": iter(_grids(inputs.get("video_grid_thw"), processor.video_processor.merge_size)),
             "image": iter(_grids(inputs.get("image_grid_thw"), processor.image_processor.merge_size)),
@@ -85,7 +94,12 @@ FAMILY = Qwen25VL()
 
 
 def _process(
-    processor: Any, text: str, videos: Sequence[Video], images: Sequence[Any], max_pixels: int | None
+    processor: Any,
+    sample: Sample,
+    text: str,
+    videos: Sequence[Video],
+    images: Sequence[Any],
+    max_pixels: int | None,
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"videos_kwargs": {"do_sample_frames": False}, "images_kwargs": {}}
     if videos:
@@ -100,25 +114,10 @@ def _process(
         ]
     if images:
         options["images"] = list(images)
-    if max_pixels is not None:
-        for kind, part in (
-            ("videos_kwargs", processor.video_processor),
-            ("images_kwargs", processor.image_processor),
-        ):
-            options[kind]["size"] = _capped(part, max_pixels)
+    options["videos_kwargs"] |= frame_size(processor.video_processor, max_pixels, sample.videos)
+    options["images_kwargs"] |= frame_size(processor.image_processor, max_pixels)
     options["videos_kwargs"] = options["videos_kwargs"] if videos else {}
     return dict(processor(text=[text], return_tensors="pt", **options))
-
-
-def _capped(part: Any, max_pixels: int) -> dict[str, int]:
-    smallest = (part.patch_size * part.merge_size) ** 2
-    if max_pixels < smallest:
-        raise ValueError(f"max_pixels must be at least {smallest}, one token, got {max_pixels}")
-    size = part.size
-    return {
-        "shortest_edge": min(int(size["shortest_edge"]), max_pixels),
-        "longest_edge": min(int(size["longest_edge"]), max_pixels),
-    }
 
 
 def _grids(grids: torch.Tensor | None, merge_size: int) -> list[tuple[int, int, int]]:

@@ -14,7 +14,15 @@ from motionenhancer.data.video import Video
 from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.collate import collate
 from motionenhancer.vlm.conversation import render
-from motionenhancer.vlm.media import Medium, assemble, check_media, frames_tensor, media_order, open_images
+from motionenhancer.vlm.media import (
+    Medium,
+    assemble,
+    check_media,
+    frame_size,
+    frames_tensor,
+    media_order,
+    open_images,
+)
 
 __all__ = ["FAMILY", "Qwen3VL"]
 
@@ -28,6 +36,7 @@ class Qwen3VL:
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
     num_frames: int | None = None
+    equal_frames = False
 
     def in_vision_tower(self, parameter: str) -> bool:
         """See :meth:`motionenhancer.vlm.base.StudentFamily.in_vision_tower`; mergers are not part of it."""
@@ -66,7 +75,7 @@ class Qwen3VL:
                 part, processed = processor.image_processor, _image(processor, shown, max_pixels)
             else:
                 shown = _at_least_two(shown)
-                part, processed = processor.video_processor, _video(processor, shown, max_pixels)
+                part, processed = processor.video_processor, _video(processor, sample, shown, max_pixels)
             for name, values in processed.items():
                 inputs.setdefault(name, []).append(values)
             t, h, w = processed[f"{kind}_grid_thw"][0].tolist()
@@ -130,27 +139,16 @@ def _at_least_two(video: Video) -> Video:
     return replace(video, frames=np.repeat(video.frames, 2, 0), timestamps=np.repeat(video.timestamps, 2))
 
 
-def _video(processor: Any, video: Video, max_pixels: int | None) -> dict[str, torch.Tensor]:
+def _video(processor: Any, sample: Sample, video: Video, max_pixels: int | None) -> dict[str, torch.Tensor]:
     part = processor.video_processor
     # The size of this processor counts the pixels of all frames together.
-    options = {} if max_pixels is None else {"size": _capped(part, max_pixels, len(video.frames))}
+    options = frame_size(part, max_pixels, sample.videos, len(video.frames))
     processed = part(videos=[frames_tensor(video)], do_sample_frames=False, return_tensors="pt", **options)
     return {name: processed[name] for name in ("pixel_values_videos", "video_grid_thw")}
 
 
 def _image(processor: Any, image: Any, max_pixels: int | None) -> dict[str, torch.Tensor]:
     part = processor.image_processor
-    options = {} if max_pixels is None else {"size": _capped(part, max_pixels, 1)}
+    options = frame_size(part, max_pixels)
     processed = part(images=[image], return_tensors="pt", **options)
     return {name: processed[name] for name in ("pixel_values", "image_grid_thw")}
-
-
-def _capped(part: Any, max_pixels: int, frames: int) -> dict[str, int]:
-    smallest = (part.patch_size * part.merge_size) ** 2
-    if max_pixels < smallest:
-        raise ValueError(f"max_pixels must be at least {smallest}, one token, got {max_pixels}")
-    most = max_pixels * frames
-    return {
-        "shortest_edge": min(int(part.size["shortest_edge"]), most),
-        "longest_edge": min(int(part.size["longest_edge"]), most),
-    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,11 +60,67 @@ REFUSALS = ["I cannot tell.", "Sorry, this video shows nothing.", "Unable to det
         ("()", "", ""),
         ("(", "", ""),
         ("B2", "B", ""),
+        # a capital A that no noun can follow
+        ("Option A is correct.", "O", "A"),
+        ("The answer is A because he turns.", "T", "A"),
+        ("A is the best choice", "A", "A"),
+        ("A because he turns", "A", "A"),
+        ("A clearly shows it", "A", "A"),
+        ("A best describes it", "A", "A"),
+        ("It is A, not an ant", "I", "A"),
+        ("A\nhe turns", "A", "A"),
+        ("A: a man walks", "A", "A"),
+        ("I choose A as he turns", "I", "A"),
+        ("A can be seen", "A", "A"),
+        ("A matches the video", "A", "A"),
+        ("Option A shows a man", "O", "A"),
+        ("option A man walks", "o", "A"),
+        ("Letter A man", "L", "A"),
+        # an article
+        ("A can falls", "A", ""),
+        ("A slowly moving car", "A", ""),
+        ("A best friend waves", "A", ""),
+        ("A must-see", "A", ""),
+        ("A 10-year-old boy runs", "A", ""),
+        ("A while later he turns", "A", ""),
+        ("It is B. A man walks.", "I", "B"),
+        # two letters are named
+        ("Option B is wrong, option A is right.", "O", ""),
+        ("Option B is wrong, option a is right.", "O", ""),
+        ("A is wrong, so B", "A", ""),
+        ("Not A but B", "N", ""),
+        ("A rather than B", "A", ""),
+        ("Option A is right, A man walks", "O", "A"),
+        ("OPTION C", "O", "C"),
+        ("option b", "o", "B"),
     ],
 )
 def test_letters(output: str, published: str, lone: str) -> None:
     assert first_letter(output) == published
     assert lone_letter(output) == lone
+
+
+class Watched(str):
+    """A text that counts the characters of what is cut out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key: Any) -> Watched:
+        piece = Watched(super().__getitem__(key))
+        Watched.copied += len(piece)
+        return piece
+
+    def strip(self, chars: str | None = None) -> Watched:
+        return Watched(super().strip(chars))
+
+
+@pytest.mark.parametrize("part", ["B ", "A man ", "A because ", "(b) ", "option B ", "A"])
+def test_a_long_answer_is_read_in_time_in_proportion_to_its_length(part: str) -> None:
+    """Cutting an answer up at each of its letters made ten thousand of them a matter of minutes."""
+    answer = Watched(part * 2000)
+    Watched.copied = 0
+    assert lone_letter(answer) in ("A", "B", "")
+    assert Watched.copied <= 4 * len(answer)
 
 
 @pytest.mark.parametrize("output", ["", "  ", *REFUSALS])

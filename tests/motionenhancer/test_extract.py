@@ -21,11 +21,18 @@ from train_support import flags
 
 from motionenhancer import extract, train
 from motionenhancer.arguments import DataArguments, PriorArguments
-from motionenhancer.data import Sample, SkipLog, read_samples
+from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
 from motionenhancer.extraction.estimate import estimate, evaluations_a_prior, readable
-from motionenhancer.extraction.making import ahead, make_priors
-from motionenhancer.extraction.planning import PriorRequest, digest_videos, plan_priors, share_requests
-from motionenhancer.prior import PriorSettings
+from motionenhancer.extraction.making import PARTLY_UNKNOWN, ahead, make_priors
+from motionenhancer.extraction.planning import (
+    PriorRequest,
+    digest_videos,
+    plan_priors,
+    share_requests,
+    stream_requests,
+)
+from motionenhancer.extraction.workload import read_requests, tabulate
+from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.toy.world import write_world
@@ -155,6 +162,95 @@ def test_what_is_left_out_is_listed_in_a_file_and_in_the_exit_code(
     assert extract.main(flags) == 1
     assert "(0 made now)" in capsys.readouterr().out
     assert not [path for path in priors.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_texts_that_the_teacher_knows_in_part_are_counted(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()[:4]]
+    for row, answer in zip(
+        rows, ("红色", "The red 方块 moves.", "The ring 🏃 moves.", "It moves."), strict=True
+    ):
+        row["conversations"][1]["value"] = answer
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    flags = world.flags(student=None, data=data, prior_dir=tmp_path / "priors", ddim_steps=1)
+    for _ in range(2):  # whether priors are made or found
+        assert extract.main([*flags, "--prompt_source", "answer"]) == 1
+        printed = capsys.readouterr().out.splitlines()
+        said = [line for line in printed if line.startswith(f"2 {PARTLY_UNKNOWN}")]
+        assert len(said) == 1
+        skipped = json.loads((tmp_path / "priors" / extract.REPORT).read_text())["skipped"]
+        assert skipped["notes"] == {PARTLY_UNKNOWN: 2}
+        (entry,) = skipped["entries"]
+        assert entry["id"] == rows[0]["id"]
+        assert "'红色' holds no word that the teacher's tokenizer has pieces for" in entry["detail"]
+    store, log = PriorStore(tmp_path / "priors"), SkipLog(shout=0)
+    assert len(list(store)) == 3
+    name, settings = PriorArguments(teacher=str(world.teacher)).teacher_id("cpu"), PriorSettings(steps=1)
+    samples = list(read_samples(data, world.videos, log))
+    requests = plan_priors(samples, name, settings, "answer", log)
+    make_priors(requests, store, settings, lambda: pytest.fail("nothing is to be made"), log)
+    assert log.notes == {PARTLY_UNKNOWN: 2}
+
+
+def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: Path) -> None:
+    row = json.loads(world.data.read_text().splitlines()[0])
+    segments = [
+        {},
+        {"video_end": 0.5},
+        {"video_start": 0.5},
+        {"video_start": 0.5, "fps": 2},
+        {"video_end": 9},
+    ]
+    data = tmp_path / "data.jsonl"
+    asked, answer = (turn["value"] for turn in row["conversations"])
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    videos = [[{"path": row["video"], **said}] for said in segments]
+    data.write_text("\n".join(json.dumps({"messages": turns, "videos": v}) for v in videos))
+    priors = tmp_path / "priors"
+    flags = world.flags(student=None, data=data, prior_dir=priors, ddim_steps=1)
+    assert extract.main(flags) == 0
+    report = json.loads((priors / extract.REPORT).read_text())
+    assert (report["samples"], report["made"]) == (5, 4), (
+        "how a student samples a segment is not the teacher's"
+    )
+    samples = list(read_samples(data, world.videos, SkipLog()))
+    name = PriorArguments(teacher=str(world.teacher)).teacher_id("cpu")
+    settings = PriorSettings(steps=1)
+    requests = plan_priors(samples, name, settings, "both", SkipLog())
+    assert [request.key in PriorStore(priors) for request in requests] == [True] * 5
+    assert len({request.key for request in requests}) == 4
+    assert requests[2].video == requests[3].video == Clip(world.videos / row["video"], 0.5)
+    teacher = load_teacher(world.teacher, "cpu")
+    for request in requests:
+        frames = read_frames(request.video, num_frames=teacher.max_frames).frames
+        kept = PriorStore(priors).read(request.key)
+        assert torch.equal(kept.attention, extract_prior(teacher, frames, request.text, steps=1).attention)
+    assert extract.main(flags) == 0
+    assert json.loads((priors / extract.REPORT).read_text())["made"] == 0
+    train_data = DataArguments(str(data), str(world.videos))
+    made = make_priors(
+        plan_priors(extract.load_samples(train_data, SkipLog()), name, settings, "both", SkipLog()),
+        PriorStore(priors),
+        settings,
+        lambda: pytest.fail("every prior is there"),
+        SkipLog(),
+    )
+    assert made.stored == 4
+
+
+def test_a_segment_that_changes_in_the_data_file_is_noticed(world: World, tmp_path: Path) -> None:
+    row = json.loads(world.data.read_text().splitlines()[0])
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({**row, "video_end": 0.5}))
+    samples = read_samples(data, world.videos, SkipLog())
+    work = tabulate(stream_requests(samples, "t", PriorSettings(), "both", SkipLog()), PriorStore(tmp_path))
+    (request,) = read_requests(work, data, world.videos, "both")
+    assert request.video == Clip(world.videos / row["video"], None, 0.5)
+    data.write_text(json.dumps({**row, "video_end": 0.6}))
+    with pytest.raises(ValueError, match="line 1 changed while the file was in use"):
+        list(read_requests(work, data, world.videos, "both"))
 
 
 def test_names_that_are_no_text_do_not_spoil_the_report(

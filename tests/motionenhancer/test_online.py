@@ -21,6 +21,7 @@ from train_support import flags, report_of, weights_of
 from motionenhancer import extract, train
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
+from motionenhancer.extraction.making import PARTLY_UNKNOWN
 from motionenhancer.extraction.planning import PriorRequest, request_priors
 from motionenhancer.online import thread as teacher_thread
 from motionenhancer.online.priors import NoPriorError, OnlinePriors
@@ -241,6 +242,19 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool]) -> No
         return make(teacher, frames, text, **options)
 
     monkeypatch.setattr(teacher_thread, "extract_prior", extract_prior)
+
+
+def test_a_text_that_the_teacher_knows_in_part_is_counted(world: World) -> None:
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
+    settings = PriorSettings(steps=1)
+    known, partly = request_priors(samples, settings, "both", SkipLog())
+    partly = replace(partly, text="The red 方块 moves")
+    thread = TeacherThread(PriorArguments(teacher=str(world.teacher)).load("cpu"), settings)
+    online = OnlinePriors(thread)
+    for request in (known, partly):
+        assert online._await(request, thread.submit(request), first=True) is not None
+    online.close()
+    assert online.skips.notes == {PARTLY_UNKNOWN: 1}
 
 
 def test_a_clip_that_fails_costs_its_alignment_alone(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tiny_world import World
 
 from motionenhancer.arguments import PriorArguments
-from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.data import Clip, SkipLog, content_digest, read_samples
 from motionenhancer.extraction.making import RefusedClip
 from motionenhancer.extraction.planning import PriorRequest, plan_priors, request_priors
 from motionenhancer.online import ranks as teacher_ranks
@@ -53,6 +53,21 @@ def launch(teachers: int = 1) -> Iterator[tuple[TeacherRanks, list[int]]]:
 def requests(world: World) -> list[PriorRequest]:
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:4]
     return request_priors(samples, SETTINGS, "both", SkipLog())
+
+
+def test_a_segment_reaches_the_teachers_rank(world: World, requests: list[PriorRequest]) -> None:
+    whole = requests[0]
+    cut = replace(whole, video=Clip(Path(whole.video), 0.5, 1.0))
+    prior = PriorArguments(teacher=str(world.teacher))
+    thread = TeacherThread(prior.load("cpu"), SETTINGS)
+    one, other = (thread.submit(request).result().prior.attention for request in (whole, cut))
+    thread.close()
+    assert not torch.equal(one, other)
+    with launch() as (ranks, _), teacher_ranks.letting_teachers_go(ranks):
+        remote = RemoteTeacher(ranks, prior, SETTINGS)
+        assert torch.equal(remote.submit(cut).result().prior.attention, other)
+        assert torch.equal(remote.submit(whole).result().prior.attention, one)
+        remote.close()
 
 
 @pytest.mark.parametrize("teachers", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import types
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from transformers.integrations import deepspeed
 
 from motionenhancer.arguments import PriorArguments
@@ -47,15 +50,28 @@ def test_a_teacher_without_its_encoder_reads_the_same_prior(
 
 def test_what_is_kept_is_what_the_encoder_said(teacher_dir: Path, cache: TextCache) -> None:
     teacher = load_teacher(teacher_dir, "cpu")
-    for text in (TEXT, "", "word " * 500):
+    for text in (TEXT, "", "word " * 500, "red 动 square"):
         said = teacher.encode_text(text)
         cache.write(said)
         kept = cache.read(text)
         assert kept is not None
         assert torch.equal(kept.embeds, said.embeds)
         assert (kept.tokens, kept.spans, kept.text) == (said.tokens, said.spans, text)
-        assert kept.truncated == said.truncated
+        assert (kept.truncated, kept.unknown) == (said.truncated, said.unknown)
     assert cache.read("word " * 500).truncated > 0  # type: ignore[union-attr]
+    assert cache.read("red 动 square").unknown == 1  # type: ignore[union-attr]
+
+
+def test_a_cached_text_of_before_unknown_pieces_were_told_apart_counts_as_missing(
+    teacher_dir: Path, cache: TextCache
+) -> None:
+    teacher = load_teacher(teacher_dir, "cpu")
+    path = cache.write(teacher.encode_text("red 动 square"))
+    with safe_open(path, framework="pt") as file:
+        embeds, about = file.get_tensor("embeds"), json.loads(file.metadata()["text_encoding"])
+    del about["words"]
+    path.write_bytes(save({"embeds": embeds}, {"text_encoding": json.dumps(about)}))
+    assert cache.read("red 动 square") is None
 
 
 def test_masked_padding_takes_no_room(teacher_dir: Path, cache: TextCache) -> None:

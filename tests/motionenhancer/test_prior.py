@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from motionenhancer.prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from motionenhancer.store import prior_from_text, text_of_prior
 from motionenhancer.vdm import invert, load_teacher, reconstruct
 
 TEXT = "the red square moves left and the blue ring stays"
@@ -147,11 +148,11 @@ def test_ratios_of_one_keep_everything(teacher, clip: np.ndarray) -> None:
 
 @pytest.mark.parametrize("selection", ["mtti", "off"])
 def test_a_bare_space_takes_no_words_place(teacher, clip: np.ndarray, selection: str) -> None:
-    """SentencePiece splits the space off before a piece that it knows only without one."""
+    """SentencePiece splits the space off before a piece that it knows only without one, or not at all."""
     text = "red , blue 動 , moves"
     prior = extract_prior(teacher, clip, text, steps=1, token_selection=selection)
     bare = [i for i, token in enumerate(prior.all_tokens) if token == "▁"]
-    words = [i for i in range(len(prior.all_tokens)) if i not in bare]
+    words = [i for i, token in enumerate(prior.all_tokens) if token not in ("▁", "<unk>")]
     assert len(bare) == 3
     assert not set(prior.kept) & set(bare)
     if selection == "off":
@@ -160,6 +161,23 @@ def test_a_bare_space_takes_no_words_place(teacher, clip: np.ndarray, selection:
         best = sorted(words, key=lambda i: -prior.token_scores[i])[: half_up(0.5, len(words))]
         assert prior.kept == sorted(best)
     assert len(prior.token_scores) == len(prior.all_tokens)
+
+
+@pytest.mark.parametrize("text", ["红色方块向左移动", "🏃💨", "动 🏃", "</s> <pad>", "<unk>"])
+def test_a_text_of_unknown_pieces_gives_no_prior(teacher, clip: np.ndarray, text: str) -> None:
+    with pytest.raises(PriorError, match=r"holds no word that the teacher's tokenizer has pieces for"):
+        extract_prior(teacher, clip, text, steps=1)
+
+
+@pytest.mark.parametrize("selection", ["mtti", "off"])
+def test_an_unknown_piece_is_never_a_word(teacher, clip: np.ndarray, selection: str) -> None:
+    texts = [("the red square 向左 moves 🏃", 3), ("the red square 动 moves </s>", 5)]
+    for text, unknown in texts:
+        prior = extract_prior(teacher, clip, text, steps=1, token_selection=selection)
+        assert set(prior.tokens) <= {"▁the", "▁red", "▁square", "▁moves"}
+        assert prior.unknown == unknown
+        assert prior.describe()["unknown_characters"] == unknown
+        assert prior_from_text(prior.attention, text_of_prior(prior)).unknown == unknown
 
 
 @pytest.mark.parametrize("heads_off", [False, True])

@@ -205,19 +205,22 @@ def test_packets_without_a_picture(tmp_path):
 def test_a_segment_is_sampled_by_itself(tmp_path):
     path = write(tmp_path / "clip.mp4")  # 40 frames, 25 a second.
     whole = read_frames(path)
-    part = read_frames(path, start=0.4, end=0.8)
+    part = read_frames(path, start=0.4, end=0.76)  # Both ends are shown, as in qwen-vl-utils.
     assert indices(part.frames) == list(range(10, 20))
     np.testing.assert_array_equal(part.timestamps, whole.timestamps[10:20])
-    assert indices(read_frames(path, start=0.4, end=0.8, num_frames=2).frames) == [10, 19]
-    assert indices(read_frames(path, start=0.4, end=0.8, fps=5).frames) == [10, 15]
-    assert indices(read_frames(path, end=0.2).frames) == list(range(5))
+    assert (part.source_frames, part.duration) == (10, pytest.approx(0.4))
+    assert indices(read_frames(path, start=0.4, end=0.76, num_frames=2).frames) == [10, 19]
+    assert indices(read_frames(path, start=0.4, end=0.76, fps=5).frames) == [10, 15]
+    assert indices(read_frames(path, end=0.16).frames) == list(range(5))
     assert indices(read_frames(path, start=1.4).frames) == list(range(35, 40))
     assert indices(read_frames(path, start=0.39, end=9.0, fps=1).frames) == [10]
+    with pytest.raises(VideoError, match="has 10 frames, needs at least 11"):
+        read_frames(path, start=0.4, end=0.76, min_frames=11)
 
 
 def test_a_segment_without_frames_is_refused(tmp_path):
     path = write(tmp_path / "clip.mp4")
-    with pytest.raises(VideoError, match=r"has no frames from 2 s on and before 3 s; it lasts 1.6 s"):
+    with pytest.raises(VideoError, match=r"has no frames from 2 s on until 3 s; it lasts 1.6 s"):
         read_frames(path, start=2, end=3)
     with pytest.raises(ValueError, match="end must lie behind start, got start 2 and end 1"):
         read_frames(path, start=2, end=1)

@@ -1,0 +1,124 @@
+"""A video as a row of a data file names it: the file, which part of it is shown, and with which frames."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CLIP_KEYS", "Clip", "clip_of", "named_by", "segment_of"]
+
+#: Keys of a video part, in the words of qwen-vl-utils, and the fields of `Clip` that they set.
+CLIP_KEYS = {
+    "video_start": "start",
+    "video_end": "end",
+    "fps": "fps",
+    "nframes": "num_frames",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+}
+_SECONDS = ("video_start", "video_end")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file and what its row says of how it is shown. It can be opened like a path.
+
+    A video of which the row says nothing more is a plain `Path`.
+
+    Attributes:
+        path: the file.
+        start, end: seconds since the file's first frame. The frames with `start <= time <= end` are shown, as
+            in qwen-vl-utils; the others are not there.
+        fps: frames a second that a student is shown; takes the place of the run's.
+        num_frames: frames that a student is shown, evenly; takes the place of the run's number or rate.
+        min_frames, max_frames: limits of the frames by rate, in place of the run's.
+        min_pixels, max_pixels: limits of a frame as the student sees it, where its size is not fixed.
+    """
+
+    path: Path
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        if self.start is None and self.end is None:
+            return str(self.path)
+        end = "the end" if self.end is None else f"{self.end:g} s"
+        return f"{self.path} ({self.start or 0:g} s to {end})"
+
+
+def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
+    """A video with what its row says of it.
+
+    Args:
+        path: the file.
+        said: values of `CLIP_KEYS`; None counts as not given.
+
+    Returns:
+        A `Clip`, or `path` where nothing is said that changes anything.
+
+    Raises:
+        ValueError: a value is out of range, or two exclude each other.
+
+    Example:
+        >>> clip_of(Path("a.mp4"), {"video_start": 2, "fps": None}).start
+        2.0
+        >>> clip_of(Path("a.mp4"), {"video_start": 0})
+        PosixPath('a.mp4')
+    """
+    given = {key: _number(key, value) for key, value in said.items() if value is not None}
+    if "nframes" in given and (other := given.keys() & {"fps", "min_frames", "max_frames"}):
+        raise ValueError(f"'nframes' and {min(other)!r} exclude each other")
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        if given.get(low, 0) > given.get(high, math.inf):
+            raise ValueError(f"{low!r} must be at most {high!r}, got {given[low]} and {given[high]}")
+    if given.get("video_end", math.inf) <= given.get("video_start", 0):
+        raise ValueError(
+            f"'video_end' must be after 'video_start', got {given['video_end']:g} and "
+            f"{given.get('video_start', 0):g} seconds"
+        )
+    if not given.get("video_start", 1):
+        del given["video_start"]  # a segment from the first frame on is no other one without it
+    return Clip(path, **{CLIP_KEYS[key]: value for key, value in given.items()}) if given else path
+
+
+def _number(key: str, value: Any) -> Any:
+    whole = key not in (*_SECONDS, "fps")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+    if not number or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number of seconds" if key in _SECONDS else "a number"
+        raise ValueError(f"{key!r} must be {kind}, got {value!r}")
+    if value < 0 or (value == 0 and key != "video_start"):
+        least = "at least 0" if key == "video_start" else "above 0"
+        raise ValueError(f"{key!r} must be {least}, got {value!r}")
+    return int(value) if whole else float(value)
+
+
+def segment_of(video: Path | Clip) -> Path | Clip:
+    """What a teacher is shown of a video: its segment; how a student samples it does not matter."""
+    if not isinstance(video, Clip):
+        return video
+    if video.start is None and video.end is None:
+        return video.path
+    return Clip(video.path, video.start, video.end)
+
+
+def named_by(digest: str, video: Path | Clip) -> str:
+    """The name of what is shown in a prior's key: the digest of the file's bytes, and the segment if any."""
+    if not isinstance(video, Clip) or (video.start is None and video.end is None):
+        return digest
+    return f"{digest} {video.start} {video.end}"
