@@ -14,19 +14,19 @@ import torch
 from motionenhancer.data import content_digest, prompt_text, read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
-from motionenhancer.toy import fine_tuning, study
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
-from motionenhancer.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
-from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
-from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
-from motionenhancer.toy.study import Run, main, planned, unfinished, wanted_priors
-from motionenhancer.toy.study_report import interval, summarise, tables, write_report
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
 from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import VideoLatents, load_teacher
 from motionenhancer.vlm import load_student
+from studies.toy import fine_tuning, study
+from studies.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
+from studies.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
+from studies.toy.masks import grid_mask, mask_prior, word_class
+from studies.toy.study import Run, main, planned, unfinished, wanted_priors
+from studies.toy.study_report import interval, summarise, tables, write_report
 
 TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
 
@@ -275,7 +275,7 @@ def test_an_arm_says_how_it_is_aligned(
         given.update(options)
         raise Told
 
-    monkeypatch.setattr("motionenhancer.toy.fine_tuning.MotionTrainer", told)
+    monkeypatch.setattr("studies.toy.fine_tuning.MotionTrainer", told)
     masks = next(a for a in ARMS if a.prior == "masks")
     with pytest.raises(Told):
         fine_tune(replace(masks, weight=0.7, temperature=0.3, loss="kl"), TINY, 0, *folders)

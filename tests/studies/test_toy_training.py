@@ -15,10 +15,7 @@ import torch
 from motionenhancer.aligner import align
 from motionenhancer.dataset import MotionCollator
 from motionenhancer.prior import PriorSettings, extract_prior
-from motionenhancer.toy import lift, train_student, train_teacher
 from motionenhancer.toy.language import caption
-from motionenhancer.toy.masks import grid_mask, looks_prior
-from motionenhancer.toy.mistakes import mistaken
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import COLOURS, SHAPES, Scene, sample_scene
@@ -26,6 +23,9 @@ from motionenhancer.toy.world import WEIGHTS
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.capture import capture_attention
+from studies.toy import lift, train_student, train_teacher
+from studies.toy.masks import grid_mask, looks_prior
+from studies.toy.mistakes import mistaken
 
 
 def contents(folder: Path) -> dict[str, bytes]:

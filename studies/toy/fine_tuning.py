@@ -18,9 +18,6 @@ from motionenhancer.dataset import Item, MotionCollator, find_words
 from motionenhancer.prior import MotionPrior, PriorSettings, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
-from motionenhancer.toy.arms import Arm, Regime
-from motionenhancer.toy.masks import mask_prior
-from motionenhancer.toy.train_student import Items, narrowed
 from motionenhancer.toy.world import ToyFolder, draw_clip
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
@@ -28,6 +25,9 @@ from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import Teacher, load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
+from studies.toy.arms import Arm, Regime
+from studies.toy.masks import mask_prior
+from studies.toy.train_student import Items, narrowed
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
