@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.data.encode import encode_video
 from motionenhancer.toy.language import caption, question
 from motionenhancer.toy.render import FRAMES, SIZE, Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene

@@ -12,7 +12,7 @@ import pytest
 
 import motionenhancer.data.video
 from motionenhancer.data import VideoError, check_video, content_digest, read_frames
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.data.encode import encode_video
 
 
 @pytest.fixture(scope="session")
