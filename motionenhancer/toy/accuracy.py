@@ -17,7 +17,7 @@ from motionenhancer.toy.world import ToyFolder
 __all__ = ["accuracy", "accuracy_table", "samples_of", "shown_clip"]
 
 FRAMES = 8
-"""Frames of a clip that the toy's student is shown, as ``recipe.yaml`` has it."""
+"""Frames of a clip that the toy student is shown; ``recipe.yaml`` names the same number."""
 
 
 def shown_clip(path: Path, shown: str, index: int) -> Video:

@@ -125,15 +125,18 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Fine-tune the student as ``arm`` says and test it.
 
-    Parameters
-    ----------
-    folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world of
-        another seed, and the ``priors/`` of :func:`make_priors`.
+    Args:
+        arm: how the student is aligned.
+        regime: what all arms share.
+        seed: of the order of the samples and of the aligner's weights.
+        folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world
+            of another seed, and the ``priors/`` of :func:`make_priors`.
+        teacher: the teacher's folder; its priors are read from ``folder``.
+        student: the base student's folder, which is not changed.
 
-    Returns
-    -------
-    ``accuracy`` on the test questions and on those for ``validation`` (see :func:`accuracy`), the ``log`` of
-    the losses, ``words`` mapped.
+    Returns:
+        ``accuracy`` on the test questions and on those for ``validation`` (see :func:`accuracy`), the ``log``
+        of the losses, ``words`` mapped.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -60,15 +60,13 @@ def sharpened_lift(rows: torch.Tensor, mask: torch.Tensor) -> float:
 def compare_choices(clips: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """How the heads that are averaged change the sharpened lift of all words.
 
-    Parameters
-    ----------
-    clips: of each, every head's rows (H, T, S), the object's mask (S,) and the chosen heads (k,).
+    Args:
+        clips: of each, every head's rows (H, T, S), the object's mask (S,) and the chosen heads (k,).
 
-    Returns
-    -------
-    Means over the clips: ``chosen`` and ``all`` heads; of all choices of k heads, the same for all clips,
-    the ``least``, ``median`` and ``largest``, and ``below``, the share that the chosen heads are above. These
-    four are left out where there would be more than a thousand choices.
+    Returns:
+        Means over the clips: ``chosen`` and ``all`` heads; of all choices of k heads, the same for all clips,
+        the ``least``, ``median`` and ``largest``, and ``below``, the share that the chosen heads are above.
+        These four are left out where there would be more than a thousand choices.
     """
     heads, count = len(clips[0][0]), len(clips[0][2])
     found = {

@@ -85,9 +85,8 @@ def wanted_priors(runs: Sequence[Run]) -> list[PriorSettings]:
 def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:
     """The runs without a result.
 
-    Raises
-    ------
-    ValueError: a result of the same name is of another arm or regime, or of other models.
+    Raises:
+        ValueError: a result of the same name is of another arm or regime, or of other models.
     """
     from studies.toy.fine_tuning import models
 
