@@ -31,11 +31,11 @@ from measure.teacher_step import MODELS, Small, _save
 
 from motionenhancer.aligner import align
 from motionenhancer.data import Sample
+from motionenhancer.data.encode import encode_video
 from motionenhancer.extraction.planning import PriorRequest
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import MotionPrior, PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
-from motionenhancer.toy.encode import encode_video
 from motionenhancer.vdm import load_teacher
 from motionenhancer.vlm.capture import capture_attention
 

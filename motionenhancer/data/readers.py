@@ -71,12 +71,14 @@ def read_samples(
     ValueError: at the call, a data file or video_root that is not there; at the end of the iteration, a file
         without a single usable sample, with the first reasons.
 
-    >>> import tempfile
-    >>> from motionenhancer.toy.world import write_world
+    >>> import json, tempfile
+    >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     toy = write_world(folder, clips=2, progress=False)
-    ...     [sample.id for sample in read_samples(toy.train, toy.videos)]
-    ['train-00000-MR', 'train-00001-LM']
+    ...     Path(folder, "a.mp4").touch()
+    ...     data = Path(folder, "train.json")
+    ...     _ = data.write_text(json.dumps([{"id": "first", "video": "a.mp4", "conversations": turns}]))
+    ...     [sample.id for sample in read_samples(data)]
+    ['first']
     """
     path = Path(path)
     if not path.is_file():
@@ -104,13 +106,16 @@ def sample_at(file: BinaryIO, offset: int, line: int, root: Path) -> Sample:
     ------
     ValueError: there is no usable sample: the file has changed.
 
-    >>> import tempfile
-    >>> from motionenhancer.toy.world import write_world
+    >>> import json, tempfile
+    >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]
+    >>> rows = [{"id": name, "video": "a.mp4", "conversations": turns} for name in ("first", "last")]
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     toy = write_world(folder, clips=3, progress=False)
-    ...     *_, last = read_samples(toy.train, toy.videos)
-    ...     with toy.train.open("rb") as file:
-    ...         sample_at(file, last.offset, last.line, toy.videos) == last
+    ...     Path(folder, "a.mp4").touch()
+    ...     data = Path(folder, "train.jsonl")
+    ...     _ = data.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    ...     *_, last = read_samples(data)
+    ...     with data.open("rb") as file:
+    ...         sample_at(file, last.offset, last.line, data.parent) == last
     True
     """
     try:

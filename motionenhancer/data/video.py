@@ -238,7 +238,7 @@ def read_frames(
         ValueError, TypeError: an argument out of range, or two that exclude each other.
 
     >>> import tempfile
-    >>> from motionenhancer.toy.encode import encode_video
+    >>> from motionenhancer.data.encode import encode_video
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     encode_video(f"{folder}/a.mp4", np.zeros((8, 16, 32, 3), np.uint8), fps=8)
     ...     video = read_frames(f"{folder}/a.mp4", num_frames=3)

@@ -16,12 +16,13 @@ from motionenhancer.data.motion_sets import tagged
 from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
 from motionenhancer.data.question import Question, filled, read_rows, video_stem
 from motionenhancer.data.skips import SkipLog
-from motionenhancer.toy.scene import TASKS as TOY_TASKS
 
 from .judge import first_letter, lone_letter, names_option, same_text
 
 __all__ = ["BENCHMARKS", "Benchmark", "Rules", "load_questions", "render_prompt"]
 
+TOY_TASKS = tuple(MOTIONBENCH_TASKS.values())
+"""The toy world asks questions of MotionBench's tasks and uses its codes."""
 MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
     "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "

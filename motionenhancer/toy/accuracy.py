@@ -12,10 +12,12 @@ from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
 from motionenhancer.data.video import Video
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.toy.scene import TASKS
-from motionenhancer.toy.train_student import FRAMES
 from motionenhancer.toy.world import ToyFolder
 
 __all__ = ["accuracy", "accuracy_table", "samples_of", "shown_clip"]
+
+FRAMES = 8
+"""Frames of a clip that the toy student is shown; ``recipe.yaml`` names the same number."""
 
 
 def shown_clip(path: Path | Clip, shown: str, index: int) -> Video:

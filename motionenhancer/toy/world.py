@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.data.encode import encode_video
 from motionenhancer.toy.language import caption, question
 from motionenhancer.toy.render import FRAMES, SIZE, Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
@@ -25,7 +25,7 @@ __all__ = ["ToyFolder", "build_toy", "draw_clip", "write_world"]
 
 _SPLITS = {"train": 0, "test": 1}
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folders of the trained toy models, as ``train_teacher`` and ``train_student`` write them."""
+"""Folders of the trained toy models, as the commands in ``studies/toy`` write them."""
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,11 @@ def capture_attention(
         devices, or a batch or length that does not fit ``rows`` and ``columns``.
     RuntimeError: a capture is already active.
 
-    >>> from motionenhancer.toy.models import make_student
-    >>> model, processor = make_student(layers=2)
-    >>> ids = processor.tokenizer("The red circle moves left", return_tensors="pt").input_ids
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 16}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
     >>> with capture_attention(model, torch.tensor([[2, 3]]), slice(0, 2)) as captured:
-    ...     out = model(input_ids=ids)
+    ...     out = model(input_ids=torch.arange(5)[None])
     >>> captured.attention.shape
     torch.Size([1, 2, 2])
     """

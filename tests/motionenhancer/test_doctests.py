@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "motionenhancer").rglob("*.py")
+    for folder in ("motionenhancer", "studies")
+    for path in (ROOT / folder).rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )
 
 
 def test_the_examples_are_found() -> None:
-    assert {"motionenhancer.training.schedule", "motionenhancer.vdm"} <= set(MODULES)
+    assert {"motionenhancer.training.schedule", "motionenhancer.vdm", "studies.toy.mistakes"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -21,6 +21,7 @@ from train_support import flags, report_of, weights_of
 from motionenhancer import extract, train
 from motionenhancer.arguments import PriorArguments
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
+from motionenhancer.data.encode import encode_video
 from motionenhancer.extraction.making import PARTLY_UNKNOWN
 from motionenhancer.extraction.planning import PriorRequest, request_priors
 from motionenhancer.online import thread as teacher_thread
@@ -28,7 +29,6 @@ from motionenhancer.online.priors import NoPriorError, OnlinePriors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorSettings, extract_prior
 from motionenhancer.store import PriorStore
-from motionenhancer.toy.encode import encode_video
 from motionenhancer.training.identity import aligned_before
 
 #: Two epochs of the eight clips, so that every prior is asked for twice.

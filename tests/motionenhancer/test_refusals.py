@@ -17,6 +17,7 @@ from train_support import flags, report_of
 from motionenhancer import extract, train
 from motionenhancer import store as cli
 from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.data.encode import encode_video
 from motionenhancer.dataset import PendingAlignment
 from motionenhancer.extraction.making import make_priors
 from motionenhancer.extraction.planning import PriorRequest, plan_priors
@@ -24,7 +25,6 @@ from motionenhancer.online.priors import OnlinePriors
 from motionenhancer.online.thread import TeacherThread
 from motionenhancer.prior import PriorError, PriorSettings
 from motionenhancer.store import PriorStore, Refusal, prior_key
-from motionenhancer.toy.encode import encode_video
 from motionenhancer.vdm import load_teacher, teacher_id
 
 SETTINGS = PriorSettings(steps=1)

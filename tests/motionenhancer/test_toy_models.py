@@ -16,6 +16,8 @@ from motionenhancer.toy.models import make_student, make_teacher, save_student, 
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import sample_scene
 from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer, t5_tokenizer
+from motionenhancer.toy.world import WEIGHTS
+from motionenhancer.vlm import load_student
 
 diffusers = pytest.importorskip("diffusers")
 SENTENCE = "The red ring moves left quickly, the blue post stays still. Zoë (really) waits?"
@@ -313,3 +315,12 @@ def test_folders_are_small_and_hold_no_pickle(folders):
         assert sum(sizes.values()) < 5_000_000
         assert {Path(name).suffix for name in sizes} <= {".json", ".safetensors", ".jinja"}
         assert "auto_map" not in json.dumps([p.read_text() for p in folder.rglob("*.json")])
+
+
+def test_the_weights_in_the_package_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 8_000_000
+
+
+def test_the_student_in_the_package_can_be_trained_as_it_is_loaded() -> None:
+    model, _, _ = load_student(WEIGHTS / "student")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}

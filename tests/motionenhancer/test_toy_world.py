@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
+from motionenhancer.data.encode import encode_video
+from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.toy.__main__ import main
-from motionenhancer.toy.encode import encode_video
 from motionenhancer.toy.language import caption, corpus, phrase, place, question, still_question
 from motionenhancer.toy.render import FRAMES, render
 from motionenhancer.toy.scene import COLOURS, SHAPES, TASKS, sample_scene
@@ -34,6 +35,10 @@ def files(root):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("toy") / "w", clips=6, test_clips=3, seed=5, progress=False)
+
+
+def test_the_benchmark_scores_the_tasks_of_the_world():
+    assert BENCHMARKS["toy"].tasks == (*TASKS, "other")
 
 
 def test_objects_never_touch_or_leave():

@@ -17,8 +17,8 @@ from tiny_world import World
 from train_support import arguments, flags, parts, report_of
 
 from motionenhancer import extract, train
+from motionenhancer.data.encode import encode_video
 from motionenhancer.store import PriorStore
-from motionenhancer.toy.encode import encode_video
 from motionenhancer.trainer import MotionTrainer
 
 

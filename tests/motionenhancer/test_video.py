@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from motionenhancer.data import VideoError, check_video, content_digest, read_frames
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.data.encode import encode_video
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from motionenhancer.data import VideoError, check_video, read_frames
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.data.encode import encode_video
 
 
 def shade(index):

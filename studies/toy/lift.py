@@ -1,6 +1,6 @@
 """Where the toy teacher's words look: how much more of a word's attention lies on its object than area alone.
 
-``python -m motionenhancer.toy.lift --teacher DIR`` prints, for each noise level and word class, the *lift*:
+``python -m studies.toy.lift --teacher DIR`` prints, for each noise level and word class, the *lift*:
 the share of a word's row on the object it speaks of, over that object's share of the picture. 1 is blind.
 And how often of the objects in the clip it is this one that the row is densest on. Last, how good a choice
 of heads head selection makes, beside all other choices of as many.
@@ -23,12 +23,12 @@ import torch
 
 from mekernels import select_heads
 from motionenhancer.prior import PriorSettings, read_attention, select_prior
-from motionenhancer.toy.arms import BOTH
 from motionenhancer.toy.language import question
-from motionenhancer.toy.masks import grid_mask, word_class
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import TASKS, sample_scene
 from motionenhancer.vdm import load_teacher
+from studies.toy.arms import BOTH
+from studies.toy.masks import grid_mask, word_class
 
 
 @dataclass
@@ -60,15 +60,13 @@ def sharpened_lift(rows: torch.Tensor, mask: torch.Tensor) -> float:
 def compare_choices(clips: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """How the heads that are averaged change the sharpened lift of all words.
 
-    Parameters
-    ----------
-    clips: of each, every head's rows (H, T, S), the object's mask (S,) and the chosen heads (k,).
+    Args:
+        clips: of each, every head's rows (H, T, S), the object's mask (S,) and the chosen heads (k,).
 
-    Returns
-    -------
-    Means over the clips: ``chosen`` and ``all`` heads; of all choices of k heads, the same for all clips,
-    the ``least``, ``median`` and ``largest``, and ``below``, the share that the chosen heads are above. These
-    four are left out where there would be more than a thousand choices.
+    Returns:
+        Means over the clips: ``chosen`` and ``all`` heads; of all choices of k heads, the same for all clips,
+        the ``least``, ``median`` and ``largest``, and ``below``, the share that the chosen heads are above.
+        These four are left out where there would be more than a thousand choices.
     """
     heads, count = len(clips[0][0]), len(clips[0][2])
     found = {
@@ -150,7 +148,7 @@ def lines(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.lift", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.toy.lift", description=__doc__)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="a CogVideoX folder made for 32 x 32 pixels")
     add("--levels", type=int, nargs="*", default=[20, 100, 200, 300, 450, 600, 800], help="(%(default)s)")

@@ -51,9 +51,8 @@ def grid_mask(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior:
     """Return the prior whose every content word of ``text`` looks at ``mask`` (n, h, w) and nowhere else.
 
-    Raises
-    ------
-    ValueError: no content word in the text; sizes that do not divide.
+    Raises:
+        ValueError: the text has no content word; the sizes do not divide.
     """
     spans = _content_words(text)
     if not spans:
@@ -68,9 +67,11 @@ def looks_prior(text: str, scene: Scene, masks: np.ndarray, grid: tuple[int, int
     A colour or shape speaks of the object that has it, any other word of the one named last before it in its
     sentence, or where there is none, next after it.
 
-    Parameters
-    ----------
-    masks: (objects, n, h, w), of ``scene``'s objects.
+    Args:
+        text: question and answer, of several sentences.
+        scene: what is in the picture.
+        masks: (objects, n, h, w) float32 in [0, 1], the coverage of each of ``scene``'s objects.
+        grid: (F, H, W), the cells of the prior.
     """
     named = {look: i for i, obj in enumerate(scene.objects) for look in (obj.colour, obj.shape)}
     spans, maps = [], []

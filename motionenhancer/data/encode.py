@@ -1,4 +1,4 @@
-"""Write frames as a real mp4 file."""
+"""Writing frames to a video file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ __all__ = ["encode_video"]
 
 
 def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec: str | None = None) -> None:
-    """Encode ``frames`` (n, h, w, 3) uint8 as mp4, whatever the file's suffix; the same bytes every time.
+    """Encode frames as mp4, whatever the file's suffix; the same frames give the same bytes every time.
 
-    Parameters
-    ----------
-    path: the file to write.
-    frames: h and w even.
-    fps: frames a second.
-    codec: ``"libx264"`` where PyAV has it, else ``"mpeg4"``.
+    Args:
+        path: the file to write.
+        frames: (n, h, w, 3) uint8, RGB; h and w are even.
+        fps: frames a second.
+        codec: libav's name of an encoder. Default: "libx264" where PyAV has it, otherwise "mpeg4".
 
-    Raises
-    ------
-    ValueError: frames of another shape or type, an odd side, no frame, or fps that is not positive.
+    Raises:
+        ValueError: frames have another shape or dtype, an odd side, or none is there; fps is not positive.
     """
     if (
         not isinstance(frames, np.ndarray)

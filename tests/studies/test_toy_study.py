@@ -14,19 +14,18 @@ import torch
 from motionenhancer.data import content_digest, prompt_text, read_frames
 from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
-from motionenhancer.toy import fine_tuning, study
-from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
-from motionenhancer.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
-from motionenhancer.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
-from motionenhancer.toy.masks import grid_mask, mask_prior, word_class
+from motionenhancer.toy.accuracy import samples_of
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
-from motionenhancer.toy.study import Run, main, planned, unfinished, wanted_priors
-from motionenhancer.toy.study_report import interval, summarise, tables, write_report
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
 from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import VideoLatents, load_teacher
-from motionenhancer.vlm import load_student
+from studies.toy import fine_tuning, study
+from studies.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
+from studies.toy.fine_tuning import fine_tune, make_priors, models, teacher_name
+from studies.toy.masks import grid_mask, mask_prior, word_class
+from studies.toy.study import Run, main, planned, unfinished, wanted_priors
+from studies.toy.study_report import interval, summarise, tables, write_report
 
 TINY = Regime(clips=6, test_clips=6, steps=2, batch=3)
 
@@ -77,38 +76,6 @@ def test_masks_lie_on_the_grid() -> None:
 )
 def test_words_have_a_class(word: str, name: str) -> None:
     assert word_class(word) == name
-
-
-def test_controls_hide_motion(folders: tuple[Path, Path, Path]) -> None:
-    path = folders[0] / "world" / "videos" / "train-00000.mp4"
-    whole, video = read_frames(path).frames, shown_clip(path, "video", 0)
-    assert len(whole) == FRAMES
-    middle = shown_clip(path, "middle", 0)
-    assert (middle.frames == whole[FRAMES // 2]).all()
-    assert middle.frames.shape == video.frames.shape
-    mixed = shown_clip(path, "shuffled", 0).frames
-    assert sorted(f.tobytes() for f in mixed) == sorted(f.tobytes() for f in video.frames)
-    assert (mixed != video.frames).any()
-    assert (mixed != shown_clip(path, "shuffled", 1).frames).any()
-
-
-def test_accuracy_counts_answers_that_agree_word_for_word(
-    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of six questions, one a task, the first two are answered rightly and the third but for a full stop."""
-    root, _, student = folders
-    world = ToyFolder(root / "world")
-    true = [s.messages[1]["content"][0]["text"] for s in samples_of(world.test, world.videos)]
-    given = [f" {true[0]} ", true[1], true[2].rstrip("."), "", "", ""]
-    monkeypatch.setattr("motionenhancer.toy.accuracy.generate_answers", lambda *_: given)
-    model, processor, family = load_student(student, dtype=torch.float32)
-    found = accuracy(model, processor, family, root / "world")
-    assert found["tasks"] == {"MR": 100, "LM": 100, "CM": 0, "MO": 0, "AO": 0, "RC": 0}
-    assert found["overall"] == pytest.approx(100 / 3)
-    assert found["average"] == pytest.approx(100 / 3)
-    assert accuracy_table({"now": found}).splitlines()[1].split() == [
-        *("now", "33.3%", "100.0%", "100.0%", "0.0%", "0.0%", "0.0%", "0.0%")
-    ]
 
 
 def test_a_result_names_its_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -275,7 +242,7 @@ def test_an_arm_says_how_it_is_aligned(
         given.update(options)
         raise Told
 
-    monkeypatch.setattr("motionenhancer.toy.fine_tuning.MotionTrainer", told)
+    monkeypatch.setattr("studies.toy.fine_tuning.MotionTrainer", told)
     masks = next(a for a in ARMS if a.prior == "masks")
     with pytest.raises(Told):
         fine_tune(replace(masks, weight=0.7, temperature=0.3, loss="kl"), TINY, 0, *folders)

@@ -1,4 +1,4 @@
-"""Train the toy's base student on still pictures: ``python -m motionenhancer.toy.train_student``.
+"""Train the toy's base student on still pictures: ``python -m studies.toy.train_student``.
 
 It learns what things look like and where they are, to look at what it names, and how answers about motion are
 phrased, from clips that stand still at their middle frame. What moved cannot be seen there, so at motion it
@@ -25,8 +25,8 @@ from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
 from motionenhancer.dataset import Item, MotionCollator, find_words
+from motionenhancer.toy.accuracy import FRAMES
 from motionenhancer.toy.language import question, still_question
-from motionenhancer.toy.masks import looks_prior
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
@@ -34,9 +34,10 @@ from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.vlm.base import Encoded
 from motionenhancer.vlm.qwen2_5_vl import FAMILY
+from studies.toy.masks import looks_prior
 
 _STREAM = 7_000_202
-FRAMES, FPS = 8, 8.0
+FPS = 8.0
 FRAMES_A_TOKEN = 4
 STUDENT: dict[str, Any] = {
     "layers": 3,
@@ -134,7 +135,7 @@ def save(model: Any, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train with the settings of ``argv`` and write a folder; 0."""
-    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.train_student", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.toy.train_student", description=__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/toy_student"), help="transformers folder (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, pictures and their order (%(default)s)")

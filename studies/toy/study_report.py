@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.toy.arms import ARMS, LEVEL, PAIRS, SWEEPS, Regime
 from motionenhancer.toy.scene import TASKS
+from studies.toy.arms import ARMS, LEVEL, PAIRS, SWEEPS, Regime
 
 __all__ = ["interval", "summarise", "write_report"]
 

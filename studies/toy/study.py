@@ -1,6 +1,6 @@
 """Does the method work? The toy world's ablation study: one base student, fine-tuned in several ways.
 
-``python -m motionenhancer.toy.study`` runs every arm with every seed, goes on where it was stopped, writes
+``python -m studies.toy.study`` runs every arm with every seed, goes on where it was stopped, writes
 ``results.json``, ``tables.md`` and ``plots.png``.
 """
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from motionenhancer.prior import PriorSettings
-from motionenhancer.toy.arms import ARMS, SWEEPS, Arm, Regime
 from motionenhancer.toy.scene import TASKS
-from motionenhancer.toy.study_report import write_report
 from motionenhancer.toy.world import WEIGHTS, write_world
+from studies.toy.arms import ARMS, SWEEPS, Arm, Regime
+from studies.toy.study_report import write_report
 
 #: What the seed of the clips is raised by for those that settings may be chosen on.
 VALIDATION = 2
@@ -57,7 +57,7 @@ def planned(
 
 def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     """Run in a worker process; the result's file appears whole or not at all."""
-    from motionenhancer.toy.fine_tuning import fine_tune, models
+    from studies.toy.fine_tuning import fine_tune, models
 
     began = time.process_time()
     outcome = fine_tune(run.arm, run.regime, run.seed, folder, teacher, student)
@@ -72,7 +72,7 @@ def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
 
 
 def _read(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: range) -> int:
-    from motionenhancer.toy.fine_tuning import make_priors
+    from studies.toy.fine_tuning import make_priors
 
     return make_priors(wanted, folder, teacher, clips)
 
@@ -85,11 +85,10 @@ def wanted_priors(runs: Sequence[Run]) -> list[PriorSettings]:
 def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:
     """The runs without a result.
 
-    Raises
-    ------
-    ValueError: a result of the same name is of another arm or regime, or of other models.
+    Raises:
+        ValueError: a result of the same name is of another arm or regime, or of other models.
     """
-    from motionenhancer.toy.fine_tuning import models
+    from studies.toy.fine_tuning import models
 
     for run in runs:
         path = folder / "runs" / f"{run.name}.json"
@@ -104,7 +103,7 @@ def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.toy.study", description=__doc__)
     add = parser.add_argument
     shared = Regime()
     add("--output_dir", type=Path, default=Path("runs/study"), help="receives everything (%(default)s)")

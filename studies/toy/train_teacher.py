@@ -1,4 +1,4 @@
-"""Train the toy teacher from the toy world alone: ``python -m motionenhancer.toy.train_teacher``.
+"""Train the toy teacher from the toy world alone: ``python -m studies.toy.train_teacher``.
 
 First the VAE learns to rebuild clips. Then the transformer and its text encoder learn to denoise latents
 under a text, first of single pictures, then of clips. In the text some words are wrong, and throwaway heads
@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from motionenhancer.toy.language import caption, question, still_question
-from motionenhancer.toy.mistakes import CHECKED, mistaken
 from motionenhancer.toy.models import make_teacher
 from motionenhancer.toy.render import FRAMES, SIZE, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
+from studies.toy.mistakes import CHECKED, mistaken
 
 TEACHER: dict[str, Any] = {
     "layers": 4,
@@ -246,7 +246,7 @@ def _shown(steps: Iterator[Any], count: int, what: str, names: Sequence[str]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train with the settings of ``argv`` and write a folder; 0."""
-    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy.train_teacher", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.toy.train_teacher", description=__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/toy_teacher"), help="a diffusers folder (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, clips and noise (%(default)s)")

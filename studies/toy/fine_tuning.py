@@ -18,9 +18,6 @@ from motionenhancer.dataset import Item, MotionCollator, find_words
 from motionenhancer.prior import MotionPrior, PriorSettings, read_attention, select_prior
 from motionenhancer.store import PriorStore, prior_key
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
-from motionenhancer.toy.arms import Arm, Regime
-from motionenhancer.toy.masks import mask_prior
-from motionenhancer.toy.train_student import Items, narrowed
 from motionenhancer.toy.world import ToyFolder, draw_clip
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import TrainArguments
@@ -28,6 +25,9 @@ from motionenhancer.training.schedule import AlignmentSchedule
 from motionenhancer.vdm import Teacher, load_teacher
 from motionenhancer.vlm import load_student
 from motionenhancer.vlm.base import Encoded
+from studies.toy.arms import Arm, Regime
+from studies.toy.masks import mask_prior
+from studies.toy.train_student import Items, narrowed
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
@@ -125,15 +125,18 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Fine-tune the student as ``arm`` says and test it.
 
-    Parameters
-    ----------
-    folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world of
-        another seed, and the ``priors/`` of :func:`make_priors`.
+    Args:
+        arm: how the student is aligned.
+        regime: what all arms share.
+        seed: of the order of the samples and of the aligner's weights.
+        folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world
+            of another seed, and the ``priors/`` of :func:`make_priors`.
+        teacher: the teacher's folder; its priors are read from ``folder``.
+        student: the base student's folder, which is not changed.
 
-    Returns
-    -------
-    ``accuracy`` on the test questions and on those for ``validation`` (see :func:`accuracy`), the ``log`` of
-    the losses, ``words`` mapped.
+    Returns:
+        ``accuracy`` on the test questions and on those for ``validation`` (see :func:`accuracy`), the ``log``
+        of the losses, ``words`` mapped.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""What the package was studied with: run from a checkout, not installed."""
