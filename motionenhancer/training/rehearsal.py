@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from typing import Any
 
 import torch
@@ -58,7 +59,12 @@ def rehearse(training: TrainArguments, *, sharded: bool) -> None:
         copied.per_device_train_batch_size = copied.gradient_accumulation_steps = 1
         copied.max_steps = _steps(training)
         copied.dataloader_num_workers = min(1, training.dataloader_num_workers)
-    with tempfile.TemporaryDirectory() as folder, naming_options(training.given):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        naming_options(training.given),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # the run itself will warn
         copied.output_dir = folder
         trainer = Trainer(
             model=model, args=copied, train_dataset=[0] * training.world_size, data_collator=_batch
