@@ -44,9 +44,9 @@ def prompt_text(
     The text parts of the chosen messages, in their order, joined by one space. System messages are never part
     of it.
 
-    The paper (MotionEnhancer, arXiv 2606.06853) never says which text it is: its Algorithm 1 gives the teacher
-    the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. Question and
-    answer together, the default, hold both what is asked about and what is seen.
+    The paper (MotionEnhancer, arXiv 2606.06853) never settles which text it is: its Algorithm 1 gives the
+    teacher the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. Question
+    and answer together are our default: they hold what is asked about and what is seen.
 
     Args:
         sample: as the readers give it.
