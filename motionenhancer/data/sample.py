@@ -45,8 +45,8 @@ def prompt_text(
     of it.
 
     The paper (MotionEnhancer, arXiv 2606.06853) never settles which text it is: its Algorithm 1 gives the
-    teacher the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. Question
-    and answer together are our default: they hold what is asked about and what is seen.
+    teacher the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. The
+    default, question and answer together, holds what is asked about and what is seen.
 
     Args:
         sample: as the readers give it.
