@@ -89,7 +89,7 @@ def run(
     settings = prior.settings()
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
-    rehearse(training, sharded=not _is_whole(training))
+    rehearse(training, engine_of(training))
     if student.lora_merge and engine_of(training) not in ("plain", "DDP"):
         raise ValueError(f"--lora_merge: not under {engine_of(training)}; merge the saved adapter afterwards")
     toy = use_toy_defaults(data, prior)
@@ -135,7 +135,7 @@ def run(
                 print(teacher)
         if student.dry_run:
             return report
-        tested = toy if student.student == (toy and str(toy.student)) and _is_whole(training) else None
+        tested = toy if student.student == (toy and str(toy.student)) and _can_test(training) else None
         if tested is not None and main_process:
             report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         found = RunPriors(samples)
@@ -189,7 +189,7 @@ def run(
     return report
 
 
-def _is_whole(training: TrainArguments) -> bool:
+def _can_test(training: TrainArguments) -> bool:
     """Whether one process has all weights."""
     return engine_of(training) in ("plain", "DDP")
 

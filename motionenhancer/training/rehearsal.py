@@ -23,7 +23,7 @@ from .arguments import TrainArguments
 from .options import naming_options
 
 
-def rehearse(training: TrainArguments, *, sharded: bool) -> None:
+def rehearse(training: TrainArguments, engine: str) -> None:
     """Train a model of a few weights for one step with a run's options, and keep nothing.
 
     What the options need, such as a package, a compiler or a GPU, is then known to be there before a model is
@@ -31,7 +31,8 @@ def rehearse(training: TrainArguments, *, sharded: bool) -> None:
 
     Args:
         training: the run's options; they are not changed.
-        sharded: FSDP or DeepSpeed shards the model: everything is built, and no step is taken.
+        engine: as `plan.engine_of` names it. Under FSDP everything is built and no step is taken; under
+            DeepSpeed, of which a process has one engine only, the optimizer and the schedule alone are built.
 
     Raises:
         ValueError: the options cannot work here; names them.
@@ -55,7 +56,9 @@ def rehearse(training: TrainArguments, *, sharded: bool) -> None:
     if training.optim_target_modules is not None:
         copied.optim_target_modules = "all-linear"
     build_optimizer(copied, model)
-    if not sharded:
+    if engine.startswith("ZeRO"):
+        return
+    if engine != "FSDP":
         copied.per_device_train_batch_size = copied.gradient_accumulation_steps = 1
         copied.max_steps = _steps(training)
         copied.dataloader_num_workers = min(1, training.dataloader_num_workers)
@@ -69,7 +72,7 @@ def rehearse(training: TrainArguments, *, sharded: bool) -> None:
         trainer = Trainer(
             model=model, args=copied, train_dataset=[0] * training.world_size, data_collator=_batch
         )
-        if sharded:
+        if engine == "FSDP":
             trainer.get_train_dataloader()
             return
         for callback in (PrinterCallback, ProgressCallback):

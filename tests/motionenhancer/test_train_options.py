@@ -201,7 +201,7 @@ def test_a_rehearsal_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "report_to": "tensorboard"}
     training = TrainArguments(output_dir="out", **{**PLAIN, **options}, dataloader_num_workers=2)
     before = replace(training)
-    rehearse(training, sharded=False)
+    rehearse(training, "plain")
     assert training == before
     assert list(tmp_path.iterdir()) == []
     assert "train_runtime" not in capfd.readouterr().out
