@@ -222,7 +222,7 @@ def test_model_under_flex_attention(side: str, capture_pending: None) -> None:
     model.config.text_config._attn_implementation_internal = "flex_attention"
     ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_stand_in
     try:
-        # transformers compiles the making of block masks: torch 2.14 cannot under ATEN_CPU_CAPABILITY=default.
+        # transformers compiles the making of block masks: torch 2.14 cannot with ATEN_CPU_CAPABILITY=default
         with (
             torch.compiler.set_stance("force_eager"),
             capture_attention(model, rows, columns) as captured,
