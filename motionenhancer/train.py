@@ -44,6 +44,7 @@ from .training.plan import (
     vision_rate,
 )
 from .training.priors import RunPriors, collect_priors, plan_memory
+from .training.rehearsal import build_optimizer, rehearse
 from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"
@@ -88,6 +89,7 @@ def run(
     settings = prior.settings()
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
+    rehearse(training, engine_of(training))
     if student.lora_merge and engine_of(training) not in ("plain", "DDP"):
         raise ValueError(f"--lora_merge: not under {engine_of(training)}; merge the saved adapter afterwards")
     toy = use_toy_defaults(data, prior)
@@ -97,11 +99,11 @@ def run(
     if student.aligned:
         assert prior.teacher is not None
         check_settings(settings, prior.teacher)
+    checkpoint = checkpoint_to_resume(training)
     report = RunReport(folder, identity=run_identity(student, data, prior, settings, training))
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
-    checkpoint = checkpoint_to_resume(training)
     skips = SkipLog()
     samples = load_samples(data, skips)
     if main_process:
@@ -114,6 +116,8 @@ def run(
                 f"--student {student.student}: no such folder; give a transformers folder on disk"
             )
         model, processor, family = _student(student, training)
+        if training.optim_target_modules is not None:
+            build_optimizer(training, model)
         options: dict[str, Any] = {
             "store": PriorStore(Path(prior.prior_dir)),
             "source": prior.prompt_source,

@@ -44,28 +44,29 @@ def prompt_text(
 ) -> tuple[str, list[tuple[int, int, int]]]:
     """Return the text given to the teacher, and where each piece of it comes from.
 
-    The text parts of the chosen messages, in their order, joined by one space (MotionEnhancer, section on the
-    teacher's prompt, takes question and answer). System messages, and answers that are not to be learnt, are
-    never part of it.
+    The text parts of the chosen messages, in their order, joined by one space. System messages, and answers
+    that are left out of the loss, are never part of it.
 
-    Parameters
-    ----------
-    sample: as the readers give it.
-    source: ``"both"``, ``"question"`` (user messages only) or ``"answer"`` (assistant messages only).
+    The paper (MotionEnhancer, arXiv 2606.06853) never settles which text it is: its Algorithm 1 gives the
+    teacher the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. The
+    default, question and answer together, holds what is asked about and what is seen.
 
-    Returns
-    -------
-    text, segments: each segment is (start, end, message_index); ``text[start:end]`` stands character for
-        character in a text part of ``sample.messages[message_index]``. Segments ascend and do not overlap.
+    Args:
+        sample: as the readers give it.
+        source: "both", "question" (user messages only) or "answer" (assistant messages only).
 
-    Raises
-    ------
-    ValueError: an unknown source, or a sample without any text of that source.
+    Returns:
+        The text and its segments, each (start, end, message_index): `text[start:end]` stands character for
+        character in a text part of `sample.messages[message_index]`. Segments ascend and do not overlap.
 
-    >>> turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
-    >>> reply = {"role": "assistant", "content": [{"type": "text", "text": "The ball."}]}
-    >>> prompt_text(Sample("a", [turn, reply]))
-    ('What moves? The ball.', [(0, 11, 0), (12, 21, 1)])
+    Raises:
+        ValueError: an unknown source, or a sample without any text of that source.
+
+    Example:
+        >>> turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
+        >>> reply = {"role": "assistant", "content": [{"type": "text", "text": "The ball."}]}
+        >>> prompt_text(Sample("a", [turn, reply]))
+        ('What moves? The ball.', [(0, 11, 0), (12, 21, 1)])
     """
     if source not in _ROLES:
         raise ValueError(f"source must be 'both', 'question' or 'answer', got {source!r}")

@@ -11,7 +11,13 @@ from transformers import TrainingArguments
 
 from ..online.arguments import SOURCES
 from ..online.ranks import serving
+from .options import changed_options, naming_options, refuse_accelerate_options, refuse_options
 from .schedule import SCHEDULES, AlignmentSchedule
+
+#: Keys that torch's checkpointing and transformers read. Layers would be handed any other, and ignore it.
+_CHECKPOINTING = frozenset(
+    str.split("use_reentrant preserve_rng_state determinism_check debug early_stop every_n_layers offload")
+)
 
 
 @dataclass
@@ -158,7 +164,7 @@ class StudentArguments:
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """All of transformers' TrainingArguments, the paper's recipe as defaults."""
+    """transformers' TrainingArguments, the paper's recipe as defaults; `options` says which of them work."""
 
     output_dir: str | None = field(
         default="runs/train", metadata={"help": "Receives the checkpoint and motion_report.json."}
@@ -185,23 +191,27 @@ class TrainArguments(TrainingArguments):
         if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             # Each process would train alone otherwise.
             self.use_cpu = True
-        super().__post_init__()
+        #: options with another value than their default, before transformers derives others from them
+        self.given = changed_options(self)
+        refuse_options(self)
+        with naming_options(self.given):
+            super().__post_init__()
+        refuse_accelerate_options(self)
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("--fp16 needs a GPU: on a CPU accelerate would leave it out; use --bf16")
         if self.n_gpu > 1:
             # One process would split each batch over model copies, out of the capture's reach.
             print("one process trains on one GPU; start torchrun or accelerate launch to use all of them")
             self._n_gpu = 1
-        if self.label_smoothing_factor:
-            # The Trainer's smoother shifts labels for text models only, and would teach others to copy.
-            raise ValueError(
-                f"--label_smoothing_factor must stay 0 for video models, got {self.label_smoothing_factor}: "
-                "the Trainer would smooth each token's own label, not the next one's"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns must stay false: samples carry their priors")
         # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing; the old names
         # mirror the new.
         if self.gradient_checkpointing:
             options = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}  # type: ignore[arg-type]
+            if unknown := sorted(options.keys() - _CHECKPOINTING):
+                raise ValueError(
+                    f"--gradient_checkpointing_kwargs: unknown {', '.join(unknown)}; it may hold "
+                    f"{', '.join(sorted(_CHECKPOINTING))}"
+                )
             if options["use_reentrant"]:
                 raise ValueError(
                     "re-entrant gradient checkpointing drops the alignment's gradient: "

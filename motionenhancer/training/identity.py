@@ -25,9 +25,7 @@ _RECIPE = (
     "data_seed",
     "train_sampling_strategy",
     "dataloader_drop_last",
-    "auto_find_batch_size",
     "average_tokens_across_devices",
-    "label_smoothing_factor",
     "neftune_noise_alpha",
     "weight_decay",
     "adam_beta1",
@@ -44,7 +42,7 @@ _RECIPE = (
     "fp16",
 )
 #: Of accelerate's options, those that decide which samples a step is made of.
-_BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+_BATCHES = ("even_batches", "use_seedable_sampler")
 #: Flags of the student that change nothing of it.
 _NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
@@ -82,7 +80,7 @@ def run_identity(
         "global_batch_size": global_batch(training),
         "checkpoints": checkpoint_format(engine_of(training), training.world_size),
     }
-    if training.dataloader_drop_last or identity["split_batches"]:
+    if training.dataloader_drop_last:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"):
             identity[name] = getattr(training, name)
     return identity
@@ -111,9 +109,13 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
     """The checkpoint named by `--resume_from_checkpoint`, else the newest whole one of the output folder.
 
     Raises:
-        ValueError: it has no optimizer's state, so the optimizer and its learning rate would start anew.
+        ValueError: the one that is named is none, or has no optimizer's state, so that the optimizer and its
+            learning rate would start anew.
     """
-    chosen = training.resume_from_checkpoint or _newest(Path(training.output_dir or ""))
+    given = training.resume_from_checkpoint
+    if given is not None and not _is_whole(Path(given)):
+        raise ValueError(f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one")
+    chosen = given or _newest(Path(training.output_dir or ""))
     if chosen is not None and checkpoint_format(engine_of(training), training.world_size) == "whole":
         saved = [(Path(chosen) / name).is_file() for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)]
         if Path(chosen).is_dir() and not any(saved):
@@ -144,7 +146,7 @@ def _is_whole(checkpoint: Path) -> bool:
     """The Trainer writes its state last: without it, the run was killed while it saved."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
     return True
 

@@ -102,13 +102,16 @@ def test_expanded_and_sliced_inputs(backend):
 
 
 def test_chunks_do_not_show(monkeypatch):
+    """Sums over rows of another block are added in another order: equal up to rounding, not bit for bit."""
     inputs = [tensor.requires_grad_() for tensor in case(queries=11, keys=5)]
     whole, lse = flash_attention(*inputs, causal=True, backend="torch")
     wanted = gradients(whole, inputs)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 12)
     parts, parts_lse = flash_attention(*inputs, causal=True, backend="torch")
     assert_exact(parts, whole)
-    assert torch.equal(lse, parts_lse)
+    seen = lse != -math.inf
+    assert torch.equal(parts_lse != -math.inf, seen)
+    assert_exact(parts_lse[seen], lse[seen])
     for actual, expected in zip(gradients(parts, inputs), wanted, strict=True):
         assert_exact(actual, expected)
 

@@ -37,7 +37,6 @@ def changed(world: World, out: Path, **options: object) -> set[str]:
         ("neftune_noise_alpha", 5.0),
         ("max_grad_norm", 0.5),
         ("average_tokens_across_devices", False),
-        ("auto_find_batch_size", True),
         ("data_seed", 3),
         ("adam_beta2", 0.95),
     ],

@@ -11,6 +11,7 @@ from train_support import arguments, flags, parts, report_of, shared_priors
 from transformers import Trainer
 
 from motionenhancer import train
+from motionenhancer.toy.world import build_toy
 from motionenhancer.trainer import MotionTrainer
 from motionenhancer.training.arguments import StudentArguments
 from motionenhancer.training.memory import estimate_memory
@@ -45,6 +46,22 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
     assert train.main(flags(world, out, student=student, prior_dir=shared_priors(world))) == 2
     assert "no readable weights" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_plan_of_the_toy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 16 clips for the toy's 480."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    shown = page[page.index("what is trained:") :].split("\n```")[0]
+    toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, progress=False)
+    monkeypatch.setattr("motionenhancer.extract.default_toy", lambda: toy)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry_run"]) == 0
+    said = capsys.readouterr().out
+    said = said[said.index("what is trained:") : said.index("\nteacher, beside the student")]
+    small = shown.replace("480", "16").replace("300 of 16", "10 of 16").replace("(30 a pass", "(1 a pass")
+    assert said.splitlines() == small.splitlines()
 
 
 def test_a_dry_run_refuses_what_a_run_would(

@@ -1,0 +1,194 @@
+"""Which of transformers' TrainingArguments a run can use, and errors that name them.
+
+What depends on the machine is not in the tables: `rehearsal` tries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+#: Options that work, each at every value that is not in `REFUSED`.
+WORKS = frozenset(
+    str.split("""
+    output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    average_tokens_across_devices neftune_noise_alpha bf16 fp16 tf32
+    activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache
+    torch_empty_cache_steps full_determinism seed data_seed use_cpu
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    include_num_input_tokens_seen log_level log_level_replica disable_tqdm
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    resume_from_checkpoint restore_callback_states_from_checkpoint
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context train_sampling_strategy
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout fsdp fsdp_config deepspeed accelerator_config local_rank debug skip_memory_metrics do_train
+    """)
+)
+
+_EVALUATION = "nothing is evaluated while training; score a checkpoint with python -m motionenhancer.eval"
+_UPLOAD = "nothing is uploaded; when the run has finished, upload its folder with hf upload"
+_LENGTHS = "lengths are known only when a clip has been decoded; use random or sequential"
+_IN_BACKWARD = (
+    "it changes the weights during the backward pass, so a run could not stop before NaN reaches them; use "
+    "an optimizer that takes a step of its own"
+)
+_AVERAGED = (
+    "it trains other weights than the averaged ones to keep, and the Trainer saves the former; use an "
+    "optimizer with one set of weights"
+)
+_ORDER = "the order of the samples must not depend on chance, so that a stopped run can go on"
+
+#: Options that are refused if they are changed, or at some of their values: name → reason, or value → reason.
+REFUSED: Mapping[str, str | Mapping[str, str]] = {
+    **dict.fromkeys(
+        str.split("""
+        eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object
+        eval_accumulation_steps per_device_eval_batch_size prediction_loss_only include_for_metrics
+        batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model
+        greater_is_better do_eval do_predict
+        """),
+        _EVALUATION,
+    ),
+    **dict.fromkeys(
+        str.split("""
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+        """),
+        _UPLOAD,
+    ),
+    "save_strategy": {"best": _EVALUATION},
+    "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _EVALUATION),
+    "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
+    "length_column_name": _LENGTHS,
+    "optim": {
+        **dict.fromkeys(
+            str.split("""
+            lomo adalomo galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise
+            apollo_adamw_layerwise
+            """),
+            _IN_BACKWARD,
+        ),
+        **dict.fromkeys(("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), _AVERAGED),
+    },
+    "label_smoothing_factor": (
+        "with video models the Trainer would smooth each token's own label, not the next one's"
+    ),
+    "remove_unused_columns": "samples carry their priors",
+    "label_names": "the labels are those that the student's own processor makes",
+    "auto_find_batch_size": (
+        "the Trainer would start again with a smaller batch and with the weights as they are by then; give "
+        "--per_device_train_batch_size and --gradient_accumulation_steps"
+    ),
+    "ignore_data_skip": "a run that goes on must not see the samples again that it has seen",
+    "dataloader_in_order": _ORDER,
+    "parallelism_config": "tensor, context and sequence parallelism do not work; use DDP, FSDP2 or ZeRO",
+}
+#: Keys of `--accelerator_config` that are refused if they are set.
+REFUSED_OF_ACCELERATE: Mapping[str, str] = {
+    "dispatch_batches": "batches carry priors, which one process cannot deal out to the others",
+    "split_batches": "give --per_device_train_batch_size, the samples of one process",
+    "gradient_accumulation_kwargs": "give --gradient_accumulation_steps",
+}
+
+
+def refuse_options(training: TrainingArguments) -> None:
+    """Refuse options that no run can use, before transformers acts on any.
+
+    Args:
+        training: as it was given, before transformers' own `__post_init__`.
+
+    Raises:
+        ValueError: names the option, what it must be and why. An option that neither table knows, as one of a
+            later transformers, is refused too if it was changed.
+    """
+    defaults = {one.name: one.default for one in fields(training)}
+    for name, value in changed_options(training).items():
+        reason = REFUSED.get(name, None if name in WORKS else "whether it works here is not known")
+        if isinstance(reason, Mapping):
+            if (plain := str(_plain(value))) in reason:
+                raise ValueError(f"--{name} {plain}: {reason[plain]}")
+        elif reason is not None:
+            default = defaults[name]
+            # A value may be a secret, as --hub_token: it is not repeated.
+            must = "not be given" if default in (None, MISSING) else f"stay {str(_plain(default)).lower()}"
+            raise ValueError(f"--{name} must {must}: {reason}")
+
+
+def refuse_accelerate_options(training: TrainingArguments) -> None:
+    """Refuse keys of `--accelerator_config` that no run can use.
+
+    Args:
+        training: after transformers' own `__post_init__`.
+
+    Raises:
+        ValueError: names the key and the reason.
+    """
+    for name, reason in REFUSED_OF_ACCELERATE.items():
+        if getattr(training.accelerator_config, name, None):
+            raise ValueError(f"--accelerator_config must not set {name}: {reason}")
+
+
+def changed_options(training: TrainingArguments) -> dict[str, Any]:
+    """The options that differ from the dataclass's defaults, by name."""
+    changed = {}
+    for one in fields(training):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        value = getattr(training, one.name)
+        # The command line has several words for nothing.
+        nothing = not value and default in (None, "", "no", False, 0)
+        if one.init and not nothing and _plain(value) != _plain(default):
+            changed[one.name] = value
+    return changed
+
+
+@contextmanager
+def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a ValueError that names the options at fault.
+
+    Args:
+        given: options that may be at fault: name → value.
+        prefixes: of the options that the code inside reads. Where none of these was given, those are named
+            that the message speaks of.
+
+    Raises:
+        ValueError: one line.
+    """
+    try:
+        yield
+    except _NamedError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        meant = (
+            [name for name in given if prefixes and name.startswith(prefixes)]
+            or [name for name, value in given.items() if _mentions(said.lower(), name, value)]
+            or [n for n, value in given.items() if (_is_word(value) or value is True) and n != "output_dir"]
+        )
+        named = ", ".join(f"--{name} {_plain(given[name])}" for name in meant)
+        raise _NamedError(f"{named or 'the options of training'}: {said}") from error
+
+
+class _NamedError(ValueError):
+    """An error that names its options."""
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enumeration
+
+
+def _mentions(text: str, option: str, value: Any) -> bool:
+    words = [word for word in option.split("_") if len(word) > 3]
+    return any(word in text for word in words) or (_is_word(value) and value.lower() in text)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) > 2
