@@ -6,18 +6,18 @@ in memory far below the map's.
 """
 
 from . import reference
+from .align_rows import align_rows
+from .attention_rows import attention_rows
 from .backends import BackendError, use_backend
+from .diagonal_attention import diagonal_attention
+from .flash_attention import flash_attention
 from .layout import VideoTokens
-from .ops.align_rows import align_rows
-from .ops.attention_rows import attention_rows
-from .ops.diagonal_attention import diagonal_attention
-from .ops.flash_attention import flash_attention
-from .ops.motion_scores import MotionScores, motion_scores
-from .ops.motion_statistics import MotionStatistics
-from .ops.resample_rows import resample_rows
-from .ops.row_l2_loss import row_l2_loss
-from .ops.selection import select_heads, select_tokens
-from .ops.token_motion_scores import token_motion_scores
+from .motion_scores import MotionScores, motion_scores
+from .motion_statistics import MotionStatistics
+from .resample_rows import resample_rows
+from .row_l2_loss import row_l2_loss
+from .selection import select_heads, select_tokens
+from .token_motion_scores import token_motion_scores
 
 __version__ = "0.1.0"
 

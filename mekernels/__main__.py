@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backends, native_library
+from . import __version__, backends
+from .native import availability as native_library
 
 
 def _version(package: str) -> str:

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mekernels import build, native, native_loader
-from mekernels.native_abi import CUDA, Library
+from mekernels import native
+from mekernels.native import build
+from mekernels.native import library as native_loader
+from mekernels.native.interface import CUDA, Library
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ["baseline", "avx2", "avx512"]

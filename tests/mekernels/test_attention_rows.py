@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
 
 import mekernels
-from mekernels import reference, rows_composite
+from mekernels import reference
+from mekernels.attention_rows import composite
 
 
 def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=7, width=5, dtype=torch.float64, scale=1.0):
@@ -76,7 +77,7 @@ def test_values_and_gradients_against_the_reference(
     options["softmax_scale"] = 0.3
     expected = reference.attention_rows(query, key, row, column, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_composite, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         actual = mekernels.attention_rows(query, key, row, column, **options)
         assert_exact(actual, expected)
         weights = randn(*expected.shape, seed=seed)

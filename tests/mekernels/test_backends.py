@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mekernels
-from mekernels import BackendError, backends, native_library, use_backend
+from mekernels import BackendError, backends, use_backend
 from mekernels.__main__ import report
+from mekernels.native import availability as native_library
 
 
 @pytest.fixture

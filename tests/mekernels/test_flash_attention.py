@@ -9,7 +9,7 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import BackendError, backends, flash_attention, reference
-from mekernels.ops import flash_attention as module
+from mekernels.flash_attention import op as module
 
 CPU_BACKENDS = ["cpu_flash", "torch"]
 

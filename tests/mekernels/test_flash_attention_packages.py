@@ -12,7 +12,8 @@ import pytest
 import torch
 from kernel_support import assert_error_rule, assert_exact, randn
 
-from mekernels import BackendError, backends, flash_attention, flash_packages, reference
+from mekernels import BackendError, backends, flash_attention, reference
+from mekernels.flash_attention import packages as flash_packages
 
 BACKENDS = list(flash_packages.PACKAGES)
 

@@ -7,8 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mekernels
-from mekernels import VideoTokens, backends, rows_composite
-from mekernels.ops import flash_attention, motion_statistics, statistics_update
+from mekernels import VideoTokens, backends
+from mekernels.attention_rows import composite as rows_composite
+from mekernels.flash_attention import op as flash_attention
+from mekernels.motion_statistics import op as statistics_update
+from mekernels.motion_statistics import statistics as motion_statistics
 
 VIDEO = VideoTokens(8, 16, 16, text=16)
 HEADS, WIDTH = 2, 8

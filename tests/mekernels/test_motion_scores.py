@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, rand, randn
 
 import mekernels
-from mekernels import MotionScores, motion_scores, native_library, reference
+from mekernels import MotionScores, motion_scores, reference
+from mekernels.native import availability as native_library
 
 BACKENDS = ["torch", "reference"] + ([] if native_library.why_not() else ["native"])
 

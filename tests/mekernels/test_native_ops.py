@@ -9,7 +9,7 @@ from native_support import needs_library
 
 import mekernels
 from mekernels import BackendError, VideoTokens, reference, use_backend
-from mekernels.ops.align_rows import align_rows
+from mekernels.align_rows import align_rows
 
 GRIDS = [((2, 3, 4), (3, 5, 7)), ((4, 6, 9), (2, 3, 4)), ((3, 4, 5), (3, 4, 5))]
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from mekernels import launch as common
 from mekernels import resources
-from mekernels.kernels import common
 
 COMPILES = (
     importlib.util.find_spec("triton") is not None
@@ -57,7 +57,7 @@ def test_too_much_shared_memory_is_caught(gate, capability, limit):
 
 
 def test_a_kernel_without_a_gate_is_caught(monkeypatch):
-    module = importlib.import_module("mekernels.kernels.motion_statistics")
+    module = importlib.import_module("mekernels.motion_statistics.triton")
     monkeypatch.setattr(module, "gates", list)
     assert f"{module.__name__}.motion_statistics_kernel" in resources.ungated()
 
@@ -66,7 +66,7 @@ def test_a_kernel_without_a_gate_is_caught(monkeypatch):
 def test_offsets_have_64_bits_where_a_model_is_large(name, monkeypatch):
     """90,000 tokens of 48 heads: all offsets but those into the list of rows are 64-bit."""
     monkeypatch.setattr(common, "SHAPES", {"large": common.Shape(48, 128, 25, 3600, 300)})
-    for gate in importlib.import_module(f"mekernels.kernels.{name}").gates():
+    for gate in importlib.import_module(f"mekernels.{name}.triton").gates():
         if " large " not in gate.name:
             continue
         wide = [value for value in gate.launch.arguments.values() if isinstance(value, int)]

@@ -11,7 +11,7 @@ from kernel_support import assert_error_rule, randn, strided
 
 import mekernels
 from mekernels import MotionStatistics, VideoTokens, backends, diagonal_attention, reference
-from mekernels.kernels import common
+from mekernels import launch as common
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch as common
 from .. import resources
-from . import common
-from .common import Launch
+from ..launch import Launch
 
 
 @triton.jit

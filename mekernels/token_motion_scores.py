@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, native_library, reference
-from ..layout import VideoTokens
+from . import backends, checks, reference
+from .layout import VideoTokens
+from .native import availability as native_library
 
 
 def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:

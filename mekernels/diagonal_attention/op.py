@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
-from ..kernels import common
+from .. import backends, checks, launch, reference
 from ..layout import VideoTokens
 
 
@@ -149,7 +148,7 @@ def _composite(
 
 
 def _triton_reasons(query: Tensor, *_) -> list[str]:
-    return common.reasons(query)
+    return launch.reasons(query)
 
 
 def _triton(
@@ -162,12 +161,12 @@ def _triton(
     softmax_scale: float,
     fold: int,
 ) -> Tensor:
-    from ..kernels import diagonal_attention as kernel
+    from . import triton as kernel
 
     out = query.new_empty((*query.shape[:2], frames, frames, positions), dtype=torch.float32)
-    common.run(kernel.plan(out, query, key, lse, frames, positions, start, softmax_scale, fold))
+    launch.run(kernel.plan(out, query, key, lse, frames, positions, start, softmax_scale, fold))
     return out
 
 
-backends.register("diagonal_attention", "triton", _triton, reasons=_triton_reasons, machine=common.machine)
+backends.register("diagonal_attention", "triton", _triton, reasons=_triton_reasons, machine=launch.machine)
 backends.register("diagonal_attention", "torch", _composite)

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward of ``attention_rows``; see :mod:`mekernels.kernels.attention_rows`.
+"""Triton kernels of the backward of ``attention_rows``; see :mod:`mekernels.attention_rows.triton`.
 
 With p the attention of a row and d the gradient of its entries (zero where nothing was read), the gradient of
 the scores is p (d - s), and s is the sum of p d over the columns that were read. So s comes first, from the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_rows import exact_dot, row_bounds, seen_keys, seen_span, vectors
+from .triton import exact_dot, row_bounds, seen_keys, seen_span, vectors
 
 
 @triton.jit

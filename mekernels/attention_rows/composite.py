@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
 
 CHUNK_ELEMENTS = 1 << 20
 """Scores held at a time."""

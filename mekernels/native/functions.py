@@ -13,35 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .native_abi import DTYPES, NativeError, NativeLoadError
-from .native_loader import (
-    available,
-    build_report,
-    cpu_level,
-    cuda_available,
-    cuda_why_not,
-    run,
-    why_not,
-)
-
-__all__ = [
-    "NativeError",
-    "NativeLoadError",
-    "align_backward",
-    "align_forward",
-    "available",
-    "build_report",
-    "cpu_level",
-    "cuda_available",
-    "cuda_why_not",
-    "motion_scores",
-    "resample_rows_backward",
-    "resample_rows_forward",
-    "row_l2_loss_backward",
-    "row_l2_loss_forward",
-    "token_motion_scores",
-    "why_not",
-]
+from .interface import DTYPES
+from .library import run
 
 Grid = tuple[int, int, int]
 _FLOAT32 = (torch.float32,)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import checks
+from . import checks
 from .motion_scores import MotionScores
 
 

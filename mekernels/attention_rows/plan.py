@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import resources
-from . import attention_rows as forward_kernels
-from . import attention_rows_backward as backward_kernels
-from .common import Launch, cdiv, power_of_two, run
+from ..launch import Launch, cdiv, power_of_two, run
+from . import triton as forward_kernels
+from . import triton_backward as backward_kernels
 
 MAX_CUTS = 32
 """Partial results of one row that a kernel combines."""

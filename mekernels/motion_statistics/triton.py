@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch as common
 from .. import resources
-from . import common
-from .common import Launch
-from .diagonal_attention import diagonal_tile, load_tokens, position_blocks, shapes
+from ..diagonal_attention.triton import diagonal_tile, load_tokens, position_blocks, shapes
+from ..launch import Launch
 
 
 @triton.jit

@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..kernels import common
-from .diagonal_attention import exp_, head_diagonal
+from .. import backends, launch
+from ..diagonal_attention.op import exp_, head_diagonal
 
 CHUNK_ELEMENTS = 1 << 18
 """Attention entries the composite holds at a time: few enough to stay in a core's cache."""
@@ -126,16 +125,16 @@ def _add_vision_mass(total: Tensor, query: Tensor, words: Tensor, lse: Tensor) -
 
 
 def _triton_reasons(diagonal: Tensor, rows: Tensor, vision_mass: Tensor, query: Tensor, *_) -> list[str]:
-    return common.reasons(query)
+    return launch.reasons(query)
 
 
 def _triton(diagonal: Tensor, rows: Tensor, vision_mass: Tensor, *inputs) -> None:
-    from ..kernels import motion_statistics as kernel
+    from . import triton as kernel
 
-    common.run(kernel.plan(diagonal, rows, vision_mass, *inputs))
+    launch.run(kernel.plan(diagonal, rows, vision_mass, *inputs))
 
 
 backends.register(
-    "motion_statistics_update", "triton", _triton, reasons=_triton_reasons, machine=common.machine
+    "motion_statistics_update", "triton", _triton, reasons=_triton_reasons, machine=launch.machine
 )
 backends.register("motion_statistics_update", "torch", _composite)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..flash_attention import flash_attention
 from ..layout import VideoTokens
-from .flash_attention import flash_attention
 
 
 def vision_square_sums(

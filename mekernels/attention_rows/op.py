@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference, rows_composite
-from ..kernels import common
+from .. import backends, checks, launch, reference
+from . import composite
 
 
 def attention_rows(
@@ -267,32 +267,32 @@ attention_rows_backward_op.register_autograd(_second_backward)
 
 
 def _triton(*args):
-    from ..kernels import attention_rows_plan
+    from . import plan
 
-    return attention_rows_plan.forward(*args)
+    return plan.forward(*args)
 
 
 def _triton_backward(*args):
-    from ..kernels import attention_rows_plan
+    from . import plan
 
-    return attention_rows_plan.backward(*args)
+    return plan.backward(*args)
 
 
 def _triton_reasons(query, *others) -> list[str]:
-    return common.reasons(query)
+    return launch.reasons(query)
 
 
 def _triton_backward_reasons(grad, query, *others) -> list[str]:
-    return common.reasons(query)
+    return launch.reasons(query)
 
 
-backends.register("attention_rows", "triton", _triton, reasons=_triton_reasons, machine=common.machine)
-backends.register("attention_rows", "torch", rows_composite.forward)
+backends.register("attention_rows", "triton", _triton, reasons=_triton_reasons, machine=launch.machine)
+backends.register("attention_rows", "torch", composite.forward)
 backends.register(
     "attention_rows_backward",
     "triton",
     _triton_backward,
     reasons=_triton_backward_reasons,
-    machine=common.machine,
+    machine=launch.machine,
 )
-backends.register("attention_rows_backward", "torch", rows_composite.backward)
+backends.register("attention_rows_backward", "torch", composite.backward)

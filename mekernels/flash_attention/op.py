@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import backends, checks, flash_packages, reference
+from .. import backends, checks, reference
+from . import packages
 
 aten = torch.ops.aten
 
@@ -321,25 +322,25 @@ backends.register("flash_attention", "cpu_flash", _cpu_flash, reasons=_cpu_flash
 backends.register(
     "flash_attention",
     "flash_attn_3",
-    flash_packages.flash_attn_3,
+    packages.flash_attn_3,
     reasons=_hopper_reasons,
-    machine=lambda: list(flash_packages.missing("flash_attn_3")),
+    machine=lambda: list(packages.missing("flash_attn_3")),
 )
 backends.register("flash_attention", "flash", _flash, reasons=_flash_reasons, machine=_no_cuda)
 backends.register("flash_attention", "cudnn", _cudnn, reasons=_cudnn_reasons, machine=_cudnn_machine)
 backends.register(
     "flash_attention",
     "flash_attn",
-    flash_packages.flash_attn,
+    packages.flash_attn,
     reasons=_package_reasons,
-    machine=lambda: list(flash_packages.missing("flash_attn")),
+    machine=lambda: list(packages.missing("flash_attn")),
 )
 backends.register(
     "flash_attention",
     "xformers",
-    flash_packages.xformers,
+    packages.xformers,
     reasons=_package_reasons,
-    machine=lambda: list(flash_packages.missing("xformers")),
+    machine=lambda: list(packages.missing("xformers")),
 )
 backends.register("flash_attention", "efficient", _efficient, reasons=_efficient_reasons, machine=_no_cuda)
 backends.register("flash_attention", "torch", _composite)

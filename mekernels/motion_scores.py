@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import backends, checks, native_library, reference
+from . import backends, checks, reference
+from .native import availability as native_library
 
 
 @dataclass(frozen=True)

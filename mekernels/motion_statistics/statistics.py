@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference, row_choice
+from .. import backends, checks, reference
+from ..diagonal_attention.op import check_side_inputs
 from ..layout import VideoTokens
-from .diagonal_attention import check_side_inputs
-from .motion_scores import MotionScores, energy_ratio, motion_scores
+from ..motion_scores import MotionScores, energy_ratio, motion_scores
+from . import rows as row_choice
+from .op import motion_statistics_op
 from .square_sums import vision_square_sums
-from .statistics_update import motion_statistics_op
 
 CHUNK_ELEMENTS = 1 << 20
 """Attention entries the composite holds at a time."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native_abi import CPU, CUDA, Library, NativeLoadError
+from .interface import CPU, CUDA, Library, NativeLoadError
 
-FOLDER = Path(__file__).resolve().parent / "_native"
+FOLDER = Path(__file__).resolve().parent.parent / "_native"
 
 
 def build_report() -> dict[str, Any]:

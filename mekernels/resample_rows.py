@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks, native_library, reference
+from . import backends, checks, reference
+from .native import availability as native_library
 
 aten = torch.ops.aten
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, native_library, reference
+from . import backends, checks, reference
+from .native import availability as native_library
 
 
 def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
-from .layout import VideoTokens
+from .. import checks
+from ..layout import VideoTokens
 
 
 def text_rows(text_rows: Sequence[int] | Tensor | None, video: VideoTokens) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks, native_library, reference
-from . import resample_rows, row_l2_loss
+from . import backends, checks, reference, resample_rows, row_l2_loss
+from .native import availability as native_library
 
 
 def align_rows(
