@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference, resample_rows, row_l2_loss
-from .native import availability as native_library
+from . import backends, checks, native, reference
+from .resample_rows import Resampling
+from .resample_rows import backward as resample_backward
+from .resample_rows import forward as resample_forward
+from .row_l2_loss import backward as l2_backward
+from .row_l2_loss import check_row_mask, common_dtype
+from .row_l2_loss import forward as l2_forward
 
 
 def align_rows(
@@ -49,12 +55,11 @@ def align_rows(
     """
     source, target = _check(student, teacher, grid_in, grid_out, row_mask)
     checks.no_functorch("align_rows")
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         result = backends.by_reference(reference.align_rows, student, teacher, source, target, row_mask)
-        return result.to(row_l2_loss.common_dtype(student, teacher))
+        return result.to(common_dtype(student, teacher))
     gradient = torch.is_grad_enabled() and student.requires_grad
-    return align_rows_op(student, teacher, row_mask, list(source), list(target), gradient, backend)[0]
+    return align_rows_op(Call(student, teacher, row_mask, list(source), list(target), gradient))[0]
 
 
 def _check(
@@ -76,112 +81,98 @@ def _check(
     checks.same_device("teacher", teacher, "student", student)
     if teacher.requires_grad:
         raise ValueError("teacher must not require a gradient, got one that does: use row_l2_loss")
-    row_l2_loss.check_row_mask(row_mask, student)
+    check_row_mask(row_mask, student)
     return source, target
 
 
-@torch.library.custom_op("mekernels::align_rows", mutates_args=())
-def align_rows_op(
-    student: Tensor,
-    teacher: Tensor,
-    row_mask: Tensor | None,
-    grid_in: list[int],
-    grid_out: list[int],
-    gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the rows' (B, R) weights in it, and the gradients of their norms, (B, R, S_in) or (0,)."""
-    return backends.dispatch("align_rows", backend, student, teacher, row_mask, grid_in, grid_out, gradient)
+class Call(NamedTuple):
+    """What one call of the op is given."""
+
+    student: Tensor
+    teacher: Tensor
+    row_mask: Tensor | None
+    grid_in: list[int]
+    grid_out: list[int]
+    gradient: bool
+    """Whether the gradient is made along with the loss."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the loss."""
+        return common_dtype(self.student, self.teacher)
 
 
-@align_rows_op.register_fake
-def _(student, teacher, row_mask, grid_in, grid_out, gradient, backend):
-    dtype = row_l2_loss.common_dtype(student, teacher)
+def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    student, dtype = call.student, call.dtype
     weights = student.new_empty(student.shape[:2], dtype=dtype)
-    saved = student.new_empty(student.shape if gradient else (0,), dtype=dtype)
+    saved = student.new_empty(student.shape if call.gradient else (0,), dtype=dtype)
     return student.new_empty((), dtype=dtype), weights, saved
 
 
-@torch.library.custom_op("mekernels::align_rows_backward", mutates_args=())
-def align_rows_backward_op(grad: Tensor, weights: Tensor, row_gradient: Tensor, backend: str) -> Tensor:
-    """Gradient (B, R, S_in) of the student from what the forward returned."""
-    return backends.dispatch("align_rows_backward", backend, grad, weights, row_gradient)
-
-
-@align_rows_backward_op.register_fake
-def _(grad, weights, row_gradient, backend):
+def _fake_backward(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
     return torch.empty_like(row_gradient)
 
 
-def _setup(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
+align_rows_op = backends.Op("align_rows", _fake)
+"""The loss, the rows' (B, R) weights in it, and the gradients of their norms, (B, R, S_in) or (0,)."""
+
+align_rows_backward_op = backends.Op("align_rows_backward", _fake_backward)
+"""Gradient (B, R, S_in) of the student from what the forward returned."""
+
+
+def _save(ctx, call, output) -> None:
+    ctx.dtype = call.student.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    result = align_rows_backward_op(grad, *ctx.saved_tensors, ctx.backend)
-    return result.to(ctx.dtype), *[None] * 6
+    return (align_rows_backward_op(grad, *ctx.saved_tensors, backend=ctx.backend).to(ctx.dtype),)
 
 
-align_rows_op.register_autograd(_backward, setup_context=_setup)
+align_rows_op.differentiable(_save, _backward)
 
 
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    row_mask: Tensor | None,
-    grid_in: list[int],
-    grid_out: list[int],
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = row_l2_loss.common_dtype(student, teacher)
-    maps = student.to(dtype)
-    rows, sums = resample_rows._forward(maps, grid_in, grid_out, True)
-    target = reference.scaled_to_one(teacher.to(dtype))
-    loss, norms, weights = row_l2_loss._forward(rows, target, row_mask)
-    if not gradient:
-        return loss, weights, student.new_empty(0, dtype=dtype)
-    one = torch.ones_like(loss)
-    unit = row_l2_loss._gradient(one, rows, target, norms, (weights > 0).to(dtype))
-    row_gradient = resample_rows._gradient(unit, maps, sums, grid_in, grid_out, True)
-    return loss, weights, row_gradient
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain torch."""
+    maps, to = call.student.to(call.dtype), Resampling(call.grid_in, call.grid_out, True)
+    rows, sums = resample_forward(maps, to)
+    target = reference.scaled_to_one(call.teacher.to(call.dtype))
+    loss, norms, weights = l2_forward(rows, target, call.row_mask)
+    if not call.gradient:
+        return loss, weights, maps.new_empty(0)
+    unit = l2_backward(torch.ones_like(loss), rows, target, norms, (weights > 0).to(call.dtype))
+    return loss, weights, resample_backward(unit, maps, sums, to)
 
 
-def _gradient(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
+def backward(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
+    """Its backward in plain torch."""
     return torch.where((weights > 0)[..., None], row_gradient * (grad * weights)[..., None], 0)
 
 
-def _native_reasons(student: Tensor, teacher: Tensor, *options) -> list[str]:
-    return native_library.narrow_float_reasons(student=student, teacher=teacher)
+def _native_reasons(call: Call) -> list[str]:
+    return native.narrow_float_reasons(student=call.student, teacher=call.teacher)
 
 
-def _native_forward(
-    student: Tensor,
-    teacher: Tensor,
-    row_mask: Tensor | None,
-    grid_in: list[int],
-    grid_out: list[int],
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, _, weights, row_gradient = native_library.module().align_forward(
-        student.float(), teacher, grid_in, grid_out, row_mask, gradient=gradient
+def _native_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    grids = (call.grid_in, call.grid_out)
+    loss, _, weights, row_gradient = native.align_forward(
+        call.student.float(), call.teacher, *grids, call.row_mask, gradient=call.gradient
     )
-    return loss, weights, row_gradient if gradient else loss.new_empty(0)
+    return loss, weights, loss.new_empty(0) if row_gradient is None else row_gradient
 
 
-def _native_gradient_reasons(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> list[str]:
-    return native_library.narrow_float_reasons(row_gradient=row_gradient)
+def _native_backward_reasons(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> list[str]:
+    return native.narrow_float_reasons(row_gradient=row_gradient)
 
 
-def _native_gradient(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
-    return native_library.module().align_backward(grad.float(), row_gradient, weights)
+def _native_backward(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
+    return native.align_backward(grad.float(), row_gradient, weights)
 
 
-machine = native_library.why_not
-backends.register("align_rows", "native", _native_forward, reasons=_native_reasons, machine=machine)
-backends.register(
-    "align_rows_backward", "native", _native_gradient, reasons=_native_gradient_reasons, machine=machine
-)
-backends.register("align_rows", "torch", _forward)
-backends.register("align_rows_backward", "torch", _gradient)
+for name, fast, reasons, plain in (
+    ("align_rows", _native_forward, _native_reasons, forward),
+    ("align_rows_backward", _native_backward, _native_backward_reasons, backward),
+):
+    backends.register(name, "native", fast, reasons=reasons, machine=native.machine)
+    backends.register(name, "torch", plain)

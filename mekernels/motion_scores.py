@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
-from .native import availability as native_library
+from . import backends, checks, native, reference
 
 
 @dataclass(frozen=True)
@@ -91,27 +90,21 @@ def motion_scores(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) 
         checks.tensor(name, value, 1, layout="(heads,)")
         checks.shape(name, value, (heads,), meaning="(heads,)")
         checks.same_device(name, value, "diagonal", diagonal)
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         dtype = checks.accumulate_dtype(diagonal.dtype)
         triple = backends.by_reference(reference.motion_scores, diagonal, mean_attention, square_sum)
         return MotionScores(*(metric.to(dtype) for metric in triple))
-    return MotionScores(*motion_scores_op(diagonal, mean_attention, square_sum, backend))
+    return MotionScores(*motion_scores_op(diagonal, mean_attention, square_sum))
 
 
-@torch.library.custom_op("mekernels::motion_scores", mutates_args=())
-def motion_scores_op(
-    diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DFC, TCS and DSR, each (H,)."""
-    return backends.dispatch("motion_scores", backend, diagonal, mean_attention, square_sum)
-
-
-@motion_scores_op.register_fake
-def _(diagonal, mean_attention, square_sum, backend):
+def _fake(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = checks.accumulate_dtype(diagonal.dtype)
     dfc, tcs, dsr = (diagonal.new_empty(diagonal.shape[:1], dtype=dtype) for _ in range(3))
     return dfc, tcs, dsr
+
+
+motion_scores_op = backends.Op("motion_scores", _fake)
+"""DFC, TCS and DSR, each (H,)."""
 
 
 def _composite(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +140,7 @@ def energy_ratio(inside: Tensor, outside: Tensor) -> Tensor:
 
 
 def _native_reasons(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> list[str]:
-    reasons = native_library.reasons(diagonal.device)
+    reasons = native.device_reasons(diagonal.device)
     for name, value in (
         ("diagonal", diagonal),
         ("mean_attention", mean_attention),
@@ -159,10 +152,8 @@ def _native_reasons(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor
 
 
 def _native(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return native_library.module().motion_scores(
-        diagonal.contiguous(), mean_attention.contiguous(), square_sum.contiguous()
-    )
+    return native.motion_scores(diagonal.contiguous(), mean_attention.contiguous(), square_sum.contiguous())
 
 
-backends.register("motion_scores", "native", _native, reasons=_native_reasons, machine=native_library.why_not)
+backends.register("motion_scores", "native", _native, reasons=_native_reasons, machine=native.machine)
 backends.register("motion_scores", "torch", _composite)

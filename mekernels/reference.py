@@ -84,7 +84,7 @@ def attention_rows(
 
     With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys.
     """
-    if key_range is not None:
+    if key_range is not None and rows.shape[1]:
         position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
         inside = (position >= key_range[..., :1]) & (position < key_range[..., 1:])
         maps = []
@@ -109,7 +109,7 @@ def attention_rows(
     picked = []
     for item, row, column in zip(attention, rows, columns, strict=True):
         chosen = item[:, row.clamp(min=0)][:, :, column.clamp(min=0)]
-        picked.append(chosen * (row >= 0)[:, None] * (column >= 0))
+        picked.append(torch.where((row >= 0)[:, None] & (column >= 0), chosen, 0))
     result = torch.stack(picked)
     return result.mean(1) if reduce == "mean" else result
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
-from .native import availability as native_library
+from . import backends, checks, native, reference
 
 aten = torch.ops.aten
 
@@ -48,64 +48,55 @@ def resample_rows(
         raise ValueError(f"maps must have the {tokens} tokens of grid_in {source}, got {maps.shape[2]}")
     checks.boolean("normalize", normalize)
     checks.no_functorch("resample_rows")
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         result = backends.by_reference(reference.resample_rows, maps, source, target, normalize=normalize)
         return result.to(checks.accumulate_dtype(maps.dtype))
-    return resample_rows_op(maps, list(source), list(target), normalize, backend)[0]
+    return resample_rows_op(maps, Resampling(list(source), list(target), normalize))[0]
 
 
-@torch.library.custom_op("mekernels::resample_rows", mutates_args=())
-def resample_rows_op(
-    maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(B, R, S_out) rows and the (B, R) sums they were divided by, 1 without ``normalize``."""
-    return backends.dispatch("resample_rows", backend, maps, grid_in, grid_out, normalize)
+class Resampling(NamedTuple):
+    """From where to where."""
+
+    grid_in: list[int]
+    grid_out: list[int]
+    normalize: bool
 
 
-@resample_rows_op.register_fake
-def _(maps, grid_in, grid_out, normalize, backend):
+def _fake(maps: Tensor, to: Resampling) -> tuple[Tensor, Tensor]:
     dtype = checks.accumulate_dtype(maps.dtype)
-    tokens = grid_out[0] * grid_out[1] * grid_out[2]
-    return maps.new_empty((*maps.shape[:2], tokens), dtype=dtype), maps.new_empty(maps.shape[:2], dtype=dtype)
+    frames, height, width = to.grid_out
+    resampled = maps.new_empty((*maps.shape[:2], frames * height * width), dtype=dtype)
+    return resampled, maps.new_empty(maps.shape[:2], dtype=dtype)
 
 
-@torch.library.custom_op("mekernels::resample_rows_backward", mutates_args=())
-def resample_rows_backward_op(
-    grad: Tensor,
-    maps: Tensor,
-    sums: Tensor,
-    grid_in: list[int],
-    grid_out: list[int],
-    normalize: bool,
-    backend: str,
-) -> Tensor:
-    """Gradient (B, R, S_in) from that of the result, the rows and the sums that the forward returned."""
-    return backends.dispatch(
-        "resample_rows_backward", backend, grad, maps, sums, grid_in, grid_out, normalize
-    )
-
-
-@resample_rows_backward_op.register_fake
-def _(grad, maps, sums, grid_in, grid_out, normalize, backend):
+def _fake_backward(grad: Tensor, maps: Tensor, sums: Tensor, to: Resampling) -> Tensor:
     return maps.new_empty(maps.shape, dtype=sums.dtype)
 
 
-def _setup(ctx, inputs, output) -> None:
-    maps, *ctx.options = inputs
-    ctx.dtype = maps.dtype
+resample_rows_op = backends.Op("resample_rows", _fake)
+"""(B, R, S_out) rows and the (B, R) sums they were divided by, 1 without ``normalize``."""
+
+resample_rows_backward_op = backends.Op("resample_rows_backward", _fake_backward)
+"""Gradient (B, R, S_in) from that of the result, the rows and the sums that the forward returned."""
+
+
+def _save(ctx, maps, to, output) -> None:
+    ctx.resampling, ctx.dtype = to, maps.dtype
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(maps, output[1])
 
 
 def _backward(ctx, grad, _):
-    return resample_rows_backward_op(grad, *ctx.saved_tensors, *ctx.options).to(ctx.dtype), *[None] * 4
+    result = resample_rows_backward_op(grad, *ctx.saved_tensors, ctx.resampling, backend=ctx.backend)
+    return (result.to(ctx.dtype),)
 
 
-resample_rows_op.register_autograd(_backward, setup_context=_setup)
+resample_rows_op.differentiable(_save, _backward)
 
 
-def _forward(maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool) -> tuple[Tensor, Tensor]:
+def forward(maps: Tensor, to: Resampling) -> tuple[Tensor, Tensor]:
+    """The op in plain torch."""
+    grid_in, grid_out, normalize = to
     batch, rows = maps.shape[:2]
     volume = maps.to(checks.accumulate_dtype(maps.dtype)).reshape(1, batch * rows, *grid_in)
     if not batch * rows:
@@ -122,9 +113,9 @@ def _forward(maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: b
     return out.div_(sums.masked_fill(sums == 0, 1)[..., None]).masked_fill_(empty, 0), sums
 
 
-def _gradient(
-    grad: Tensor, maps: Tensor, sums: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
-) -> Tensor:
+def backward(grad: Tensor, maps: Tensor, sums: Tensor, to: Resampling) -> Tensor:
+    """Its backward in plain torch."""
+    grid_in, grid_out, normalize = to
     batch, rows = sums.shape
     if not batch * rows:
         return sums.new_zeros(maps.shape)
@@ -147,32 +138,27 @@ def _transposed(grad: Tensor, grid_in: list[int], grid_out: list[int]) -> Tensor
     return aten.upsample_trilinear3d_backward(volume, grid_out, size, False).reshape(batch, rows, -1)
 
 
-def _native_reasons(maps: Tensor, *options) -> list[str]:
-    return native_library.narrow_float_reasons(maps=maps)
+def _native_reasons(maps: Tensor, to: Resampling) -> list[str]:
+    return native.narrow_float_reasons(maps=maps)
 
 
-def _native_gradient_reasons(grad: Tensor, maps: Tensor, *options) -> list[str]:
-    return native_library.narrow_float_reasons(maps=maps, grad=grad)
+def _native_backward_reasons(grad: Tensor, maps: Tensor, *_) -> list[str]:
+    return native.narrow_float_reasons(maps=maps, grad=grad)
 
 
-def _native_forward(
-    maps: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
-) -> tuple[Tensor, Tensor]:
-    return native_library.module().resample_rows_forward(maps.float(), grid_in, grid_out, normalize=normalize)
+def _native_forward(maps: Tensor, to: Resampling) -> tuple[Tensor, Tensor]:
+    return native.resample_rows_forward(maps.float(), to.grid_in, to.grid_out, normalize=to.normalize)
 
 
-def _native_gradient(
-    grad: Tensor, maps: Tensor, sums: Tensor, grid_in: list[int], grid_out: list[int], normalize: bool
-) -> Tensor:
-    return native_library.module().resample_rows_backward(
-        grad.float(), maps.float(), grid_in, grid_out, normalize=normalize
+def _native_backward(grad: Tensor, maps: Tensor, sums: Tensor, to: Resampling) -> Tensor:
+    return native.resample_rows_backward(
+        grad.float(), maps.float(), to.grid_in, to.grid_out, normalize=to.normalize
     )
 
 
-machine = native_library.why_not
-backends.register("resample_rows", "native", _native_forward, reasons=_native_reasons, machine=machine)
-backends.register(
-    "resample_rows_backward", "native", _native_gradient, reasons=_native_gradient_reasons, machine=machine
-)
-backends.register("resample_rows", "torch", _forward)
-backends.register("resample_rows_backward", "torch", _gradient)
+for name, fast, reasons, plain in (
+    ("resample_rows", _native_forward, _native_reasons, forward),
+    ("resample_rows_backward", _native_backward, _native_backward_reasons, backward),
+):
+    backends.register(name, "native", fast, reasons=reasons, machine=native.machine)
+    backends.register(name, "torch", plain)

@@ -102,24 +102,28 @@ def compile_for(launch: Launch, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
+
+    def described(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
         # Triton makes a version of its own for an integer that is 1 and for one that 16 divides.
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, tuple):
+            return tuple(described(item, (*place, index)) for index, item in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = described(value, (index,), parameter.is_constexpr)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
-from .native import availability as native_library
+from . import backends, checks, native, reference
 
 
 def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -41,12 +40,11 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
     checks.same_device("teacher", teacher, "student", student)
     check_row_mask(row_mask, student)
     checks.no_functorch("row_l2_loss")
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         return backends.by_reference(reference.row_l2_loss, student, teacher, row_mask).to(
             common_dtype(student, teacher)
         )
-    return row_l2_loss_op(student, teacher, row_mask, backend)[0]
+    return row_l2_loss_op(student, teacher, row_mask)[0]
 
 
 def check_row_mask(row_mask: Tensor | None, student: Tensor) -> None:
@@ -65,56 +63,43 @@ def common_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return checks.accumulate_dtype(torch.promote_types(student.dtype, teacher.dtype))
 
 
-@torch.library.custom_op("mekernels::row_l2_loss", mutates_args=())
-def row_l2_loss_op(
-    student: Tensor, teacher: Tensor, row_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and for the backward the rows' (B, R) norms and weights: loss = sum(norms * weights)."""
-    return backends.dispatch("row_l2_loss", backend, student, teacher, row_mask)
-
-
-@row_l2_loss_op.register_fake
-def _(student, teacher, row_mask, backend):
+def _fake(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = common_dtype(student, teacher)
     norms, weights = (student.new_empty(student.shape[:2], dtype=dtype) for _ in range(2))
     return student.new_empty((), dtype=dtype), norms, weights
 
 
-@torch.library.custom_op("mekernels::row_l2_loss_backward", mutates_args=())
-def row_l2_loss_backward_op(
-    grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor, backend: str
-) -> Tensor:
-    """Gradient (B, R, S) of ``student``; that of ``teacher`` is its negative."""
-    return backends.dispatch("row_l2_loss_backward", backend, grad, student, teacher, norms, weights)
-
-
-@row_l2_loss_backward_op.register_fake
-def _(grad, student, teacher, norms, weights, backend):
+def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
     return norms.new_empty(student.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
-    student, teacher, _, ctx.backend = inputs
+row_l2_loss_op = backends.Op("row_l2_loss", _fake)
+"""The loss, and for the backward the rows' (B, R) norms and weights: loss = sum(norms * weights)."""
+
+row_l2_loss_backward_op = backends.Op("row_l2_loss_backward", _fake_backward)
+"""Gradient (B, R, S) of ``student``; that of ``teacher`` is its negative."""
+
+
+def _save(ctx, student, teacher, row_mask, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(student, teacher, *output[1:])
 
 
 def _backward(ctx, grad, *_):
     student, teacher = ctx.saved_tensors[:2]
-    both = row_l2_loss_backward_op(grad, *ctx.saved_tensors, ctx.backend)
+    both = row_l2_loss_backward_op(grad, *ctx.saved_tensors, backend=ctx.backend)
     to_student, to_teacher = ctx.needs_input_grad[:2]
     return (
         both.to(student.dtype) if to_student else None,
         both.neg().to(teacher.dtype) if to_teacher else None,
-        None,
-        None,
     )
 
 
-row_l2_loss_op.register_autograd(_backward, setup_context=_setup)
+row_l2_loss_op.differentiable(_save, _backward)
 
 
-def _forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain torch."""
     dtype = common_dtype(student, teacher)
     norms = torch.linalg.vector_norm(student.to(dtype) - teacher.to(dtype), dim=-1)
     if row_mask is None:
@@ -126,7 +111,8 @@ def _forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple
     return (norms * weights).sum(), norms, weights
 
 
-def _gradient(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
+def backward(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
+    """Its backward in plain torch."""
     counts = ((norms > 0) & (weights > 0))[..., None]
     # Dividing first keeps tiny norms from overflowing.
     unit = (student.to(norms.dtype) - teacher.to(norms.dtype)) / norms.masked_fill(norms == 0, 1)[..., None]
@@ -134,33 +120,30 @@ def _gradient(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, wei
 
 
 def _native_reasons(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> list[str]:
-    return native_library.narrow_float_reasons(student=student, teacher=teacher)
+    return native.narrow_float_reasons(student=student, teacher=teacher)
 
 
 def _native_forward(
     student: Tensor, teacher: Tensor, row_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return native_library.module().row_l2_loss_forward(student.float(), teacher, row_mask)
+    return native.row_l2_loss_forward(student.float(), teacher, row_mask)
 
 
-def _native_gradient_reasons(
+def _native_backward_reasons(
     grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
 ) -> list[str]:
-    return native_library.narrow_float_reasons(student=student, teacher=teacher, norms=norms)
+    return native.narrow_float_reasons(student=student, teacher=teacher, norms=norms)
 
 
-def _native_gradient(
+def _native_backward(
     grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
 ) -> Tensor:
-    return native_library.module().row_l2_loss_backward(
-        grad.float(), student.float(), teacher, norms, weights
-    )
+    return native.row_l2_loss_backward(grad.float(), student.float(), teacher, norms, weights)
 
 
-machine = native_library.why_not
-backends.register("row_l2_loss", "native", _native_forward, reasons=_native_reasons, machine=machine)
-backends.register(
-    "row_l2_loss_backward", "native", _native_gradient, reasons=_native_gradient_reasons, machine=machine
-)
-backends.register("row_l2_loss", "torch", _forward)
-backends.register("row_l2_loss_backward", "torch", _gradient)
+for name, fast, reasons, plain in (
+    ("row_l2_loss", _native_forward, _native_reasons, forward),
+    ("row_l2_loss_backward", _native_backward, _native_backward_reasons, backward),
+):
+    backends.register(name, "native", fast, reasons=reasons, machine=native.machine)
+    backends.register(name, "torch", plain)

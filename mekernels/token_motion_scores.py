@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import backends, checks, reference
+from . import backends, checks, native, reference
 from .layout import VideoTokens
-from .native import availability as native_library
 
 
 def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
@@ -38,23 +36,19 @@ def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
     checks.shape(
         "text_attention", text_attention, (len(text_attention), video.vision), meaning="(any, video.vision)"
     )
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         scores = backends.by_reference(reference.token_motion_scores, text_attention, video)
         return scores.to(checks.accumulate_dtype(scores.dtype))
-    return token_motion_scores_op(text_attention, video.frames, backend)
+    return token_motion_scores_op(text_attention, video.frames)
 
 
-@torch.library.custom_op("mekernels::token_motion_scores", mutates_args=())
-def token_motion_scores_op(text_attention: Tensor, frames: int, backend: str) -> Tensor:
-    """(T,) from (T, F * P)."""
-    return backends.dispatch("token_motion_scores", backend, text_attention, frames)
-
-
-@token_motion_scores_op.register_fake
-def _(text_attention, frames, backend):
+def _fake(text_attention: Tensor, frames: int) -> Tensor:
     dtype = checks.accumulate_dtype(text_attention.dtype)
     return text_attention.new_empty(text_attention.shape[:1], dtype=dtype)
+
+
+token_motion_scores_op = backends.Op("token_motion_scores", _fake)
+"""(T,) from (T, F * P)."""
 
 
 def _composite(text_attention: Tensor, frames: int) -> Tensor:
@@ -64,14 +58,12 @@ def _composite(text_attention: Tensor, frames: int) -> Tensor:
 
 
 def _native_reasons(text_attention: Tensor, frames: int) -> list[str]:
-    return native_library.narrow_float_reasons(text_attention=text_attention)
+    return native.narrow_float_reasons(text_attention=text_attention)
 
 
 def _native(text_attention: Tensor, frames: int) -> Tensor:
-    return native_library.module().token_motion_scores(text_attention, frames)
+    return native.token_motion_scores(text_attention, frames)
 
 
-backends.register(
-    "token_motion_scores", "native", _native, reasons=_native_reasons, machine=native_library.why_not
-)
+backends.register("token_motion_scores", "native", _native, reasons=_native_reasons, machine=native.machine)
 backends.register("token_motion_scores", "torch", _composite)

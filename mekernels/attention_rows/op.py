@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import backends, checks, launch, reference
 from . import composite
+from .call import Call
 
 
 def attention_rows(
@@ -92,9 +93,10 @@ def attention_rows(
     checks.choice("reduce", reduce, ("mean", "none"))
     scale = checks.scale(softmax_scale, query.shape[3])
     checks.no_functorch("attention_rows")
-    backend = backends.active()
-    if backend == "reference":
-        _index_values(query, rows, index, own)
+    options = (scale, causal, fold, reduce == "mean")
+    call = Call(query, key, rows, index, key_mask, key_range, start, stop, *options)
+    if backends.active() == "reference":
+        _index_values(call)
         result = backends.by_reference(
             reference.attention_rows,
             query,
@@ -109,10 +111,7 @@ def attention_rows(
             reduce=reduce,
         )
         return result.to(checks.accumulate_dtype(query.dtype))
-    mean = reduce == "mean"
-    return attention_rows_op(
-        query, key, rows, index, start, stop, scale, causal, key_mask, fold, mean, backend, key_range
-    )[0]
+    return attention_rows_op(call)[0]
 
 
 def _autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,157 +141,71 @@ def _columns(columns: Tensor | slice, query: Tensor, own: int) -> tuple[Tensor |
     return columns, 0, 0
 
 
-def _index_values(query: Tensor, rows: Tensor, columns: Tensor | None, own: int) -> None:
-    checks.index_values("rows", rows, query.shape[2])
-    if columns is not None:
-        checks.index_values("columns", columns, own)
+def _index_values(call: Call) -> None:
+    checks.index_values("rows", call.rows, call.query.shape[2])
+    if call.columns is not None:
+        checks.index_values("columns", call.columns, call.own)
 
 
-@torch.library.custom_op("mekernels::attention_rows", mutates_args=())
-def attention_rows_op(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    columns: Tensor | None,
-    start: int,
-    stop: int,
-    softmax_scale: float,
-    causal: bool,
-    key_mask: Tensor | None,
-    fold: int,
-    mean: bool,
-    backend: str,
-    key_range: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, R, C) or (B, Hq, R, C) attention, the rows' (B, Hq, R) natural-log logsumexp, and its rest.
-
-    Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone is rounded too far.
-    """
-    _index_values(query, rows, columns, key.shape[2] // fold)
-    return backends.dispatch(
-        "attention_rows",
-        backend,
-        query,
-        key,
-        rows,
-        columns,
-        start,
-        stop,
-        softmax_scale,
-        causal,
-        key_mask,
-        fold,
-        mean,
-        key_range,
-    )
+def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    lse = call.query.new_empty((*call.query.shape[:2], call.rows.shape[1]), dtype=dtype)
+    return call.query.new_empty(call.out_shape, dtype=dtype), lse, torch.empty_like(lse)
 
 
-@attention_rows_op.register_fake
-def _(query, key, rows, columns, start, stop, scale, causal, mask, fold, mean, backend, key_range=None):
-    dtype = checks.accumulate_dtype(query.dtype)
-    batch, heads = query.shape[:2]
-    width = stop - start if columns is None else columns.shape[1]
-    size = (batch, rows.shape[1], width) if mean else (batch, heads, rows.shape[1], width)
-    lse = query.new_empty((batch, heads, rows.shape[1]), dtype=dtype)
-    return query.new_empty(size, dtype=dtype), lse, torch.empty_like(lse)
+def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.query), torch.empty_like(call.key)
 
 
-@torch.library.custom_op("mekernels::attention_rows_backward", mutates_args=())
-def attention_rows_backward_op(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    columns: Tensor | None,
-    start: int,
-    stop: int,
-    softmax_scale: float,
-    causal: bool,
-    key_mask: Tensor | None,
-    fold: int,
-    mean: bool,
-    lse: Tensor,
-    rest: Tensor,
-    backend: str,
-    key_range: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query and key; ``lse`` and ``rest`` are what the forward returned."""
-    return backends.dispatch(
-        "attention_rows_backward",
-        backend,
-        grad,
-        query,
-        key,
-        rows,
-        columns,
-        start,
-        stop,
-        softmax_scale,
-        causal,
-        key_mask,
-        fold,
-        mean,
-        lse,
-        rest,
-        key_range,
-    )
+attention_rows_op = backends.Op("attention_rows", _fake, check=_index_values)
+"""(B, R, C) or (B, Hq, R, C) attention, the rows' (B, Hq, R) natural-log logsumexp, and its rest.
+
+Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone is rounded too far.
+"""
+
+attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backward)
+"""Gradients of query and key; ``lse`` and ``rest`` are what the forward returned."""
 
 
-@attention_rows_backward_op.register_fake
-def _(grad, query, key, *others):
-    return torch.empty_like(query), torch.empty_like(key)
-
-
-def _setup(ctx, inputs, output) -> None:
-    query, key, rows, columns, *settings, key_mask, fold, mean, ctx.backend, key_range = inputs
-    ctx.settings, ctx.options = settings, (fold, mean)
+def _save(ctx, call, output) -> None:
+    ctx.settings = call[6:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(query, key, rows, columns, key_mask, key_range, *output[1:])
+    ctx.save_for_backward(*output[1:], *call[:6])
 
 
 def _backward(ctx, grad, *_):
-    *inputs, key_mask, key_range, lse, rest = ctx.saved_tensors
-    grads = attention_rows_backward_op(
-        grad, *inputs, *ctx.settings, key_mask, *ctx.options, lse, rest, ctx.backend, key_range
-    )
-    return *grads, *[None] * 11
+    lse, rest, *tensors = ctx.saved_tensors
+    call = Call(*tensors, *ctx.settings)
+    return attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
 
 
-def _second_backward(ctx, *_):
+def _refuse_second_backward(ctx, *_):
     raise RuntimeError("mekernels.attention_rows can be differentiated once, not twice")
 
 
-attention_rows_op.register_autograd(_backward, setup_context=_setup)
-attention_rows_backward_op.register_autograd(_second_backward)
+attention_rows_op.differentiable(_save, _backward)
+attention_rows_backward_op.differentiable(lambda *_: None, _refuse_second_backward)
 
 
-def _triton(*args):
+def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     from . import plan
 
-    return plan.forward(*args)
+    return plan.forward(call)
 
 
-def _triton_backward(*args):
+def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from . import plan
 
-    return plan.backward(*args)
+    return plan.backward(grad, lse, rest, call)
 
 
-def _triton_reasons(query, *others) -> list[str]:
-    return launch.reasons(query)
+def _triton_reasons(*args) -> list[str]:
+    return launch.reasons(args[-1].query)
 
 
-def _triton_backward_reasons(grad, query, *others) -> list[str]:
-    return launch.reasons(query)
-
-
-backends.register("attention_rows", "triton", _triton, reasons=_triton_reasons, machine=launch.machine)
-backends.register("attention_rows", "torch", composite.forward)
-backends.register(
-    "attention_rows_backward",
-    "triton",
-    _triton_backward,
-    reasons=_triton_backward_reasons,
-    machine=launch.machine,
-)
-backends.register("attention_rows_backward", "torch", composite.backward)
+for name, kernels, plain in (
+    ("attention_rows", _triton, composite.forward),
+    ("attention_rows_backward", _triton_backward, composite.backward),
+):
+    backends.register(name, "triton", kernels, reasons=_triton_reasons, machine=launch.machine)
+    backends.register(name, "torch", plain)

@@ -11,41 +11,10 @@ from .. import resources
 from ..launch import Launch, cdiv, power_of_two, run
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
+from .call import Call
 
 MAX_CUTS = 32
 """Partial results of one row that a kernel combines."""
-
-
-class Call(NamedTuple):
-    """The arguments of one call, in the order of the op's schema."""
-
-    query: Tensor
-    key: Tensor
-    rows: Tensor
-    columns: Tensor | None
-    start: int
-    stop: int
-    softmax_scale: float
-    causal: bool
-    key_mask: Tensor | None
-    fold: int
-    mean: bool
-    key_range: Tensor | None
-
-    @property
-    def width(self) -> int:
-        """Chosen columns."""
-        return self.stop - self.start if self.columns is None else self.columns.shape[1]
-
-    @property
-    def groups(self) -> int:
-        """Query heads that share a key head."""
-        return self.query.shape[1] // self.key.shape[1]
-
-    @property
-    def stacked(self) -> int:
-        """Rows of all query heads that share a key head."""
-        return self.rows.shape[1] * self.groups
 
 
 class Tiles(NamedTuple):
@@ -93,11 +62,6 @@ def cuts(call: Call, programs: int, length: int, step: int) -> tuple[int, int]:
     return cdiv(length, span), span
 
 
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    axes = ("batch", "head", "token", "width")
-    return {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
 def _common(call: Call) -> dict[str, Any]:
     query, key, rows = call.query, call.key, call.rows.contiguous()
     width = query.shape[3]
@@ -107,12 +71,12 @@ def _common(call: Call) -> dict[str, Any]:
         "rows": rows,
         "ranges": None if call.key_range is None else call.key_range.contiguous(),
         "key_mask": None if call.key_mask is None else call.key_mask.contiguous(),
-        **_strides("q", query),
-        **_strides("k", key),
+        "q_strides": query.stride(),
+        "k_strides": key.stride(),
         "count": rows.shape[1],
         "queries": query.shape[2],
         "keys": key.shape[2],
-        "own": key.shape[2] // call.fold,
+        "own": call.own,
         "scale": call.softmax_scale,
         "GROUPS": call.groups,
         "WIDTH": width,
@@ -135,8 +99,7 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
     query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
     (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
-    shape = (batch, count, width) if call.mean else (batch, heads, count, width)
-    out = query.new_empty(shape, dtype=torch.float32)
+    out = query.new_empty(call.out_shape, dtype=torch.float32)
     lse, rest = (query.new_empty((batch, heads, count), dtype=torch.float32) for _ in range(2))
     if not keys or not width or not out.numel():
         return [], out.zero_(), lse.fill_(-torch.inf), rest.zero_()
@@ -167,7 +130,7 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
 def dense_gradient(call: Call, grad: Tensor) -> Tensor:
     """(B, own, R) or (B, Hq, own, R): the gradients of equal columns added, in their order."""
     assert call.columns is not None
-    own, count = call.key.shape[2] // call.fold, call.rows.shape[1]
+    own, count = call.own, call.rows.shape[1]
     seen = (call.columns >= 0) & (call.columns < own)
     # Columns without a key add zero, each at another place: all at one place would be a queue.
     spare = torch.arange(call.width, device=grad.device) % own
@@ -183,7 +146,12 @@ def dense_gradient(call: Call, grad: Tensor) -> Tensor:
     return dense
 
 
-def plan_backward(call: Call, grad: Tensor, lse: Tensor, rest: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
+def _gradient_strides(call: Call, grad: Tensor, row: int, column: int) -> tuple[int, int, int, int]:
+    """(batch, head, row, column); a mean over the heads is the same for all of them."""
+    return grad.stride(0), 0 if call.mean else grad.stride(1), row, column
+
+
+def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key."""
     query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
     (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
@@ -196,8 +164,7 @@ def plan_backward(call: Call, grad: Tensor, lse: Tensor, rest: Tensor) -> tuple[
         "lse_in": lse.contiguous(),
         "rest_in": rest.contiguous(),
         "grad": grad,
-        "g_batch": grad.stride(0),
-        "g_head": 0 if call.mean else grad.stride(1),
+        "g_strides": _gradient_strides(call, grad, grad.stride(-2), grad.stride(-1)),
         "columns": None if call.columns is None else call.columns.contiguous(),
         "width": width,
         "start": call.start,
@@ -217,13 +184,13 @@ def plan_backward(call: Call, grad: Tensor, lse: Tensor, rest: Tensor) -> tuple[
 
     shared |= {"slope_in": slope, "slope_splits": splits, "SPLITS": power_of_two(splits)}
     if call.columns is None:
-        shared |= {"stop": call.stop, "g_row": grad.stride(-2), "g_key": grad.stride(-1)}
+        shared |= {"stop": call.stop}
     else:
         dense = dense_gradient(call, grad)
-        shared |= {"grad": dense, "start": 0, "stop": dense.shape[-2], "g_batch": dense.stride(0)}
-        shared |= {"g_row": 1, "g_key": dense.stride(-2), "g_head": 0 if call.mean else dense.stride(1)}
+        shared |= {"grad": dense, "start": 0, "stop": dense.shape[-2]}
+        shared |= {"g_strides": _gradient_strides(call, dense, 1, dense.stride(-2))}
     tile = tiles("key_gradient", call)
-    own_part = {"out": grad_key, "splits": splits} | _strides("o", grad_key)
+    own_part = {"out": grad_key, "splits": splits, "o_strides": grad_key.stride()}
     grid = (cdiv(keys, tile.keys), kv_heads, batch)
     launches.append(_launch(backward_kernels.key_gradient, grid, tile, shared | own_part))
 
@@ -237,26 +204,24 @@ def plan_backward(call: Call, grad: Tensor, lse: Tensor, rest: Tensor) -> tuple[
     launches.append(_launch(backward_kernels.query_gradient, grid, tile, shared | own_part))
 
     ordered, order = call.rows.sort(dim=1, stable=True)
-    own_part |= {"out": grad_query, "ordered": ordered, "order": order} | _strides("o", grad_query)
+    own_part |= {"out": grad_query, "ordered": ordered, "order": order, "o_strides": grad_query.stride()}
     one = Tiles(1, 1, 1, 1)
     grid = (count, heads, batch)
     launches.append(_launch(backward_kernels.scatter_rows, grid, one, shared | own_part))
     return launches, grad_query, grad_key
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of ``attention_rows``, with the arguments of its op but the backend."""
-    launches, *results = plan_forward(Call(*arguments))
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of the op: attention, the rows' logsumexp and its rest."""
+    launches, *results = plan_forward(call)
     for launch in launches:
         run(launch)
     return results[0], results[1], results[2]
 
 
-def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The backward of ``attention_rows``, with the arguments of its op but the backend."""
-    *given, lse, rest, key_range = arguments
-    call = Call(*[*given, key_range])
-    launches, grad_query, grad_key = plan_backward(call, grad, lse, rest)
+def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The backward of the op: the gradients of query and key."""
+    launches, grad_query, grad_key = plan_backward(grad, lse, rest, call)
     for launch in launches:
         run(launch)
     return grad_query, grad_key
@@ -292,7 +257,7 @@ def gates() -> list[resources.Gate]:
             key_range=torch.empty(1, 64, 2, dtype=torch.int64, device="meta") if index else None,
         )
         launches, out, lse, rest = plan_forward(call)
-        for launch in [*launches, *plan_backward(call, out, lse, rest)[0]]:
+        for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:
             kernel = launch.kernel.__name__
             shaped = dtype != torch.float32 and kernel != "scatter_rows"
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, shaped))

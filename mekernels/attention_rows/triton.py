@@ -17,21 +17,29 @@ import triton.language as tl
 
 @triton.jit
 def row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL: tl.constexpr, RANGE: tl.constexpr):
-    """Query positions of the places ``r`` and the keys they see; an invalid row sees none."""
+    """Query positions of the places ``r``, which are valid, and the keys they see: an invalid row none."""
     inside = r < count
     row = tl.load(rows + sample * count + r, mask=inside, other=-1)
     valid = (row >= 0) & (row < queries)
     row = tl.where(valid, row, 0)
     first = tl.zeros_like(row)
-    last = tl.where(valid, own, 0)
+    last = tl.zeros_like(row) + own
     if CAUSAL:
         last = tl.minimum(last, row + 1 + own - queries)
     if RANGE:
         at = ranges + (sample * count + r) * 2
         first = tl.maximum(first, tl.load(at, mask=inside, other=0))
         last = tl.minimum(last, tl.load(at + 1, mask=inside, other=0))
-    last = tl.where(valid, last, 0)
-    return row, first.to(tl.int32), last.to(tl.int32)
+    # Bounds may be any 64-bit number; those of the keys fit 32.
+    first = tl.minimum(first, own)
+    last = tl.maximum(tl.where(valid, last, 0), 0)
+    return row, valid, first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def token_at(pointer, strides, sample, head, token):
+    """Addresses of vectors in (batch, heads, tokens, width)."""
+    return pointer + sample * strides[0] + head * strides[1] + token * strides[2]
 
 
 @triton.jit
@@ -92,14 +100,8 @@ def row_lse(
     key_mask,
     tops,
     totals,
-    q_batch,
-    q_head,
-    q_token,
-    q_width,
-    k_batch,
-    k_head,
-    k_token,
-    k_width,
+    q_strides,
+    k_strides,
     count,
     queries,
     keys,
@@ -124,12 +126,12 @@ def row_lse(
     sample = tl.program_id(2).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     r, inside = m // GROUPS, m < count * GROUPS
-    row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
     own_head = head * GROUPS + m % GROUPS
-    at = query + sample * q_batch + own_head * q_head + row * q_token
-    q = vectors(at, inside, q_width, 0, WIDTH, BLOCK_D)
+    at = token_at(query, q_strides, sample, own_head, row)
+    q = vectors(at, valid, q_strides[3], 0, WIDTH, BLOCK_D)
     begin, end = seen_span(first, last, split * span, tl.minimum(split * span + span, keys), keys, FOLD)
-    base = key + sample * k_batch + head * k_head
+    base = key + sample * k_strides[0] + head * k_strides[1]
     lanes = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -137,8 +139,8 @@ def row_lse(
         n = start + lanes
         position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
         seen &= n < end
-        place = base + n.to(tl.int64) * k_token
-        k = vectors(place, seen, k_width, 0, WIDTH, BLOCK_D)
+        place = base + n.to(tl.int64) * k_strides[2]
+        k = vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D)
         scores = exact_dot(q, tl.trans(k)) * scale
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
         scores = tl.where(allowed, scores, -float("inf"))
@@ -164,14 +166,8 @@ def row_columns(
     lse_out,
     rest_out,
     out,
-    q_batch,
-    q_head,
-    q_token,
-    q_width,
-    k_batch,
-    k_head,
-    k_token,
-    k_width,
+    q_strides,
+    k_strides,
     count,
     queries,
     keys,
@@ -207,7 +203,7 @@ def row_columns(
         batch = batch // heads
     r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = r < count
-    row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chosen = c < width
     if INDEX:
@@ -224,18 +220,19 @@ def row_columns(
         _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
         seen &= chosen
         k = vectors(
-            key + sample * k_batch + kv * k_head + n.to(tl.int64) * k_token, seen, k_width, 0, WIDTH, BLOCK_D
+            token_at(key, k_strides, sample, kv, n.to(tl.int64)), seen, k_strides[3], 0, WIDTH, BLOCK_D
         )
         k = tl.trans(k)
         groups: tl.constexpr = GROUPS if MEAN else 1
         for group in range(groups):
             g = first_group + group
-            place = query + sample * q_batch + (kv * GROUPS + g) * q_head + row * q_token
-            q = vectors(place, inside, q_width, 0, WIDTH, BLOCK_D)
+            place = token_at(query, q_strides, sample, kv * GROUPS + g, row)
+            q = vectors(place, valid, q_strides[3], 0, WIDTH, BLOCK_D)
             stacked = (sample * kv_heads + kv) * count * GROUPS + r * GROUPS + g
             step = tl.cast(batch, tl.int64) * kv_heads * count * GROUPS
             top, total = combined_rows(tops, totals, stacked, step, splits, inside, SPLITS)
-            some = total > 0
+            # A row that is not finite has a sum that is NaN, and is NaN at every column.
+            some = total != 0
             total = tl.where(some, total, 1.0)
             lse = top + tl.log(total)
             # The rounding of the logsumexp, which is large where scores are.
@@ -244,12 +241,12 @@ def row_columns(
             of_row = (sample * heads + kv * GROUPS + g) * count + r
             tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=writes)
             tl.store(rest_out + of_row, rest, mask=writes)
-            share = tl.exp(exact_dot(q, k) * scale - top[:, None]) / total[:, None]
-            mass += tl.where(allowed & seen[None, :], share, 0.0)
+            weights = tl.exp(exact_dot(q, k) * scale - top[:, None])
+            mass += tl.where(allowed & seen[None, :], weights, 0.0) / total[:, None]
     rank = sample
     if MEAN:
         mass = mass / heads
     else:
         rank = sample * heads + first_kv * GROUPS + first_group
     at = out + (rank * count + r[:, None]) * width + c[None, :]
-    tl.store(at, mass, mask=inside[:, None] & (c < width)[None, :])
+    tl.store(at, tl.where(chosen[None, :], mass, 0.0), mask=inside[:, None] & (c < width)[None, :])

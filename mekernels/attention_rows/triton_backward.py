@@ -10,15 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton import exact_dot, row_bounds, seen_keys, seen_span, vectors
+from .triton import exact_dot, row_bounds, seen_keys, seen_span, token_at, vectors
 
 
 @triton.jit
 def half_factor(x, SCALED: tl.constexpr):
-    """The largest entry of a product's left side, which half precision may be too narrow for; else 1."""
+    """The largest finite entry of a product's left side where half precision is too narrow; else 1."""
     factor = 1.0
     if SCALED:
-        factor = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-30)
+        size = tl.abs(x)
+        # Neither infinity nor NaN, which would reach the rows that share a tile with it.
+        size = tl.where(size < float("inf"), size, 0.0)
+        factor = tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
     return factor
 
 
@@ -49,16 +52,9 @@ def row_slope(
     rest_in,
     grad,
     partial,
-    q_batch,
-    q_head,
-    q_token,
-    q_width,
-    k_batch,
-    k_head,
-    k_token,
-    k_width,
-    g_batch,
-    g_head,
+    q_strides,
+    k_strides,
+    g_strides,
     count,
     queries,
     keys,
@@ -88,14 +84,14 @@ def row_slope(
     sample = tl.program_id(2).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     r, inside = m // GROUPS, m < count * GROUPS
-    row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
     own_head = head * GROUPS + m % GROUPS
-    at = query + sample * q_batch + own_head * q_head + row * q_token
-    q = vectors(at, inside, q_width, 0, WIDTH, BLOCK_D)
+    at = token_at(query, q_strides, sample, own_head, row)
+    q = vectors(at, valid, q_strides[3], 0, WIDTH, BLOCK_D)
     lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
     lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
     rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
-    of_rows = offsets(own_head, g_head, WIDE) + offsets(r, width, WIDE)
+    of_rows = offsets(own_head, g_strides[1], WIDE) + offsets(r, width, WIDE)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = tl.minimum(split * span + span, width)
     for begin in range(split * span, end, BLOCK_N):
@@ -109,15 +105,15 @@ def row_slope(
             column = tl.where(chosen, start + c, 0)
         allowed = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None]) & chosen[None, :]
         given = tl.load(
-            grad + sample * g_batch + (of_rows[:, None] + c[None, :]),
+            grad + sample * g_strides[0] + (of_rows[:, None] + c[None, :]),
             mask=allowed & inside[:, None],
             other=0.0,
         )
         for part in range(FOLD):
             n = column + part * own
             _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
-            place = key + sample * k_batch + head * k_head + n.to(tl.int64) * k_token
-            k = vectors(place, seen & chosen, k_width, 0, WIDTH, BLOCK_D)
+            place = token_at(key, k_strides, sample, head, n.to(tl.int64))
+            k = vectors(place, seen & chosen, k_strides[3], 0, WIDTH, BLOCK_D)
             share = tl.exp(exact_dot(q, tl.trans(k)) * scale - lse[:, None] - rest[:, None])
             total += tl.sum(tl.where(allowed & seen[None, :], share * given, 0.0), 1)
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
@@ -136,22 +132,10 @@ def key_gradient(
     slope_in,
     grad,
     out,
-    q_batch,
-    q_head,
-    q_token,
-    q_width,
-    k_batch,
-    k_head,
-    k_token,
-    k_width,
-    g_batch,
-    g_head,
-    g_row,
-    g_key,
-    o_batch,
-    o_head,
-    o_token,
-    o_width,
+    q_strides,
+    k_strides,
+    g_strides,
+    o_strides,
     count,
     queries,
     keys,
@@ -179,28 +163,28 @@ def key_gradient(
     sample = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
-    at = key + sample * k_batch + head * k_head + n.to(tl.int64) * k_token
-    k = vectors(at, seen, k_width, 0, WIDTH, BLOCK_D)
+    at = token_at(key, k_strides, sample, head, n.to(tl.int64))
+    k = vectors(at, seen, k_strides[3], 0, WIDTH, BLOCK_D)
     read = seen & (position >= start) & (position < stop)
-    of_keys = offsets(position - start, g_key, WIDE)
+    of_keys = offsets(position - start, g_strides[3], WIDE)
     stacked = (sample * tl.num_programs(1) + head) * count * GROUPS
     step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first_m in range(0, count * GROUPS, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
         r, inside = m // GROUPS, m < count * GROUPS
-        row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+        row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
         own_head = head * GROUPS + m % GROUPS
-        place = query + sample * q_batch + own_head * q_head + row * q_token
-        q = vectors(place, inside, q_width, 0, WIDTH, BLOCK_D)
+        place = token_at(query, q_strides, sample, own_head, row)
+        q = vectors(place, valid, q_strides[3], 0, WIDTH, BLOCK_D)
         lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
         lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
         rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
         slope = combined_sum(slope_in, stacked + m, step, splits, inside, SPLITS)
         allowed = seen[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
-        place = offsets(own_head, g_head, WIDE) + offsets(r, g_row, WIDE)
+        place = offsets(own_head, g_strides[1], WIDE) + offsets(r, g_strides[2], WIDE)
         given = tl.load(
-            grad + sample * g_batch + (place[None, :] + of_keys[:, None]),
+            grad + sample * g_strides[0] + (place[None, :] + of_keys[:, None]),
             mask=allowed & read[:, None] & inside[None, :],
             other=0.0,
         )
@@ -209,7 +193,13 @@ def key_gradient(
         factor = half_factor(change, SCALED)
         total += exact_dot((change * (1.0 / factor)).to(q.dtype), q) * factor
     d = tl.arange(0, BLOCK_D)
-    at = out + sample * o_batch + head * o_head + n.to(tl.int64)[:, None] * o_token + d[None, :] * o_width
+    at = (
+        out
+        + sample * o_strides[0]
+        + head * o_strides[1]
+        + n.to(tl.int64)[:, None] * o_strides[2]
+        + d[None, :] * o_strides[3]
+    )
     tl.store(at, (total * scale).to(out.dtype.element_ty), mask=(n < keys)[:, None] & (d < WIDTH)[None, :])
 
 
@@ -225,18 +215,9 @@ def query_gradient(
     slope_in,
     grad,
     partial,
-    q_batch,
-    q_head,
-    q_token,
-    q_width,
-    k_batch,
-    k_head,
-    k_token,
-    k_width,
-    g_batch,
-    g_head,
-    g_row,
-    g_key,
+    q_strides,
+    k_strides,
+    g_strides,
     count,
     queries,
     keys,
@@ -269,32 +250,34 @@ def query_gradient(
     sample = tl.program_id(2).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     r, inside = m // GROUPS, m < count * GROUPS
-    row, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
     own_head = head * GROUPS + m % GROUPS
-    of_queries = query + sample * q_batch + own_head * q_head + row * q_token
+    of_queries = token_at(query, q_strides, sample, own_head, row)
     if CHUNK == BLOCK_D:
-        q = vectors(of_queries, inside, q_width, 0, WIDTH, BLOCK_D)
+        q = vectors(of_queries, valid, q_strides[3], 0, WIDTH, BLOCK_D)
     lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
     lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
     rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
     stacked = (sample * tl.num_programs(1) + head) * count * GROUPS + m
     step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
     slope = combined_sum(slope_in, stacked, step, slope_splits, inside, SPLITS)
-    of_rows = offsets(own_head, g_head, WIDE) + offsets(r, g_row, WIDE)
+    of_rows = offsets(own_head, g_strides[1], WIDE) + offsets(r, g_strides[2], WIDE)
     begin, end = seen_span(first, last, split * span, tl.minimum(split * span + span, keys), keys, FOLD)
-    base = key + sample * k_batch + head * k_head
+    base = key + sample * k_strides[0] + head * k_strides[1]
     lanes = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first_n in range(begin, end, BLOCK_N):
         n = first_n + lanes
         position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
         seen &= n < end
-        place = base + n.to(tl.int64) * k_token
-        k = vectors(place, seen, k_width, 0, WIDTH, BLOCK_D)
+        place = base + n.to(tl.int64) * k_strides[2]
+        k = vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D)
         read = seen & (position >= start) & (position < stop)
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
         given = tl.load(
-            grad + sample * g_batch + (of_rows[:, None] + offsets(position - start, g_key, WIDE)[None, :]),
+            grad
+            + sample * g_strides[0]
+            + (of_rows[:, None] + offsets(position - start, g_strides[3], WIDE)[None, :]),
             mask=allowed & read[None, :] & inside[:, None],
             other=0.0,
         )
@@ -303,8 +286,8 @@ def query_gradient(
         else:
             scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for d in range(0, WIDTH, CHUNK):
-                some_q = vectors(of_queries, inside, q_width, d, WIDTH, CHUNK)
-                some_k = vectors(place, seen, k_width, d, WIDTH, CHUNK)
+                some_q = vectors(of_queries, valid, q_strides[3], d, WIDTH, CHUNK)
+                some_k = vectors(place, seen, k_strides[3], d, WIDTH, CHUNK)
                 scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision="ieee")
         share = tl.exp(scores * scale - lse[:, None] - rest[:, None])
         change = tl.where(allowed, share * (given * grad_scale - slope[:, None]), 0.0)
@@ -322,10 +305,7 @@ def scatter_rows(
     ordered,
     order,
     out,
-    o_batch,
-    o_head,
-    o_token,
-    o_width,
+    o_strides,
     count,
     queries,
     splits,
@@ -359,5 +339,5 @@ def scatter_rows(
                 total += tl.load(piece, mask=d < WIDTH, other=0.0)
             next_place += 1
             same = tl.load(ordered + listed + next_place, mask=next_place < count, other=-1)
-        at = out + sample * o_batch + head * o_head + row * o_token + d * o_width
+        at = token_at(out, o_strides, sample, head, row) + d * o_strides[3]
         tl.store(at, total.to(out.dtype.element_ty), mask=d < WIDTH)

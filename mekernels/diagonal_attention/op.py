@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from .. import backends, checks, launch, reference
 from ..layout import VideoTokens
+from . import composite
+from .call import Call
 
 
 def diagonal_attention(
@@ -51,14 +50,12 @@ def diagonal_attention(
         torch.Size([1, 2, 3, 3, 4])
     """
     scale = check_side_inputs(query, key, lse, video, softmax_scale, fold)
-    backend = backends.active()
-    if backend == "reference":
+    if backends.active() == "reference":
         result = backends.by_reference(
             reference.diagonal_attention, query, key, lse, video, softmax_scale=scale, fold=fold
         )
         return result.to(checks.accumulate_dtype(query.dtype))
-    start = video.vision_slice.start
-    return diagonal_attention_op(query, key, lse, video.frames, video.positions, start, scale, fold, backend)
+    return diagonal_attention_op(Call.of(query, key, lse, video, scale, fold))
 
 
 def check_side_inputs(
@@ -82,91 +79,24 @@ def check_side_inputs(
     return checks.scale(softmax_scale, query.shape[3])
 
 
-@torch.library.custom_op("mekernels::diagonal_attention", mutates_args=())
-def diagonal_attention_op(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    frames: int,
-    positions: int,
-    start: int,
-    softmax_scale: float,
-    fold: int,
-    backend: str,
-) -> Tensor:
-    """(B, H, F, F, P); ``start`` is the first video token."""
-    return backends.dispatch(
-        "diagonal_attention", backend, query, key, lse, frames, positions, start, softmax_scale, fold
-    )
+def _fake(call: Call) -> Tensor:
+    size = (*call.query.shape[:2], call.frames, call.frames, call.positions)
+    return call.query.new_empty(size, dtype=checks.accumulate_dtype(call.query.dtype))
 
 
-@diagonal_attention_op.register_fake
-def _(query, key, lse, frames, positions, start, softmax_scale, fold, backend):
-    size = (*query.shape[:2], frames, frames, positions)
-    return query.new_empty(size, dtype=checks.accumulate_dtype(query.dtype))
+diagonal_attention_op = backends.Op("diagonal_attention", _fake)
+"""(B, H, F, F, P)."""
 
 
-def exp_(values: Tensor) -> Tensor:
-    """Exponential in place, by the power of two, which is several times faster than ``exp_`` on the CPU."""
-    return values.mul_(math.log2(math.e)).exp2_()
+def _triton(call: Call) -> Tensor:
+    from . import plan
+
+    return plan.forward(call)
 
 
-def head_diagonal(
-    query: Tensor, parts: Tensor, lse: Tensor, scale: float, frames: int, positions: int, start: int
-) -> Tensor:
-    """(F, F, P) of one head, P first in memory, from (N, D) queries, (fold, N, D) keys and (N,) logsumexp."""
-
-    def by_position(tokens: Tensor) -> Tensor:
-        return tokens[start : start + frames * positions].reshape(frames, positions, -1).transpose(0, 1)
-
-    own, shift = by_position(query), by_position(lse[:, None])
-    weights = [exp_((own @ by_position(part).mT).mul_(scale).sub_(shift)) for part in parts]
-    total = weights[0]
-    for more in weights[1:]:
-        total += more
-    return total.permute(1, 2, 0)
-
-
-def _composite(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    frames: int,
-    positions: int,
-    start: int,
-    softmax_scale: float,
-    fold: int,
-) -> Tensor:
-    dtype = checks.accumulate_dtype(query.dtype)
-    out = query.new_empty((*query.shape[:2], frames, frames, positions), dtype=dtype)
-    for sample in range(query.shape[0]):
-        for head in range(query.shape[1]):
-            queries, shift = query[sample, head].to(dtype), lse[sample, head].to(dtype)
-            parts = key[sample, head].to(dtype).unflatten(0, (fold, -1))
-            out[sample, head] = head_diagonal(queries, parts, shift, softmax_scale, frames, positions, start)
-    return out
-
-
-def _triton_reasons(query: Tensor, *_) -> list[str]:
-    return launch.reasons(query)
-
-
-def _triton(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    frames: int,
-    positions: int,
-    start: int,
-    softmax_scale: float,
-    fold: int,
-) -> Tensor:
-    from . import triton as kernel
-
-    out = query.new_empty((*query.shape[:2], frames, frames, positions), dtype=torch.float32)
-    launch.run(kernel.plan(out, query, key, lse, frames, positions, start, softmax_scale, fold))
-    return out
+def _triton_reasons(call: Call) -> list[str]:
+    return launch.reasons(call.query)
 
 
 backends.register("diagonal_attention", "triton", _triton, reasons=_triton_reasons, machine=launch.machine)
-backends.register("diagonal_attention", "torch", _composite)
+backends.register("diagonal_attention", "torch", composite.forward)

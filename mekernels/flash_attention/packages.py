@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Result = tuple[Tensor, Tensor]
+from .call import Call, Result
 
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "xformers": "xformers.ops"}
 """Backend names and the modules they need."""
@@ -43,20 +43,20 @@ def _module(backend: str) -> Any:
     return importlib.import_module(PACKAGES[backend])
 
 
-def flash_attn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+def flash_attn(call: Call) -> Result:
     """flash-attn 2. Its third result, the weights, exists only with dropout."""
-    tensors = (item.transpose(1, 2) for item in (query, key, value))
+    tensors = (item.transpose(1, 2) for item in call[:3])
     out, lse, *_ = _module("flash_attn").flash_attn_func(
-        *tensors, softmax_scale=scale, causal=causal, return_attn_probs=True
+        *tensors, softmax_scale=call.softmax_scale, causal=call.causal, return_attn_probs=True
     )
     return out.transpose(1, 2), lse
 
 
-def flash_attn_3(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+def flash_attn_3(call: Call) -> Result:
     """flash-attn 3 for Hopper. Early releases return the pair without being asked and know no such option."""
     function = _module("flash_attn_3").flash_attn_func
-    tensors = [item.transpose(1, 2) for item in (query, key, value)]
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
+    tensors = [item.transpose(1, 2) for item in call[:3]]
+    options: dict[str, Any] = {"softmax_scale": call.softmax_scale, "causal": call.causal}
     try:
         result = function(*tensors, **options, return_attn_probs=True)
     except TypeError as error:
@@ -93,12 +93,9 @@ class _Xformers(torch.autograd.Function):
         return *result, None, None
 
 
-def xformers(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
+def xformers(call: Call) -> Result:
     """Memory-efficient attention of xformers, whichever of its kernels takes the call."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (item.repeat_interleave(groups, dim=1) for item in (key, value))
-    tensors = (item.transpose(1, 2) for item in (query, key, value))
-    out, lse = _Xformers.apply(*tensors, scale, causal)
+    tensors = (item.transpose(1, 2) for item in (call.query, *call.repeated()))
+    out, lse = _Xformers.apply(*tensors, call.softmax_scale, call.causal)
     # Some of its kernels pad the rows of the logsumexp.
-    return out.transpose(1, 2), lse[:, :, : query.shape[2]]
+    return out.transpose(1, 2), lse[:, :, : call.query.shape[2]]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, reference
+from ..diagonal_attention.call import Call
 from ..diagonal_attention.op import check_side_inputs
 from ..layout import VideoTokens
 from ..motion_scores import MotionScores, energy_ratio, motion_scores
 from . import rows as row_choice
 from .op import motion_statistics_op
 from .square_sums import vision_square_sums
+from .sums import Sums
 
 CHUNK_ELEMENTS = 1 << 20
 """Attention entries the composite holds at a time."""
@@ -125,46 +127,32 @@ class MotionStatistics:
         """
         scale = check_side_inputs(query, key, lse, self.video, softmax_scale, fold)
         checks.shape("query", query, (1, self.heads, *query.shape[2:]), meaning="(one sample, heads, ...)")
-        sums = self._ready(query)
-        tensors = query.detach(), key.detach(), lse.detach()
+        held = self._ready(query)
+        call = Call.of(query.detach(), key.detach(), lse.detach(), self.video, scale, fold)
         if self.pooling == "pooled":
-            self._add(sums["diagonal"], sums["vision_mass"], sums, *tensors, scale, fold)
+            self._add(Sums(**{name: held[name] for name in Sums._fields}), call)
         else:
-            self._add_scores(sums, *tensors, scale, fold)
+            self._add_scores(held, call)
         self.updates += 1
 
-    def _add(
-        self,
-        diagonal: Tensor,
-        vision_mass: Tensor,
-        sums: dict[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        lse: Tensor,
-        scale: float,
-        fold: int,
-    ) -> None:
-        video, backend = self.video, backends.active()
-        inputs = (diagonal, sums["rows"], vision_mass, query, key, lse, sums["index"])
-        if backend == "reference":
-            backends.by_reference(_reference_update, *inputs, video, scale, fold)
-            return
-        start, text = video.vision_slice.start, video.text_slice.start
-        layout = (video.frames, video.positions, start, video.text, text)
-        motion_statistics_op(*inputs, *layout, scale, fold, backend)
+    def _add(self, sums: Sums, call: Call) -> None:
+        if backends.active() == "reference":
+            options = (self.video, call.softmax_scale, call.fold)
+            backends.by_reference(_reference_update, call.query, call.key, call.lse, sums, *options)
+        else:
+            motion_statistics_op(sums, call)
 
-    def _add_scores(
-        self, sums: dict[str, Tensor], query: Tensor, key: Tensor, lse: Tensor, scale: float, fold: int
-    ) -> None:
-        squares = backends.exactly(vision_square_sums, query, key, lse, self.video, scale, fold)
-        diagonal = _zero_diagonal(self.video, self.heads, sums["rows"])
-        mass = sums["rows"].new_zeros(self.heads, self.video.vision)
-        self._add(diagonal, mass, sums, query, key, lse, scale, fold)
+    def _add_scores(self, held: dict[str, Tensor], call: Call) -> None:
+        inputs = (call.query, call.key, call.lse, self.video, call.softmax_scale, call.fold)
+        squares = backends.exactly(vision_square_sums, *inputs)
+        mass = held["rows"].new_zeros(self.heads, self.video.vision)
+        diagonal = _zero_diagonal(self.video, self.heads, held["rows"])
+        self._add(Sums(diagonal, held["rows"], mass, held["tokens"]), call)
         inside = torch.stack([head.double().square().sum() for head in diagonal])
         # A backend asked for by name reads the map; it need not be one of those that score it.
         with backends.use_backend("reference" if backends.active() == "reference" else "auto"):
             scores = self._scores(diagonal, mass, inside, squares - inside)
-        sums["scores"] += torch.stack([scores.dfc, scores.tcs, scores.dsr]).double()
+        held["scores"] += torch.stack([scores.dfc, scores.tcs, scores.dsr]).double()
 
     def _scores(self, diagonal: Tensor, mass: Tensor, inside: Tensor, outside: Tensor) -> MotionScores:
         tau = (mass.double().sum(1) / self.video.vision**2).to(mass.dtype)
@@ -265,7 +253,7 @@ class MotionStatistics:
         video, heads = self.video, self.heads
         index = torch.cat([self.text_rows, self.sampled_rows + video.vision_slice.start])
         rows = torch.zeros(heads, len(index), video.vision, dtype=dtype, device=device)
-        self._sums = {"rows": rows, "index": index.to(device)}
+        self._sums = {"rows": rows, "tokens": index.to(device)}
         if self.pooling == "per_layer":
             self._sums["scores"] = rows.new_zeros(3, heads, dtype=torch.float64)
         else:
@@ -329,21 +317,11 @@ def _zero_diagonal(video: VideoTokens, heads: int, like: Tensor) -> Tensor:
 
 
 def _reference_update(
-    diagonal: Tensor,
-    rows: Tensor,
-    vision_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    video: VideoTokens,
-    scale: float,
-    fold: int,
+    query: Tensor, key: Tensor, lse: Tensor, sums: Sums, video: VideoTokens, scale: float, fold: int
 ) -> None:
-    dtype = diagonal.dtype
     scores = reference.attention_scores(query, key, softmax_scale=scale)
     attention = reference.fold_keys((scores - lse[..., None]).exp(), fold)[0]
     block = reference.vision_block(attention, video)
-    diagonal += reference.diagonal(block, video).to(dtype)
-    rows += attention[:, index, video.vision_slice].to(dtype)
-    vision_mass += block.sum(-1).to(dtype)
+    sums.diagonal.add_(reference.diagonal(block, video))
+    sums.rows.add_(attention[:, sums.tokens, video.vision_slice])
+    sums.vision_mass.add_(block.sum(-1))

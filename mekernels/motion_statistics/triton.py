@@ -11,15 +11,10 @@ Every element of the sums belongs to one program, so nothing depends on the orde
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .. import launch as common
-from .. import resources
-from ..diagonal_attention.triton import diagonal_tile, load_tokens, position_blocks, shapes
-from ..launch import Launch
+from ..diagonal_attention.triton import diagonal_tile, load_tokens
 
 
 @triton.jit
@@ -29,10 +24,8 @@ def text_mass(
     token,
     known,
     shift,
-    query_n,
-    query_d,
-    key_n,
-    key_d,
+    query_strides,
+    key_strides,
     text,
     text_start,
     part_tokens,
@@ -51,8 +44,8 @@ def text_mass(
         other = text_start + step // blocks * part_tokens + word
         scores = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
         for first in range(0, WIDTH, BLOCK_D):
-            q = load_tokens(query, token, known, query_n, query_d, first, WIDTH, BLOCK_D)
-            k = load_tokens(key, other, word < text, key_n, key_d, first, WIDTH, BLOCK_D)
+            q = load_tokens(query, query_strides, token, known, first, WIDTH, BLOCK_D)
+            k = load_tokens(key, key_strides, other, word < text, first, WIDTH, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
         weights = tl.exp(scores * scale - shift[:, None])
         mass += tl.sum(tl.where((word < text)[None, :], weights, 0.0), 1)
@@ -66,15 +59,11 @@ def add_positions(
     query,
     key,
     lse,
-    diagonal_f,
-    diagonal_g,
-    diagonal_p,
-    vision_mass_n,
-    query_n,
-    query_d,
-    key_n,
-    key_d,
-    lse_n,
+    diagonal_strides,
+    vision_mass_strides,
+    query_strides,
+    key_strides,
+    lse_strides,
     block,
     frames,
     positions,
@@ -99,7 +88,7 @@ def add_positions(
         known = (frame < frames) & (position < positions)
         own = frame * positions + position
         token = start + own
-        shift = tl.load(lse + token.to(tl.int64) * lse_n, mask=known, other=0.0).to(tl.float32)
+        shift = tl.load(lse + token.to(tl.int64) * lse_strides[2], mask=known, other=0.0).to(tl.float32)
         f = (first_query + tl.arange(0, BLOCK_F)).to(tl.int64)[None, :, None]
         for first_key in range(0, frames, BLOCK_F):
             other = first_key + entry % BLOCK_F
@@ -111,10 +100,8 @@ def add_positions(
                 shift,
                 start + other * positions + position,
                 (other < frames) & (position < positions),
-                query_n,
-                query_d,
-                key_n,
-                key_d,
+                query_strides,
+                key_strides,
                 part_tokens,
                 scale,
                 FOLD,
@@ -124,7 +111,7 @@ def add_positions(
                 BLOCK_D,
             )
             g = (first_key + tl.arange(0, BLOCK_F)).to(tl.int64)[None, None, :]
-            place = diagonal + f * diagonal_f + g * diagonal_g + p * diagonal_p
+            place = diagonal + f * diagonal_strides[1] + g * diagonal_strides[2] + p * diagonal_strides[3]
             mask = (p < positions) & (f < frames) & (g < frames)
             tl.store(place, tl.load(place, mask=mask) + total, mask=mask)
         mass = text_mass(
@@ -133,10 +120,8 @@ def add_positions(
             token,
             known,
             shift,
-            query_n,
-            query_d,
-            key_n,
-            key_d,
+            query_strides,
+            key_strides,
             text,
             text_start,
             part_tokens,
@@ -148,7 +133,7 @@ def add_positions(
             BLOCK_D,
         )
         left = tl.maximum(1.0 - mass, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        place = vision_mass + own.to(tl.int64) * vision_mass_n
+        place = vision_mass + own.to(tl.int64) * vision_mass_strides[1]
         tl.store(place, tl.load(place, mask=known) + left, mask=known)
 
 
@@ -159,13 +144,10 @@ def add_rows(
     key,
     lse,
     index,
-    rows_r,
-    rows_n,
-    query_n,
-    query_d,
-    key_n,
-    key_d,
-    lse_n,
+    rows_strides,
+    query_strides,
+    key_strides,
+    lse_strides,
     block,
     count,
     vision,
@@ -185,17 +167,21 @@ def add_rows(
         row = first_row + tl.arange(0, BLOCK_R)
         known = row < count
         token = tl.load(index + row, mask=known, other=0)
-        shift = tl.load(lse + token * lse_n, mask=known, other=0.0).to(tl.float32)
+        shift = tl.load(lse + token * lse_strides[2], mask=known, other=0.0).to(tl.float32)
         total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for part in range(FOLD):
             scores = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
             other = start + part * part_tokens + column
             for first in range(0, WIDTH, BLOCK_D):
-                q = load_tokens(query, token, known, query_n, query_d, first, WIDTH, BLOCK_D)
-                k = load_tokens(key, other, seen, key_n, key_d, first, WIDTH, BLOCK_D)
+                q = load_tokens(query, query_strides, token, known, first, WIDTH, BLOCK_D)
+                k = load_tokens(key, key_strides, other, seen, first, WIDTH, BLOCK_D)
                 scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
             total += tl.exp(scores * scale - shift[:, None])
-        place = rows + row.to(tl.int64)[:, None] * rows_r + column.to(tl.int64)[None, :] * rows_n
+        place = (
+            rows
+            + row.to(tl.int64)[:, None] * rows_strides[1]
+            + column.to(tl.int64)[None, :] * rows_strides[2]
+        )
         mask = known[:, None] & seen[None, :]
         tl.store(place, tl.load(place, mask=mask) + total, mask=mask)
 
@@ -209,23 +195,12 @@ def motion_statistics_kernel(
     key,
     lse,
     index,
-    diagonal_h,
-    diagonal_f,
-    diagonal_g,
-    diagonal_p,
-    rows_h,
-    rows_r,
-    rows_n,
-    vision_mass_h,
-    vision_mass_n,
-    query_h,
-    query_n,
-    query_d,
-    key_h,
-    key_n,
-    key_d,
-    lse_h,
-    lse_n,
+    diagonal_strides,
+    rows_strides,
+    vision_mass_strides,
+    query_strides,
+    key_strides,
+    lse_strides,
     count,
     frames,
     positions,
@@ -248,25 +223,21 @@ def motion_statistics_kernel(
     programs = position_programs + tl.cdiv(frames * positions, BLOCK_N)
     head = (tl.program_id(0) // programs).to(tl.int64)
     block = tl.program_id(0) % programs
-    query += head * query_h
-    key += head * key_h
-    lse += head * lse_h
+    query += head * query_strides[1]
+    key += head * key_strides[1]
+    lse += head * lse_strides[1]
     if block < position_programs:
         add_positions(
-            diagonal + head * diagonal_h,
-            vision_mass + head * vision_mass_h,
+            diagonal + head * diagonal_strides[0],
+            vision_mass + head * vision_mass_strides[0],
             query,
             key,
             lse,
-            diagonal_f,
-            diagonal_g,
-            diagonal_p,
-            vision_mass_n,
-            query_n,
-            query_d,
-            key_n,
-            key_d,
-            lse_n,
+            diagonal_strides,
+            vision_mass_strides,
+            query_strides,
+            key_strides,
+            lse_strides,
             block,
             frames,
             positions,
@@ -284,18 +255,15 @@ def motion_statistics_kernel(
         )
     else:
         add_rows(
-            rows + head * rows_h,
+            rows + head * rows_strides[0],
             query,
             key,
             lse,
             index,
-            rows_r,
-            rows_n,
-            query_n,
-            query_d,
-            key_n,
-            key_d,
-            lse_n,
+            rows_strides,
+            query_strides,
+            key_strides,
+            lse_strides,
             block - position_programs,
             count,
             frames * positions,
@@ -308,75 +276,3 @@ def motion_statistics_kernel(
             BLOCK_N,
             BLOCK_D,
         )
-
-
-def plan(
-    diagonal: Tensor,
-    rows: Tensor,
-    vision_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    frames: int,
-    positions: int,
-    start: int,
-    text: int,
-    text_start: int,
-    softmax_scale: float,
-    fold: int,
-) -> Launch:
-    """The launch that adds the map of one sample to the sums; the first axis of query and key is 1."""
-    heads, width, exact = query.shape[1], query.shape[3], query.dtype == torch.float32
-    # Both kinds of programs read and write more than they compute: three small ones on a multiprocessor hide
-    # each other's waiting better than a large one.
-    tile = position_blocks(frames, width, query.dtype, 64)
-    tile |= {"BLOCK_T": 16 if exact else 64, "BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
-    arguments = {
-        "diagonal": diagonal,
-        "rows": rows,
-        "vision_mass": vision_mass,
-        "query": query,
-        "key": key,
-        "lse": lse,
-        "index": index,
-        **common.strides("diagonal", diagonal, "hfgp"),
-        **common.strides("rows", rows, "hrn"),
-        **common.strides("vision_mass", vision_mass, "hn"),
-        **common.strides("query", query, " hnd"),
-        **common.strides("key", key, " hnd"),
-        **common.strides("lse", lse, " hn"),
-        "count": len(index),
-        "frames": frames,
-        "positions": positions,
-        "start": start,
-        "text": text,
-        "text_start": text_start,
-        "part_tokens": key.shape[2] // fold,
-        "scale": float(softmax_scale),
-        "FOLD": fold,
-        "WIDTH": width,
-        **tile,
-    }
-    programs = common.cdiv(positions, tile["BLOCK_P"]) + common.cdiv(frames * positions, tile["BLOCK_N"])
-    options = {"num_warps": 8 if exact or width > 128 else 4, "num_stages": 2}
-    return Launch(motion_statistics_kernel, (heads * programs,), arguments, options)
-
-
-def gates() -> list[resources.Gate]:
-    """All shapes, one and two key parts, 64 chosen rows."""
-    found = []
-    for name, shape in shapes().items():
-        for dtype in common.DTYPES:
-            fold = 2 if dtype == torch.bfloat16 else 1
-            query, key, lse = common.meta_inputs(shape, dtype, fold)
-            heads, frames, positions = shape.heads, shape.frames, shape.positions
-            diagonal = torch.empty(heads, positions, frames, frames, device="meta").permute(0, 2, 3, 1)
-            rows = torch.empty(heads, 64, frames * positions, device="meta")
-            mass = torch.empty(heads, frames * positions, device="meta")
-            index = torch.empty(64, dtype=torch.int64, device="meta")
-            layout = (frames, positions, shape.text, shape.text, 0)
-            launch = plan(diagonal, rows, mass, query, key, lse, index, *layout, shape.width**-0.5, fold)
-            label = f"motion_statistics {name} {str(dtype)[6:]} fold {fold}"
-            found.append(resources.Gate(label, launch, dtype != torch.float32))
-    return found

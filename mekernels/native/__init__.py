@@ -10,13 +10,17 @@ from .functions import (
     row_l2_loss_forward,
     token_motion_scores,
 )
-from .interface import NativeError, NativeLoadError
 from .library import (
+    NativeError,
+    NativeLoadError,
     available,
     build_report,
     cpu_level,
     cuda_available,
     cuda_why_not,
+    device_reasons,
+    machine,
+    narrow_float_reasons,
     why_not,
 )
 
@@ -30,7 +34,10 @@ __all__ = [
     "cpu_level",
     "cuda_available",
     "cuda_why_not",
+    "device_reasons",
+    "machine",
     "motion_scores",
+    "narrow_float_reasons",
     "resample_rows_backward",
     "resample_rows_forward",
     "row_l2_loss_backward",

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .interface import DTYPES
-from .library import run
+from .library import DTYPES, run
 
 Grid = tuple[int, int, int]
 _FLOAT32 = (torch.float32,)

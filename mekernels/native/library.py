@@ -1,4 +1,7 @@
-"""The compiled library: what was built, what loads here and why not, and calls on torch tensors."""
+"""The compiled libraries: their C interface, what was built, what loads here and why not, and calls.
+
+The interface is that of csrc/include/mek.h as ctypes sees it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,147 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .interface import CPU, CUDA, Library, NativeLoadError
-
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
+
+ABI_VERSION = 1
+"""MEK_ABI_VERSION this code is written for."""
+
+STATUS = {
+    0: "MEK_OK",
+    1: "MEK_INVALID_ARGUMENT",
+    2: "MEK_UNSUPPORTED",
+    3: "MEK_OUT_OF_MEMORY",
+    4: "MEK_DEVICE_ERROR",
+    5: "MEK_INTERNAL",
+}
+"""Status codes by number."""
+
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+"""Numbers of the MEK_ dtypes by torch's names."""
+
+# Every pointer is passed as an integer address: tensors give one, and null is 0.
+_POINTER = ctypes.c_void_p
+_TEXT = ctypes.c_char_p
+_I32 = ctypes.c_int32
+_I64 = ctypes.c_int64
+
+Signature = tuple[Any, list[Any]]
+"""restype and argtypes."""
+
+COMMON: dict[str, Signature] = {
+    "mek_abi_version": (_I32, []),
+    "mek_last_error": (_TEXT, []),
+    "mek_status_name": (_TEXT, [_I32]),
+    "mek_compiler": (_TEXT, []),
+}
+"""Functions of both libraries."""
+
+_VOLUMES = [_I64] * 7  # rows, then frames, height and width in, then out
+
+
+class Kernel(NamedTuple):
+    """The arguments that a function of the CPU library and its twin of the CUDA library share."""
+
+    arguments: list[Any]
+    sizes: list[Any] | None = None
+    """What the CUDA workspace depends on; None where there is no workspace."""
+
+
+KERNELS: dict[str, Kernel] = {
+    "motion_scores": Kernel([_POINTER] * 3 + [_I64] * 3 + [_POINTER] * 3, [_I64] * 3),
+    "token_motion_scores": Kernel([_POINTER, _I32, *[_I64] * 3, _POINTER], [_I64] * 3),
+    "resample_rows": Kernel([_POINTER, *_VOLUMES, _I32, _POINTER, _POINTER], _VOLUMES),
+    "resample_rows_backward": Kernel([_POINTER, _POINTER, *_VOLUMES, _I32, _POINTER], _VOLUMES),
+    "row_l2": Kernel([_POINTER, _POINTER, _I32, _POINTER, _I64, _I64, _POINTER]),
+    "row_l2_backward": Kernel([_POINTER, _POINTER, _I32, *[_POINTER] * 3, _I64, _I64, _POINTER]),
+    "align": Kernel(
+        [_POINTER, _POINTER, _I32, _POINTER, *_VOLUMES, _I32, _I32, _POINTER, _POINTER], _VOLUMES
+    ),
+    "align_backward": Kernel([_POINTER, _POINTER, _I64, _I64, _POINTER]),
+}
+"""``mek_<name>`` adds the number of threads; ``mek_cuda_<name>`` its workspace, a device and a stream."""
+
+CPU: dict[str, Signature] = {
+    "mek_cpu_level": (_TEXT, []),
+    "mek_cpu_set_level": (_I32, [_TEXT]),
+    **{f"mek_{name}": (_I32, [*kernel.arguments, _I32]) for name, kernel in KERNELS.items()},
+}
+"""Functions of libmek_cpu."""
+
+CUDA: dict[str, Signature] = {"mek_cuda_device_count": (_I32, [_POINTER])}
+"""Functions of libmek_cuda."""
+
+for _name, _kernel in KERNELS.items():
+    _workspace = [] if _kernel.sizes is None else [_POINTER, _I64]
+    CUDA[f"mek_cuda_{_name}"] = (_I32, [*_kernel.arguments, *_workspace, _I32, _POINTER])
+    if _kernel.sizes is not None:
+        CUDA[f"mek_cuda_{_name}_workspace"] = (_I32, [*_kernel.sizes, _POINTER])
+
+
+class NativeError(RuntimeError):
+    """A call into a native library failed; the message is the library's own."""
+
+
+class NativeLoadError(NativeError):
+    """A native library is missing, of another version, or cannot be loaded."""
+
+
+class Library:
+    """A loaded library whose functions raise instead of returning a status.
+
+    Args:
+        path: the shared library.
+        table: its functions beside the common ones.
+
+    Raises:
+        NativeLoadError: it cannot be loaded, or speaks another version of the interface.
+    """
+
+    def __init__(self, path: str, table: dict[str, Signature]) -> None:
+        try:
+            self._handle = ctypes.CDLL(path)
+        except OSError as error:
+            raise NativeLoadError(f"cannot load {path}: {error}") from error
+        try:
+            version = self._bind("mek_abi_version", COMMON["mek_abi_version"])()
+            if version != ABI_VERSION:
+                raise NativeLoadError(
+                    f"{path} has abi version {version}, this mekernels needs {ABI_VERSION}: "
+                    "run python -m mekernels.build"
+                )
+            self._functions = {name: self._bind(name, one) for name, one in {**COMMON, **table}.items()}
+        except AttributeError as error:
+            raise NativeLoadError(
+                f"{path} lacks a function: {error}: run python -m mekernels.build"
+            ) from error
+
+    def _bind(self, name: str, signature: Signature) -> Any:
+        function = getattr(self._handle, name)
+        function.restype, function.argtypes = signature
+        return function
+
+    def text(self, name: str) -> str:
+        """Result of a function that takes nothing and returns text."""
+        return self._functions[name]().decode()
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function that returns a status.
+
+        Raises:
+            ValueError: the library says that an argument is wrong.
+            MemoryError: it ran out of host memory.
+            NativeError: anything else.
+        """
+        status = self._functions[name](*arguments)
+        if status == 0:
+            return
+        message = self.text("mek_last_error") or STATUS.get(status, f"status {status}")
+        raise {1: ValueError, 3: MemoryError}.get(status, NativeError)(message)
 
 
 def build_report() -> dict[str, Any]:
@@ -146,3 +282,26 @@ def run(name: str, device: torch.device, arguments: Sequence[Any], sizes: Sequen
         values += [workspace.data_ptr(), workspace.numel()]
     stream = torch.cuda.current_stream(device).cuda_stream
     library.call(f"mek_cuda_{name}", *values, device.index, stream)
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why no native kernel can run on tensors of a device."""
+    if device.type not in ("cpu", "cuda"):
+        return [f"runs on cpu and cuda, the tensors are on {device}"]
+    found = why_not() if device.type == "cpu" else cuda_why_not()
+    return [f"{device.type} library: {found}"] if found else []
+
+
+def narrow_float_reasons(**tensors: Tensor) -> list[str]:
+    """Why no native kernel can run on these: all must be on its device and of 32 bits or fewer."""
+    found = device_reasons(next(iter(tensors.values())).device)
+    for name, value in tensors.items():
+        if str(value.dtype).removeprefix("torch.") not in DTYPES:
+            found.append(f"{name} must be float32, float16 or bfloat16, is {value.dtype}")
+    return found
+
+
+def machine() -> list[str]:
+    """Why no native kernel can run on any device of this machine."""
+    cpu, cuda = device_reasons(torch.device("cpu")), device_reasons(torch.device("cuda"))
+    return [*cpu, *cuda] if cpu and cuda else []

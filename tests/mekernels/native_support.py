@@ -19,7 +19,7 @@ from torch import Tensor
 from mekernels import native
 from mekernels.native import build
 from mekernels.native import library as native_loader
-from mekernels.native.interface import CUDA, Library
+from mekernels.native.library import CUDA, Library
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ["baseline", "avx2", "avx512"]

@@ -360,7 +360,7 @@ def test_key_ranges_are_packed_sequences_apart():
 def test_key_ranges_under_the_operator_checks():
     query, key = (tensor.requires_grad_() for tensor in case())
     rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
-    settings = (rows, None, 0, 5, 0.4, True, None, 1, False, "auto", limits)
+    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False)
     torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings))
 
 

@@ -8,7 +8,7 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import MotionStatistics, VideoTokens, reference
-from mekernels.motion_statistics import op as statistics_update
+from mekernels.motion_statistics import composite as statistics_update
 from mekernels.motion_statistics import statistics as motion_statistics
 
 

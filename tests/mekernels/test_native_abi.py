@@ -11,7 +11,7 @@ from native_support import CSRC, aligned_bytes, cuda_on_host, needs_library, reg
 from mekernels import native
 from mekernels.native import build
 from mekernels.native import library as native_loader
-from mekernels.native.interface import (
+from mekernels.native.library import (
     ABI_VERSION,
     COMMON,
     CPU,

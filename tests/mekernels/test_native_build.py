@@ -15,7 +15,7 @@ from native_support import CSRC
 
 from mekernels import build as command
 from mekernels.native import build
-from mekernels.native.interface import CPU, Library
+from mekernels.native.library import CPU, Library
 
 ROOT = CSRC.parent
 SWITCHES = ["MEKERNELS_CUDA", "MEKERNELS_NATIVE", "MEKERNELS_CUDA_ARCHS", "MEKERNELS_CXXFLAGS"]

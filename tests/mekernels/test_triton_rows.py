@@ -231,8 +231,8 @@ def test_strides_beyond_32_bits():
 def test_operator_checks():
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
-    arguments = (rows.to(DEVICE), columns.to(DEVICE), 0, 0, 0.3, True, None, 1, True, "triton")
-    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (*pair, *arguments))
+    arguments = (rows.to(DEVICE), columns.to(DEVICE), None, None, 0, 0, 0.3, True, 1, True)
+    torch.library.opcheck(torch.ops.mekernels.attention_rows_triton.default, (*pair, *arguments))
 
 
 def test_what_it_cannot_run_is_refused():
