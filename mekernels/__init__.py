@@ -3,6 +3,17 @@
 Any flash attention hands back the logsumexp of its rows; with it every chosen entry of the attention map is
 one dot product and one exponential away, exactly. The ops here read such entries, pool them and score them,
 in memory far below the map's.
+
+Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``; a large one is a folder:
+
+- ``attention_rows/op.py``: public function, checks, schema, autograd, and which backends there are;
+- ``attention_rows/call.py``: the named tuple that carries the arguments from there on;
+- ``attention_rows/composite.py``: the op in plain torch, without a map;
+- ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched.
+
+``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
+chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and
+calls the compiled library, and ``resources.py`` states what every kernel costs.
 """
 
 from . import reference

@@ -1,8 +1,9 @@
 """What the launchers of all Triton kernels share. Imports no triton, so that it can say that there is none.
 
-A kernel module has three parts: its ``@triton.jit`` functions; a function that turns tensors into a
-:class:`Launch`, the only place where tile sizes are chosen; and ``gates()``, which plans launches for
-tensors on the meta device at production shapes, for :mod:`mekernels.resources` to compile and judge.
+The folder of an op has ``triton.py``, its ``@triton.jit`` functions, and ``plan.py`` with two parts:
+functions that turn a call into a :class:`Launch`, the only place where tile sizes are chosen; and
+``gates()``, which plans launches for tensors on the meta device at production shapes, for
+:mod:`mekernels.resources` to compile and judge. Strides go to a kernel as one tuple a tensor.
 """
 
 from __future__ import annotations
@@ -102,12 +103,6 @@ def power_of_two(value: int) -> int:
 def cdiv(value: int, step: int) -> int:
     """Steps needed to cover ``value``."""
     return -(-value // step)
-
-
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """``{name_axis: stride}`` of a tensor's axes, one letter an axis; a blank skips the axis."""
-    pairs = zip(axes, tensor.stride(), strict=True)
-    return {f"{name}_{axis}": stride for axis, stride in pairs if axis != " "}
 
 
 def inner_block(width: int, dtype: torch.dtype) -> int:

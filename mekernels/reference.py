@@ -196,11 +196,15 @@ def motion_scores(
     """DFC, TCS and DSR, each (H,), from the (H, F, F, P) diagonals, tau and the sum of squares.
 
     With one position (P = 1) there is nothing off the diagonal, whatever the rounding of ``square_sum``.
+    A NaN among a head's inputs makes the scores that depend on it NaN, also those that only compare.
     """
     inside = diagonal.square().sum((1, 2, 3))
     outside = square_sum - inside if diagonal.shape[-1] > 1 else torch.zeros_like(inside)
     dsr = (diagonal >= mean_attention[:, None, None, None]).to(diagonal.dtype).mean((1, 2, 3))
-    return energy_ratio(inside, outside), temporal_consistency(diagonal, mean_attention), dsr
+    lost = diagonal.isnan().any(-1).flatten(1).any(1) | mean_attention.isnan()
+    tcs = temporal_consistency(diagonal, mean_attention)
+    tcs, dsr = (metric.masked_fill(lost, math.nan) for metric in (tcs, dsr))
+    return energy_ratio(inside, outside), tcs, dsr
 
 
 def motion_scores_of_map(block: Tensor, video: VideoTokens, width: int = 0) -> tuple[Tensor, Tensor, Tensor]:

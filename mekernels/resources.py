@@ -1,6 +1,6 @@
 """What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
 
-``python -m mekernels.resources [part of a name]`` prints the table. A ``triton.py`` or
+``python -m mekernels.resources [part of a name]`` prints the table. The
 ``plan.py`` in the folder of an op joins it by a function ``gates()`` that returns a list of :class:`Gate`,
 its kernels at production shapes::
 

@@ -113,7 +113,7 @@ def forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[
 
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
     """Its backward in plain torch."""
-    counts = ((norms > 0) & (weights > 0))[..., None]
+    counts = ((norms != 0) & (weights > 0))[..., None]
     # Dividing first keeps tiny norms from overflowing.
     unit = (student.to(norms.dtype) - teacher.to(norms.dtype)) / norms.masked_fill(norms == 0, 1)[..., None]
     return torch.where(counts, unit * (grad * weights)[..., None], 0)

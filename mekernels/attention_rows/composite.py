@@ -347,6 +347,8 @@ class _Layers:
         """(l * b * h, G * r, D) scaled queries and (l * b * h, n, D) keys."""
         query = _stacked(self.picked[part.layers])[:, part.samples, self.members_of(part.groups), part.rows]
         key = _stacked(self.keys[part.layers])[:, part.samples, part.groups, self.reading.window]
+        if self.reading.valid is not None:
+            query = query.masked_fill(~self.reading.valid[None, part.samples, None, part.rows, None], 0)
         query = query.to(self.kind).to(self.dtype) * self.reading.softmax_scale
         key = key.to(self.kind).to(self.dtype)
         key_mask = self.reading.key_mask
