@@ -69,5 +69,7 @@ def compare(backend, place, value, columns, options, **where):
     if not options and not place.endswith(("not read", "padded row")):
         rows = [row for row in ROWS[0].tolist() if row >= 0]
         assert torch.equal(actual[1][:, :, rows].isfinite(), expected[1][:, :, rows].isfinite())
+    others = [row for row in range(actual[1].shape[2]) if row not in ROWS]
+    assert (actual[1][:, :, others] == 0).all()
     if place == PLACES[1] or (place == PLACES[3] and "key_mask" in options):
         assert all(item.isfinite().all() for item in actual)

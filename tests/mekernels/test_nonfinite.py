@@ -35,6 +35,20 @@ def test_a_key_that_an_explicit_mask_hides_is_not_read(value, kind):
     assert torch.equal(layer_attention_rows([query, query], [key, key], rows, mask=given), expected)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_a_row_that_is_not_finite_is_so_at_columns_that_no_row_sees(reduce):
+    query, key = randn(1, 2, 9, 8), randn(1, 2, 9, 8, seed=1)
+    query[0, 0, 2] = math.nan
+    rows, columns = torch.tensor([[2, 3]]), torch.tensor([[0, 8, -1]])
+    options = {"causal": True, "reduce": reduce}
+    for chosen in (slice(1, None), columns):
+        with mekernels.use_backend("torch"):
+            actual = mekernels.attention_rows(query, key, rows, chosen, **options)
+        expected = reference.attention_rows(query, key, rows, chosen, **options)
+        assert expected[..., 0, 1].isnan().any()
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 def test_padding_does_not_read_the_first_row():
     query, key = randn(1, 2, 5, 8), randn(1, 2, 5, 8, seed=1)
     query[0, 0, 0] = math.nan
