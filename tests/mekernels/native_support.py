@@ -122,7 +122,7 @@ def target(request, monkeypatch):
         yield torch.device("cuda")
     elif request.param == "cuda_on_host":
         cuda_on_host()
-        monkeypatch.setattr(native, "run", run_on_host)
+        monkeypatch.setattr(native.functions, "run", run_on_host)
         yield torch.device("cpu")
     else:
         if not native.available():
