@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_builder():
-    """mekernels/build.py without importing mekernels, which needs torch."""
-    spec = importlib.util.spec_from_file_location("mekernels_build", ROOT / "mekernels" / "build.py")
+    """mekernels/native/build.py without importing mekernels, which needs torch."""
+    spec = importlib.util.spec_from_file_location(
+        "mekernels_build", ROOT / "mekernels" / "native" / "build.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -3,21 +3,32 @@
 Any flash attention hands back the logsumexp of its rows; with it every chosen entry of the attention map is
 one dot product and one exponential away, exactly. The ops here read such entries, pool them and score them,
 in memory far below the map's.
+
+Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``; a large one is a folder:
+
+- ``attention_rows/op.py``: public function, checks, schema, autograd, and which backends there are;
+- ``attention_rows/call.py``: the named tuple that carries the arguments from there on;
+- ``attention_rows/composite.py``: the op in plain torch, without a map;
+- ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched.
+
+``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
+chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and
+calls the compiled library, and ``resources.py`` states what every kernel costs.
 """
 
 from . import reference
+from .align_rows import align_rows
+from .attention_rows import attention_rows
 from .backends import BackendError, use_backend
+from .diagonal_attention import diagonal_attention
+from .flash_attention import flash_attention
 from .layout import VideoTokens
-from .ops.align_rows import align_rows
-from .ops.attention_rows import attention_rows
-from .ops.diagonal_attention import diagonal_attention
-from .ops.flash_attention import flash_attention
-from .ops.motion_scores import MotionScores, motion_scores
-from .ops.motion_statistics import MotionStatistics
-from .ops.resample_rows import resample_rows
-from .ops.row_l2_loss import row_l2_loss
-from .ops.selection import select_heads, select_tokens
-from .ops.token_motion_scores import token_motion_scores
+from .motion_scores import MotionScores, motion_scores
+from .motion_statistics import MotionStatistics
+from .resample_rows import resample_rows
+from .row_l2_loss import row_l2_loss
+from .selection import select_heads, select_tokens
+from .token_motion_scores import token_motion_scores
 
 __version__ = "0.1.0"
 

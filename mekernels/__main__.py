@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backends, native_library
+from . import __version__, backends, native
 
 
 def _version(package: str) -> str:
@@ -55,7 +55,7 @@ def report() -> str:
 def _native() -> list[str]:
     lines = []
     for device in ("cpu", "cuda"):
-        reasons = native_library.reasons(torch.device(device))
+        reasons = native.device_reasons(torch.device(device))
         lines.append(f"{device}: {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     return lines
 

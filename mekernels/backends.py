@@ -8,11 +8,12 @@ run everything and is never chosen by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from . import checks
 
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
+CHOICES = tuple(name for name in BACKENDS if name != "reference")
+"""What an op is registered for: the reference is no op."""
 
 ENVIRONMENT = {
     "MEKERNELS_NATIVE": "build: auto, 0 or 1 (fail where it cannot be built) for the CPU library",
@@ -135,7 +138,7 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
         refused = []
         for label, backend in backends.items():
             reasons = reasons_of(backend, *args)
-            if label == "triton" and not reasons and args[0].device.type == "cpu":
+            if label == "triton" and not reasons and _device(args).type == "cpu":
                 # A thousand times slower than all others: never taken unasked, even where it is switched on.
                 reasons = ["its interpreter runs only what asks for it"]
             if not reasons:
@@ -156,9 +159,111 @@ def dispatch(op: str, name: str, *args: Any) -> Any:
     return exactly(choose(op, name, *args), *args)
 
 
+def _device(args: Iterable[Any]) -> torch.device:
+    """That of the first tensor, which may lie in a named tuple."""
+    first = next(iter(args))
+    return first.device if isinstance(first, Tensor) else _device(first)
+
+
+class Op:
+    """An op of ``torch.library``, and for each backend that can be asked for by name a twin of it.
+
+    The backend is no argument: ``mekernels::<name>`` takes the fastest that can run the call,
+    ``mekernels::<name>_<backend>`` that backend or none. So a compiled graph, and a backward in whatever
+    thread it runs, keep what was chosen.
+
+    A call is carried by named tuples: the schema has their fields, one after the other, and implementations,
+    fake and autograd get the tuples.
+
+    Args:
+        name: of the op and of its table of backends.
+        fake: the op's signature, and its result without values: takes tensors, numbers and named tuples of
+            such, each annotated.
+        mutates: names of the tensors the op writes to.
+        check: raises on values that do not fit; takes the arguments, and is called before any backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fake: Callable[..., Any],
+        *,
+        mutates: Iterable[str] = (),
+        check: Callable[..., None] = lambda *_: None,
+    ) -> None:
+        self.name, self._check = name, check
+        hints = get_type_hints(fake)
+        result = None if hints["return"] is type(None) else hints["return"]
+        del hints["return"]
+        self._tuples = [kind if _named(kind) else None for kind in hints.values()]
+        fields: dict[str, Any] = {}
+        for field, kind in hints.items():
+            fields |= get_type_hints(kind) if _named(kind) else {field: kind}
+        self._count = len(fields)
+        schema = _schema(fields, result, mutates)
+        self._twins = {choice: self._register(choice, fake, schema, mutates) for choice in CHOICES}
+
+    def _register(self, choice: str, fake: Callable[..., Any], schema: str, mutates: Iterable[str]) -> Any:
+        def run(*flat: Any) -> Any:
+            args = self._packed(flat)
+            self._check(*args)
+            return dispatch(self.name, choice, *args)
+
+        name = f"mekernels::{self.name}" + ("" if choice == "auto" else f"_{choice}")
+        twin = torch.library.custom_op(name, run, mutates_args=mutates, schema=schema)
+        twin.register_fake(lambda *flat: fake(*self._packed(flat)))
+        return twin
+
+    def _packed(self, flat: Iterable[Any]) -> list[Any]:
+        left = iter(flat)
+        return [
+            next(left) if kind is None else kind(*(next(left) for _ in kind._fields)) for kind in self._tuples
+        ]
+
+    def differentiable(self, save: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+        """Register the gradient.
+
+        Args:
+            save: takes the context, the op's arguments and its result. ``ctx.backend`` is the one chosen.
+            backward: takes the context and the gradients of the results; returns those of the first inputs,
+                as many as have any.
+        """
+        for choice, twin in self._twins.items():
+
+            def setup_context(ctx: Any, inputs: Any, output: Any, choice: str = choice) -> None:
+                ctx.backend = choice
+                save(ctx, *self._packed(inputs), output)
+
+            def formula(ctx: Any, *grads: Any) -> Any:
+                found = backward(ctx, *grads)
+                return *found, *[None] * (self._count - len(found))
+
+            twin.register_autograd(formula, setup_context=setup_context)
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Run the op on ``backend``, by default the one of :func:`use_backend`."""
+        flat: list[Any] = []
+        for value, kind in zip(args, self._tuples, strict=True):
+            flat += [value] if kind is None else value
+        return self._twins[active() if backend is None else backend](*flat)
+
+
+def _named(kind: Any) -> bool:
+    return hasattr(kind, "_fields")
+
+
+def _schema(fields: dict[str, Any], result: Any, mutates: Iterable[str]) -> str:
+    def prototype() -> None: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=mutates)
+
+
 def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a function of a tensor and more with autocast off: it would round float32 products to half."""
-    device = args[0].device.type
+    """Call a function of tensors and more with autocast off: it would round float32 products to half."""
+    device = _device(args).type
     if not torch.is_autocast_enabled(device):
         return function(*args, **options)
     with torch.autocast(device, enabled=False):

@@ -84,7 +84,7 @@ def attention_rows(
 
     With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys.
     """
-    if key_range is not None:
+    if key_range is not None and rows.shape[1]:
         position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
         inside = (position >= key_range[..., :1]) & (position < key_range[..., 1:])
         maps = []
@@ -109,7 +109,7 @@ def attention_rows(
     picked = []
     for item, row, column in zip(attention, rows, columns, strict=True):
         chosen = item[:, row.clamp(min=0)][:, :, column.clamp(min=0)]
-        picked.append(chosen * (row >= 0)[:, None] * (column >= 0))
+        picked.append(torch.where((row >= 0)[:, None] & (column >= 0), chosen, 0))
     result = torch.stack(picked)
     return result.mean(1) if reduce == "mean" else result
 
@@ -196,11 +196,15 @@ def motion_scores(
     """DFC, TCS and DSR, each (H,), from the (H, F, F, P) diagonals, tau and the sum of squares.
 
     With one position (P = 1) there is nothing off the diagonal, whatever the rounding of ``square_sum``.
+    A NaN among a head's inputs makes the scores that depend on it NaN, also those that only compare.
     """
     inside = diagonal.square().sum((1, 2, 3))
     outside = square_sum - inside if diagonal.shape[-1] > 1 else torch.zeros_like(inside)
     dsr = (diagonal >= mean_attention[:, None, None, None]).to(diagonal.dtype).mean((1, 2, 3))
-    return energy_ratio(inside, outside), temporal_consistency(diagonal, mean_attention), dsr
+    lost = diagonal.isnan().any(-1).flatten(1).any(1) | mean_attention.isnan()
+    tcs = temporal_consistency(diagonal, mean_attention)
+    tcs, dsr = (metric.masked_fill(lost, math.nan) for metric in (tcs, dsr))
+    return energy_ratio(inside, outside), tcs, dsr
 
 
 def motion_scores_of_map(block: Tensor, video: VideoTokens, width: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
 
-``python -m mekernels.resources [part of a name]`` prints the table. A kernel module in
-:mod:`mekernels.kernels` joins it by a function ``gates()`` that returns a list of :class:`Gate`, its kernels
-at production shapes::
+``python -m mekernels.resources [part of a name]`` prints the table. The
+``plan.py`` in the folder of an op joins it by a function ``gates()`` that returns a list of :class:`Gate`,
+its kernels at production shapes::
 
     def gates() -> list[Gate]:
         query = torch.empty(1, 48, 17776, 64, dtype=torch.float16, device="meta")
         return [Gate("my_op CogVideoX-5B float16", plan(query, ...), matrix_shaped=True)]
 
-``plan`` is the module's own function from tensors to a :class:`mekernels.kernels.common.Launch`, so what is
+``plan`` is the module's own function from tensors to a :class:`mekernels.launch.Launch`, so what is
 judged is what would run. The judgement: no register spilled, shared memory within the GPU's limit, and matrix
 instructions in every kernel that is ``matrix_shaped`` (set it for half-precision types; exact float32
 products have no matrix instruction).
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 import re
 import subprocess
 import sys
@@ -29,8 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
-from .kernels.common import Launch
+from .launch import Launch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory one program may use, for each compute capability compiled for."""
@@ -67,9 +65,10 @@ class Resources(NamedTuple):
 
 
 def modules() -> list[Any]:
-    """The modules of :mod:`mekernels.kernels` that hold kernels. Needs triton."""
-    names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
-    return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names if name != "common"]
+    """The modules of the ops' folders that hold kernels or launch them. Needs triton."""
+    folder = Path(__file__).parent
+    paths = sorted([*folder.glob("*/triton*.py"), *folder.glob("*/plan.py")])
+    return [importlib.import_module(f"{__package__}.{path.parent.name}.{path.stem}") for path in paths]
 
 
 def gates() -> list[Gate]:
@@ -103,24 +102,28 @@ def compile_for(launch: Launch, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
+
+    def described(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
         # Triton makes a version of its own for an integer that is 1 and for one that 16 divides.
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, tuple):
+            return tuple(described(item, (*place, index)) for index, item in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = described(value, (index,), parameter.is_constexpr)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 

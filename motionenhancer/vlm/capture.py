@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import mekernels
 from mekernels import backends
+from mekernels.attention_rows.composite import layer_attention_rows
 from motionenhancer.vlm.attention_registry import observe_attention
-from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask, row_mask
-from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
+from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, read_mask
 from motionenhancer.vlm.locate import attention_modules
 
 __all__ = ["CapturedAttention", "capture_attention"]
@@ -113,8 +113,7 @@ class CapturedAttention:
         self._repeated = False
         self._sum: torch.Tensor | None = None
         self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
-        self._row_masks: dict[tuple[int, torch.device, torch.dtype], RowMask] = {}
-        self._pending: dict[_Kind, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._pending: dict[_Kind, tuple[VisibleKeys, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._numbers = 0
         self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
 
@@ -160,7 +159,8 @@ class CapturedAttention:
         else:
             query, key = query.to(dtype), key.to(dtype)
             with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
-                self._add(_read(query, key, rows, columns, visible, scale))
+                options = visible.options(query.device) | {"softmax_scale": scale}
+                self._add(mekernels.attention_rows(query, key, rows, columns, **options))
         if len(self._seen) == self.layers or self._numbers >= PENDING_NUMBERS:
             self._read_pending()
 
@@ -175,20 +175,16 @@ class CapturedAttention:
         kind = _Kind(
             query.device, (query.shape, query.dtype), (key.shape, key.dtype), id(visible), scale, dtype
         )
-        if kind not in self._pending:
-            self._row_mask(visible, query)
-        self._pending.setdefault(kind, []).append((query, key))
+        self._pending.setdefault(kind, (visible, []))[1].append((query, key))
         # What is not on a CPU gains nothing from waiting.
         self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
 
     def _read_pending(self) -> None:
-        for kind, layers in self._pending.items():
+        for kind, (visible, layers) in self._pending.items():
             queries, keys = zip(*layers, strict=True)
-            mask = self._row_masks[kind.visible, kind.device, kind.query[1]]
-            columns = self._positions(kind.device)[1]
+            options = visible.options(kind.device) | {"softmax_scale": kind.scale, "dtype": kind.dtype}
             with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
-                read = layer_attention_rows(queries, keys, mask, softmax_scale=kind.scale, dtype=kind.dtype)
-                self._add(select_columns(read, columns))
+                self._add(layer_attention_rows(queries, keys, *self._positions(kind.device), **options))
         self._pending.clear()
         self._numbers = 0
 
@@ -197,7 +193,6 @@ class CapturedAttention:
 
     def _forget(self) -> None:
         self._masks.clear()
-        self._row_masks.clear()
         self._pending.clear()
 
     def _check_call(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -236,34 +231,6 @@ class CapturedAttention:
         if key not in self._masks:
             self._masks[key] = (call.mask, read_mask(implementation, call))
         return self._masks[key][1]
-
-    def _row_mask(self, visible: VisibleKeys, query: torch.Tensor) -> None:
-        key = (id(visible), query.device, query.dtype)
-        if key not in self._row_masks:
-            rows = self._positions(query.device)[0]
-            self._row_masks[key] = row_mask(visible, rows, query.shape[2], query.dtype)
-
-
-def _read(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | slice,
-    visible: VisibleKeys,
-    scale: float | None,
-) -> torch.Tensor:
-    key_mask = None if visible.key_mask is None else visible.key_mask.to(query.device)
-    key_range = None if visible.key_range is None else visible.key_range.to(query.device)
-    return mekernels.attention_rows(
-        query,
-        key,
-        rows,
-        columns,
-        softmax_scale=scale,
-        causal=visible.causal,
-        key_mask=key_mask,
-        key_range=key_range,
-    )
 
 
 @contextlib.contextmanager

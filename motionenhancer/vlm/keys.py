@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionenhancer.vlm.layer_rows import RowMask
-
 __all__ = [
     "MASK_READERS",
     "AttentionCall",
@@ -19,7 +17,6 @@ __all__ = [
     "implementation_name",
     "read_mask",
     "register_mask_reader",
-    "row_mask",
 ]
 
 
@@ -55,6 +52,14 @@ class VisibleKeys:
     key_mask: torch.Tensor | None = None
     key_range: torch.Tensor | None = None
     explicit: torch.Tensor | None = None
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """What they are to :func:`mekernels.attention_rows`, and where explicit to its reading of layers."""
+        if self.explicit is not None:
+            return {"mask": self.explicit.to(device)}
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
+        key_range = None if self.key_range is None else self.key_range.to(device)
+        return {"causal": self.causal, "key_mask": key_mask, "key_range": key_range}
 
 
 MaskReader = Callable[[AttentionCall], VisibleKeys]
@@ -180,26 +185,6 @@ def _simplify(explicit: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
         return VisibleKeys(explicit=explicit)
     key_range = torch.stack([first, end], dim=-1)
     return VisibleKeys(causal=False, key_mask=None if flags[2] else keys, key_range=key_range)
-
-
-def row_mask(visible: VisibleKeys, rows: torch.Tensor, length: int, dtype: torch.dtype) -> RowMask:
-    """Write out which of ``length`` keys each of ``rows`` (B, R) sees.
-
-    >>> row_mask(VisibleKeys(causal=True), torch.tensor([[1]]), 4, torch.float32).bias
-    tensor([[[[0., 0., -inf, -inf]]]])
-    """
-    if visible.explicit is not None:
-        return RowMask.of(visible.explicit.to(rows.device), rows, dtype)
-    position = torch.arange(length, device=rows.device)
-    seen = torch.ones(*rows.shape, length, dtype=torch.bool, device=rows.device)
-    if visible.causal:
-        seen &= position <= rows[..., None]
-    if visible.key_mask is not None:
-        seen &= visible.key_mask.to(rows.device)[:, None]
-    if visible.key_range is not None:
-        limits = visible.key_range.to(rows.device)
-        seen &= (position >= limits[..., :1]) & (position < limits[..., 1:])
-    return RowMask.of(seen[:, None], rows, dtype)
 
 
 @register_mask_reader("sdpa")

@@ -15,7 +15,7 @@ from measure.sampler import verify
 from report import main as report
 
 from mekernels import backends
-from motionenhancer.vlm import layer_rows
+from mekernels.attention_rows import composite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,13 +94,13 @@ def test_a_broken_capture_is_refused(monkeypatch, which):
         if device.on_gpu():
             break_op(patch, "attention_rows" if which == "forward" else "attention_rows_backward", 0)
         elif which == "forward":
-            right = layer_rows.layer_attention_rows
+            right = composite.layer_attention_rows
             broken = lambda *args, **options: right(*args, **options) * 1.001  # noqa: E731
             patch.setattr("motionenhancer.vlm.capture.layer_attention_rows", broken)
         else:
-            right = layer_rows._gradients
-            broken = lambda *args: tuple(part * 1.001 for part in right(*args))  # noqa: E731
-            patch.setattr(layer_rows, "_gradients", broken)
+            right = composite._Layers.gradients
+            broken = lambda *args: right(*args) * 1.001  # noqa: E731
+            patch.setattr(composite._Layers, "gradients", broken)
         assert verify(plan.build(), "ours") != ""
 
 

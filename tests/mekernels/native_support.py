@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mekernels import build, native, native_loader
-from mekernels.native_abi import CUDA, Library
+from mekernels import native
+from mekernels.native import build
+from mekernels.native import library as native_loader
+from mekernels.native.library import CUDA, Library
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -120,7 +122,7 @@ def target(request, monkeypatch):
         yield torch.device("cuda")
     elif request.param == "cuda_on_host":
         cuda_on_host()
-        monkeypatch.setattr(native, "run", run_on_host)
+        monkeypatch.setattr(native.functions, "run", run_on_host)
         yield torch.device("cpu")
     else:
         if not native.available():

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
 
 import mekernels
-from mekernels import reference, rows_composite
+from mekernels import reference
+from mekernels.attention_rows import composite
 
 
 def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=7, width=5, dtype=torch.float64, scale=1.0):
@@ -76,7 +77,7 @@ def test_values_and_gradients_against_the_reference(
     options["softmax_scale"] = 0.3
     expected = reference.attention_rows(query, key, row, column, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_composite, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         actual = mekernels.attention_rows(query, key, row, column, **options)
         assert_exact(actual, expected)
         weights = randn(*expected.shape, seed=seed)
@@ -359,7 +360,7 @@ def test_key_ranges_are_packed_sequences_apart():
 def test_key_ranges_under_the_operator_checks():
     query, key = (tensor.requires_grad_() for tensor in case())
     rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
-    settings = (rows, None, 0, 5, 0.4, True, None, 1, False, "auto", limits)
+    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False)
     torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings))
 
 

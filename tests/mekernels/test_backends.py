@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mekernels
-from mekernels import BackendError, backends, native_library, use_backend
+from mekernels import BackendError, backends, use_backend
 from mekernels.__main__ import report
+from mekernels.native import library
 
 
 @pytest.fixture
@@ -131,8 +132,12 @@ def test_backward_keeps_the_backend_of_the_forward(monkeypatch):
 
 
 def test_a_missing_native_library_has_a_reason(monkeypatch):
-    monkeypatch.setattr(native_library, "_load", lambda: (None, "mekernels.native cannot be loaded: gone"))
-    assert native_library.why_not() == ["mekernels.native cannot be loaded: gone"] * 2
+    monkeypatch.setattr(library, "_cpu", lambda: "cannot be loaded: gone")
+    monkeypatch.setattr(library, "_cuda", lambda: "cannot be loaded: gone, too")
+    assert library.machine() == [
+        "cpu library: cannot be loaded: gone",
+        "cuda library: cannot be loaded: gone, too",
+    ]
     inputs = torch.rand(2, 3, 3, 4), torch.rand(2), torch.full((2,), 99.0)
     with use_backend("native"), pytest.raises(BackendError, match="cannot be loaded: gone"):
         mekernels.motion_scores(*inputs)

@@ -10,9 +10,10 @@ import pytest
 
 import mekernels
 
-MODULES = ["mekernels.layout", "mekernels.backends"] + [
-    f"mekernels.ops.{module.name}"
-    for module in pkgutil.iter_modules(importlib.import_module("mekernels.ops").__path__)
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(mekernels.__path__, "mekernels.")
+    if ">>> " in Path(module.module_finder.find_spec(module.name).origin).read_text(encoding="utf-8")
 ]
 
 

@@ -9,7 +9,9 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import BackendError, backends, flash_attention, reference
-from mekernels.ops import flash_attention as module
+from mekernels.flash_attention import composite
+from mekernels.flash_attention import kernels as module
+from mekernels.flash_attention.call import Call
 
 CPU_BACKENDS = ["cpu_flash", "torch"]
 
@@ -106,7 +108,7 @@ def test_chunks_do_not_show(monkeypatch):
     inputs = [tensor.requires_grad_() for tensor in case(queries=11, keys=5)]
     whole, lse = flash_attention(*inputs, causal=True, backend="torch")
     wanted = gradients(whole, inputs)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 12)
+    monkeypatch.setattr(composite, "CHUNK_ELEMENTS", 12)
     parts, parts_lse = flash_attention(*inputs, causal=True, backend="torch")
     assert_exact(parts, whole)
     seen = lse != -math.inf
@@ -168,7 +170,9 @@ def test_cuda_backends_say_that_there_is_no_device(backend):
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient"])
 def test_cuda_backends_refuse_what_they_cannot(backend):
-    reasons = backends.table("flash_attention")[backend].reasons(*case(width=7, value_width=7), 1.0, False)
+    reasons = backends.table("flash_attention")[backend].reasons(
+        Call(*case(width=7, value_width=7), 1.0, False)
+    )
     assert any("runs on cuda" in reason for reason in reasons)
     assert (backend == "efficient") != any("needs float16 or bfloat16" in reason for reason in reasons)
 
@@ -216,7 +220,7 @@ def test_cuda_error_rule(backend, causal, queries, groups):
     inputs = [
         t.cuda() for t in case(groups=groups, queries=queries, keys=queries, width=64, dtype=torch.float16)
     ]
-    reasons = backends.reasons_of(backends.table("flash_attention")[backend], *inputs, 0.125, causal)
+    reasons = backends.reasons_of(backends.table("flash_attention")[backend], Call(*inputs, 0.125, causal))
     if reasons:
         pytest.skip("; ".join(reasons))
     runs = []
@@ -254,11 +258,11 @@ def test_cudnn_comes_first_on_hopper(monkeypatch, capability, version, flash_att
     monkeypatch.setattr(backends, "table", lambda op: {name: name for name in known})
     monkeypatch.setattr(backends, "reasons_of", lambda name, *args: known[name])
     query = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
-    assert module._prefers_cudnn(query, query, query, 1.0, False) == expected
+    assert module.prefers_cudnn(Call(query, query, query, 1.0, False)) == expected
 
 
 def test_cudnn_is_no_matter_on_the_cpu():
-    assert not module._prefers_cudnn(*case(), 1.0, False)
+    assert not module.prefers_cudnn(Call(*case(), 1.0, False))
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])

@@ -12,7 +12,9 @@ import pytest
 import torch
 from kernel_support import assert_error_rule, assert_exact, randn
 
-from mekernels import BackendError, backends, flash_attention, flash_packages, reference
+from mekernels import BackendError, backends, flash_attention, reference
+from mekernels.flash_attention import packages as flash_packages
+from mekernels.flash_attention.call import Call
 
 BACKENDS = list(flash_packages.PACKAGES)
 
@@ -94,7 +96,7 @@ def stand_in(request, monkeypatch):
 def test_adapter_on_a_stand_in_for_the_package(stand_in, causal, groups):
     inputs = [randn(2, 2 * groups, 37, 8), randn(2, 2, 37, 8, seed=1), randn(2, 2, 37, 8, seed=2)]
     inputs = [item.requires_grad_() for item in inputs]
-    out, lse = stand_in(*inputs, 0.3, causal)
+    out, lse = stand_in(Call(*inputs, 0.3, causal))
     exact, exact_lse = reference.flash_attention(*inputs, softmax_scale=0.3, causal=causal)
     assert_exact(out, exact)
     assert_exact(lse.detach(), exact_lse.detach())
@@ -111,7 +113,7 @@ def test_causal_masks_of_flash_attn_end_together(stand_in, keys):
         pytest.skip("its mask is aligned at the other end, and refused")
     inputs = [randn(2, 2, 37, 8), randn(2, 2, keys, 8, seed=1), randn(2, 2, keys, 8, seed=2)]
     inputs = [item.requires_grad_() for item in inputs]
-    out, lse = stand_in(*inputs, 0.3, True)
+    out, lse = stand_in(Call(*inputs, 0.3, True))
     exact, exact_lse = reference.flash_attention(*inputs, softmax_scale=0.3, causal=True)
     assert_exact(out, exact)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
@@ -138,10 +140,10 @@ def test_causal_lengths_may_differ_from_flash_attn_2_1_on(monkeypatch, version, 
     install(monkeypatch, "flash_attn", flash_attn_func=flash_attn_2, **members)
     reasons = backends.table("flash_attention")["flash_attn"].reasons
     call = [randn(1, 1, 3, 8), randn(1, 1, 4, 8), randn(1, 1, 4, 8), 1.0]
-    text = "; ".join(reasons(*call, True))
+    text = "; ".join(reasons(Call(*call, True)))
     assert ("needs flash-attn 2.1 or later" in text) is not allowed
     assert ("different query and key lengths" in text) is not allowed
-    assert "lengths" not in "; ".join(reasons(*call, False))
+    assert "lengths" not in "; ".join(reasons(Call(*call, False)))
 
 
 def test_an_error_inside_flash_attn_3_is_not_taken_for_an_early_release(monkeypatch):
@@ -150,7 +152,7 @@ def test_an_error_inside_flash_attn_3_is_not_taken_for_an_early_release(monkeypa
 
     install(monkeypatch, "flash_attn_interface", flash_attn_func=broken)
     with pytest.raises(TypeError, match="wrong type"):
-        flash_packages.flash_attn_3(*(randn(1, 1, 3, 8) for _ in range(3)), 1.0, False)
+        flash_packages.flash_attn_3(Call(*(randn(1, 1, 3, 8) for _ in range(3)), 1.0, False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,10 +219,10 @@ def test_looking_for_a_package_breaks_no_graph(backend):
 def test_reasons_of_a_call(backend):
     reasons = backends.table("flash_attention")[backend].reasons
     wide = [randn(1, 1, 3, 264) for _ in range(3)]
-    text = "; ".join(reasons(*wide, 1.0, False))
+    text = "; ".join(reasons(Call(*wide, 1.0, False)))
     for part in ("runs on cuda", "needs float16 or bfloat16", "width 264 is above 256"):
         assert part in text
-    text = "; ".join(reasons(randn(1, 1, 3, 8), randn(1, 1, 4, 8), randn(1, 1, 4, 8), 1.0, True))
+    text = "; ".join(reasons(Call(randn(1, 1, 3, 8), *randn(2, 1, 1, 4, 8), 1.0, True)))
     assert ("different query and key lengths" in text) is (backend != "flash_attn_3")
 
 
@@ -236,7 +238,7 @@ def test_error_rule_of_the_package(backend, causal, queries, groups):
     ]
     if torch.cuda.is_available():
         inputs = [item.cuda() for item in inputs]
-    reasons = backends.reasons_of(backends.table("flash_attention")[backend], *inputs, 0.125, causal)
+    reasons = backends.reasons_of(backends.table("flash_attention")[backend], Call(*inputs, 0.125, causal))
     if reasons:
         pytest.skip("; ".join(reasons))
     runs = []

@@ -7,8 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mekernels
-from mekernels import VideoTokens, backends, rows_composite
-from mekernels.ops import flash_attention, motion_statistics, statistics_update
+from mekernels import VideoTokens, backends
+from mekernels.attention_rows import composite as rows_composite
+from mekernels.attention_rows.call import Call
+from mekernels.diagonal_attention.call import Call as SideCall
+from mekernels.flash_attention import composite as flash_attention
+from mekernels.motion_statistics import composite as statistics_update
+from mekernels.motion_statistics import statistics as motion_statistics
+from mekernels.motion_statistics.sums import Sums
 
 VIDEO = VideoTokens(8, 16, 16, text=16)
 HEADS, WIDTH = 2, 8
@@ -62,13 +68,11 @@ def test_statistics(fold):
     lse = torch.full(query.shape[:3], 10.0)
     statistics = mekernels.MotionStatistics(VIDEO, HEADS, text_rows=[1, 2], sampled_rows=16)
     statistics.update(query, key[:, :, : VIDEO.length], lse)
-    state, index = statistics.state_dict(), statistics._sums["index"]
-    layout = (VIDEO.frames, VIDEO.positions, 16, 16, 0)
-    sums = (state["diagonal"], state["rows"], state["vision_mass"])
+    sums = Sums(**{name: statistics._sums[name] for name in Sums._fields})
     bound = HEADS * VIDEO.vision * (VIDEO.frames + 2 + 16)
     assert bound < MAP
-    arguments = (*sums, query, key, lse, index, *layout, 0.3, fold)
-    assert largest(run, "motion_statistics_update", *arguments) <= bound
+    call = SideCall.of(query, key, lse, VIDEO, 0.3, fold)
+    assert largest(run, "motion_statistics_update", sums, call) <= bound
     assert largest(statistics.scores) <= bound
     assert largest(statistics.text_attention, [0, 1]) <= bound
 
@@ -84,35 +88,32 @@ def test_diagonal_attention():
     query, key = query_key()
     lse = torch.full(query.shape[:3], 10.0)
     bound = HEADS * VIDEO.vision * max(VIDEO.frames, WIDTH) * 2
-    arguments = (query, key, lse, VIDEO.frames, VIDEO.positions, 16, 0.3, 1)
-    assert largest(run, "diagonal_attention", *arguments) <= bound < MAP
+    call = SideCall.of(query, key, lse, VIDEO, 0.3, 1)
+    assert largest(run, "diagonal_attention", call) <= bound < MAP
 
 
 @pytest.mark.parametrize("mean", [False, True])
 def test_attention_rows_forward_and_backward(mean):
     query, key = query_key(heads=4)[0], query_key()[1]
     rows, columns = torch.arange(12)[None], torch.arange(20)[None]
-    options = (0.3, True, None, 1, mean)
+    call = Call(query, key, rows, columns, None, None, 0, 0, 0.3, True, 1, mean)
     bound = 4 * 12 * VIDEO.length
     bound = max(bound, query.numel())
     assert bound < MAP
-    assert largest(run, "attention_rows", query, key, rows, columns, 0, 0, *options) <= bound
-    out, *row_sums = run("attention_rows", query, key, rows, columns, 0, 0, *options)
-    arguments = (rand(*out.shape, dtype=torch.float32), query, key, rows, columns, 0, 0, *options, *row_sums)
-    assert largest(run, "attention_rows_backward", *arguments) <= bound
+    assert largest(run, "attention_rows", call) <= bound
+    out, *row_sums = run("attention_rows", call)
+    grad = rand(*out.shape, dtype=torch.float32)
+    assert largest(run, "attention_rows_backward", grad, *row_sums, call) <= bound
 
 
 def test_all_rows_of_a_few_columns_are_swept():
     query, key = query_key()
     rows = torch.arange(VIDEO.length)[None]
-    options = (0, 3, 0.3, False, None, 1, True)
-    assert largest(run, "attention_rows", query, key, rows, None, *options) <= MAP // 32
-    out, *row_sums = run("attention_rows", query, key, rows, None, *options)
+    call = Call(query, key, rows, None, None, None, 0, 3, 0.3, False, 1, True)
+    assert largest(run, "attention_rows", call) <= MAP // 32
+    out, *row_sums = run("attention_rows", call)
     grad = rand(*out.shape, dtype=torch.float32)
-    assert (
-        largest(run, "attention_rows_backward", grad, query, key, rows, None, *options, *row_sums)
-        <= MAP // 32
-    )
+    assert largest(run, "attention_rows_backward", grad, *row_sums, call) <= MAP // 32
 
 
 def test_flash_attention():

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, rand, randn
 
 import mekernels
-from mekernels import MotionScores, motion_scores, native_library, reference
+from mekernels import MotionScores, motion_scores, native, reference
 
-BACKENDS = ["torch", "reference"] + ([] if native_library.why_not() else ["native"])
+BACKENDS = ["torch", "reference"] + ([] if native.machine() else ["native"])
 
 
 def case(seed=0, heads=3, frames=4, positions=5, dtype=torch.float64):
@@ -107,7 +107,7 @@ def test_native_says_why_not():
     inputs = case()
     with mekernels.use_backend("native"), pytest.raises(mekernels.BackendError) as caught:
         motion_scores(*inputs)
-    if not native_library.why_not():
+    if not native.machine():
         assert "diagonal must be float32, is torch.float64" in str(caught.value)
         assert "square_sum must be float32" in str(caught.value)
 

@@ -8,7 +8,8 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import MotionStatistics, VideoTokens, reference
-from mekernels.ops import motion_statistics, statistics_update
+from mekernels.motion_statistics import composite as statistics_update
+from mekernels.motion_statistics import statistics as motion_statistics
 
 
 def layer(video, seed, heads=3, width=6, fold=1, dtype=torch.float64, scale=1.0):

@@ -8,6 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mekernels import MotionStatistics, VideoTokens, backends
+from mekernels.diagonal_attention.call import Call
+from mekernels.motion_statistics.sums import Sums
 
 BASE = {"frames": 3, "height": 2, "width": 4, "text": 5, "text_rows": 2, "sampled": 4, "heads": 2, "fold": 1}
 
@@ -18,13 +20,11 @@ def operations(frames, height, width, text, text_rows, sampled, heads, fold):
     statistics = MotionStatistics(video, heads, text_rows=list(range(text_rows)), sampled_rows=sampled)
     query, key = torch.zeros(1, heads, video.length, 8), torch.zeros(1, heads, fold * video.length, 8)
     statistics.update(query[:1], key, torch.zeros(1, heads, video.length), fold=fold)
-    sums, layout = statistics.state_dict(), (frames, height * width, text, text, 0, 1.0, fold)
-    held = (sums["diagonal"], sums["rows"], sums["vision_mass"])
-    index = torch.arange(text_rows + sampled)
+    sums = statistics.state_dict() | {"tokens": torch.arange(text_rows + sampled)}
+    held = Sums(**{name: sums[name] for name in Sums._fields})
+    call = Call.of(query, key, torch.zeros(1, heads, video.length), video, 1.0, fold)
     with FlopCounterMode(display=False) as counter:
-        backends.table("motion_statistics_update")["torch"].run(
-            *held, query, key, torch.zeros(1, heads, video.length), index, *layout
-        )
+        backends.table("motion_statistics_update")["torch"].run(held, call)
     return counter.get_total_flops()
 
 

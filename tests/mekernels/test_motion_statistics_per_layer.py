@@ -8,7 +8,7 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import MotionStatistics, VideoTokens, reference
-from mekernels.ops.square_sums import vision_square_sums
+from mekernels.motion_statistics.square_sums import vision_square_sums
 
 
 def layer(video, seed, heads=3, width=6, fold=1, dtype=torch.float64, scale=1.0):

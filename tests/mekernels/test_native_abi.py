@@ -8,8 +8,10 @@ import pytest
 import torch
 from native_support import CSRC, aligned_bytes, cuda_on_host, needs_library, register
 
-from mekernels import build, native, native_loader
-from mekernels.native_abi import (
+from mekernels import native
+from mekernels.native import build
+from mekernels.native import library as native_loader
+from mekernels.native.library import (
     ABI_VERSION,
     COMMON,
     CPU,

@@ -303,7 +303,7 @@ def test_cuda_does_not_depend_on_the_order_of_threads(monkeypatch):
     from native_support import run_on_host
 
     _, controls = cuda_on_host()
-    monkeypatch.setattr(native, "run", run_on_host)
+    monkeypatch.setattr(native.functions, "run", run_on_host)
     grid_in, grid_out = (4, 9, 11), (7, 13, 37)
     maps, teacher, mask = case(grid_in, grid_out, rows=4)
     diagonal = rand(3, 11, 11, 70, dtype=torch.float32)

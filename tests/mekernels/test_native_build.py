@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from native_support import CSRC
 
-from mekernels import build
-from mekernels.native_abi import CPU, Library
+from mekernels import build as command
+from mekernels.native import build
+from mekernels.native.library import CPU, Library
 
 ROOT = CSRC.parent
 SWITCHES = ["MEKERNELS_CUDA", "MEKERNELS_NATIVE", "MEKERNELS_CUDA_ARCHS", "MEKERNELS_CXXFLAGS"]
@@ -109,16 +110,16 @@ def test_architectures(monkeypatch, tmp_path):
 
 def test_the_command_line(monkeypatch, tmp_path, capsys):
     made = {"cpu": {"built": True}}
-    monkeypatch.setattr(build, "build", lambda **options: made)
-    assert build.main([]) == 0
+    monkeypatch.setattr(command, "build", lambda **options: made)
+    assert command.main([]) == 0
     made["cpu"]["built"] = False
-    assert build.main([]) == 1
+    assert command.main([]) == 1
 
     def refuse(**options):
         raise build.BuildError("MEKERNELS_CUDA=1, but")
 
-    monkeypatch.setattr(build, "build", refuse)
-    assert build.main(["-v"]) == 1
+    monkeypatch.setattr(command, "build", refuse)
+    assert command.main(["-v"]) == 1
     assert capsys.readouterr().err == "error: MEKERNELS_CUDA=1, but\n"
 
 

@@ -9,7 +9,7 @@ from native_support import needs_library
 
 import mekernels
 from mekernels import BackendError, VideoTokens, reference, use_backend
-from mekernels.ops.align_rows import align_rows
+from mekernels.align_rows import align_rows
 
 GRIDS = [((2, 3, 4), (3, 5, 7)), ((4, 6, 9), (2, 3, 4)), ((3, 4, 5), (3, 4, 5))]
 
@@ -79,12 +79,12 @@ def test_align_rows_in_double_precision(grid_in, grid_out):
 def test_opcheck(dtype):
     student, teacher, mask = case((2, 3, 4), (3, 5, 7), dtype)
     ops = torch.ops.mekernels
-    arguments = ([2, 3, 4], [3, 5, 7], True, "auto")
+    arguments = ([2, 3, 4], [3, 5, 7], True)
     torch.library.opcheck(ops.align_rows.default, (student.requires_grad_(), teacher, mask, *arguments))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     torch.library.opcheck(
         ops.align_rows_backward.default,
-        (torch.ones((), dtype=wide), rand(2, 3, dtype=wide), rand(2, 3, 24, dtype=wide), "auto"),
+        (torch.ones((), dtype=wide), rand(2, 3, dtype=wide), rand(2, 3, 24, dtype=wide)),
     )
 
 
@@ -92,7 +92,7 @@ def test_opcheck(dtype):
 def test_nothing_is_kept_when_no_gradient_is_wanted():
     student, teacher, mask = case((2, 3, 4), (3, 5, 7), torch.float32)
     expected = align_rows(student, teacher, (2, 3, 4), (3, 5, 7), mask)
-    outputs = torch.ops.mekernels.align_rows(student, teacher, mask, [2, 3, 4], [3, 5, 7], False, "native")
+    outputs = torch.ops.mekernels.align_rows_native(student, teacher, mask, [2, 3, 4], [3, 5, 7], False)
     assert torch.equal(outputs[0], expected)
     assert outputs[2].numel() == 0
 
@@ -155,10 +155,10 @@ def test_the_other_ops_match_their_composites(dtype):
 @needs_library
 def test_auto_takes_the_native_library_and_leaves_float64_to_torch(monkeypatch):
     used = []
-    from mekernels import native
+    from mekernels.native import functions
 
-    real = native.run
-    monkeypatch.setattr(native, "run", lambda name, *rest: (used.append(name), real(name, *rest))[1])
+    real = functions.run
+    monkeypatch.setattr(functions, "run", lambda name, *rest: (used.append(name), real(name, *rest))[1])
     for dtype in (torch.float64, torch.float32):
         student, teacher, mask = case((2, 3, 4), (3, 5, 7), dtype)
         student.requires_grad_()

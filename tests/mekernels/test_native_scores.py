@@ -155,7 +155,7 @@ def test_half_precision_is_read_exactly(target):  # noqa: F811
     """Every finite half, subnormals included: one value a token."""
     for dtype in (torch.float16, torch.bfloat16):
         values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-        values = values[values.isfinite()][:: 211 if native.run is run_on_host else 1, None]
+        values = values[values.isfinite()][:: 211 if native.functions.run is run_on_host else 1, None]
         assert torch.equal(native.token_motion_scores(values.to(target), 1).cpu(), values[:, 0].float())
         special = torch.tensor([[math.inf], [-math.inf]], dtype=dtype)
         assert native.token_motion_scores(special.to(target), 1).tolist() == [math.inf, -math.inf]

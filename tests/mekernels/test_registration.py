@@ -5,7 +5,7 @@ import torch
 from kernel_support import rand, randn
 
 import mekernels
-from mekernels import VideoTokens, reference
+from mekernels import VideoTokens, backends, reference
 
 VIDEO = VideoTokens(2, 2, 2, text=3)
 
@@ -26,14 +26,14 @@ def rows_arguments(dtype, grad, index):
         *query_key(dtype, grad),
         rows,
         columns,
+        mask,
+        None,
         0,
         0 if index else 5,
         0.4,
         True,
-        mask,
         fold,
         index,
-        "auto",
     )
 
 
@@ -42,7 +42,7 @@ def statistics_arguments(dtype):
     wide = mekernels.checks.accumulate_dtype(dtype)
     lse = reference.logsumexp(query.double(), key.double()).to(wide)
     sums = [torch.zeros(size, dtype=wide) for size in ((2, 2, 2, 4), (2, 5, 8), (2, 8))]
-    return (*sums, query, key, lse, torch.tensor([0, 2, 4, 6, 9]), 2, 4, 3, 3, 0, 0.4, 1, "auto")
+    return (*sums, torch.tensor([0, 2, 4, 6, 9]), query, key, lse, 2, 4, 3, 3, 0, 0.4, 1)
 
 
 def cases(dtype):
@@ -59,22 +59,25 @@ def cases(dtype):
         "flash_attention": (*(t.clone().requires_grad_() for t in (query, key, key)), 0.4, True),
         "flash_attention_backward": (torch.ones_like(out), query, key, key, out, total, 0.4, True),
         "attention_rows": rows_arguments(dtype, True, True),
-        "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *chosen[:-1], *row_sums, "auto"),
-        "diagonal_attention": (query, torch.cat([key, key], 1), lse, 2, 4, 0, 0.4, 1, "auto"),
+        "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *row_sums, *chosen),
+        "diagonal_attention": (query, torch.cat([key, key], 1), lse, 2, 4, 0, 0, 0, 0.4, 1),
         "motion_statistics_update": statistics_arguments(dtype),
-        "motion_scores": (rand(2, 3, 3, 5, dtype=dtype), *rand(2, 2, dtype=dtype), "auto"),
-        "token_motion_scores": (rand(3, 8, dtype=dtype), 2, "auto"),
-        "resample_rows": (maps.requires_grad_(), [2, 2, 2], [3, 2, 2], True, "auto"),
-        "resample_rows_backward": (target, maps.detach(), sums, [2, 2, 2], [3, 2, 2], True, "auto"),
-        "row_l2_loss": (maps, rand(2, 3, 8, seed=1, dtype=dtype).requires_grad_(), mask, "auto"),
-        "row_l2_loss_backward": (wide_one(wide), maps.detach(), maps.detach(), sums, sums, "auto"),
-        "align_rows": (maps, rand(2, 3, 12, dtype=dtype), mask, [2, 2, 2], [3, 2, 2], True, "auto"),
-        "align_rows_backward": (wide_one(wide), sums, rand(2, 3, 8, dtype=wide), "auto"),
+        "motion_scores": (rand(2, 3, 3, 5, dtype=dtype), *rand(2, 2, dtype=dtype)),
+        "token_motion_scores": (rand(3, 8, dtype=dtype), 2),
+        "resample_rows": (maps.requires_grad_(), [2, 2, 2], [3, 2, 2], True),
+        "resample_rows_backward": (target, maps.detach(), sums, [2, 2, 2], [3, 2, 2], True),
+        "row_l2_loss": (maps, rand(2, 3, 8, seed=1, dtype=dtype).requires_grad_(), mask),
+        "row_l2_loss_backward": (wide_one(wide), maps.detach(), maps.detach(), sums, sums),
+        "align_rows": (maps, rand(2, 3, 12, dtype=dtype), mask, [2, 2, 2], [3, 2, 2], True),
+        "align_rows_backward": (wide_one(wide), sums, rand(2, 3, 8, dtype=wide)),
     }
 
 
 def wide_one(dtype):
     return torch.ones((), dtype=dtype)
+
+
+TWINS = ("", "_torch", "_native", "_triton")
 
 
 @pytest.mark.parametrize("name", list(cases(torch.float32)))
@@ -87,7 +90,31 @@ def test_every_registered_op_is_checked():
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "mekernels::" in name
     }
-    assert registered == set(cases(torch.float32))
+    flash = {"flash_attention", "flash_attention_backward"}
+    names = set(cases(torch.float32)) - flash
+    assert registered == flash | {name + twin for name in names for twin in TWINS}
+
+
+@pytest.mark.parametrize("name", [name for name in cases(torch.float32) if "flash" not in name])
+def test_the_backend_is_no_argument(name):
+    schemas = {str(getattr(torch.ops.mekernels, name + twin).default._schema) for twin in TWINS}
+    assert len({schema.partition("(")[2] for schema in schemas}) == 1
+    assert not any("backend" in schema or "str " in schema for schema in schemas)
+    torch.library.opcheck(getattr(torch.ops.mekernels, f"{name}_torch").default, cases(torch.float32)[name])
+
+
+def test_a_compiled_backward_keeps_the_backend_of_the_forward(monkeypatch):
+    used = []
+    original = backends.dispatch
+    monkeypatch.setattr(
+        backends, "dispatch", lambda op, name, *args: used.append((op, name)) or original(op, name, *args)
+    )
+    compiled = torch.compile(mekernels.row_l2_loss, fullgraph=True, backend="aot_eager")
+    student = rand(1, 2, 8, dtype=torch.float32).requires_grad_()
+    with mekernels.use_backend("torch"):
+        result = compiled(student, torch.zeros(1, 2, 8))
+    result.backward()
+    assert used[-2:] == [("row_l2_loss", "torch"), ("row_l2_loss_backward", "torch")]
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from mekernels import launch as common
 from mekernels import resources
-from mekernels.kernels import common
 
 COMPILES = (
     importlib.util.find_spec("triton") is not None
@@ -57,19 +57,20 @@ def test_too_much_shared_memory_is_caught(gate, capability, limit):
 
 
 def test_a_kernel_without_a_gate_is_caught(monkeypatch):
-    module = importlib.import_module("mekernels.kernels.motion_statistics")
+    module = importlib.import_module("mekernels.motion_statistics.plan")
     monkeypatch.setattr(module, "gates", list)
-    assert f"{module.__name__}.motion_statistics_kernel" in resources.ungated()
+    assert "mekernels.motion_statistics.triton.motion_statistics_kernel" in resources.ungated()
 
 
 @pytest.mark.parametrize("name", ["diagonal_attention", "motion_statistics"])
 def test_offsets_have_64_bits_where_a_model_is_large(name, monkeypatch):
     """90,000 tokens of 48 heads: all offsets but those into the list of rows are 64-bit."""
     monkeypatch.setattr(common, "SHAPES", {"large": common.Shape(48, 128, 25, 3600, 300)})
-    for gate in importlib.import_module(f"mekernels.kernels.{name}").gates():
+    for gate in importlib.import_module(f"mekernels.{name}.plan").gates():
         if " large " not in gate.name:
             continue
-        wide = [value for value in gate.launch.arguments.values() if isinstance(value, int)]
+        values = gate.launch.arguments.values()
+        wide = [stride for value in values if isinstance(value, tuple) for stride in value]
         assert max(gate.launch.arguments["key"].numel(), *wide) > 2**29
         code = resources.compile_for(gate.launch, 90).asm["ttir"]
         offsets = re.findall(r"tt\.addptr .* : (\S+), (\S+) loc", code)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mekernels.kernels import common
+from mekernels import launch as common
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in HERE.glob("test_triton_*.py") if path.name != Path(__file__).name)

@@ -11,7 +11,7 @@ from kernel_support import assert_error_rule, randn, strided
 
 import mekernels
 from mekernels import backends, reference
-from mekernels.kernels import common
+from mekernels import launch as common
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(bool(common.machine()), reason="; ".join(common.
 @pytest.fixture(autouse=True)
 def wide_grid(monkeypatch):
     """As if the interpreter had a few multiprocessors, so that the keys are cut."""
-    from mekernels.kernels import attention_rows_plan
+    from mekernels.attention_rows import plan as attention_rows_plan
 
     original = attention_rows_plan.cuts
     monkeypatch.setattr(attention_rows_plan, "cuts", lambda call, programs, *rest: original(call, 1, *rest))
@@ -196,7 +196,7 @@ def test_double_use_accumulates():
 
 
 def test_wide_offsets_give_the_same(monkeypatch):
-    from mekernels.kernels import attention_rows_plan
+    from mekernels.attention_rows import plan as attention_rows_plan
 
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 20, 70, 16, 4, 9, torch.float32, 70)
     wanted = compare(query, key, rows, columns)
@@ -231,8 +231,8 @@ def test_strides_beyond_32_bits():
 def test_operator_checks():
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
-    arguments = (rows.to(DEVICE), columns.to(DEVICE), 0, 0, 0.3, True, None, 1, True, "triton")
-    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (*pair, *arguments))
+    arguments = (rows.to(DEVICE), columns.to(DEVICE), None, None, 0, 0, 0.3, True, 1, True)
+    torch.library.opcheck(torch.ops.mekernels.attention_rows_triton.default, (*pair, *arguments))
 
 
 def test_what_it_cannot_run_is_refused():
@@ -246,7 +246,7 @@ def test_what_it_cannot_run_is_refused():
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
-    from mekernels.kernels import attention_rows_plan
+    from mekernels.attention_rows import plan as attention_rows_plan
 
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     monkeypatch.setattr(attention_rows_plan, "forward", None)

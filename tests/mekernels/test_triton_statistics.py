@@ -11,7 +11,7 @@ from kernel_support import assert_error_rule, randn, strided
 
 import mekernels
 from mekernels import MotionStatistics, VideoTokens, backends, diagonal_attention, reference
-from mekernels.kernels import common
+from mekernels import launch as common
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])
@@ -117,9 +117,9 @@ def test_sums_of_any_strides(order):
 
     held = sums(order)
     layout = (frames, positions, 4, 4, 0, 0.25, 1)
-    torch.ops.mekernels.motion_statistics_update(*held, query, key, lse, index, *layout, "triton")
+    torch.ops.mekernels.motion_statistics_update_triton(*held, index, query, key, lse, *layout)
     wanted = sums((0, 1, 2, 3))
-    torch.ops.mekernels.motion_statistics_update(*wanted, query, key, lse, index, *layout, "torch")
+    torch.ops.mekernels.motion_statistics_update_torch(*wanted, index, query, key, lse, *layout)
     for actual, expected in zip(held, wanted, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -238,13 +238,13 @@ def test_opcheck(op):
     video = VideoTokens(2, 2, 2, text=3)
     inputs = case(video)
     if op == "diagonal_attention":
-        arguments = (*inputs, 2, 4, 3, 0.25, 1, "triton")
+        arguments = (*inputs, 2, 4, 3, 3, 0, 0.25, 1)
     else:
         sizes = ((2, 2, 2, 4), (2, 5, 8), (2, 8))
         index = torch.tensor([0, 2, 4, 6, 9], device=DEVICE)
         sums = [torch.zeros(size, device=DEVICE) for size in sizes]
-        arguments = (*sums, *inputs, index, 2, 4, 3, 3, 0, 0.25, 1, "triton")
-    torch.library.opcheck(getattr(torch.ops.mekernels, op).default, arguments)
+        arguments = (*sums, index, *inputs, 2, 4, 3, 3, 0, 0.25, 1)
+    torch.library.opcheck(getattr(torch.ops.mekernels, f"{op}_triton").default, arguments)
 
 
 def test_compiled_without_a_graph_break():

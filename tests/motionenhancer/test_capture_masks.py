@@ -25,9 +25,10 @@ from vlm_support import (
 )
 
 import mekernels
-from motionenhancer.vlm import capture_attention, layer_rows
+from mekernels.attention_rows import composite
+from mekernels.attention_rows.composite import layer_attention_rows
+from motionenhancer.vlm import capture_attention
 from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, implementation_name, read_mask
-from motionenhancer.vlm.layer_rows import RowMask, layer_attention_rows, select_columns
 
 
 def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -303,8 +304,8 @@ def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
         return pick(maps, every, columns)
 
     def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        ready = RowMask.of(mask if kind == "bool" else bias, rows, torch.float64)
-        return select_columns(layer_attention_rows([query], [key], ready, softmax_scale=0.3), columns)
+        given = mask if kind == "bool" else bias
+        return layer_attention_rows([query], [key], rows, columns, mask=given, softmax_scale=0.3)
 
     torch.testing.assert_close(read(query, key), whole(query, key))
     assert torch.autograd.gradcheck(read, (query, key))
@@ -316,7 +317,7 @@ def test_layers_together_are_the_layers_apart(
     monkeypatch: pytest.MonkeyPatch, room: int, heads_apart: bool
 ) -> None:
     """However few scores are computed at a time; some keys that no row sees, a row that sees none."""
-    monkeypatch.setattr(layer_rows, "CHUNK_SCORES", room)
+    monkeypatch.setattr(composite, "CHUNK_ELEMENTS", room)
     generator = torch.Generator().manual_seed(room)
     batch, groups, width, n, d, layers = 2, 2, 2, 9, 4, 3
     heads = groups * width
@@ -331,9 +332,6 @@ def test_layers_together_are_the_layers_apart(
     mask = torch.rand(batch, heads if heads_apart else 1, 3, n, generator=generator) < 0.6
     mask[..., 0], mask[..., 7:] = False, False
     mask[1, :, 1] = False
-    ready = RowMask.of(mask, rows, torch.float64)
-    assert ready.keys[0] >= 1
-    assert ready.keys[1] <= 7
 
     def whole(*tensors: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -345,7 +343,7 @@ def test_layers_together_are_the_layers_apart(
         return total
 
     def read(*tensors: torch.Tensor) -> torch.Tensor:
-        return layer_attention_rows(tensors[:layers], tensors[layers:], ready)
+        return layer_attention_rows(tensors[:layers], tensors[layers:], rows, mask=mask)
 
     given = (*queries, *keys)
     torch.testing.assert_close(read(*given), whole(*given))
@@ -381,6 +379,5 @@ def test_masked_rows_agree_with_the_kernel() -> None:
     query, key = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
     rows, columns = torch.tensor([[3, 11], [0, -1]]), slice(2, 9)
     mask = (torch.arange(12) <= rows[..., None])[:, None]
-    ready = RowMask.of(mask, rows, torch.float32)
-    found = select_columns(layer_attention_rows([query], [key], ready), columns)
+    found = layer_attention_rows([query], [key], rows, columns, mask=mask)
     torch.testing.assert_close(found, mekernels.attention_rows(query, key, rows, columns, causal=True))

@@ -1,0 +1,52 @@
+"""What one call of ``attention_rows`` is given, once its arguments are checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """The arguments that schema, backends and kernels share; see :func:`mekernels.attention_rows`."""
+
+    query: Tensor
+    key: Tensor
+    rows: Tensor
+    columns: Tensor | None
+    """(B, C) int64; None where the columns are those from ``start`` to ``stop``."""
+    key_mask: Tensor | None
+    key_range: Tensor | None
+    start: int
+    stop: int
+    softmax_scale: float
+    causal: bool
+    fold: int
+    mean: bool
+
+    @property
+    def width(self) -> int:
+        """Chosen columns."""
+        return self.stop - self.start if self.columns is None else self.columns.shape[1]
+
+    @property
+    def own(self) -> int:
+        """Keys of one part."""
+        return self.key.shape[2] // self.fold
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def stacked(self) -> int:
+        """Rows of all query heads that share a key head."""
+        return self.rows.shape[1] * self.groups
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """(B, R, C), or (B, Hq, R, C) without the mean."""
+        batch, heads = self.query.shape[:2]
+        inner = (self.rows.shape[1], self.width)
+        return (batch, *inner) if self.mean else (batch, heads, *inner)

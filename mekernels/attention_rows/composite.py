@@ -1,0 +1,473 @@
+"""``attention_rows`` in plain torch, of one layer or of several at once: the CPU path, and any device's.
+
+Layers that share rows and masks are read together: a small model's layer costs less than the dozens of calls
+that reading it alone would take. What is held is a block of about :data:`CHUNK_ELEMENTS` scores, where one
+row of one key head allows it; the backward computes the blocks again.
+
+Every layer lies first in the tensors here: (L, B, Hk, G, R, Nk), G query heads a key head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .call import Call
+
+CHUNK_ELEMENTS = 1 << 20
+"""Scores computed at a time."""
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of the op: attention, the rows' logsumexp and its rest."""
+    out, lse, rest = _Layers.of_call(call).read()
+    return out.view(call.out_shape), lse[0], rest[0]
+
+
+def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The backward of the op. It needs no logsumexp: a block holds whole rows."""
+    grad_query, grad_key = (
+        torch.zeros_like(call.query),
+        torch.zeros_like(call.key, dtype=_wide(call.key.dtype)),
+    )
+    layers = _Layers.of_call(call)
+    grad_picked = layers.gradients(grad[:, None] if call.mean else grad, grad_key[None])
+    _add_rows(grad_query[None], grad_picked, layers.reading.rows)
+    return grad_query, grad_key.to(call.key.dtype)
+
+
+def layer_attention_rows(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    rows: Tensor,
+    columns: Tensor | slice = slice(None),
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Attention rows of several layers, mean over the heads and summed over the layers.
+
+    The backward keeps of each layer its keys, and the queries of the chosen rows.
+
+    Args:
+        queries: for each layer (B, Hq, N, D), floating point, one shape for all.
+        keys: for each layer (B, Hk, N, D); Hk divides Hq.
+        rows: (B, R) int64 query positions; -1 is padding and gives zeros.
+        columns: (B, C) int64 key positions, -1 gives zeros; or a slice of step 1.
+        softmax_scale: factor on the scores, 1 / sqrt(D) by default.
+        causal, key_mask, key_range: as in :func:`mekernels.attention_rows`. All limits hold together.
+        mask: (B, 1 or Hq, R, N), bool (True where a key may be seen), or float that is added to the scores.
+            Blocked entries of a float mask are -inf or the lowest number of the dtype.
+        dtype: queries and keys are rounded to it first; not at all by default.
+
+    Returns:
+        (B, R, C), float64 for float64 input and float32 otherwise; differentiable once in queries and keys. A
+        row that may see no key is zero.
+
+    Example:
+        >>> query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+        >>> read = layer_attention_rows([query, query], [key, key], torch.tensor([[2]]), causal=True)
+        >>> round(float(read.sum()), 4)
+        2.0
+    """
+    index, start, stop = None if isinstance(columns, slice) else columns, 0, 0
+    if isinstance(columns, slice):
+        start, stop, _ = columns.indices(keys[0].shape[2])
+    scale = checks.scale(softmax_scale, queries[0].shape[3])
+    limits, columns_of = (key_mask, key_range), (start, max(start, stop))
+    call = Call(queries[0], keys[0], rows, index, *limits, *columns_of, scale, causal, 1, True)
+    return _LayerRows.apply(_reading(call, mask), dtype or keys[0].dtype, len(queries), *queries, *keys)
+
+
+class _LayerRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reading: _Reading, kind: torch.dtype, count: int, *tensors: Tensor) -> Tensor:
+        queries, keys = tensors[:count], tensors[count:]
+        picked = [_picked(query, reading.rows) for query in queries]
+        ctx.save_for_backward(*picked, *keys)
+        ctx.options = reading, kind, queries[0].shape[2]
+        return _Layers(picked, keys, reading, kind).read()[0][:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        reading, kind, length = ctx.options
+        count = len(ctx.saved_tensors) // 2
+        picked, keys = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        (batch, heads, _, width), dtype = picked[0].shape, _wide(kind)
+        grad_keys = keys[0].new_zeros(count, *keys[0].shape, dtype=dtype)
+        grad_picked = _Layers(picked, keys, reading, kind).gradients(grads[0][:, None], grad_keys)
+        # Strided as the queries of a model are, which come from (B, N, Hq, D).
+        size = (count, batch, length, heads, width)
+        grad_queries = picked[0].new_zeros(size, dtype=dtype).transpose(2, 3)
+        _add_rows(grad_queries, grad_picked, reading.rows)
+        grad_queries, grad_keys = grad_queries.to(picked[0].dtype), grad_keys.to(keys[0].dtype)
+        return (None, None, None, *grad_queries.unbind(0), *grad_keys.unbind(0))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return checks.accumulate_dtype(dtype)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _may_hold_nan(values: Tensor) -> bool:
+    """Whether the rare path must be taken; to look would stall any device but the CPU."""
+    return values.device.type != "cpu" or not bool(values.isfinite().all())
+
+
+def _picked(query: Tensor, rows: Tensor) -> Tensor:
+    """(B, Hq, R, D) queries of the (B, R) rows, none of which may be negative."""
+    if len(rows) == 1:
+        return query.index_select(2, rows[0])
+    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)
+
+
+def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
+    """Add (L, B, Hq, R, D) to the chosen rows of (L, B, Hq, N, D)."""
+    for sample, row in enumerate(rows):
+        added = grad_picked[:, sample]
+        if target.dtype != added.dtype:
+            # Equal rows are added in full precision first.
+            row, place = row.unique(return_inverse=True)
+            total = added.new_zeros(*added.shape[:2], len(row), added.shape[3])
+            added = total.index_add_(2, place, added).to(target.dtype)
+        target[:, sample].index_add_(2, row, added)
+
+
+class _Reading(NamedTuple):
+    """Which rows and columns are read, and which keys the rows see: the same for all layers."""
+
+    rows: Tensor
+    """(B, R) query positions, 0 where there is no row."""
+    valid: Tensor | None
+    """(B, R) whether there is a row; None where every place is known to hold one."""
+    limits: Tensor | None
+    """(B, R, 2) first and one past the last position of each part of the keys that a row sees."""
+    key_mask: Tensor | None
+    """(B, Nk) whether a key may be seen."""
+    mask: Tensor | None
+    """(B, 1 or Hq, R, Nk) bool, or float that is added to the scores."""
+    window: slice
+    """The keys that are read; no row sees another."""
+    columns: slice
+    """Positions of a part that are read."""
+    listed: Tensor | None
+    """(B, C) chosen columns, counted from the first of ``columns``, negative where there is none."""
+    softmax_scale: float
+    fold: int
+    mean: bool
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Where ``columns`` and the window overlap, counted from the first of either."""
+        first = 0 if self.fold > 1 else self.window.start
+        end = self.columns.stop if self.fold > 1 else self.window.stop
+        low = min(max(self.columns.start, first), self.columns.stop)
+        high = max(low, min(self.columns.stop, end))
+        start = self.columns.start
+        return slice(low - start, high - start), slice(low - first, high - first)
+
+    def bias(self, samples: slice, rows: slice, dtype: torch.dtype) -> Tensor | None:
+        """(b, 1 or Hq, r, n), added to the scores of the window; -inf where a key is hidden."""
+        hidden = []
+        if self.valid is not None:
+            hidden.append(~self.valid[samples, None, rows, None])
+        if self.limits is not None:
+            limits = self.limits[samples, None, rows]
+            window, device = self.window, limits.device
+            length = (window.stop - window.start) // self.fold
+            position = torch.arange(window.start, window.start + length, device=device).repeat(self.fold)
+            hidden.append((position < limits[..., :1]) | (position >= limits[..., 1:]))
+        if self.key_mask is not None:
+            hidden.append(~self.key_mask[samples, None, None, self.window])
+        bias: Tensor | float = 0.0
+        if self.mask is not None:
+            mask = self.mask[samples, :, rows, self.window]
+            hidden.append(~_allowed(mask))
+            bias = 0.0 if mask.dtype == torch.bool else mask.to(dtype)
+        if not hidden:
+            return None
+        blocked = functools.reduce(torch.bitwise_or, hidden)
+        bias = torch.where(blocked, -math.inf, bias).to(dtype)
+        return bias.expand(*bias.shape[:3], self.window.stop - self.window.start)
+
+    def chosen(self, dense: Tensor, samples: slice) -> Tensor:
+        """Of (b, h, r, columns) those that are listed."""
+        if self.listed is None:
+            return dense
+        index = self.listed[samples, None, None]
+        found = dense.gather(-1, index.clamp(min=0).expand(*dense.shape[:-1], -1))
+        return found.masked_fill_(index < 0, 0)
+
+    def spread(self, grad: Tensor, samples: slice) -> Tensor:
+        """The transpose of :meth:`chosen`; equal columns are added."""
+        if self.listed is None:
+            return grad
+        index = self.listed[samples]
+        grad = grad.masked_fill(index[:, None, None] < 0, 0)
+        dense = grad.new_zeros(*grad.shape[:-1], self.columns.stop - self.columns.start)
+        for one, place, given in zip(dense, index.clamp(min=0), grad, strict=True):
+            one.index_add_(-1, place, given)
+        return dense
+
+
+def _reading(call: Call, mask: Tensor | None = None) -> _Reading:
+    rows, own, queries = call.rows, call.own, call.query.shape[2]
+    valid = (rows >= 0) & (rows < queries)
+    limits, first, end = call.key_range, 0, call.key.shape[2]
+    if call.causal:
+        last = rows + (1 + own - queries)
+        limits = torch.stack(
+            [torch.zeros_like(last), last]
+            if limits is None
+            else [limits[..., 0], limits[..., 1].minimum(last)],
+            -1,
+        )
+    start, stop, index = call.start, call.stop, call.columns
+    if index is not None:
+        index, start, stop = index.masked_fill((index < 0) | (index >= own), -1), 0, own
+    rows = torch.where(valid, rows, 0)
+    # Elsewhere reading values would stall the device.
+    if rows.device.type == "cpu":
+        first, end = _window(call, valid, limits, mask)
+        if index is not None:
+            start = int(torch.where(index < 0, own, index).min()) if index.numel() else 0
+            stop = int(index.max()) + 1 if index.numel() else 0
+            start = min(start, stop)
+            index = index - start
+    known = None if rows.device.type == "cpu" and bool(valid.all()) else valid
+    options = (call.softmax_scale, call.fold, call.mean)
+    return _Reading(
+        rows, known, limits, call.key_mask, mask, slice(first, end), slice(start, stop), index, *options
+    )
+
+
+def _window(call: Call, valid: Tensor, limits: Tensor | None, mask: Tensor | None) -> tuple[int, int]:
+    """Bounds of the keys that any row sees."""
+    first, end = 0, call.key.shape[2]
+    if call.fold > 1:
+        return first, end
+    if limits is not None:
+        low, high = limits.unbind(-1)
+        seeing = valid & (low < high)
+        some = bool(seeing.any())
+        first = max(0, int(torch.where(seeing, low, end).min())) if some else end
+        end = min(end, int(torch.where(seeing, high, 0).max())) if some else 0
+    for seen in (call.key_mask, None if mask is None else _allowed(mask)):
+        if seen is not None:
+            places = seen.flatten(0, -2).any(0).nonzero()
+            first = max(first, int(places[0])) if len(places) else end
+            end = min(end, int(places[-1]) + 1) if len(places) else first
+    return first, max(first, end)
+
+
+class _Part(NamedTuple):
+    """What is computed at a time, beside the samples and rows of a block."""
+
+    samples: slice
+    rows: slice
+    layers: slice
+    groups: slice
+
+
+def _cuts(size: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+class _Layers:
+    """The chosen rows' queries and all keys of some layers, and what is read of them.
+
+    Args:
+        picked: for each layer (B, Hq, R, D).
+        keys: for each layer (B, Hk, Nk, D).
+        reading: what is read.
+        kind: queries and keys are rounded to this dtype first.
+    """
+
+    def __init__(
+        self, picked: Sequence[Tensor], keys: Sequence[Tensor], reading: _Reading, kind: torch.dtype
+    ) -> None:
+        self.picked, self.keys, self.reading, self.kind = picked, keys, reading, kind
+        self.dtype = _wide(kind)
+        self.batch, self.heads, self.rows, self.width = picked[0].shape
+        self.groups = keys[0].shape[1]
+        self.members = self.heads // self.groups
+
+    @classmethod
+    def of_call(cls, call: Call) -> _Layers:
+        """The one layer of a call of the op."""
+        reading = _reading(call)
+        return cls([_picked(call.query, reading.rows)], [call.key], reading, call.key.dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, slice, list[_Part]]]:
+        """Samples and rows that share a bias, and the parts of layers and heads to compute for them.
+
+        Layers are cut, or where one is too large its samples, its key heads, its rows.
+        """
+        window = self.reading.window
+        room = CHUNK_ELEMENTS // max(1, self.members * (window.stop - window.start))
+        steps = []
+        for size in (self.rows, self.groups, self.batch, len(self.keys)):
+            steps.append(max(1, min(size, room)))
+            room //= max(1, size)
+        for samples in _cuts(self.batch, steps[2]):
+            for rows in _cuts(self.rows, steps[0]):
+                inner = [
+                    _Part(samples, rows, layers, groups)
+                    for layers in _cuts(len(self.keys), steps[3])
+                    for groups in _cuts(self.groups, steps[1])
+                ]
+                yield samples, rows, inner
+
+    def members_of(self, groups: slice) -> slice:
+        """Query heads of some key heads."""
+        return slice(groups.start * self.members, groups.stop * self.members)
+
+    def of_heads(self, values: Tensor, groups: slice) -> Tensor:
+        """(b, 1 or Hq, r, ..) as (1, b, 1 or h, 1 or G, r, ..)."""
+        if values.shape[1] == 1:
+            return values[None, :, :, None]
+        return values.unflatten(1, (self.groups, self.members))[None, :, groups]
+
+    def factors(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """(l * b * h, G * r, D) scaled queries and (l * b * h, n, D) keys."""
+        query = _stacked(self.picked[part.layers])[:, part.samples, self.members_of(part.groups), part.rows]
+        key = _stacked(self.keys[part.layers])[:, part.samples, part.groups, self.reading.window]
+        if self.reading.valid is not None:
+            query = query.masked_fill(~self.reading.valid[None, part.samples, None, part.rows, None], 0)
+        query = query.to(self.kind).to(self.dtype) * self.reading.softmax_scale
+        key = key.to(self.kind).to(self.dtype)
+        key_mask = self.reading.key_mask
+        if key_mask is not None and _may_hold_nan(key.sum()):
+            # A key that is masked is never read: zero times NaN would be NaN in the gradient of a query.
+            seen = key_mask[None, part.samples, None, self.reading.window, None]
+            key = key.masked_fill(~seen, 0)
+        size = key.shape[0] * key.shape[1] * key.shape[2]
+        return query.reshape(size, -1, self.width), key.reshape(size, -1, self.width)
+
+    def weights(self, part: _Part, bias: Tensor | None, query: Tensor, key: Tensor) -> _Weights:
+        """(l, b, h, G, r, n) exponentials of the scores above the largest of a row, and the rows' sums."""
+        rows, samples = part.rows.stop - part.rows.start, part.samples.stop - part.samples.start
+        size = (-1, samples, part.groups.stop - part.groups.start, self.members, rows, key.shape[1])
+        scores = torch.bmm(query, key.mT).view(size)
+        if bias is not None:
+            bias = self.of_heads(bias, part.groups)
+            scores += bias
+        top = scores.amax(-1, keepdim=True)
+        if bias is not None and _may_hold_nan(top.masked_fill(top == -math.inf, 0)):
+            # Minus infinity does not hide NaN or infinity.
+            scores.masked_fill_(bias == -math.inf, -math.inf)
+            top = scores.amax(-1, keepdim=True)
+        top.masked_fill_(top == -math.inf, 0)
+        values = scores.sub_(top).exp_()
+        total = values.sum(-1, keepdim=True)
+        return _Weights(values, torch.where(total == 0, 0, 1 / total), top, total)
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1 or Hq, R, C) attention summed over the layers; the logsumexp of every row and its rest."""
+        reading, device = self.reading, self.keys[0].device
+        width = reading.columns.stop - reading.columns.start
+        count = width if reading.listed is None else reading.listed.shape[1]
+        shape = (self.batch, 1 if reading.mean else self.heads, self.rows)
+        out = torch.zeros(*shape, count, dtype=self.dtype, device=device)
+        lse = out.new_full((len(self.keys), self.batch, self.heads, self.rows), -math.inf)
+        rest = torch.zeros_like(lse)
+        if not (reading.window.stop - reading.window.start) * width:
+            return out, lse, rest
+        written, read = reading.inside
+        for samples, rows, parts in self.blocks():
+            bias = reading.bias(samples, rows, self.dtype)
+            dense = out.new_zeros(*out[samples, :, rows].shape[:3], width)
+            for part in parts:
+                found = self.weights(part, bias, *self.factors(part))
+                mass = found.values.unflatten(-1, (reading.fold, -1))[..., read].mul_(found.share[..., None])
+                # A row that is not finite is so at the columns that it does not see, too.
+                beyond = found.share * 0
+                heads = self.members_of(part.groups)
+                if reading.mean:
+                    dense += beyond.sum((0, 2, 3))[:, None]
+                    dense[..., written] += mass.sum((0, 2, 3, 5))[:, None]
+                else:
+                    dense[:, heads] += beyond.sum(0).flatten(1, 2)
+                    dense[:, heads, :, written] += mass.sum((0, 5)).flatten(1, 2)
+                place = part.layers, samples, heads, rows
+                lse[place], rest[place] = (item.flatten(2, 3) for item in found.logsumexp())
+            out[samples, :, rows] = reading.chosen(dense, samples)
+        return out.div_(self.heads) if reading.mean else out, lse, rest
+
+    def gradients(self, grad: Tensor, grad_keys: Tensor) -> Tensor:
+        """Of the picked queries (L, B, Hq, R, D), given (B, 1 or Hq, R, C); adds to (L, B, Hk, Nk, D)."""
+        reading = self.reading
+        grad_picked = grad.new_zeros((len(self.keys), *self.picked[0].shape), dtype=self.dtype)
+        if not reading.window.stop - reading.window.start:
+            return grad_picked
+        written, read = reading.inside
+        for samples, rows, parts in self.blocks():
+            bias = reading.bias(samples, rows, self.dtype)
+            given = grad[samples, :, rows].to(self.dtype)
+            if reading.mean:
+                given = given / self.heads
+            if reading.valid is not None:
+                given = given.masked_fill(~reading.valid[samples, None, rows, None], 0)
+            given = reading.spread(given, samples)[..., None, written]
+            for part in parts:
+                query, key = self.factors(part)
+                found = self.weights(part, bias, query, key)
+                seen = found.values.unflatten(-1, (reading.fold, -1))[..., read]
+                moved = seen * (self.of_heads(given, part.groups) * found.share[..., None])
+                factor = moved.sum((-2, -1)).unsqueeze(-1).mul_(found.share).neg_()
+                slope = found.values.mul_(factor)
+                seen += moved
+                if bias is not None and _may_hold_nan(factor):
+                    slope.masked_fill_(self.of_heads(bias, part.groups) == -math.inf, 0)
+                slope = slope.view(len(key), -1, key.shape[1])
+                _add_product(grad_keys[part.layers, samples, part.groups, reading.window], slope.mT, query)
+                target = grad_picked[part.layers, samples, self.members_of(part.groups), rows]
+                target.copy_(torch.bmm(slope, key).mul_(reading.softmax_scale).view(target.shape))
+        if reading.valid is not None:
+            grad_picked.masked_fill_(~reading.valid[:, None, :, None], 0)
+        return grad_picked
+
+
+class _Weights(NamedTuple):
+    """What the softmax of some rows is made of: it is ``values`` times ``share``."""
+
+    values: Tensor
+    """Exponentials of the scores above ``top``."""
+    share: Tensor
+    """1 / total, 0 for a row that sees no key."""
+    top: Tensor
+    total: Tensor
+
+    def logsumexp(self) -> tuple[Tensor, Tensor]:
+        """Of each row, without the last axis, and what rounding it has lost."""
+        top, logarithm = self.top[..., 0], self.total[..., 0].log()
+        both = top + logarithm
+        return both, torch.where(both == -math.inf, 0, top - both + logarithm)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _add_product(target: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add the batched product to (l, b, h, n, D)."""
+    flat = target.flatten(0, 2)
+    if flat.data_ptr() == target.data_ptr():
+        flat.baddbmm_(one, other)
+    else:
+        target += torch.bmm(one, other).view(target.shape)

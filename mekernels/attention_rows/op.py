@@ -1,0 +1,211 @@
+"""Chosen rows and columns of an attention map, exact and differentiable, without the map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, launch, reference
+from . import composite
+from .call import Call
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    columns: Tensor | slice,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
+    fold: int = 1,
+    reduce: str = "mean",
+) -> Tensor:
+    """Softmax attention over all allowed keys, read at chosen rows and columns.
+
+    Exact and differentiable next to any attention the model runs: all it needs are the queries and keys that
+    attention was given. The map is never built; rows x keys is the most that is held, and on a GPU less.
+
+    Args:
+        query: (B, Hq, Nq, D), floating point, any strides.
+        key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
+        rows: (B, R) int64 query positions; -1 is padding and gives zeros. Values are checked on the CPU only:
+            elsewhere a position out of range counts as padding.
+        columns: (B, C) int64 key positions, -1 as above, or a slice. With ``fold`` they count in the first
+            part.
+        softmax_scale: factor on the scores, 1 / sqrt(D) by default.
+        causal: row i sees key j of a part of n keys when j <= i + n - Nq: ends aligned, j <= i where the
+            lengths agree.
+        key_mask: (B, Nk) bool, True where a key may be seen.
+        key_range: (B, R, 2) int64, first and one past the last key position each row may see, for instance
+            those of its own sequence in a packed batch. Counted in a part; other limits hold as well.
+        fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
+            own keys.
+        reduce: ``"mean"`` over the heads, or ``"none"``.
+
+    Returns:
+        (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
+        A row that may see no key is zero. Differentiable in query and key, once; the backward recomputes the
+        rows, and is the same from run to run.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
+
+    Source: the student's text-to-vision attention of the paper "MotionEnhancer" (CVPR 2026,
+    arXiv 2606.06853).
+
+    Example:
+        >>> import torch, mekernels
+        >>> query, key = torch.randn(1, 8, 10, 16), torch.randn(1, 2, 10, 16)
+        >>> words = torch.tensor([[7, 9, -1]])
+        >>> mekernels.attention_rows(query, key, words, slice(0, 6), causal=True).shape
+        torch.Size([1, 3, 6])
+
+        As a training signal: pull the two words toward the first key.
+
+        >>> attention = mekernels.attention_rows(query.requires_grad_(), key, words, slice(0, 1))
+        >>> (-attention[:, :2].log().mean()).backward()
+        >>> query.grad[0, 0].abs().sum(-1).nonzero().flatten().tolist()
+        [7, 9]
+    """
+    if isinstance(query, Tensor) and isinstance(key, Tensor):
+        query, key = _autocast(query, key)
+    checks.query_key(query, key)
+    own = checks.fold(fold, key.shape[2])
+    checks.index_tensor("rows", rows, 2, layout="(batch, rows)")
+    checks.same_device("rows", rows, "query", query)
+    checks.shape("rows", rows, (query.shape[0], rows.shape[1]), meaning="(the batch of query, any number)")
+    index, start, stop = _columns(columns, query, own)
+    checks.boolean("causal", causal)
+    if key_mask is not None:
+        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+            kind = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+            raise TypeError(f"key_mask must be a bool torch.Tensor, got {kind}")
+        checks.shape("key_mask", key_mask, (key.shape[0], key.shape[2]), meaning="(batch, keys)")
+        checks.same_device("key_mask", key_mask, "query", query)
+    if key_range is not None:
+        checks.index_tensor("key_range", key_range, 3, layout="(batch, rows, first and end)")
+        checks.shape("key_range", key_range, (*rows.shape, 2), meaning="(batch, rows, first and end)")
+        checks.same_device("key_range", key_range, "query", query)
+    checks.choice("reduce", reduce, ("mean", "none"))
+    scale = checks.scale(softmax_scale, query.shape[3])
+    checks.no_functorch("attention_rows")
+    options = (scale, causal, fold, reduce == "mean")
+    call = Call(query, key, rows, index, key_mask, key_range, start, stop, *options)
+    if backends.active() == "reference":
+        _index_values(call)
+        result = backends.by_reference(
+            reference.attention_rows,
+            query,
+            key,
+            rows,
+            slice(start, stop) if index is None else index,
+            softmax_scale=scale,
+            causal=causal,
+            key_mask=key_mask,
+            key_range=key_range,
+            fold=fold,
+            reduce=reduce,
+        )
+        return result.to(checks.accumulate_dtype(query.dtype))
+    return attention_rows_op(call)[0]
+
+
+def _autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast rotary embeddings may leave one of the two in float32: meet in the autocast dtype."""
+    device = query.device.type
+    if query.dtype != key.dtype and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if query.is_floating_point() and key.is_floating_point():
+            return query.to(dtype), key.to(dtype)
+    return query, key
+
+
+def _columns(columns: Tensor | slice, query: Tensor, own: int) -> tuple[Tensor | None, int, int]:
+    """Columns as an index tensor, or as None with start and stop."""
+    if isinstance(columns, slice):
+        start, stop, step = columns.indices(own)
+        if step == 1:
+            return None, start, max(start, stop)
+        index = torch.arange(start, stop, step, device=query.device)
+        return index.expand(query.shape[0], -1), 0, 0
+    if not isinstance(columns, Tensor):
+        raise TypeError(f"columns must be a slice or an int64 torch.Tensor, got {type(columns).__name__}")
+    checks.index_tensor("columns", columns, 2, layout="(batch, columns)")
+    checks.same_device("columns", columns, "query", query)
+    meaning = "(the batch of query, any number)"
+    checks.shape("columns", columns, (query.shape[0], columns.shape[1]), meaning=meaning)
+    return columns, 0, 0
+
+
+def _index_values(call: Call) -> None:
+    checks.index_values("rows", call.rows, call.query.shape[2])
+    if call.columns is not None:
+        checks.index_values("columns", call.columns, call.own)
+
+
+def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    lse = call.query.new_empty((*call.query.shape[:2], call.rows.shape[1]), dtype=dtype)
+    return call.query.new_empty(call.out_shape, dtype=dtype), lse, torch.empty_like(lse)
+
+
+def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.query), torch.empty_like(call.key)
+
+
+attention_rows_op = backends.Op("attention_rows", _fake, check=_index_values)
+"""(B, R, C) or (B, Hq, R, C) attention, the rows' (B, Hq, R) natural-log logsumexp, and its rest.
+
+Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone is rounded too far.
+"""
+
+attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backward)
+"""Gradients of query and key; ``lse`` and ``rest`` are what the forward returned."""
+
+
+def _save(ctx, call, output) -> None:
+    ctx.settings = call[6:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *call[:6])
+
+
+def _backward(ctx, grad, *_):
+    lse, rest, *tensors = ctx.saved_tensors
+    call = Call(*tensors, *ctx.settings)
+    return attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
+
+
+def _refuse_second_backward(ctx, *_):
+    raise RuntimeError("mekernels.attention_rows can be differentiated once, not twice")
+
+
+attention_rows_op.differentiable(_save, _backward)
+attention_rows_backward_op.differentiable(lambda *_: None, _refuse_second_backward)
+
+
+def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    from . import plan
+
+    return plan.forward(call)
+
+
+def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    from . import plan
+
+    return plan.backward(grad, lse, rest, call)
+
+
+def _triton_reasons(*args) -> list[str]:
+    return launch.reasons(args[-1].query)
+
+
+for name, kernels, plain in (
+    ("attention_rows", _triton, composite.forward),
+    ("attention_rows_backward", _triton_backward, composite.backward),
+):
+    backends.register(name, "triton", kernels, reasons=_triton_reasons, machine=launch.machine)
+    backends.register(name, "torch", plain)

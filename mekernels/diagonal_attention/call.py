@@ -1,0 +1,45 @@
+"""What one call of an op that reads the attention of a video beside its logsumexp is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..layout import VideoTokens
+
+
+class Call(NamedTuple):
+    """The arguments that schema, backends and kernels share; see :func:`mekernels.diagonal_attention`."""
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    frames: int
+    positions: int
+    start: int
+    """The first video token."""
+    text: int
+    """Text keys of each part of the keys."""
+    text_start: int
+    """The first of them."""
+    softmax_scale: float
+    fold: int
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, lse: Tensor, video: VideoTokens, softmax_scale: float, fold: int
+    ) -> Call:
+        """The call for a layout."""
+        layout = (video.frames, video.positions, video.vision_slice.start, video.text, video.text_slice.start)
+        return cls(query, key, lse, *layout, softmax_scale, fold)
+
+    @property
+    def vision(self) -> int:
+        """Video tokens."""
+        return self.frames * self.positions
+
+    @property
+    def own(self) -> int:
+        """Keys of one part."""
+        return self.key.shape[2] // self.fold

@@ -1,0 +1,79 @@
+"""How the kernel of ``diagonal_attention`` is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import launch, resources
+from ..launch import Launch
+from .call import Call
+from .triton import diagonal_attention_kernel
+
+
+def forward(call: Call) -> Tensor:
+    """The op: (B, H, F, F, P)."""
+    query = call.query
+    size = (*query.shape[:2], call.frames, call.frames, call.positions)
+    out = query.new_empty(size, dtype=torch.float32)
+    launch.run(plan(out, call))
+    return out
+
+
+def position_blocks(frames: int, width: int, dtype: torch.dtype, queries: int) -> dict[str, int]:
+    """Tile sizes for about so many queries a program; fewer positions where there are many frames."""
+    block_f = min(16 if dtype == torch.float32 else 32, max(16, launch.power_of_two(frames)))
+    block_d = launch.inner_block(width, dtype)
+    return {"BLOCK_P": max(1, queries // block_f), "BLOCK_F": block_f, "BLOCK_D": block_d}
+
+
+def plan(out: Tensor, call: Call) -> Launch:
+    """The launch that writes out (B, H, F, F, P)."""
+    query, frames, positions = call.query, call.frames, call.positions
+    batch, heads, _, width = query.shape
+    small = width <= 32
+    tile = position_blocks(frames, width, query.dtype, 64 if small or query.dtype == torch.float32 else 128)
+    arguments = {
+        "out": out,
+        "query": query,
+        "key": call.key,
+        "lse": call.lse,
+        "out_strides": out.stride(),
+        "query_strides": query.stride(),
+        "key_strides": call.key.stride(),
+        "lse_strides": call.lse.stride(),
+        "heads": heads,
+        "frames": frames,
+        "positions": positions,
+        "start": call.start,
+        "part_tokens": call.own,
+        "scale": call.softmax_scale,
+        "FOLD": call.fold,
+        "WIDTH": width,
+        **tile,
+    }
+    grid = (batch * heads * launch.cdiv(positions, tile["BLOCK_P"]),)
+    return Launch(
+        diagonal_attention_kernel, grid, arguments, {"num_warps": 4 if small else 8, "num_stages": 2}
+    )
+
+
+def shapes() -> dict[str, launch.Shape]:
+    """Production shapes, and the narrowest and widest heads."""
+    return launch.SHAPES | {f"width {width}": launch.Shape(30, width, 13, 1350, 226) for width in (32, 256)}
+
+
+def gates() -> list[resources.Gate]:
+    """All shapes, one and two key parts."""
+    found = []
+    for name, shape in shapes().items():
+        for dtype in launch.DTYPES:
+            fold = 2 if dtype == torch.bfloat16 else 1
+            query, key, lse = launch.meta_inputs(shape, dtype, fold)
+            size = (1, shape.heads, shape.frames, shape.frames, shape.positions)
+            out = torch.empty(size, device="meta")
+            layout = (shape.frames, shape.positions, shape.text, shape.text, 0)
+            planned = plan(out, Call(query, key, lse, *layout, shape.width**-0.5, fold))
+            label = f"diagonal_attention {name} {str(dtype)[6:]} fold {fold}"
+            found.append(resources.Gate(label, planned, dtype != torch.float32))
+    return found

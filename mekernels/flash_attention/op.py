@@ -1,0 +1,97 @@
+"""Attention with the row logsumexp, from the best flash backend present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from .. import backends, checks, reference
+from . import composite, kernels, packages
+from .call import Call
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention together with the logsumexp of every row.
+
+    Args:
+        query: (B, Hq, Nq, D), floating point, any strides.
+        key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads: query head h reads key head h * Hk // Hq).
+        value: (B, Hk, Nk, Dv).
+        softmax_scale: factor on the scores, 1 / sqrt(D) by default.
+        causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A row that sees nothing gives zeros.
+        backend: ``"auto"``, ``"torch"`` (chunked composite) or ``"reference"``; a kernel of torch:
+            ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``; or one of a package that is
+            installed: ``"flash_attn_3"``, ``"flash_attn"``, ``"xformers"``. Where it is ``"auto"`` the
+            backend of :func:`mekernels.use_backend` holds.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value, and lse
+        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, not differentiable;
+        -inf for a row that sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendError: an explicit backend cannot run the call; the message lists the reasons.
+
+    Source: the logsumexp every flash attention keeps for its backward (Dao et al., FlashAttention, 2022).
+
+    Example:
+        >>> import torch, mekernels
+        >>> query, key, value = torch.randn(3, 1, 2, 10, 16)
+        >>> out, lse = mekernels.flash_attention(query, key, value)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 2, 10, 16]), torch.Size([1, 2, 10]))
+    """
+    checks.query_key(query, key)
+    checks.tensor("value", value, 4, layout="(batch, heads, tokens, width)")
+    checks.same_dtype("value", value, "query", query)
+    checks.same_device("value", value, "query", query)
+    checks.shape("value", value, (*key.shape[:3], value.shape[3]), meaning="(those of key, any width)")
+    checks.boolean("causal", causal)
+    checks.choice("backend", backend, ("auto", "reference", *backends.table("flash_attention")))
+    scale = checks.scale(softmax_scale, query.shape[3])
+    if backend == "auto":
+        backend = backends.active()
+    if backend == "reference":
+        out, lse = backends.by_reference(
+            reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
+        )
+        return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype)).detach()
+    call = Call(query, key, value, scale, causal)
+    if backend == "auto" and kernels.prefers_cudnn(call):
+        backend = "cudnn"
+    out, lse = backends.dispatch("flash_attention", backend, call)
+    return out, lse.detach()
+
+
+def _package(name: str) -> Callable[[], list[str]]:
+    return lambda: list(packages.missing(name))
+
+
+_flash_attn, _xformers = (partial(kernels.package_reasons, name) for name in ("flash_attn", "xformers"))
+for name, run, reasons, machine in (
+    ("cpu_flash", kernels.cpu_flash, kernels.cpu_flash_reasons, list),
+    ("flash_attn_3", packages.flash_attn_3, kernels.hopper_reasons, _package("flash_attn_3")),
+    ("flash", kernels.flash, kernels.flash_reasons, kernels.no_cuda),
+    ("cudnn", kernels.cudnn, kernels.cudnn_reasons, kernels.cudnn_machine),
+    (
+        "flash_attn",
+        packages.flash_attn,
+        partial(kernels.package_reasons, "flash_attn"),
+        _package("flash_attn"),
+    ),
+    ("xformers", packages.xformers, _xformers, _package("xformers")),
+    ("efficient", kernels.efficient, kernels.efficient_reasons, kernels.no_cuda),
+    ("torch", composite.forward, lambda call: [], list),
+):
+    backends.register("flash_attention", name, run, reasons=reasons, machine=machine)

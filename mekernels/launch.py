@@ -1,0 +1,120 @@
+"""What the launchers of all Triton kernels share. Imports no triton, so that it can say that there is none.
+
+The folder of an op has ``triton.py``, its ``@triton.jit`` functions, and ``plan.py`` with two parts:
+functions that turn a call into a :class:`Launch`, the only place where tile sizes are chosen; and
+``gates()``, which plans launches for tensors on the meta device at production shapes, for
+:mod:`mekernels.resources` to compile and judge. Strides go to a kernel as one tuple a tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels read."""
+
+
+class Shape(NamedTuple):
+    """The attention of a real model, at which kernels are compiled and judged."""
+
+    heads: int
+    width: int
+    frames: int
+    positions: int
+    text: int
+
+    @property
+    def length(self) -> int:
+        """All tokens."""
+        return self.text + self.frames * self.positions
+
+
+SHAPES = {
+    "CogVideoX-5B": Shape(48, 64, 13, 30 * 45, 226),
+    "CogVideoX-1.5-5B": Shape(48, 64, 11, 48 * 85, 226),
+    "Wan-14B": Shape(40, 128, 21, 30 * 52, 0),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with everything needed to run or to compile it."""
+
+    kernel: Any
+    """The ``@triton.jit`` function."""
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """Every parameter of the kernel by name, ``tl.constexpr`` ones included."""
+    options: dict[str, int]
+    """Compiler options: num_warps, num_stages."""
+
+
+def run(launch: Launch) -> None:
+    """Start a planned kernel on the device of its tensors; an empty grid does nothing."""
+    if 0 in launch.grid:
+        return
+    device = next(item.device for item in launch.arguments.values() if isinstance(item, Tensor))
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def machine() -> list[str]:
+    """Why this machine can run no Triton kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    if not (interpreted() or torch.cuda.is_available()):
+        return ["no CUDA device (with TRITON_INTERPRET=1 triton runs in its interpreter)"]
+    return []
+
+
+def reasons(query: Tensor) -> list[str]:
+    """Why a kernel cannot take the tensors that ``query`` stands for."""
+    found = []
+    device = query.device
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        found.append(f"runs on cuda, the tensors are on {device}")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        found.append("needs compute capability 8.0 or later")
+    if query.dtype not in DTYPES:
+        found.append(f"needs float16, bfloat16 or float32, got {query.dtype}")
+    if query.dtype == torch.bfloat16 and interpreted():
+        found.append("the interpreter of triton multiplies bfloat16 matrices wrongly")
+    if query.ndim == 4 and query.shape[3] > 256:
+        found.append(f"width {query.shape[3]} is above 256")
+    return found
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(value: int, step: int) -> int:
+    """Steps needed to cover ``value``."""
+    return -(-value // step)
+
+
+def inner_block(width: int, dtype: torch.dtype) -> int:
+    """How much of the head width a tile holds: 64 at most, so that a wide head takes several steps."""
+    if dtype == torch.float32:
+        return 16
+    # 80 takes five steps of 16 rather than two of 64 with half of the second wasted.
+    return next((block for block in (64, 32) if width % block == 0), 64 if width % 16 else 16)
+
+
+def meta_inputs(shape: Shape, dtype: torch.dtype, fold: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and logsumexp of a model on the meta device."""
+    query = torch.empty(1, shape.heads, shape.length, shape.width, dtype=dtype, device="meta")
+    key = torch.empty(1, shape.heads, fold * shape.length, shape.width, dtype=dtype, device="meta")
+    return query, key, torch.empty(1, shape.heads, shape.length, device="meta")

@@ -1,1 +1,0 @@
-"""One file an op: schema, checks, dispatch, autograd, docstring."""
