@@ -13,22 +13,24 @@ import contextlib
 import io
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from motionenhancer.aligner import build_aligner
-from motionenhancer.data import SkipLog, read_samples
-from motionenhancer.dataset import MotionCollator, MotionDataset
-from motionenhancer.extract import make_priors, plan_priors
-from motionenhancer.prior import PriorSettings
-from motionenhancer.store import PriorStore
+from motionenhancer.alignment.aligner import build_aligner
+from motionenhancer.alignment.dataset import MotionCollator, MotionDataset
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.priors.maker import LocalMaker, Made, Stored, make_all
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.requests import request_priors
+from motionenhancer.priors.storage import PriorStore, prior_keys
+from motionenhancer.settings import TrainArguments
+from motionenhancer.students import load_student
+from motionenhancer.teachers import load_teacher, teacher_id
 from motionenhancer.toy.world import build_toy
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.arguments import TrainArguments
-from motionenhancer.vdm import load_teacher, teacher_id
-from motionenhancer.vlm import load_student
 
 BATCH = 8
 
@@ -38,9 +40,12 @@ def trainers(folder: Path) -> tuple[dict[str, MotionTrainer], list[Any]]:
     toy = build_toy(folder / "toy", clips=BATCH, test_clips=1, progress=False)
     samples, skips = list(read_samples(toy.train, toy.videos, SkipLog())), SkipLog()
     store, settings = PriorStore(folder / "priors"), PriorSettings(steps=1)
-    requests = plan_priors(samples, teacher_id(toy.teacher), settings, "both", skips)
-    made = make_priors(requests, store, settings, lambda: load_teacher(toy.teacher, "cpu"), skips)
-    grid = store.read(next(iter(made.keys.values()))).grid
+    name = prior_keys(teacher_id(toy.teacher), settings)
+    pairs = request_priors(samples, "both", skips, name=name, digest=content_digest)
+    maker = Stored(store, LocalMaker(lambda: load_teacher(toy.teacher, "cpu"), settings), name, strict=True)
+    with closing(maker):
+        keys = {s.id: r.key for s, r, made in make_all(pairs, maker) if isinstance(made, Made)}
+    grid = store.read(next(iter(keys.values()))).grid
     kinds: dict[str, dict[str, Any]] = {
         "plain step": {"alignment_weight": 0.0},
         "aligned, identity": {},
@@ -49,7 +54,7 @@ def trainers(folder: Path) -> tuple[dict[str, MotionTrainer], list[Any]]:
     found = {}
     for name, options in kinds.items():
         model, processor, family = load_student(toy.student)
-        dataset = MotionDataset(samples, family, processor, keys=made.keys, store=store, fps=4)
+        dataset = MotionDataset(samples, family, processor, keys=keys, store=store, fps=4)
         settings_of_it = TrainArguments(
             output_dir=str(folder / "out"),
             max_steps=1,

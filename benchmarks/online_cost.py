@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,15 +30,14 @@ from measure.shapes import Teacher, dtype
 from measure.student_model import VIDEO_STUDENTS, Sequence, VideoStudent, sequence, video_student
 from measure.teacher_step import MODELS, Small, _save
 
-from motionenhancer.aligner import align
-from motionenhancer.data import Sample
+from motionenhancer.alignment.aligner import align
 from motionenhancer.data.encode import encode_video
-from motionenhancer.extraction.planning import PriorRequest
-from motionenhancer.online.thread import TeacherThread
-from motionenhancer.prior import MotionPrior, PriorSettings, extract_prior
-from motionenhancer.store import PriorStore
-from motionenhancer.vdm import load_teacher
-from motionenhancer.vlm.capture import capture_attention
+from motionenhancer.priors.maker import LocalMaker
+from motionenhancer.priors.prior import MotionPrior, PriorSettings, extract_prior
+from motionenhancer.priors.requests import PriorRequest
+from motionenhancer.priors.storage import PriorStore
+from motionenhancer.students.capture import capture_attention
+from motionenhancer.teachers import load_teacher
 
 #: Of a single-pass step over a stored-prior step, on a GPU.
 BOUND = 1.3
@@ -70,10 +70,10 @@ class Bench:
         for index, frame in enumerate(shown):
             frame[8:24, index % 8 : index % 8 + 16] = (220, 60, 40)
         encode_video(clip, shown)
-        self.thread = TeacherThread(self.teacher, SINGLE)
-        self.request = PriorRequest(Sample("clip", [], (clip,)), clip, TEXT, "0" * 64)
+        self.maker = LocalMaker(lambda: self.teacher, SINGLE)
+        self.request = PriorRequest(clip, TEXT, "0" * 64)
         self.store = PriorStore(folder / "priors")
-        self.store.write(self.request.key, self.thread.submit(self.request).result().prior)
+        self.store.write(self.request.key, self.maker.submit(self.request).result().prior)
         self.busy: dict[str, list[float]] = {role: [] for role in ROLES}
         self.waited: dict[str, list[float]] = {role: [] for role in ROLES}
         self.ahead: dict[str, MotionPrior] = {}
@@ -96,7 +96,8 @@ class Bench:
             return self.train(self.given, None)
         if role == "stored priors":
             return self.train(self.given, self.store.read(self.request.key))
-        coming = self.thread.submit(self.request, SINGLE if role == "online, single-pass" else FULL)
+        settings = SINGLE if role == "online, single-pass" else FULL
+        coming = self.maker.submit(replace(self.request, settings=settings))
         loss = self.train(self.given, self.ahead.get(role) or coming.result().prior)
         loss.cpu()
         began = time.perf_counter()
@@ -207,7 +208,7 @@ def run(shape: VideoStudent, small: Small, rounds: int) -> int:
             print(f"REFUSED: {error}")
             return 1
         finally:
-            bench.thread.close()
+            bench.maker.close()
         print("\n".join(report(bench, spent, peaks)), flush=True)
     ratio = ratios(spent, "online, single-pass")[0]
     if device.on_gpu() and ratio > BOUND:

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from motionenhancer import extract_prior, load_teacher
-from motionenhancer.aligner import align
+from motionenhancer.alignment.aligner import align
+from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.data import prompt_text, read_frames, read_samples
-from motionenhancer.dataset import Item, MotionCollator
-from motionenhancer.vlm import capture_attention, load_student, map_words
+from motionenhancer.students import capture_attention, load_student, map_words
 
 accelerator, folder, items = Accelerator(), Path(sys.argv[1]), []
 model, processor, family = load_student(folder / "student")

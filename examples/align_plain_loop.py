@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from motionenhancer import extract_prior, load_teacher
-from motionenhancer.aligner import align, build_aligner
+from motionenhancer.alignment.aligner import align, build_aligner
 from motionenhancer.data import prompt_text, read_frames, read_samples
-from motionenhancer.vlm import capture_attention, load_student, map_words
+from motionenhancer.students import capture_attention, load_student, map_words
 
 folder = Path(sys.argv[1])
 model, processor, family = load_student(folder / "student")

@@ -9,10 +9,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from motionenhancer import extract_prior, load_teacher
-from motionenhancer.aligner import align
+from motionenhancer.alignment.aligner import align
+from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.data import prompt_text, read_frames, read_samples
-from motionenhancer.dataset import Item, MotionCollator
-from motionenhancer.vlm import capture_attention, load_student, map_words
+from motionenhancer.students import capture_attention, load_student, map_words
 
 
 class AlignedSFTTrainer(SFTTrainer):

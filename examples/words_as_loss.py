@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from motionenhancer.students import capture_attention
 from motionenhancer.toy.models import save_student
-from motionenhancer.vlm import capture_attention
 
 name = sys.argv[1] if len(sys.argv) > 1 else save_student(tempfile.mkdtemp())
 model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa").train()

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from motionenhancer.students import capture_attention
 from motionenhancer.toy.models import save_student
-from motionenhancer.vlm import capture_attention
 
 folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 name = sys.argv[2] if len(sys.argv) > 2 else save_student(tempfile.mkdtemp())

@@ -1,9 +1,9 @@
 """MotionEnhancer: pull a video VLM's attention toward a video diffusion model's motion prior."""
 
-from .aligner import align
-from .prior import MotionPrior, extract_prior
-from .vdm import load_teacher
-from .vlm import capture_attention, load_student
+from .alignment.aligner import align
+from .priors.prior import MotionPrior, extract_prior
+from .students import capture_attention, load_student
+from .teachers import load_teacher
 
 __version__ = "0.1.0"
 

@@ -5,129 +5,79 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from contextlib import closing
+from dataclasses import replace
 
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .arguments import DataArguments, PriorArguments, parse_arguments
 from .data import SkipLog
-from .data.video import VideoError
-from .extract import load_samples, use_toy_defaults
-from .extraction.making import decode
-from .extraction.planning import request_priors
-from .prior import MotionPrior, PriorError, extract_prior
+from .data.loading import load_samples
+from .files import write_json
+from .flags import parse_arguments
+from .priors.comparison import average, compare_priors, read_both
+from .priors.engine import LocalEngine
+from .priors.maker import DeadTeacher
+from .priors.prior import PriorSettings, check_settings
+from .priors.requests import request_priors
 from .processes import join_processes
-
-
-@dataclass
-class AgreementArguments:
-    """What is compared."""
-
-    noise_levels: str = field(
-        default="50,100,200,400,600,800", metadata={"help": "Training timesteps of the single evaluations."}
-    )
-    report: str | None = field(default=None, metadata={"help": "Also write the table as json to this file."})
-
-
-def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
-    """Agreement of two priors of the same clip and text.
-
-    Args:
-        one, other: priors on one grid.
-
-    Returns:
-        head_rank: Spearman's rank correlation of the composite head scores.
-        heads, tokens: shares of the first prior's chosen heads and kept tokens that the second chose too.
-        cosine: mean cosine of the rows of tokens that both kept, NaN if there are none.
-
-    Raises:
-        ValueError: priors of different prompts or grids.
-    """
-    if one.prompt != other.prompt or one.grid != other.grid:
-        raise ValueError("priors must be of one prompt and one grid to be compared")
-    shared = [i for i in one.kept if i in other.kept]
-    mine, theirs = (p.attention[[p.kept.index(i) for i in shared]].double() for p in (one, other))
-    cosine = torch.nn.functional.cosine_similarity(mine, theirs).mean() if shared else float("nan")
-    return {
-        "head_rank": _spearman(one.head_scores["composite"], other.head_scores["composite"]),
-        "heads": len(set(one.heads) & set(other.heads)) / len(one.heads),
-        "tokens": len(shared) / len(one.kept),
-        "cosine": float(cosine),
-    }
-
-
-def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN where one side is constant."""
-    ranks = [_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other)]
-    centred = [r - r.mean() for r in ranks]
-    scale = float(centred[0].norm() * centred[1].norm())
-    return float(centred[0] @ centred[1]) / scale if scale else float("nan")
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    below = (values[:, None] > values[None]).sum(1)
-    equal = (values[:, None] == values[None]).sum(1)
-    return below + (equal - 1) / 2
+from .settings import AgreementArguments, DataArguments, PriorArguments
+from .toy.defaults import use_toy_defaults
 
 
 def measure(
-    data: DataArguments, prior: PriorArguments, levels: Sequence[int], skips: SkipLog
+    data: DataArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    levels: Sequence[int],
+    skips: SkipLog,
 ) -> list[dict[str, float]]:
-    """One row a noise level: mean agreement with the full procedure, evaluations and seconds of a clip.
+    """Measure how far single evaluations agree with the full procedure.
 
     Args:
-        data, prior: the clips, and the teacher and how it is read.
+        data, prior, settings: the clips, the teacher, and how it is read.
         levels: training timesteps of the single evaluations.
         skips: receives samples that cannot be compared and why.
+
+    Returns:
+        One row a noise level: mean agreement, evaluations and share of the time of a clip.
 
     Raises:
         ValueError: a level that the teacher does not have; no clip could be read.
     """
     use_toy_defaults(data, prior)
-    settings = replace(prior.settings(), mode="reconstruct")
-    requests = request_priors(load_samples(data, skips), settings, prior.prompt_source, skips)
-    if not requests:
+    assert data.data is not None
+    assert prior.teacher is not None
+    full = replace(settings, mode="reconstruct")
+    ways = [full, *(replace(full, mode="renoise", noise_level=level) for level in levels)]
+    for way in ways:
+        check_settings(way, prior.teacher)
+    samples = load_samples(data.data, data.video_root, data.limit, skips)
+    pairs = list(request_priors(samples, prior.prompt_source, skips))
+    if not pairs:
         raise ValueError(f"no sample has a text and one video that is there. {skips.summary()}")
-    teacher = prior.load(PartialState().device)
-    full: list[MotionPrior] = []
-    single: dict[int, list[MotionPrior]] = {level: [] for level in levels}
-    for request in tqdm(requests, desc="agreement", unit="clip"):
-        sample, text = request.sample, request.text
-        try:
-            frames = decode(request, teacher)
-            made = extract_prior(teacher, frames, text, **asdict(settings))
-            quick = [
-                extract_prior(
-                    teacher, frames, text, **asdict(replace(settings, mode="renoise", noise_level=n))
-                )
-                for n in levels
-            ]
-        except (VideoError, PriorError) as error:
-            skips.add("unreadable", id=sample.id, line=sample.line, detail=str(error))
-            continue
-        full.append(made)
-        for level, one in zip(levels, quick, strict=True):
-            single[level].append(one)
-    if not full:
+    found = []
+    with closing(LocalEngine(PartialState().device).maker(prior.load, "", full)) as maker:
+        for pair in tqdm(pairs, desc="agreement", unit="clip"):
+            found += read_both(maker, [pair], ways, skips, "unreadable")
+    if not found:
         raise ValueError(f"no clip could be read. {skips.summary()}")
-    cost = average([sum(p.seconds.values()) for p in full])
+    whole = [row[0] for row in found]
     rows = []
-    for level in levels:
-        each = [compare_priors(a, b) for a, b in zip(full, single[level], strict=True)]
+    for i, level in enumerate(levels, start=1):
+        quick = [row[i] for row in found]
+        seconds = [average([one.seconds for one in column]) for column in (quick, whole)]
+        each = [compare_priors(a.prior, b.prior) for a, b in zip(whole, quick, strict=True)]
         rows.append(
             {
                 "noise_level": level,
                 **{name: average([e[name] for e in each]) for name in each[0]},
-                "evaluations": average([p.evaluations for p in single[level]]),
-                "time_share": average([sum(p.seconds.values()) for p in single[level]]) / cost,
-                "full_evaluations": average([p.evaluations for p in full]),
-                "clips": len(full),
+                "evaluations": average([one.prior.evaluations for one in quick]),
+                "time_share": seconds[0] / seconds[1],
+                "full_evaluations": average([one.prior.evaluations for one in whole]),
+                "clips": len(found),
             }
         )
     return rows
@@ -140,22 +90,19 @@ def _levels(text: str) -> list[int]:
         raise ValueError(f"--noise_levels must be whole numbers between commas, got {text!r}") from None
 
 
-def average(values: Sequence[float]) -> float:
-    finite = [v for v in values if v == v]
-    return sum(finite) / len(finite) if finite else float("nan")
-
-
 def main(argv: list[str] | None = None) -> int:
-    own, data, prior = parse_arguments(
-        (AgreementArguments, DataArguments, PriorArguments), argv, prog="python -m motionenhancer.agreement"
+    own, data, prior, settings = parse_arguments(
+        (AgreementArguments, DataArguments, PriorArguments, PriorSettings),
+        argv,
+        prog="python -m motionenhancer.agreement",
     )
     skips = SkipLog()
     try:
         join_processes()
         levels = _levels(own.noise_levels)
         data.limit = data.limit or 8
-        rows = measure(data, prior, levels, skips)
-    except (ValueError, OSError) as error:
+        rows = measure(data, prior, settings, levels, skips)
+    except (ValueError, OSError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Agreement of one evaluation with the full procedure, mean over {rows[0]['clips']} clips")
@@ -169,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     if skips.total:
         print(skips.summary())
     if own.report:
-        Path(own.report).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(own.report, rows)
     return 0
 
 

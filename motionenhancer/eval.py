@@ -10,13 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from .arguments import parse_arguments
 from .data.question import Question
 from .data.skips import SkipLog
 from .evaluation.answers import read_answers, read_predictions
@@ -25,119 +24,16 @@ from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, answer_questions
 from .evaluation.table import comparison_text
 from .evaluation.videos import Frames, VideoFolder, default_frames
-from .evaluation.write import student_digest, write_scores, write_whole
-from .extract import default_toy
+from .evaluation.write import student_digest, write_scores
+from .files import write_json
+from .flags import parse_arguments
 from .processes import join_processes
 from .report import RunReport
-from .vlm import StudentFamily, load_student, student_family
+from .settings import EvalArguments
+from .students import StudentFamily, load_student, student_family
+from .toy.defaults import default_toy
 
 PROG = "python -m motionenhancer.eval"
-
-
-@dataclass
-class EvalArguments:
-    """What is asked, who answers, and how answers are scored."""
-
-    student: str | None = field(
-        default=None, metadata={"help": "Transformers folder of a video VLM. Default: the toy student."}
-    )
-    predictions: str | None = field(
-        default=None,
-        metadata={"help": "Score these answers, json of question id to output, instead of asking a student."},
-    )
-    benchmark: str = field(
-        default="toy", metadata={"help": "Whose questions and rules.", "choices": list(BENCHMARKS)}
-    )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "The benchmark's file: video_info.meta.jsonl, video_perspective.json. Default: the toy's."
-        },
-    )
-    video_root: str | None = field(
-        default=None, metadata={"help": "Folder of the clips. Default: the data file's."}
-    )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."},
-    )
-    limit: int | None = field(default=None, metadata={"help": "Use only the first so many questions."})
-    prompt: str | None = field(
-        default=None,
-        metadata={"help": "Request in place of the benchmark's own, with {question} and {options}."},
-    )
-    answer_hidden: bool = field(
-        default=False,
-        metadata={"help": "Also ask what has no public answer: not scored, but in the submission."},
-    )
-    letter_rule: str = field(
-        default="published",
-        metadata={
-            "help": "MotionBench: published is the authors' own reading of a letter, lone is stricter.",
-            "choices": ["published", "lone"],
-        },
-    )
-    option_rule: str = field(
-        default="caseless",
-        metadata={
-            "help": "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
-            "choices": ["caseless", "published"],
-        },
-    )
-    num_frames: int | None = field(
-        default=None, metadata={"help": "Frames of a clip, evenly. Default: 8 for InternVL, else by rate."}
-    )
-    video_fps: float | None = field(default=None, metadata={"help": "Frames a second. Default: 1, toy 8."})
-    min_frames: int | None = field(default=None, metadata={"help": "Fewest frames by rate. Default: 4."})
-    max_frames: int | None = field(default=None, metadata={"help": "Most frames by rate. Default: 768."})
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "Most pixels of a frame, 0 for the processor's own. Default: 151200."}
-    )
-    batch_size: int = field(default=4, metadata={"help": "Questions a process answers at once."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Weights; auto: as stored.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "The student's attention."})
-    workers: int = field(default=0, metadata={"help": "Processes that decode clips ahead."})
-    bootstrap_samples: int = field(default=10_000, metadata={"help": "Resamples; 0: no intervals."})
-    bootstrap_unit: str = field(
-        default="question",
-        metadata={"help": "What is resampled.", "choices": ["question", "video"]},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
-    compare: list[str] | None = field(
-        default=None, metadata={"help": "Two scored runs, A and B: compare them and do nothing else."}
-    )
-    task: str | None = field(default=None, metadata={"help": "With --compare: only this task."})
-
-    def __post_init__(self) -> None:
-        if self.compare is not None and len(self.compare) != 2:
-            raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
-        if self.task is not None and self.compare is None:
-            raise ValueError("--task goes with --compare")
-        if self.predictions is not None and self.student is not None:
-            raise ValueError("--student and --predictions exclude each other")
-        if self.data is None and self.benchmark != "toy":
-            wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
-            if self.compare is None:
-                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {wants[self.benchmark]}")
-        for name, least in (
-            ("limit", 1),
-            ("batch_size", 1),
-            ("max_new_tokens", 1),
-            ("workers", 0),
-            ("bootstrap_samples", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,7 +109,7 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+        write_json(folder / "comparison.json", result)
     return result
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .files import write_json
 
 REPORT = "motion_report.json"
 
@@ -83,18 +84,6 @@ class RunReport:
         """Write the report whole, by rename."""
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
         write_json(self.path, body)
-
-
-def write_json(path: Path, body: Any) -> None:
-    """Write a json file whole, by rename. Bytes of a file's name that are no text become escapes."""
-    # Not the process id alone: machines that share the folder may have the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
-    try:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,33 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from .aligner import build_aligner, save_aligner
-from .arguments import DataArguments, PriorArguments, parse_arguments
+from .alignment.aligner import build_aligner, save_aligner
+from .alignment.dataset import MotionCollator, MotionDataset
+from .alignment.trainer import MotionTrainer
 from .data import SkipLog
-from .dataset import MotionCollator, MotionDataset
-from .extract import default_toy, load_samples, use_toy_defaults
-from .extraction.estimate import check_settings
-from .online.arguments import OnlineArguments
-from .online.ranks import letting_teachers_go, serve_priors, serving
-from .prior import PriorSettings
+from .data.loading import load_samples
+from .flags import parse_arguments
+from .priors.maker import DeadTeacher
+from .priors.prior import PriorSettings, check_settings
+from .priors.storage import PriorStore
 from .report import RunReport
-from .store import PriorStore
+from .settings import (
+    DataArguments,
+    MakerArguments,
+    OnlineArguments,
+    PriorArguments,
+    StudentArguments,
+    TrainArguments,
+)
+from .students import StudentFamily, load_student
 from .toy.accuracy import accuracy, accuracy_table
+from .toy.defaults import default_toy, use_toy_defaults
 from .toy.world import ToyFolder
-from .trainer import MotionTrainer
-from .training.arguments import StudentArguments, TrainArguments
-from .training.flags import refuse_idle_flags
-from .training.identity import aligned_before, checkpoint_to_resume, run_identity
 from .training.lora import add_lora, merged, plain_name
-from .training.plan import (
+from .training.priors import RunPriors, open_priors, plan_memory
+from .training.rehearsal import build_optimizer, rehearse
+from .training.run_identity import aligned_before, checkpoint_to_resume, run_identity
+from .training.run_plan import (
     RunPlan,
     count_priors,
     engine_of,
@@ -43,9 +51,6 @@ from .training.plan import (
     teacher_grid,
     vision_rate,
 )
-from .training.priors import RunPriors, collect_priors, plan_memory
-from .training.rehearsal import build_optimizer, rehearse
-from .vlm import StudentFamily, load_student
 
 PROG = "python -m motionenhancer.train"
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
@@ -53,18 +58,22 @@ TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    classes = (StudentArguments, DataArguments, PriorArguments, OnlineArguments, TrainArguments)
-    student, data, prior, online, training = parse_arguments(
+    classes = (
+        StudentArguments,
+        DataArguments,
+        PriorArguments,
+        PriorSettings,
+        MakerArguments,
+        OnlineArguments,
+        TrainArguments,
+    )
+    student, data, prior, settings, maker, online, training = parse_arguments(
         classes, arguments, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
         online.check(student.prior_source)
-        refuse_idle_flags(student, prior, online, training)
-        if serving():
-            return serve_priors()
-        with letting_teachers_go():
-            run(student, data, prior, training, online)
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        run(student, data, prior, settings, training, online, maker)
+    except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -74,8 +83,10 @@ def run(
     student: StudentArguments,
     data: DataArguments,
     prior: PriorArguments,
+    settings: PriorSettings,
     training: TrainArguments,
     online: OnlineArguments | None = None,
+    maker: MakerArguments | None = None,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -86,7 +97,6 @@ def run(
         ValueError, OSError: a setting, folder or file is wrong; nothing has been trained.
         FloatingPointError: the loss became NaN or infinite; the report names the samples.
     """
-    settings = prior.settings()
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
     rehearse(training, engine_of(training))
@@ -105,7 +115,7 @@ def run(
     if main_process:
         report.check() if student.dry_run else report.claim()
     skips = SkipLog()
-    samples = load_samples(data, skips)
+    samples = load_samples(data.data or "", data.video_root, data.limit, skips)
     if main_process:
         if not student.dry_run:
             report.write("running")
@@ -131,21 +141,22 @@ def run(
             print(plan)
             teacher = plan_memory(student, prior, settings, online or OnlineArguments())
             if teacher is not None:
-                report.content["plan"]["teacher"] = {**asdict(teacher), "total": teacher.total}
-                print(teacher)
+                cost, place = teacher
+                report.content["plan"]["teacher"] = {**cost.to_json(), "place": place}
+                print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
         tested = toy if student.student == (toy and str(toy.student)) and _can_test(training) else None
         if tested is not None and main_process:
             report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
-        found = RunPriors(samples)
+        priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
-            found = collect_priors(samples, student, prior, settings, skips, report, online)
-        if checkpoint is not None:
-            report.content["resumed_from"] = Path(checkpoint).name
-            if found.online is not None:
-                found.online.settled = aligned_before(checkpoint)
-        with found:
+            priors = open_priors(samples, student, prior, settings, skips, report, online, maker)
+        with priors as found:
+            if checkpoint is not None:
+                report.content["resumed_from"] = Path(checkpoint).name
+                if found.online is not None:
+                    found.online.settled = aligned_before(checkpoint)
             trainer = MotionTrainer(
                 model=model,
                 args=training,

@@ -83,7 +83,7 @@ def _finish(model: Any, optimizer: Any, loss: Tensor, picked: Tensor | None) -> 
 
 
 def _captured(model: Any, optimizer: Any, shape: DeepStudent, ids: Tensor, above: Tensor) -> Result:
-    from motionenhancer.vlm.capture import capture_attention
+    from motionenhancer.students.capture import capture_attention
 
     with capture_attention(model, _rows(shape, ids), shape.columns) as captured:
         out = model(input_ids=ids, labels=ids)
@@ -120,7 +120,7 @@ def work(shape: DeepStudent) -> Work:
 
     def check(role: str, result: Result, inputs: tuple[Any, ...]) -> None:
         assert all(bool(part.isfinite().all()) for part in result), "a result is not finite"
-        from vlm_support import full_precision_softmax
+        from students_support import full_precision_softmax
 
         small = shape._replace(tokens=min(shape.tokens, CHECKED_TOKENS))
         ids, above = make(0, small)

@@ -27,7 +27,7 @@ def _step(model: Any, loss: Tensor, picked: Tensor) -> Result:
 
 
 def _captured(model: Any, shape: Student, embeds: Tensor, above: Tensor) -> Result:
-    from motionenhancer.vlm.capture import capture_attention
+    from motionenhancer.students.capture import capture_attention
 
     with capture_attention(model, chosen_rows(shape), shape.columns) as captured:
         out = model(inputs_embeds=embeds)
@@ -65,7 +65,7 @@ def _work(shape: Student) -> Work:
         found = ROLES[role](model, small, embeds, above)
         precise = copy.deepcopy(model).double()
         by_map = _plain if role == "plain layer" else _eager
-        from vlm_support import full_precision_softmax
+        from students_support import full_precision_softmax
 
         with full_precision_softmax():
             exact = by_map(precise, small, embeds.double(), above.double())

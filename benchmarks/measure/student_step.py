@@ -44,9 +44,9 @@ class Trained(NamedTuple):
 
 
 def _trained(shape: VideoStudent) -> Trained:
-    from motionenhancer.confidence import prior_confidence
-    from motionenhancer.prior import MotionPrior, PriorSettings
-    from motionenhancer.store import PriorStore
+    from motionenhancer.priors.confidence import prior_confidence
+    from motionenhancer.priors.prior import MotionPrior, PriorSettings
+    from motionenhancer.priors.storage import PriorStore
 
     model = video_student(shape)
     folder = tempfile.TemporaryDirectory()
@@ -85,13 +85,13 @@ def _finish(trained: Trained, loss: Tensor, *results: Tensor) -> Result:
 
 
 def _aligned(trained: Trained, picked: Any, given: Sequence) -> Tensor:
-    from motionenhancer.aligner import align
+    from motionenhancer.alignment.aligner import align
 
     return align(picked, trained.store.read(KEY), grid=given.grid)
 
 
 def _ours(trained: Trained, given: Sequence) -> Result:
-    from motionenhancer.vlm.capture import capture_attention
+    from motionenhancer.students.capture import capture_attention
 
     with capture_attention(trained.model, given.rows, given.columns) as captured:
         out = trained.model(**given.batch)
@@ -123,7 +123,7 @@ def _work(shape: VideoStudent) -> Work:
         model = copy.deepcopy(trained.model).double()
         batch = {name: v.double() if v.is_floating_point() else v for name, v in small.batch.items()}
         idle = torch.optim.SGD(model.parameters(), lr=0.0)
-        from vlm_support import full_precision_softmax
+        from students_support import full_precision_softmax
 
         with full_precision_softmax():
             exact = by_map(Trained(model, idle, *trained[2:]), small._replace(batch=batch))

@@ -76,7 +76,7 @@ def _save(small: Small, folder: str) -> None:
 
 
 def _work(small: Small) -> Work:
-    from motionenhancer.vdm import load_teacher
+    from motionenhancer.teachers import load_teacher
 
     shape = small.shape
     folder = tempfile.TemporaryDirectory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Clip:
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
+
+    def absolute(self) -> Clip:
+        """Return the same clip by an absolute path."""
+        return replace(self, path=self.path.absolute())
 
     def __str__(self) -> str:
         if self.start is None and self.end is None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from motionenhancer.data.clip import CLIP_KEYS, Clip, clip_of
-from motionenhancer.data.keys import TRAINED_KEYS, is_trained, refusal, video_keys
 from motionenhancer.data.motion_sets import as_conversation
+from motionenhancer.data.row_keys import TRAINED_KEYS, is_trained, refusal, video_keys
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 

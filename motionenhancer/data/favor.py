@@ -21,14 +21,12 @@ def read_favor(path: str | Path, log: SkipLog | None = None) -> Iterator[Questio
     (FAVOR-Bench, arXiv 2503.14935, and its repository). A question's id is the clip's name without extension,
     ``#`` and the question's index among the clip's.
 
-    Parameters
-    ----------
-    path: the file.
-    log: counts what cannot be read; an unknown task type is a note and becomes a task of its own.
+    Args:
+        path: the file.
+        log: counts what cannot be read; an unknown task type is a note and becomes a task of its own.
 
-    Raises
-    ------
-    ValueError: there is no such file.
+    Raises:
+        ValueError: there is no such file.
 
     >>> import json, tempfile
     >>> row = {"video_name": "a.mp4", "questions": [{"task_type": "AS", "question": "What is first?",

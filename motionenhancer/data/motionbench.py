@@ -32,14 +32,12 @@ def read_motionbench(path: str | Path, log: SkipLog | None = None) -> Iterator[Q
     (MotionBench, arXiv 2501.02955, and its repository). Options stand inline in the question; the answer is a
     letter, and ``"NA"`` on the test split, whose answers are not public: there ``Question.answer`` is None.
 
-    Parameters
-    ----------
-    path: the file.
-    log: counts what cannot be read; an unknown question type is a note and becomes a task of its own.
+    Args:
+        path: the file.
+        log: counts what cannot be read; an unknown question type is a note and becomes a task of its own.
 
-    Raises
-    ------
-    ValueError: there is no such file.
+    Raises:
+        ValueError: there is no such file.
 
     >>> import json, tempfile
     >>> row = {"video_path": "a.mp4", "question_type": "Action Order",

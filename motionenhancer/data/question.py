@@ -54,9 +54,8 @@ def video_stem(name: str | Clip) -> str:
 def read_rows(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the objects of a json or jsonl file with their lines; whatever is not one is counted in ``log``.
 
-    Raises
-    ------
-    ValueError: there is no such file.
+    Raises:
+        ValueError: there is no such file.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"

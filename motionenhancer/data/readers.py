@@ -59,17 +59,17 @@ def read_samples(
 
     Neither a jsonl file nor one that is a json array is ever held in memory.
 
-    Parameters
-    ----------
-    path: the data file, utf-8.
-    video_root: what relative paths of videos and images are relative to; the data file's folder by default.
-    on_skip: where skipped lines are counted, by line, id and reason; unknown keys are counted in its notes.
-    require_video: leave out samples without any video.
+    Args:
+        path: the data file, utf-8.
+        video_root: what relative paths of videos and images are relative to; the data file's folder by
+            default.
+        on_skip: where skipped lines are counted, by line, id and reason; unknown keys are counted in its
+            notes.
+        require_video: leave out samples without any video.
 
-    Raises
-    ------
-    ValueError: at the call, a data file or video_root that is not there; at the end of the iteration, a file
-        without a single usable sample, with the first reasons.
+    Raises:
+        ValueError: at the call, a data file or video_root that is not there; at the end of the iteration, a
+            file without a single usable sample, with the first reasons.
 
     >>> import json, tempfile
     >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]
@@ -96,15 +96,13 @@ def sample_at(file: BinaryIO, offset: int, line: int, root: Path) -> Sample:
 
     Whether its files are still there is not looked at.
 
-    Parameters
-    ----------
-    file: the data file, open for bytes.
-    offset, line: as the sample says.
-    root: what relative paths are relative to.
+    Args:
+        file: the data file, open for bytes.
+        offset, line: as the sample says.
+        root: what relative paths are relative to.
 
-    Raises
-    ------
-    ValueError: there is no usable sample: the file has changed.
+    Raises:
+        ValueError: there is no usable sample: the file has changed.
 
     >>> import json, tempfile
     >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]

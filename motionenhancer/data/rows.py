@@ -44,9 +44,8 @@ def stream_rows(path: Path) -> Iterator[Row]:
 def row_at(file: BinaryIO, offset: int) -> Any:
     """The value that starts at a byte of an open file, as `stream_rows` gave it.
 
-    Raises
-    ------
-    ValueError: no json value starts there.
+    Raises:
+        ValueError: no json value starts there.
 
     >>> import io
     >>> row_at(io.BytesIO(b'[{"a": 1}, {"b": 2}]'), 11)
@@ -150,9 +149,8 @@ class _Text:
     def value(self) -> tuple[Any, int]:
         """The json value that starts here, and where it ends.
 
-        Raises
-        ------
-        json.JSONDecodeError, RecursionError, ValueError: there is none.
+        Raises:
+            json.JSONDecodeError, RecursionError, ValueError: there is none.
         """
         while True:
             try:

@@ -36,10 +36,9 @@ class Skip(NamedTuple):
 class SkipLog:
     """Counts skipped things by reason, keeps the first of them, and warns about the first of each reason.
 
-    Parameters
-    ----------
-    keep: how many entries to keep in full; all of them are counted, so memory stays bounded.
-    shout: how many entries of each reason to write to the ``motionenhancer`` logger.
+    Args:
+        keep: how many entries to keep in full; all of them are counted, so memory stays bounded.
+        shout: how many entries of each reason to write to the ``motionenhancer`` logger.
 
     >>> log = SkipLog()
     >>> log.add("empty text", id="a", line=3)

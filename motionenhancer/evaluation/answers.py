@@ -65,14 +65,12 @@ def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
     A null output is an empty one. A clip's extension in an id is dropped, as in the questions' ids. Of an id
     given twice, the first output with a letter A to D counts, else the last: MotionBench's own rule.
 
-    Parameters
-    ----------
-    path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.
-    log: ids given twice are counted in its notes.
+    Args:
+        path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.
+        log: ids given twice are counted in its notes.
 
-    Raises
-    ------
-    ValueError: no such file, not json, or an output that is no text.
+    Raises:
+        ValueError: no such file, not json, or an output that is no text.
     """
     path = Path(path)
     if not path.is_file():

@@ -84,17 +84,16 @@ def load_questions(
 ) -> list[Question]:
     """Read a benchmark's questions; those without a public answer and repeated ids are counted in ``log``.
 
-    Parameters
-    ----------
-    benchmark: one of :data:`BENCHMARKS`.
-    path: its file.
-    log: receives everything left out.
-    limit: stop after so many questions.
-    hidden: keep the questions without a public answer too, for a submission; they are counted all the same.
+    Args:
+        benchmark: one of :data:`BENCHMARKS`.
+        path: its file.
+        log: receives everything left out.
+        limit: stop after so many questions.
+        hidden: keep the questions without a public answer too, for a submission; they are counted all the
+            same.
 
-    Raises
-    ------
-    ValueError: no such file, or no question in it.
+    Raises:
+        ValueError: no such file, or no question in it.
     """
     questions = []
     seen: set[str] = set()

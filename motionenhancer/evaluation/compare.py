@@ -64,9 +64,8 @@ def mcnemar(gained: int, lost: int) -> float:
 def read_results(path: str | Path) -> list[Judged]:
     """Read a run's judged answers from its folder, or from its ``results.jsonl``.
 
-    Raises
-    ------
-    ValueError: there is none, or it is not one of ours.
+    Raises:
+        ValueError: there is none, or it is not one of ours.
     """
     file = Path(path)
     file = file / "results.jsonl" if file.is_dir() else file
@@ -93,15 +92,13 @@ def compare_runs(
 ) -> Comparison:
     """Compare two runs question by question, on those that both have.
 
-    Parameters
-    ----------
-    a, b: judged answers of the two runs.
-    task: only questions of this task.
-    samples, seed, unit: of the bootstrap, as for :func:`score`; both runs are resampled together.
+    Args:
+        a, b: judged answers of the two runs.
+        task: only questions of this task.
+        samples, seed, unit: of the bootstrap, as for :func:`score`; both runs are resampled together.
 
-    Raises
-    ------
-    ValueError: no question in common, a task that none has, or different right answers to one question.
+    Raises:
+        ValueError: no question in common, a task that none has, or different right answers to one question.
 
     >>> rows = [[Judged(str(i), ("AS",), "v", "x", "x", "x", i < n) for i in range(4)] for n in (1, 3)]
     >>> found = compare_runs(*rows, samples=100)

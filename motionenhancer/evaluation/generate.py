@@ -17,7 +17,7 @@ from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.vlm.base import Encoded, StudentFamily
+from motionenhancer.students.base import Encoded, StudentFamily
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
 from .videos import Frames, sample_video
@@ -49,22 +49,19 @@ def encode_request(
     The conversation is encoded with a stand-in for the answer, as for training, and cut where its labels
     begin: so an answer is asked for exactly where training put it, in every family.
 
-    Parameters
-    ----------
-    family, processor: the student's.
-    id: for messages.
-    prompt: text after the video.
-    video: its frames.
-    clip: where they come from; a row's own limits of a frame's pixels are taken from it.
-    max_pixels: cap on the pixels of a frame as the model sees it.
+    Args:
+        family, processor: the student's.
+        id: for messages.
+        prompt: text after the video.
+        video: its frames.
+        clip: where they come from; a row's own limits of a frame's pixels are taken from it.
+        max_pixels: cap on the pixels of a frame as the model sees it.
 
-    Returns
-    -------
-    :class:`Encoded` of N tokens, labels all -100; ``layout`` is that of the uncut conversation.
+    Returns:
+        :class:`Encoded` of N tokens, labels all -100; ``layout`` is that of the uncut conversation.
 
-    Raises
-    ------
-    ValueError: as :meth:`StudentFamily.encode`.
+    Raises:
+        ValueError: as :meth:`StudentFamily.encode`.
     """
     asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompt}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
@@ -103,15 +100,13 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to a batch of requests, padded on the left.
 
-    Parameters
-    ----------
-    model, processor, family: from :func:`load_student`.
-    requests: from :func:`encode_request`, at least one.
-    settings: from :func:`greedy`.
+    Args:
+        model, processor, family: from :func:`load_student`.
+        requests: from :func:`encode_request`, at least one.
+        settings: from :func:`greedy`.
 
-    Returns
-    -------
-    One text a request, special tokens removed.
+    Returns:
+        One text a request, special tokens removed.
     """
     batch = family.collate(requests, pad_token_id=settings.pad_token_id, padding_side="left")
     for name in ("layouts", "labels"):
@@ -140,14 +135,14 @@ def answer_questions(
     and a batch that was not finished is asked again as a whole: padding and thereby rounding are the same in
     a run that was killed, so are the answers. Each batch is on the disk before the next one starts.
 
-    Parameters
-    ----------
-    load: returns what :func:`load_student` does; called at most once, and only when an answer is missing.
-    asked: all questions of the run.
-    folder: where this run keeps its answers.
-    frames: how clips are shown.
-    max_new_tokens, batch_size: of a request.
-    workers: processes that decode clips ahead; 0 decodes in this one.
+    Args:
+        load: returns what :func:`load_student` does; called at most once, and only when an answer is
+            missing.
+        asked: all questions of the run.
+        folder: where this run keeps its answers.
+        frames: how clips are shown.
+        max_new_tokens, batch_size: of a request.
+        workers: processes that decode clips ahead; 0 decodes in this one.
 
     Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason,
     and tried again by the next run.

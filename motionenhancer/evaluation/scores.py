@@ -40,12 +40,11 @@ def judge_answers(
 ) -> list[Judged]:
     """Judge every question with a public answer; one that has no output is wrong.
 
-    Parameters
-    ----------
-    benchmark: whose rule holds.
-    questions: from :func:`load_questions`.
-    outputs: question id to output.
-    rules: which reading of the rule; the default one if None.
+    Args:
+        benchmark: whose rule holds.
+        questions: from :func:`load_questions`.
+        outputs: question id to output.
+        rules: which reading of the rule; the default one if None.
     """
     rules = Rules() if rules is None else rules
     judged = []
@@ -78,18 +77,16 @@ def score(
     Overall is the share of all questions that are right, Average the mean of the tasks' accuracies
     (MotionEnhancer, arXiv 2606.06853, experiments). A question of several tasks counts once in Overall.
 
-    Parameters
-    ----------
-    judged: from :func:`judge_answers`.
-    tasks: order of the tasks.
-    samples: bootstrap resamples; 0 leaves the intervals out.
-    seed: of the resampling.
-    unit: "question", or "video": questions of one clip are drawn together.
+    Args:
+        judged: from :func:`judge_answers`.
+        tasks: order of the tasks.
+        samples: bootstrap resamples; 0 leaves the intervals out.
+        seed: of the resampling.
+        unit: "question", or "video": questions of one clip are drawn together.
 
-    Returns
-    -------
-    ``overall``, ``average`` (None when nothing was judged), ``tasks``: code to accuracy, count and right;
-    ``count``, ``unanswered``, and ``intervals``: overall, average and each task to [low, high].
+    Returns:
+        ``overall``, ``average`` (None when nothing was judged), ``tasks``: code to accuracy, count and
+        right; ``count``, ``unanswered``, and ``intervals``: overall, average and each task to [low, high].
 
     >>> rows = [Judged(str(i), ("AS" if i < 3 else "CM",), "v", "x", "x", "x", i in (0, 3)) for i in range(4)]
     >>> result = score(rows, samples=0)
@@ -134,15 +131,13 @@ def bootstrap(units: np.ndarray, samples: int, seed: int) -> np.ndarray:
     Equal units are drawn as one cell of a multinomial, so that the cost depends on how many different units
     there are, not on how many questions.
 
-    Parameters
-    ----------
-    units: (U, C) counts of each unit.
-    samples: B.
-    seed: of the draw.
+    Args:
+        units: (U, C) counts of each unit.
+        samples: B.
+        seed: of the draw.
 
-    Returns
-    -------
-    (B, C) float64.
+    Returns:
+        (B, C) float64.
     """
     cells, times = np.unique(units, axis=0, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(units), times / len(units), size=samples)

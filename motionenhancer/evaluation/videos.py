@@ -75,9 +75,8 @@ class VideoFolder:
     A name is looked up as it stands below ``root`` and then ``folders``, then with any extension, and then
     anywhere below ``root`` by its last part, if there is only one of it.
 
-    Raises
-    ------
-    ValueError: ``root`` is not a folder.
+    Raises:
+        ValueError: ``root`` is not a folder.
     """
 
     def __init__(self, root: str | Path, folders: tuple[str, ...] = ()) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,11 +13,12 @@ from typing import Any
 from motionenhancer.data.question import Question
 from motionenhancer.data.skips import SkipLog
 
+from ..files import write_json, write_text
 from .benchmarks import Benchmark, Rules
 from .scores import judge_answers, score
 from .table import score_table
 
-__all__ = ["student_digest", "write_scores", "write_whole"]
+__all__ = ["student_digest", "write_scores"]
 
 _PIECES, _PIECE = 64, 64 << 10
 
@@ -38,18 +38,16 @@ def write_scores(
 ) -> dict[str, Any]:
     """Judge and score; write results.jsonl, scores.json and the submission; print the table.
 
-    Parameters
-    ----------
-    folder: written to.
-    name: of the model or the file of answers, for the table.
-    benchmark, rules: what judges.
-    questions, outputs: what was asked, and id to output.
-    skips: what was left out.
-    samples, unit, seed: of the bootstrap, see :func:`score`.
+    Args:
+        folder: written to.
+        name: of the model or the file of answers, for the table.
+        benchmark, rules: what judges.
+        questions, outputs: what was asked, and id to output.
+        skips: what was left out.
+        samples, unit, seed: of the bootstrap, see :func:`score`.
 
-    Returns
-    -------
-    What is in scores.json.
+    Returns:
+        What is in scores.json.
     """
     judged = judge_answers(benchmark, questions, outputs, rules)
     scores = score(judged, benchmark.tasks, samples=samples, seed=seed, unit=unit)
@@ -59,10 +57,10 @@ def write_scores(
     scores["rules"] = asdict(rules)
     scores["other_rules"] = _other_rules(benchmark, questions, outputs, rules)
     lines = [json.dumps(j.to_json()) + "\n" for j in judged]
-    write_whole(folder / "results.jsonl", "".join(lines))
+    write_text(folder / "results.jsonl", "".join(lines))
     submission, content = benchmark.submission(questions, outputs, rules)
-    write_whole(folder / submission, content)
-    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_text(folder / submission, content)
+    write_json(folder / "scores.json", scores)
     print(score_table(benchmark.title, name, scores, benchmark.tasks, benchmark.name))
     if scores["unanswered"]:
         print(f"{scores['unanswered']} questions have no answer and count as wrong")
@@ -91,13 +89,6 @@ def _other_rules(
         "overall": score(theirs, samples=0)["overall"],
         "judged_differently": sum(a.right != b.right for a, b in zip(mine, theirs, strict=True)),
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by rename, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def student_digest(folder: str | Path) -> str:

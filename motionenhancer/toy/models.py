@@ -74,25 +74,24 @@ def make_teacher(
     With the defaults a clip of 17 x 64 x 64 becomes 5 x 16 x 16 latents and a grid of 5 x 8 x 8 vision tokens
     after 48 text tokens.
 
-    Parameters
-    ----------
-    seed: seed of all weights; the caller's random state is left as it was.
-    layers, heads, head_dim: of the transformer; with rotary positions head_dim is a multiple of 16.
-    positions: ``"rotary"`` as in 5B, ``"sinusoidal"`` as in 2B, ``"learned"`` as in 5B image-to-video
-        (a stored table next to rotary positions, for exactly the sample size).
-    patch_size_t: None for CogVideoX 1.0; 2 for 1.5, which then wants an even number of latent frames.
-    frames, height, width: the clip that the sample size is made for, in frames and pixels.
-    text_length: text tokens, padding included.
-    vae_channels: one entry a VAE block; n entries shrink the picture by 2 ** (n - 1).
-    temporal_compression: by how much the VAE shrinks time: 1, 2 or 4, as in the released models.
-    latent_channels: channels of the latents.
-    text_width: width of the T5 encoder.
-    snr_shift_scale: of the scheduler; None takes the released models' own, 3.0 for sinusoidal (2B), else 1.0.
-    scaling_factor: of the VAE; None measures it on two toy clips, so that latents have unit deviation.
+    Args:
+        seed: seed of all weights; the caller's random state is left as it was.
+        layers, heads, head_dim: of the transformer; with rotary positions head_dim is a multiple of 16.
+        positions: ``"rotary"`` as in 5B, ``"sinusoidal"`` as in 2B, ``"learned"`` as in 5B image-to-video (a
+            stored table next to rotary positions, for exactly the sample size).
+        patch_size_t: None for CogVideoX 1.0; 2 for 1.5, which then wants an even number of latent frames.
+        frames, height, width: the clip that the sample size is made for, in frames and pixels.
+        text_length: text tokens, padding included.
+        vae_channels: one entry a VAE block; n entries shrink the picture by 2 ** (n - 1).
+        temporal_compression: by how much the VAE shrinks time: 1, 2 or 4, as in the released models.
+        latent_channels: channels of the latents.
+        text_width: width of the T5 encoder.
+        snr_shift_scale: of the scheduler; None takes the released models' own, 3.0 for sinusoidal (2B), else
+            1.0.
+        scaling_factor: of the VAE; None measures it on two toy clips, so that latents have unit deviation.
 
-    Raises
-    ------
-    ValueError: a size that the classes cannot take, by name.
+    Raises:
+        ValueError: a size that the classes cannot take, by name.
 
     >>> pipe = make_teacher(layers=1)
     >>> type(pipe.transformer).__name__
@@ -211,20 +210,18 @@ def make_student(
 
     With the defaults 8 frames of 64 x 64 pixels become a grid of 4 x 8 x 8 vision tokens.
 
-    Parameters
-    ----------
-    seed: seed of all weights; the caller's random state is left as it was.
-    hidden_size, layers, heads, key_value_heads: of the language model; a head's width is even.
-    vision_hidden_size, vision_layers: of the vision tower, which has 2 heads.
-    patch_size: side of a vision patch in pixels; 2 x 2 patches make a token.
-    temporal_patch_size: frames that make a token.
-    tokens_per_second: steps of the temporal rotary position in a second, of which it takes whole ones.
-    max_pixels: the video processor shrinks larger frames to at most this.
-    vocab_size: of the tokenizer, without special tokens.
+    Args:
+        seed: seed of all weights; the caller's random state is left as it was.
+        hidden_size, layers, heads, key_value_heads: of the language model; a head's width is even.
+        vision_hidden_size, vision_layers: of the vision tower, which has 2 heads.
+        patch_size: side of a vision patch in pixels; 2 x 2 patches make a token.
+        temporal_patch_size: frames that make a token.
+        tokens_per_second: steps of the temporal rotary position in a second, of which it takes whole ones.
+        max_pixels: the video processor shrinks larger frames to at most this.
+        vocab_size: of the tokenizer, without special tokens.
 
-    Raises
-    ------
-    ValueError: a size that the classes cannot take, by name.
+    Raises:
+        ValueError: a size that the classes cannot take, by name.
 
     >>> model, processor = make_student(layers=1)
     >>> type(processor).__name__

@@ -159,11 +159,10 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
     sentence about them is true at every frame. For location-related motion the asked object and its opposite
     lie on two sides of the frame's middle.
 
-    Parameters
-    ----------
-    rng: where everything is drawn from.
-    task: one of :data:`TASKS`; any by default.
-    split: "train" or "test" keeps to that split's pairs of colour and shape, None takes all.
+    Args:
+        rng: where everything is drawn from.
+        task: one of :data:`TASKS`; any by default.
+        split: "train" or "test" keeps to that split's pairs of colour and shape, None takes all.
 
     >>> scene = sample_scene(np.random.default_rng(0), "MO")
     >>> len(scene.movers), len(scene.objects)

@@ -71,10 +71,9 @@ def t5_tokenizer(texts: Iterable[str] | None = None, *, max_length: int = 48) ->
     A piece's score is its log frequency, so a known word is one token and an unknown one is spelled out;
     other characters become ``<unk>``. The result is a fast tokenizer: it gives character offsets.
 
-    Parameters
-    ----------
-    texts: sentences to learn from; the toy world's own by default.
-    max_length: the ``model_max_length`` to store, in tokens.
+    Args:
+        texts: sentences to learn from; the toy world's own by default.
+        max_length: the ``model_max_length`` to store, in tokens.
 
     >>> t5_tokenizer()("The red ring", return_offsets_mapping=True)["offset_mapping"][1]
     (4, 7)
@@ -105,10 +104,9 @@ def qwen_tokenizer(texts: Iterable[str] | None = None, *, vocab_size: int = 512)
 
     Every string can be encoded and decoded without loss: all 256 bytes are in the vocabulary.
 
-    Parameters
-    ----------
-    texts: sentences to learn merges from; the toy world's own by default.
-    vocab_size: bytes and merges together, without the special tokens; at least 256.
+    Args:
+        texts: sentences to learn merges from; the toy world's own by default.
+        vocab_size: bytes and merges together, without the special tokens; at least 256.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer

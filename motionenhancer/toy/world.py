@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from motionenhancer.data.encode import encode_video
+from motionenhancer.files import whole_file, write_text
 from motionenhancer.toy.language import caption, question
 from motionenhancer.toy.render import FRAMES, SIZE, Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
@@ -119,12 +120,6 @@ def _world_row(settings: _Settings, split: str, index: int, scene: Scene, clip: 
     }
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _sweep(folder: Path) -> None:
     """Remove temporary files of runs that died; younger ones may belong to a run beside this one."""
     for left in folder.glob(".*.tmp"):
@@ -157,7 +152,7 @@ def _claim(folder: ToyFolder, settings: _Settings) -> None:
         raise ValueError(f"output_dir {folder.root} is neither empty nor a toy world; name another folder")
     try:
         folder.videos.mkdir(parents=True, exist_ok=True)
-        _replace_text(marker, json.dumps(mine, indent=1) + "\n")
+        write_text(marker, json.dumps(mine, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"output_dir {folder.root} cannot be written: {error}") from None
 
@@ -178,17 +173,15 @@ def write_world(
     Everything is determined by the arguments. Clips of train and test come from disjoint random streams.
     A file has its final name only once it is complete.
 
-    Parameters
-    ----------
-    output_dir: an empty, missing or half-written folder of the same world.
-    clips, test_clips: how many clips of each split, one sample a clip; test_clips defaults to a quarter.
-    seed: at least 0.
-    frames, size, fps: length, side in pixels (even) and rate of each clip.
-    progress: show a progress bar.
+    Args:
+        output_dir: an empty, missing or half-written folder of the same world.
+        clips, test_clips: how many clips of each split, one sample a clip; test_clips defaults to a quarter.
+        seed: at least 0.
+        frames, size, fps: length, side in pixels (even) and rate of each clip.
+        progress: show a progress bar.
 
-    Raises
-    ------
-    ValueError: a number out of range, an output_dir that holds something else or cannot be written.
+    Raises:
+        ValueError: a number out of range, an output_dir that holds something else or cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -222,9 +215,8 @@ def write_world(
         scene, clip = draw_clip(seed, split, index, frames=frames, size=size)
         path = folder.videos / f"{split}-{index:05d}.mp4"
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            encode_video(temporary, clip.frames, fps=fps)
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                encode_video(temporary, clip.frames, fps=fps)
         samples[split].append(_sample(settings, split, index, scene))
         rows.append(_world_row(settings, split, index, scene, clip))
     for path, lines in (
@@ -232,7 +224,7 @@ def write_world(
         (folder.test, samples["test"]),
         (folder.worlds, rows),
     ):
-        _replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     _sweep(folder.videos)
     return folder
 
@@ -263,9 +255,8 @@ def build_toy(
 ) -> ToyFolder:
     """Write a whole toy world: :func:`write_world`, then the package's trained ``teacher/`` and ``student/``.
 
-    Raises
-    ------
-    ValueError: as :func:`write_world`.
+    Raises:
+        ValueError: as :func:`write_world`.
     """
     folder = write_world(output_dir, clips=clips, test_clips=test_clips, seed=seed, progress=progress)
     for model in (folder.teacher, folder.student):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..vlm.locate import text_model
-from .arguments import StudentArguments
+from ..settings import StudentArguments
+from ..students.locate import text_model
 
 #: What PEFT puts in front of a parameter's name.
 _PREFIX = "base_model.model."

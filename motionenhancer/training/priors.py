@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
-from ..arguments import PriorArguments
+from ..alignment.online import OnlineCounts, OnlinePriors
+from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost
 from ..data import Sample, SkipLog
-from ..extract import make_priors, plan_priors, share_requests
-from ..extraction.digests import DigestCache
-from ..extraction.planning import PriorRequest, request_priors
-from ..online.arguments import OnlineArguments
-from ..online.memory import BEFORE, TeacherMemory, measured_memory, teacher_memory
-from ..online.priors import OnlineCounts, OnlinePriors
-from ..online.start import measure_agreement, open_source, say_agreement
-from ..prior import PriorSettings
+from ..data.video import VideoError
+from ..flags import flag_of
+from ..priors.comparison import measure_agreement, say_agreement
+from ..priors.digests import DigestCache
+from ..priors.engine import Engine
+from ..priors.maker import LocalMaker, Made, PriorMaker, RefusedClip, Stored, make_all, refusal_of
+from ..priors.prior import PARTLY_UNKNOWN, PriorError, PriorSettings
+from ..priors.requests import PriorRequest, request_priors
+from ..priors.storage import PriorStore, prior_keys
 from ..processes import from_main
 from ..report import RunReport
-from ..store import PriorStore
-from ..vdm.plan import plan_teacher
-from .arguments import StudentArguments
+from ..settings import MakerArguments, OnlineArguments, PriorArguments, StudentArguments
+from ..teachers import Teacher
+from ..teachers.plan import plan_teacher
+from ..teachers.text_cache import ready_teacher
 
 
 @dataclass(frozen=True)
-class RunPriors(AbstractContextManager):
-    """What a run knows of its priors. As a context it lets the teacher go at its end, if there is one.
+class RunPriors:
+    """What a run knows of its priors.
 
     Attributes:
         samples: all that are trained on, with a prior or without.
@@ -58,51 +62,64 @@ class RunPriors(AbstractContextManager):
     def finish(
         self, report: RunReport, skips: SkipLog, total: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """After the last step: what was made while training goes into the report. All processes must call it.
+        """Put what was made while training into the report; all processes call it after the last step.
 
         Raises:
             NoPriorError: priors were to be made while training, and none ever was.
         """
-        if self.online is None:
+        online = self.online
+        if online is None:
             return
-        self.online.judge(total, final=True)
-        mine = (self.online.counts, self.online.skips, self.online.described, measured_memory())
+        online.judge(total, final=True)
+        mine = (online.counts, online.skips, online.described, online.roundtrip, measured_memory())
         everyone = gather_object([mine])
         counts = sum((counts for counts, *_ in everyone), OnlineCounts())
-        report.content["teacher"]["online"] = {
+        about = report.content["teacher"]
+        about["roundtrip"] = next((found for *_, found, _ in everyone if found), None)
+        about["online"] = {
             **asdict(counts),
             "hidden_share": counts.hidden_share,
-            "prefetch": self.online.prefetch,
+            "prefetch": online.prefetch,
             "memory": [memory for *_, memory in everyone],
         }
-        described = {name: text for _, _, part, _ in everyone for name, text in part.items()}
+        described = {name: text for _, _, part, *_ in everyone for name, text in part.items()}
         report.content["samples"] = [json.loads(described[s.id]) for s in self.samples if s.id in described]
         skips.merge(log for _, log, *_ in everyone)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.online is not None:
-            self.online.close()
 
-
-def extract_command(prior: PriorArguments, identity: Mapping[str, Any]) -> str:
-    """The command that makes the priors a run wants, with every flag that is not its default.
+def extract_command(prior: PriorArguments, settings: PriorSettings, identity: Mapping[str, Any]) -> str:
+    """Return the command that makes the priors of a run, with every flag that is not its default.
 
     Args:
-        prior: the run's.
+        prior, settings: the run's.
         identity: of its report; `data` and `video_root` are read.
     """
     chosen = {name: identity[name] for name in ("data", "video_root") if identity.get(name) is not None}
-    for one in fields(prior):
-        value = getattr(prior, one.name)
-        if value != one.default and value is not None:
-            chosen[one.name] = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-    given = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-    return shlex.join(["python", "-m", "motionenhancer.extract", *given])
+    for given in (prior, settings):
+        for one in fields(given):
+            value = getattr(given, one.name)
+            if value != one.default and value is not None:
+                text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+                chosen[flag_of(one)] = text
+    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "motionenhancer.extract", *flags])
 
 
-def collect_priors(
+@dataclass(frozen=True)
+class _Plan:
+    """What the ways of getting priors have in common."""
+
+    samples: list[Sample]
+    student: StudentArguments
+    prior: PriorArguments
+    settings: PriorSettings
+    how: OnlineArguments
+    skips: SkipLog
+    report: RunReport
+
+
+@contextmanager
+def open_priors(
     samples: list[Sample],
     student: StudentArguments,
     prior: PriorArguments,
@@ -110,8 +127,11 @@ def collect_priors(
     skips: SkipLog,
     report: RunReport,
     how: OnlineArguments | None = None,
-) -> RunPriors:
-    """Priors for all samples that can have one, as `--prior_source` says.
+    where: MakerArguments | None = None,
+) -> Iterator[RunPriors]:
+    """Get priors for all samples that can have one, as `--prior_source` says.
+
+    The teacher, if there is one, goes with the context.
 
     "store" takes what is stored. "hybrid" makes and keeps what is missing, while training or, told so,
     before: every process its share. "online" makes all while training and keeps none.
@@ -122,78 +142,78 @@ def collect_priors(
         prior, settings: which teacher, how, and where priors are kept.
         skips: receives samples without a prior and why.
         report: receives the teacher and every prior's description.
-        how: when and where priors are made.
+        how, where: when and where priors are made.
 
     Raises:
         ValueError: priors are missing under `--prior_source store`, or nothing is left to align.
     """
-    how = how or OnlineArguments()
-    how.check(student.prior_source)
-    state = PartialState()
+    plan = _Plan(samples, student, prior, settings, how or OnlineArguments(), skips, report)
+    plan.how.check(student.prior_source)
     assert prior.teacher is not None
     report.content["teacher"] = {"path": prior.teacher}
-    if student.prior_source == "online":
-        requests = request_priors(samples, settings, prior.prompt_source, skips)
-        if state.is_main_process:
-            print(f"teacher {prior.teacher}: reads {len(requests)} clips while training, keeps no prior")
-        return _while_training(samples, requests, None, student, prior, settings, skips, report, how)
-    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(state.device)
-    report.content["teacher"]["id"] = name
-    # A folder that is only read from is not made here.
-    writes = state.is_main_process and (student.prior_source != "store" or store.folder.is_dir())
-    with DigestCache(store.folder, writes=writes) as cache:
-        requests = plan_priors(samples, name, settings, prior.prompt_source, skips, cache=cache)
-    # A process that looked later might find priors that another has made since.
-    missing, none = _from_main(
-        [
-            sum(not store.settled(request.key) for request in requests),
-            sum(request.key not in store for request in requests),
-        ]
-    )
-    if state.is_main_process:
-        refused = f", {none - missing} on record as without a prior" if none > missing else ""
-        print(f"teacher {prior.teacher}: {len(requests) - none} priors stored, {missing} to make{refused}")
-    if student.prior_source == "store" and missing:
-        raise ValueError(
-            f"--prior_source store: {missing} of {len(requests)} priors are missing in {prior.prior_dir}; "
-            f"make them with\n  {extract_command(prior, report.identity)}\nor use --prior_source hybrid"
+    with ExitStack() as stack:
+        engine = stack.enter_context((where or MakerArguments()).open())
+        if student.prior_source == "online":
+            pairs = list(request_priors(samples, prior.prompt_source, skips))
+            if PartialState().is_main_process:
+                print(f"teacher {prior.teacher}: reads {len(pairs)} clips while training, keeps no prior")
+            yield _while_training(plan, pairs, None, engine, stack)
+            return
+        store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(engine.device)
+        report.content["teacher"]["id"] = name
+        pairs = _planned(plan, store, name)
+        # A process that looked later might find priors that another has made since.
+        missing, none = from_main(
+            [
+                sum(not store.settled(request.key) for _, request in pairs),
+                sum(request.key not in store for _, request in pairs),
+            ]
         )
-    if missing and not how.priors_first:
-        return _while_training(samples, requests, store, student, prior, settings, skips, report, how)
-    return _beforehand(samples, requests, store, student, prior, settings, skips, report, how)
+        if PartialState().is_main_process:
+            refused = f", {none - missing} on record as without a prior" if none > missing else ""
+            print(f"teacher {prior.teacher}: {len(pairs) - none} priors stored, {missing} to make{refused}")
+        if student.prior_source == "store" and missing:
+            raise ValueError(
+                f"--prior_source store: {missing} of {len(pairs)} priors are missing in {prior.prior_dir}; "
+                f"make them with\n  {extract_command(prior, settings, report.identity)}\n"
+                "or use --prior_source hybrid"
+            )
+        if missing and not plan.how.priors_first:
+            yield _while_training(plan, pairs, store, engine, stack)
+        else:
+            yield _beforehand(plan, pairs, store, name, engine)
+
+
+def _planned(plan: _Plan, store: PriorStore, teacher_id: str) -> list[tuple[Sample, PriorRequest]]:
+    # A folder that is only read from is not made here.
+    writes = PartialState().is_main_process and (
+        plan.student.prior_source != "store" or store.folder.is_dir()
+    )
+    name = prior_keys(teacher_id, plan.settings)
+    with DigestCache(store.folder, writes=writes) as cache:
+        return list(
+            request_priors(plan.samples, plan.prior.prompt_source, plan.skips, name=name, digest=cache.digest)
+        )
 
 
 def plan_memory(
     student: StudentArguments, prior: PriorArguments, settings: PriorSettings, how: OnlineArguments
-) -> TeacherMemory | None:
-    """What the run's teacher will take, if it makes priors at all; no weight is read.
+) -> tuple[TeacherCost, str] | None:
+    """Return what the run's teacher will take and when, if it makes priors at all; no weight is read.
 
     Raises:
         ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
     """
     if student.prior_source == "store" or not student.aligned:
         return None
-    place = (
-        BEFORE if how.priors_first else "on ranks of its own" if how.teacher_ranks else "beside the student"
-    )
-    return teacher_memory(prior, settings, PartialState().device, place=place)
-
-
-def _from_main(values: list[Any]) -> list[Any]:
-    broadcast_object_list(values)
-    return values
+    assert prior.teacher is not None
+    place = BEFORE if how.priors_first else "beside the student"
+    options = prior.cost_options(PartialState().device, cached=place != BEFORE)
+    return teacher_cost(prior.teacher, settings, **options), place
 
 
 def _beforehand(
-    samples: list[Sample],
-    requests: list[PriorRequest],
-    store: PriorStore,
-    student: StudentArguments,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    skips: SkipLog,
-    report: RunReport,
-    how: OnlineArguments,
+    plan: _Plan, pairs: list[tuple[Sample, PriorRequest]], store: PriorStore, teacher_id: str, engine: Engine
 ) -> RunPriors:
     """Check what is stored, make what is missing, and let the teacher go.
 
@@ -201,66 +221,106 @@ def _beforehand(
     not depend on when priors are made, or on λ.
     """
     state, mine = PartialState(), SkipLog()
-    missing = from_main({request.key for request in requests if request.key not in store})
-    made = make_priors(
-        share_requests(requests, state.num_processes, missing=missing)[state.process_index],
+    prior, settings = plan.prior, plan.settings
+    # By the key, so that the samples of one prior fall to one process.
+    share = [pair for pair in pairs if int(pair[1].key[:8], 16) % state.num_processes == state.process_index]
+    maker = Stored(
         store,
-        settings,
-        lambda: prior.load(state.device),
-        mine,
-        measure_roundtrip=prior.measure_roundtrip,
-        decode_workers=how.prior_workers,
+        engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip),
+        prior_keys(teacher_id, settings),
+        strict=True,
     )
-    gathered = gather_object([(made, mine)])
-    everyone = [part for part, _ in gathered]
-    skips.merge(log for _, log in gathered)
-    keys = {k: v for part in everyone for k, v in part.keys.items()}
-    report.content["teacher"]["roundtrip"] = next((p.roundtrip for p in everyone if p.roundtrip), None)
-    report.content["samples"] = [entry for part in everyone for entry in part.described]
-    grids = {tuple(entry["grid"]) for part in everyone for entry in part.described}
-    _require_some(keys, samples, student, skips)
-    return RunPriors(samples, keys, grids)
+    described: list[dict[str, Any]] = []
+    roundtrip = None
+    bar = tqdm(desc="priors", unit="prior", total=len(share), disable=not state.is_main_process)
+    with closing(maker), bar:
+        for sample, request, found in make_all(share, maker):
+            bar.update()
+            if not isinstance(found, Made):
+                _leave_out(sample, found, mine)
+                continue
+            if found.damaged:
+                mine.note("damaged priors made anew")
+            if found.prior.unknown:
+                mine.note(PARTLY_UNKNOWN)
+            roundtrip = roundtrip or found.roundtrip
+            about = {"id": sample.id, "video": str(request.video), "key": request.key}
+            described.append({**about, "made_now": found.fresh, **found.prior.describe()})
+    everyone = gather_object([(described, mine, roundtrip)])
+    described = [entry for part, *_ in everyone for entry in part]
+    plan.skips.merge(log for _, log, _ in everyone)
+    keys = {entry["id"]: entry["key"] for entry in described}
+    plan.report.content["teacher"]["roundtrip"] = next((found for *_, found in everyone if found), None)
+    order = {sample.id: place for place, sample in enumerate(plan.samples)}
+    plan.report.content["samples"] = sorted(described, key=lambda entry: order[entry["id"]])
+    _require_some(keys, plan)
+    return RunPriors(plan.samples, keys, {tuple(entry["grid"]) for entry in described})
+
+
+def _leave_out(sample: Sample, error: Exception, skips: SkipLog) -> None:
+    reason, detail = "no prior: the teacher failed on it", str(error) or type(error).__name__
+    if isinstance(error, VideoError | PriorError | RefusedClip):
+        refusal = refusal_of(error)
+        reason, detail = refusal.reason, refusal.detail
+    skips.add(reason, id=sample.id, line=sample.line, detail=detail)
 
 
 def _while_training(
-    samples: list[Sample],
-    requests: list[PriorRequest],
+    plan: _Plan,
+    pairs: list[tuple[Sample, PriorRequest]],
     store: PriorStore | None,
-    student: StudentArguments,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    skips: SkipLog,
-    report: RunReport,
-    how: OnlineArguments,
+    engine: Engine,
+    stack: ExitStack,
 ) -> RunPriors:
     """Get the teacher ready; it stays until the end of the training."""
+    prior, settings, how = plan.prior, plan.settings, plan.how
     assert prior.teacher is not None
-    wanted = {request.sample.id: request for request in requests}
-    _require_some(wanted, samples, student, skips)
-    options = prior.identity(PartialState().device)
+    wanted = {sample.id: request for sample, request in pairs}
+    _require_some(wanted, plan)
+    options = prior.identity(engine.device)
     grid = plan_teacher(prior.teacher, size=options["size"], frames=options["frames"]).grid
-    source, roundtrip = open_source(prior, settings, how, requests, store)
-    try:
-        about = report.content["teacher"]
-        about["roundtrip"], about["agreement"] = roundtrip, None
-        if settings.mode == "renoise" and how.agreement_clips:
-            about["agreement"] = measure_agreement(source, requests, settings, how.agreement_clips, skips)
-            if PartialState().is_main_process:
-                print(say_agreement(about["agreement"], settings))
-        online = OnlinePriors(
-            source, prefetch=how.prior_prefetch, grid=grid if student.aligner == "mlp" else None
-        )
-    except BaseException:
-        source.close()
-        raise
-    return RunPriors(samples, {}, {grid}, wanted, online)
+    name = prior.teacher_id(engine.device)
+    texts = sorted({request.text for request in wanted.values()})
+    maker: PriorMaker = engine.maker(
+        partial(_ready, prior.absolute(), settings, texts), name, settings, roundtrip=prior.measure_roundtrip
+    )
+    if isinstance(maker, LocalMaker):
+        # All processes load at once: some wait for others' texts.
+        maker.ready()
+    if store is not None:
+        maker = Stored(store, maker, prior_keys(name, settings))
+    online = OnlinePriors(
+        maker, prefetch=how.prior_prefetch, grid=grid if plan.student.aligner == "mlp" else None
+    )
+    stack.callback(online.close)
+    about = plan.report.content["teacher"]
+    about["roundtrip"], about["agreement"] = None, None
+    if settings.mode == "renoise" and how.agreement_clips:
+        about["agreement"] = measure_agreement(maker, pairs, settings, how.agreement_clips, plan.skips)
+        if PartialState().is_main_process:
+            print(say_agreement(about["agreement"], settings))
+    return RunPriors(plan.samples, {}, {grid}, wanted, online)
 
 
-def _require_some(
-    found: dict[str, Any], samples: list[Sample], student: StudentArguments, skips: SkipLog
-) -> None:
-    if not found and student.alignment_weight != 0:
+def _ready(prior: PriorArguments, settings: PriorSettings, texts: list[str], device: torch.device) -> Teacher:
+    """Load a teacher, with its texts encoded beforehand if there is a cache of them."""
+    cache = prior.texts(device)
+    if cache is None:
+        return prior.load(device)
+    state = PartialState()
+    return ready_teacher(
+        partial(prior.load, device),
+        cache,
+        texts,
+        index=state.process_index,
+        count=state.num_processes,
+        wait=state.wait_for_everyone,
+    )
+
+
+def _require_some(found: Mapping[str, Any], plan: _Plan) -> None:
+    if not found and plan.student.alignment_weight != 0:
         raise ValueError(
-            f"none of the {len(samples)} samples has a prior, so nothing would be aligned; "
-            f"use --alignment_weight 0 for plain fine-tuning. {skips.summary()}"
+            f"none of the {len(plan.samples)} samples has a prior, so nothing would be aligned; "
+            f"use --alignment_weight 0 for plain fine-tuning. {plan.skips.summary()}"
         )

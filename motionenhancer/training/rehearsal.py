@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .arguments import TrainArguments
-from .options import naming_options
+from ..options import naming_options
+from ..settings import TrainArguments
 
 
 def rehearse(training: TrainArguments, engine: str) -> None:

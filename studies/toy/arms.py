@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from motionenhancer.prior import PriorSettings
+from motionenhancer.priors.prior import PriorSettings
 
 __all__ = ["ARMS", "BOTH", "LEVEL", "PAIRS", "SWEEPS", "Arm", "Regime"]
 

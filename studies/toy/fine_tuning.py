@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from motionenhancer.aligner import build_aligner
+from motionenhancer.alignment.aligner import build_aligner
+from motionenhancer.alignment.dataset import Item, MotionCollator, find_words
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import Sample, content_digest, prompt_text, read_frames
-from motionenhancer.dataset import Item, MotionCollator, find_words
-from motionenhancer.prior import MotionPrior, PriorSettings, read_attention, select_prior
-from motionenhancer.store import PriorStore, prior_key
+from motionenhancer.priors.prior import MotionPrior, PriorSettings, read_attention, select_prior
+from motionenhancer.priors.storage import PriorStore, prior_key
+from motionenhancer.settings import TrainArguments
+from motionenhancer.students import load_student
+from motionenhancer.students.base import Encoded
+from motionenhancer.teachers import Teacher, load_teacher
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.world import ToyFolder, draw_clip
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.arguments import TrainArguments
-from motionenhancer.training.schedule import AlignmentSchedule
-from motionenhancer.vdm import Teacher, load_teacher
-from motionenhancer.vlm import load_student
-from motionenhancer.vlm.base import Encoded
 from studies.toy.arms import Arm, Regime
 from studies.toy.masks import mask_prior
 from studies.toy.train_student import Items, narrowed
@@ -115,7 +115,7 @@ def _key(sample: Sample, teacher: str, settings: PriorSettings) -> str:
 
 @functools.lru_cache(maxsize=4)
 def teacher_name(folder: Path) -> str:
-    from motionenhancer.vdm.identity import teacher_id
+    from motionenhancer.teachers.identity import teacher_id
 
     return teacher_id(folder, dtype=torch.float32)
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from mekernels import select_heads
-from motionenhancer.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.priors.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import question
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import TASKS, sample_scene
-from motionenhancer.vdm import load_teacher
 from studies.toy.arms import BOTH
 from studies.toy.masks import grid_mask, word_class
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from motionenhancer.prior import PriorSettings
+from motionenhancer.files import write_json
+from motionenhancer.priors.prior import PriorSettings
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import WEIGHTS, write_world
 from studies.toy.arms import ARMS, SWEEPS, Arm, Regime
@@ -65,9 +66,7 @@ def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
     record |= {"models": models(run.arm, teacher, student), **outcome}
     record["cpu_seconds"] = round(time.process_time() - began, 1)
     path = folder / "runs" / f"{run.name}.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, record)
     return run.name
 
 

@@ -21,19 +21,19 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from motionenhancer.alignment.dataset import Item, MotionCollator, find_words
+from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.dataset import Item, MotionCollator, find_words
+from motionenhancer.settings import TrainArguments
+from motionenhancer.students.base import Encoded
+from motionenhancer.students.qwen2_5_vl import FAMILY
 from motionenhancer.toy.accuracy import FRAMES
 from motionenhancer.toy.language import question, still_question
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.arguments import TrainArguments
-from motionenhancer.vlm.base import Encoded
-from motionenhancer.vlm.qwen2_5_vl import FAMILY
 from studies.toy.masks import looks_prior
 
 _STREAM = 7_000_202

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from motionenhancer.aligner import align
+from motionenhancer.alignment.aligner import align
+from motionenhancer.students import load_student
 from motionenhancer.toy.world import build_toy
-from motionenhancer.vlm import load_student
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("align_*.py"))
@@ -78,7 +78,7 @@ def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         calls.append((captured, priors, options, float(value.detach())))
         return value
 
-    monkeypatch.setattr("motionenhancer.aligner.align", recorded)
+    monkeypatch.setattr("motionenhancer.alignment.aligner.align", recorded)
     monkeypatch.setattr(sys, "argv", ["align_trl.py", str(toy), str(tmp_path / "out")])
     names = runpy.run_path(str(FOLDER / "align_trl.py"))
     assert len(calls) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from PIL import Image
-from vlm_support import TEXTS, clip, dialogue
+from students_support import TEXTS, clip, dialogue
 
 from motionenhancer.data.sample import Sample
 

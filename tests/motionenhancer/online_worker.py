@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import train_worker
 
-from motionenhancer.online.priors import OnlinePriors
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vdm import load_teacher
+from motionenhancer.alignment.online import OnlinePriors
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.teachers import load_teacher
 
 PARTS = ("transformer", "vae", "text_encoder")
 
@@ -34,7 +34,7 @@ def digest(teacher: Any) -> float:
 
 
 def look(online: OnlinePriors, trainer: MotionTrainer) -> dict[str, Any]:
-    teacher = online.source.teacher  # type: ignore[attr-defined]
+    teacher = getattr(online.maker, "maker", online.maker).ready()
     modules = [getattr(teacher.pipeline, part) for part in PARTS]
     mine = {id(p) for module in modules for p in module.parameters()}
     students = {id(p) for p in trainer.model_wrapped.parameters()} | {

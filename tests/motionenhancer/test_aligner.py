@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motionenhancer.aligner import ALIGNERS, LOSSES, align, build_aligner
+from motionenhancer.alignment.aligner import ALIGNERS, LOSSES, align, build_aligner
 
 GRIDS = [(1, 1, 1), (2, 3, 4), (3, 2, 2), (1, 5, 3), (4, 4, 1), (5, 2, 3)]
 

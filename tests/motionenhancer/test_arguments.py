@@ -1,22 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
-from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
-from motionenhancer.prior import PriorSettings
-from motionenhancer.store import DEFAULT_DIR
+from motionenhancer.flags import flag_of, parse_arguments
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.storage import DEFAULT_DIR
+from motionenhancer.settings import DataArguments, PriorArguments
 
 
-def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments]:
-    return parse_arguments((DataArguments, PriorArguments), argv, prog="test", **options)
+def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments, PriorSettings]:
+    return parse_arguments((DataArguments, PriorArguments, PriorSettings), argv, prog="test", **options)
 
 
 def test_defaults_make_the_papers_settings() -> None:
-    data, prior = parse()
+    data, prior, settings = parse()
     assert data.data is None
-    assert prior.settings() == PriorSettings()
+    assert settings == PriorSettings()
     assert prior.prior_dir == DEFAULT_DIR, "without arguments the store looks where extraction writes"
 
 
@@ -24,16 +27,16 @@ def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> N
     recipe, config = tmp_path / "recipe.yaml", tmp_path / "config.yaml"
     recipe.write_text("ddim_steps: 2\nguidance_scale: 3\nhead_ratio: 0.25\n")
     config.write_text("guidance_scale: 4\nhead_ratio: 0.75\n")
-    _, prior = parse("--config", str(config), "--head_ratio", "1.0", recipe=lambda chosen: recipe)
-    assert (prior.ddim_steps, prior.guidance_scale, prior.head_ratio) == (2, 4, 1.0)
+    *_, settings = parse("--config", str(config), "--head_ratio", "1.0", recipe=lambda chosen: recipe)
+    assert (settings.steps, settings.guidance_scale, settings.head_ratio) == (2, 4, 1.0)
 
 
 def test_a_files_values_are_read_like_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("sampled_rows: 32\nguidance_scale: 1e1\nmemory: no\nlimit: 3\nteacher:\n")
-    data, prior = parse("--config", str(config))
-    assert prior.settings().sampled_rows == 32
-    assert (prior.guidance_scale, prior.memory, prior.teacher, data.limit) == (10.0, False, None, 3)
+    data, prior, settings = parse("--config", str(config))
+    assert settings.sampled_rows == 32
+    assert (settings.guidance_scale, settings.memory, prior.teacher, data.limit) == (10.0, False, None, 3)
     config.write_text("prompt_source: everything\n")
     with pytest.raises(SystemExit):
         parse("--config", str(config))
@@ -43,8 +46,8 @@ def test_a_files_values_are_read_like_flags(tmp_path: Path, capsys: pytest.Captu
 def test_selections_are_switched_off_by_flags_and_files(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("head_selection: off\n")
-    _, prior = parse("--config", str(config), "--token_selection", "off")
-    assert prior.settings() == PriorSettings(head_selection="off", token_selection="off")
+    *_, settings = parse("--config", str(config), "--token_selection", "off")
+    assert settings == PriorSettings(head_selection="off", token_selection="off")
 
 
 def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
@@ -91,24 +94,25 @@ def test_bad_flags(argv: list[str], said: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("rows", ["none", "-3", "0", "1.5"])
-def test_rows_that_are_no_count(rows: str) -> None:
-    with pytest.raises(ValueError, match="sampled_rows"):
-        parse("--sampled_rows", rows)[1].settings()
+def test_rows_that_are_no_count(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--sampled_rows", rows)
+    assert 'sampled_rows must be a positive int or "all"' in capsys.readouterr().err
 
 
 def test_all_rows() -> None:
-    assert parse("--sampled_rows", "all")[1].settings().sampled_rows == "all"
+    assert parse("--sampled_rows", "all")[2].sampled_rows == "all"
 
 
 def test_the_recipes_in_the_repository_hold_known_fields() -> None:
-    from motionenhancer.train import StudentArguments, TrainArguments
+    from motionenhancer.settings import StudentArguments, TrainArguments
 
     folder = Path(__file__).parents[2] / "configs"
     recipes = sorted(folder.glob("*.yaml"))
     assert {"qwen2_5_vl", "internvl3"} <= {recipe.stem for recipe in recipes}
     for recipe in recipes:
-        _, _, _, training = parse_arguments(
-            (StudentArguments, DataArguments, PriorArguments, TrainArguments),
+        *_, training = parse_arguments(
+            (StudentArguments, DataArguments, PriorArguments, PriorSettings, TrainArguments),
             ["--config", str(recipe), "--bf16", "false"],
             prog="test",
         )
@@ -119,11 +123,11 @@ def test_the_recipes_in_the_repository_hold_known_fields() -> None:
 def test_weights_may_be_a_list_in_yaml(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("ddim_steps: 2\nstep_weights: [0, 1]\n")
-    assert parse("--config", str(config))[1].settings().step_weights == (0.0, 1.0)
+    assert parse("--config", str(config))[2].step_weights == (0.0, 1.0)
 
 
 def test_a_list_in_yaml_is_what_commas_are_in_a_flag(tmp_path: Path) -> None:
-    from motionenhancer.train import StudentArguments
+    from motionenhancer.settings import StudentArguments
 
     config = tmp_path / "config.yaml"
     config.write_text("lora_r: 4\nlora_target: [q_proj, v_proj]\n")
@@ -131,9 +135,58 @@ def test_a_list_in_yaml_is_what_commas_are_in_a_flag(tmp_path: Path) -> None:
     assert student.lora_target == "q_proj,v_proj"
 
 
-def test_weights_that_are_no_numbers_are_named_once() -> None:
-    with pytest.raises(ValueError, match=r"^--step_weights must be numbers between commas, got '1,x'$"):
-        parse("--step_weights", "1,x")[1].settings()
+def test_weights_that_are_no_numbers_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--step_weights", "1,x")
+    assert capsys.readouterr().err.endswith("--step_weights must be numbers between commas, got '1,x'\n")
+
+
+def test_a_field_may_have_a_flag_of_another_name(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, settings = parse("--ddim_steps", "2", "--prior_seed", "7", "--prior_mode", "renoise")
+    assert (settings.steps, settings.seed, settings.mode) == (2, 7, "renoise")
+    with pytest.raises(SystemExit):
+        parse("--ddim_steps", "0")
+    assert "error: --ddim_steps must be a positive int, got 0" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--hed_ratio", "1", "--limt=3")
+    error = capsys.readouterr().err
+    assert "(did you mean '--head_ratio'?)" in error
+    assert "(did you mean '--limit'?)" in error
+
+
+def test_every_flag_is_declared_once() -> None:
+    """A command would refuse two; here all commands are looked through."""
+    from motionenhancer import settings
+
+    owners: dict[str, set[str]] = {}
+    for cls in (PriorSettings, *vars(settings).values()):
+        if is_dataclass(cls) and isinstance(cls, type) and not issubclass(cls, TrainingArguments):
+            for one in fields(cls):
+                owners.setdefault(flag_of(one), set()).add(cls.__name__)
+    twice = {name: found for name, found in owners.items() if len(found) > 1}
+    # Evaluation has its own student, clips and frames; nothing else is declared twice.
+    assert all("EvalArguments" in found for name, found in twice.items() if name != "dry_run"), twice
+
+
+def test_help_shows_our_groups_and_hides_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    from motionenhancer import train
+
+    shown = {}
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            train.main([option])
+        assert stop.value.code == 0
+        shown[option] = capsys.readouterr().out
+    for text in shown.values():
+        assert "The model to tune and how strongly it is pulled:" in text
+        assert "--alignment_weight" in text
+        assert "--learning_rate" in text
+        assert "--push_to_hub" not in text, "an option that is refused is not offered"
+    assert "--adam_beta1" not in shown["--help"]
+    assert "--adam_beta1" in shown["--help_all"]
 
 
 def test_errors_are_short(capsys: pytest.CaptureFixture[str]) -> None:

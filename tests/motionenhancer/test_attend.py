@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from motionenhancer.vdm.attention import attend
+from motionenhancer.teachers.attention import attend
 
 
 class Reader:

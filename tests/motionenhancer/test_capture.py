@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-from vlm_support import (
+from students_support import (
     assert_keeps_a_third,
     checkpoint_layers,
     eager_attention,
@@ -21,8 +20,9 @@ from vlm_support import (
     restore,
     sharp_student,
 )
+from torch.utils.checkpoint import checkpoint
 
-from motionenhancer.vlm import capture_attention
+from motionenhancer.students import capture_attention
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from vlm_support import (
+from students_support import (
     checkpoint_layers,
     eager_attention,
     gradients,
@@ -18,7 +18,7 @@ from vlm_support import (
     sharp_student,
 )
 
-from motionenhancer.vlm import capture_attention
+from motionenhancer.students import capture_attention
 
 
 def wrap(model: Any, kind: str) -> Any:

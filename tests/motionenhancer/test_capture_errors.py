@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from students_support import checkpoint_layers, restore, sharp_student
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-from vlm_support import checkpoint_layers, restore, sharp_student
 
-from motionenhancer.vlm import capture_attention
+from motionenhancer.students import capture_attention
 
 ROWS, COLUMNS = torch.tensor([[4, 5]]), slice(0, 3)
 

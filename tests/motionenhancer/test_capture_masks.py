@@ -11,11 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from vlm_support import (
+from students_support import (
     eager_attention,
     gradients,
     make_batch,
@@ -23,12 +19,16 @@ from vlm_support import (
     random_rows,
     sharp_student,
 )
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mekernels
 from mekernels.attention_rows import composite
 from mekernels.attention_rows.composite import layer_attention_rows
-from motionenhancer.vlm import capture_attention
-from motionenhancer.vlm.keys import AttentionCall, VisibleKeys, implementation_name, read_mask
+from motionenhancer.students import capture_attention
+from motionenhancer.students.keys import AttentionCall, VisibleKeys, implementation_name, read_mask
 
 
 def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -372,7 +372,7 @@ def test_rows_that_are_all_padding(capture_pending: None) -> None:
 @pytest.fixture(params=[1, 1 << 21], ids=["one by one", "together"])
 def capture_pending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers wait to be read together."""
-    monkeypatch.setattr("motionenhancer.vlm.capture.PENDING_NUMBERS", request.param)
+    monkeypatch.setattr("motionenhancer.students.capture.PENDING_NUMBERS", request.param)
 
 
 def test_masked_rows_agree_with_the_kernel() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from motionenhancer.confidence import prior_confidence
+from motionenhancer.priors.confidence import prior_confidence
 
 GRID = (4, 3, 5)
 

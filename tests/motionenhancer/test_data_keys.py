@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from students_support import clip
 from tiny_students import tiny_student
-from vlm_support import clip
 
+from motionenhancer.alignment.dataset import MotionDataset
 from motionenhancer.data import Clip, Sample, SkipLog, VideoError, prompt_text, read_frames, read_samples
+from motionenhancer.data.encode import encode_video
 from motionenhancer.data.sampling import sample_frames
-from motionenhancer.dataset import MotionDataset
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, load_questions
 from motionenhancer.evaluation.generate import Asked, _Requests, encode_request
 from motionenhancer.evaluation.videos import Frames, VideoFolder, sample_video
-from motionenhancer.store import PriorStore
-from motionenhancer.toy.encode import encode_video
+from motionenhancer.priors.storage import PriorStore
+from motionenhancer.students import student_family
 from motionenhancer.toy.models import make_student
-from motionenhancer.vlm import student_family
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from motionenhancer.data import VideoError, content_digest
-from motionenhancer.extraction import digests
-from motionenhancer.extraction.digests import RECORD, REST, DigestCache
+from motionenhancer.priors import digests
+from motionenhancer.priors.digests import RECORD, REST, DigestCache
 
 
 @pytest.fixture

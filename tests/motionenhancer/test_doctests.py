@@ -18,7 +18,9 @@ MODULES = sorted(
 
 
 def test_the_examples_are_found() -> None:
-    assert {"motionenhancer.training.schedule", "motionenhancer.vdm", "studies.toy.mistakes"} <= set(MODULES)
+    assert {"motionenhancer.alignment.weight", "motionenhancer.teachers", "studies.toy.mistakes"} <= set(
+        MODULES
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)

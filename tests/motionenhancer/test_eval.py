@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from vlm_support import clip, sharp_student
+from students_support import clip, sharp_student
 
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
@@ -23,8 +23,8 @@ from motionenhancer.evaluation import generate
 from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.evaluation.videos import Frames
+from motionenhancer.students import load_student, student_family
 from motionenhancer.toy.world import ToyFolder, write_world
-from motionenhancer.vlm import load_student, student_family
 
 DATA = Path(__file__).parent / "data_eval"
 MOTIONBENCH, FAVOR = DATA / "video_info.meta.jsonl", DATA / "video_perspective.json"

@@ -1,17 +1,16 @@
-"""The extraction command: shares, what is left out, what is planned, and being killed anywhere."""
+"""The extraction command: what is left out, what is planned, and being stopped anywhere."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,24 +19,23 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.arguments import DataArguments, PriorArguments
-from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
-from motionenhancer.extraction.estimate import estimate, evaluations_a_prior, readable
-from motionenhancer.extraction.making import PARTLY_UNKNOWN, ahead, make_priors
-from motionenhancer.extraction.planning import (
-    PriorRequest,
-    digest_videos,
-    plan_priors,
-    share_requests,
-    stream_requests,
-)
-from motionenhancer.extraction.workload import read_requests, tabulate
-from motionenhancer.prior import PriorSettings, extract_prior
-from motionenhancer.store import PriorStore
+from motionenhancer.costs import evaluations_a_prior, extraction_cost, readable
+from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read_samples
+from motionenhancer.data.loading import load_samples
+from motionenhancer.flags import parse_arguments
+from motionenhancer.priors import maker
+from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
+from motionenhancer.priors.requests import request_priors
+from motionenhancer.priors.storage import PriorStore, prior_keys
+from motionenhancer.settings import MakerArguments, PriorArguments
+from motionenhancer.teachers import load_teacher
+from motionenhancer.teachers.plan import plan_teacher, size_multiple
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.toy.world import write_world
-from motionenhancer.vdm import load_teacher, teacher_id
-from motionenhancer.vdm.plan import plan_teacher, size_multiple
+
+REPO = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "motionenhancer.extract"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -45,86 +43,14 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {key: store.path(key).read_bytes() for key in store}
 
 
-def requests_of_sizes(folder: Path, sizes: list[int], seed: int = 0) -> list[PriorRequest]:
-    """One request a size, some of them twice, shuffled."""
-    found = []
-    for i, size in enumerate(sizes):
-        video = folder / f"{i}.mp4"
-        video.write_bytes(b"x" * size)
-        for again in range(1 + (i % 3 == 0)):
-            sample = Sample(f"{i}-{again}", [], (video,))
-            found.append(PriorRequest(sample, video, "text", f"{i * 7919 % 10007:064x}"))
-    random.Random(seed).shuffle(found)
-    return found
-
-
-@pytest.mark.parametrize("shares", [1, 2, 3, 7])
-def test_shares_hold_everything_once_and_keep_keys_together(tmp_path: Path, shares: int) -> None:
-    rng = random.Random(shares)
-    requests = requests_of_sizes(tmp_path, [rng.randrange(1, 5000) for _ in range(60)])
-    dealt = share_requests(requests, shares)
-    assert len(dealt) == shares
-    assert sorted(r.sample.id for part in dealt for r in part) == sorted(r.sample.id for r in requests)
-    owners: dict[str, set[int]] = {}
-    for i, part in enumerate(dealt):
-        assert part == [r for r in requests if r in part]
-        for request in part:
-            owners.setdefault(request.key, set()).add(i)
-    assert all(len(found) == 1 for found in owners.values())
-    assert share_requests(requests, shares) == dealt
-
-
-def test_shares_are_balanced_in_number_and_in_bytes(tmp_path: Path) -> None:
-    rng = random.Random(5)
-    requests = requests_of_sizes(tmp_path, [int(1000 * rng.paretovariate(1.5)) for _ in range(200)])
-    parts = [{r.key: r.video.stat().st_size for r in part} for part in share_requests(requests, 4)]
-    mean = sum(sum(part.values()) for part in parts) / 200
-    works = [sum(size + mean for size in part.values()) for part in parts]
-    assert max(works) < 1.02 * min(works)
-    alike = requests_of_sizes(tmp_path, [100] * 40)
-    assert [len({r.key for r in part}) for part in share_requests(alike, 4)] == [10] * 4
-
-
-def test_more_shares_than_requests_and_empty_files(tmp_path: Path) -> None:
-    dealt = share_requests(requests_of_sizes(tmp_path, [0, 0]), 5)
-    assert sorted(len({r.key for r in part}) for part in dealt) == [0, 0, 0, 1, 1]
-    with pytest.raises(ValueError, match="shares must be at least 1, got 0"):
-        share_requests([], 0)
-
-
-def test_work_ahead_is_bounded_and_in_order() -> None:
-    lock, state = threading.Lock(), {"begun": 0, "used": 0, "most": 0}
-
-    def work(i: int) -> int:
-        with lock:
-            state["begun"] += 1
-            state["most"] = max(state["most"], state["begun"] - state["used"])
-        time.sleep(0.001 * (i % 3))
-        return i * i
-
-    with ThreadPoolExecutor(3) as pool:
-        for i, (item, future) in enumerate(ahead(pool, work, range(40), 3)):
-            assert (item, future.result()) == (i, i * i)
-            time.sleep(0.001)
-            with lock:
-                state["used"] += 1
-    assert state["begun"] == 40
-    assert 2 <= state["most"] <= 4
-
-
-def test_work_ahead_stops_with_its_reader() -> None:
-    begun = []
-    with ThreadPoolExecutor(1) as pool:
-        for item, _ in ahead(pool, lambda i: (begun.append(i), time.sleep(0.02)), range(50), 5):
-            if item == 2:
-                break
-    assert len(begun) < 12
+def report_in(folder: Path) -> dict:
+    return json.loads((folder / extract.REPORT).read_text())
 
 
 def test_the_number_of_decoding_threads_changes_nothing(world: World, tmp_path: Path) -> None:
     for workers in (1, 3):
         flags = world.flags(student=None, prior_dir=tmp_path / str(workers), ddim_steps=1, limit=4)
-        assert extract.main([*flags, "--decode_workers", str(workers)]) == 0
+        assert extract.main([*flags, "--prior_workers", str(workers)]) == 0
     assert len(stored(tmp_path / "1")) == 4
     assert stored(tmp_path / "1") == stored(tmp_path / "3")
 
@@ -152,7 +78,7 @@ def test_what_is_left_out_is_listed_in_a_file_and_in_the_exit_code(
     printed = capsys.readouterr().out
     assert "3 samples have their prior" in printed
     assert "2 unreadable video" in printed
-    report = json.loads((priors / extract.REPORT).read_text())
+    report = report_in(priors)
     assert report["status"] == "finished"
     assert (report["samples"], report["stored"], report["made"]) == (3, 0, 3)
     assert report["skipped"]["counts"] == {"unreadable video": 2, "invalid json": 1}
@@ -185,13 +111,7 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
         (entry,) = skipped["entries"]
         assert entry["id"] == rows[0]["id"]
         assert "'红色' holds no word that the teacher's tokenizer has pieces for" in entry["detail"]
-    store, log = PriorStore(tmp_path / "priors"), SkipLog(shout=0)
-    assert len(list(store)) == 3
-    name, settings = PriorArguments(teacher=str(world.teacher)).teacher_id("cpu"), PriorSettings(steps=1)
-    samples = list(read_samples(data, world.videos, log))
-    requests = plan_priors(samples, name, settings, "answer", log)
-    make_priors(requests, store, settings, lambda: pytest.fail("nothing is to be made"), log)
-    assert log.notes == {PARTLY_UNKNOWN: 2}
+    assert len(list(PriorStore(tmp_path / "priors"))) == 3
 
 
 def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: Path) -> None:
@@ -218,7 +138,9 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
     samples = list(read_samples(data, world.videos, SkipLog()))
     name = PriorArguments(teacher=str(world.teacher)).teacher_id("cpu")
     settings = PriorSettings(steps=1)
-    requests = plan_priors(samples, name, settings, "both", SkipLog())
+    keys = prior_keys(name, settings)
+    pairs = request_priors(samples, "both", SkipLog(), name=keys, digest=content_digest)
+    requests = [request for _, request in pairs]
     assert [request.key in PriorStore(priors) for request in requests] == [True] * 5
     assert len({request.key for request in requests}) == 4
     assert requests[2].video == requests[3].video == Clip(world.videos / row["video"], 0.5)
@@ -229,28 +151,6 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
         assert torch.equal(kept.attention, extract_prior(teacher, frames, request.text, steps=1).attention)
     assert extract.main(flags) == 0
     assert json.loads((priors / extract.REPORT).read_text())["made"] == 0
-    train_data = DataArguments(str(data), str(world.videos))
-    made = make_priors(
-        plan_priors(extract.load_samples(train_data, SkipLog()), name, settings, "both", SkipLog()),
-        PriorStore(priors),
-        settings,
-        lambda: pytest.fail("every prior is there"),
-        SkipLog(),
-    )
-    assert made.stored == 4
-
-
-def test_a_segment_that_changes_in_the_data_file_is_noticed(world: World, tmp_path: Path) -> None:
-    row = json.loads(world.data.read_text().splitlines()[0])
-    data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({**row, "video_end": 0.5}))
-    samples = read_samples(data, world.videos, SkipLog())
-    work = tabulate(stream_requests(samples, "t", PriorSettings(), "both", SkipLog()), PriorStore(tmp_path))
-    (request,) = read_requests(work, data, world.videos, "both")
-    assert request.video == Clip(world.videos / row["video"], None, 0.5)
-    data.write_text(json.dumps({**row, "video_end": 0.6}))
-    with pytest.raises(ValueError, match="line 1 changed while the file was in use"):
-        list(read_requests(work, data, world.videos, "both"))
 
 
 def test_names_that_are_no_text_do_not_spoil_the_report(
@@ -268,7 +168,7 @@ def test_names_that_are_no_text_do_not_spoil_the_report(
     flags = world.flags(student=None, data=data, video_root=videos, prior_dir=tmp_path / "p", ddim_steps=1)
     assert extract.main(flags) == 1
     assert "caf\\udce9.mp4" in capsys.readouterr().out
-    report = json.loads((tmp_path / "p" / extract.REPORT).read_text())
+    report = report_in(tmp_path / "p")
     assert (report["status"], report["made"]) == ("finished", 1)
     (entry,) = report["skipped"]["entries"]
     assert entry["id"] == "half \ud83d"
@@ -287,7 +187,7 @@ def test_no_two_samples_are_given_one_id(world: World, tmp_path: Path) -> None:
         named = [{**row, "id": name} for row, name in zip(rows, given, strict=False)]
         data.write_text("\n".join(map(json.dumps, named)) + "\n")
         skips = SkipLog(shout=0)
-        samples = extract.load_samples(DataArguments(str(data), str(world.videos)), skips)
+        samples = load_samples(data, world.videos, None, skips)
         assert [sample.id for sample in samples] == expected
         assert skips.notes == {
             "repeated id, numbered": sum(a != b for a, b in zip(given, expected, strict=True))
@@ -302,35 +202,50 @@ def test_a_stored_prior_that_is_damaged_is_made_anew(world: World, tmp_path: Pat
     PriorStore(tmp_path).path(key).write_bytes(before[key][:-9])
     assert extract.main(flags) == 0
     assert stored(tmp_path) == before
-    report = json.loads((tmp_path / extract.REPORT).read_text())
+    report = report_in(tmp_path)
     assert (report["stored"], report["made"]) == (2, 1)
     assert report["skipped"]["notes"] == {"damaged priors made anew": 1}
 
 
-def test_clips_shared_by_several_samples_are_made_and_refused_once(world: World, tmp_path: Path) -> None:
-    samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
-    twins = [*samples, *(replace(s, id=f"{s.id}-again") for s in samples)]
-    settings, skips = PriorSettings(steps=1), SkipLog(shout=0)
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video")
-    twins += [replace(samples[0], id=f"broken-{i}", videos=(broken,)) for i in range(2)]
-    requests = plan_priors(twins, teacher_id(world.teacher), settings, "both", skips)
-    store = PriorStore(tmp_path / "priors")
-    made = make_priors(requests, store, settings, lambda: load_teacher(world.teacher, "cpu"), skips)
-    assert made.made == len(list(store)) == 2
-    assert len(made.keys) == len(made.described) == 4
-    assert made.unusable == {"broken-0", "broken-1"}
-    assert skips.counts == {"unreadable video": 2}
+def test_clips_shared_by_several_samples_are_made_and_refused_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
+    (world.videos / "shared-broken.mp4").write_bytes(b"no video")
+    rows += [{**rows[0], "id": f"broken-{i}", "video": "shared-broken.mp4"} for i in range(3)]
+    # Near each other and far from each other.
+    rows = [*rows, *({**row, "id": f"{row['id']}-again"} for row in rows), rows[0] | {"id": "last"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    decoded, decode = [], maker.read_frames
+    monkeypatch.setattr(
+        maker, "read_frames", lambda path, **options: (decoded.append(path.name), decode(path, **options))[1]
+    )
+    flags = world.flags(student=None, data=data, prior_dir=tmp_path / "priors", ddim_steps=1)
+    assert extract.main(flags) == 1
+    assert len(decoded) == len(set(decoded)) == 3
+    report = report_in(tmp_path / "priors")
+    assert (report["samples"], report["made"], report["stored"]) == (5, 2, 3)
+    assert report["skipped"]["counts"] == {"unreadable video": 6}
+    assert len(stored(tmp_path / "priors")) == 2
 
 
 def test_a_file_that_cannot_be_digested_costs_its_samples_only(world: World, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / rows[0]["video"]).write_bytes((world.videos / rows[0]["video"]).read_bytes())
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
-    gone = replace(samples[1], videos=(tmp_path / "gone.mp4",))
-    digests = digest_videos([samples[0].videos[0], gone.videos[0]], 2)
-    skips = SkipLog(shout=0)
-    planned = plan_priors([samples[0], gone], "t", PriorSettings(), "both", skips, digests=digests)
-    assert [request.sample for request in planned] == [samples[0]]
-    assert skips.counts == {"no prior: no text or no video file": 1}
+    assert samples[1].videos[0].name == rows[1]["video"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    flags = world.flags(student=None, data=data, video_root=videos, prior_dir=tmp_path / "p", ddim_steps=1)
+    assert extract.main(flags) == 1
+    report = report_in(tmp_path / "p")
+    assert report["made"] == 1
+    assert report["skipped"]["total"] == 1
+    assert report["skipped"]["entries"][0]["id"] == rows[1]["id"]
+    assert list(PriorStore(tmp_path / "p").refusals()) == []
 
 
 @pytest.mark.parametrize(
@@ -341,25 +256,23 @@ def test_the_dry_runs_numbers_are_those_of_the_run(
     world: World, tmp_path: Path, options: dict[str, object]
 ) -> None:
     settings = PriorSettings(**{"steps": 1, **options})  # type: ignore[arg-type]
-    samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
-    store, skips = PriorStore(tmp_path), SkipLog()
-    requests = plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
-    texts = [request.text for request in requests]
-    expected = estimate(texts, 0, settings, world.teacher, dtype=torch.float32)
-    assert (expected.stored, expected.missing) == (0, 2)
     teacher = load_teacher(world.teacher, "cpu")
-    made = make_priors(requests, store, settings, lambda: teacher, skips)
-    priors = [store.read(key) for key in made.keys.values()]
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
+    pairs = list(request_priors(samples, "both", SkipLog()))
+    expected = extraction_cost((r.text for _, r in pairs), settings, world.teacher, dtype=torch.float32)
+    assert (expected.stored, expected.missing) == (0, 2)
+    with closing(maker.LocalMaker(lambda: teacher, settings)) as made:
+        priors = [made.submit(request).result().prior for _, request in pairs]
     assert expected.evaluations == sum(prior.evaluations for prior in priors)
     assert {evaluations_a_prior(settings)} == {prior.evaluations for prior in priors}
     assert expected.prior_bytes == sum(2 * prior.attention.numel() for prior in priors)
-    assert {expected.plan.grid} == {prior.grid for prior in priors}
-    assert expected.plan.frames == teacher.max_frames
+    assert {expected.teacher.plan.grid} == {prior.grid for prior in priors}
+    assert expected.teacher.plan.frames == teacher.max_frames
     pipeline = teacher.pipeline  # type: ignore[attr-defined]
-    for part, size in expected.weight_bytes.items():
+    for part, size in expected.teacher.weights.items():
         assert size == sum(4 * p.numel() for p in getattr(pipeline, part).parameters()), part
-    after = estimate([], 2, settings, world.teacher, dtype=torch.float32)
-    assert (after.stored, after.missing, after.evaluations, after.prior_bytes) == (2, 0, 0, 0)
+    after = extraction_cost([], settings, world.teacher, dtype=torch.float32)
+    assert (after.missing, after.evaluations, after.prior_bytes) == (0, 0, 0)
 
 
 def test_a_dry_run_loads_nothing_and_writes_nothing(
@@ -368,15 +281,38 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("motionenhancer.arguments.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
     flags = world.flags(student=None, prior_dir=tmp_path / "priors", ddim_steps=5, limit=3)
     assert extract.main([*flags, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "0 stored, 3 to make" in printed
     assert "evaluations of the transformer: 75" in printed
     assert "memory a process" in printed
-    assert "what the VAE takes to encode a clip" in printed, "what the estimate leaves out is said"
+    assert "only a run measures" in printed, "what the estimate leaves out is said"
     assert not (tmp_path / "priors").exists()
+
+
+def test_a_dry_run_counts_what_is_stored_and_what_the_run_would_try(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, videos = damaged_world(world, tmp_path / "world", 4, 1)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    with data.open("a") as file:
+        file.writelines(json.dumps({**row, "id": f"{row['id']}-again"}) + "\n" for row in rows)
+        file.write("{not json\n")
+    flags = world.flags(student=None, data=data, video_root=videos, prior_dir=tmp_path / "p", ddim_steps=1)
+    assert extract.main([*flags, "--limit", "2"]) == 0
+    before = sorted((tmp_path / "p").rglob("*"))
+    capsys.readouterr()
+    assert extract.main([*flags, "--dry_run"]) == 1, "a line is no sample"
+    printed = capsys.readouterr().out
+    assert "2 stored, 2 to make" in printed
+    assert "1 invalid json (line 9" in printed
+    assert sorted((tmp_path / "p").rglob("*")) == before
+    assert extract.main(flags) == 1
+    capsys.readouterr()
+    assert extract.main([*flags, "--dry_run"]) == 1
+    assert "3 stored, 1 to make" in capsys.readouterr().out, "extraction tries again what is on record"
 
 
 @pytest.mark.parametrize(("size", "frames"), [(None, None), ((64, 128), None), (None, 9), ((96, 64), 33)])
@@ -404,7 +340,7 @@ def test_a_size_the_teacher_does_not_take_is_refused_before_any_clip_is_read(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("work was done")
 
-    for name in ("motionenhancer.arguments.load_teacher", "motionenhancer.extract.plan"):
+    for name in ("motionenhancer.settings.load_teacher", "motionenhancer.extract.request_priors"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.setattr("motionenhancer.train._student", refuse)
     chosen = {"prior_dir": tmp_path / "priors", "teacher_size": size}
@@ -443,6 +379,7 @@ def test_readable_sizes() -> None:
 @pytest.mark.parametrize(
     "flag",
     [
+        ["--prior_workers", "0"],
         ["--decode_workers", "0"],
         ["--ddim_steps", "0"],
         ["--ddim_steps", "7"],
@@ -475,16 +412,14 @@ def test_killed_at_random_it_ends_with_the_store_of_an_undisturbed_run(world: Wo
     whole = stored(tmp_path / "whole")
     assert len(whole) == clips - max(2, clips // 20)
 
-    command = [sys.executable, "-m", "motionenhancer.extract"]
-    command += world.flags(**chosen, prior_dir=tmp_path / "killed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*COMMAND, *world.flags(**chosen, prior_dir=tmp_path / "killed")]
     rng = random.Random(0)
     store = PriorStore(tmp_path / "killed")
     for kill in range(kills):
         # Killed once it has made a few more, at any moment of making the next.
         until = len(list(store)) + rng.randrange(1, max(2, 2 * clips // (3 * kills)))
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         while len(list(store)) < until and process.poll() is None:
             time.sleep(0.002)
@@ -498,9 +433,143 @@ def test_killed_at_random_it_ends_with_the_store_of_an_undisturbed_run(world: Wo
             hurt = store.path(rng.choice(sorted(store)))
             hurt.write_bytes(hurt.read_bytes()[: rng.randrange(200)])
     assert 0 < len(stored(tmp_path / "killed")) < len(whole)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]
     assert stored(tmp_path / "killed") == whole
+
+
+def test_interrupted_it_ends_and_says_so_and_goes_on(world: World, tmp_path: Path) -> None:
+    data, videos = damaged_world(world, tmp_path / "world", 10, 1)
+    chosen = {"student": None, "data": data, "video_root": videos, "ddim_steps": 1}
+    command = [*COMMAND, *world.flags(**chosen, prior_dir=tmp_path / "stopped")]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    store = PriorStore(tmp_path / "stopped")
+    while len(list(store)) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-2000:]
+    assert errors.splitlines()[-1] == "interrupted: start the same command again to go on"
+    assert "Traceback" not in errors
+    assert len(list(store)) < 9
+    assert list(store.folder.rglob("*.tmp")) == []
+    assert extract.main(world.flags(**chosen, prior_dir=tmp_path / "stopped")) == 1
+    assert extract.main(world.flags(**chosen, prior_dir=tmp_path / "whole")) == 1
+    assert stored(tmp_path / "stopped") == stored(tmp_path / "whole")
+
+
+def test_a_teacher_that_cannot_be_loaded_ends_the_run_in_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loads = []
+
+    def refuse(*args: object, **options: object) -> None:
+        loads.append(1)
+        raise RuntimeError("size mismatch\n\tfor transformer.proj_out.weight")
+
+    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
+    flags = world.flags(student=None, prior_dir=tmp_path, ddim_steps=1)
+    assert extract.main(flags) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said == ["error: RuntimeError: size mismatch for transformer.proj_out.weight"]
+    assert len(loads) == 1
+    assert report_in(tmp_path)["status"] == "running"
+    assert stored(tmp_path) == {}
+
+
+def test_a_teacher_that_fails_on_everything_ends_the_run_and_one_failure_does_not(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = maker.extract_prior, []
+
+    def fail(times: int):
+        calls.clear()
+
+        def extract_prior(*args: object, **options: object):
+            calls.append(1)
+            if len(calls) <= times:
+                raise RuntimeError("CUDA error: out of memory")
+            return real(*args, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(maker, "extract_prior", extract_prior)
+
+    flags = world.flags(student=None, prior_dir=tmp_path, ddim_steps=1)
+    fail(100)
+    assert extract.main(flags) == 2
+    assert len(calls) == maker.PATIENCE == 8
+    printed = capsys.readouterr()
+    assert (
+        "error: the teacher failed on 8 clips in a row, the last time with RuntimeError: CUDA" in printed.err
+    )
+    fail(1)
+    assert extract.main(flags) == 1
+    printed = capsys.readouterr()
+    assert "7 samples have their prior" in printed.out
+    assert "1 no prior: an attempt failed (line 1" in printed.out
+    assert "RuntimeError: CUDA error: out of memory" in printed.out
+    assert list(PriorStore(tmp_path).refusals()) == []
+    fail(0)
+    assert extract.main(flags) == 0
+    assert len(calls) == 1
+    assert len(stored(tmp_path)) == 8
+
+
+def test_a_store_that_cannot_be_written_ends_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PriorStore, "write", full)
+    assert extract.main(world.flags(student=None, prior_dir=tmp_path, ddim_steps=1)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said == [f"error: the store {tmp_path} cannot be written (No space left on device)"]
+    (tmp_path / "file").touch()
+    assert extract.main(world.flags(student=None, prior_dir=tmp_path / "file", ddim_steps=1)) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_bar_shows_how_much_of_the_data_file_is_done_and_what_was_left_out(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, videos = damaged_world(world, tmp_path / "world", 4, 1)
+    flags = world.flags(student=None, data=data, video_root=videos, prior_dir=tmp_path / "p", ddim_steps=1)
+    assert extract.main([*flags, "--limit", "2"]) == 0
+    capsys.readouterr()
+    assert extract.main(flags) == 1
+    last = capsys.readouterr().err.rstrip().splitlines()[-1].split("\r")[-1]
+    assert last.startswith("priors: 100%")
+    size = data.stat().st_size
+    assert f"{size}/{size}" in last
+    assert "stored=2" in last
+    assert "made=1" in last
+    assert "left out=1" in last
+
+
+def test_the_older_names_of_options_are_known_as_flags_and_in_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse(*argv: str) -> MakerArguments:
+        return parse_arguments((MakerArguments,), argv, prog="test")[0]
+
+    assert parse("--engine", "ray", "--decode_workers", "5") == MakerArguments("ray", 5)
+    assert parse("--decode-workers", "5") == MakerArguments("local", 5)
+    config = tmp_path / "config.yaml"
+    config.write_text("engine: ray\ndecode_workers: 5\nray_workers: 2\n")
+    assert parse("--config", str(config)) == MakerArguments("ray", 5, ray_workers=2)
+    assert parse("--config", str(config), "--decode_workers", "3") == MakerArguments("ray", 3, ray_workers=2)
+    assert parse("--config", str(config), "--prior_workers", "3") == MakerArguments("ray", 3, ray_workers=2)
+    for body, said in (
+        ("engine: cluster\n", "prior_engine must be one of local, ray, got 'cluster'"),
+        ("engine: ray\nprior_engine: local\n", "engine and prior_engine are two names of one option"),
+        ("decode_worker: 3\n", "unknown field 'decode_worker' (did you mean 'decode_workers'?)"),
+    ):
+        config.write_text(body)
+        with pytest.raises(SystemExit):
+            parse("--config", str(config))
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("frames", "grid"), [(13, (2, 8, 8)), (17, (3, 8, 8))])

@@ -10,24 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {f"motionenhancer.{name}" for name in ("agreement", "eval", "extract", "look", "train")}
+COMMANDS = {f"motionenhancer.{name}" for name in ("agreement", "eval", "extract", "look", "store", "train")}
 ENTRANCES = {"motionenhancer", "motionenhancer.__main__"}
-
-#: What breaks a rule today. Each entry must be real: one that is mended has to be removed here.
-IMPORT_A_COMMAND = {
-    ("motionenhancer.agreement", "motionenhancer.extract"),
-    ("motionenhancer.eval", "motionenhancer.extract"),
-    ("motionenhancer.online.start", "motionenhancer.agreement"),
-    ("motionenhancer.train", "motionenhancer.extract"),
-    ("motionenhancer.training.priors", "motionenhancer.extract"),
-}
-CIRCLES = {frozenset({"motionenhancer.extraction.engines", "motionenhancer.extraction.ray_engine"})}
-PACKAGES_IN_CIRCLES = {
-    frozenset(
-        f"motionenhancer.{name}"
-        for name in ("agreement", "arguments", "dataset", "extract", "extraction", "online")
-    )
-}
 
 Uses = dict[str, set[str]]
 
@@ -122,7 +106,7 @@ def in_package() -> Iterable[str]:
 
 def test_the_modules_are_found() -> None:
     assert {"motionenhancer", "motionenhancer.extract", "motionenhancer.toy.world"} <= set(MODULES)
-    assert "motionenhancer.toy.world" in USES["motionenhancer.extract"]
+    assert "motionenhancer.toy.defaults" in USES["motionenhancer.extract"]
 
 
 def test_only_commands_import_the_toy() -> None:
@@ -137,12 +121,12 @@ def test_no_example_in_a_docstring_needs_the_toy() -> None:
 
 def test_nothing_imports_a_command() -> None:
     found = {(name, use) for name in MODULES if name not in ENTRANCES for use in USES[name] & COMMANDS}
-    assert found == IMPORT_A_COMMAND
+    assert not found
 
 
 def test_no_imports_form_a_circle() -> None:
-    assert circles(USES) == CIRCLES
-    assert circles(by_package(USES)) == PACKAGES_IN_CIRCLES
+    assert not circles(USES)
+    assert not circles(by_package(USES))
 
 
 @pytest.mark.parametrize("folder", ["mekernels", "motionenhancer", "studies"])

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
+from motionenhancer.extraction.estimate import check_settings
 from tiny_wan import edit, save_wan
 from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.extraction.estimate import check_settings
-from motionenhancer.prior import PriorSettings
-from motionenhancer.vdm import known, load_teacher
-from motionenhancer.vdm.plan import plan_teacher
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.teachers import known, load_teacher
+from motionenhancer.teachers.plan import plan_teacher
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 TRANSFORMER, VAE, TEXT = (f"{part}/config.json" for part in ("transformer", "vae", "text_encoder"))

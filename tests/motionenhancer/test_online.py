@@ -19,17 +19,17 @@ from tiny_world import World
 from train_support import flags, report_of, weights_of
 
 from motionenhancer import extract, train
-from motionenhancer.arguments import PriorArguments
+from motionenhancer.alignment.dataset import Wanted
+from motionenhancer.alignment.online import NoPriorError, OnlinePriors
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
-from motionenhancer.extraction.making import PARTLY_UNKNOWN
-from motionenhancer.extraction.planning import PriorRequest, request_priors
-from motionenhancer.online import thread as teacher_thread
-from motionenhancer.online.priors import NoPriorError, OnlinePriors
-from motionenhancer.online.thread import TeacherThread
-from motionenhancer.prior import PriorSettings, extract_prior
-from motionenhancer.store import PriorStore
-from motionenhancer.training.identity import aligned_before
+from motionenhancer.priors import maker as priors_maker
+from motionenhancer.priors.maker import LocalMaker
+from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
+from motionenhancer.priors.requests import PriorRequest, request_priors
+from motionenhancer.priors.storage import PriorStore
+from motionenhancer.settings import PriorArguments
+from motionenhancer.training.run_identity import aligned_before
 
 #: Two epochs of the eight clips, so that every prior is asked for twice.
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, "limit": 4}
@@ -94,7 +94,7 @@ def test_hybrid_makes_each_prior_once(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("motionenhancer.arguments.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
     assert train.main(flags(world, tmp_path / "again", prior_source="hybrid", **EPOCHS)) == 0
     same_weights(stored, tmp_path / "again")
 
@@ -105,7 +105,7 @@ def test_priors_first_makes_them_all_before_training(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher stayed")
 
-    monkeypatch.setattr(TeacherThread, "__init__", refuse)
+    monkeypatch.setattr(OnlinePriors, "__init__", refuse)
     options = {**EPOCHS, "prior_source": "hybrid", "priors_first": True}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     same_weights(stored, tmp_path / "out")
@@ -174,7 +174,7 @@ def test_what_a_teacher_draws_is_its_own_and_knows_no_order(world: World, device
         pytest.skip("no GPU: the teacher has no stream of its own")
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:3]
     settings = PriorSettings(steps=1, start="random")
-    requests = request_priors(samples, settings, "both", SkipLog())
+    requests = [request for _, request in request_priors(samples, "both", SkipLog())]
     teacher = PriorArguments(teacher=str(world.teacher)).load(device)
     expected = []
     for request in requests:
@@ -182,14 +182,14 @@ def test_what_a_teacher_draws_is_its_own_and_knows_no_order(world: World, device
         expected.append(extract_prior(teacher, frames, request.text, steps=1, start="random"))
     before = (random.getstate(), repr(np.random.get_state()), torch.get_rng_state())  # noqa: NPY002
     for turned in (False, True):
-        thread = TeacherThread(teacher, settings)
-        asked = [thread.submit(request) for request in (requests[::-1] if turned else requests)]
+        maker = LocalMaker(lambda: teacher, settings)
+        asked = [maker.submit(request) for request in (requests[::-1] if turned else requests)]
         for _ in range(20 if device == "cuda" else 0):
             torch.randn(2048, 2048, device=device, generator=torch.Generator(device)) @ torch.ones(
                 2048, 2048, device=device
             )
         found = [answer.result().prior for answer in asked]
-        thread.close()
+        maker.close()
         for one, other in zip(found[::-1] if turned else found, expected, strict=True):
             assert torch.equal(one.attention, other.attention)
     assert random.getstate() == before[0]
@@ -199,15 +199,15 @@ def test_what_a_teacher_draws_is_its_own_and_knows_no_order(world: World, device
 
 def test_closing_gives_up_what_is_not_begun(world: World) -> None:
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
-    requests = request_priors(samples, PriorSettings(), "both", SkipLog())
-    thread = TeacherThread(PriorArguments(teacher=str(world.teacher)).load("cpu"), PriorSettings())
-    asked = [thread.submit(request) for request in requests * 10]
+    requests = [request for _, request in request_priors(samples, "both", SkipLog())]
+    maker = LocalMaker(lambda: PriorArguments(teacher=str(world.teacher)).load("cpu"), PriorSettings())
+    asked = [maker.submit(request) for request in requests * 10]
     asked[0].result()
-    thread.close()
+    maker.close()
     assert all(answer.done() for answer in asked)
     assert asked[-1].cancelled()
-    with pytest.raises(RuntimeError, match="has ended"):
-        thread.submit(requests[0])
+    with pytest.raises(RuntimeError, match="is closed"):
+        maker.submit(requests[0])
 
 
 def test_samples_of_one_clip_and_text_share_a_prior(world: World, tmp_path: Path) -> None:
@@ -234,25 +234,24 @@ def write_rows(path: Path, lines: list[dict]) -> Path:
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool]) -> None:
-    make = teacher_thread.extract_prior
+    make = priors_maker.extract_prior
 
     def extract_prior(teacher, frames, text, **options):
         if fails(text):
             raise RuntimeError("the teacher stumbled")
         return make(teacher, frames, text, **options)
 
-    monkeypatch.setattr(teacher_thread, "extract_prior", extract_prior)
+    monkeypatch.setattr(priors_maker, "extract_prior", extract_prior)
 
 
 def test_a_text_that_the_teacher_knows_in_part_is_counted(world: World) -> None:
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:2]
-    settings = PriorSettings(steps=1)
-    known, partly = request_priors(samples, settings, "both", SkipLog())
+    (one, known), (other, partly) = request_priors(samples, "both", SkipLog())
     partly = replace(partly, text="The red 方块 moves")
-    thread = TeacherThread(PriorArguments(teacher=str(world.teacher)).load("cpu"), settings)
-    online = OnlinePriors(thread)
-    for request in (known, partly):
-        assert online._await(request, thread.submit(request), first=True) is not None
+    load = PriorArguments(teacher=str(world.teacher)).load
+    online = OnlinePriors(LocalMaker(lambda: load("cpu"), PriorSettings(steps=1)))
+    for wanted in (Wanted(one, known), Wanted(other, partly)):
+        assert online._await(wanted, online.maker.submit(wanted.request), first=True) is not None
     online.close()
     assert online.skips.notes == {PARTLY_UNKNOWN: 1}
 
@@ -317,12 +316,12 @@ def test_a_teacher_that_recovers_or_meets_bad_clips_is_not_dead(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:1]
-    good = request_priors(samples, PriorSettings(steps=1), "both", SkipLog())[0]
+    ((_, good),) = request_priors(samples, "both", SkipLog())
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     fail_on(monkeypatch, lambda text: text == "fail")
-    thread = TeacherThread(
-        PriorArguments(teacher=str(world.teacher)).load("cpu"), PriorSettings(steps=1, mode="renoise")
+    maker = LocalMaker(
+        lambda: PriorArguments(teacher=str(world.teacher)).load("cpu"), PriorSettings(steps=1, mode="renoise")
     )
     stumble, bad, empty = (
         replace(good, text="fail"),
@@ -331,7 +330,7 @@ def test_a_teacher_that_recovers_or_meets_bad_clips_is_not_dead(
     )
 
     def kinds(*requests: PriorRequest) -> list[str]:
-        answers = [thread.submit(request) for request in requests]
+        answers = [maker.submit(request) for request in requests]
         return [type(answer.exception()).__name__ for answer in answers]
 
     assert kinds(*[bad, empty] * 5) == ["VideoError", "PriorError"] * 5
@@ -341,12 +340,12 @@ def test_a_teacher_that_recovers_or_meets_bad_clips_is_not_dead(
     )
     assert kinds(bad, stumble, stumble, good, stumble) == [
         "VideoError",
-        "DeadTeacherError",
-        "DeadTeacherError",
+        "DeadTeacher",
+        "DeadTeacher",
         "NoneType",
         "RuntimeError",
     ]
-    thread.close()
+    maker.close()
 
 
 def test_a_run_that_goes_on_is_not_stopped_for_the_clips_it_has_left(tmp_path: Path) -> None:
@@ -393,8 +392,7 @@ def test_a_clip_only_the_teacher_cannot_read(world: World, tmp_path: Path) -> No
         ({"prior_source": "online", "prior_mode": "renoise", "noise_level": 4000}, "4000"),
         ({"prior_source": "online", "priors_first": True}, "--priors_first needs --prior_source hybrid"),
         ({"prior_source": "online", "teacher": "missing"}, "missing"),
-        ({"prior_source": "store", "teacher_ranks": 1}, "--teacher_ranks 1"),
-        ({"prior_source": "online", "teacher_ranks": -1}, "--teacher_ranks"),
+        ({"prior_source": "online", "ray_workers": 2}, "--ray_workers needs --prior_engine ray"),
         ({"prior_source": "online", "prior_prefetch": -1}, "--prior_prefetch must be at least 0, got -1"),
         ({"prior_source": "online", "agreement_clips": -1}, "--agreement_clips"),
         ({"prior_source": "online", "prior_workers": 0}, "--prior_workers"),

@@ -13,10 +13,10 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import train
-from motionenhancer.arguments import PriorArguments
-from motionenhancer.online.memory import BEFORE, measured_memory, teacher_memory
-from motionenhancer.pool import AttentionPool
-from motionenhancer.prior import PriorSettings
+from motionenhancer.costs import TeacherCost, measured_memory, teacher_cost
+from motionenhancer.priors.pool import AttentionPool
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.settings import PriorArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from measure.memory import peak_bytes
@@ -29,7 +29,7 @@ def test_the_plan_is_a_lower_bound_of_what_is_measured(world: World, clip: np.nd
     settings = PriorSettings(steps=1)
     teacher = prior.load("cpu")
     words = len(teacher.encode_text(TEXT).tokens)
-    plan = teacher_memory(prior, settings, "cpu", words=words)
+    plan = teacher_cost(world.teacher, settings, words=words, **prior.cost_options("cpu"))
     pipeline = teacher.pipeline  # type: ignore[attr-defined]
     for part, size in plan.weights.items():
         assert size == sum(p.nbytes for p in getattr(pipeline, part).parameters()), part
@@ -51,20 +51,26 @@ def test_the_plan_is_a_lower_bound_of_what_is_measured(world: World, clip: np.nd
 
 def test_what_need_not_be_there_is_not_counted(world: World, tmp_path: Path) -> None:
     prior, settings = PriorArguments(teacher=str(world.teacher)), PriorSettings()
-    whole = teacher_memory(prior, settings, "cuda")
+
+    def cost(
+        prior: PriorArguments, settings: PriorSettings, device: str, *, cached: bool = True
+    ) -> TeacherCost:
+        return teacher_cost(world.teacher, settings, **prior.cost_options(device, cached=cached))
+
+    whole = cost(prior, settings, "cuda")
     encoder = whole.weights["text_encoder"]
     cached = replace(prior, text_cache=str(tmp_path))
-    assert "text_encoder" not in teacher_memory(cached, settings, "cuda").weights
-    assert teacher_memory(cached, settings, "cuda", place=BEFORE).weights == whole.weights
-    offloaded = teacher_memory(replace(prior, offload_text_encoder=True), settings, "cuda")
+    assert "text_encoder" not in cost(cached, settings, "cuda").weights
+    assert cost(cached, settings, "cuda", cached=False).weights == whole.weights
+    offloaded = cost(replace(prior, offload_text_encoder=True), settings, "cuda")
     assert (offloaded.host, "text_encoder" in offloaded.weights) == (encoder, False)
-    assert teacher_memory(replace(prior, offload_text_encoder=True), settings, "cpu").host == 0
-    single = teacher_memory(prior, replace(settings, mode="renoise"), "cuda")
-    split = teacher_memory(replace(prior, split_batch=True), settings, "cuda")
+    assert cost(replace(prior, offload_text_encoder=True), settings, "cpu").host == 0
+    single = cost(prior, replace(settings, mode="renoise"), "cuda")
+    split = cost(replace(prior, split_batch=True), settings, "cuda")
     assert single.reading < split.reading < whole.reading
-    assert teacher_memory(replace(prior, vae_tiling=True), settings, "cuda").encoding == whole.encoding // 4
-    narrow = teacher_memory(prior, settings, "cuda").weights["transformer"]
-    assert 2 * narrow == teacher_memory(prior, settings, "cpu").weights["transformer"]
+    assert cost(replace(prior, vae_tiling=True), settings, "cuda").encoding == whole.encoding // 4
+    narrow = cost(prior, settings, "cuda").weights["transformer"]
+    assert 2 * narrow == cost(prior, settings, "cpu").weights["transformer"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_a_dry_run_states_it(
 ) -> None:
     assert train.main(flags(world, tmp_path / "out", dry_run=True, **options)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher,")]
-    assert all("encoding takes many times its own at its peak" in line for line in lines)
+    assert all("encoding takes many times its bound at its peak" in line for line in lines)
     assert [said is not None and line.startswith(said) for line in lines] == [True] * (said is not None)
 
 

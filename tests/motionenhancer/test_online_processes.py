@@ -16,9 +16,8 @@ from test_train_distributed import environment
 from tiny_world import World
 from train_support import flags, report_of, weights_of
 
-from motionenhancer import train
-from motionenhancer.store import PriorStore
-from motionenhancer.vdm import load_teacher
+from motionenhancer.priors.storage import PriorStore
+from motionenhancer.teachers import load_teacher
 
 OPTIONS = {"max_steps": 2, "limit": 4, "per_device_train_batch_size": 1, "prior_source": "online"}
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -105,29 +104,3 @@ def test_every_engine_learns_from_the_same_priors(pair: Path) -> None:
         }
         assert not named
         assert set(weights_of(pair / engine)) == set(weights_of(pair / "ddp"))
-
-
-def test_two_trainers_share_a_rank_of_the_teacher(pair: Path, world: World, tmp_path: Path) -> None:
-    chosen = {**OPTIONS, "prior_source": "hybrid", "teacher_ranks": 1}
-    torchrun(3, "-m", "motionenhancer.train", *flags(world, tmp_path / "shared", **chosen))
-    same_weights(pair / "ddp", tmp_path / "shared")
-    online = report_of(tmp_path / "shared")["teacher"]["online"]
-    assert (online["made"], online["failed"], len(online["memory"])) == (4, 0, 2)
-
-
-def test_one_trainer_and_one_rank_of_the_teacher_are_one_process_with_both(
-    world: World, tmp_path: Path
-) -> None:
-    # torchrun gives each process one thread; sums over several come in another order.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert train.main(flags(world, tmp_path / "one", **OPTIONS)) == 0
-    finally:
-        torch.set_num_threads(threads)
-    torchrun(2, "-m", "motionenhancer.train", *flags(world, tmp_path / "two", **OPTIONS, teacher_ranks=1))
-    same_weights(tmp_path / "one", tmp_path / "two")
-    report = report_of(tmp_path / "two")
-    assert report["teacher"]["online"]["made"] == 2
-    assert all(sample["seconds"]["reconstruct"] > 0 for sample in report["samples"])
-    assert not (tmp_path / "priors").exists()

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers.integrations import deepspeed
 
-from motionenhancer.arguments import PriorArguments
-from motionenhancer.online.text_cache import CachedTextTeacher, TextCache, encoder_id
-from motionenhancer.prior import extract_prior
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.settings import PriorArguments
+from motionenhancer.teachers import load_teacher
+from motionenhancer.teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
+from motionenhancer.teachers.whole import whole_weights
 from motionenhancer.toy.models import save_teacher
-from motionenhancer.vdm import load_teacher
-from motionenhancer.vdm.whole import whole_weights
 
 TEXT = "the red square moves left"
 

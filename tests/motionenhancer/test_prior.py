@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from motionenhancer.prior import MotionPrior, PriorError, PriorSettings, extract_prior
-from motionenhancer.store import prior_from_text, text_of_prior
-from motionenhancer.vdm import invert, load_teacher, reconstruct
+from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from motionenhancer.priors.storage import prior_from_text, text_of_prior
+from motionenhancer.teachers import invert, load_teacher, reconstruct
 
 TEXT = "the red square moves left and the blue ring stays"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +18,17 @@ from train_support import flags, report_of
 
 from motionenhancer import extract, train
 from motionenhancer import store as cli
-from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.alignment.dataset import PendingAlignment, Wanted
+from motionenhancer.alignment.online import OnlinePriors
+from motionenhancer.data import Sample, SkipLog, content_digest, read_samples
 from motionenhancer.data.encode import encode_video
-from motionenhancer.dataset import PendingAlignment
-from motionenhancer.extraction.making import make_priors
-from motionenhancer.extraction.planning import PriorRequest, plan_priors
-from motionenhancer.online.priors import OnlinePriors
-from motionenhancer.online.thread import TeacherThread
-from motionenhancer.prior import PriorError, PriorSettings
-from motionenhancer.store import PriorStore, Refusal, prior_key
-from motionenhancer.vdm import load_teacher, teacher_id
+from motionenhancer.data.video import VideoError
+from motionenhancer.priors import maker
+from motionenhancer.priors.maker import LocalMaker, Made, RefusedClip, Stored, make_all
+from motionenhancer.priors.prior import PriorError, PriorSettings
+from motionenhancer.priors.requests import PriorRequest, request_priors
+from motionenhancer.priors.storage import PriorStore, Refusal, prior_key, prior_keys
+from motionenhancer.teachers import Teacher, load_teacher, teacher_id
 
 SETTINGS = PriorSettings(steps=1)
 
@@ -61,54 +64,78 @@ def test_a_refusal_is_plain_json_beside_the_priors(
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [f"{KEY}.safetensors"]
 
 
+def request_of(sample: Sample, world: World) -> PriorRequest:
+    name = prior_keys(teacher_id(world.teacher), SETTINGS)
+    ((_, request),) = request_priors([sample], "both", SkipLog(), name=name, digest=content_digest)
+    return request
+
+
 def requests_of(world: World, folder: Path) -> list[PriorRequest]:
     """A good clip, one that is none, and one whose text has no word."""
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:3]
     broken = folder / "broken.mp4"
     broken.write_bytes(b"no video")
-    samples[1] = replace(samples[1], videos=(broken,))
-    planned = plan_priors(samples, teacher_id(world.teacher), SETTINGS, "both", SkipLog())
-    blank = prior_key(content_digest(samples[2].videos[0]), " ", teacher_id(world.teacher), SETTINGS)
-    return [*planned[:2], replace(planned[2], text=" ", key=blank)]
+    good, second, third = (
+        request_of(sample, world)
+        for sample in (samples[0], replace(samples[1], videos=(broken,)), samples[2])
+    )
+    blank = prior_key(content_digest(third.video), " ", teacher_id(world.teacher), SETTINGS)
+    return [good, second, replace(third, text=" ", key=blank)]
+
+
+def keeping(
+    world: World, store: PriorStore, load: Callable[[], Teacher] | None = None, *, strict: bool = True
+) -> closing[Stored]:
+    """A maker for a store, as extraction has one unless `strict` is off, as training has it."""
+    inner = LocalMaker(load or (lambda: load_teacher(world.teacher, "cpu")), SETTINGS)
+    return closing(Stored(store, inner, prior_keys(teacher_id(world.teacher), SETTINGS), strict=strict))
+
+
+def make(
+    world: World,
+    store: PriorStore,
+    requests: Sequence[PriorRequest],
+    load: Callable[[], Teacher] | None = None,
+) -> list[Made | Exception]:
+    with keeping(world, store, load) as stored:
+        return [found for _, _, found in make_all([(None, request) for request in requests], stored)]
 
 
 def test_what_is_on_record_is_not_tried_again_but_said(world: World, tmp_path: Path) -> None:
     requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
     loads: list[int] = []
 
-    def load():
+    def load() -> Teacher:
         loads.append(1)
         return load_teacher(world.teacher, "cpu")
 
-    said = []
-    for _ in range(2):
-        skips = SkipLog(shout=0)
-        made = make_priors(requests, store, SETTINGS, load, skips)
-        said.append(skips)
-        assert list(made.keys) == [requests[0].sample.id]
-        assert made.unusable == {requests[1].sample.id}
+    first = make(world, store, requests, load)
+    again = make(world, store, requests, load)
+    assert [type(one) for one in first] == [Made, VideoError, PriorError]
+    assert [type(one) for one in again] == [Made, RefusedClip, RefusedClip]
     assert len(loads) == 1, "the second time there is nothing that a teacher could do"
-    first, again = said
-    assert first.counts == again.counts == {"unreadable video": 1, "no prior: the teacher cannot read it": 1}
-    assert {(e.id, e.line) for e in first.entries} == {(e.id, e.line) for e in again.entries}
-    for entry in again.entries:
-        assert "on record, not tried again" in entry.detail
-        assert any(old.detail in entry.detail for old in first.entries)
+    for old, new in zip(first[1:], again[1:], strict=True):
+        assert "on record, not tried again" in str(new)
+        assert str(old) in str(new)
     assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
     # Another clip in its place is another key: it is read.
     shutil.copy(requests[0].video, requests[1].video)
-    name = teacher_id(world.teacher)
-    changed = plan_priors([requests[1].sample], name, SETTINGS, "both", SkipLog())
-    assert changed[0].key != requests[1].key
-    assert make_priors(changed, store, SETTINGS, load, SkipLog()).made == 1
+    sample = next(iter(read_samples(world.data, world.videos, SkipLog())))
+    changed = replace(request_of(replace(sample, videos=(requests[1].video,)), world), text="another")
+    changed = replace(
+        changed, key=prior_key(content_digest(changed.video), "another", teacher_id(world.teacher), SETTINGS)
+    )
+    (made,) = make(world, store, [changed], load)
+    assert isinstance(made, Made)
+    assert made.fresh
 
 
 def test_a_file_that_is_out_of_reach_is_not_held_against_its_content(world: World, tmp_path: Path) -> None:
     requests, store = requests_of(world, tmp_path)[:2], PriorStore(tmp_path / "priors")
     requests[1].video.unlink()
-    skips = SkipLog(shout=0)
-    make_priors(requests, store, SETTINGS, lambda: load_teacher(world.teacher, "cpu"), skips)
-    assert skips.counts == {"unreadable video": 1}
+    made, error = make(world, store, requests)
+    assert isinstance(made, Made)
+    assert isinstance(error, VideoError)
     assert list(store.refusals()) == []
 
 
@@ -117,23 +144,19 @@ def test_a_clip_that_changes_after_planning_gives_no_prior_and_no_record(
 ) -> None:
     """Under the key of what it was, a prior or a refusal of what it is now would be found for good."""
     requests, store = requests_of(world, tmp_path)[:2], PriorStore(tmp_path / "priors")
-    teacher = load_teacher(world.teacher, "cpu")
     moved = tmp_path / "moved.mp4"
     shutil.copy(requests[0].video, moved)
     changed, broken = replace(requests[0], video=moved), replace(requests[0], video=requests[1].video)
     encode_video(moved, np.zeros((17, 64, 64, 3), np.uint8), fps=8)
-    skips = SkipLog(shout=0)
-    made = make_priors([changed], store, SETTINGS, lambda: teacher, skips)
-    assert (made.made, made.keys, list(store)) == (0, {}, [])
-    assert "changed while the run was going on" in skips.entries[0].detail
-    make_priors([broken], store, SETTINGS, lambda: teacher, skips)
-    assert skips.counts == {"unreadable video": 2}
-    assert list(store.refusals()) == []
+    (error,) = make(world, store, [changed])
+    assert isinstance(error, VideoError)
+    assert "changed while the run was going on" in str(error)
+    (error,) = make(world, store, [broken])
+    assert isinstance(error, VideoError)
     # A training step takes what it gets, and keeps nothing of it.
-    thread = TeacherThread(teacher, SETTINGS, store=store)
-    read = thread.submit(changed).result()
-    assert thread.submit(broken).exception() is not None
-    thread.close()
+    with keeping(world, store, strict=False) as stored:
+        read = stored.submit(changed).result()
+        assert stored.submit(broken).exception() is not None
     assert read.fresh
     assert "not kept: the clip changed" in read.lost
     assert list(store) == list(store.refusals()) == []
@@ -148,11 +171,11 @@ def test_a_full_disk_costs_the_store_and_not_the_step(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PriorStore, "write", full)
-    online = OnlinePriors(TeacherThread(load_teacher(world.teacher, "cpu"), SETTINGS, store=store))
-    pending = PendingAlignment([requests[0]], [None], "both")
     monkeypatch.setattr(PendingAlignment, "complete", lambda pending, priors: priors)
-    (prior,) = online.complete(pending)
-    online.close()
+    pending = PendingAlignment([Wanted(Sample("a", []), requests[0])], [None], "both")
+    with keeping(world, store, strict=False) as stored:
+        online = OnlinePriors(stored)
+        (prior,) = online.complete(pending)
     assert prior is not None
     assert (online.counts.made, online.counts.failed) == (1, 0)
     assert [note for note in online.skips.notes if "No space left" in note]
@@ -163,19 +186,17 @@ def test_what_is_the_machines_fault_is_not_held_against_a_clip(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """One clip out of reach costs that clip; nothing of it is put on record."""
-    requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
-    requests = [requests[0], replace(requests[2], text=requests[0].text)]
-    video, stat, skips = requests[0].video, Path.stat, SkipLog(shout=0)
+    request, store = requests_of(world, tmp_path)[0], PriorStore(tmp_path / "priors")
+    teacher, stat = load_teacher(world.teacher, "cpu"), Path.stat
 
     def out_of_reach(path: Path, **options):
-        if path == video:
+        if path == request.video:
             raise OSError(errno.ESTALE, "Stale file handle")
         return stat(path, **options)
 
     def too_many(path: str, **options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    teacher = load_teacher(world.teacher, "cpu")
     with monkeypatch.context() as patch:
         if fault == "stat":
             patch.setattr(Path, "stat", out_of_reach)
@@ -183,25 +204,26 @@ def test_what_is_the_machines_fault_is_not_held_against_a_clip(
             patch.setattr("av.open", too_many)
         else:
             patch.setattr("motionenhancer.data.decode.av", None)
-        make_priors(requests[:1], store, SETTINGS, lambda: teacher, skips)
-    assert skips.counts == {"unreadable video": 1}
+        (error,) = make(world, store, [request], lambda: teacher)
+    assert isinstance(error, VideoError)
+    assert error.passing
     assert list(store.refusals()) == []
-    assert make_priors(requests[:1], store, SETTINGS, lambda: teacher, SkipLog()).made == 1
+    (made,) = make(world, store, [request], lambda: teacher)
+    assert isinstance(made, Made)
 
 
-def test_a_thread_puts_on_record_what_is_the_clips_own(world: World, tmp_path: Path) -> None:
+def test_other_settings_put_nothing_on_record(world: World, tmp_path: Path) -> None:
     requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
-    thread = TeacherThread(load_teacher(world.teacher, "cpu"), SETTINGS, store=store)
-    # With settings that are not the run's, nothing is known about its own priors.
-    with pytest.raises(ValueError, match="broken"):
-        thread.submit(requests[1], replace(SETTINGS, seed=3)).result()
-    assert list(store.refusals()) == []
-    errors = [thread.submit(request).exception() for request in requests]
-    assert errors[0] is None
-    assert isinstance(errors[2], PriorError)
-    assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
-    again = [thread.submit(request).exception() for request in requests]
-    thread.close()
+    with keeping(world, store, strict=False) as stored:
+        # With settings that are not the run's, nothing is known about its own priors.
+        with pytest.raises(ValueError, match="broken"):
+            stored.submit(replace(requests[1], settings=replace(SETTINGS, seed=3))).result()
+        assert list(store.refusals()) == []
+        errors = [stored.submit(request).exception() for request in requests]
+        assert errors[0] is None
+        assert isinstance(errors[2], PriorError)
+        assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
+        again = [stored.submit(request).exception() for request in requests]
     assert again[0] is None
     assert all("on record, not tried again" in str(error) for error in again[1:])
 
@@ -225,7 +247,7 @@ def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("motionenhancer.arguments.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
 
 
 def test_training_from_a_store_goes_without_what_extraction_could_not_read(
@@ -259,14 +281,12 @@ def test_extraction_tries_again_what_is_on_record(
     world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a new decoder: the clip is the same, what reads it is not."""
-    from motionenhancer.data.video import VideoError
-    from motionenhancer.extraction import making
 
-    def decode(request, teacher):
-        raise VideoError(request.video, "no decoder for it")
+    def read_frames(path: Path, **options: int) -> None:
+        raise VideoError(path, "no decoder for it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(making, "decode", decode)
+        patch.setattr(maker, "read_frames", read_frames)
         assert extract.main(world.flags(student=None, **poor)) == 1
     store = PriorStore(Path(str(poor["prior_dir"])))
     assert (len(list(store)), len(list(store.refusals()))) == (0, 3)

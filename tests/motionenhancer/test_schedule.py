@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from motionenhancer.vdm.schedule import make_schedule
+from motionenhancer.teachers.schedule import make_schedule
 
 
 def scheduler(**options: object) -> CogVideoXDDIMScheduler:

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from motionenhancer import store as cli
-from motionenhancer.extraction.making import stored
-from motionenhancer.prior import MotionPrior, PriorSettings
-from motionenhancer.store import DamagedPrior, PriorStore, prior_key
+from motionenhancer.priors.prior import MotionPrior, PriorSettings
+from motionenhancer.priors.storage import DamagedPrior, PriorStore, prior_key
 
 KEY = "ab" + "0" * 62
 
@@ -196,8 +195,6 @@ def test_a_good_file_that_cannot_be_read_just_now_is_left_as_it_is(
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         store.read(KEY)
-    with pytest.raises(OSError, match="Too many open files"):
-        stored(store, KEY)
     assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
     assert "0 good, 0 damaged, 1 that cannot be read" in capsys.readouterr().out
     assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
@@ -235,7 +232,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from test_store import make_prior
-from motionenhancer.store import PriorStore
+from motionenhancer.priors.storage import PriorStore
 store = PriorStore(Path(sys.argv[1]))
 for again in range(15):
     for i in range(12):

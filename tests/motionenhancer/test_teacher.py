@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mekernels import VideoTokens
+from motionenhancer.teachers import invert, load_teacher, reconstruct, roundtrip_error, teacher_id
+from motionenhancer.teachers.frames import nearest_valid_count, resample_frames, to_pixels
 from motionenhancer.toy.models import save_teacher
-from motionenhancer.vdm import invert, load_teacher, reconstruct, roundtrip_error, teacher_id
-from motionenhancer.vdm.frames import nearest_valid_count, resample_frames, to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import torch
 from tiny_world import World
 
 from motionenhancer import agreement
-from motionenhancer.prior import PriorSettings, extract_prior
+from motionenhancer.priors import comparison
+from motionenhancer.priors.prior import PriorSettings, extract_prior
+from motionenhancer.teachers import invert, load_teacher, reconstruct, teacher_id
 from motionenhancer.toy.models import save_teacher
-from motionenhancer.vdm import invert, load_teacher, reconstruct, teacher_id
 
 TEXT = "the red square moves left and the blue ring stays"
 
@@ -231,17 +232,17 @@ def test_unread_levels_are_not_read(teacher, clip: np.ndarray) -> None:
 
 def test_a_prior_agrees_with_itself(teacher, clip: np.ndarray) -> None:
     one = extract_prior(teacher, clip, TEXT, steps=1)
-    same = agreement.compare_priors(one, one)
+    same = comparison.compare_priors(one, one)
     assert same == pytest.approx({"head_rank": 1.0, "heads": 1.0, "tokens": 1.0, "cosine": 1.0})
     with pytest.raises(ValueError, match="one prompt"):
-        agreement.compare_priors(one, extract_prior(teacher, clip, "a red square", steps=1))
+        comparison.compare_priors(one, extract_prior(teacher, clip, "a red square", steps=1))
 
 
 def test_ranks_share_ties_and_reverse() -> None:
-    assert agreement._spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
-    assert agreement._spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    assert agreement._ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
-    assert np.isnan(agreement._spearman([1, 1, 1], [1, 2, 3]))
+    assert comparison._spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
+    assert comparison._spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert comparison._ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+    assert np.isnan(comparison._spearman([1, 1, 1], [1, 2, 3]))
 
 
 def test_the_command_reports_agreement_and_cost(

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
+from motionenhancer.teachers.folder import tokenize
 from motionenhancer.toy.tokenizers import qwen_tokenizer, t5_tokenizer
-from motionenhancer.vdm.folder import tokenize
 
 WORDS = ["red", "square", "moves"]
 

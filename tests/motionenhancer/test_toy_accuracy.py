@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from motionenhancer.data import read_frames
+from motionenhancer.students import load_student
 from motionenhancer.toy.accuracy import FRAMES as SHOWN
 from motionenhancer.toy.accuracy import accuracy, accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.world import ToyFolder, write_world
 from motionenhancer.train import TOY_RECIPE
-from motionenhancer.vlm import load_student
 
 
 @pytest.fixture(scope="module")

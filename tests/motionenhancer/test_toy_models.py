@@ -12,12 +12,12 @@ import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
+from motionenhancer.students import load_student
 from motionenhancer.toy.models import make_student, make_teacher, save_student, save_teacher
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import sample_scene
 from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer, t5_tokenizer
 from motionenhancer.toy.world import WEIGHTS
-from motionenhancer.vlm import load_student
 
 diffusers = pytest.importorskip("diffusers")
 SENTENCE = "The red ring moves left quickly, the blue post stays still. Zoë (really) waits?"

@@ -17,9 +17,9 @@ from train_support import Weights, arguments, flags, parts, report_of, weights_o
 from transformers import Trainer
 
 from motionenhancer import train
-from motionenhancer.aligner import align, build_aligner
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vlm import capture_attention, load_student
+from motionenhancer.alignment.aligner import align, build_aligner
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.students import capture_attention, load_student
 
 
 @pytest.fixture(scope="module")

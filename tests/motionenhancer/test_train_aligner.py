@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tiny_world import World
 from train_support import arguments, parts
 
-from motionenhancer.aligner import align, build_aligner, load_aligner, save_aligner
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.aligner import AlignerTraining
+from motionenhancer.alignment.aligner import align, build_aligner, load_aligner, save_aligner
+from motionenhancer.alignment.aligner_training import AlignerTraining
+from motionenhancer.alignment.trainer import MotionTrainer
 
 SETTINGS = SimpleNamespace(learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
 

@@ -19,7 +19,7 @@ from tiny_world import World
 from train_support import flags, report_of, shared_priors, weights_of, without_priors_of
 
 from motionenhancer import train
-from motionenhancer.aligner import load_aligner
+from motionenhancer.alignment.aligner import load_aligner
 
 HERE = Path(__file__).parent
 OPTIONS = {

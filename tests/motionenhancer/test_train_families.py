@@ -12,10 +12,10 @@ from tiny_world import World
 from train_support import Weights, arguments, flags, parts, report_of, weights_of
 
 from motionenhancer import train
-from motionenhancer.aligner import build_aligner
-from motionenhancer.dataset import MotionDataset
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vlm import load_student
+from motionenhancer.alignment.aligner import build_aligner
+from motionenhancer.alignment.dataset import MotionDataset
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.students import load_student
 
 
 def world_with(world: World, student: Path) -> World:

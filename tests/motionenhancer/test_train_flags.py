@@ -9,26 +9,20 @@ from tiny_world import World
 from train_support import flags, shared_priors
 
 from motionenhancer import train
-from motionenhancer.trainer import refuse_deepspeed_sections
-from motionenhancer.training.arguments import StudentArguments
-from motionenhancer.vlm import student_family
-
-RANKS = {"prior_source": "hybrid", "teacher_ranks": 1}
+from motionenhancer.alignment.trainer import refuse_deepspeed_sections
+from motionenhancer.settings import StudentArguments
+from motionenhancer.students import student_family
 
 
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch without ranks to split, and nothing read before the refusal."""
-    monkeypatch.setattr("motionenhancer.online.arguments.split_ranks", lambda teachers: None)
+    """Nothing is read before the refusal."""
     monkeypatch.setattr("motionenhancer.train.load_samples", lambda *_: pytest.fail("went on to the data"))
 
 
 @pytest.mark.parametrize(
     ("options", "flag", "right"),
     [
-        ({**RANKS, "alignment_weight": 0}, "--teacher_ranks 1", "--measure_alignment true"),
-        ({**RANKS, "measure_roundtrip": True}, "--measure_roundtrip", "--measure_roundtrip false"),
-        ({**RANKS, "ddp_timeout": 7200}, "--ddp_timeout 7200", "with 1800 seconds"),
         ({"prior_source": "store", "prior_prefetch": 3}, "--prior_prefetch 3", "online or hybrid"),
         (
             {"priors_first": True, "prior_prefetch": 3},
@@ -91,8 +85,6 @@ def test_deepspeed_makes_no_optimizer_of_its_own(section: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        RANKS,
-        {**RANKS, "alignment_weight": 0, "measure_alignment": True},
         {"prior_source": "online", "prior_prefetch": 3, "measure_roundtrip": True, "ddp_timeout": 7200},
         {"prior_source": "store", "agreement_clips": 0},
         {"priors_first": True, "alignment_weight": 0},
@@ -132,10 +124,10 @@ def test_priors_first_decodes_in_as_many_threads_as_it_is_told(
 ) -> None:
     monkeypatch.undo()
 
-    def make_priors(*args: object, decode_workers: int, **options: object) -> None:
+    def maker(*args: object, decode_workers: int, **options: object) -> None:
         raise ValueError(f"{decode_workers} threads")
 
-    monkeypatch.setattr("motionenhancer.training.priors.make_priors", make_priors)
+    monkeypatch.setattr("motionenhancer.priors.engine.LocalMaker", maker)
     options = {"prior_dir": shared_priors(world), "prior_workers": 5, "ddim_steps": 2}
     assert train.main(flags(world, tmp_path / "out", **options)) == 2
     assert "5 threads" in capsys.readouterr().err

@@ -11,16 +11,30 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import train
-from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
-from motionenhancer.online.arguments import OnlineArguments
-from motionenhancer.training.arguments import StudentArguments, TrainArguments
-from motionenhancer.training.identity import checkpoint_format, checkpoint_to_resume, run_identity
+from motionenhancer.flags import parse_arguments
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.settings import (
+    DataArguments,
+    OnlineArguments,
+    PriorArguments,
+    StudentArguments,
+    TrainArguments,
+)
+from motionenhancer.training.run_identity import checkpoint_format, checkpoint_to_resume, run_identity
 
 
 def identity(world: World, out: Path, **options: object) -> dict[str, Any]:
-    classes = (StudentArguments, DataArguments, PriorArguments, OnlineArguments, TrainArguments)
-    student, data, prior, _, training = parse_arguments(classes, flags(world, out, **options), prog="train")
-    return json.loads(json.dumps(run_identity(student, data, prior, prior.settings(), training)))
+    classes = (
+        StudentArguments,
+        DataArguments,
+        PriorArguments,
+        PriorSettings,
+        OnlineArguments,
+        TrainArguments,
+    )
+    given = flags(world, out, **options)
+    student, data, prior, settings, _, training = parse_arguments(classes, given, prog="train")
+    return json.loads(json.dumps(run_identity(student, data, prior, settings, training)))
 
 
 def changed(world: World, out: Path, **options: object) -> set[str]:

@@ -17,9 +17,9 @@ from tiny_world import World
 from train_support import arguments, flags, parts, report_of
 
 from motionenhancer import extract, train
+from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data.encode import encode_video
-from motionenhancer.store import PriorStore
-from motionenhancer.trainer import MotionTrainer
+from motionenhancer.priors.storage import PriorStore
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,6 @@ def test_an_unwritable_folder_is_refused(
         ({"data": None}, "needs --data, the file that names its clips"),
         ({"ddim_steps": 3}, "steps=3"),
         ({"prior_source": "store"}, "python -m motionenhancer.extract"),
-        ({"head_ratio": 0}, "head_ratio"),
         ({"alignment_weight": "nan"}, "--alignment_weight"),
         ({"alignment_weight": -1}, "--alignment_weight"),
         ({"limit": 0}, "--limit"),
@@ -88,6 +87,15 @@ def test_one_clear_error(
 ) -> None:
     assert train.main(flags(world, tmp_path / "out", **options)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_is_refused_with_its_flag(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(world, tmp_path / "out", head_ratio=0))
+    assert stop.value.code == 2
+    assert "error: --head_ratio must be in (0, 1], got 0.0" in capsys.readouterr().err
 
 
 def rows(world: World) -> list[dict]:

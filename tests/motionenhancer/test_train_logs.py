@@ -13,8 +13,8 @@ from tiny_world import World
 from train_support import flags, report_of, shared_priors, without_priors_of
 
 from motionenhancer import train
-from motionenhancer.aligner import align
-from motionenhancer.training.logs import StepLog, Stopwatch
+from motionenhancer.alignment.aligner import align
+from motionenhancer.alignment.logs import StepLog, Stopwatch
 
 NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
 
@@ -105,7 +105,7 @@ def test_the_priors_temperature_reaches_the_alignment(
         given.append(temperature)
         return align(*args, **options)
 
-    monkeypatch.setattr("motionenhancer.trainer.align", seen)
+    monkeypatch.setattr("motionenhancer.alignment.trainer.align", seen)
     options = {"prior_dir": shared_priors(world), "max_steps": 1, "prior_temperature": 0.5}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     assert set(given) == {0.5}

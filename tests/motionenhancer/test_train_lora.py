@@ -13,12 +13,12 @@ from tiny_world import World
 from train_support import Died, arguments, dying, flags, parts, report_of, shared_priors, weights_of
 
 from motionenhancer import train
-from motionenhancer.aligner import build_aligner
+from motionenhancer.alignment.aligner import build_aligner
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.settings import StudentArguments
+from motionenhancer.students import load_student
 from motionenhancer.toy.models import make_student, save_student
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.arguments import StudentArguments
 from motionenhancer.training.lora import add_lora, merged
-from motionenhancer.vlm import load_student
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 

@@ -15,8 +15,8 @@ from train_support import FAST, flags, report_of, shared_priors
 from transformers import TrainingArguments
 
 from motionenhancer import train
-from motionenhancer.training.arguments import TrainArguments
-from motionenhancer.training.options import REFUSED, WORKS, refuse_options
+from motionenhancer.options import REFUSED, WORKS, refuse_options
+from motionenhancer.settings import TrainArguments
 from motionenhancer.training.rehearsal import rehearse
 
 PLAIN = {k: v for k, v in FAST.items() if k not in ("ddim_steps", "video_fps")}

@@ -11,11 +11,11 @@ from train_support import arguments, flags, parts, report_of, shared_priors
 from transformers import Trainer
 
 from motionenhancer import train
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.costs import student_cost
+from motionenhancer.settings import StudentArguments
 from motionenhancer.toy.world import build_toy
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.training.arguments import StudentArguments
-from motionenhancer.training.memory import estimate_memory
-from motionenhancer.training.plan import outline_student, plan_run, plan_steps
+from motionenhancer.training.run_plan import outline_student, plan_run, plan_steps
 
 
 def test_a_dry_run_says_it_all_and_touches_nothing(
@@ -55,7 +55,7 @@ def test_the_page_shows_the_plan_of_the_toy(
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     shown = page[page.index("what is trained:") :].split("\n```")[0]
     toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, progress=False)
-    monkeypatch.setattr("motionenhancer.extract.default_toy", lambda: toy)
+    monkeypatch.setattr("motionenhancer.toy.defaults.default_toy", lambda: toy)
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry_run"]) == 0
     said = capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_engines_share_memory_as_they_do(world: World, tmp_path: Path) -> None:
     settings = arguments(tmp_path)
 
     def memory(engine: str) -> list[float]:
-        found = estimate_memory(model, settings, engine=engine, processes=4, tokens=None)
+        found = student_cost(model, settings, engine=engine, processes=4, tokens=None)
         assert found.activations is None
         return [round(size / count, 1) for size in (found.weights, found.gradients, found.optimizer)]
 

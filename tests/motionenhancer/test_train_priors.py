@@ -12,10 +12,10 @@ from tiny_world import World
 from train_support import flags, parts, report_of, weights_of
 
 from motionenhancer import train
+from motionenhancer.alignment.dataset import align_batch, find_words
 from motionenhancer.data.video import content_digest
-from motionenhancer.dataset import align_batch, find_words
-from motionenhancer.extraction import digests
-from motionenhancer.online import thread as teacher_thread
+from motionenhancer.priors import digests
+from motionenhancer.priors import maker as priors_maker
 
 #: More than a pass over the data: whatever is left out changes the order of the rest.
 OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 2}
@@ -94,7 +94,7 @@ def test_unreadable_clips_are_treated_alike_whenever_priors_are_made(world: Worl
 def test_clips_left_out_of_the_agreement_are_named(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make, stumbled = teacher_thread.extract_prior, []
+    make, stumbled = priors_maker.extract_prior, []
 
     def extract_prior(teacher, frames, text, **options):
         if options["mode"] == "reconstruct" and not stumbled:
@@ -102,7 +102,7 @@ def test_clips_left_out_of_the_agreement_are_named(
             raise RuntimeError("the teacher stumbled")
         return make(teacher, frames, text, **options)
 
-    monkeypatch.setattr(teacher_thread, "extract_prior", extract_prior)
+    monkeypatch.setattr(priors_maker, "extract_prior", extract_prior)
     options = {"prior_source": "online", "prior_mode": "renoise", "agreement_clips": 3, "max_steps": 1}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     report = report_of(tmp_path / "out")

@@ -11,14 +11,14 @@ from tiny_world import World
 from train_support import shared_priors
 
 from motionenhancer import train
-from motionenhancer.arguments import DataArguments, PriorArguments, parse_arguments
-from motionenhancer.prior import PriorSettings
-from motionenhancer.training.arguments import StudentArguments, TrainArguments
-from motionenhancer.training.plan import vision_rate
-from motionenhancer.training.schedule import AlignmentSchedule
+from motionenhancer.alignment.weight import AlignmentSchedule
+from motionenhancer.flags import parse_arguments
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.settings import DataArguments, PriorArguments, StudentArguments, TrainArguments
+from motionenhancer.training.run_plan import vision_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CLASSES = (StudentArguments, DataArguments, PriorArguments, TrainArguments)
+CLASSES = (StudentArguments, DataArguments, PriorArguments, PriorSettings, TrainArguments)
 
 
 def read(name: str, tmp_path: Path) -> tuple:
@@ -28,13 +28,13 @@ def read(name: str, tmp_path: Path) -> tuple:
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl.yaml", "internvl3.yaml"])
 def test_the_papers_recipe(name: str, tmp_path: Path) -> None:
-    student, _, prior, training = read(name, tmp_path)
+    student, _, _, settings, training = read(name, tmp_path)
     assert (training.learning_rate, vision_rate(student, training)) == (1e-5, 2e-6)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (training.weight_decay, str(training.lr_scheduler_type.value)) == (0.1, "cosine")
     assert (training.get_warmup_steps(1000), training.num_train_epochs) == (30, 1)
     assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
-    assert prior.settings() == PriorSettings()
+    assert settings == PriorSettings()
     assert student.schedule() == AlignmentSchedule(1.0)
     assert (student.aligner, student.alignment_loss, student.lora_r) == ("mlp", "l2", 0)
     frames = (student.num_frames, student.video_fps)
@@ -43,8 +43,8 @@ def test_the_papers_recipe(name: str, tmp_path: Path) -> None:
 
 def test_the_defaults_are_the_papers_too(tmp_path: Path) -> None:
     """What the recipe spells out holds without it; files add what concerns the machine."""
-    _, _, _, plain = parse_arguments(CLASSES, ["--output_dir", str(tmp_path), "--use_cpu", "true"], prog="t")
-    _, _, _, training = read("qwen2_5_vl.yaml", tmp_path)
+    *_, plain = parse_arguments(CLASSES, ["--output_dir", str(tmp_path), "--use_cpu", "true"], prog="t")
+    *_, training = read("qwen2_5_vl.yaml", tmp_path)
     for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"):
         assert getattr(plain, name) == getattr(training, name), name
     assert plain.lr_scheduler_type == training.lr_scheduler_type

@@ -11,9 +11,9 @@ from tiny_world import World
 from train_support import Died, dying, flags, report_of, shared_priors, weights_of
 
 from motionenhancer import train
-from motionenhancer.aligner import load_aligner
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vlm import load_student
+from motionenhancer.alignment.aligner import load_aligner
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.students import load_student
 
 OPTIONS = {
     "max_steps": 5,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from motionenhancer.training.schedule import AlignmentSchedule
+from motionenhancer.alignment.weight import AlignmentSchedule
 
 
 def test_constant_is_the_papers() -> None:

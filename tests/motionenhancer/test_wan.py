@@ -10,9 +10,9 @@ import torch
 from tiny_wan import save_wan
 
 from mekernels import VideoTokens
-from motionenhancer.prior import extract_prior
-from motionenhancer.vdm import load_teacher, roundtrip_error
-from motionenhancer.vdm.plan import plan_teacher
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.teachers import load_teacher, roundtrip_error
+from motionenhancer.teachers.plan import plan_teacher
 
 TEXT = "the red square moves left"
 
@@ -110,7 +110,7 @@ def test_the_round_trip_closes_as_steps_grow(teacher, clip: np.ndarray) -> None:
 def test_the_prior_is_the_words_softmax_over_vision(
     teacher, clip: np.ndarray, options: dict[str, object]
 ) -> None:
-    from motionenhancer.vdm import invert, reconstruct, renoise
+    from motionenhancer.teachers import invert, reconstruct, renoise
 
     prior = extract_prior(teacher, clip, TEXT, steps=2, sampled_rows="all", **options)
     reader, latents = Reader(), teacher.encode_video(clip).latents

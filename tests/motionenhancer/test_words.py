@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from vlm_support import TEXTS, clip, dialogue
+from students_support import TEXTS, clip, dialogue
 
 from motionenhancer.data.sample import Sample, prompt_text
+from motionenhancer.students import map_words, student_family
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.tokenizers import t5_tokenizer
-from motionenhancer.vlm import map_words, student_family
 
 WORDS = st.sampled_from(["the", "red", "circle", "left", "moves", "é", "動く", "👩‍🚀", "a", "naïve", "left,"])
 SPACES = st.sampled_from([" ", "  ", "\n", "\t ", "\u3000"])

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from motionenhancer.students import load_student
 from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer
-from motionenhancer.vlm import load_student
 
 QWEN2_TEXT = {
     "model_type": "qwen2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from safetensors.torch import load_file
 from tiny_world import World
 from transformers import TrainerCallback
 
-from motionenhancer import extract
-from motionenhancer.data import SkipLog, read_samples
-from motionenhancer.dataset import MotionCollator, MotionDataset
-from motionenhancer.store import PriorStore
-from motionenhancer.train import TrainArguments
-from motionenhancer.trainer import MotionTrainer
-from motionenhancer.vdm import load_teacher, teacher_id
-from motionenhancer.vlm import load_student
+from motionenhancer.alignment.dataset import MotionCollator, MotionDataset
+from motionenhancer.alignment.trainer import MotionTrainer
+from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.priors.maker import LocalMaker, Made, Stored, make_all
+from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.requests import request_priors
+from motionenhancer.priors.storage import PriorStore, prior_keys
+from motionenhancer.settings import TrainArguments
+from motionenhancer.students import load_student
+from motionenhancer.teachers import load_teacher, teacher_id
 
 FAST = {
     "ddim_steps": 1,
@@ -119,13 +122,12 @@ def parts(world: World, tmp_path: Path, *, priors: bool = True):
     # Priors follow from the world alone: made once, whatever student they are for.
     store, keys = PriorStore(shared_priors(world)), {}
     if priors:
-        settings = extract.PriorSettings(steps=1)
-        skips = SkipLog()
-        requests = extract.plan_priors(samples, teacher_id(world.teacher), settings, "both", skips)
-        made = extract.make_priors(
-            requests, store, settings, lambda: load_teacher(world.teacher, "cpu"), skips
-        )
-        keys = made.keys
+        settings, skips = PriorSettings(steps=1), SkipLog()
+        name = prior_keys(teacher_id(world.teacher), settings)
+        pairs = request_priors(samples, "both", skips, name=name, digest=content_digest)
+        maker = Stored(store, LocalMaker(lambda: load_teacher(world.teacher, "cpu"), settings), name)
+        with closing(maker):
+            keys = {s.id: r.key for s, r, made in make_all(pairs, maker) if isinstance(made, Made)}
         assert len(keys) == len(samples)
     dataset = MotionDataset(samples, family, processor, keys=keys, store=store, fps=4)
     return model, dataset, MotionCollator(family, processor)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from train_support import Death, Died, without_priors_of
 
 from motionenhancer import train
-from motionenhancer.trainer import MotionTrainer
+from motionenhancer.alignment.trainer import MotionTrainer
 
 
 def let_cpus_shard() -> None:

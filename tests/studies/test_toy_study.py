@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import content_digest, prompt_text, read_frames
-from motionenhancer.prior import PriorSettings, extract_prior, read_attention, select_prior
-from motionenhancer.store import PriorStore, prior_key
+from motionenhancer.priors.prior import PriorSettings, extract_prior, read_attention, select_prior
+from motionenhancer.priors.storage import PriorStore, prior_key
+from motionenhancer.teachers import VideoLatents, load_teacher
 from motionenhancer.toy.accuracy import samples_of
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.render import FRAMES
 from motionenhancer.toy.world import ToyFolder, draw_clip, write_world
-from motionenhancer.training.schedule import AlignmentSchedule
-from motionenhancer.vdm import VideoLatents, load_teacher
 from studies.toy import fine_tuning, study
 from studies.toy.arms import ARMS, BOTH, LEVEL, PAIRS, SWEEPS, Regime
 from studies.toy.fine_tuning import fine_tune, make_priors, models, teacher_name

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from motionenhancer.aligner import align
-from motionenhancer.dataset import MotionCollator
-from motionenhancer.prior import PriorSettings, extract_prior
+from motionenhancer.alignment.aligner import align
+from motionenhancer.alignment.dataset import MotionCollator
+from motionenhancer.priors.prior import PriorSettings, extract_prior
+from motionenhancer.students import load_student
+from motionenhancer.students.capture import capture_attention
+from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import caption
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import render
 from motionenhancer.toy.scene import COLOURS, SHAPES, Scene, sample_scene
 from motionenhancer.toy.world import WEIGHTS
-from motionenhancer.vdm import load_teacher
-from motionenhancer.vlm import load_student
-from motionenhancer.vlm.capture import capture_attention
 from studies.toy import lift, train_student, train_teacher
 from studies.toy.masks import grid_mask, looks_prior
 from studies.toy.mistakes import mistaken

@@ -1,0 +1,384 @@
+"""The alignment loss: a student's captured attention against a teacher's motion prior.
+
+Source: MotionEnhancer (CVPR 2026, arXiv 2606.06853), section 5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+import mekernels
+from mekernels import align_rows
+
+from ..files import whole_file
+
+if TYPE_CHECKING:
+    from motionenhancer.priors.prior import MotionPrior
+    from motionenhancer.students.capture import CapturedAttention
+
+__all__ = ["ALIGNERS", "LOSSES", "Aligner", "align", "build_aligner", "load_aligner", "save_aligner"]
+
+Grid = tuple[int, int, int]
+
+ALIGNERS = ("mlp", "identity", "pointwise", "conv")
+LOSSES = ("l2", "mse", "kl")
+_METADATA = "motion_aligner"
+
+
+class Aligner(nn.Module):
+    """A residual map of attention rows; with its last layer at zero, as it is made, it is the identity.
+
+    Rows are handed to ``body`` in units of the uniform row 1/S, and what it gives is taken in the same units,
+    so that one learning rate suits every grid.
+    """
+
+    def __init__(self, body: nn.Module, grid: Grid, *, volume: bool, kind: str = "", width: int = 0) -> None:
+        super().__init__()
+        self.body = body
+        self.grid = grid
+        self.volume = volume
+        self.kind = kind
+        self.width = width
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """(..., S) rows to (..., S) rows."""
+        size = math.prod(self.grid)
+        if maps.shape[-1] != size:
+            raise ValueError(
+                f"maps must have {size} columns, the aligner's grid {self.grid}, got {maps.shape[-1]}"
+            )
+        scaled = (maps * size).to(next(self.body.parameters()).dtype)
+        if self.volume:
+            scaled = self.body(scaled.reshape(-1, 1, *self.grid)).reshape(maps.shape)
+        else:
+            scaled = self.body(scaled)
+        return maps + scaled.to(maps.dtype) / size
+
+
+def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 0) -> nn.Module:
+    """Build an aligner; it is trained along with the student and thrown away afterwards.
+
+    Args:
+        name: ``"mlp"``: three linear layers along the S axis; ``"pointwise"``: three 1 x 1 x 1 convolutions;
+            ``"conv"``: three 3 x 3 x 3 convolutions; all residual, the last layer zero. ``"identity"``:
+            nothing.
+        grid: (F, H, W) of the prior.
+        width: hidden width of the perceptron; the convolutions have a sixteenth of it as channels.
+        seed: of the first layers' weights. The global random state stays as it is.
+
+    Raises:
+        ValueError: an unknown name, a grid that is not three positive numbers, a width below 1.
+
+    >>> maps = torch.rand(1, 2, 24)
+    >>> torch.equal(build_aligner("mlp", (2, 3, 4))(maps), maps)
+    True
+    """
+    if name not in ALIGNERS:
+        raise ValueError(f"name must be one of {ALIGNERS}, got {name!r}")
+    shape = _checked_grid("grid", grid)
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    if name == "identity":
+        return nn.Identity()
+    size, channels = math.prod(shape), max(1, width // 16)
+    # Seeding this generator alone leaves those of other devices untouched, which torch.manual_seed would not.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        last: nn.Linear | nn.Conv3d
+        if name == "mlp":
+            last = nn.Linear(width, size)
+            layers = [nn.Linear(size, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), last]
+        else:
+            kernel = 3 if name == "conv" else 1
+            last = nn.Conv3d(channels, 1, kernel, padding="same")
+            layers = [
+                nn.Conv3d(1, channels, kernel, padding="same"),
+                nn.GELU(),
+                nn.Conv3d(channels, channels, kernel, padding="same"),
+                nn.GELU(),
+                last,
+            ]
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+        return Aligner(nn.Sequential(*layers), shape, volume=name != "mlp", kind=name, width=width)
+
+
+def save_aligner(aligner: nn.Module, path: str | Path) -> None:
+    """Write an aligner of :func:`build_aligner` to a safetensors file that :func:`load_aligner` reads.
+
+    The file appears whole, by rename; its folder is made.
+
+    Raises:
+        ValueError: the identity, which has nothing to save, or another module.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "aligner.safetensors"
+    >>> save_aligner(build_aligner("conv", (2, 3, 4)), file)
+    >>> load_aligner(file).grid
+    (2, 3, 4)
+    """
+    if not isinstance(aligner, Aligner) or not aligner.kind:
+        raise ValueError(f"aligner must be one of build_aligner with weights, got {type(aligner).__name__}")
+    about = {"name": aligner.kind, "grid": list(aligner.grid), "width": aligner.width}
+    weights = {name: value.detach().cpu().contiguous() for name, value in aligner.state_dict().items()}
+    with whole_file(path) as temporary:
+        save_file(weights, temporary, {_METADATA: json.dumps(about)})
+
+
+def load_aligner(path: str | Path) -> Aligner:
+    """Read an aligner that :func:`save_aligner`, or a run with ``--save_aligner``, wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no aligner.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"aligner {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[_METADATA])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        aligner = build_aligner(about["name"], tuple(about["grid"]), about["width"])
+        aligner.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"aligner {path}: not a file of save_aligner ({error})") from error
+    assert isinstance(aligner, Aligner)
+    return aligner
+
+
+def align(
+    captured: CapturedAttention | torch.Tensor,
+    prior: MotionPrior | Sequence[MotionPrior | None],
+    *,
+    grid: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    row_tokens: torch.Tensor | None = None,
+    aligner: nn.Module | None = None,
+    loss: str = "l2",
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Return how far captured attention is from the prior, a scalar to add to the training loss.
+
+    For each sample: the rows of one teacher token are averaged, resampled to the prior's grid and scaled to
+    sum to one, as the prior's own rows are; the aligner is applied; then the distance is taken row by row,
+    averaged over the sample's rows and over the samples that have any.
+
+    Args:
+        captured: of :func:`motionenhancer.students.capture.capture_attention`, or its (B, R, C) attention.
+        prior: one for all of a batch of one, or a sequence of B; None for a sample that is not aligned.
+        grid: (F, H, W) of the student's vision tokens, one for all samples or a sequence of B. A sample's
+            columns are the first F * H * W; further ones are padding. By default the prior's own grid, where
+            C is its S.
+        row_tokens: (B, R) int64, which kept token of the prior each row belongs to, -1 = padding. By default
+            row i is token i, and rows that were captured as padding belong to none.
+        aligner: of :func:`build_aligner`; the identity by default.
+        loss: ``"l2"``: the L2 norm of a row's difference; ``"mse"``: its mean square; ``"kl"``: the
+            divergence KL(prior row, student row), the student's entries at least 1e-8 and summing to one.
+        weights: factor on each sample's distance, B of them, such as a confidence; the mean is still over
+            the number of samples, so that a small weight lowers the loss instead of raising the others'
+            share.
+        temperature: the prior's rows are raised to one over this before they are scaled: below 1 they become
+            sharper, as a mean over many layers and heads is more diffuse than each of them.
+
+    Returns:
+        A float32 scalar (float64 for float64 attention). Without any aligned row it is zero, and still
+        depends on the captured attention, so that ``backward`` works.
+
+    Raises:
+        ValueError: a shape, grid, token index or name that does not fit; a temperature that is not above 0;
+            NaN or infinity in the captured attention or in a prior.
+
+    >>> from types import SimpleNamespace
+    >>> teacher = SimpleNamespace(attention=torch.rand(2, 24).half(), grid=(2, 3, 4))
+    >>> float(align(teacher.attention.float()[None], teacher))
+    0.0
+    """
+    attention = captured if isinstance(captured, torch.Tensor) else captured.attention
+    if attention.dim() != 3:
+        raise ValueError(f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a number above 0, got {temperature}")
+    batch, count, width = attention.shape
+    priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
+    if len(priors) != batch:
+        raise ValueError(f"prior must have one entry a sample ({batch}), got {len(priors)}")
+    if weights is not None and len(weights) != batch:
+        raise ValueError(f"weights must have one entry a sample ({batch}), got {len(weights)}")
+    grids = _grids(grid, priors, width)
+    tokens = _row_tokens(captured, row_tokens, priors, batch, count)
+    if not torch.isfinite(attention).all():
+        raise ValueError("captured attention holds NaN or infinity")
+    groups: dict[tuple[Grid, Grid], list[_Pair]] = {}
+    for sample in range(batch):
+        teacher, shape = priors[sample], grids[sample]
+        if teacher is None or shape is None:
+            continue
+        maps = _token_rows(attention[sample, :, : math.prod(shape)], tokens[sample])
+        if maps is None:
+            continue
+        rows, kept = maps
+        target = _teacher_rows(teacher, kept, sample, temperature).to(attention.device)
+        factor = 1.0 if weights is None else weights[sample]
+        groups.setdefault((shape, teacher.grid), []).append((rows, target, factor))
+    if not groups:
+        return attention.sum() * 0.0
+    plain = aligner is None or isinstance(aligner, nn.Identity)
+    terms = []
+    for (shape, wanted), pairs in groups.items():
+        if plain and loss == "l2":
+            terms += _unaligned(pairs, shape, wanted)
+        else:
+            terms += _aligned(pairs, shape, wanted, aligner, loss)
+    return torch.stack(terms).sum() / sum(map(len, groups.values()))
+
+
+#: Rows of one sample's tokens, the prior's, and the factor on their distance.
+_Pair = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.Tensor]:
+    """L2 distances that add up to those of the samples, without a resampled map."""
+    alike = len({target.dtype for _, target, _ in pairs}) == 1 and all(factor == 1.0 for *_, factor in pairs)
+    if len(pairs) == 1 or not alike:
+        terms: list[torch.Tensor] = []
+        for rows, target, factor in pairs:
+            term = align_rows(rows[None], target[None], shape, wanted)
+            terms.append(term if factor == 1.0 else term * factor)
+        return terms
+    lengths = torch.tensor([len(rows) for rows, _, _ in pairs])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    students = pad_sequence([rows for rows, _, _ in pairs], batch_first=True)
+    teachers = pad_sequence([target for _, target, _ in pairs], batch_first=True)
+    return [align_rows(students, teachers, shape, wanted, mask.to(students.device)) * len(pairs)]
+
+
+def _aligned(
+    pairs: Sequence[_Pair], shape: Grid, wanted: Grid, aligner: nn.Module | None, loss: str
+) -> list[torch.Tensor]:
+    """One distance a sample. The aligner sees all rows at once: its weights' gradients are made once."""
+    joined = torch.cat([rows for rows, _, _ in pairs])[None]
+    student = mekernels.resample_rows(joined, shape, wanted, normalize=True)
+    student = student if aligner is None else aligner(student)
+    parts = student.split([len(rows) for rows, _, _ in pairs], dim=1)
+    return [
+        _distance(part, _sum_to_one(target)[None].to(part.dtype), loss) * factor
+        for part, (_, target, factor) in zip(parts, pairs, strict=True)
+    ]
+
+
+def _checked_grid(name: str, grid: Sequence[int]) -> Grid:
+    shape = tuple(grid)
+    if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"{name} must be three positive integers (frames, height, width), got {grid!r}")
+    return shape
+
+
+def _grids(
+    grid: Sequence[int] | Sequence[Sequence[int]] | None, priors: Sequence[MotionPrior | None], width: int
+) -> list[Grid | None]:
+    """The student's grid of each sample; None where there is no prior."""
+    if grid is None:
+        for teacher in priors:
+            if teacher is not None and teacher.attention.shape[1] != width:
+                raise ValueError(
+                    f"captured attention has {width} columns, the prior {teacher.attention.shape[1]}: pass "
+                    "grid=, the student's (frames, height, width)"
+                )
+        return [None if teacher is None else _checked_grid("prior.grid", teacher.grid) for teacher in priors]
+    each: list[Any] = [grid] * len(priors) if _is_grid(grid) else list(grid)
+    if len(each) != len(priors):
+        raise ValueError(f"grid must be one grid or one a sample ({len(priors)}), got {len(each)}")
+    shapes = [None if t is None else _checked_grid("grid", g) for g, t in zip(each, priors, strict=True)]
+    for shape in shapes:
+        if shape is not None and math.prod(shape) > width:
+            raise ValueError(
+                f"grid {shape} has {math.prod(shape)} tokens, more than the {width} captured columns"
+            )
+    return shapes
+
+
+def _is_grid(grid: Sequence) -> bool:
+    return len(grid) > 0 and all(isinstance(entry, int) for entry in grid)
+
+
+def _row_tokens(
+    captured: CapturedAttention | torch.Tensor,
+    row_tokens: torch.Tensor | None,
+    priors: Sequence[MotionPrior | None],
+    batch: int,
+    count: int,
+) -> torch.Tensor:
+    kept = torch.tensor([0 if teacher is None else teacher.attention.shape[0] for teacher in priors])
+    if row_tokens is None:
+        tokens = torch.arange(count).repeat(batch, 1)
+        rows = getattr(captured, "rows", None)
+        if rows is not None:
+            tokens = tokens.masked_fill(rows.cpu() < 0, -1)
+        what = "captured attention without row_tokens"
+    else:
+        if row_tokens.dtype != torch.int64 or row_tokens.shape != (batch, count):
+            found = f"{tuple(row_tokens.shape)} {row_tokens.dtype}"
+            raise ValueError(f"row_tokens must be ({batch}, {count}) int64, got {found}")
+        tokens, what = row_tokens.cpu(), "row_tokens"
+    for sample, teacher in enumerate(priors):
+        highest = int(tokens[sample].max()) if count else -1
+        if teacher is not None and highest >= kept[sample]:
+            raise ValueError(f"{what} must stay below the prior's {kept[sample]} kept tokens, got {highest}")
+    return tokens
+
+
+def _token_rows(maps: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Average the (R, C) rows of each token: (T, C) and the T token indices, ascending."""
+    # The indices stay on the CPU, where their number is known without waiting for the device.
+    chosen = (tokens >= 0).nonzero()[:, 0]
+    if not len(chosen):
+        return None
+    kept, index, counts = tokens[chosen].unique(return_inverse=True, return_counts=True)
+    zeros = maps.new_zeros(len(kept), maps.shape[1])
+    total = zeros.index_add(0, index.to(maps.device), maps.index_select(0, chosen.to(maps.device)))
+    return total / counts[:, None].to(total), kept
+
+
+def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int, temperature: float) -> torch.Tensor:
+    """The chosen rows of a prior as they are stored, in float32 at most; sharpened in float32."""
+    if teacher.attention.dim() != 2 or teacher.attention.shape[1] != math.prod(teacher.grid):
+        raise ValueError(
+            f"the prior of sample {sample} must be (tokens, {math.prod(teacher.grid)}) for its grid "
+            f"{teacher.grid}, got {tuple(teacher.attention.shape)}"
+        )
+    rows = teacher.attention[kept.to(teacher.attention.device)]
+    if not torch.isfinite(rows).all():
+        raise ValueError(f"the prior of sample {sample} holds NaN or infinity")
+    if temperature != 1.0:
+        peak = rows.float().amax(dim=-1, keepdim=True)
+        return (rows.float() / torch.where(peak == 0, 1.0, peak)).clamp(min=0) ** (1 / temperature)
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
+def _sum_to_one(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.float()
+    mass = rows.sum(dim=-1, keepdim=True)
+    return rows / torch.where(mass == 0, 1.0, mass)
+
+
+def _distance(student: torch.Tensor, teacher: torch.Tensor, loss: str) -> torch.Tensor:
+    if loss == "l2":
+        return mekernels.row_l2_loss(student, teacher)
+    if loss == "mse":
+        return (student - teacher).square().mean()
+    floored = student.clamp(min=1e-8)
+    student_log = (floored / floored.sum(dim=-1, keepdim=True)).log()
+    return (torch.xlogy(teacher, teacher) - teacher * student_log).sum(dim=-1).mean()

@@ -1,0 +1,267 @@
+"""Samples as the Trainer wants them: decoded, tokenised, with the prior's words found among the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ..data import Sample, prompt_text
+from ..data.sampling import sample_frames
+from ..priors.prior import MotionPrior
+from ..priors.requests import PriorRequest
+from ..priors.storage import PriorStore
+from ..students.base import Encoded, StudentFamily, TokenLayout
+from ..students.words import WordMap, map_words
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a batch needs for its alignment loss.
+
+    Attributes:
+        rows: (B, R) int64 student token positions, -1 = padding.
+        columns: (B, C) int64 vision token positions, -1 = padding.
+        row_tokens: (B, R) int64, which kept teacher token each row belongs to, -1 = padding.
+        grids: (F, H, W) of the student's vision tokens, one a sample.
+        priors: one a sample; None where the sample has no prior.
+        count: samples of the batch with at least one row.
+        words, mapped: kept teacher tokens of the batch, and how many of them were found among its tokens.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    row_tokens: torch.Tensor
+    grids: list[tuple[int, int, int]]
+    priors: list[MotionPrior | None]
+    count: int
+    words: int
+    mapped: int
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Alignment:
+        """Index tensors on `device`; what accelerate calls to place a batch."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            row_tokens=self.row_tokens.to(device),
+        )
+
+
+class Wanted(NamedTuple):
+    """A sample and the prior that it is to have."""
+
+    sample: Sample
+    request: PriorRequest
+
+
+@dataclass(frozen=True)
+class PendingAlignment:
+    """What a batch's `Alignment` will be made from once its priors are there.
+
+    Attributes:
+        wanted: each sample and the prior that it is to have; None where it has none.
+        layouts: where each sample's tokens lie in the padded batch.
+        source: the text the priors are made from.
+        device: where the alignment's tensors go.
+    """
+
+    wanted: list[Wanted | None]
+    layouts: list[TokenLayout]
+    source: str
+    device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PendingAlignment:
+        """Remembers `device`; what accelerate calls to place a batch."""
+        return replace(self, device=device)
+
+    def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
+        """The alignment of these priors, one a sample."""
+        matched = []
+        for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True):
+            words = None
+            if wanted is not None and prior is not None:
+                words = find_words(wanted.sample, prior, layout, self.source)
+            matched.append(Matched(prior, words))
+        alignment = align_batch(matched, self.layouts)
+        return None if alignment is None else alignment.to(self.device)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A sample's prior and the rows of the prior's words among the sample's tokens."""
+
+    prior: MotionPrior | None
+    words: WordMap | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample ready for collation: encoded, with its prior or the request of one that is not made yet."""
+
+    id: str
+    encoded: Encoded
+    prior: MotionPrior | None
+    words: WordMap | None
+    skipped: dict[str, str]
+    wanted: Wanted | None = None
+
+
+class MotionDataset(Dataset[Item]):
+    """Samples, decoded and tokenised as they are asked for.
+
+    A sample that cannot be read gives way to the next one in the list and is named in `Item.skipped`, so that
+    every process of a distributed run makes the same number of steps.
+
+    Args:
+        samples: from `read_samples`.
+        family, processor: the student's, from `load_student`.
+        keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
+        store: where the priors are.
+        requests: sample id → the prior it is to have, made while training; see `online`.
+        source: the text the priors were made from: "both", "question" or "answer".
+        fps: frames a second the student sees, thinned to at most `max_frames`. What a sample's own row says
+            of its frames comes first; see `data.Clip`.
+        num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
+        max_frames: most frames of one clip.
+        max_pixels: most pixels of a frame; None leaves the processor's own limit.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        family: StudentFamily,
+        processor: Any,
+        *,
+        keys: dict[str, str],
+        store: PriorStore,
+        source: str = "both",
+        fps: float = 1.0,
+        max_frames: int = 64,
+        max_pixels: int | None = None,
+        num_frames: int | None = None,
+        requests: Mapping[str, PriorRequest] | None = None,
+    ) -> None:
+        self.requests = dict(requests or {})
+        self.samples, self.family, self.processor = list(samples), family, processor
+        self.keys, self.store, self.source = keys, store, source
+        self.max_pixels = max_pixels
+        self.sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        skipped: dict[str, str] = {}
+        for offset in range(len(self.samples)):
+            sample = self.samples[(index + offset) % len(self.samples)]
+            try:
+                return self._load(sample, skipped)
+            except (ValueError, OSError) as error:
+                skipped[sample.id] = str(error)
+        raise ValueError(
+            f"none of the {len(self.samples)} samples can be read; the first: {next(iter(skipped.items()))}"
+        )
+
+    def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
+        videos = [sample_frames(video, **self.sampling) for video in sample.videos]
+        run = self.sampling["num_frames"]
+        if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
+            raise ValueError(
+                f"its row asks for {max(own)} frames; {self.family.name} needs the same number of frames in "
+                f"all clips, {run} in this run"
+            )
+        encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
+        prior, words = None, None
+        if sample.id in self.keys:
+            try:
+                prior = self.store.read(self.keys[sample.id])
+            except KeyError as error:
+                # Another process may have set it aside since the run was planned.
+                raise ValueError(str(error.args[0])) from None
+            words = find_words(sample, prior, encoded.layout, self.source)
+        request = self.requests.get(sample.id)
+        wanted = None if request is None else Wanted(sample, request)
+        return Item(sample.id, encoded, prior, words, skipped, wanted)
+
+
+def find_words(sample: Sample, prior: MotionPrior, layout: TokenLayout, source: str) -> WordMap:
+    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
+
+    Tokens before the video cannot see it, so a word that stands there only is dropped.
+    """
+    _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
+    words = map_words(
+        prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
+    )
+    return words.after(int(layout.videos[0].positions[0]) - layout.start) if layout.videos else words
+
+
+class MotionCollator:
+    """Pads items to a batch of model inputs, plus `ids`, `skipped` and `alignment` for `MotionTrainer`.
+
+    Args:
+        family, processor: the student's.
+        padding_side: "right" or "left".
+        source: the text that requested priors are made from.
+    """
+
+    def __init__(
+        self, family: StudentFamily, processor: Any, padding_side: str = "right", source: str = "both"
+    ) -> None:
+        self.family, self.source = family, source
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.padding_side = padding_side
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        batch = self.family.collate(
+            [item.encoded for item in items], pad_token_id=self.pad_token_id, padding_side=self.padding_side
+        )
+        layouts, wanted = batch.pop("layouts"), [item.wanted for item in items]
+        if any(one is not None for one in wanted):
+            batch["alignment"] = PendingAlignment(wanted, layouts, self.source)
+        else:
+            batch["alignment"] = align_batch(items, layouts)
+        batch["ids"] = [item.id for item in items]
+        batch["skipped"] = {k: v for item in items for k, v in item.skipped.items()}
+        return batch
+
+
+def align_batch(items: Sequence[Item | Matched], layouts: Sequence[TokenLayout]) -> Alignment | None:
+    """Rows, columns and priors of a batch; None where no sample has a prior with a mapped word.
+
+    Args:
+        items: the samples.
+        layouts: where their tokens lie in the padded batch.
+    """
+    rows, tokens, columns, grids, priors = [], [], [], [], []
+    for item, layout in zip(items, layouts, strict=True):
+        usable = (
+            item.prior is not None
+            and item.words is not None
+            and bool(item.words.rows)
+            and bool(layout.videos)
+        )
+        found = item.words.rows if usable and item.words is not None else []
+        rows.append(torch.tensor([row + layout.start for row in found], dtype=torch.int64))
+        tokens.append(torch.tensor(item.words.row_tokens if usable and item.words else [], dtype=torch.int64))
+        columns.append(layout.videos[0].positions if usable else torch.zeros(0, dtype=torch.int64))
+        grids.append(layout.videos[0].grid if usable else (1, 1, 1))
+        priors.append(item.prior if usable else None)
+    if not any(prior is not None for prior in priors):
+        return None
+    words = [item.words for item in items if item.words is not None]
+    return Alignment(
+        rows=pad_sequence(rows, batch_first=True, padding_value=-1),
+        columns=pad_sequence(columns, batch_first=True, padding_value=-1),
+        row_tokens=pad_sequence(tokens, batch_first=True, padding_value=-1),
+        grids=grids,
+        priors=priors,
+        count=sum(prior is not None for prior in priors),
+        words=sum(w.count for w in words),
+        mapped=sum(w.mapped for w in words),
+    )

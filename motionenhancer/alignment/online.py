@@ -1,0 +1,252 @@
+"""Priors made while a student trains: asked for batches ahead, waited for when their batch's turn comes.
+
+Source of the priors: MotionEnhancer (CVPR 2026, arXiv 2606.06853); reading them during training is our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ..data import Clip, SkipLog
+from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip
+from ..priors.prior import PARTLY_UNKNOWN, MotionPrior
+from .dataset import Alignment, PendingAlignment, Wanted
+
+Batch = dict[str, Any]
+Answers = dict[tuple[Path | Clip, str], Future[Made]]
+
+
+class NoPriorError(ValueError):
+    """The teacher failed on every clip it was given, or it does from some clip on; the message says why."""
+
+
+@dataclass
+class OnlineCounts:
+    """What a process's priors were, of the batches that it trained on.
+
+    Attributes:
+        made: priors made.
+        stored: priors found in the store.
+        failed: samples that went without theirs, every time counted.
+        busy_seconds: wall time the teacher spent on those made.
+        waited_seconds: wall time the training stood still for priors.
+    """
+
+    made: int = 0
+    stored: int = 0
+    failed: int = 0
+    busy_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    @property
+    def hidden_share(self) -> float | None:
+        """Share of the teacher's time that the training did not wait for; None where it made nothing."""
+        if not self.busy_seconds:
+            return None
+        return min(1.0, max(0.0, 1.0 - self.waited_seconds / self.busy_seconds))
+
+    def __add__(self, other: OnlineCounts) -> OnlineCounts:
+        return OnlineCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass
+class OnlinePriors:
+    """Fills in the alignment of batches whose priors are made while training: `MotionTrainer(online=...)`.
+
+    Attributes:
+        maker: makes the priors; closed with this.
+        prefetch: steps ahead of which priors are asked for; 0 makes each step wait for its own.
+        grid: priors on another grid count as failed; None takes any.
+        patience: clips that may all fail, from the first on, before the run stops.
+        settled: a prior was made already, as in a run that goes on: clips that fail stop it no more.
+        counts: of the batches handed out so far.
+        skips: receives each sample that went without its prior.
+        described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
+        roundtrip: inversion error of a first clip, if the maker measures it.
+
+    Raises:
+        ValueError: prefetch below 0.
+    """
+
+    maker: PriorMaker
+    prefetch: int = 1
+    grid: tuple[int, int, int] | None = None
+    patience: int = PATIENCE
+    settled: bool = False
+    counts: OnlineCounts = field(default_factory=OnlineCounts)
+    skips: SkipLog = field(default_factory=SkipLog)
+    described: dict[str, str] = field(default_factory=dict)
+    roundtrip: dict[str, float] | None = None
+    _feed: _Feed | None = None
+    _failures: dict[str, str] = field(default_factory=dict)
+    _tried: int = 0
+    _dead: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ValueError(f"--prior_prefetch must be at least 0, got {self.prefetch}")
+
+    def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
+        """The same batches in the same order, their alignment filled in.
+
+        Called again with the same iterator, it goes on where it was.
+
+        Args:
+            batches: of one epoch, from `MotionCollator`.
+            accumulation: batches a step.
+        """
+        if self._feed is None or self._feed.batches is not batches:
+            self._drop()
+            self._feed = _Feed(batches, self, self.prefetch * accumulation)
+        return self._feed
+
+    def ask(self, pending: PendingAlignment) -> Answers:
+        """Ask for all priors of a batch, one for samples of the same clip and text."""
+        answers: Answers = {}
+        for wanted in pending.wanted:
+            if wanted is not None and (place := _place(wanted)) not in answers:
+                answers[place] = self.maker.submit(wanted.request)
+        return answers
+
+    def complete(self, pending: PendingAlignment, answers: Answers | None = None) -> Alignment | None:
+        """Wait for the priors of a batch and align it; samples that got none go without."""
+        if answers is None:
+            answers = self.ask(pending)
+        counted: set[tuple[Path | Clip, str]] = set()
+        priors: list[MotionPrior | None] = []
+        for wanted in pending.wanted:
+            if wanted is None:
+                priors.append(None)
+                continue
+            place = _place(wanted)
+            priors.append(self._await(wanted, answers[place], first=place not in counted))
+            counted.add(place)
+        return pending.complete(priors)
+
+    def _await(self, wanted: Wanted, answer: Future[Made], *, first: bool) -> MotionPrior | None:
+        began = perf_counter()
+        try:
+            found = answer.result()
+            if self.grid is not None and found.prior.grid != self.grid:
+                raise ValueError(f"its prior has grid {found.prior.grid}, the aligner {self.grid}")
+        except Exception as error:
+            self._fail(wanted, error)
+            return None
+        finally:
+            self.counts.waited_seconds += perf_counter() - began
+        if first:
+            self.counts.made += found.fresh
+            self.counts.stored += not found.fresh
+            self.counts.busy_seconds += found.seconds
+            if found.damaged:
+                self.skips.note("damaged priors made anew")
+            if found.lost:
+                self.skips.note(found.lost)
+            if found.prior.unknown:
+                self.skips.note(PARTLY_UNKNOWN)
+        if found.roundtrip is not None:
+            self.roundtrip = self.roundtrip or found.roundtrip
+        sample, request = wanted
+        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
+        described = {**about, "made_now": found.fresh, **found.prior.describe()}
+        self.described.setdefault(sample.id, json.dumps(described))
+        return found.prior
+
+    def _fail(self, wanted: Wanted, error: Exception) -> None:
+        self.counts.failed += 1
+        self._tried += not isinstance(error, RefusedClip)
+        if isinstance(error, DeadTeacher):
+            self._dead = str(error)
+        sample = wanted.sample
+        if sample.id not in self._failures:
+            reason = str(error) or type(error).__name__
+            self._failures[sample.id] = reason
+            self.skips.add(
+                "no prior: the teacher failed on it", id=sample.id, line=sample.line, detail=reason
+            )
+
+    def judge(self, total: Callable[[torch.Tensor], torch.Tensor], *, final: bool = False) -> None:
+        """Stop a run whose teacher fails on everything; every process must call it at the same steps.
+
+        Args:
+            total: sums a tensor over all processes.
+            final: nothing more will come; a teacher that died on the way costs no more than it has.
+
+        Raises:
+            NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or
+                any at the end; or a teacher is taken for dead (see `Patience`).
+        """
+        read = self.counts.made + self.counts.stored
+        failures = self.counts.failed if final else self._tried
+        sums = total(torch.tensor([float(read), float(failures), float(bool(self._dead))]))
+        self.settled = self.settled or bool(sums[0] > 0)
+        failed = int(sums[1])
+        if self.settled or failed < (1 if final else self.patience):
+            if sums[2] > 0 and not final:
+                raise NoPriorError(
+                    f"{self._dead or 'the teacher of another process fails on one clip after another'}. "
+                    "The run stops, as no more would be aligned; started again it goes on from its newest "
+                    "checkpoint"
+                )
+            return
+        reason = next((f"{k}: {v}" for k, v in self._failures.items()), "on other processes")
+        raise NoPriorError(
+            f"the teacher failed on all {failed} clips it was given, so nothing would be aligned; use "
+            f"--alignment_weight 0 for plain fine-tuning. The first: {reason}"
+        )
+
+    def close(self) -> None:
+        """Close the maker."""
+        self._drop()
+        self.maker.close()
+
+    def _drop(self) -> None:
+        if self._feed is not None:
+            self._feed.cancel()
+            self._feed = None
+
+
+def _place(wanted: Wanted) -> tuple[Path | Clip, str]:
+    """Return what samples of one prior have in common."""
+    return wanted.request.video, wanted.request.text
+
+
+class _Feed(Iterator[Batch]):
+    """Batches in order, `depth` of them asked for beyond the one handed out."""
+
+    def __init__(self, batches: Iterator[Batch], online: OnlinePriors, depth: int) -> None:
+        self.batches, self.online, self.depth = batches, online, depth
+        self._ahead: deque[tuple[Batch, Answers]] = deque()
+        self._ended = False
+
+    def __next__(self) -> Batch:
+        while not self._ended and len(self._ahead) <= self.depth:
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                self._ended = True
+                break
+            pending = batch.get("alignment")
+            asked = self.online.ask(pending) if isinstance(pending, PendingAlignment) else {}
+            self._ahead.append((batch, asked))
+        if not self._ahead:
+            raise StopIteration
+        batch, asked = self._ahead.popleft()
+        if isinstance(batch.get("alignment"), PendingAlignment):
+            batch["alignment"] = self.online.complete(batch["alignment"], asked)
+        return batch
+
+    def cancel(self) -> None:
+        for _, asked in self._ahead:
+            for answer in asked.values():
+                answer.cancel()
+        self._ahead.clear()

@@ -1,0 +1,400 @@
+"""The Hugging Face Trainer with one more term in the loss.
+
+Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·L_align.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..priors.confidence import gate_weight
+from ..students.capture import capture_attention
+from .aligner import align
+from .aligner_training import AlignerTraining
+from .dataset import PendingAlignment
+from .logs import StepLog
+from .online import OnlinePriors
+from .weight import AlignmentSchedule
+
+
+class MotionTrainer(Trainer):
+    """`transformers.Trainer` whose loss is the model's own plus λ times the alignment to a motion prior.
+
+    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the
+    model sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain
+    Trainer's.
+
+    Both terms are means over the whole global batch, the model's over its answer tokens and the alignment's
+    over its samples with a prior: accumulation steps and processes change neither.
+
+    Args:
+        *args, **kwargs: the Trainer's.
+        alignment_weight: λ, or an `AlignmentSchedule` of it.
+        alignment_loss: "l2", "mse" or "kl".
+        aligner: module applied to the student's maps, or None for the identity. It is trained along by an
+            AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
+            own.
+        prior_temperature: below 1 sharpens the priors' rows, see `aligner.align`.
+        confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
+        learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
+        measure_alignment: log `loss_align` also when λ is 0.
+        online: makes the priors that batches still wait for, while the batches before are trained on.
+
+    Raises:
+        ValueError: fp16 under DeepSpeed with an aligner to train, whose gradients would stay scaled; a
+            DeepSpeed config with an optimizer or scheduler of its own.
+        FloatingPointError: from `train`, when the loss or the gradient is NaN or infinite; names the samples.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        alignment_weight: float | AlignmentSchedule = 1.0,
+        alignment_loss: str = "l2",
+        aligner: nn.Module | None = None,
+        prior_temperature: float = 1.0,
+        confidence_gate: float = 0.0,
+        learning_rates: Callable[[str], float | None] = lambda name: None,
+        measure_alignment: bool = False,
+        online: OnlinePriors | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        self._use_cache = {k: v for k, v in _settings(model).items() if k == "use_cache"}
+        super().__init__(*args, **kwargs)
+        if not isinstance(alignment_weight, AlignmentSchedule):
+            alignment_weight = AlignmentSchedule(alignment_weight)
+        self.alignment_schedule = alignment_weight
+        self.alignment_loss = alignment_loss
+        self.prior_temperature = prior_temperature
+        self.confidence_gate = confidence_gate
+        self.learning_rates = learning_rates
+        self.measure_alignment = measure_alignment
+        self.online = online
+        self.aligner = aligner.to(self.args.device) if aligner is not None else None
+        self._aligner_training: AlignerTraining | None = None
+        self._aligner_steps = True
+        if self.is_deepspeed_enabled:
+            refuse_deepspeed_sections(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if self.aligner is not None and any(p.requires_grad for p in self.aligner.parameters()):
+            if self.is_deepspeed_enabled and self.args.fp16:
+                raise ValueError("fp16 under DeepSpeed needs --aligner identity; or use bf16")
+            self._aligner_training = AlignerTraining(self.aligner, self.args)
+        self._log = StepLog(self.args.device)
+        #: of the global batch: samples with an alignment, and tokens that count
+        self._step_totals: torch.Tensor | None = None
+        self._step_ids: list[str] = []
+        #: sample id → why it could not be read and another took its place
+        self.skipped: dict[str, str] = {}
+        #: of all training batches this process saw
+        self.counts = {"samples": 0, "aligned_samples": 0, "words": 0, "mapped_words": 0}
+        self.add_callback(_StepEnd(self))
+
+    # ---- the loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Also count aligned samples and tokens over all micro-batches and processes."""
+        if self.online is not None:
+            epoch_iterator = self.online.feed(epoch_iterator, num_batches)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.online is not None:
+            self.online.judge(self.total_over_processes)
+        aligned = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
+        totals = torch.tensor([aligned, sum(_counting_tokens(b) for b in batches)], device=self.args.device)
+        self._step_totals = self._over_processes(totals)
+        self._step_ids = [sample for b in batches for sample in b.get("ids", [])]
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        alignment = inputs.pop("alignment", None)
+        if isinstance(alignment, PendingAlignment):
+            if self.online is None:
+                raise ValueError("the batch's priors are still to be made: give MotionTrainer online=")
+            alignment = self.online.complete(alignment)
+        ids = inputs.pop("ids", [])
+        self.skipped.update(inputs.pop("skipped", {}))
+        if model.training:
+            self._count(ids, alignment)
+        tokens = _counting_tokens(inputs)
+        weight = self.alignment_weight
+        reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
+        aligned, problem = None, None
+        if reads:
+            with capture_attention(model, alignment.rows, alignment.columns) as captured:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not torch.isfinite(loss).all():
+            problem = f"the model's loss is {float(loss.detach().mean())}"
+        elif reads:
+            try:
+                aligned = self._align(captured, alignment, weight)
+            except ValueError as error:
+                problem = f"alignment failed: {error}"
+            else:
+                if not torch.isfinite(aligned):
+                    problem = f"the alignment loss is {float(aligned)}"
+        self._stop_together(problem, ids, everywhere=model.training)
+        if model.training:
+            divided = self._divided_by_accumulation(num_items_in_batch)
+            parts = self.current_gradient_accumulation_steps if divided else 1
+            if divided:
+                loss = self._share_of(loss, tokens, which=1, parts=parts)
+            if aligned is not None:
+                aligned = self._share_of(aligned, alignment.count, which=0, parts=parts)
+            self._log.add_losses(loss / parts, None if aligned is None else aligned / parts)
+        if aligned is not None and weight != 0:
+            loss = loss + weight * aligned
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def alignment_weight(self) -> float:
+        """λ in force at the current step."""
+        return self.alignment_schedule.at(self.state.global_step, self.state.max_steps)
+
+    def _align(self, captured: Any, alignment: Any, weight: float) -> torch.Tensor:
+        gates = None
+        if self.confidence_gate:
+            sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
+            gates = [gate_weight(confidence, self.confidence_gate) for confidence in sure]
+        with self._log.stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            return align(
+                captured,
+                alignment.priors,
+                grid=alignment.grids,
+                row_tokens=alignment.row_tokens,
+                aligner=self.aligner,
+                loss=self.alignment_loss,
+                weights=gates,
+                temperature=self.prior_temperature,
+            )
+
+    def _count(self, ids: Sequence[str], alignment: Any) -> None:
+        self.counts["samples"] += len(ids)
+        if alignment is not None:
+            self.counts["aligned_samples"] += alignment.count
+            self.counts["words"] += alignment.words
+            self.counts["mapped_words"] += alignment.mapped
+            self._log.add_batch(alignment)
+
+    def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
+        """Whether the Trainer will divide the returned loss by the accumulation steps; families differ."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            ) or self.compute_loss_func is not None
+        return not scaled
+
+    def _share_of(self, mean: torch.Tensor, count: int, *, which: int, parts: int) -> torch.Tensor:
+        """Turn this micro-batch's mean over `count` into its share of the global batch's mean.
+
+        Engines average gradients over processes, and the Trainer divides by the `parts` of accumulation.
+        """
+        if self._step_totals is None or self.current_gradient_accumulation_steps * self.args.world_size == 1:
+            return mean
+        return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
+
+    def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's counts."""
+        return self._over_processes(counts.to(self.args.device))
+
+    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end. The Trainer would take a step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- stopping at numbers that are none ----
+
+    def _stop_together(self, problem: str | None, ids: Sequence[str], *, everywhere: bool) -> None:
+        """Raise if any process has a problem, in all of them: one alone would leave the others waiting."""
+        step = self.state.global_step
+        found = [] if problem is None else [f"{problem} at step {step}; samples {list(ids)}"]
+        if everywhere and self.args.world_size > 1:
+            flag = torch.tensor(float(len(found)), device=self.args.device)
+            found = gather_object(found) if self._over_processes(flag) > 0 else []
+        if found:
+            raise FloatingPointError("; ".join(found))
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
+        if norm is not None and not self.args.fp16:
+            self._refuse_norm(norm, "the gradient's norm")
+        return norm
+
+    def _refuse_norm(self, norm: torch.Tensor | float, name: str) -> None:
+        """Raise if a norm, which all processes have alike, is no number."""
+        if not torch.isfinite(torch.as_tensor(norm)).all():
+            ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
+            raise FloatingPointError(
+                f"{name} is {float(norm)} at step {self.state.global_step}; samples {ids}"
+            )
+
+    def finish_aligner_gradients(self) -> None:
+        """Make the aligner's gradients ready for its step, and stop where they are no numbers.
+
+        Raises:
+            FloatingPointError: their norm is NaN or infinite.
+        """
+        if self._aligner_training is None:
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        norm = self._aligner_training.finish_gradients(
+            self.args.world_size, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm
+        )
+        self._aligner_steps = True
+        if self.args.fp16:
+            # The scaler sees the model's gradients alone and would let the aligner take this step.
+            self._aligner_steps = bool(torch.isfinite(norm))
+        else:
+            self._refuse_norm(norm, "the norm of the aligner's gradient")
+
+    def step_aligner(self) -> None:
+        """Step the aligner, unless the model's optimizer stood still."""
+        skipped = self.accelerator.optimizer_step_was_skipped or not self._aligner_steps
+        if self._aligner_training is not None and not skipped:
+            self._aligner_training.step(self._rate_share())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._log.entries(self._over_processes, self.args.world_size)
+            if "loss_align" in logs:
+                last = max(0, self.state.global_step - 1)
+                logs["lambda"] = self.alignment_schedule.at(last, self.state.max_steps)
+        super().log(logs, start_time)
+
+    # ---- the optimizers ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made:
+            self._split_groups(optimizer)
+        return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move parameters with a learning rate of their own into groups of their own."""
+        assert self.model is not None
+        own = {id(p): self.learning_rates(name) for name, p in self.model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for rate in sorted({r for r in (own[id(p)] for p in group["params"]) if r is not None}):
+                chosen = [p for p in group["params"] if own[id(p)] == rate]
+                group["params"] = [p for p in group["params"] if own[id(p)] != rate]
+                options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+                optimizer.add_param_group({**options, "params": chosen, "lr": rate})
+        # DeepSpeed flattens every group and cannot flatten nothing.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+    def _rate_share(self) -> float:
+        """The learning rate in force over its peak: the same for all groups, as all share one schedule."""
+        assert self.optimizer is not None
+        group = self.optimizer.param_groups[0]
+        peak = group.get("initial_lr") or group["lr"]
+        return float(group["lr"]) / float(peak) if peak else 0.0
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        settings = _settings(self.model)
+        # The Trainer sets use_cache to false for its own steps; what is loaded later is to generate with it.
+        while_training = settings.pop("use_cache", False)
+        settings.update(self._use_cache)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            settings["use_cache"] = while_training
+        # The Trainer pickles its arguments beside the weights; the checkpoint is to be the family's own.
+        if self.args.should_save:
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Before the Trainer's own files: the last of those marks the checkpoint as whole.
+        if self._aligner_training is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+            self._aligner_training.save(folder)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder, target = Path(resume_from_checkpoint), self.model if model is None else model
+        whole = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(target, PreTrainedModel) and whole and not sharded:
+            # save_pretrained writes the hub's names of weights, which the Trainer's own loader does not know:
+            # it would warn and go on from the weights it started with.
+            saved = type(target).from_pretrained(folder, dtype=target.dtype, local_files_only=True)
+            target.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._aligner_training is not None:
+            self._aligner_training.load(Path(checkpoint))
+
+
+def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed config that makes the optimizer itself.
+
+    Raises:
+        ValueError: names the section; groups with learning rates of their own would be lost, silently.
+    """
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(
+                f'the DeepSpeed config must have no "{section}" section, as it would replace the learning '
+                "rates of the vision tower and the aligner: remove it, and give --learning_rate, "
+                "--weight_decay, --lr_scheduler_type and --warmup_steps"
+            )
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """The configuration's own attributes."""
+    config = getattr(model, "config", None)
+    return {} if config is None else vars(config)
+
+
+def _counting_tokens(batch: dict[str, Any]) -> int:
+    """Answer tokens a batch's loss is the mean of: the first token has nothing before it to follow from."""
+    labels = batch.get("labels")
+    return 0 if labels is None else int((labels[..., 1:] != -100).sum())
+
+
+class _StepEnd(TrainerCallback):
+    """Steps the aligner with the model; the Trainer knows nothing of it."""
+
+    def __init__(self, trainer: MotionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.finish_aligner_gradients()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.step_aligner()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._log.steps += 1
+        if self.trainer._aligner_training is not None:
+            self.trainer._aligner_training.clear()

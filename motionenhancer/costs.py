@@ -1,0 +1,340 @@
+"""What a run costs, before it starts: weights, gradients, optimizer, priors, evaluations.
+
+The one place for such figures. No weight is read: parameters are counted on the meta device or from the
+headers of safetensors files, sizes come from configuration files.
+
+| figure | kind |
+| --- | --- |
+| weights, gradients, optimizer state, copies in half precision | counted, exact |
+| evaluations of the transformer | counted, exact |
+| attention that priors take in the store | upper bound: the longest selection of each text |
+| memory to read a clip | lower bound: the sums of one clip and one layer's hidden states |
+| memory to encode a clip | lower bound: the VAE's first layer; its peak is many times that |
+| activations of a student | guess: a rule of thumb over its layers' widths |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from .priors.prior import PriorSettings
+from .teachers.plan import TeacherPlan, plan_teacher
+
+BEFORE = "before the first step"
+
+#: Video frames that a family's VAE encodes at a time.
+_VAE_FRAMES = {"cogvideox": 9, "wan": 4}
+#: Bytes of optimizer state a trained parameter; other optimizers are counted like AdamW.
+_STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_32bit": 4}
+
+
+def readable(size: float) -> str:
+    """Return bytes for people.
+
+    >>> readable(1536)
+    '1.5 KB'
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+# ---- the teacher ----
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """Bytes that a teacher takes on its device.
+
+    Attributes:
+        plan: the teacher's sizes.
+        weights: by part.
+        host: weights that stay in the CPU's memory: an offloaded text encoder.
+        reading: least that reading a clip takes beside the weights.
+        encoding: least that encoding a clip takes beside the weights.
+    """
+
+    plan: TeacherPlan
+    weights: dict[str, int]
+    host: int
+    reading: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        """At least; clips are encoded and read one after the other."""
+        return sum(self.weights.values()) + max(self.reading, self.encoding)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.weights.items())
+        host = f", {readable(self.host)} in the CPU's memory" if self.host else ""
+        weights = f"{readable(sum(self.weights.values()))} ({parts}){host}"
+        return (
+            f"at least {readable(self.total)}: weights {weights}, "
+            f"at least {readable(self.reading)} to read a clip and {readable(self.encoding)} to encode it, "
+            "one after the other (lower bounds, of single layers: encoding takes many times its bound at its "
+            "peak, which only a run measures)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in ("weights", "host", "reading", "encoding", "total")}
+        return found
+
+
+def teacher_cost(
+    teacher: str | Path,
+    settings: PriorSettings,
+    *,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    vae_tiling: bool = False,
+    split_batch: bool = False,
+    text_encoder: str = "device",
+    words: int | None = None,
+) -> TeacherCost:
+    """Work out a teacher's memory from its folder's configuration files.
+
+    Args:
+        teacher, dtype, size, frames, vae_tiling, split_batch: as given to `load_teacher`.
+        settings: of the priors.
+        text_encoder: where its weights are: "device", "host", or "none" if a text cache replaces it.
+        words: tokens of the longest text; by default as many as the teacher takes.
+
+    Raises:
+        ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
+    """
+    plan = plan_teacher(teacher, size=size, frames=frames)
+    weights, host = {part: count * dtype.itemsize for part, count in plan.weights.items()}, 0
+    if text_encoder != "device":
+        encoder = weights.pop("text_encoder")
+        host = encoder if text_encoder == "host" else 0
+    batch = 1 if settings.mode == "renoise" else _rows(settings, split=split_batch)
+    sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
+    rows = plan.text_length if words is None else words
+    sums = 4 * plan.heads * plan.vision * (rows + sampled + plan.grid[0])
+    # The stream, its normalised copy, and a feed-forward layer of four times the width.
+    length = plan.vision + (plan.text_length if plan.joint else 0)
+    states = 6 * batch * length * plan.width * dtype.itemsize
+    config = json.loads((Path(teacher) / "vae" / "config.json").read_text())
+    height, across = (math.ceil(n / 2) if vae_tiling else n for n in plan.size)
+    count = min(_VAE_FRAMES["cogvideox" if plan.joint else "wan"], plan.frames)
+    channels = config.get("block_out_channels", [config.get("base_dim", 0)])[0]
+    # Some VAEs first fold patches of pixels into channels.
+    patch = (config.get("patch_size") or 1) ** 2
+    encoding = (channels + 3 * patch) * count * (height * across // patch) * dtype.itemsize
+    return TeacherCost(plan, weights, host, sums + states, encoding)
+
+
+def evaluations_a_prior(settings: PriorSettings) -> int:
+    """Return the transformer's evaluations for one prior, counted per batch row."""
+    if settings.mode == "renoise":
+        return 1
+    return settings.steps * (1 + _rows(settings, split=False))
+
+
+def _rows(settings: PriorSettings, *, split: bool) -> int:
+    """Return the batch rows of one evaluation of a reconstruction."""
+    texts = 1 if split or settings.guidance_scale == 1.0 else 2
+    return texts * (2 if settings.memory else 1)
+
+
+@dataclass(frozen=True)
+class ExtractionCost:
+    """What making priors costs.
+
+    Attributes:
+        stored: priors that the store holds already.
+        missing: priors to make.
+        evaluations: of the transformer for all missing ones, counted per batch row.
+        prior_bytes: most that the missing priors' attention takes in the store.
+        teacher: memory of a process.
+    """
+
+    stored: int
+    missing: int
+    evaluations: int
+    prior_bytes: int
+    teacher: TeacherCost
+
+    def __str__(self) -> str:
+        grid = "×".join(map(str, self.teacher.plan.grid))
+        return "\n".join(
+            [
+                f"priors: {self.stored} stored, {self.missing} to make; "
+                f"clips of up to {self.teacher.plan.frames} frames become a grid of {grid}",
+                f"evaluations of the transformer: {self.evaluations:,}",
+                f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest",
+                f"memory a process: {self.teacher}",
+            ]
+        )
+
+
+def extraction_cost(
+    missing: Iterable[str], settings: PriorSettings, teacher: str | Path, **options: Any
+) -> ExtractionCost:
+    """Work out what making priors takes. Only the tokenizer and configuration files are read.
+
+    Args:
+        missing: the text of every prior to make; not kept.
+        settings: of the priors.
+        teacher, **options: as for `teacher_cost`.
+
+    Returns:
+        The cost, with `stored` 0.
+
+    Raises:
+        ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
+    """
+    plan = plan_teacher(teacher, size=options.get("size"), frames=options.get("frames"))
+    count = longest = rows = 0
+    tokenizer: Any = None
+    texts = iter(missing)
+    while some := list(islice(texts, 256)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
+        most = plan.text_length - tokenizer.num_special_tokens_to_add()
+        count += len(some)
+        for tokens in map(len, tokenizer(some, add_special_tokens=False)["input_ids"]):
+            longest = max(longest, min(tokens, most))
+            rows += max(1, math.floor(settings.token_ratio * min(tokens, most) + 0.5))
+    return ExtractionCost(
+        stored=0,
+        missing=count,
+        evaluations=count * evaluations_a_prior(settings),
+        prior_bytes=2 * plan.vision * rows,
+        teacher=teacher_cost(teacher, settings, words=longest, **options),
+    )
+
+
+# ---- the student ----
+
+
+@dataclass(frozen=True)
+class StudentCost:
+    """Bytes on each device of a training.
+
+    Attributes:
+        weights, gradients, optimizer: of the model and the aligner.
+        copies: weights in the precision that is computed in, if it is another.
+        activations: of the language model and its logits; None where no sample was read.
+        tokens: length of the sequence that the activations are for.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int | None
+    tokens: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.copies + (self.activations or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.total}
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        if self.copies:
+            parts["copies in half precision"] = self.copies
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+        if self.activations is None:
+            return f"memory a device: {listed}, and activations"
+        return (
+            f"memory a device: about {readable(self.total)} ({listed}, activations about "
+            f"{readable(self.activations)} at {self.tokens:,} tokens, as the first sample has)"
+        )
+
+
+def student_cost(
+    model: nn.Module,
+    training: Any,
+    *,
+    engine: str,
+    processes: int,
+    tokens: int | None,
+    aligner: int = 0,
+) -> StudentCost:
+    """Count weights, gradients and optimizer states, and guess activations.
+
+    Args:
+        model: the student, on any device, "meta" included.
+        training: TrainingArguments.
+        engine: "plain", "DDP", "FSDP", "ZeRO-1", "ZeRO-2" or "ZeRO-3".
+        processes: that share the model under FSDP and ZeRO.
+        tokens: of one sample; None leaves activations out.
+        aligner: parameters of the aligner, whole on each device.
+    """
+    sizes = [(parameter_count(p), p.dtype.itemsize, p.requires_grad) for p in model.parameters()]
+    everything = sum(count for count, _, _ in sizes)
+    trained = sum(count for count, _, needs in sizes if needs)
+    stored = sum(count * size for count, size, _ in sizes)
+    half = bool(training.bf16 or training.fp16)
+    state = _STATE.get(str(getattr(training.optim, "value", training.optim)), 8)
+    if engine.startswith("ZeRO"):
+        stage = int(engine[-1])
+        width = 2 if half else 4
+        # DeepSpeed computes in the model's copy and steps another in float32.
+        weights = everything * width // (processes if stage == 3 else 1)
+        gradients = trained * width // (processes if stage >= 2 else 1)
+        optimizer, copies = trained * (state + 4) // processes, 0
+    else:
+        shards = processes if engine == "FSDP" else 1
+        weights, gradients = stored // shards, trained * 4 // shards
+        optimizer = trained * state // shards
+        # Autocast keeps a copy of every weight of other precision; FSDP of the layers at work only.
+        wide = sum(count for count, size, _ in sizes if size > 2)
+        copies = 2 * wide if half and engine != "FSDP" else 0
+    weights, gradients, optimizer = weights + 4 * aligner, gradients + 4 * aligner, optimizer + 8 * aligner
+    activations = None
+    if tokens is not None:
+        batch = training.per_device_train_batch_size
+        checkpointed = bool(getattr(training, "gradient_checkpointing", False))
+        activations = _activations(model.config, batch * tokens, 2 if half else 4, checkpointed)
+    return StudentCost(weights, gradients, optimizer, copies, activations, tokens)
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Return the numbers in a parameter, also where DeepSpeed left only a part of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _activations(config: Any, tokens: int, width: int, checkpointed: bool) -> int:
+    text = config.get_text_config()
+    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    heads = text.num_attention_heads
+    per_head = getattr(text, "head_dim", None) or hidden // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * per_head
+    # What autograd keeps of one layer: both norms' input and output, queries, keys, values, the attention's
+    # output and projection, and the four tensors of a gated feed-forward layer.
+    layer = (6 * hidden + 2 * heads * per_head + 2 * keys + 4 * text.intermediate_size) * width
+    kept = layers * hidden * width + layer if checkpointed else layers * layer
+    logits = vocabulary * (width + 4 + 4)
+    return tokens * (kept + logits)
+
+
+# ---- measured ----
+
+
+def measured_memory() -> dict[str, Any]:
+    """Return the most memory this process has held so far: of its GPU's allocator, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": "cpu", "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}

@@ -1,0 +1,53 @@
+"""Files that appear whole, by rename, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["whole_file", "write_json", "write_text"]
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give out a temporary path; rename it to `path` at the end, or remove it after an error.
+
+    Args:
+        path: the file to write; its folder is made.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with whole_file(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process id alone: machines that share the folder may have the same.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole, as utf-8. Bytes of a file name that are no text become escapes."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, body: Any) -> None:
+    """Write a json file whole; see `write_text`."""
+    write_text(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")

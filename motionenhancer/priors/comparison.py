@@ -1,0 +1,147 @@
+"""How far two ways of reading a prior agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..data import Clip, Sample, SkipLog
+from .maker import DeadTeacher, Made, PriorMaker
+from .prior import MotionPrior, PriorSettings
+from .requests import PriorRequest
+
+
+def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
+    """Agreement of two priors of the same clip and text.
+
+    Args:
+        one, other: priors on one grid.
+
+    Returns:
+        head_rank: Spearman's rank correlation of the composite head scores.
+        heads, tokens: shares of the first prior's chosen heads and kept tokens that the second chose too.
+        cosine: mean cosine of the rows of tokens that both kept, NaN if there are none.
+
+    Raises:
+        ValueError: priors of different prompts or grids.
+    """
+    if one.prompt != other.prompt or one.grid != other.grid:
+        raise ValueError("priors must be of one prompt and one grid to be compared")
+    shared = [i for i in one.kept if i in other.kept]
+    mine, theirs = (p.attention[[p.kept.index(i) for i in shared]].double() for p in (one, other))
+    cosine = torch.nn.functional.cosine_similarity(mine, theirs).mean() if shared else float("nan")
+    return {
+        "head_rank": _spearman(one.head_scores["composite"], other.head_scores["composite"]),
+        "heads": len(set(one.heads) & set(other.heads)) / len(one.heads),
+        "tokens": len(shared) / len(one.kept),
+        "cosine": float(cosine),
+    }
+
+
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their mean rank; NaN where one side is constant."""
+    ranks = [_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other)]
+    centred = [r - r.mean() for r in ranks]
+    scale = float(centred[0].norm() * centred[1].norm())
+    return float(centred[0] @ centred[1]) / scale if scale else float("nan")
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    below = (values[:, None] > values[None]).sum(1)
+    equal = (values[:, None] == values[None]).sum(1)
+    return below + (equal - 1) / 2
+
+
+def average(values: Sequence[float]) -> float:
+    finite = [v for v in values if v == v]
+    return sum(finite) / len(finite) if finite else float("nan")
+
+
+def read_both(
+    maker: PriorMaker,
+    pairs: Sequence[tuple[Sample, PriorRequest]],
+    ways: Sequence[PriorSettings],
+    skips: SkipLog,
+    reason: str,
+) -> list[list[Made]]:
+    """Read clips in several ways, none of which is stored.
+
+    Args:
+        maker: of priors.
+        pairs: the clips; those that cannot be read in every way are counted in `skips` under `reason`.
+        ways: settings of each reading.
+
+    Returns:
+        One list a clip that could be read: its prior in each way.
+
+    Raises:
+        DeadTeacher: no more priors can be made.
+    """
+    asked = [[maker.submit(replace(request, settings=settings)) for settings in ways] for _, request in pairs]
+    rows = []
+    for (sample, _), answers in zip(pairs, asked, strict=True):
+        try:
+            rows.append([answer.result() for answer in answers])
+        except DeadTeacher:
+            raise
+        except Exception as error:
+            detail = str(error) or type(error).__name__
+            skips.add(reason, id=sample.id, line=sample.line, detail=detail)
+    return rows
+
+
+def measure_agreement(
+    maker: PriorMaker,
+    pairs: Sequence[tuple[Sample, PriorRequest]],
+    settings: PriorSettings,
+    clips: int,
+    skips: SkipLog,
+) -> dict[str, float] | None:
+    """Measure how far single-pass priors of a run's first clips agree with the full procedure.
+
+    Every process reads its share of them; all get the mean. Clips that cannot be read are counted in `skips`.
+
+    Returns:
+        What `compare_priors` returns, its mean over the clips, and `time_share`, `evaluations`,
+        `full_evaluations` and `clips`; None if no clip was read.
+    """
+    state = PartialState()
+    distinct: dict[tuple[Path | Clip, str], tuple[Sample, PriorRequest]] = {}
+    for sample, request in pairs:
+        distinct.setdefault((request.video, request.text), (sample, request))
+    mine = list(distinct.values())[:clips][state.process_index :: state.num_processes]
+    left_out = SkipLog()
+    ways = [replace(settings, mode="reconstruct"), settings]
+    rows = [
+        {
+            **compare_priors(whole.prior, quick.prior),
+            "time_share": quick.seconds / whole.seconds,
+            "evaluations": quick.prior.evaluations,
+            "full_evaluations": whole.prior.evaluations,
+        }
+        for whole, quick in read_both(maker, mine, ways, left_out, "left out of the agreement")
+    ]
+    everyone = gather_object([(rows, left_out)])
+    skips.merge(log for _, log in everyone)
+    rows = [row for found, _ in everyone for row in found]
+    if not rows:
+        return None
+    return {**{name: average([row[name] for row in rows]) for name in rows[0]}, "clips": len(rows)}
+
+
+def say_agreement(found: dict[str, float] | None, settings: PriorSettings) -> str:
+    """Return a line for people."""
+    if found is None:
+        return "agreement of single-pass priors: no clip could be read"
+    return (
+        f"single-pass priors at level {settings.noise_level} against the full procedure, mean over "
+        f"{found['clips']:.0f} of the run's clips: head rank {found['head_rank']:.2f}, same heads "
+        f"{found['heads']:.0%}, same words {found['tokens']:.0%}, cosine of rows {found['cosine']:.3f}; "
+        f"{found['evaluations']:.0f} instead of {found['full_evaluations']:.0f} evaluations, "
+        f"{found['time_share']:.0%} of the time"
+    )

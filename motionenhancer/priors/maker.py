@@ -1,0 +1,500 @@
+"""The one maker of priors: whoever wants a prior submits a request and gets a future."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock, RLock, Thread
+from time import perf_counter, time
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from ..data.clip import named_by
+from ..data.video import VideoError, content_digest, read_frames
+from ..teachers import Teacher, roundtrip_error
+from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from .requests import PriorRequest
+from .storage import DamagedPrior, PriorStore, Refusal
+
+__all__ = ["DeadTeacher", "LocalMaker", "Made", "PriorMaker", "RefusedClip", "Stored", "make_all"]
+
+PATIENCE = 8
+"""A teacher is taken for dead when it fails on this many clips in a row through no fault of theirs."""
+
+Item = TypeVar("Item")
+
+
+class DeadTeacher(RuntimeError):
+    """No prior can be made any more, and the message says why: the run must stop."""
+
+
+class RefusedClip(ValueError):
+    """The store has on record that this clip and text can give no prior: `refusal` says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+    def __str__(self) -> str:
+        return self.refusal.detail
+
+
+@dataclass(frozen=True)
+class Made:
+    """A prior that was asked for.
+
+    Attributes:
+        prior: the prior.
+        fresh: made now, and not found in the store.
+        seconds: wall time that the teacher spent on it.
+        damaged: what was wrong with a stored file that was set aside; empty if there was none.
+        lost: why the store does not keep the prior although it should; empty if it keeps it.
+        roundtrip: inversion error of the clip, if it was measured; see `inversion_errors`.
+    """
+
+    prior: MotionPrior
+    fresh: bool = True
+    seconds: float = 0.0
+    damaged: str = ""
+    lost: str = ""
+    roundtrip: dict[str, float] | None = None
+
+
+class PriorMaker(Protocol):
+    """Makes priors.
+
+    Attributes:
+        capacity: requests that it can work on at once; more wait their turn.
+    """
+
+    capacity: int
+
+    def submit(self, request: PriorRequest) -> Future[Made]:
+        """Ask for a prior.
+
+        The future's errors: `VideoError` or `PriorError` where the clip or text is to blame, `DeadTeacher`
+        where no more priors can be made, anything else for a failure of this one attempt.
+        """
+        ...
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait for the rest."""
+        ...
+
+
+@dataclass
+class Reader:
+    """A teacher that reads requests one after the other.
+
+    Attributes:
+        teacher: nothing else may use it meanwhile.
+        settings: of the priors.
+        roundtrip: also measure the inversion error of the first clip that is read.
+    """
+
+    teacher: Teacher
+    settings: PriorSettings
+    roundtrip: bool = False
+
+    def decode(self, request: PriorRequest) -> np.ndarray:
+        """Return the frames of a clip that the teacher reads, (n, h, w, 3) uint8.
+
+        Raises:
+            VideoError: the clip cannot be read, or is a still.
+        """
+        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2).frames
+
+    def read(self, request: PriorRequest, frames: np.ndarray) -> Made:
+        """Make a prior.
+
+        Raises:
+            PriorError: the clip and text can give none.
+        """
+        settings, began = request.settings or self.settings, perf_counter()
+        prior = extract_prior(self.teacher, frames, request.text, **asdict(settings))
+        seconds, errors = perf_counter() - began, None
+        if self.roundtrip:
+            self.roundtrip = False
+            errors = inversion_errors(self.teacher, frames, request.text, settings.steps)
+        return Made(prior, seconds=seconds, roundtrip=errors)
+
+
+def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
+    """Measure the relative error of inverting and rebuilding a clip without guidance.
+
+    Returns:
+        "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.
+    """
+    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
+    whole = teacher.schedule(steps)
+    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
+    cut = 0.6 * (whole.timesteps[-1] + 1)
+    if whole.timesteps[0] < cut:
+        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
+    return errors
+
+
+@dataclass
+class Patience:
+    """Takes a teacher for dead after `PATIENCE` failures in a row that no clip is to blame for."""
+
+    failures: int = 0
+
+    def judge(self, error: BaseException | None) -> BaseException | None:
+        """Count an attempt that gave `error`, or none; return the error to answer with."""
+        if error is None:
+            self.failures = 0
+        elif not isinstance(error, VideoError | PriorError | DeadTeacher):
+            self.failures += 1
+            if self.failures >= PATIENCE:
+                dead = DeadTeacher(
+                    f"the teacher failed on {self.failures} clips in a row, "
+                    f"the last time with {type(error).__name__}: {' '.join(str(error).split())}"
+                )
+                dead.__cause__ = error
+                return dead
+        return error
+
+
+class LocalMaker:
+    """A teacher in a thread of this process; on a GPU it runs on a stream of its own.
+
+    Requests are answered in the order in which they came. Clips are decoded ahead in threads; at most
+    `decode_workers` + 1 decoded clips are held. Nothing draws from a global random generator, so a prior does
+    not depend on when it is made, nor does a training depend on priors being made beside it.
+
+    Args:
+        load: returns the teacher; called once, at the first request.
+        settings: of the priors.
+        decode_workers: threads that decode.
+        roundtrip: also measure the inversion error of the first clip that is read.
+
+    Raises:
+        ValueError: decode_workers below 1.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Teacher],
+        settings: PriorSettings,
+        *,
+        decode_workers: int = 2,
+        roundtrip: bool = False,
+    ) -> None:
+        if decode_workers < 1:
+            raise ValueError(f"decode_workers must be at least 1, got {decode_workers}")
+        self.capacity = decode_workers + 1
+        self._load, self._settings, self._roundtrip = load, settings, roundtrip
+        self._waiting: SimpleQueue[tuple[PriorRequest, Future[Made]] | None] = SimpleQueue()
+        self._closing, self._lock = Event(), Lock()
+        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self._reader: Reader | None = None
+        self._dead: DeadTeacher | None = None
+        self._thread: Thread | None = None
+        self._threads = torch.get_num_threads()
+
+    def ready(self) -> Teacher:
+        """Load the teacher if it was not yet. While a request is open nothing else may use it.
+
+        Raises:
+            DeadTeacher: it cannot be loaded.
+        """
+        with self._lock:
+            return self._open().teacher
+
+    def submit(self, request: PriorRequest) -> Future[Made]:
+        """See `PriorMaker`."""
+        answer: Future[Made] = Future()
+        with self._lock:
+            if self._closing.is_set():
+                raise RuntimeError("the maker of priors is closed")
+            reader = self._open()
+            if self._thread is None:
+                self._thread = Thread(target=self._run, args=(reader,), name="teacher", daemon=True)
+                self._thread.start()
+            self._waiting.put((request, answer))
+        return answer
+
+    def _open(self) -> Reader:
+        if self._dead is not None:
+            raise self._dead
+        if self._reader is None:
+            try:
+                self._reader = Reader(self._load(), self._settings, self._roundtrip)
+            except Exception as error:
+                self._dead = DeadTeacher(reason_of(error))
+                raise self._dead from error
+        return self._reader
+
+    def close(self) -> None:
+        """See `PriorMaker`."""
+        with self._lock:
+            self._closing.set()
+            self._waiting.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        self._decoders.shutdown(cancel_futures=True)
+
+    def _run(self, reader: Reader) -> None:
+        decoding: deque[_Job] = deque()
+        try:
+            # A new thread splits arithmetic into another number of threads than its caller, and sums may
+            # then round differently.
+            torch.set_num_threads(self._threads)
+            with _own_stream(reader.teacher.device):
+                self._serve(reader, decoding)
+        except Exception as error:
+            dead = DeadTeacher(f"the teacher's thread has ended: {reason_of(error)}")
+            with self._lock:
+                self._dead = dead
+        # Nothing is put into the queue any more: the maker is closed, or its teacher is dead.
+        while not self._waiting.empty():
+            if (left := self._waiting.get()) is not None:
+                decoding.append(_Job(*left, Future()))
+        for job in decoding:
+            job.frames.cancel()
+            if self._dead is not None and job.answer.set_running_or_notify_cancel():
+                job.answer.set_exception(self._dead)
+            else:
+                job.answer.cancel()
+
+    def _serve(self, reader: Reader, decoding: deque[_Job]) -> None:
+        """Answer requests until the maker is closed; leave in `decoding` what was not begun."""
+        patience = Patience()
+        while not self._closing.is_set():
+            while len(decoding) < self.capacity and (not decoding or not self._waiting.empty()):
+                job = self._waiting.get()
+                if job is None:
+                    break
+                decoding.append(_Job(*job, self._decoders.submit(reader.decode, job[0])))
+            if decoding and not self._closing.is_set():
+                # No name is bound to the job: its frames must be gone when the next clip is decoded.
+                _answer(patience, reader, decoding.popleft())
+
+
+class _Job(NamedTuple):
+    request: PriorRequest
+    answer: Future[Made]
+    frames: Future[np.ndarray]
+
+
+def _answer(patience: Patience, reader: Reader, job: _Job) -> None:
+    if not job.answer.set_running_or_notify_cancel():
+        job.frames.cancel()
+        return
+    try:
+        made = reader.read(job.request, job.frames.result())
+    except BaseException as error:
+        job.answer.set_exception(patience.judge(error))
+    else:
+        patience.judge(None)
+        job.answer.set_result(made)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line for people, with its type where the message alone says little."""
+    said = " ".join(str(error).split())
+    return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_device(device)
+    stream = torch.cuda.Stream(device)
+    # The weights were copied there on the stream that loaded them.
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+class Stored:
+    """Looks in a store first, has what is missing made, and writes it to the store.
+
+    A damaged file is set aside and its prior made anew. A clip and text that can give no prior are put on
+    record, and not tried again; a fault of the machine never is. Requests of one key that are open at once
+    are answered by one attempt; `Made.fresh` and `Made.seconds` go to the first of them.
+
+    Args:
+        store: of the priors.
+        maker: makes what is missing; closed with this one.
+        name: `prior_keys` of the teacher and its settings.
+        retry: try again, once, what was put on record before now.
+        strict: a store that cannot be written is an error of every request; otherwise the prior is used, and
+            `Made.lost` says why it is not kept.
+    """
+
+    def __init__(
+        self,
+        store: PriorStore,
+        maker: PriorMaker,
+        name: Callable[[str, str], str],
+        *,
+        strict: bool = False,
+        retry: bool = False,
+    ) -> None:
+        self.store, self.maker, self.strict = store, maker, strict
+        self._retried_before = time() if retry else 0.0
+        # Threads wait for the maker and have the next stored priors read meanwhile.
+        self.capacity = maker.capacity + 2
+        self._name, self._lock = name, RLock()
+        self._pool = ThreadPoolExecutor(self.capacity, thread_name_prefix="store")
+        self._open: dict[str, Future[Made]] = {}
+
+    def submit(self, request: PriorRequest) -> Future[Made]:
+        """See `PriorMaker`; a request that the store has on record as refused gets `RefusedClip`."""
+        if not request.key or request.settings is not None:
+            return self.maker.submit(request)
+        with self._lock:
+            first = self._open.get(request.key)
+            if first is None or first.done():
+                answer = self._open[request.key] = self._pool.submit(self._find_or_make, request)
+                answer.add_done_callback(lambda done: self._forget(request.key, done))
+                return answer
+        return _shared(first)
+
+    def _forget(self, key: str, done: Future[Made]) -> None:
+        with self._lock:
+            if self._open.get(key) is done:
+                del self._open[key]
+
+    def close(self) -> None:
+        """See `PriorMaker`."""
+        # Cancelled first: what the maker cancels then must not be made by a thread that has not begun.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.maker.close()
+        self._pool.shutdown()
+
+    def _find_or_make(self, request: PriorRequest) -> Made:
+        found, damaged = self.look(request.key)
+        if found is not None:
+            return Made(found, fresh=False)
+        try:
+            made = self.maker.submit(request).result()
+        except (VideoError, PriorError) as error:
+            self._put_on_record(request, error)
+            raise
+        lost = ""
+        try:
+            self._check_clip(request)
+            self.store.write(request.key, made.prior)
+        except VideoError as error:
+            if self.strict:
+                raise
+            lost = f"priors used, but not kept: the clip {error.reason}"
+        except OSError as error:
+            if self.strict:
+                raise DeadTeacher(
+                    f"the store {self.store.folder} cannot be written ({error.strerror})"
+                ) from error
+            lost = f"priors used, but not kept: the store cannot be written ({error.strerror})"
+        return replace(made, damaged=damaged, lost=lost)
+
+    def look(self, key: str) -> tuple[MotionPrior | None, str]:
+        """Return a stored prior, or None; and what was wrong with a damaged file, which is set aside.
+
+        Raises:
+            RefusedClip: it is on record that there can be none.
+        """
+        try:
+            return self.store.read(key), ""
+        except KeyError:
+            pass
+        except DamagedPrior as error:
+            with contextlib.suppress(FileNotFoundError):
+                self.store.set_aside(key)
+            return None, str(error)
+        refusal = self.store.refusal(key)
+        where = self.store.refusal_path(key)
+        if refusal is not None and where.stat().st_mtime >= self._retried_before:
+            raise RefusedClip(
+                replace(refusal, detail=f"{refusal.detail} (on record, not tried again: {where})")
+            )
+        return None, ""
+
+    def _check_clip(self, request: PriorRequest) -> None:
+        """Raise `VideoError` unless a clip is still the one its key was made of: hours may lie between."""
+        digest = named_by(content_digest(request.video), request.video)
+        if self._name(digest, request.text) != request.key:
+            raise VideoError(Path(request.video), "changed while the run was going on, start again")
+
+    def _put_on_record(self, request: PriorRequest, error: VideoError | PriorError) -> None:
+        # Without a record the clip is tried again, no more: an unwritable store stops nothing here.
+        with contextlib.suppress(VideoError, OSError):
+            refusal = refusal_of(error)
+            if not refusal.passing:
+                self._check_clip(request)
+                self.store.refuse(request.key, refusal)
+
+
+def _shared(first: Future[Made]) -> Future[Made]:
+    """Return a future of what another one gives; to cancel it leaves the other as it is."""
+    answer: Future[Made] = Future()
+
+    def pass_on(done: Future[Made]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(replace(done.result(), fresh=False, seconds=0.0, damaged=""))
+        except (Exception, CancelledError) as error:
+            answer.set_exception(error)
+
+    first.add_done_callback(pass_on)
+    return answer
+
+
+def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
+    """Return why a request has no prior, as it is put on record."""
+    if isinstance(error, RefusedClip):
+        return error.refusal
+    if isinstance(error, VideoError):
+        reason = getattr(error, "refusal", "unreadable video")
+        return Refusal(reason, str(error), unreadable=True, passing=error.passing)
+    return Refusal("no prior: the teacher cannot read it", str(error))
+
+
+def make_all(
+    requests: Iterable[tuple[Item, PriorRequest]], maker: PriorMaker
+) -> Iterator[tuple[Item, PriorRequest, Made | Exception]]:
+    """Submit requests a bounded number ahead and give out what came of each, in order.
+
+    Args:
+        requests: each with whatever its caller wants back beside it; read only as far ahead as needed.
+        maker: not closed here.
+
+    Yields:
+        The item, its request, and the prior or the error.
+
+    Raises:
+        DeadTeacher: no more priors can be made.
+    """
+    waiting: deque[tuple[Item, PriorRequest, Future[Made]]] = deque()
+
+    def settle() -> tuple[Item, PriorRequest, Made | Exception]:
+        item, request, answer = waiting.popleft()
+        try:
+            return item, request, answer.result()
+        except DeadTeacher:
+            raise
+        except (Exception, CancelledError) as error:
+            return item, request, error
+
+    try:
+        for item, request in requests:
+            waiting.append((item, request, maker.submit(request)))
+            if len(waiting) > 2 * maker.capacity:
+                yield settle()
+        while waiting:
+            yield settle()
+    finally:
+        for _, _, answer in waiting:
+            answer.cancel()

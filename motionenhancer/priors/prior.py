@@ -1,0 +1,459 @@
+"""What a motion prior is, and how a teacher makes one.
+
+Source: MotionEnhancer (arXiv 2606.06853), sections on motion-sensitive head selection and motion-salient
+    tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mekernels import VideoTokens, select_heads, select_tokens, token_motion_scores
+
+from ..flags import setting
+from ..teachers import read_folder
+from ..teachers.inversion import STARTS, invert, reconstruct, renoise
+from ..teachers.known import boundary_of
+from ..teachers.protocol import Teacher, TextEncoding, VideoLatents
+from ..teachers.schedule import check_experts, check_level, check_steps
+from .confidence import prior_confidence
+from .pool import AttentionPool
+
+MODES = ("reconstruct", "renoise")
+HEAD_SELECTIONS = ("mhs", "off")
+TOKEN_SELECTIONS = ("mtti", "off")
+
+#: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
+PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
+
+#: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
+FORMAT = 4
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Every choice that changes a prior's values, the teacher's own options aside.
+
+    Attributes:
+        steps: DDIM steps K each way; must divide the teacher's training timesteps.
+        guidance_scale: classifier-free guidance of the reconstruction; 1 switches it off.
+        start: reconstruct from the "inverted" noise or from "random" noise.
+        memory: let the generated stream attend to the inverted video's keys and values too.
+        head_ratio: share of heads kept by motion-sensitive head selection; 1 keeps all.
+        token_ratio: share of tokens kept by motion-salient token identification; 1 keeps all.
+        sampled_rows: whole rows read to estimate the square sum of a head's map, or "all" for the exact sum.
+        seed: of a random start, and of the noise of "renoise".
+        mode: "reconstruct", the paper's procedure, or "renoise", one evaluation of the noised latent.
+        noise_level: training timestep of "renoise"; 0 is clean, the last is noise.
+        step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
+            weighs all alike.
+        head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
+        token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
+            space, which SentencePiece splits off before some pieces, and an unknown piece are no tokens to
+            keep in either.
+        guidance_scale_2: guidance of the levels that a second expert serves (Wan 2.2 A14B); None: the same.
+    """
+
+    steps: int = setting(5, "DDIM steps each way.", flag="ddim_steps")
+    guidance_scale: float = setting(6.0, "Classifier-free guidance; 1 is off.")
+    start: str = setting("inverted", "Where reconstruction starts.", choices=STARTS)
+    memory: bool = setting(True, "Attend to the inverted clip's keys and values too.")
+    head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.")
+    token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.")
+    sampled_rows: int | str = setting(64, 'Rows read for a head\'s square sum, or "all".', type=str)
+    seed: int = setting(0, "Seed of a random start, and of renoise's noise.", flag="prior_seed")
+    mode: str = setting(
+        "reconstruct",
+        "The paper's inversion and reconstruction, or one evaluation of the noised latent.",
+        flag="prior_mode",
+        choices=MODES,
+    )
+    noise_level: int = setting(200, "Training timestep of renoise, 0 to 999.")
+    step_weights: tuple[float, ...] | None = setting(
+        None, "Weights of the steps in the pooled map, noisiest first: 0,0,0,1,1.", type=str
+    )
+    head_selection: str = setting(
+        "mhs", "Motion-sensitive head selection, or the mean over all heads.", choices=HEAD_SELECTIONS
+    )
+    token_selection: str = setting(
+        "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
+    )
+    guidance_scale_2: float | None = setting(
+        None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same."
+    )
+
+    def __post_init__(self) -> None:
+        choices = {"head": HEAD_SELECTIONS, "token": TOKEN_SELECTIONS}
+        for kind, allowed in choices.items():
+            value = getattr(self, f"{kind}_selection")
+            if value not in allowed:
+                raise ValueError(f"{kind}_selection must be one of {allowed}, got {value!r}")
+        for name in ("head_ratio", "token_ratio"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            value = getattr(self, name)
+            if value is not None and (not np.isfinite(value) or value < 0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if self.guidance_scale == 1.0 and self.guidance_scale_2 not in (None, 1.0):
+            raise ValueError(
+                f"guidance_scale_2 must be left out where guidance_scale is 1, which switches guidance off, "
+                f"got {self.guidance_scale_2}"
+            )
+        if isinstance(self.sampled_rows, str) and self.sampled_rows.isdecimal():
+            object.__setattr__(self, "sampled_rows", int(self.sampled_rows))
+        if self.sampled_rows != "all" and not (isinstance(self.sampled_rows, int) and self.sampled_rows > 0):
+            raise ValueError(f'sampled_rows must be a positive int or "all", got {self.sampled_rows!r}')
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a positive int, got {self.steps!r}")
+        if self.step_weights is not None:
+            weights = _numbers(self.step_weights)
+            if len(weights) != self.steps or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+                raise ValueError(
+                    f"step_weights must be {self.steps} weights >= 0, one a step and not all zero, "
+                    f"got {self.step_weights}"
+                )
+            object.__setattr__(self, "step_weights", weights)
+        # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
+        for name in ("guidance_scale", "head_ratio", "token_ratio"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.guidance_scale_2 is not None:
+            same = float(self.guidance_scale_2) == self.guidance_scale
+            object.__setattr__(self, "guidance_scale_2", None if same else float(self.guidance_scale_2))
+        for kind in choices:
+            if getattr(self, f"{kind}_selection") == "off":
+                object.__setattr__(self, f"{kind}_ratio", 1.0)
+
+
+def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
+    """Return the numbers of a list, or of a text with commas between them."""
+    try:
+        return tuple(float(part) for part in (given.split(",") if isinstance(given, str) else given))
+    except (ValueError, TypeError):
+        raise ValueError(f"step_weights must be numbers between commas, got {given!r}") from None
+
+
+@dataclass(frozen=True)
+class MotionPrior:
+    """Where and when the teacher places each motion-salient word of a text in a video.
+
+    Attributes:
+        attention: (T', S) float16 on the CPU, A_VDM: one row a kept token, over the S = F·H·W vision
+            tokens in raster order t, h, w. Rows are attention mass and do not sum to one.
+        tokens: T' token strings, as the teacher's tokenizer spells them.
+        spans: T' character ranges in `prompt`.
+        prompt: the text given to the teacher.
+        grid: (F, H, W) of the vision tokens.
+        heads: indices of the chosen heads, ascending; all of them where none were selected.
+        head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
+        all_tokens: every real token of the prompt, kept or not.
+        all_spans: their character ranges.
+        token_scores: motion score of every real token.
+        kept: indices of the kept tokens among all, ascending.
+        confidence: {"concentration", "variation", "confidence"}, each in [0, 1]; see `prior_confidence`.
+        teacher: digest of the teacher's folder.
+        settings: how it was extracted.
+        frames_given: video frames received.
+        frames_used: video frames the teacher encoded.
+        truncated: tokens of the text that did not fit into the teacher.
+        unknown: characters of the text that the teacher's tokenizer has no piece for; see `TextEncoding`.
+        evaluations: transformer evaluations spent, counted per batch row.
+        seconds: wall time by stage; not part of what is compared or keyed.
+    """
+
+    attention: torch.Tensor
+    tokens: list[str]
+    spans: list[tuple[int, int]]
+    prompt: str
+    grid: tuple[int, int, int]
+    heads: list[int]
+    head_scores: dict[str, list[float]]
+    all_tokens: list[str]
+    all_spans: list[tuple[int, int]]
+    token_scores: list[float]
+    kept: list[int]
+    confidence: dict[str, float]
+    teacher: str
+    settings: PriorSettings
+    frames_given: int
+    frames_used: int
+    truncated: int = 0
+    unknown: int = 0
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the attention itself, ready for JSON."""
+        dropped = sorted(set(range(len(self.all_tokens))) - set(self.kept))
+
+        def listed(indices: list[int]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "token": self.all_tokens[i],
+                    "text": self.prompt[slice(*self.all_spans[i])],
+                    "score": self.token_scores[i],
+                }
+                for i in indices
+            ]
+
+        return {
+            "prompt": self.prompt,
+            "grid": list(self.grid),
+            "head_selection": self.settings.head_selection,
+            "token_selection": self.settings.token_selection,
+            "heads": self.heads,
+            "head_scores": self.head_scores,
+            "kept_tokens": listed(self.kept),
+            "dropped_tokens": listed(dropped),
+            "confidence": self.confidence,
+            "frames_given": self.frames_given,
+            "frames_used": self.frames_used,
+            "truncated_tokens": self.truncated,
+            "unknown_characters": self.unknown,
+            "evaluations": self.evaluations,
+            "teacher": self.teacher,
+            "settings": asdict(self.settings),
+            "seconds": self.seconds,
+        }
+
+
+class PriorError(ValueError):
+    """This clip and text cannot give a prior; the message says why. Others are unaffected."""
+
+
+@torch.no_grad()
+def extract_prior(
+    teacher: Teacher,
+    frames: np.ndarray,
+    text: str,
+    steps: int = 5,
+    guidance_scale: float = 6.0,
+    start: str = "inverted",
+    memory: bool = True,
+    head_ratio: float = 0.5,
+    token_ratio: float = 0.5,
+    **options: Any,
+) -> MotionPrior:
+    """Read the motion prior of one clip and text from a frozen teacher.
+
+    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, reconstructed under the text,
+    and the attention of the conditional generated stream pooled over all layers and steps; half of the
+    heads and half of the tokens are kept by the paper's parameter-free scores.
+
+    Args:
+        teacher: from `load_teacher`.
+        frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
+        text: what happens in the clip; its tokens are the rows of the prior.
+        steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
+        **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
+            head_selection, token_selection, guidance_scale_2.
+
+    Returns:
+        A `MotionPrior`.
+
+    Raises:
+        TypeError: frames or text of the wrong type, an unknown option.
+        ValueError: frames of the wrong shape, a setting out of range, steps that do not divide the schedule.
+        PriorError: empty text, text that the teacher's tokenizer has no pieces for, or NaN or infinity in the
+            teacher's attention.
+
+    Example:
+        >>> prior = extract_prior(teacher, frames, "the red square moves left")   # doctest: +SKIP
+        >>> prior.attention.shape, prior.tokens                                   # doctest: +SKIP
+    """
+    settings = PriorSettings(steps, guidance_scale, start, memory, head_ratio, token_ratio, **options)
+    return select_prior(read_attention(teacher, frames, text, settings), settings)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A clip's attention under a text, read once; what is kept of it is chosen by :func:`select_prior`.
+
+    Attributes:
+        pool: the attention, pooled over layers and steps, per head.
+        video, prompt: what the teacher was given.
+        teacher: its id.
+        settings: how it was read.
+        evaluations, seconds: as in `MotionPrior`.
+    """
+
+    pool: AttentionPool
+    video: VideoLatents
+    prompt: TextEncoding
+    teacher: str
+    settings: PriorSettings
+    evaluations: int
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def read_attention(
+    teacher: Teacher,
+    frames: np.ndarray | VideoLatents,
+    text: str,
+    settings: PriorSettings,
+) -> Reading:
+    """Read a clip's attention under a text from a frozen teacher; see `extract_prior` for both.
+
+    A clip that is read in several ways need be encoded only once: `frames` may be what
+    `teacher.encode_video` made of them.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    if not text.strip():
+        raise PriorError("text is empty")
+    check_guidance(settings, teacher.boundary)
+    full = settings.mode == "reconstruct"
+    schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "encode", teacher):
+        video = frames if isinstance(frames, VideoLatents) else teacher.encode_video(frames)
+        prompt = teacher.encode_text(text)
+    if not prompt.words:
+        raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
+    if not torch.isfinite(video.latents).all():
+        raise PriorError("the encoded video holds NaN or infinity")
+    pool = AttentionPool(video.tokens, teacher.heads, len(prompt.tokens), settings, teacher.device)
+    if full:
+        empty = teacher.encode_text("").embeds
+        with _timed(seconds, "invert", teacher):
+            trajectory = invert(teacher, video.latents, schedule, empty)
+        with _timed(seconds, "reconstruct", teacher):
+            result = reconstruct(
+                teacher,
+                trajectory,
+                schedule,
+                prompt.embeds,
+                empty,
+                guidance_scale=settings.guidance_scale,
+                guidance_scale_2=settings.guidance_scale_2,
+                start=settings.start,
+                memory=settings.memory,
+                seed=settings.seed,
+                readers=pool.at_level,
+            )
+        evaluations = schedule.steps + result.evaluations
+    else:
+        with _timed(seconds, "renoise", teacher):
+            renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
+        evaluations = 1
+    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
+
+
+@torch.no_grad()
+def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
+    """Choose heads and tokens of a reading.
+
+    Args:
+        reading: from `read_attention`.
+        settings: those it was read with, but for the selection's own, which may differ.
+
+    Raises:
+        PriorError: NaN or infinity in the teacher's attention.
+    """
+    began = time.perf_counter()
+    video, prompt = reading.video, reading.prompt
+    chosen = _select(reading.pool, video.tokens, settings, prompt.words)
+    kept = chosen["kept"]
+    return MotionPrior(
+        **chosen,
+        tokens=[prompt.tokens[i] for i in kept],
+        spans=[prompt.spans[i] for i in kept],
+        prompt=prompt.text,
+        grid=video.tokens.grid,
+        all_tokens=list(prompt.tokens),
+        all_spans=list(prompt.spans),
+        teacher=reading.teacher,
+        settings=settings,
+        frames_given=video.frames_given,
+        frames_used=video.frames_used,
+        truncated=prompt.truncated,
+        unknown=prompt.unknown,
+        evaluations=reading.evaluations,
+        seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
+    )
+
+
+def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
+    """Check that a teacher is understood and has what settings ask for, from its configuration files.
+
+    Raises:
+        ValueError: a field of a configuration is not understood; the steps do not divide its training
+            timesteps, or the noise level is none of them; no expert serves a level, or there is no second one
+            for a guidance of its own.
+        OSError: the folder or its files are missing.
+    """
+    _, _, parts = read_folder(teacher)
+    total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
+    check_guidance(settings, boundary)
+    if settings.mode == "renoise":
+        try:
+            check_level(settings.noise_level, total)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+        levels: Sequence[float] = (settings.noise_level,)
+    else:
+        check_steps(settings.steps, total)
+        # The noisiest of them; where it has an expert, all have.
+        levels = (total,)
+    check_experts(levels, boundary, "transformer" in parts)
+
+
+def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
+    """Raise where settings name a guidance for a second expert that the teacher does not have."""
+    if settings.guidance_scale_2 is not None and boundary is None:
+        raise ValueError(
+            f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) is for a teacher with a "
+            "second expert for low noise levels, and this one has none"
+        )
+
+
+def _select(
+    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, words: Sequence[int]
+) -> dict[str, Any]:
+    """The fields of a prior that follow from the pooled attention and the tokens that can be kept."""
+    try:
+        scores = pool.scores()
+        composite = scores.composite()
+        heads = select_heads(scores, settings.head_ratio)
+        text_attention = pool.text_attention(heads)
+    except ValueError as error:
+        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
+    if not torch.isfinite(text_attention).all():
+        raise PriorError("the teacher's attention holds NaN or infinity")
+    token_scores = token_motion_scores(text_attention, layout)
+    eligible = torch.tensor(words, device=token_scores.device)
+    kept = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
+    attention = text_attention.cpu()[kept].half()
+    named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
+    return {
+        "attention": attention,
+        "heads": heads.tolist(),
+        "head_scores": {name: values.tolist() for name, values in named.items()},
+        "token_scores": token_scores.tolist(),
+        "kept": kept.tolist(),
+        "confidence": prior_confidence(attention, layout.grid),
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, teacher: Teacher) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    if teacher.device.type == "cuda":
+        # Not the whole device: a training may be running on another stream of it.
+        torch.cuda.current_stream(teacher.device).synchronize()
+    seconds[name] = round(time.perf_counter() - began, 4)

@@ -1,0 +1,366 @@
+"""Teachers on the GPUs of a Ray cluster: one actor each, one request at a time an actor.
+
+Ray Data is not used: a clip that kills the worker that decodes it would be tried again and again, and errors
+would name blocks of rows. Here such a clip is found, recorded and left out. Importing this module needs Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from ..data.video import VideoError, content_digest
+from ..teachers import Teacher
+from .maker import DeadTeacher, Made, Patience, Reader, reason_of
+from .prior import PriorSettings
+from .requests import PriorRequest
+
+TRIES = 2
+"""A clip that kills its actor is tried this often before it is left out."""
+
+DEATHS = 12
+"""The run stops after this many deaths of actors in a row without a prior between them."""
+
+
+SLOW = 60
+"""Seconds after which an actor that has not started is a warning."""
+
+logger = logging.getLogger("motionenhancer")
+
+
+class UnseenFile(RuntimeError):
+    """A node does not see a file that the driver sees."""
+
+
+class KillerClip(VideoError):
+    """A clip that ends the process of whoever reads it."""
+
+    refusal = "no prior: its clip kills the worker"
+
+
+class _Actor:
+    """A teacher on its own GPU."""
+
+    def __init__(
+        self,
+        load: Callable[[torch.device | str], Teacher],
+        teacher_id: str,
+        settings: PriorSettings,
+        device: torch.device,
+        roundtrip: bool,
+    ) -> None:
+        self.load, self.teacher_id, self.settings, self.device = load, teacher_id, settings, device
+        self.roundtrip = roundtrip
+
+    def open(self) -> None:
+        """Load the teacher.
+
+        Raises:
+            DeadTeacher: it cannot be loaded on this node, or is another one.
+        """
+        node = ray.util.get_node_ip_address()
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise DeadTeacher(f"an actor on node {node} has no GPU that it can use")
+        try:
+            teacher = self.load(self.device)
+        except Exception as error:
+            # Not chained: an error of a library may not survive the way to the driver.
+            raise DeadTeacher(
+                f"an actor on node {node} cannot load the teacher: {reason_of(error)}; with Ray all nodes "
+                "need the same files at the same paths"
+            ) from None
+        if teacher.id != self.teacher_id:
+            raise DeadTeacher(
+                f"an actor on node {node} sees another teacher at the same path; with Ray all nodes need the "
+                "same files at the same paths"
+            )
+        self.reader = Reader(teacher, self.settings, self.roundtrip)
+
+    def make(self, request: PriorRequest) -> Made:
+        """Make a prior; see `PriorMaker.submit` for what it raises."""
+        if not Path(request.video).exists():
+            raise UnseenFile(ray.util.get_node_ip_address())
+        return self.reader.read(request, self.reader.decode(request))
+
+
+@dataclass
+class _Job:
+    request: PriorRequest
+    answer: Future[Made]
+    deaths: int = 0
+
+
+class RayMaker:
+    """Actors on any GPUs of any nodes of a Ray cluster; see `PriorMaker`.
+
+    A request is given to an actor that has its teacher, so no request waits for an actor that finds no place
+    in the cluster while others work, and no clip is blamed for a death while a teacher was loaded. A clip
+    whose actor dies is tried once more on a new one and then refused (`KillerClip`).
+
+    Args:
+        engine: the cluster.
+        load: returns the teacher on a device; pickled into every actor.
+        teacher_id: id of the teacher that the driver sees.
+        settings: of the priors.
+        roundtrip: every actor also measures the inversion error of the first clip that it reads.
+
+    Attributes:
+        deaths: actors that died so far.
+    """
+
+    def __init__(
+        self,
+        engine: RayEngine,
+        load: Callable[[torch.device | str], Teacher],
+        teacher_id: str,
+        settings: PriorSettings,
+        *,
+        roundtrip: bool = False,
+    ) -> None:
+        self.capacity = engine.teachers
+        self.deaths = 0
+        self._in_a_row, self._patience = 0, Patience()
+        self._dead: DeadTeacher | None = None
+        self._arguments = (load, teacher_id, settings, engine.device, roundtrip)
+        self._options = {
+            "num_cpus": engine.cpus,
+            "num_gpus": engine.share,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        self._jobs: deque[_Job] = deque()
+        self._closing = False
+        #: Guards all of the above that changes, and says when a job came or the maker is closed.
+        self._changed = Condition()
+        self._hands = [Thread(target=self._serve, daemon=True) for _ in range(self.capacity)]
+        for hand in self._hands:
+            hand.start()
+
+    def submit(self, request: PriorRequest) -> Future[Made]:
+        """See `PriorMaker`."""
+        answer: Future[Made] = Future()
+        # Actors start in folders of their own.
+        request = replace(request, video=request.video.absolute())
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the maker of priors is closed")
+            self._jobs.append(_Job(request, answer))
+            self._changed.notify()
+        return answer
+
+    def close(self) -> None:
+        """See `PriorMaker`."""
+        with self._changed:
+            self._closing = True
+            given_up = [*self._jobs]
+            self._jobs.clear()
+            self._changed.notify_all()
+        # Before waiting, which a user's second Ctrl-C ends: those who wait for an answer must not wait on.
+        for job in given_up:
+            _give_up(job)
+        for hand in self._hands:
+            hand.join()
+
+    def _serve(self) -> None:
+        """Give jobs to one actor, one at a time; hire another when it died."""
+        actor = None
+        while self._await_job():
+            if actor is None and self._dead is None:
+                actor = self._hire()
+            elif (job := self._take()) is not None and not self._answer(actor, job):
+                actor = None
+        _dismiss(actor)
+
+    def _await_job(self) -> bool:
+        """Return whether there is a job; False once the maker is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            return not self._closing
+
+    def _take(self) -> _Job | None:
+        with self._changed:
+            return self._jobs.popleft() if self._jobs and not self._closing else None
+
+    def _hire(self) -> Any:
+        """Return a new actor with its teacher; None where it died, or the maker is closed meanwhile."""
+        actor: Any = None
+        waited = 0
+        try:
+            # A new actor, not a restart of one that died: it may find its place on another node.
+            actor = ray.remote(_Actor).options(**self._options).remote(*self._arguments)
+            opening = actor.open.remote()
+            while not ray.wait([opening], timeout=1)[0]:
+                if self._closing:
+                    _dismiss(actor)
+                    return None
+                waited += 1
+                if waited == SLOW:
+                    logger.warning(
+                        "a Ray actor has not started for %d s: it needs %s cores and %s GPUs of %s",
+                        waited,
+                        self._options["num_cpus"],
+                        self._options["num_gpus"],
+                        {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")},
+                    )
+            ray.get(opening)
+            return actor
+        except RayTaskError as error:
+            self._end(error.cause)
+        except RayError as error:
+            self._count_death(error)
+        except Exception as error:
+            self._end(error)
+        _dismiss(actor)
+        return None
+
+    def _answer(self, actor: Any, job: _Job) -> bool:
+        """Have a job done; return whether the actor is still there."""
+        if not (job.answer.running() or job.answer.set_running_or_notify_cancel()):
+            return True
+        try:
+            if self._dead is not None:
+                raise self._dead
+            made = ray.get(actor.make.remote(job.request))
+        except RayTaskError as error:
+            job.answer.set_exception(self._judge(job.request, error.cause))
+        except RayError as error:
+            _dismiss(actor)
+            self._count_death(error)
+            job.deaths += 1
+            if job.deaths < TRIES:
+                self._try_again(job)
+            else:
+                killer = KillerClip(Path(job.request.video), f"{TRIES} actors died while they read it")
+                job.answer.set_exception(self._dead or killer)
+            return False
+        except Exception as error:
+            job.answer.set_exception(self._judge(job.request, error))
+        else:
+            self._judge(job.request, None)
+            job.answer.set_result(made)
+        return True
+
+    def _try_again(self, job: _Job) -> None:
+        with self._changed:
+            if not self._closing:
+                self._jobs.appendleft(job)
+                self._changed.notify()
+                return
+        _give_up(job)
+
+    def _count_death(self, error: RayError) -> None:
+        with self._changed:
+            self.deaths += 1
+            self._in_a_row += 1
+            if self._in_a_row >= DEATHS:
+                self._dead = DeadTeacher(
+                    f"{DEATHS} actors died one after another, the last of: {reason_of(error)}"
+                )
+
+    def _end(self, error: BaseException) -> None:
+        with self._changed:
+            self._dead = error if isinstance(error, DeadTeacher) else DeadTeacher(reason_of(error))
+
+    def _judge(self, request: PriorRequest, error: BaseException | None) -> BaseException | None:
+        """Return the error to answer with; take the teacher for dead where it says so."""
+        if isinstance(error, UnseenFile):
+            try:
+                content_digest(request.video)
+            except VideoError as unread:
+                return unread
+            error = DeadTeacher(
+                f"node {error} does not see {request.video}, which is there on this node; with Ray all nodes "
+                "need the same files at the same paths"
+            )
+        with self._changed:
+            self._in_a_row = 0
+            judged = self._patience.judge(error)
+            if isinstance(judged, DeadTeacher):
+                self._dead = judged
+        return judged
+
+
+def _give_up(job: _Job) -> None:
+    if not job.answer.cancel():
+        # It was begun, and its actor died.
+        job.answer.set_exception(CancelledError())
+
+
+def _dismiss(actor: Any) -> None:
+    if actor is not None:
+        with suppress(RayError):
+            ray.kill(actor)
+
+
+@dataclass
+class RayEngine:
+    """The GPUs of a cluster; see `Engine`."""
+
+    device: torch.device
+    teachers: int
+    cpus: int
+    share: float
+
+    def maker(
+        self,
+        load: Callable[[torch.device | str], Teacher],
+        teacher_id: str,
+        settings: PriorSettings,
+        *,
+        roundtrip: bool = False,
+    ) -> RayMaker:
+        """See `Engine`."""
+        return RayMaker(self, load, teacher_id, settings, roundtrip=roundtrip)
+
+
+@contextmanager
+def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[RayEngine]:
+    """Join a Ray cluster, or start one on this machine that ends with the context.
+
+    Args:
+        address: of the cluster; None takes `RAY_ADDRESS`, then one that runs on this machine, then a new one.
+        actors: teachers of this process; None is its share of the cluster's GPUs, at least one.
+        cpus: cores that an actor reserves and computes with.
+        processes: that share the cluster.
+
+    Raises:
+        ValueError: there is no cluster at the address, or none can be started.
+    """
+    joined = ray.is_initialized()
+    if not joined:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            # Ray raises a bare Exception where a node does not start in time.
+            where = "no cluster could be started here" if address is None else f"--ray_address {address}"
+            raise ValueError(f"--prior_engine ray: {where} ({error})") from error
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        mine = actors or max(1, gpus // processes)
+        yield RayEngine(
+            torch.device("cuda" if gpus else "cpu"), mine, cpus, gpu_share(gpus, mine * processes)
+        )
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def gpu_share(gpus: int, actors: int) -> float:
+    """Return the share of a GPU that each of all processes' actors reserves, so that they all find a place.
+
+    >>> gpu_share(2, 3)  # as two on one GPU: an actor does not spread over two
+    0.5
+    """
+    return 1 / math.ceil(actors / gpus) if gpus else 0.0

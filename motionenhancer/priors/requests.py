@@ -1,0 +1,147 @@
+"""Which prior each sample needs."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+from ..data import Clip, Sample, SkipLog, prompt_text
+from ..data.clip import named_by, segment_of
+from ..data.video import VideoError
+from .prior import PriorSettings
+
+NO_INPUT = "no prior: no text or no video file"
+
+#: Clips whose digests are remembered: samples of one clip mostly stand near each other in a data file.
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class PriorRequest:
+    """A prior that somebody wants.
+
+    Attributes:
+        video: the clip, or the segment of it that is shown.
+        text: what the teacher is told of it.
+        key: of the prior in a store; empty for a prior that is never stored.
+        settings: how to read it, if not as the maker reads all others; such a prior is never stored.
+    """
+
+    video: Path | Clip
+    text: str
+    key: str = ""
+    settings: PriorSettings | None = None
+
+
+def request_priors(
+    samples: Iterable[Sample],
+    source: str,
+    skips: SkipLog,
+    *,
+    name: Callable[[str, str], str] | None = None,
+    digest: Callable[[Path], str] | None = None,
+    workers: int = 2,
+    part: int = 0,
+    parts: int = 1,
+) -> Iterator[tuple[Sample, PriorRequest]]:
+    """Say which prior each sample needs, one sample after the other, however many there are.
+
+    Samples without exactly one video, without text or without a readable clip are counted in `skips`.
+
+    Args:
+        samples: from `read_samples`.
+        source: "both", "question" or "answer": the text given to the teacher.
+        skips: receives samples without a prior and why.
+        name: `prior_keys` of the teacher and its settings: makes a key of a clip's digest and a text. None
+            leaves keys empty and reads no clip.
+        digest: reads a clip's `content_digest`; needed with `name`.
+        workers: threads that read clips, a few samples ahead of the one that is given out.
+        part, parts: give out the samples of every `parts`-th clip only, by a hash of its path; the parts
+            together hold each sample once, and each part counts its own skips only.
+    """
+    with _Clips(digest if name is not None else _look, workers) as clips:
+        waiting: deque[tuple[Sample, str]] = deque()
+
+        def settle() -> Iterator[tuple[Sample, PriorRequest]]:
+            sample, text = waiting.popleft()
+            video = segment_of(sample.videos[0])
+            found = clips.get(Path(video))
+            if isinstance(found, VideoError):
+                skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
+                return
+            yield (
+                sample,
+                PriorRequest(video, text, "" if name is None else name(named_by(found, video), text)),
+            )
+
+        for sample in samples:
+            if parts > 1 and _owner(sample, parts) != part:
+                continue
+            if len(sample.videos) != 1:
+                reason = "no prior: alignment needs one video"
+                skips.add(reason, id=sample.id, line=sample.line, detail=f"has {len(sample.videos)}")
+                continue
+            try:
+                text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
+            except ValueError as error:
+                skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(error))
+                continue
+            clips.ask(Path(sample.videos[0]))
+            waiting.append((sample, text))
+            if len(waiting) > 8 * workers:
+                yield from settle()
+        while waiting:
+            yield from settle()
+
+
+class _Clips:
+    """What `read` gives for every clip that was asked for, read in threads; the latest are remembered."""
+
+    def __init__(self, read: Callable[[Path], str] | None, workers: int) -> None:
+        assert read is not None
+        self.read, self.pool = read, ThreadPoolExecutor(workers)
+        self.known: OrderedDict[Path, Future[str | VideoError]] = OrderedDict()
+
+    def __enter__(self) -> _Clips:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def ask(self, video: Path) -> Future[str | VideoError]:
+        future = self.known.get(video)
+        if future is None:
+            future = self.known[video] = self.pool.submit(self._try, video)
+            if len(self.known) > _REMEMBERED:
+                self.known.popitem(last=False)
+        self.known.move_to_end(video)
+        return future
+
+    def get(self, video: Path) -> str | VideoError:
+        return self.ask(video).result()
+
+    def _try(self, video: Path) -> str | VideoError:
+        try:
+            return self.read(video)
+        except VideoError as error:
+            # A raised error would keep its frames in memory as long as it is remembered.
+            return error.with_traceback(None)
+
+
+def _look(video: Path) -> str:
+    try:
+        if not video.is_file():
+            raise VideoError(video, "no such file")
+    except OSError as error:
+        raise VideoError(video, f"cannot be read ({error.strerror})", passing=True) from None
+    return ""
+
+
+def _owner(sample: Sample, parts: int) -> int:
+    """Return which part has a sample; the first has those without a single video."""
+    return crc32(os.fspath(sample.videos[0]).encode("utf-8", "surrogatepass")) % parts if sample.videos else 0

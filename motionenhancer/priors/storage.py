@@ -1,0 +1,191 @@
+"""Where priors are kept: one safetensors file a prior, named by everything that went into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..files import whole_file, write_json
+from .prior import FORMAT, MotionPrior, PriorSettings
+
+DEFAULT_DIR = "runs/priors"
+_SUFFIX, DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
+
+
+class DamagedPrior(ValueError):
+    """A stored file that is not what was written: truncated, altered or of another format."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a clip and text can give no prior: what a store keeps in the prior's place.
+
+    Attributes:
+        reason: a fixed phrase that such clips are counted under.
+        detail: what was wrong with this one.
+        unreadable: the clip itself cannot be read; otherwise it is of no use to the teacher alone.
+        passing: it was the machine's fault, not the clip's: such a one is not put on record.
+    """
+
+    reason: str
+    detail: str
+    unreadable: bool = False
+    passing: bool = False
+
+
+def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSettings) -> str:
+    """The name of a prior: 64 hexadecimal digits over clip, text, teacher and every setting."""
+    return prior_keys(teacher, settings)(video_digest, text)
+
+
+def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], str]:
+    """`prior_key` of one teacher and its settings, as a function of clip and text: quick for millions."""
+    parts = {"format": FORMAT, "settings": asdict(settings), "teacher": teacher}
+    head = json.dumps(parts, sort_keys=True).removesuffix("}")
+
+    def key(video_digest: str, text: str) -> str:
+        rest = json.dumps({"text": text, "video": video_digest}).removeprefix("{")
+        return hashlib.sha256(f"{head}, {rest}".encode()).hexdigest()
+
+    return key
+
+
+@dataclass(frozen=True)
+class PriorStore:
+    """A folder of priors. Writers may run side by side: each file appears whole, by rename, or not at all.
+
+    Attributes:
+        folder: created on the first write.
+
+    Example:
+        >>> import tempfile
+        >>> "0" * 64 in PriorStore(Path(tempfile.mkdtemp()))
+        False
+    """
+
+    folder: Path
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def refusal_path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}{_REFUSED}"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        """All keys, in no particular order."""
+        for shard in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
+            for entry in os.scandir(shard):
+                if entry.name.endswith(_SUFFIX):
+                    yield entry.name[: -len(_SUFFIX)]
+
+    def write(self, key: str, prior: MotionPrior) -> Path:
+        """Store a prior under `key`; an existing file is replaced in one step, a refusal forgotten.
+
+        Half precision loses at most 2⁻¹¹ of an entry's size above 6.1e-5, and 3e-8 absolutely below it.
+        """
+        attention = prior.attention.to(torch.float16).contiguous()
+        text = text_of_prior(prior)
+        # One entry only: safetensors writes several in an order that changes from process to process.
+        metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
+        target = self.path(key)
+        with whole_file(target) as temporary:
+            temporary.write_bytes(save({"attention": attention}, metadata))
+        self.refusal_path(key).unlink(missing_ok=True)
+        return target
+
+    def refuse(self, key: str, refusal: Refusal) -> Path:
+        """Put on record, as json, that there can be no prior of this key."""
+        about = {name: value for name, value in asdict(refusal).items() if name != "passing"}
+        write_json(self.refusal_path(key), about)
+        return self.refusal_path(key)
+
+    def refusal(self, key: str) -> Refusal | None:
+        """Why there can be no prior of a key; None where that is not on record, or not readably so."""
+        try:
+            return Refusal(**json.loads(self.refusal_path(key).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def settled(self, key: str) -> bool:
+        """Whether there is nothing to make: the prior is stored, or on record as one that cannot be."""
+        return key in self or self.refusal(key) is not None
+
+    def refusals(self) -> Iterator[tuple[str, Refusal]]:
+        """All keys that are on record as without a prior, and why."""
+        for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_REFUSED}"):
+            key = path.name[: -len(_REFUSED)]
+            if (found := self.refusal(key)) is not None:
+                yield key, found
+
+    def read(self, key: str) -> MotionPrior:
+        """Load and check a prior.
+
+        Raises:
+            KeyError: no prior of that key.
+            OSError: the file cannot be read, which says nothing of what it holds.
+            DamagedPrior: the file is not what was written.
+        """
+        path = self.path(key)
+        try:
+            # safetensors says "no such file" of whatever cannot be opened.
+            path.open("rb").close()
+        except (FileNotFoundError, IsADirectoryError):
+            raise KeyError(f"no prior {key} in {self.folder}") from None
+        try:
+            # As numpy: read as torch, safetensors 0.8 loses 64 bytes for good with every tensor.
+            with safe_open(path, framework="np") as file:
+                metadata, attention = file.metadata() or {}, torch.from_numpy(file.get_tensor("attention"))
+            digest, _, text = metadata["motion_prior"].partition(" ")
+            if attention.dtype != torch.float16 or digest != _digest(attention, text):
+                raise DamagedPrior(f"{path}: content does not match its digest")
+            return prior_from_text(attention, text)
+        except DamagedPrior:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DamagedPrior(f"{path}: {error}") from error
+
+    def set_aside(self, key: str) -> Path:
+        """Rename a damaged file so that it is neither read again nor lost; returns its new path."""
+        path = self.path(key)
+        aside = path.with_name(path.name + DAMAGED)
+        os.replace(path, aside)
+        return aside
+
+
+def text_of_prior(prior: MotionPrior) -> str:
+    """All of a prior but its attention and timings as json, the same text for the same prior."""
+    left_out = ("attention", "seconds", "settings")
+    about = {f.name: getattr(prior, f.name) for f in fields(prior) if f.name not in left_out}
+    about["settings"] = asdict(prior.settings)
+    return json.dumps(about, sort_keys=True)
+
+
+def prior_from_text(attention: torch.Tensor, text: str) -> MotionPrior:
+    """The prior that `text_of_prior` gave this text for, without its timings.
+
+    Raises:
+        KeyError, TypeError, ValueError: the text is no prior's.
+    """
+    about: dict[str, Any] = json.loads(text)
+    settings = PriorSettings(**about.pop("settings"))
+    about["grid"] = tuple(about["grid"])
+    for name in ("spans", "all_spans"):
+        about[name] = [tuple(span) for span in about[name]]
+    return MotionPrior(attention=attention, settings=settings, **about)
+
+
+def _digest(attention: torch.Tensor, text: str) -> str:
+    body = attention.contiguous().view(torch.uint8).numpy().tobytes() if attention.numel() else b""
+    return hashlib.sha256(f"{tuple(attention.shape)}\0{text}\0".encode() + body).hexdigest()

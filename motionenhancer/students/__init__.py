@@ -1,0 +1,27 @@
+"""Students: one file a model family, the capture of their attention, the words among their tokens."""
+
+from motionenhancer.students.base import (
+    Encoded,
+    StudentFamily,
+    TokenLayout,
+    VisionLayout,
+    known_families,
+    load_student,
+    student_family,
+)
+from motionenhancer.students.capture import CapturedAttention, capture_attention
+from motionenhancer.students.words import WordMap, map_words
+
+__all__ = [
+    "CapturedAttention",
+    "Encoded",
+    "StudentFamily",
+    "TokenLayout",
+    "VisionLayout",
+    "WordMap",
+    "capture_attention",
+    "known_families",
+    "load_student",
+    "map_words",
+    "student_family",
+]

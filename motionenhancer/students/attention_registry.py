@@ -1,0 +1,177 @@
+"""Watch calls of transformers' attention functions, where they are registered, for a limited time.
+
+A function is wrapped under its own name: a model looks up its mask by that name, and a new one would silently
+get no mask at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from motionenhancer.students.keys import implementation_name
+
+__all__ = ["observe_attention"]
+
+Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Observer:
+    modules: dict[int, nn.Module]
+    callback: Callback
+
+
+_lock = threading.Lock()
+_observer: _Observer | None = None
+
+
+@contextlib.contextmanager
+def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Iterator[None]:
+    """Call ``callback`` after each attention of ``modules``; others, such as a vision tower's, pass unseen.
+
+    It is given the implementation's name (see ``implementation_name``), the module, query (B, Hq, N, D),
+    key (B, Hkv, N, D), the mask and the keyword arguments. When the context ends, in whatever way, the
+    registry is as it was.
+
+    Raises:
+        RuntimeError: another observation is going on.
+        ValueError: a module does not call transformers' registry, or an implementation that is not in it.
+    """
+    global _observer
+    if not _lock.acquire(blocking=False):
+        raise RuntimeError("a capture is already active: captures can be neither nested nor concurrent")
+    try:
+        with contextlib.ExitStack() as stack:
+            for patch in _patches(modules):
+                stack.enter_context(patch)
+            _observer = _Observer({id(module): module for module in modules}, callback)
+            try:
+                yield
+            finally:
+                _observer = None
+    finally:
+        _lock.release()
+
+
+def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[None]]:
+    """One patch for each implementation that the modules use, and each place where they look it up."""
+    patches: dict[tuple[int, str], contextlib.AbstractContextManager[None]] = {}
+    for module in modules:
+        kind = type(module).__name__
+        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        # A subclass may inherit its forward from another file: what counts is where forward was written.
+        namespace = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+        registry = namespace.get("ALL_ATTENTION_FUNCTIONS")
+        if registry is None or name is None:
+            raise ValueError(f"model must call transformers' ALL_ATTENTION_FUNCTIONS, {kind} does not")
+        if name == "eager":
+            # Eager attention is no entry of the registry but the default that forward passes to its look-up.
+            if "eager_attention_forward" not in namespace:
+                raise ValueError(f"model must define eager_attention_forward next to {kind} to run eager")
+            patches.setdefault((id(namespace), name), _patched_default(namespace))
+            continue
+        # Some versions of transformers look up the prefix of a paged cache, others drop it.
+        names = [known for known in dict.fromkeys([name, name.removeprefix("paged|")]) if known in registry]
+        if not names:
+            raise ValueError(f"attn_implementation must be registered in transformers, {name!r} is not")
+        for known in names:
+            patches.setdefault((id(registry), known), _patched_entry(registry, known))
+    return list(patches.values())
+
+
+@contextlib.contextmanager
+def _patched_entry(registry: Any, name: str) -> Iterator[None]:
+    local = registry._local_mapping
+    was_local, before = name in local, registry[name]
+    wrapper = _wrapped(implementation_name(name, before), before)
+    registry[name] = wrapper
+    try:
+        yield
+    finally:
+        # What was registered meanwhile is another's, and the wrapper inside it is inert from now on.
+        if local.get(name) is wrapper:
+            if was_local:
+                registry[name] = before
+            else:
+                del registry[name]
+
+
+@contextlib.contextmanager
+def _patched_default(namespace: dict[str, Any]) -> Iterator[None]:
+    before = namespace["eager_attention_forward"]
+    wrapper = _wrapped("eager", before)
+    namespace["eager_attention_forward"] = wrapper
+    try:
+        yield
+    finally:
+        if namespace["eager_attention_forward"] is wrapper:
+            namespace["eager_attention_forward"] = before
+
+
+#: Parameters of attention functions that are read, or that change no attention weight before dropout.
+_READ = {
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "scaling",
+    "dropout",
+    "is_causal",
+    "sliding_window",
+}
+
+
+def _unread(function: Callable[..., Any]) -> dict[str, Any]:
+    """Options of an attention function that a capture does not read, with their defaults."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(function).parameters.values())[5:]  # the tensors and the mask
+    return {p.name: p.default for p in parameters if p.kind in named and p.name not in _READ}
+
+
+# Compiled models guard on the function they called: the same wrapper each time keeps them from recompiling.
+@functools.lru_cache(maxsize=64)
+def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    unread = _unread(original)
+
+    def watched(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = original(module, query, key, value, attention_mask, *args, **kwargs)
+        observer = _observer
+        if observer is not None and id(module) in observer.modules:
+            if args:
+                raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
+            observer.callback(name, module, query, key, attention_mask, kwargs)
+            for option in unread.keys() & kwargs.keys():
+                if kwargs[option] is not None and kwargs[option] != unread[option]:
+                    raise ValueError(
+                        f"{type(module).__name__} gives its attention {option}, which a capture does not read"
+                    )
+        return result
+
+    uncompiled = torch._disable_dynamo(watched)
+
+    @functools.wraps(original)
+    def attention_function(*args: Any, **kwargs: Any) -> Any:
+        # What breaks the graph of a compiled model costs more than all the rest where nothing is compiled.
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(*args, **kwargs)
+        return watched(*args, **kwargs)
+
+    return attention_function

@@ -1,0 +1,324 @@
+"""Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
+
+The chosen entries are computed from the very queries and keys of the language model's self-attention: next to
+each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together.
+
+Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
+their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
+the recomputation is the ordinary one, need not know of the capture, and may happen long after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import mekernels
+from mekernels import backends
+from mekernels.attention_rows.composite import layer_attention_rows
+from motionenhancer.students.attention_registry import observe_attention
+from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.students.locate import attention_modules
+
+__all__ = ["CapturedAttention", "capture_attention"]
+
+PENDING_NUMBERS = 1 << 21
+"""Queries and keys of layers that wait on a CPU to be read together; their gradients are as large."""
+
+_REENTRANT = (
+    "re-entrant gradient checkpointing silently drops the gradient of captured attention; use "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}'
+)
+
+
+@contextlib.contextmanager
+def capture_attention(
+    model: nn.Module, rows: torch.Tensor, columns: torch.Tensor | slice
+) -> Iterator[CapturedAttention]:
+    """Capture the language model's attention during one forward of ``model``, mean over its layers and heads.
+
+    Section 4 of the MotionEnhancer paper (CVPR 2026, arXiv 2606.06853) calls it A_VLM. Entries are exact and
+    differentiable, whichever of ``eager``, ``sdpa``, ``flash_attention_2`` and ``flex_attention`` the model
+    runs, and are those that ``output_attentions=True`` returns under ``eager`` before any attention dropout.
+    Padding, packing and sliding windows are honoured as the model's own masks say.
+
+    Args:
+        model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``. Only its
+            language model is read, never a vision tower.
+        rows: (B, R) int64, positions of query tokens in the sequence the language model sees; negative
+            entries are padding and give rows of zeros.
+        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros; or a slice of
+            step 1 that all samples share.
+
+    Yields:
+        An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model).
+        Reading it earlier, after a forward that failed, or after a second forward is a RuntimeError. It
+        stays readable, and its graph valid, after the context has ended.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention
+            or an implementation whose masks are unknown; re-entrant gradient checkpointing; during the
+            forward, a key-value cache that holds earlier tokens, a mask that cannot be honoured exactly,
+            heads split over devices, or a batch or length that does not fit ``rows`` and ``columns``.
+        RuntimeError: a capture is already active.
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 16}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    >>> with capture_attention(model, torch.tensor([[2, 3]]), slice(0, 2)) as captured:
+    ...     out = model(input_ids=torch.arange(5)[None])
+    >>> captured.attention.shape
+    torch.Size([1, 2, 2])
+    """
+    _check_positions(rows, columns)
+    modules = attention_modules(model)
+    _refuse_reentrant(model)
+    captured = CapturedAttention(rows, columns, len(modules))
+    with observe_attention(modules, captured._record):
+        try:
+            yield captured
+        finally:
+            captured._forget()
+
+
+class _Kind(NamedTuple):
+    """What layers must have in common to be read together."""
+
+    device: torch.device
+    query: tuple[torch.Size, torch.dtype]
+    key: tuple[torch.Size, torch.dtype]
+    visible: int
+    scale: float | None
+    dtype: torch.dtype
+
+
+class CapturedAttention:
+    """What a capture has seen; made by :func:`capture_attention`."""
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor | slice, layers: int) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.layers = layers
+        self._highest = _highest_position(rows, columns)
+        self._seen: set[int] = set()
+        self._repeated = False
+        self._sum: torch.Tensor | None = None
+        self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
+        self._pending: dict[_Kind, tuple[VisibleKeys, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._numbers = 0
+        self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """(B, R, C), mean over all layers and heads; differentiable where the forward was."""
+        if self._repeated:
+            raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
+        if not self._seen:
+            raise RuntimeError("no forward of the captured model has run inside the capture")
+        if len(self._seen) != self.layers or self._sum is None:
+            raise RuntimeError(
+                f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
+                "capture: did the forward fail, or the attention implementation change?"
+            )
+        return self._sum / self.layers
+
+    def _record(
+        self,
+        implementation: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
+        # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
+            raise ValueError(_REENTRANT)
+        self._check_call(module, query, key)
+        if id(module) in self._seen:
+            self._repeated = True
+            return
+        rows, columns = self._positions(query.device)
+        call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
+        visible = self._visible(implementation, call)
+        dtype, scale = _compute_dtype(implementation, module, query), kwargs.get("scaling")
+        self._seen.add(id(module))
+        if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
+            self._wait(query, key, visible, scale, dtype)
+        else:
+            query, key = query.to(dtype), key.to(dtype)
+            with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
+                options = visible.options(query.device) | {"softmax_scale": scale}
+                self._add(mekernels.attention_rows(query, key, rows, columns, **options))
+        if len(self._seen) == self.layers or self._numbers >= PENDING_NUMBERS:
+            self._read_pending()
+
+    def _wait(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        visible: VisibleKeys,
+        scale: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        kind = _Kind(
+            query.device, (query.shape, query.dtype), (key.shape, key.dtype), id(visible), scale, dtype
+        )
+        self._pending.setdefault(kind, (visible, []))[1].append((query, key))
+        # What is not on a CPU gains nothing from waiting.
+        self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
+
+    def _read_pending(self) -> None:
+        for kind, (visible, layers) in self._pending.items():
+            queries, keys = zip(*layers, strict=True)
+            options = visible.options(kind.device) | {"softmax_scale": kind.scale, "dtype": kind.dtype}
+            with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
+                self._add(layer_attention_rows(queries, keys, *self._positions(kind.device), **options))
+        self._pending.clear()
+        self._numbers = 0
+
+    def _add(self, read: torch.Tensor) -> None:
+        self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
+
+    def _forget(self) -> None:
+        self._masks.clear()
+        self._pending.clear()
+
+    def _check_call(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
+        batch, heads, length = query.shape[:3]
+        if key.shape[2] != length:
+            raise ValueError(
+                f"attention can be captured over whole sequences only, got {length} queries for "
+                f"{key.shape[2]} keys: run the model without earlier tokens in its key-value cache"
+            )
+        if batch != self.rows.shape[0]:
+            raise ValueError(f"rows must have one entry a sample ({batch}), got {self.rows.shape[0]}")
+        if self._highest >= length:
+            raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
+        expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
+        if isinstance(expected, int) and expected != heads:
+            raise ValueError(
+                f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor "
+                "and sequence parallelism are not supported"
+            )
+        if _saves_selected_activations():
+            raise ValueError(
+                "selective activation checkpointing cannot be combined with captured attention; use "
+                "non-re-entrant gradient checkpointing without context_fn"
+            )
+
+    def _positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | slice]:
+        if device not in self._placed:
+            columns = self.columns
+            moved = columns if isinstance(columns, slice) else columns.to(device)
+            self._placed[device] = (self.rows.to(device), moved)
+        return self._placed[device]
+
+    def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
+        # The layers share one mask, so it is examined once; holding it keeps its id from being used again.
+        key = (id(call.mask), call.causal, call.kwargs.get("sliding_window"))
+        if key not in self._masks:
+            self._masks[key] = (call.mask, read_mask(implementation, call))
+        return self._masks[key][1]
+
+
+@contextlib.contextmanager
+def _outside_checkpoint(
+    query: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> Iterator[None]:
+    """Keep what a read saves for backward out of a surrounding checkpoint's list of tensors to recompute.
+
+    Of ``query``, where given, only ``rows`` are kept: the backward of a read uses no others.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and query is None:
+        yield
+        return
+    if query is None or rows is None:
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+            yield
+        return
+    index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    address, shape = query.data_ptr(), query.shape
+
+    def pack(tensor: torch.Tensor) -> Any:
+        tensor = tensor.detach()
+        if tensor.data_ptr() == address and tensor.shape == shape:
+            return (tensor.gather(2, index),)
+        return tensor
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        return packed[0].new_zeros(shape).scatter_(2, index, packed[0])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
+    """What the attention function rounds queries and keys to before it multiplies them."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if implementation.startswith("flash") and query.dtype == torch.float32:
+        return next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), query.dtype)
+    return query.dtype
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for module in model.modules():
+        # The class's own default is False, and asking a module for what it lacks is slow.
+        if vars(module).get("gradient_checkpointing") is True and module.training:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant") is True:
+                raise ValueError(_REENTRANT)
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_qualname == "CheckpointFunction.forward":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _saves_selected_activations() -> bool:
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(m).__name__ == "_CachingTorchDispatchMode" for m in _get_current_dispatch_mode_stack())
+
+
+def _check_positions(rows: Any, columns: Any) -> None:
+    for name, positions in (("rows", rows), ("columns", columns)):
+        if isinstance(positions, slice) and name == "columns":
+            continue
+        if not isinstance(positions, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
+        if positions.dtype != torch.int64 or positions.dim() != 2:
+            found = f"{tuple(positions.shape)} {positions.dtype}"
+            raise ValueError(f"{name} must be (batch, count) int64, got {found}")
+    if not isinstance(columns, slice):
+        if columns.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"columns must have one entry a sample ({rows.shape[0]}), got {columns.shape[0]}"
+            )
+        return
+    start, stop = columns.start or 0, columns.stop
+    if columns.step not in (None, 1) or not isinstance(stop, int) or not 0 <= start <= stop:
+        raise ValueError(f"columns must be a slice of step 1 with 0 <= start <= stop, got {columns}")
+
+
+def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
+    highest = int(rows.max()) if rows.numel() else -1
+    if isinstance(columns, slice):
+        return max(highest, columns.stop - 1)
+    return max(highest, int(columns.max())) if columns.numel() else highest

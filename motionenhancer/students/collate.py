@@ -1,0 +1,70 @@
+"""Pad and stack encoded samples: shared by all families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from motionenhancer.students.base import Encoded
+
+__all__ = ["collate"]
+
+
+def collate(
+    samples: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    padding_side: str = "right",
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Any]:
+    """Pad token tensors to one length, concatenate vision tensors, and move the layouts along.
+
+    Args:
+        samples: at least one.
+        pad_token_id: fills ``input_ids``; ``labels`` are filled with -100 and everything else with 0.
+        padding_side: ``"right"`` or ``"left"``.
+        pad_to_multiple_of: the length is rounded up to a multiple of it.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` and the samples' token inputs, (B, N) int64; their
+        vision inputs, concatenated; ``layouts``, a list of
+        :class:`~motionenhancer.students.base.TokenLayout` in positions of the padded batch.
+
+    Raises:
+        ValueError: no samples, a padding side that is neither, or samples with different token inputs.
+    """
+    if not samples:
+        raise ValueError("samples must have at least one sample, got none")
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
+    names = set(samples[0].token_inputs)
+    if any(set(sample.token_inputs) != names for sample in samples):
+        raise ValueError("samples must all have the same token inputs")
+    length = max(len(sample.input_ids) for sample in samples)
+    if pad_to_multiple_of is not None:
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+    def padded(tensors: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        batch = tensors[0].new_full((len(tensors), length), fill)
+        for row, tensor in zip(batch, tensors, strict=True):
+            row[length - len(tensor) if padding_side == "left" else 0 :][: len(tensor)] = tensor
+        return batch
+
+    batch: dict[str, Any] = {
+        "input_ids": padded([sample.input_ids for sample in samples], pad_token_id),
+        "attention_mask": padded([sample.attention_mask for sample in samples], 0),
+        "labels": padded([sample.labels for sample in samples], -100),
+    }
+    for name in samples[0].token_inputs:
+        batch[name] = padded([sample.token_inputs[name] for sample in samples], 0)
+    for name in dict.fromkeys(name for sample in samples for name in sample.vision_inputs):
+        batch[name] = torch.cat([s.vision_inputs[name] for s in samples if name in s.vision_inputs])
+    batch["layouts"] = [
+        sample.layout.shifted(length - len(sample.input_ids) if padding_side == "left" else 0)
+        for sample in samples
+    ]
+    return batch

@@ -1,0 +1,175 @@
+"""Find a teacher's words among a student's tokens, by the characters they share."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["WordMap", "map_words"]
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """Which student tokens stand for which teacher tokens.
+
+    rows: student token indices, grouped by teacher token, ascending within one.
+    row_tokens: for each row the index of its teacher token; as long as ``rows``.
+    dropped: indices of the teacher tokens that have no row.
+    count: number of teacher tokens.
+    """
+
+    rows: list[int]
+    row_tokens: list[int]
+    dropped: list[int]
+    count: int
+
+    @property
+    def mapped(self) -> int:
+        """How many teacher tokens have a row."""
+        return self.count - len(self.dropped)
+
+    def after(self, row: int) -> WordMap:
+        """What is left without the student tokens before ``row``, such as those that cannot see the video.
+
+        >>> WordMap([1, 4, 5], [0, 0, 1], [2], 3).after(5)
+        WordMap(rows=[5], row_tokens=[1], dropped=[0, 2], count=3)
+        """
+        kept = [(r, t) for r, t in zip(self.rows, self.row_tokens, strict=True) if r >= row]
+        found = {token for _, token in kept}
+        lost = [token for token in range(self.count) if token not in found]
+        return WordMap([r for r, _ in kept], [t for _, t in kept], lost, self.count)
+
+
+def map_words(
+    spans: Sequence[tuple[int, int]],
+    prompt: str,
+    segments: Sequence[tuple[int, int, int]],
+    text: str,
+    offsets: torch.Tensor | Sequence[tuple[int, int]],
+    *,
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> WordMap:
+    """Map teacher tokens to the student tokens that share a character with them.
+
+    Section 4 of the MotionEnhancer paper (CVPR 2026, arXiv 2606.06853): teacher and student split words
+    differently; a teacher token's row is the average of the student rows that overlap it. White space never
+    counts as overlap, as tokenizers attach a space to either neighbour.
+
+    Args:
+        spans: character ranges of the teacher's tokens in ``prompt``.
+        prompt: the teacher's text.
+        segments: (start, end, message_index) ranges of ``prompt`` that are verbatim text of a message, in
+            order, as :func:`motionenhancer.data.prompt_text` returns them. Other characters of the prompt,
+            such as the space it puts between messages, match nothing.
+        text: the student's rendered conversation.
+        offsets: (N, 2) character ranges of the student's tokens in ``text``, in order.
+        message_spans: for each message the (start, end) in ``text`` of its text parts, as in
+            :class:`motionenhancer.students.base.TokenLayout`; the n-th segment of a message is searched in
+            the n-th of them only. Without them segments are searched one after another from the beginning,
+            so that an earlier repetition of a text that the teacher was not given is taken for it.
+
+    Returns:
+        A :class:`WordMap`. A segment that the text does not contain, up to differing white space, maps
+        nothing.
+
+    Raises:
+        ValueError: a span or segment lies outside its text, or a segment names a message or part of one that
+            does not exist.
+
+    >>> tokens = [(0, 3), (3, 6), (6, 11)]
+    >>> word_map = map_words([(0, 3), (4, 8)], "red ball", [(0, 8, 0)], "<s>red ball", tokens)
+    >>> word_map.rows, word_map.row_tokens
+    ([1, 2], [0, 1])
+    """
+    _check(spans, prompt, segments, message_spans)
+    counterpart = _locate(prompt, segments, text, message_spans)
+    owners = sorted(
+        (counterpart[i], token)
+        for token, (start, end) in enumerate(spans)
+        for i in range(start, end)
+        if i in counterpart
+    )
+    pairs: set[tuple[int, int]] = set()
+    characters = [at for at, _ in owners]
+    listed = offsets.tolist() if isinstance(offsets, torch.Tensor) else offsets
+    for row, (start, end) in enumerate(listed):
+        for _, token in owners[bisect_left(characters, start) : bisect_left(characters, end)]:
+            pairs.add((token, row))
+    ordered = sorted(pairs)
+    found = {token for token, _ in ordered}
+    return WordMap(
+        rows=[row for _, row in ordered],
+        row_tokens=[token for token, _ in ordered],
+        dropped=[token for token in range(len(spans)) if token not in found],
+        count=len(spans),
+    )
+
+
+def _check(
+    spans: Sequence[tuple[int, int]],
+    prompt: str,
+    segments: Sequence[tuple[int, int, int]],
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None,
+) -> None:
+    parts: Counter[int] = Counter()
+    for start, end in spans:
+        if not 0 <= start <= end <= len(prompt):
+            raise ValueError(
+                f"spans must lie within the {len(prompt)} characters of prompt, got {(start, end)}"
+            )
+    for start, end, message in segments:
+        if not 0 <= start <= end <= len(prompt):
+            raise ValueError(
+                f"segments must lie within the {len(prompt)} characters of prompt, got {(start, end)}"
+            )
+        if message_spans is None:
+            continue
+        if not 0 <= message < len(message_spans):
+            raise ValueError(f"segments must name one of {len(message_spans)} messages, got {message}")
+        parts[message] += 1
+        if parts[message] > len(message_spans[message]):
+            count = len(message_spans[message])
+            raise ValueError(f"segments must not have more parts of message {message} than its {count}")
+
+
+def _locate(
+    prompt: str,
+    segments: Sequence[tuple[int, int, int]],
+    text: str,
+    message_spans: Sequence[Sequence[tuple[int, int]]] | None,
+) -> dict[int, int]:
+    """Where each character of the segments, white space aside, stands in ``text``."""
+    counterpart: dict[int, int] = {}
+    parts: Counter[int] = Counter()
+    cursor = 0
+    for start, end, message in segments:
+        first, last = cursor, len(text)
+        if message_spans is not None:
+            first, last = message_spans[message][parts[message]]
+            parts[message] += 1
+        found = _find(prompt[start:end], text, first, last)
+        if found is None:
+            continue
+        ours = [i for i in range(start, end) if not prompt[i].isspace()]
+        theirs = [i for i in range(*found) if not text[i].isspace()]
+        counterpart.update(zip(ours, theirs, strict=True))
+        cursor = found[1]
+    return counterpart
+
+
+def _find(piece: str, text: str, first: int, last: int) -> tuple[int, int] | None:
+    stripped = piece.strip()
+    if not stripped:
+        return None
+    at = text.find(stripped, first, last)
+    if at >= 0:
+        return at, at + len(stripped)
+    # A template may fold line breaks and runs of spaces.
+    folded = re.compile(r"\s+".join(re.escape(word) for word in stripped.split()))
+    match = folded.search(text, first, last)
+    return None if match is None else match.span()

@@ -1,0 +1,47 @@
+"""Self-attention with cross-stream memory, read at one row of the batch: shared by all families."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mekernels import flash_attention
+
+from .protocol import AttentionReader
+
+
+@torch.compiler.disable
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    reader: AttentionReader | None,
+    *,
+    memory: bool,
+    row: int,
+) -> torch.Tensor:
+    """Self-attention of a batch, read at one row; with memory, its first half also attends to its second.
+
+    Args:
+        query, key, value: (batch, heads, tokens, width).
+        reader: receives row `row`; None reads nothing.
+        memory: rows of the second half are references, each of the row of the same place in the first half.
+        row: of the first half, or of the whole batch without memory.
+
+    Returns:
+        (batch, heads, tokens, width).
+    """
+    reference = None
+    if memory:
+        half = len(query) // 2
+        reference = F.scaled_dot_product_attention(query[half:], key[half:], value[half:])
+        query = query[:half]
+        key = torch.cat([key[:half], key[half:]], dim=2)
+        value = torch.cat([value[:half], value[half:]], dim=2)
+    if reader is None:
+        out = F.scaled_dot_product_attention(query, key, value)
+    else:
+        out, lse = flash_attention(query, key, value)
+        one = slice(row, row + 1)
+        reader.self_attention(query[one], key[one], lse[one], 2 if memory else 1)
+    return out if reference is None else torch.cat([out, reference])

@@ -1,0 +1,235 @@
+"""DDIM inversion of a clip and its reconstruction with guidance and memory, attention read on the way.
+
+Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention and its supplement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .protocol import AttentionReader, Teacher
+from .schedule import Schedule, is_low_noise
+
+STARTS = ("inverted", "random")
+
+#: From a level (1 = cleanest, K = noisiest) to what reads that level's evaluation; None leaves it unread.
+LevelReader = Callable[[int], AttentionReader | None]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The end of a reconstruction.
+
+    Attributes:
+        latents: float32, the generated stream at the clean end.
+        evaluations: transformer evaluations, counted per batch row.
+    """
+
+    latents: torch.Tensor
+    evaluations: int
+
+
+@torch.no_grad()
+def invert(
+    teacher: Teacher, latents: torch.Tensor, schedule: Schedule, embeds: torch.Tensor
+) -> list[torch.Tensor]:
+    """Carry clean latents to noise in K deterministic steps, without guidance.
+
+    Step i goes from level i to level i + 1 and evaluates the model at the level it goes to, as diffusers'
+    inverse scheduler does.
+
+    Args:
+        teacher: the model.
+        latents: (1, ...) clean latents.
+        schedule: K levels.
+        embeds: (1, length, width) text hidden states, the empty prompt's in the paper's procedure.
+
+    Returns:
+        K + 1 latents in float32; entry 0 is the input, entry i + 1 lies at `schedule.timesteps[i]`.
+    """
+    trajectory = [latents.float()]
+    for level, timestep in enumerate(schedule.timesteps):
+        output = teacher.predict(trajectory[-1], embeds, timestep)
+        trajectory.append(schedule.step(trajectory[-1], output, level, level + 1))
+    return trajectory
+
+
+@torch.no_grad()
+def reconstruct(
+    teacher: Teacher,
+    trajectory: list[torch.Tensor],
+    schedule: Schedule,
+    prompt_embeds: torch.Tensor,
+    empty_embeds: torch.Tensor,
+    *,
+    guidance_scale: float = 6.0,
+    guidance_scale_2: float | None = None,
+    start: str = "inverted",
+    memory: bool = True,
+    seed: int = 0,
+    readers: LevelReader = lambda level: None,
+) -> Reconstruction:
+    """Denoise back in K steps under the prompt, reading the conditional generated stream.
+
+    The batch is (generated × [empty, prompt], reference × [empty, prompt]); the empty half is left out when
+    `guidance_scale` is 1 and the reference half without `memory`. Each reference row carries the text of the
+    generated row it serves, is fed the inverted latent of the same noise level, attends to itself only, and
+    its prediction is discarded.
+
+    Args:
+        teacher: the model.
+        trajectory: what `invert` returned, K + 1 latents.
+        schedule: the same K levels.
+        prompt_embeds: (1, length, width) of the text.
+        empty_embeds: (1, length, width) of the empty prompt.
+        guidance_scale: classifier-free guidance; 1 switches it off.
+        guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
+        start: "inverted" begins at the inverted noise, "random" at seeded Gaussian noise.
+        memory: give the generated stream the keys and values of the reference stream.
+        seed: of the random start.
+        readers: level → reader of its evaluation.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, got {start!r}")
+    if len(trajectory) != schedule.steps + 1:
+        raise ValueError(f"trajectory has {len(trajectory)} latents, the schedule needs {schedule.steps + 1}")
+    latents = trajectory[-1]
+    if start == "random":
+        latents = gaussian(latents, seed)
+    guided = guidance_scale != 1.0
+    texts = [empty_embeds, prompt_embeds] if guided else [prompt_embeds]
+    evaluations = 0
+    for level in range(schedule.steps, 0, -1):
+        reference = trajectory[level] if memory else None
+        outputs = _evaluate(teacher, latents, reference, texts, schedule.timesteps[level - 1], readers(level))
+        evaluations += len(texts) * (2 if memory else 1)
+        output = outputs[-1:]
+        if guided:
+            low = is_low_noise(schedule.timesteps[level - 1], teacher.boundary)
+            scale = guidance_scale_2 if low and guidance_scale_2 is not None else guidance_scale
+            output = outputs[:1] + scale * (output - outputs[:1])
+        latents = schedule.step(latents, output, level, level - 1)
+    return Reconstruction(latents, evaluations)
+
+
+@torch.no_grad()
+def renoise(
+    teacher: Teacher,
+    latents: torch.Tensor,
+    schedule: Schedule,
+    prompt_embeds: torch.Tensor,
+    reader: AttentionReader,
+    *,
+    seed: int = 0,
+) -> None:
+    """Read a clip in one evaluation: its latents with seeded Gaussian noise, under the prompt, unguided.
+
+    Args:
+        teacher: the model.
+        latents: (1, ...) clean latents.
+        schedule: of one level.
+        prompt_embeds: (1, length, width) of the text.
+        reader: of the evaluation.
+        seed: of the noise.
+    """
+    noisy = schedule.noised(latents.float(), gaussian(latents, seed), 1)
+    with teacher.reading(reader, memory=False, row=0):
+        teacher.predict(noisy, prompt_embeds, schedule.timesteps[0])
+
+
+def gaussian(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal float32 noise of the same shape on any device, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
+
+
+def _evaluate(
+    teacher: Teacher,
+    latents: torch.Tensor,
+    reference: torch.Tensor | None,
+    texts: list[torch.Tensor],
+    timestep: float,
+    reader: AttentionReader | None,
+) -> torch.Tensor:
+    """The generated rows' predictions, one a text; the last text's row is read.
+
+    Runs one batch, or one text after the other when the teacher says so or memory ran out before.
+    """
+    if not teacher.split_batch and len(texts) > 1:
+        resumable = None if reader is None else _Resumable(reader)
+        try:
+            return _batch(teacher, latents, reference, texts, timestep, resumable)
+        except torch.OutOfMemoryError:
+            if resumable is not None and resumable.inside:
+                raise
+            teacher.split_batch = True
+            reader = None if resumable is None else resumable.rest()
+    parts = []
+    for text in texts:
+        last = text is texts[-1]
+        parts.append(_batch(teacher, latents, reference, [text], timestep, reader if last else None))
+    return torch.cat(parts)
+
+
+def _batch(
+    teacher: Teacher,
+    latents: torch.Tensor,
+    reference: torch.Tensor | None,
+    texts: list[torch.Tensor],
+    timestep: float,
+    reader: AttentionReader | None,
+) -> torch.Tensor:
+    rows = [latents] * len(texts) + ([] if reference is None else [reference] * len(texts))
+    embeds = texts if reference is None else texts + texts
+    if reader is None and reference is None:
+        return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)
+    with teacher.reading(reader, memory=reference is not None, row=len(texts) - 1):
+        return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)[: len(texts)]
+
+
+class _Resumable:
+    """Passes layers on to a reader and remembers how many, so that a repeated evaluation reads none twice."""
+
+    def __init__(self, reader: AttentionReader, skip: int = 0) -> None:
+        self.reader, self.skip, self.seen, self.inside = reader, skip, 0, False
+
+    def rest(self) -> _Resumable:
+        """A reader for the same evaluation run again, which ignores the layers already read."""
+        return _Resumable(self.reader, self.seen)
+
+    def _pass(self, read: Callable[..., None], *args: object) -> None:
+        self.seen += 1
+        if self.seen > self.skip:
+            self.inside = True
+            read(*args)
+            self.inside = False
+
+    def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
+        self._pass(self.reader.self_attention, query, key, lse, fold)
+
+    def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
+        self._pass(self.reader.cross_attention, text, vision)
+
+
+def roundtrip_error(
+    teacher: Teacher, latents: torch.Tensor, schedule: Schedule, embeds: torch.Tensor
+) -> float:
+    """Relative L2 error of latents inverted and reconstructed with the same text, no guidance, no memory.
+
+    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last
+    latent is pure noise in the model's eyes, whatever the clip, so some error stays.
+
+    Args:
+        teacher: the model.
+        latents: (1, ...) clean latents.
+        schedule: its levels; `Schedule.below` cuts the noisy end off.
+        embeds: (1, length, width) text hidden states used both ways.
+    """
+    trajectory = invert(teacher, latents, schedule, embeds)
+    back = reconstruct(
+        teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False
+    ).latents
+    return float((back - trajectory[0]).norm() / trajectory[0].norm().clamp(min=1e-12))

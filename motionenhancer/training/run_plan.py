@@ -1,0 +1,251 @@
+"""What a training run will do, said before it starts; under `--dry_run` without reading any weight."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from ..alignment.aligner import build_aligner
+from ..costs import StudentCost, parameter_count, student_cost
+from ..data import Sample, SkipLog
+from ..priors.digests import DigestCache
+from ..priors.prior import PriorSettings
+from ..priors.requests import request_priors
+from ..priors.storage import PriorStore, prior_keys
+from ..settings import PriorArguments, StudentArguments, TrainArguments
+from ..students import StudentFamily
+from ..students.base import check_config, unknown_value
+from ..teachers.plan import plan_teacher
+from .lora import plain_name
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of what is trained: parameters in all, how many of them are trained, and their peak rate."""
+
+    name: str
+    parameters: int
+    trained: int
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a run is.
+
+    Attributes:
+        samples: of the data, once.
+        batch: samples an optimizer step, over all processes and accumulated micro-batches.
+        an_epoch: optimizer steps a pass over the data.
+        total: optimizer steps of the run.
+    """
+
+    samples: int
+    batch: int
+    an_epoch: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        parts: of the student, and the aligner.
+        steps: of the run.
+        memory: on each device.
+        engine: "plain", "DDP", "FSDP" or "ZeRO-1" to "ZeRO-3".
+        processes: in all.
+        schedule: λ in words.
+        priors: {"stored", "missing"}, where they were counted.
+    """
+
+    parts: list[Part]
+    steps: Steps
+    memory: StudentCost
+    engine: str
+    processes: int
+    schedule: str
+    priors: dict[str, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        plan = asdict(self)
+        plan["memory"] = self.memory.to_json()
+        return plan
+
+    def __str__(self) -> str:
+        lines = ["what is trained:"]
+        for part in self.parts:
+            rate = "frozen" if not part.trained else f"learning rate {part.learning_rate:g}"
+            share = f"{part.trained:,} of {part.parameters:,} parameters"
+            lines.append(f"  {part.name:<16}{share:>44}   {rate}")
+        if self.priors is not None:
+            lines.append(f"priors: {self.priors['stored']} stored, {self.priors['missing']} missing")
+        steps, many = self.steps, "es" if self.processes > 1 else ""
+        lines.append(
+            f"steps: {steps.total:,} of {steps.batch} samples ({steps.an_epoch:,} a pass over "
+            f"{steps.samples:,} samples); {self.processes} process{many}, {self.engine}"
+        )
+        lines += [f"λ: {self.schedule}", str(self.memory)]
+        return "\n".join(lines)
+
+
+def plan_run(
+    model: nn.Module,
+    family: StudentFamily,
+    student: StudentArguments,
+    training: TrainArguments,
+    *,
+    samples: int,
+    grid: tuple[int, int, int] | None,
+    tokens: int | None,
+    priors: dict[str, int] | None = None,
+) -> RunPlan:
+    """What training this model would do.
+
+    Args:
+        model: the student, on any device, with its adapters if it has any.
+        family: its family.
+        student, training: the run's settings.
+        samples: that are trained on.
+        grid: of the priors; None where nothing is aligned.
+        tokens: of one sample, for the memory of activations.
+        priors: how many there are and are not.
+    """
+    vision = vision_rate(student, training)
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        entry = counts.setdefault(part_of(family, name), [0, 0])
+        entry[0] += parameter_count(parameter)
+        entry[1] += parameter_count(parameter) * parameter.requires_grad
+    parts = [
+        Part(name, total, trained, vision if name == "vision tower" else training.learning_rate)
+        for name, (total, trained) in counts.items()
+    ]
+    size = 0
+    if grid is not None and student.alignment_weight:
+        with torch.device("meta"):
+            aligner = build_aligner(student.aligner, grid)
+        size = sum(p.numel() for p in aligner.parameters())
+        if size:
+            parts.append(Part("aligner", size, size, training.learning_rate))
+    engine, processes = engine_of(training), training.world_size
+    steps = plan_steps(samples, training)
+    schedule = student.schedule()
+    words = f"{schedule.weight:g}, {schedule.schedule}"
+    if schedule.schedule != "constant":
+        words += f" to {schedule.end_weight:g}"
+    if schedule.warmup:
+        words += f", rising over the first {schedule.warmup_steps(steps.total)} steps"
+    memory = student_cost(model, training, engine=engine, processes=processes, tokens=tokens, aligner=size)
+    return RunPlan(parts, steps, memory, engine, processes, words, priors)
+
+
+def part_of(family: StudentFamily, parameter: str) -> str:
+    """The part of the student a parameter belongs to, adapters with the layers they are on."""
+    name = plain_name(parameter)
+    if family.in_vision_tower(name):
+        return "vision tower"
+    if "merger" in name or "projector" in name:
+        return "merger"
+    return "output head" if "lm_head" in name else "language model"
+
+
+def vision_rate(student: StudentArguments, training: TrainArguments) -> float:
+    """The vision tower's peak learning rate: the paper's 2e-6 beside 1e-5 unless a flag says otherwise."""
+    given = student.vision_learning_rate
+    return training.learning_rate / 5 if given is None else given
+
+
+def engine_of(training: TrainArguments) -> str:
+    """What shares the model among the processes."""
+    plugin = getattr(training, "deepspeed_plugin", None)
+    if plugin is not None:
+        return f"ZeRO-{plugin.zero_stage}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or training.fsdp_plugin_args:
+        return "FSDP"
+    return "DDP" if training.world_size > 1 else "plain"
+
+
+def plan_steps(samples: int, training: TrainArguments) -> Steps:
+    """Optimizer steps, as the Trainer counts them."""
+    whole = training.dataloader_drop_last
+    batches = _parts(samples, training.train_batch_size, whole)
+    batches = _parts(batches, training.world_size, whole)
+    an_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
+    return Steps(samples, global_batch(training), an_epoch, total)
+
+
+def global_batch(training: TrainArguments) -> int:
+    """Samples an optimizer step, over all processes and accumulated micro-batches."""
+    return training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+
+
+def _parts(count: int, size: int, whole: bool) -> int:
+    return count // size if whole else math.ceil(count / size)
+
+
+def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: PriorSettings) -> dict[str, int]:
+    """How many priors the store holds and how many are to be made; clips are read, no model is loaded.
+
+    Those that the store has on record as impossible are neither.
+    """
+    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(PartialState().device)
+    with DigestCache(store.folder, writes=False) as cache:
+        found = request_priors(
+            samples,
+            prior.prompt_source,
+            SkipLog(shout=0),
+            name=prior_keys(name, settings),
+            digest=cache.digest,
+        )
+        keys = {request.key for _, request in found}
+    stored = sum(key in store for key in keys)
+    return {"stored": stored, "missing": sum(not store.settled(key) for key in keys)}
+
+
+def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
+    """The grid of the longest clips' priors; None where the teacher's folder does not say."""
+    identity = prior.identity("cpu")
+    assert prior.teacher is not None
+    try:
+        return plan_teacher(prior.teacher, size=identity["size"], frames=identity["frames"]).grid
+    except (ValueError, OSError, KeyError):
+        return None
+
+
+def outline_student(
+    folder: str | Path, attn_implementation: str, dtype: torch.dtype
+) -> tuple[Any, Any, StudentFamily]:
+    """A student without weights, on the meta device, its processor and family: `load_student` in outline.
+
+    Raises:
+        ValueError: no such folder, no configuration, processor or weights in it, or an unknown family.
+    """
+    path = Path(folder)
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"--student {path}: no safetensors weights in this folder")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        family = check_config(path)
+        config = AutoConfig.from_pretrained(path, **options)
+        processor = AutoProcessor.from_pretrained(path, **options)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (OSError, TypeError, ImportError) as error:
+        raise ValueError(f"--student {path}: {error}") from error
+    except KeyError as error:
+        raise unknown_value(path, error) from error
+    return model, processor, family

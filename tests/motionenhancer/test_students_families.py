@@ -1,0 +1,272 @@
+"""InternVL3, Qwen3-VL and LLaVA-OneVision: tokens as their processors' own, each at its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families_support import VISION, batch_of, mixed, picture
+from students_support import TEXTS, clip, dialogue
+from tiny_students import SAVE, tiny_student
+
+from motionenhancer.data.sample import Sample
+
+
+@pytest.fixture(scope="module", params=list(SAVE))
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_student(request.param, tmp_path_factory.mktemp("students") / request.param)
+
+
+def one_of(name: str, factory: pytest.TempPathFactory) -> Any:
+    return tiny_student(name, factory.mktemp("students") / name)
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return one_of("internvl", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return one_of("qwen3_vl", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return one_of("llava_onevision", tmp_path_factory)
+
+
+# ---- tokens, answers, places ----
+
+
+@pytest.mark.parametrize("frames", [2, 3, 6])
+def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
+    """One video and one image: what the family's processor makes of the rendered conversation."""
+    _, processor, family = student
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "text", "text": "Left?"},
+                {"type": "video"},
+                {"type": "text", "text": "Or right?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "Left."}]},
+    ]
+    video, image = clip(frames, 32, 48, fps=2.0), picture(30, 50)
+    encoded = family.encode(processor, Sample("s", messages), [video], [image])
+    own = processor(
+        text=[processor.apply_chat_template(messages, tokenize=False)],
+        images=[image],
+        videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        return_tensors="pt",
+        videos_kwargs={
+            "do_sample_frames": False,
+            "video_metadata": [
+                {"total_num_frames": frames, "fps": 2.0, "frames_indices": list(range(frames))}
+            ],
+        },
+    )
+    assert torch.equal(encoded.input_ids, own["input_ids"][0])
+    given = {**encoded.vision_inputs, **encoded.token_inputs}
+    assert set(given) == set(own) - {"input_ids", "attention_mask"}
+    for name, value in given.items():
+        other = own[name][0] if name in encoded.token_inputs else own[name]
+        assert torch.equal(value, torch.as_tensor(other)), name
+
+
+def test_answers_are_trained_and_texts_found(student: Any) -> None:
+    _, processor, family = student
+    videos = [clip(4, 32, 48), clip(4, 16, 24)]
+    encoded = family.encode(processor, mixed(), videos, [picture(30, 50)])
+    answers = ["The red one, left.", "Nothing. 👩‍🚀"]
+    ends = (encoded.labels >= 0).int().diff(prepend=torch.zeros(1, dtype=torch.int32)).eq(1).sum()
+    assert int(ends) == 2
+    kept = encoded.labels[encoded.labels >= 0]
+    assert processor.tokenizer.decode(kept) == "".join(a + "<|im_end|>" for a in answers)
+    assert torch.equal(kept, encoded.input_ids[encoded.labels >= 0])
+    layout = encoded.layout
+    shown = [[layout.text[a:b] for a, b in parts] for parts in layout.message_spans]
+    question = "What moves, and where?"
+    assert shown == [["Be brief."], [question, question], answers[:1], ["And naïve 動く?"], answers[1:]]
+    covered = np.zeros(len(layout.text), bool)
+    for start, end in layout.offsets.tolist():
+        covered[start:end] = True
+    assert covered.all()
+
+
+def test_no_vision_token_is_lost_or_taken_twice(student: Any) -> None:
+    _, processor, family = student
+    videos = [clip(4, 32, 48), clip(4, 16, 24)]
+    encoded = family.encode(processor, mixed(), videos, [picture(30, 50)])
+    positions = torch.cat([video.positions for video in encoded.layout.videos])
+    assert len(encoded.layout.videos) == 2
+    assert len(positions.unique()) == len(positions)
+    for video in encoded.layout.videos:
+        assert len(video.positions) == np.prod(video.grid)
+        assert len(set(encoded.input_ids[video.positions].tolist())) == 1
+    with pytest.raises(ValueError, match="must not contain"):
+        family.encode(processor, dialogue(f"a {processor.video_token}", "b"), [clip(4, 16, 16)])
+    with pytest.raises(ValueError, match="shows 1 videos in its messages, got 0"):
+        family.encode(processor, dialogue("a", "b"), [])
+
+
+def test_a_changed_pixel_changes_the_token_at_its_place(student: Any) -> None:
+    """Through the model's own vision tower: positions and grid are those of the frames' pixels."""
+    model, processor, family = student
+    frames, height, width = (
+        family.encode(processor, dialogue("a", "b"), [clip(4, 48, 48)]).layout.videos[0].grid
+    )
+    base = clip(4, 48, 48)
+    per = len(base.frames) // frames
+
+    def embedded(video: Any) -> torch.Tensor:
+        encoded = family.encode(processor, dialogue("a", "b"), [video])
+        batch = family.collate([encoded], pad_token_id=0)
+        (layout,) = batch.pop("layouts")
+        seen = []
+        handle = model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            model(**{k: v.double() if k in VISION else v for k, v in batch.items()})
+        handle.remove()
+        return seen[0][0, layout.videos[0].positions].reshape(frames, height, width, -1)
+
+    before = embedded(base)
+    for t, y, x in ((0, 0, 0), (frames - 1, height - 1, 0), (1, 0, width - 1)):
+        pixels = base.frames.copy()
+        rows = slice(y * 48 // height, (y + 1) * 48 // height)
+        columns = slice(x * 48 // width, (x + 1) * 48 // width)
+        pixels[t * per : (t + 1) * per, rows, columns] = 255 - pixels[t * per : (t + 1) * per, rows, columns]
+        moved = (embedded(type(base)(pixels, *_rest(base))) - before).norm(dim=-1)
+        assert np.unravel_index(int(moved.argmax()), (frames, height, width)) == (t, y, x)
+        others = [i for i in range(frames) if i != t]
+        assert float(moved[others].max()) < 1e-9
+
+
+def _rest(video: Any) -> tuple[Any, ...]:
+    return (video.timestamps, video.fps, video.duration, video.decoded, video.source_frames)
+
+
+def test_cut_text(student: Any) -> None:
+    _, processor, family = student
+    whole = family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 16, 16)])
+    ids = whole.input_ids
+    needed = int((ids == ids[whole.layout.videos[0].positions[-1]]).nonzero()[-1]) + 1
+    cut = family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 16, 16)], max_length=needed + 3)
+    assert torch.equal(cut.input_ids, ids[: needed + 3])
+    assert len(cut.layout.offsets) == len(cut.labels) == len(cut.attention_mask) == needed + 3
+    with pytest.raises(ValueError, match=f"max_length must be at least {needed} "):
+        family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 16, 16)], max_length=needed - 1)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("multiple", [None, 64])
+def test_padding_changes_no_sample(student: Any, side: str, multiple: int | None) -> None:
+    model, _, family = student
+    batch, layouts, samples = batch_of(student, side, multiple)
+    with torch.no_grad():
+        together = model(**batch).logits
+    for i, (sample, layout) in enumerate(zip(samples, layouts, strict=True)):
+        own = slice(layout.start, layout.start + len(sample.input_ids))
+        assert torch.equal(batch["input_ids"][i, own], sample.input_ids)
+        for video, alone in zip(layout.videos, sample.layout.videos, strict=True):
+            assert torch.equal(video.positions, alone.positions + layout.start)
+        single = family.collate([sample], pad_token_id=0)
+        del single["layouts"]
+        with torch.no_grad():
+            logits = model(**{k: v.double() if k in VISION else v for k, v in single.items()}).logits[0]
+        torch.testing.assert_close(together[i, own], logits, rtol=1e-5, atol=1e-6)
+
+
+# ---- what is each family's own ----
+
+
+def test_internvl_announces_each_frame(internvl: Any) -> None:
+    _, processor, family = internvl
+    encoded = family.encode(processor, dialogue("What moves?", "It."), [clip(3, 20, 30)])
+    (video,) = encoded.layout.videos
+    assert video.grid == (3, 2, 2)
+    assert isinstance(video.columns, torch.Tensor)
+    frame = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
+    assert f"Frame1: {frame}\nFrame2: {frame}\nFrame3: {frame}\nWhat moves?" in encoded.layout.text
+
+
+def test_internvl_takes_videos_of_different_lengths(internvl: Any) -> None:
+    _, processor, family = internvl
+    videos = [clip(2, 16, 16), clip(5, 24, 16)]
+    encoded = family.encode(processor, dialogue("a", "b", videos=2), videos)
+    assert [video.grid for video in encoded.layout.videos] == [(2, 2, 2), (5, 2, 2)]
+    assert len(encoded.vision_inputs["pixel_values"]) == 7
+    capped = family.encode(processor, dialogue("a", "b", videos=2), videos, max_pixels=16)
+    assert torch.equal(capped.input_ids, encoded.input_ids), "frames have one size, whatever the cap"
+
+
+def test_qwen3_vl_says_the_time_of_each_pair_of_frames(qwen3_vl: Any) -> None:
+    _, processor, family = qwen3_vl
+    video = clip(5, 16, 24, fps=2.0)
+    encoded = family.encode(processor, dialogue("What moves?", "It."), [video])
+    (layout,) = encoded.layout.videos
+    assert layout.grid == (3, 2, 3)
+    run = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    # The last frame stands for its missing partner.
+    expected = "".join(f"<{time} seconds>{run}" for time in ("0.2", "1.2", "2.0"))
+    assert expected in encoded.layout.text
+
+
+def test_qwen3_vl_caps_the_pixels_of_each_frame(qwen3_vl: Any) -> None:
+    _, processor, family = qwen3_vl
+    videos = [clip(2, 64, 64), clip(6, 64, 64)]
+    encoded = family.encode(processor, dialogue("a", "b", videos=2), videos, max_pixels=32 * 32)
+    assert [video.grid for video in encoded.layout.videos] == [(1, 4, 4), (3, 4, 4)]
+    with pytest.raises(ValueError, match="max_pixels must be at least 64"):
+        family.encode(processor, dialogue("a", "b"), videos[:1], max_pixels=63)
+    single = family.encode(processor, dialogue("a", "b"), [clip(1, 16, 16)])
+    assert single.layout.videos[0].grid == (1, 2, 2)
+
+
+def test_llava_onevision_has_a_line_break_after_the_grid(llava: Any) -> None:
+    _, processor, family = llava
+    encoded = family.encode(processor, dialogue("a", "b"), [clip(3, 20, 30)])
+    (video,) = encoded.layout.videos
+    assert video.grid == (3, 3, 3)
+    tokens = (encoded.input_ids == processor.video_token_id).nonzero()[:, 0]
+    assert torch.equal(tokens[:-1], video.positions)
+
+
+def test_llava_onevision_refuses_videos_of_different_lengths(llava: Any) -> None:
+    _, processor, family = llava
+    videos = [clip(2, 16, 16), clip(3, 16, 16)]
+    with pytest.raises(ValueError, match=r"equally many frames.*got \[2, 3\]"):
+        family.encode(processor, dialogue("a", "b", videos=2), videos)
+    samples = [family.encode(processor, dialogue("a", "b"), [video]) for video in videos]
+    with pytest.raises(ValueError, match="equally many frames"):
+        family.collate(samples, pad_token_id=0)
+
+
+def test_llava_onevision_batches_images_of_different_sizes(llava: Any) -> None:
+    model, processor, family = llava
+    part = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    two = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a"}]}
+    samples = [
+        family.encode(processor, Sample("s", [part, answer]), [], [picture(20, 20)]),
+        family.encode(processor, Sample("s", [part, answer]), [], [picture(40, 40)]),
+        family.encode(processor, Sample("s", [two, answer]), [], [picture(40, 40), picture(20, 40)]),
+    ]
+    batch = family.collate(samples, pad_token_id=0)
+    layouts = batch.pop("layouts")
+    batch["pixel_values"] = batch["pixel_values"].double()
+    with torch.no_grad():
+        together = model(**batch).logits
+        for i, sample in enumerate(samples):
+            single = family.collate([sample], pad_token_id=0)
+            del single["layouts"]
+            single["pixel_values"] = single["pixel_values"].double()
+            own = together[i, layouts[i].start :][: len(sample.input_ids)]
+            torch.testing.assert_close(own, model(**single).logits[0], rtol=1e-5, atol=1e-6)

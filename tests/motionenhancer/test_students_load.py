@@ -1,0 +1,154 @@
+"""Loading students and finding their family."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from motionenhancer.students import known_families, load_student, student_family
+from motionenhancer.students.locate import attention_modules, text_model, unwrap_model
+from motionenhancer.training.run_plan import outline_student
+
+
+@pytest.fixture
+def copy(student_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(student_dir, tmp_path / "student"))
+
+
+def test_loads_an_ordinary_folder(student_dir: Path) -> None:
+    model, processor, family = load_student(student_dir)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    assert family.name == "qwen2_5_vl"
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype_device_and_attention(student_dir: Path, dtype: Any) -> None:
+    model, _, _ = load_student(str(student_dir), dtype=dtype, device="cpu", attn_implementation="eager")
+    assert model.dtype == torch.bfloat16
+    assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="path must be a folder of a transformers model, got"):
+        load_student(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "unreadable config.json"),
+        ("[]", "unreadable config.json"),
+        ("{}", "without model_type"),
+        (
+            json.dumps({"model_type": "bert"}),
+            r"model_type must be one of \[.*'qwen2_5_vl'.*\], got 'bert'",
+        ),
+    ],
+)
+def test_bad_configurations(copy: Path, content: str, message: str) -> None:
+    (copy / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_student(copy)
+
+
+def test_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no readable weights"):
+        load_student(copy)
+
+
+def test_pickled_weights_are_not_read(copy: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no readable weights"):
+        load_student(copy)
+
+
+def test_no_processor(copy: Path) -> None:
+    for file in copy.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    with pytest.raises(ValueError, match="no readable processor"):
+        load_student(copy)
+
+
+def test_no_chat_template(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_student(copy)
+
+
+def test_families() -> None:
+    families = known_families()
+    assert "qwen2_5_vl" in families
+    for model_type, family in families.items():
+        assert model_type in family.model_types
+        assert student_family(model_type) is family
+
+
+def test_family_of_wrapped_models(student_dir: Path) -> None:
+    model, _, family = load_student(student_dir)
+    assert student_family(model) is family
+    assert student_family(model.config) is family
+    compiled = torch.compile(model)
+    assert unwrap_model(compiled) is model
+    assert student_family(compiled) is family
+    with pytest.raises(ValueError, match="got None"):
+        student_family(torch.nn.Linear(1, 1))
+
+
+def test_attention_of_the_language_model_only(student_dir: Path) -> None:
+    model, _, _ = load_student(student_dir)
+    language = model.model.language_model
+    assert text_model(model) is language
+    assert attention_modules(model) == [layer.self_attn for layer in language.layers]
+    assert attention_modules(language) == attention_modules(model)
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert unwrap_model(wrapped) is model
+    assert attention_modules(torch.nn.DataParallel(wrapped)) == attention_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "says"),
+    [
+        ("text_config", {"attn_logit_softcapping": 20.0}, "attn_logit_softcapping is 20.0; the installed"),
+        ("text_config", {"sinks": True}, "sinks is True; the installed"),
+        (None, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; the installed"),
+        ("text_config", {"rope_parameters": {"rope_type": "new", "rope_theta": 1.0}}, "rope_type is 'new'"),
+        ("text_config", {"hidden_act": "new"}, "hidden_act is 'new'"),
+        (None, {"quantization_config": {"quant_method": "new"}}, "quant_method 'new'"),
+        ("text_config", {"layer_types": ["new", "full_attention"]}, "layer_types"),
+    ],
+)
+def test_what_the_installed_transformers_does_not_compute_is_refused_by_name(
+    copy: Path, section: str | None, fields: dict[str, object], says: str
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (config if section is None else config[section]).update(fields)
+    (copy / "config.json").write_text(json.dumps(config))
+    for load in (load_student, lambda path: outline_student(path, "sdpa", torch.float32)):
+        with pytest.raises(ValueError, match=f"{re.escape(str(copy / 'config.json'))}: .*{says}"):
+            load(copy)
+
+
+def test_what_is_switched_off_is_let_pass(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"] |= {"attn_logit_softcapping": None, "sinks": False, "vision_token_id": 7}
+    (copy / "config.json").write_text(json.dumps(config))
+    load_student(copy)
