@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def position_blocks(frames: int, width: int, dtype: torch.dtype, queries: int) -
 
 
 def plan(out: Tensor, call: Call) -> Launch:
-    """The launch that writes out (B, H, F, F, P)."""
+    """The launch that writes out (B, H, F, F, P), contiguous."""
     query, frames, positions = call.query, call.frames, call.positions
     batch, heads, _, width = query.shape
     small = width <= 32
@@ -38,16 +40,15 @@ def plan(out: Tensor, call: Call) -> Launch:
         "query": query,
         "key": call.key,
         "lse": call.lse,
-        "out_strides": out.stride(),
         "query_strides": query.stride(),
         "key_strides": call.key.stride(),
-        "lse_strides": call.lse.stride(),
+        **dict(zip(("lse_batch", "lse_head", "lse_token"), call.lse.stride(), strict=True)),
         "heads": heads,
         "frames": frames,
         "positions": positions,
         "start": call.start,
         "part_tokens": call.own,
-        "scale": call.softmax_scale,
+        "scale_log2": call.softmax_scale * math.log2(math.e),
         "FOLD": call.fold,
         "WIDTH": width,
         **tile,
