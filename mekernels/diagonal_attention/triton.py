@@ -31,35 +31,8 @@ def load_tokens(pointer, strides, token, known, first, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
-def diagonal_part(
-    query,
-    key,
-    query_token,
-    query_known,
-    lse,
-    key_token,
-    key_known,
-    query_strides,
-    key_strides,
-    scale_log2,
-    WIDTH: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(BLOCK_P, BLOCK_F, BLOCK_F) attention of every position's query frames to key frames of one part."""
-    scores = tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32)
-    for first in range(0, WIDTH, BLOCK_D):
-        q = load_tokens(query, query_strides, query_token, query_known, first, WIDTH, BLOCK_D)
-        k = load_tokens(key, key_strides, key_token, key_known, first, WIDTH, BLOCK_D)
-        k = tl.permute(tl.reshape(k, (BLOCK_P, BLOCK_F, BLOCK_D)), (0, 2, 1))
-        q = tl.reshape(q, (BLOCK_P, BLOCK_F, BLOCK_D))
-        scores = tl.dot(q, k, scores, input_precision="ieee")
-    return tl.exp2(scores * scale_log2 - tl.reshape(lse, (BLOCK_P, BLOCK_F, 1)))
-
-
-@triton.jit
-def diagonal_tile(
+def add_diagonal_tile(
+    total,
     query,
     key,
     query_token,
@@ -77,43 +50,21 @@ def diagonal_tile(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_P, BLOCK_F, BLOCK_F) attention of every position's query frames to its key frames.
+    """(BLOCK_P, BLOCK_F, BLOCK_F) total, plus the attention of every position's query frames to its key frames.
 
     ``lse`` and ``scale_log2`` are those of the natural base times log2(e).
     """
-    total = diagonal_part(
-        query,
-        key,
-        query_token,
-        query_known,
-        lse,
-        key_token,
-        key_known,
-        query_strides,
-        key_strides,
-        scale_log2,
-        WIDTH,
-        BLOCK_P,
-        BLOCK_F,
-        BLOCK_D,
-    )
-    for part in range(1, FOLD):
-        total += diagonal_part(
-            query,
-            key,
-            query_token,
-            query_known,
-            lse,
-            key_token + part * part_tokens,
-            key_known,
-            query_strides,
-            key_strides,
-            scale_log2,
-            WIDTH,
-            BLOCK_P,
-            BLOCK_F,
-            BLOCK_D,
-        )
+    shift = tl.reshape(lse, (BLOCK_P, BLOCK_F, 1))
+    for part in range(FOLD):
+        scores = tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32)
+        own = key_token + part * part_tokens
+        for first in range(0, WIDTH, BLOCK_D):
+            q = load_tokens(query, query_strides, query_token, query_known, first, WIDTH, BLOCK_D)
+            k = load_tokens(key, key_strides, own, key_known, first, WIDTH, BLOCK_D)
+            k = tl.permute(tl.reshape(k, (BLOCK_P, BLOCK_F, BLOCK_D)), (0, 2, 1))
+            q = tl.reshape(q, (BLOCK_P, BLOCK_F, BLOCK_D))
+            scores = tl.dot(q, k, scores, input_precision="ieee")
+        total += tl.exp2(scores * scale_log2 - shift)
     return total
 
 
@@ -174,7 +125,8 @@ def diagonal_attention_kernel(
         f = (first_query + tl.arange(0, BLOCK_F))[None, :, None]
         for first_key in range(0, frames, BLOCK_F):
             other = first_key + entry % BLOCK_F
-            total = diagonal_tile(
+            total = add_diagonal_tile(
+                tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32),
                 query,
                 key,
                 query_token,

@@ -27,8 +27,14 @@ def plan(sums: Sums, call: Call, more: Sequence[Call] = ()) -> Launch:
     # All kinds of programs read and write more than they compute: three small ones on a multiprocessor hide
     # each other's waiting better than a large one.
     tile = position_blocks(frames, width, query.dtype, 64)
-    tile |= {"BLOCK_Q": 128, "BLOCK_T": 16 if exact else 64}
+    tile |= {"BLOCK_Q": 64 if exact else 128, "BLOCK_T": 16 if exact else 64}
     tile |= {"BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
+    options = {"num_warps": 4, "num_stages": 2}
+    if exact or width > 64:
+        # One program of eight warps; unasked, the compiler would rather spill than use so many registers.
+        options |= {"num_warps": 8, "maxnreg": 255}
+    if width > 128 and not exact:
+        tile |= {"BLOCK_Q": 64, "BLOCK_D": 32}
     # One kernel for any number of further maps: the first stands for those that are missing.
     others = (*more, *[call] * (MAPS - 1 - len(more))) if more else ()
     arguments = {
@@ -64,7 +70,6 @@ def plan(sums: Sums, call: Call, more: Sequence[Call] = ()) -> Launch:
     }
     programs = launch.cdiv(positions, tile["BLOCK_P"])
     programs += launch.cdiv(call.vision, tile["BLOCK_N"]) + launch.cdiv(call.vision, tile["BLOCK_Q"])
-    options = {"num_warps": 8 if exact or width > 128 else 4, "num_stages": 2}
     return Launch(motion_statistics_kernel, (heads * programs,), arguments, options)
 
 

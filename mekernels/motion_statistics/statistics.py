@@ -342,7 +342,7 @@ class MotionStatistics:
             step = max(1, CHUNK_ELEMENTS // video.vision)
             for first in range(0, len(rows), step):
                 some = slice(first, first + step)
-                squares = rows[some].double().div_(self.updates).square_().unflatten(1, (video.frames, -1))
+                squares = (rows[some].double() / self.updates).square_().unflatten(1, (video.frames, -1))
                 own = place[some, None, None].expand(-1, video.frames, 1)
                 squares.scatter_(2, own, 0)
                 total += (squares.sum((1, 2)) * weights[some]).sum()

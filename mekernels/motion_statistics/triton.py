@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..diagonal_attention.triton import diagonal_tile, load_lse, load_tokens
+from ..diagonal_attention.triton import add_diagonal_tile, load_lse, load_tokens
 
 
 @triton.jit
@@ -104,7 +104,8 @@ def add_diagonal(
             mask = (p < positions) & (f < frames) & (g < frames)
             total = tl.load(place, mask=mask, other=0.0)
             for one in range(maps):
-                total += diagonal_tile(
+                total = add_diagonal_tile(
+                    total,
                     of_map(query, more_queries, one) + offsets[0],
                     of_map(key, more_keys, one) + offsets[1],
                     token,
@@ -174,24 +175,8 @@ def add_rows(
             q = of_map(query, more_queries, one) + offsets[0]
             k = of_map(key, more_keys, one) + offsets[1]
             shift = load_shift(of_map(lse, more_lse, one) + offsets[2], lse_token, token, known)
-            weights = weights_tile(
-                q,
-                k,
-                token,
-                known,
-                shift,
-                start + column,
-                seen,
-                query_strides,
-                key_strides,
-                scale_log2,
-                WIDTH,
-                BLOCK_R,
-                BLOCK_N,
-                BLOCK_D,
-            )
-            for part in range(1, FOLD):
-                weights += weights_tile(
+            for part in range(FOLD):
+                total += weights_tile(
                     q,
                     k,
                     token,
@@ -207,7 +192,6 @@ def add_rows(
                     BLOCK_N,
                     BLOCK_D,
                 )
-            total += weights
         tl.store(place, total, mask=mask)
 
 
