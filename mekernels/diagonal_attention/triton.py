@@ -50,7 +50,7 @@ def add_diagonal_tile(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_P, BLOCK_F, BLOCK_F) total, plus the attention of every position's query frames to its key frames.
+    """(BLOCK_P, BLOCK_F, BLOCK_F) sums, plus the attention of each position's query frames to its key frames.
 
     ``lse`` and ``scale_log2`` are those of the natural base times log2(e).
     """

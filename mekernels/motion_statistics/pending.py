@@ -1,4 +1,4 @@
-"""Maps of earlier updates that wait to be added together, so that the sums move through memory once for all."""
+"""Maps of earlier updates that wait to be added together: the sums are then read and written once for all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pending:
         return sum(storages.values())
 
     def takes(self, call: Call) -> bool:
-        """Whether this call may wait; an inference tensor may not, since nothing tells when it is overwritten."""
+        """Whether this call may wait. An inference tensor may not: it does not count its writes."""
         return self.limit > 0 and not any(tensor.is_inference() for tensor in _tensors(call))
 
     def add(self, sums: Sums, call: Call) -> None:
@@ -62,9 +62,9 @@ class Pending:
             for name, old, new in zip(TENSORS, before, _versions(call), strict=True):
                 if old != new:
                     raise RuntimeError(
-                        f"{name} of the update {len(self._calls) - place} before was overwritten in place while "
-                        "MotionStatistics still held it to add several maps at once: pass a copy, or make "
-                        "MotionStatistics with pending_bytes=0"
+                        f"{name} of the update {len(self._calls) - place} before was overwritten in place "
+                        "while MotionStatistics still held it to add several maps at once: pass a copy, or "
+                        "make MotionStatistics with pending_bytes=0"
                     )
 
     def flush(self, sums: Sums) -> None:

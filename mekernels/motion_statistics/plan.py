@@ -21,7 +21,7 @@ def update(sums: Sums, call: Call, more: Sequence[Call] = ()) -> None:
 
 
 def plan(sums: Sums, call: Call, more: Sequence[Call] = ()) -> Launch:
-    """The launch that adds maps to the sums; the first axis of query and key is 1, ``more`` has at most MAPS - 1."""
+    """The launch that adds at most MAPS maps to the sums; the first axis of query and key is 1."""
     query, frames, positions = call.query, call.frames, call.positions
     heads, width, exact = query.shape[1], query.shape[3], query.dtype == torch.float32
     # All kinds of programs read and write more than they compute: three small ones on a multiprocessor hide

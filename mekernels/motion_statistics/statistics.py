@@ -134,7 +134,7 @@ class MotionStatistics:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. NaN is reported by
                 :meth:`scores` and :meth:`text_attention`, so that an update need not wait for the device.
-            RuntimeError: a tensor of an earlier update was overwritten while it was kept; see ``pending_bytes``.
+            RuntimeError: a kept tensor of an earlier update was overwritten; see ``pending_bytes``.
             BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
         """
         self._pending.check()

@@ -18,7 +18,7 @@ class Sums(NamedTuple):
     diagonal: Tensor
     """(H, F, F, P)."""
     rows: Tensor
-    """(H, R, S or more) whole rows over the video tokens; what is written to columns from S on means nothing."""
+    """(H, R, S or more) whole rows over the video tokens; the columns from S on are padding of any value."""
     vision_mass: Tensor
     """(H, S) mass of every video token's row on the video."""
     tokens: Tensor

@@ -1,6 +1,6 @@
 """One launch that adds the diagonals, whole rows and mass on video of one or more maps to the running sums.
 
-The programs of a head stand together, so that its tokens are still in the cache for the second and third kind:
+The programs of a head stand together, so that its tokens are still in the cache for the later kinds:
 
 - position programs take a few positions of all frames: the batched product of their queries with their keys
   gives the diagonals;

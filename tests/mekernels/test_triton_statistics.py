@@ -287,9 +287,13 @@ def test_several_maps_in_one_launch_are_those_one_by_one(count, fold):
 def launches(monkeypatch):
     from mekernels.motion_statistics import plan
 
-    seen = []
-    run = plan.update
-    monkeypatch.setattr(plan, "update", lambda sums, call, more=(): seen.append(1 + len(more)) or run(sums, call, more))
+    seen, run = [], plan.update
+
+    def update(sums, call, more=()):
+        seen.append(1 + len(more))
+        run(sums, call, more)
+
+    monkeypatch.setattr(plan, "update", update)
     return seen
 
 
@@ -354,7 +358,9 @@ def test_another_layout_is_another_launch(monkeypatch, change):
 
 
 @pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize("read", ["update", "scores", "text_attention", "state_dict", "merge", "merged", "copy"])
+@pytest.mark.parametrize(
+    "read", ["update", "scores", "text_attention", "state_dict", "merge", "merged", "copy"]
+)
 def test_overwriting_what_is_kept_is_refused_by_name(place, read):
     video = VideoTokens(2, 2, 2, text=3)
     layers = [case(video, seed) for seed in (0, 2)]
@@ -373,7 +379,9 @@ def test_overwriting_what_is_kept_is_refused_by_name(place, read):
             "copy": lambda: copy.deepcopy(statistics),
         }
         name = ("query", "key", "lse")[place]
-        with pytest.raises(RuntimeError, match=f"{name} of the update 2 before was overwritten.*pending_bytes=0"):
+        with pytest.raises(
+            RuntimeError, match=f"{name} of the update 2 before was overwritten.*pending_bytes=0"
+        ):
             reads[read]()
     assert statistics.updates == 2
 
@@ -417,7 +425,9 @@ def test_every_way_to_read_adds_what_waits():
     def waiting():
         return pooled("triton", video, layers, 1)
 
-    assert torch.equal(waiting().scores().dfc, pooled("triton", video, layers, 1, pending_bytes=0).scores().dfc)
+    assert torch.equal(
+        waiting().scores().dfc, pooled("triton", video, layers, 1, pending_bytes=0).scores().dfc
+    )
     rows = done["rows"][:, :3].mean(0) / 2
     torch.testing.assert_close(waiting().text_attention([0, 1]), rows)
     twice = waiting().merge(waiting()).state_dict()
