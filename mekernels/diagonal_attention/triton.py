@@ -116,13 +116,13 @@ def diagonal_attention_kernel(
     entry = tl.arange(0, BLOCK_P * BLOCK_F)
     first_position = tl.program_id(0) % blocks * BLOCK_P
     position = first_position + entry // BLOCK_F
-    p = (first_position + tl.arange(0, BLOCK_P))[:, None, None]
+    p = (first_position + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None, None]
     for first_query in range(0, frames, BLOCK_F):
         frame = first_query + entry % BLOCK_F
         query_known = (frame < frames) & (position < positions)
         query_token = start + frame * positions + position
         shift = load_lse(lse, lse_token, query_token, query_known)
-        f = (first_query + tl.arange(0, BLOCK_F))[None, :, None]
+        f = (first_query + tl.arange(0, BLOCK_F)).to(tl.int64)[None, :, None]
         for first_key in range(0, frames, BLOCK_F):
             other = first_key + entry % BLOCK_F
             total = add_diagonal_tile(
@@ -144,7 +144,6 @@ def diagonal_attention_kernel(
                 BLOCK_F,
                 BLOCK_D,
             )
-            g = (first_key + tl.arange(0, BLOCK_F))[None, None, :]
+            g = (first_key + tl.arange(0, BLOCK_F)).to(tl.int64)[None, None, :]
             mask = (p < positions) & (f < frames) & (g < frames)
-            place = (f * frames + g).to(tl.int64) * positions + p
-            tl.store(out + place, total, mask=mask)
+            tl.store(out + f * frames * positions + g * positions + p, total, mask=mask)

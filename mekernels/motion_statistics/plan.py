@@ -93,7 +93,7 @@ def gates() -> list[resources.Gate]:
             call = Call(query, key, lse, *layout, shape.width**-0.5, fold)
             for maps in (1, MAPS):
                 planned = plan(Sums(diagonal, rows, mass, index), call, [call] * (maps - 1))
-                label = f"motion_statistics {name} {str(dtype)[6:]} fold {fold}"
-                label += f" maps {maps}" if maps > 1 else ""
+                several = f", {maps} maps," if maps > 1 else ""
+                label = f"motion_statistics {name}{several} {str(dtype)[6:]} fold {fold}"
                 found.append(resources.Gate(label, planned, dtype != torch.float32))
     return found
