@@ -6,7 +6,10 @@ import pytest
 import torch
 from kernel_support import randn
 
-from mekernels import MotionStatistics, VideoTokens, reference
+import mekernels
+from mekernels import MotionStatistics, VideoTokens, launch, reference
+from mekernels.motion_statistics.statistics import PENDING_BYTES
+from mekernels.motion_statistics.sums import MAPS, padded
 
 VIDEO = VideoTokens(3, 2, 3, text=4)
 
@@ -65,8 +68,6 @@ def test_padding_of_the_sums_is_not_seen(positions):
 @pytest.mark.parametrize("text", [0, 4])
 def test_a_row_without_a_softmax_is_never_finite(value, token, backend, text):
     """An infinite logsumexp is that of a row with an infinite score, or of one that sees nothing."""
-    import mekernels
-
     video = VideoTokens(3, 2, 3, text=text)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
     lse = reference.logsumexp(query, key)
@@ -80,3 +81,14 @@ def test_a_row_without_a_softmax_is_never_finite(value, token, backend, text):
         mass = statistics.state_dict()["vision_mass"]
         assert mass[1, token - text].isnan()
         assert mass[0].isfinite().all()
+
+
+def test_bytes_a_layer_at_the_default():
+    """48 heads, 13 x 30 x 45 video tokens, 104 rows, bfloat16: sums read and written once in a launch."""
+    shape = launch.SHAPES["CogVideoX-5B"]
+    layer = sum(item.numel() * item.element_size() for item in launch.meta_inputs(shape, torch.bfloat16))
+    vision = shape.frames * shape.positions
+    sums = 4 * shape.heads * (104 * padded(vision) + shape.frames * vision + vision)
+    maps = min(MAPS, PENDING_BYTES // layer + 1)
+    assert layer + 2 * sums > 1.01e9
+    assert layer + 2 * sums / maps <= 0.33e9
