@@ -106,14 +106,18 @@ def compile_for(launch: Launch, capability: int) -> Any:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
-    def described(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
-        # Triton makes a version of its own for an integer that is 1 and for one that 16 divides.
+    def described(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
+        # Triton makes a version of its own for an integer that is 1 and for one that 16 divides, unless the
+        # parameter is exempt, which does not reach into tuples.
         if isinstance(value, tuple):
-            return tuple(described(item, (*place, index)) for index, item in enumerate(value))
-        if constant or value is None or (isinstance(value, int) and value == 1):
+            return tuple(described(item, (*place, index), None) for index, item in enumerate(value))
+        constant = parameter is not None and parameter.is_constexpr
+        exempt = parameter is not None and parameter.do_not_specialize
+        aligned = not exempt and not (parameter is not None and parameter.do_not_specialize_on_alignment)
+        if constant or value is None or (isinstance(value, int) and value == 1 and not exempt):
             constants[place] = value
             return "constexpr"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if aligned and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return "*" + _TYPES[value.dtype]
@@ -123,7 +127,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
 
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        signature[parameter.name] = described(value, (index,), parameter.is_constexpr)
+        signature[parameter.name] = described(value, (index,), parameter)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 

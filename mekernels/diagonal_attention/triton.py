@@ -7,8 +7,19 @@ once where all frames fit one tile (F <= 32).
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def load_lse(pointer, stride, token, known):
+    """(tokens,) logsumexp to base 2, 0 for unknown tokens."""
+    value = tl.load(pointer + token.to(tl.int64) * stride, mask=known, other=0.0)
+    return value.to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -20,7 +31,8 @@ def load_tokens(pointer, strides, token, known, first, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
-def diagonal_tile(
+def add_diagonal_tile(
+    total,
     query,
     key,
     query_token,
@@ -31,16 +43,18 @@ def diagonal_tile(
     query_strides,
     key_strides,
     part_tokens,
-    scale,
+    scale_log2,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_P, BLOCK_F, BLOCK_F) attention of every position's query frames to its key frames."""
+    """(BLOCK_P, BLOCK_F, BLOCK_F) sums, plus the attention of each position's query frames to its key frames.
+
+    ``lse`` and ``scale_log2`` are those of the natural base times log2(e).
+    """
     shift = tl.reshape(lse, (BLOCK_P, BLOCK_F, 1))
-    total = tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32)
     for part in range(FOLD):
         scores = tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32)
         own = key_token + part * part_tokens
@@ -50,40 +64,54 @@ def diagonal_tile(
             k = tl.permute(tl.reshape(k, (BLOCK_P, BLOCK_F, BLOCK_D)), (0, 2, 1))
             q = tl.reshape(q, (BLOCK_P, BLOCK_F, BLOCK_D))
             scores = tl.dot(q, k, scores, input_precision="ieee")
-        total += tl.exp(scores * scale - shift)
+        total += tl.exp2(scores * scale_log2 - shift)
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch",
+        "lse_head",
+        "lse_token",
+        "heads",
+        "frames",
+        "positions",
+        "start",
+        "part_tokens",
+    ],
+    do_not_specialize_on_alignment=["lse"],
+)
 def diagonal_attention_kernel(
     out,
     query,
     key,
     lse,
-    out_strides,
     query_strides,
     key_strides,
-    lse_strides,
+    lse_batch,
+    lse_head,
+    lse_token,
     heads,
     frames,
     positions,
     start,
     part_tokens,
-    scale,
+    scale_log2,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write out (B, H, F, F, P)."""
+    """Write out (B, H, F, F, P), contiguous."""
     blocks = tl.cdiv(positions, BLOCK_P)
-    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
-    sample = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    row = tl.program_id(0) // blocks
+    head = (row % heads).to(tl.int64)
+    sample = (row // heads).to(tl.int64)
     query += sample * query_strides[0] + head * query_strides[1]
     key += sample * key_strides[0] + head * key_strides[1]
-    lse += sample * lse_strides[0] + head * lse_strides[1]
-    out += sample * out_strides[0] + head * out_strides[1]
+    lse += sample * lse_batch + head * lse_head
+    out += row.to(tl.int64) * frames * frames * positions
 
     entry = tl.arange(0, BLOCK_P * BLOCK_F)
     first_position = tl.program_id(0) % blocks * BLOCK_P
@@ -93,12 +121,12 @@ def diagonal_attention_kernel(
         frame = first_query + entry % BLOCK_F
         query_known = (frame < frames) & (position < positions)
         query_token = start + frame * positions + position
-        place = lse + query_token.to(tl.int64) * lse_strides[2]
-        shift = tl.load(place, mask=query_known, other=0.0).to(tl.float32)
+        shift = load_lse(lse, lse_token, query_token, query_known)
         f = (first_query + tl.arange(0, BLOCK_F)).to(tl.int64)[None, :, None]
         for first_key in range(0, frames, BLOCK_F):
             other = first_key + entry % BLOCK_F
-            total = diagonal_tile(
+            total = add_diagonal_tile(
+                tl.zeros((BLOCK_P, BLOCK_F, BLOCK_F), tl.float32),
                 query,
                 key,
                 query_token,
@@ -109,7 +137,7 @@ def diagonal_attention_kernel(
                 query_strides,
                 key_strides,
                 part_tokens,
-                scale,
+                scale_log2,
                 FOLD,
                 WIDTH,
                 BLOCK_P,
@@ -118,4 +146,4 @@ def diagonal_attention_kernel(
             )
             g = (first_key + tl.arange(0, BLOCK_F)).to(tl.int64)[None, None, :]
             mask = (p < positions) & (f < frames) & (g < frames)
-            tl.store(out + f * out_strides[2] + g * out_strides[3] + p * out_strides[4], total, mask=mask)
+            tl.store(out + f * frames * positions + g * positions + p, total, mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,18 @@ def update(sums: Sums, call: Call) -> None:
     written = slice(call.text_start, call.text_start + call.text)
     for head in range(call.query.shape[1]):
         queries, parts, shift = head_inputs(call, 0, head, dtype)
+        shift = finite_or_nan(shift)
         sums.diagonal[head] += head_diagonal(call, queries, parts, shift)
         chosen = queries[sums.tokens].mul_(call.softmax_scale)
         for part in parts:
-            _add_rows(sums.rows[head], chosen, part[vision].T, shift[sums.tokens, None])
+            _add_rows(sums.rows[head, :, : call.vision], chosen, part[vision].T, shift[sums.tokens, None])
         words = (parts[:, written] * call.softmax_scale).flatten(0, 1).T
         _add_vision_mass(sums.vision_mass[head], queries[vision], words, shift[vision, None])
+
+
+def finite_or_nan(lse: Tensor) -> Tensor:
+    """NaN in place of an infinite logsumexp: such a row has no softmax."""
+    return lse.masked_fill(lse.isinf(), math.nan)
 
 
 def _add_rows(total: Tensor, query: Tensor, key: Tensor, lse: Tensor) -> None:
@@ -40,7 +48,7 @@ def _add_rows(total: Tensor, query: Tensor, key: Tensor, lse: Tensor) -> None:
 def _add_vision_mass(total: Tensor, query: Tensor, words: Tensor, lse: Tensor) -> None:
     """One minus the mass on the text keys, which are far fewer than the video's."""
     if not words.shape[1]:
-        total += 1
+        total += 1 + (lse - lse)[:, 0]
         return
     step = max(1, CHUNK_ELEMENTS // words.shape[1])
     held = query.new_empty(min(step, len(query)), words.shape[1])

@@ -11,6 +11,8 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .. import backends, launch
 from ..diagonal_attention.call import Call
 from . import composite
@@ -27,13 +29,13 @@ motion_statistics_op = backends.Op(
 """Add one map; the first axis of query and key is 1, and the ``text`` keys are no video tokens."""
 
 
-def _triton(sums: Sums, call: Call) -> None:
+def _triton(sums: Sums, call: Call, more: Sequence[Call] = ()) -> None:
     from . import plan
 
-    plan.update(sums, call)
+    plan.update(sums, call, more)
 
 
-def _triton_reasons(sums: Sums, call: Call) -> list[str]:
+def _triton_reasons(sums: Sums, call: Call, more: Sequence[Call] = ()) -> list[str]:
     return launch.reasons(call.query)
 
 

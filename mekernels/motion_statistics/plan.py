@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from .. import launch, resources
 from ..diagonal_attention.call import Call
 from ..diagonal_attention.plan import position_blocks, shapes
 from ..launch import Launch
-from .sums import Sums
+from .sums import COLUMNS, MAPS, Sums, padded
 from .triton import motion_statistics_kernel
 
 
-def update(sums: Sums, call: Call) -> None:
-    """The op: add the map of one sample."""
-    launch.run(plan(sums, call))
+def update(sums: Sums, call: Call, more: Sequence[Call] = ()) -> None:
+    """The op: add the map of one sample, and those of ``more`` calls of the same layout."""
+    launch.run(plan(sums, call, more))
 
 
-def plan(sums: Sums, call: Call) -> Launch:
-    """The launch that adds the map of one sample to the sums; the first axis of query and key is 1."""
+def plan(sums: Sums, call: Call, more: Sequence[Call] = ()) -> Launch:
+    """The launch that adds at most MAPS maps to the sums; the first axis of query and key is 1."""
     query, frames, positions = call.query, call.frames, call.positions
     heads, width, exact = query.shape[1], query.shape[3], query.dtype == torch.float32
-    # Both kinds of programs read and write more than they compute: three small ones on a multiprocessor hide
+    # All kinds of programs read and write more than they compute: three small ones on a multiprocessor hide
     # each other's waiting better than a large one.
     tile = position_blocks(frames, width, query.dtype, 64)
-    tile |= {"BLOCK_T": 16 if exact else 64, "BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
+    tile |= {"BLOCK_Q": 64 if exact else 128, "BLOCK_T": 16 if exact else 64}
+    tile |= {"BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
+    options = {"num_warps": 4, "num_stages": 2}
+    if exact or width > 64:
+        # One program of eight warps; unasked, the compiler would rather spill than use so many registers.
+        options |= {"num_warps": 8, "maxnreg": 255}
+    if width > 128 and not exact:
+        tile |= {"BLOCK_Q": 64, "BLOCK_D": 32}
+    # One kernel for any number of further maps: the first stands for those that are missing.
+    others = (*more, *[call] * (MAPS - 1 - len(more))) if more else ()
     arguments = {
         "diagonal": sums.diagonal,
         "rows": sums.rows,
@@ -32,13 +44,17 @@ def plan(sums: Sums, call: Call) -> Launch:
         "query": query,
         "key": call.key,
         "lse": call.lse,
+        "more_queries": tuple(one.query for one in others),
+        "more_keys": tuple(one.key for one in others),
+        "more_lse": tuple(one.lse for one in others),
         "index": sums.tokens,
-        "diagonal_strides": sums.diagonal.stride(),
         "rows_strides": sums.rows.stride(),
-        "vision_mass_strides": sums.vision_mass.stride(),
         "query_strides": query.stride(),
         "key_strides": call.key.stride(),
-        "lse_strides": call.lse.stride(),
+        **_strides("diagonal", sums.diagonal, "head", "query", "key", "position"),
+        **_strides("mass", sums.vision_mass, "head", "token"),
+        **_strides("lse", call.lse[0], "head", "token"),
+        "maps": 1 + len(more),
         "count": len(sums.tokens),
         "frames": frames,
         "positions": positions,
@@ -46,18 +62,23 @@ def plan(sums: Sums, call: Call) -> Launch:
         "text": call.text,
         "text_start": call.text_start,
         "part_tokens": call.own,
-        "scale": call.softmax_scale,
+        "scale_log2": call.softmax_scale * math.log2(math.e),
         "FOLD": call.fold,
         "WIDTH": width,
+        "PADDED": sums.rows.shape[2] >= padded(call.vision, tile["BLOCK_N"]),
         **tile,
     }
-    programs = launch.cdiv(positions, tile["BLOCK_P"]) + launch.cdiv(call.vision, tile["BLOCK_N"])
-    options = {"num_warps": 8 if exact or width > 128 else 4, "num_stages": 2}
+    programs = launch.cdiv(positions, tile["BLOCK_P"])
+    programs += launch.cdiv(call.vision, tile["BLOCK_N"]) + launch.cdiv(call.vision, tile["BLOCK_Q"])
     return Launch(motion_statistics_kernel, (heads * programs,), arguments, options)
 
 
+def _strides(name: str, tensor: torch.Tensor, *axes: str) -> dict[str, int]:
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
 def gates() -> list[resources.Gate]:
-    """All shapes, one and two key parts, 64 chosen rows."""
+    """All shapes, one and two key parts, 104 rows; one map, and as many as a launch takes."""
     found = []
     for name, shape in shapes().items():
         for dtype in launch.DTYPES:
@@ -65,12 +86,14 @@ def gates() -> list[resources.Gate]:
             query, key, lse = launch.meta_inputs(shape, dtype, fold)
             heads, frames, positions = shape.heads, shape.frames, shape.positions
             diagonal = torch.empty(heads, positions, frames, frames, device="meta").permute(0, 2, 3, 1)
-            rows = torch.empty(heads, 64, frames * positions, device="meta")
+            rows = torch.empty(heads, 104, padded(frames * positions, COLUMNS), device="meta")
             mass = torch.empty(heads, frames * positions, device="meta")
-            index = torch.empty(64, dtype=torch.int64, device="meta")
+            index = torch.empty(104, dtype=torch.int64, device="meta")
             layout = (frames, positions, shape.text, shape.text, 0)
             call = Call(query, key, lse, *layout, shape.width**-0.5, fold)
-            planned = plan(Sums(diagonal, rows, mass, index), call)
-            label = f"motion_statistics {name} {str(dtype)[6:]} fold {fold}"
-            found.append(resources.Gate(label, planned, dtype != torch.float32))
+            for maps in (1, MAPS):
+                planned = plan(Sums(diagonal, rows, mass, index), call, [call] * (maps - 1))
+                several = f", {maps} maps," if maps > 1 else ""
+                label = f"motion_statistics {name}{several} {str(dtype)[6:]} fold {fold}"
+                found.append(resources.Gate(label, planned, dtype != torch.float32))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,16 @@ from ..diagonal_attention.op import check_side_inputs
 from ..layout import VideoTokens
 from ..motion_scores import MotionScores, energy_ratio, motion_scores
 from . import rows as row_choice
+from .composite import finite_or_nan
 from .op import motion_statistics_op
+from .pending import Pending
 from .square_sums import vision_square_sums
-from .sums import Sums
+from .sums import Sums, padded
 
 CHUNK_ELEMENTS = 1 << 20
 """Attention entries the composite holds at a time."""
+PENDING_BYTES = 3 << 29
+"""1.5 GiB: seven layers of CogVideoX-5B."""
 
 
 class MotionStatistics:
@@ -79,6 +84,7 @@ class MotionStatistics:
         device: torch.device | str | None = None,
         seed: int = 0,
         pooling: str = "pooled",
+        pending_bytes: int = PENDING_BYTES,
     ) -> None:
         checks.video_tokens("video", video)
         if isinstance(heads, bool) or not isinstance(heads, int):
@@ -98,6 +104,11 @@ class MotionStatistics:
         """(R,) int64 sampled video tokens and (R,) how many tokens each stands for, on the CPU."""
         self.updates = 0
         """Maps pooled so far."""
+        if isinstance(pending_bytes, bool) or not isinstance(pending_bytes, int):
+            raise TypeError(f"pending_bytes must be an int, got {type(pending_bytes).__name__}")
+        if pending_bytes < 0:
+            raise ValueError(f"pending_bytes must be at least 0, got {pending_bytes}")
+        self._pending = Pending(pending_bytes)
         self._device = None if device is None else torch.device(device)
         self._sums: dict[str, Tensor] = {}
 
@@ -123,17 +134,40 @@ class MotionStatistics:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. NaN is reported by
                 :meth:`scores` and :meth:`text_attention`, so that an update need not wait for the device.
+            RuntimeError: a kept tensor of an earlier update was overwritten; see ``pending_bytes``.
             BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
         """
+        self._pending.check()
         scale = check_side_inputs(query, key, lse, self.video, softmax_scale, fold)
         checks.shape("query", query, (1, self.heads, *query.shape[2:]), meaning="(one sample, heads, ...)")
         held = self._ready(query)
         call = Call.of(query.detach(), key.detach(), lse.detach(), self.video, scale, fold)
-        if self.pooling == "pooled":
-            self._add(Sums(**{name: held[name] for name in Sums._fields}), call)
-        else:
+        if self.pooling == "per_layer":
             self._add_scores(held, call)
+        elif self._waits(call):
+            self._pending.add(self._pooled, call)
+        else:
+            self._flush()
+            self._add(self._pooled, call)
         self.updates += 1
+
+    @property
+    def _pooled(self) -> Sums:
+        return Sums(**{name: self._sums[name] for name in Sums._fields})
+
+    def _waits(self, call: Call) -> bool:
+        if torch.compiler.is_compiling() or backends.active() == "reference" or not self._pending.takes(call):
+            return False
+        chosen = backends.choose(motion_statistics_op.name, backends.active(), self._pooled, call)
+        return chosen is backends.table(motion_statistics_op.name)["triton"].run
+
+    def _flush(self) -> None:
+        if self.pooling == "pooled" and self._sums:
+            self._pending.flush(self._pooled)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._flush()
+        return self.__dict__
 
     def _add(self, sums: Sums, call: Call) -> None:
         if backends.active() == "reference":
@@ -176,6 +210,8 @@ class MotionStatistics:
         for name in ("text_rows", "sampled_rows"):
             if not torch.equal(getattr(self, name), getattr(other, name)):
                 raise ValueError(f"other must have the {name} of this MotionStatistics, got different ones")
+        self._flush()
+        other._flush()
         if other._sums:
             if not self._sums:
                 self._allocate(other._sums["rows"].dtype, self._device or other._sums["rows"].device)
@@ -227,7 +263,8 @@ class MotionStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums and the number of updates, as tensors that :meth:`load_state_dict` takes."""
-        state = {name: self._sums[name] for name in self._names if self._sums}
+        self._flush()
+        state = {name: self._read(name) for name in self._names if self._sums}
         return {**state, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -239,20 +276,21 @@ class MotionStatistics:
         expected = {"updates", *self._names} if len(state) > 1 else {"updates"}
         if set(state) != expected:
             raise ValueError(f"state must have the entries {sorted(expected)}, got {sorted(state)}")
+        self._pending.drop()
         if len(state) == 1:
             self._sums = {}
         else:
             rows = state["rows"]
             self._allocate(rows.dtype, self._device or rows.device)
             for name in self._names:
-                checks.shape(f"state[{name!r}]", state[name], self._sums[name].shape)
-                self._sums[name].copy_(state[name])
+                checks.shape(f"state[{name!r}]", state[name], self._read(name).shape)
+                self._read(name).copy_(state[name])
         self.updates = int(state["updates"])
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         video, heads = self.video, self.heads
         index = torch.cat([self.text_rows, self.sampled_rows + video.vision_slice.start])
-        rows = torch.zeros(heads, len(index), video.vision, dtype=dtype, device=device)
+        rows = torch.zeros(heads, len(index), padded(video.vision), dtype=dtype, device=device)
         self._sums = {"rows": rows, "tokens": index.to(device)}
         if self.pooling == "per_layer":
             self._sums["scores"] = rows.new_zeros(3, heads, dtype=torch.float64)
@@ -263,6 +301,10 @@ class MotionStatistics:
     @property
     def _names(self) -> tuple[str, ...]:
         return ("rows", "scores") if self.pooling == "per_layer" else ("diagonal", "rows", "vision_mass")
+
+    def _read(self, name: str) -> Tensor:
+        held = self._sums[name]
+        return held[..., : self.video.vision] if name == "rows" else held
 
     def _ready(self, query: Tensor) -> dict[str, Tensor]:
         dtype = checks.accumulate_dtype(query.dtype)
@@ -278,13 +320,15 @@ class MotionStatistics:
     def _finished(self) -> dict[str, Tensor]:
         if not self.updates:
             raise ValueError("MotionStatistics has no update yet: call update() before reading it")
-        broken = [name for name in self._names if _broken(name, self._sums[name])]
+        self._flush()
+        sums = {name: self._read(name) for name in self._names}
+        broken = [name for name, held in sums.items() if _broken(name, held)]
         if broken:
             raise ValueError(
                 f"attention statistics must be finite, got NaN or infinity in {', '.join(broken)}: "
                 "the query, key or lse of an update held such values, or lse did not belong to them"
             )
-        return self._sums
+        return sums
 
     def _outside(self, sums: dict[str, Tensor]) -> Tensor:
         """(H,) float64 estimate of the squares off the diagonals."""
@@ -298,7 +342,7 @@ class MotionStatistics:
             step = max(1, CHUNK_ELEMENTS // video.vision)
             for first in range(0, len(rows), step):
                 some = slice(first, first + step)
-                squares = rows[some].double().div_(self.updates).square_().unflatten(1, (video.frames, -1))
+                squares = (rows[some].double() / self.updates).square_().unflatten(1, (video.frames, -1))
                 own = place[some, None, None].expand(-1, video.frames, 1)
                 squares.scatter_(2, own, 0)
                 total += (squares.sum((1, 2)) * weights[some]).sum()
@@ -320,8 +364,8 @@ def _reference_update(
     query: Tensor, key: Tensor, lse: Tensor, sums: Sums, video: VideoTokens, scale: float, fold: int
 ) -> None:
     scores = reference.attention_scores(query, key, softmax_scale=scale)
-    attention = reference.fold_keys((scores - lse[..., None]).exp(), fold)[0]
+    attention = reference.fold_keys((scores - finite_or_nan(lse)[..., None]).exp(), fold)[0]
     block = reference.vision_block(attention, video)
     sums.diagonal.add_(reference.diagonal(block, video))
-    sums.rows.add_(attention[:, sums.tokens, video.vision_slice])
+    sums.rows[..., : video.vision].add_(attention[:, sums.tokens, video.vision_slice])
     sums.vision_mass.add_(block.sum(-1))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from mekernels.launch import Launch
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
@@ -60,3 +63,20 @@ def assert_error_rule(
         f"{wrong.double().mean():.1%} of the entries wrong, first at {place}, largest {error.max():.3e}, "
         f"allowed {allowed:.3e}"
     )
+
+
+def compiled_variants(launches: Iterable[Launch]) -> dict[str, set[str]]:
+    """What Triton would compile for launches, by the name of the kernel: its own key of each, each once."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    found: dict[str, set[str]] = {}
+    for launch in launches:
+        kernel = launch.kernel
+        bind = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
+        _, specialization, options = bind(**launch.arguments, **launch.options)
+        found.setdefault(kernel.__name__, set()).add(f"{specialization} {sorted(options.items())}")
+    return found

@@ -54,3 +54,45 @@ def test_diagonals(value, which):
         actual = mekernels.diagonal_attention(*(item.to(DEVICE) for item in inputs), video).cpu()
     expected = reference.diagonal_attention(*inputs, video)
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", nonfinite.VALUES)
+@pytest.mark.parametrize("token", [1, 6], ids=["text", "video"])
+@pytest.mark.parametrize("which", ["query", "key", "lse"])
+@pytest.mark.parametrize("fold", [1, 2])
+def test_motion_statistics(value, token, which, fold):
+    """NaN where the reference has NaN, the same values elsewhere, and refused when read."""
+    video = VideoTokens(3, 1, 3, text=3)
+    query = nonfinite.randn(1, 2, 12, 16, dtype=torch.float32)
+    key = nonfinite.randn(1, 2, 12 * fold, 16, seed=1, dtype=torch.float32)
+    if which != "lse":
+        {"query": query, "key": key}[which][0, 1, token, 3] = value
+    lse = reference.logsumexp(query, key)
+    if which == "lse":
+        lse[0, 1, token] = value
+    inputs = [item.to(DEVICE) for item in (query, key, lse)]
+
+    def state(backend):
+        statistics = mekernels.MotionStatistics(video, 2, sampled_rows="all")
+        with mekernels.use_backend(backend):
+            statistics.update(*inputs, fold=fold)
+            with pytest.raises(ValueError, match="attention statistics must be finite"):
+                statistics.scores()
+        return statistics.state_dict()
+
+    actual, expected = state("triton"), state("reference")
+    for name in ("diagonal", "rows", "vision_mass"):
+        torch.testing.assert_close(actual[name], expected[name], equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert not all(expected[name][1].isfinite().all() for name in ("diagonal", "rows", "vision_mass"))
+
+
+@pytest.mark.parametrize("value", nonfinite.VALUES)
+def test_motion_statistics_without_text(value):
+    video = VideoTokens(2, 1, 3)
+    query, key = (nonfinite.randn(1, 1, 6, 16, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    lse = reference.logsumexp(query, key)
+    lse[0, 0, 4] = value
+    statistics = mekernels.MotionStatistics(video, 1)
+    with mekernels.use_backend("triton"):
+        statistics.update(*(item.to(DEVICE) for item in (query, key, lse)))
+    assert statistics.state_dict()["vision_mass"].cpu().isnan().nonzero().tolist() == [[0, 4]]

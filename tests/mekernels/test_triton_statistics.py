@@ -3,6 +3,7 @@
 Without either, ``test_triton_interpreter.py`` runs this file in a process of its own.
 """
 
+import copy
 import math
 
 import pytest
@@ -257,3 +258,216 @@ def test_compiled_without_a_graph_break():
     with mekernels.use_backend("triton"):
         compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(query, key, lse), scaled(query, key, lse))
+
+
+KEPT = ("diagonal", "rows", "vision_mass")
+
+
+def one_by_one(video, layers, fold=1, **options):
+    return pooled("triton", video, layers, fold, pending_bytes=0, **options).state_dict()
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 9])
+@pytest.mark.parametrize("fold", [1, 2])
+def test_several_maps_in_one_launch_are_those_one_by_one(count, fold):
+    video = VideoTokens(3, 2, 3, text=4)
+    layers = [case(video, 2 * seed, fold=fold) for seed in range(count)]
+    with mekernels.use_backend("triton"):
+        statistics = MotionStatistics(video, 2)
+        for query, key, lse in layers:
+            statistics.update(query, key, lse, fold=fold)
+    assert statistics.updates == count
+    assert statistics._pending.bytes == (count % 8) * sum(item.nbytes for item in layers[0])
+    state, expected = statistics.state_dict(), one_by_one(video, layers, fold)
+    assert statistics._pending.bytes == 0
+    for name in KEPT:
+        assert torch.equal(state[name], expected[name]), name
+
+
+def launches(monkeypatch):
+    from mekernels.motion_statistics import plan
+
+    seen, run = [], plan.update
+
+    def update(sums, call, more=()):
+        seen.append(1 + len(more))
+        run(sums, call, more)
+
+    monkeypatch.setattr(plan, "update", update)
+    return seen
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(0, [1] * 4), (1, [2, 2]), (2, [3, 1]), (3, [4]), (9, [4])])
+def test_the_bound_counts_what_is_kept(monkeypatch, kept, expected):
+    video = VideoTokens(2, 2, 2, text=3)
+    layers = [case(video, seed) for seed in range(4)]
+    size = sum(item.nbytes for item in layers[0])
+    seen = launches(monkeypatch)
+    pooled("triton", video, layers, 1, pending_bytes=kept * size).state_dict()
+    assert seen == expected
+    seen.clear()
+    # One byte less and one layer less is kept.
+    pooled("triton", video, layers, 1, pending_bytes=max(0, kept * size - 1)).state_dict()
+    assert seen == {0: [1] * 4, 1: [1] * 4, 2: [2, 2], 3: [3, 1], 9: [4]}[kept]
+
+
+def test_a_view_counts_as_all_that_it_holds(monkeypatch):
+    """A quarter of a buffer keeps the whole buffer; what several views share counts once."""
+    video = VideoTokens(2, 2, 2, text=3)
+    query, key, lse = case(video)
+    wide = torch.zeros(4, *query.shape[1:], device=DEVICE)
+    wide[1], wide[2] = query[0], key[0]
+    with mekernels.use_backend("triton"):
+        statistics = MotionStatistics(video, 2)
+        statistics.update(wide[1:2], wide[2:3], lse)
+        assert statistics._pending.bytes == wide.nbytes + lse.nbytes
+        narrow = MotionStatistics(video, 2, pending_bytes=wide.nbytes)
+        narrow.update(wide[1:2], wide[2:3], lse)
+        assert narrow._pending.bytes == 0
+    for name, tensor in one_by_one(video, [(query, key, lse)]).items():
+        assert torch.equal(statistics.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("change", ["scale", "fold", "strides", "dtype", "width", "lse"])
+def test_another_layout_is_another_launch(monkeypatch, change):
+    video = VideoTokens(2, 2, 2, text=3)
+    first, second = case(video, 0), case(video, 2)
+    options = {}
+    if change == "scale":
+        options["softmax_scale"] = 0.1
+    elif change == "fold":
+        second, options["fold"] = case(video, 2, fold=2), 2
+    elif change == "strides":
+        second[1] = placed(second[1])
+    elif change == "dtype":
+        second = case(video, 2, dtype=torch.float16)
+    elif change == "width":
+        second = case(video, 2, width=32)
+    else:
+        second[2] = second[2].double()
+    expected = MotionStatistics(video, 2, pending_bytes=0)
+    seen = launches(monkeypatch)
+    statistics = MotionStatistics(video, 2)
+    with mekernels.use_backend("triton"):
+        for pool in (statistics, expected):
+            pool.update(*first)
+            pool.update(*second, **options)
+    for name in KEPT:
+        assert torch.equal(statistics.state_dict()[name], expected.state_dict()[name]), name
+    assert seen == [1] * 4
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(
+    "read", ["update", "scores", "text_attention", "state_dict", "merge", "merged", "copy"]
+)
+def test_overwriting_what_is_kept_is_refused_by_name(place, read):
+    video = VideoTokens(2, 2, 2, text=3)
+    layers = [case(video, seed) for seed in (0, 2)]
+    statistics, other = MotionStatistics(video, 2), MotionStatistics(video, 2)
+    with mekernels.use_backend("triton"):
+        for layer in layers:
+            statistics.update(*layer)
+        layers[0][place].mul_(1.0)
+        reads = {
+            "update": lambda: statistics.update(*case(video, 4)),
+            "scores": statistics.scores,
+            "text_attention": lambda: statistics.text_attention([0]),
+            "state_dict": statistics.state_dict,
+            "merge": lambda: statistics.merge(other),
+            "merged": lambda: other.merge(statistics),
+            "copy": lambda: copy.deepcopy(statistics),
+        }
+        name = ("query", "key", "lse")[place]
+        with pytest.raises(
+            RuntimeError, match=f"{name} of the update 2 before was overwritten.*pending_bytes=0"
+        ):
+            reads[read]()
+    assert statistics.updates == 2
+
+
+def test_with_nothing_kept_tensors_may_be_overwritten():
+    video = VideoTokens(2, 2, 2, text=3)
+    layers = [case(video, seed) for seed in (0, 2)]
+    expected = one_by_one(video, layers)
+    buffers = [item.clone() for item in layers[0]]
+    statistics = MotionStatistics(video, 2, pending_bytes=0)
+    with mekernels.use_backend("triton"):
+        for layer in layers:
+            for buffer, item in zip(buffers, layer, strict=True):
+                buffer.copy_(item)
+            statistics.update(*buffers)
+    for name in KEPT:
+        assert torch.equal(statistics.state_dict()[name], expected[name]), name
+
+
+def test_inference_tensors_are_not_kept():
+    """They have no version, so nothing would tell that one was overwritten."""
+    video = VideoTokens(2, 2, 2, text=3)
+    layer = case(video)
+    with torch.inference_mode(), mekernels.use_backend("triton"):
+        buffers = [item.clone() for item in layer]
+        statistics = MotionStatistics(video, 2)
+        statistics.update(*buffers)
+        assert statistics._pending.bytes == 0
+        for buffer in buffers:
+            buffer.zero_()
+        state = statistics.state_dict()
+    for name, tensor in one_by_one(video, [layer]).items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_every_way_to_read_adds_what_waits():
+    video = VideoTokens(2, 2, 2, text=3)
+    layers = [case(video, seed) for seed in (0, 2)]
+    done = one_by_one(video, layers)
+
+    def waiting():
+        return pooled("triton", video, layers, 1)
+
+    assert torch.equal(
+        waiting().scores().dfc, pooled("triton", video, layers, 1, pending_bytes=0).scores().dfc
+    )
+    rows = done["rows"][:, :3].mean(0) / 2
+    torch.testing.assert_close(waiting().text_attention([0, 1]), rows)
+    twice = waiting().merge(waiting()).state_dict()
+    copied = copy.deepcopy(waiting()).state_dict()
+    for name in KEPT:
+        torch.testing.assert_close(twice[name], 2 * done[name])
+        assert torch.equal(copied[name], done[name])
+    # What waits belongs to the sums that are replaced.
+    loaded = waiting()
+    loaded.load_state_dict(done)
+    for name in KEPT:
+        assert torch.equal(loaded.state_dict()[name], done[name])
+    assert loaded.updates == 2
+
+
+def test_other_backends_add_what_waits_first():
+    video = VideoTokens(2, 2, 2, text=3)
+    layers = [case(video, seed) for seed in (0, 2)]
+    statistics = MotionStatistics(video, 2)
+    for backend, layer in zip(("triton", "torch"), layers, strict=True):
+        with mekernels.use_backend(backend):
+            statistics.update(*layer)
+    assert statistics._pending.bytes == 0
+    for name, tensor in one_by_one(video, layers).items():
+        torch.testing.assert_close(statistics.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 64])
+def test_only_padded_sums_are_written_beyond_the_video(extra):
+    """Sums without room for whole blocks keep what stands beside them."""
+    video = VideoTokens(3, 2, 3, text=4)
+    query, key, lse = case(video)
+    index = torch.tensor([1, 4, 20], device=DEVICE)
+    big = torch.full((2, 3, 18 + extra + 5), 7.0, device=DEVICE)
+    rows = big[..., : 18 + extra]
+    rows[..., :18] = 0
+    held = torch.zeros(2, 3, 3, 6, device=DEVICE), rows, torch.zeros(2, 18, device=DEVICE)
+    layout = (3, 6, 4, 4, 0, 0.25, 1)
+    torch.ops.mekernels.motion_statistics_update_triton(*held, index, query, key, lse, *layout)
+    wanted = torch.zeros_like(held[0]), torch.zeros(2, 3, 18, device=DEVICE), torch.zeros_like(held[2])
+    torch.ops.mekernels.motion_statistics_update_torch(*wanted, index, query, key, lse, *layout)
+    torch.testing.assert_close(rows[..., :18], wanted[1])
+    assert (big[..., 18 + extra :] == 7).all()

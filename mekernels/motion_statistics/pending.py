@@ -1,0 +1,100 @@
+"""Maps of earlier updates that wait to be added together: the sums are then read and written once for all."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..diagonal_attention.call import Call
+from .sums import MAPS, Sums
+
+TENSORS = ("query", "key", "lse")
+
+
+class Pending:
+    """Calls of one layout, kept by reference, and the stream they were made on.
+
+    Args:
+        limit: bytes of memory that the kept tensors may hold between updates.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._calls: list[Call] = []
+        self._versions: list[tuple[int, ...]] = []
+        self._stream: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the kept tensors hold: that of their whole storages, each counted once."""
+        storages = {}
+        for tensor in (tensor for call in self._calls for tensor in _tensors(call)):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def takes(self, call: Call) -> bool:
+        """Whether this call may wait. An inference tensor may not: it does not count its writes."""
+        return self.limit > 0 and not any(tensor.is_inference() for tensor in _tensors(call))
+
+    def add(self, sums: Sums, call: Call) -> None:
+        """Keep a call, and add all that are kept to the sums where they are many or of another layout."""
+        stream = torch.cuda.current_stream(call.query.device) if call.query.is_cuda else None
+        if self._calls and (stream != self._stream or _layout(call) != _layout(self._calls[0])):
+            self.flush(sums)
+        self._calls.append(call)
+        self._versions.append(_versions(call))
+        self._stream = stream
+        if len(self._calls) == MAPS or self.bytes > self.limit:
+            self.flush(sums)
+
+    def check(self) -> None:
+        """Refuse to go on where a kept tensor was overwritten.
+
+        Raises:
+            RuntimeError: names the tensor.
+        """
+        for place, (call, before) in enumerate(zip(self._calls, self._versions, strict=True)):
+            for name, old, new in zip(TENSORS, before, _versions(call), strict=True):
+                if old != new:
+                    raise RuntimeError(
+                        f"{name} of the update {len(self._calls) - place} before was overwritten in place "
+                        "while MotionStatistics still held it to add several maps at once: pass a copy, or "
+                        "make MotionStatistics with pending_bytes=0"
+                    )
+
+    def flush(self, sums: Sums) -> None:
+        """Add what is kept, on the stream of the updates, and keep nothing.
+
+        Raises:
+            RuntimeError: a kept tensor was overwritten.
+        """
+        if not self._calls:
+            return
+        self.check()
+        first, *more = self._calls
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            backends.dispatch("motion_statistics_update", "triton", sums, first, more)
+        self.drop()
+
+    def drop(self) -> None:
+        """Keep nothing."""
+        self._calls, self._versions, self._stream = [], [], None
+
+
+def _tensors(call: Call) -> tuple[Tensor, ...]:
+    return call.query, call.key, call.lse
+
+
+def _versions(call: Call) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in _tensors(call))
+
+
+def _layout(call: Call) -> tuple[Any, ...]:
+    """What the maps of one launch have in common; aligned addresses are another kernel than others."""
+    tensors = [(item.shape, item.stride(), item.dtype, item.data_ptr() % 16 == 0) for item in _tensors(call)]
+    return *tensors, *call[len(TENSORS) :]
