@@ -108,30 +108,54 @@ class Tiles(NamedTuple):
 
 def tiles(kernel: str, kind: Kind) -> Tiles:
     """Tiles that fit the registers and the shared memory of compute capability 8.0 and later."""
-    width = kind.query[3]
     rows = max(16, power_of_two(kind.count if kernel == "row_columns" else kind.stacked))
-    if not kind.half:
-        most = 16 if width > 128 or kernel == "query_gradient" else 32
-        return Tiles(min(rows, most), 16 if width > 128 and kernel == "row_slope" else 32, 8, 1)
-    if kernel == "row_lse" and rows >= 128 and width <= 128:
+    if kernel == "row_lse" and kind.half and rows >= 128 and kind.query[3] <= 128:
         return Tiles(128, 64, 8, 3)
-    most, keys, num_warps = _HALF[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
-    return Tiles(min(rows, most), keys, num_warps, 2)
+    tile = _TILES[kernel][_class(kind)]
+    if kernel == "query_gradient" and kind.dtype == torch.float16 and 64 < kind.query[3] <= 128:
+        # The scale that float16 needs takes registers.
+        tile = Tiles(32, 64, 4, 2)
+    return tile._replace(rows=min(rows, tile.rows))
 
 
-_HALF = {
-    "row_lse": ((64, 64, 4), (64, 64, 4), (64, 64, 8)),
-    "row_columns": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
-    "row_slope": ((64, 64, 4), (64, 64, 8), (64, 64, 8)),
-    "key_gradient": ((32, 64, 4), (32, 64, 4), (32, 64, 8)),
-    "query_gradient": ((64, 64, 4), (64, 32, 4), (32, 64, 8)),
+def _class(kind: Kind) -> int:
+    """Which entry of a table is that of the call."""
+    width = kind.query[3]
+    return (0 if width <= 64 else 1 if width <= 128 else 2) + (0 if kind.half else 3)
+
+
+_SMALL, _TALL = Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)
+_TILES = {
+    "row_lse": (_TALL, _TALL, Tiles(64, 64, 8, 2), *[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 32, 8, 1)),
+    "row_columns": (
+        *(_TALL, Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
+        *(*[Tiles(32, 32, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
+    ),
+    "row_slope": (
+        *(_TALL, *[Tiles(64, 64, 8, 2)] * 2),
+        *(*[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 16, 8, 1)),
+    ),
+    "key_gradient": (_SMALL, _SMALL, Tiles(32, 64, 8, 2), *[Tiles(16, 32, 8, 1)] * 3),
+    "query_gradient": (
+        *(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 8, 2)),
+        *[Tiles(16, 32, 8, 1)] * 3,
+    ),
 }
-"""Rows, keys and warps at head widths up to 64, 128 and 256: the largest that spill no register."""
+"""For head widths up to 64, 128 and 256, in half precision and in float32: the largest that do not spill."""
 
 
 def resident(kernel: str, kind: Kind) -> int:
-    """Programs of a kernel with its largest tile that one multiprocessor holds at a time."""
-    return 2
+    """Programs of a kernel that one multiprocessor holds at a time, as registers and shared memory allow."""
+    old = kind.device.type == "cuda" and torch.cuda.get_device_capability(kind.device) < (9, 0)
+    return _RESIDENT[kernel][_class(kind)][1 if old else 0]
+
+
+_RESIDENT = {
+    "row_lse": ((4, 3), (2, 1), (2, 2), (3, 4), (3, 4), (1, 1)),
+    "row_slope": ((3, 2), (2, 1), (2, 1), (1, 4), (1, 4), (1, 1)),
+    "query_gradient": ((3, 2), (2, 2), (1, 1), (2, 2), (2, 2), (1, 1)),
+}
+"""For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
 
 
 def cuts(kind: Kind, programs: int, length: int, step: int, held: int = 2) -> tuple[int, int]:
@@ -441,6 +465,6 @@ def gates() -> list[resources.Gate]:
         launches, out, lse, rest = plan_forward(call)
         for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:
             kernel = launch.kernel.__name__
-            shaped = dtype != torch.float32 and kernel != "scatter_rows"
+            shaped = dtype != torch.float32 and kernel in _TILES
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, shaped))
     return found

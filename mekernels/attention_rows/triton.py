@@ -253,20 +253,20 @@ def row_columns(
         n = column + part * own
         _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
         seen &= chosen
-        place = token_at(key, k_strides, sample, kv, n.to(tl.int64))
-        k = tl.trans(vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D))
+        of_keys = token_at(key, k_strides, sample, kv, n.to(tl.int64))
+        k = tl.trans(vectors(of_keys, seen, k_strides[3], 0, WIDTH, BLOCK_D))
         shown = allowed & seen[None, :]
         groups: tl.constexpr = GROUPS if MEAN else 1
         for group in range(groups):
-            place = token_at(query, q_strides, sample, first_head + group, row)
-            q = vectors(place, valid, q_strides[3], 0, WIDTH, BLOCK_D)
-            of_row = (sample * lists * GROUPS + first_head + group) * count + r
-            top = tl.load(tops + of_row, mask=inside, other=0.0)
-            share = tl.load(shares + of_row, mask=inside, other=0.0)
+            of_rows = token_at(query, q_strides, sample, first_head + group, row)
+            q = vectors(of_rows, valid, q_strides[3], 0, WIDTH, BLOCK_D)
+            rank = (sample * lists * GROUPS + first_head + group) * count + r
+            top = tl.load(tops + rank, mask=inside, other=0.0)
+            share = tl.load(shares + rank, mask=inside, other=0.0)
             weights = exponential(exact_dot(q, k) * scale - top[:, None])
             mass += tl.where(shown, weights, 0.0) * share[:, None]
-    rank = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
-    at = partial + (rank * count + r[:, None]) * width + c[None, :]
+    block = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
+    at = partial + (block * count + r[:, None]) * width + c[None, :]
     tl.store(at, tl.where(chosen[None, :], mass * SCALE, 0.0), mask=inside[:, None] & (c < width)[None, :])
 
 

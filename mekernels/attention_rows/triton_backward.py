@@ -19,15 +19,15 @@ PADDED = tl.constexpr(64)
 
 
 @triton.jit
-def half_factor(x, SCALED: tl.constexpr):
-    """The largest finite entry of a product's left side where half precision is too narrow; else 1."""
-    factor = 1.0
-    if SCALED:
-        size = tl.abs(x)
-        # Neither infinity nor NaN, which would reach the rows that share a tile with it.
-        size = tl.where(size < float("inf"), size, 0.0)
-        factor = tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
-    return factor
+def scaled_dot(a, b, SCALED: tl.constexpr):
+    """The product in the dtype of ``b``; where that is too narrow for ``a``, its rows are scaled first."""
+    if not SCALED:
+        return exact_dot(a.to(b.dtype), b)
+    size = tl.abs(a)
+    # Neither infinity nor NaN.
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 1)
+    largest = tl.maximum(largest, 1e-30)[:, None]
+    return exact_dot((a * (1.0 / largest)).to(b.dtype), b) * largest
 
 
 @triton.jit
@@ -295,8 +295,7 @@ def key_gradient(
             scale,
             grad_scale,
         )
-        factor = half_factor(change, SCALED)
-        total += exact_dot((change * (1.0 / factor)).to(q.dtype), q) * factor
+        total += scaled_dot(change, q, SCALED)
     at = (
         out
         + sample * o_strides[0]
@@ -385,8 +384,7 @@ def query_gradient(
             scale,
             grad_scale,
         )
-        factor = half_factor(change, SCALED)
-        total += exact_dot((change * (1.0 / factor)).to(k.dtype), k) * factor
+        total += scaled_dot(change, k, SCALED)
     rank = ((split * tl.num_programs(2) + sample) * tl.num_programs(1) + head) * count * GROUPS
     at = partial + (rank + m)[:, None] * WIDTH + lane[None, :]
     inside = m < count * GROUPS
