@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
-from ..launch import Launch, Place, Plan, cdiv, interpreted, power_of_two
+from ..launch import Buffers, Launch, Place, Plan, cdiv, interpreted, power_of_two
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
 from .call import Call
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     key_strides: tuple[int, ...]
     aligned: tuple[bool, bool]
     """Whether 16 divides the addresses of query and key."""
-    count: int
+    rows: int
     """Chosen rows."""
     width: int
     """Chosen columns."""
@@ -79,7 +79,7 @@ class Kind(NamedTuple):
     @property
     def stacked(self) -> int:
         """Rows of all query heads that share a key head."""
-        return self.count * self.groups
+        return self.rows * self.groups
 
     @property
     def lists(self) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class Tiles(NamedTuple):
 
 def tiles(kernel: str, kind: Kind) -> Tiles:
     """Tiles that fit the registers and the shared memory of compute capability 8.0 and later."""
-    rows = max(16, power_of_two(kind.count if kernel == "row_columns" else kind.stacked))
+    rows = max(16, power_of_two(kind.rows if kernel == "row_columns" else kind.stacked))
     if kernel == "row_lse" and kind.half and rows >= 128 and kind.query[3] <= 128:
         return Tiles(128, 64, 8, 3)
     tile = _TILES[kernel][_class(kind)]
@@ -144,10 +144,13 @@ _TILES = {
 """For head widths up to 64, 128 and 256, in half precision and in float32: the largest that do not spill."""
 
 
-def resident(kernel: str, kind: Kind) -> int:
-    """Programs of a kernel that one multiprocessor holds at a time, as registers and shared memory allow."""
-    old = kind.device.type == "cuda" and torch.cuda.get_device_capability(kind.device) < (9, 0)
-    return _RESIDENT[kernel][_class(kind)][1 if old else 0]
+def slots(kernel: str, kind: Kind) -> int:
+    """Programs of a kernel that the device holds at a time, as registers and shared memory allow."""
+    held = _RESIDENT[kernel][_class(kind)]
+    if kind.device.type != "cuda":
+        return held[0] * (132 if kind.device.type == "meta" else 1)
+    device = torch.cuda.get_device_properties(kind.device)
+    return held[0 if device.major >= 9 else 1] * device.multi_processor_count
 
 
 _RESIDENT = {
@@ -158,28 +161,23 @@ _RESIDENT = {
 """For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
 
 
-def cuts(kind: Kind, programs: int, length: int, step: int, held: int = 2) -> tuple[int, int]:
+def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
     """Into how many cuts of how many places to divide ``length``.
 
-    Of all cuts that which takes the least time, counted in steps of the longest multiprocessor: too few leave
-    some without work, and one too many is another wave.
+    Of all cuts that which takes the least time, counted in steps: too few leave multiprocessors without work,
+    and one too many is another wave.
 
     Args:
-        kind: its device has the multiprocessors.
+        held: programs that the device holds at a time.
         programs: of the kernel without cuts.
         length: places along the axis to cut.
         step: places that a program takes at a time.
-        held: programs that a multiprocessor holds at a time.
     """
-    if kind.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(kind.device).multi_processor_count
-    else:
-        processors = 132 if kind.device.type == "meta" else 2
-    steps, slots = cdiv(length, step), processors * held
+    steps = cdiv(length, step)
 
     def cost(cut: int) -> int:
         span = cdiv(steps, cut)
-        return cdiv(max(1, programs) * cdiv(steps, span), slots) * (span + _STEPS_BESIDE)
+        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + _STEPS_BESIDE)
 
     span = cdiv(steps, min(range(1, min(steps, MAX_CUTS) + 1), key=cost)) * step
     return cdiv(length, span), span
@@ -203,7 +201,7 @@ def _common(kind: Kind) -> dict[str, Any]:
         "columns": Place("columns") if kind.listed else None,
         "q_strides": kind.query_strides,
         "k_strides": kind.key_strides,
-        "count": kind.count,
+        "count": kind.rows,
         "queries": kind.query[2],
         "keys": kind.key[2],
         "own": kind.key[2] // kind.fold,
@@ -233,17 +231,17 @@ def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tu
     """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
-    splits, span = cuts(kind, blocks * kv_heads * batch, length, tile.keys, resident(kernel, kind))
+    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys)
     return tile, splits, span, (blocks * splits, kv_heads, batch)
 
 
 @functools.lru_cache(maxsize=64)
 def _forward_plan(kind: Kind) -> Plan:
-    (batch, heads), kv_heads, keys, count = kind.query[:2], kind.key[1], kind.key[2], kind.count
+    (batch, heads), kv_heads, keys, count = kind.query[:2], kind.key[1], kind.key[2], kind.rows
     shared = _common(kind)
     of_rows, single = (batch, heads, count), torch.float32
     tile, splits, span, grid = _cut_rows("row_lse", kind, keys)
-    buffers = dict.fromkeys(("tops", "totals"), ((splits, *of_rows), single))
+    buffers: Buffers = dict.fromkeys(("tops", "totals"), ((splits, *of_rows), single))
     buffers |= dict.fromkeys(("lse", "rest", "highest", "shares"), (of_rows, single))
     buffers["out"] = (*kind.lists, count, kind.width), single
     shared |= {"splits": splits, "span": span} | _places("tops", "totals", "shares")
@@ -273,7 +271,7 @@ def _forward_plan(kind: Kind) -> Plan:
 
 @functools.lru_cache(maxsize=64)
 def _backward_plan(kind: Kind) -> Plan:
-    (batch, heads), (_, kv_heads, keys, _), count = kind.query[:2], kind.key, kind.count
+    (batch, heads), (_, kv_heads, keys, _), count = kind.query[:2], kind.key, kind.rows
     own, block_d = keys // kind.fold, kind.block_d
     shared = _common(kind)
     # Where columns are listed their gradients are spread over all positions of a part first.
@@ -288,14 +286,14 @@ def _backward_plan(kind: Kind) -> Plan:
     tile, splits, span, grid = _cut_rows("row_slope", kind, kind.width)
     padded = cdiv(kind.stacked, backward_kernels.PADDED.value) * backward_kernels.PADDED.value
     stacked = (batch, kv_heads, padded)
-    buffers = {
+    buffers: Buffers = {
         "slope": ((splits, batch, kv_heads, kind.stacked), torch.float32),
         "packed": ((*stacked, block_d), kind.dtype),
         "measures": ((3, *stacked), torch.float32),
         "bounds": ((2, *stacked), torch.int32),
         "places": (stacked, torch.int64 if shared["WIDE"] else torch.int32),
     }
-    part = _places(partial="slope") | {"splits": splits, "span": span}
+    part: dict[str, Any] = _places(partial="slope") | {"splits": splits, "span": span}
     launches = [_launch(backward_kernels.row_slope, grid, tile, shared | part)]
 
     if kind.listed:
@@ -330,8 +328,11 @@ def _backward_plan(kind: Kind) -> Plan:
 
 
 def _plan(make: Any, kind: Kind) -> Plan:
-    # The interpreter has nothing to keep.
-    return make.__wrapped__(kind) if interpreted() else make(kind)
+    return make(kind) if _KEEP else make.__wrapped__(kind)
+
+
+_KEEP = not interpreted()
+"""Whether to keep plans: the interpreter has nothing to gain from it."""
 
 
 def _given(call: Call, **tensors: Tensor) -> dict[str, Tensor]:
