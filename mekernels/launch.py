@@ -95,7 +95,7 @@ class Plan:
 
     def __init__(self, launches: list[Launch], buffers: Buffers) -> None:
         self.launches, self.buffers = launches, buffers
-        self._started: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, str]]]] = []
+        self._started: list[_Starter] = []
 
     def tensors(self, device: torch.device, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the launches take: the given tensors, and fresh buffers."""
@@ -125,21 +125,29 @@ class Plan:
             return
         with on(device):
             stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-            for compiled, grid, values, places in self._started:
+            for begin, before, end, values, places in self._started:
                 values = values.copy()
                 for index, name in places:
                     values[index] = tensors[name]
-                # What compiled[grid](*values) does, without asking for the hooks of a profiler each time.
-                compiled.run(
-                    *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
-                )
+                begin(*before, stream, *end, *values)
 
 
-def _starter(launch: Launch, compiled: Any) -> tuple[Any, tuple[int, ...], list[Any], list[tuple[int, str]]]:
-    """A compiled launch that Triton need not look for: grid, arguments, and which of them are tensors."""
+class _Starter(NamedTuple):
+    """What ``compiled[grid](*values)`` does, without asking each time for the hooks of a profiler."""
+
+    begin: Any
+    grid: tuple[int, ...]
+    behind_stream: tuple[Any, ...]
+    values: list[Any]
+    places: list[tuple[int, str]]
+    """Which of the values are tensors."""
+
+
+def _starter(launch: Launch, compiled: Any) -> _Starter:
     values = [launch.arguments[name] for name in launch.kernel.arg_names]
     places = [(index, value.name) for index, value in enumerate(values) if isinstance(value, Place)]
-    return compiled, (*launch.grid, 1, 1)[:3], values, places
+    behind = (compiled.function, compiled.packed_metadata, None, None, None)
+    return _Starter(compiled.run, (*launch.grid, 1, 1)[:3], behind, values, places)
 
 
 def _hooked() -> bool:

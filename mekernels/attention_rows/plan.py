@@ -241,14 +241,14 @@ def _forward_plan(kind: Kind) -> Plan:
     shared = _common(kind)
     of_rows, single = (batch, heads, count), torch.float32
     tile, splits, span, grid = _cut_rows("row_lse", kind, keys)
-    buffers: Buffers = dict.fromkeys(("tops", "totals"), ((splits, *of_rows), single))
-    buffers |= dict.fromkeys(("lse", "rest", "highest", "shares"), (of_rows, single))
+    buffers: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
+    buffers |= dict.fromkeys(("lse", "rest"), (of_rows, single))
     buffers["out"] = (*kind.lists, count, kind.width), single
-    shared |= {"splits": splits, "span": span} | _places("tops", "totals", "shares")
+    shared |= {"splits": splits, "span": span} | _places("sums", "scales")
     launches = [_launch(forward_kernels.row_lse, grid, tile, shared)]
 
     small = Tiles(64, 1, 2, 1)
-    shared |= _places(lse_out="lse", rest_out="rest", tops_out="highest", shares_out="shares")
+    shared |= _places(lse_out="lse", rest_out="rest")
     grid = (cdiv(kind.stacked, small.rows), kv_heads, batch)
     launches.append(_launch(forward_kernels.combine_rows, grid, small, shared))
 
@@ -256,7 +256,7 @@ def _forward_plan(kind: Kind) -> Plan:
     if summed:
         buffers["partial"] = (kv_heads, *buffers["out"][0]), single
     tile = tiles("row_columns", kind)
-    shared |= _places(tops="highest", partial="partial" if summed else "out")
+    shared |= _places(partial="partial" if summed else "out")
     blocks = cdiv(kind.width, tile.keys) * cdiv(count, tile.rows)
     shared["SCALE"] = 1.0 if summed else 1.0 / heads if kind.mean else 1.0
     grid = (blocks, kv_heads if kind.mean else heads, batch)

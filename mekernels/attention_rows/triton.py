@@ -99,8 +99,7 @@ def row_lse(
     rows,
     ranges,
     key_mask,
-    tops,
-    totals,
+    sums,
     q_strides,
     k_strides,
     count,
@@ -120,7 +119,7 @@ def row_lse(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Largest scores and sums of exponentials over one cut of the keys, (splits, B, Hk, R * GROUPS)."""
+    """Largest scores and sums of exponentials over one cut of the keys, (2, splits, B, Hk, R * GROUPS)."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     head = tl.program_id(1).to(tl.int64)
@@ -150,18 +149,18 @@ def row_lse(
         total = total * exponential(top - safe) + tl.sum(exponential(scores - safe[:, None]), 1)
         top = higher
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
-    tl.store(tops + rank * count * GROUPS + m, top, mask=inside)
-    tl.store(totals + rank * count * GROUPS + m, total, mask=inside)
+    at = sums + rank * count * GROUPS + m
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS * splits
+    tl.store(at, top, mask=inside)
+    tl.store(at + plane, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def combine_rows(
-    tops,
-    totals,
+    sums,
     lse_out,
     rest_out,
-    tops_out,
-    shares_out,
+    scales,
     count,
     splits,
     GROUPS: tl.constexpr,
@@ -176,13 +175,13 @@ def combine_rows(
     step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     for split in range(splits):
-        top = tl.maximum(top, tl.load(tops + stacked + split * step, mask=inside, other=-float("inf")))
+        top = tl.maximum(top, tl.load(sums + stacked + split * step, mask=inside, other=-float("inf")))
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK_M], tl.float32)
     for split in range(splits):
-        place = stacked + split * step
-        part = tl.load(totals + place, mask=inside, other=0.0)
-        total += part * exponential(tl.load(tops + place, mask=inside, other=-float("inf")) - top)
+        place = sums + stacked + split * step
+        part = tl.load(place + splits * step, mask=inside, other=0.0)
+        total += part * exponential(tl.load(place, mask=inside, other=-float("inf")) - top)
     # A row that is not finite has a sum that is NaN, and is NaN at every column.
     some = total != 0
     total = tl.where(some, total, 1.0)
@@ -192,8 +191,8 @@ def combine_rows(
     of_row = ((sample * tl.num_programs(1) + head) * GROUPS + m % GROUPS) * count + m // GROUPS
     tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=inside)
     tl.store(rest_out + of_row, rest, mask=inside)
-    tl.store(tops_out + of_row, top, mask=inside)
-    tl.store(shares_out + of_row, 1.0 / total, mask=inside)
+    tl.store(scales + of_row, top, mask=inside)
+    tl.store(scales + step + of_row, 1.0 / total, mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -204,8 +203,7 @@ def row_columns(
     ranges,
     key_mask,
     columns,
-    tops,
-    shares,
+    scales,
     partial,
     q_strides,
     k_strides,
@@ -248,6 +246,7 @@ def row_columns(
     else:
         column = tl.where(chosen, start + c, 0)
     allowed = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
+    plane = tl.num_programs(2).to(tl.int64) * lists * GROUPS * count
     mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for part in range(FOLD):
         n = column + part * own
@@ -261,8 +260,8 @@ def row_columns(
             of_rows = token_at(query, q_strides, sample, first_head + group, row)
             q = vectors(of_rows, valid, q_strides[3], 0, WIDTH, BLOCK_D)
             rank = (sample * lists * GROUPS + first_head + group) * count + r
-            top = tl.load(tops + rank, mask=inside, other=0.0)
-            share = tl.load(shares + rank, mask=inside, other=0.0)
+            top = tl.load(scales + rank, mask=inside, other=0.0)
+            share = tl.load(scales + plane + rank, mask=inside, other=0.0)
             weights = exponential(exact_dot(q, k) * scale - top[:, None])
             mass += tl.where(shown, weights, 0.0) * share[:, None]
     block = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
