@@ -129,7 +129,7 @@ _TILES = {
     "row_lse": (_TALL, _TALL, Tiles(64, 64, 8, 2), *[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 32, 8, 1)),
     "row_columns": (
         *(_TALL, Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
-        *(*[Tiles(32, 32, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
+        *(*[Tiles(32, 16, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
     ),
     "row_slope": (
         *(_TALL, *[Tiles(64, 64, 8, 2)] * 2),
