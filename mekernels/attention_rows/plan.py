@@ -128,7 +128,7 @@ _SMALL, _TALL = Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)
 _TILES = {
     "row_lse": (_TALL, _TALL, Tiles(64, 64, 8, 2), *[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 32, 8, 1)),
     "row_columns": (
-        *(_TALL, Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
+        *(_TALL, _TALL, Tiles(32, 32, 8, 2)),
         *(*[Tiles(32, 16, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
     ),
     "row_slope": (
