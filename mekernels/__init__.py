@@ -9,7 +9,8 @@ Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``
 - ``attention_rows/op.py``: public function, checks, schema, autograd, and which backends there are;
 - ``attention_rows/call.py``: the named tuple that carries the arguments from there on;
 - ``attention_rows/composite.py``: the op in plain torch, without a map;
-- ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched.
+- ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched;
+- ``attention_rows/shared_query.py``: one gradient for the query of the model's attention and of its rows.
 
 ``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
 chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and

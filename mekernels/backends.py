@@ -9,7 +9,7 @@ run everything and is never chosen by itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -195,11 +195,16 @@ class Op:
         hints = get_type_hints(fake)
         result = None if hints["return"] is type(None) else hints["return"]
         del hints["return"]
-        self._tuples = [kind if _named(kind) else None for kind in hints.values()]
+        self._parts: list[tuple[Any, int, int]] = []
+        """Of each argument the named tuple that it is, or None, and where its fields lie among all."""
         fields: dict[str, Any] = {}
         for field, kind in hints.items():
+            begin = len(fields)
             fields |= get_type_hints(kind) if _named(kind) else {field: kind}
+            self._parts.append((kind if _named(kind) else None, begin, len(fields)))
         self._count = len(fields)
+        self._direct: dict[str, Any] = {}
+        self._formulas: dict[str, Any] = {}
         schema = _schema(fields, result, mutates)
         self._twins = {choice: self._register(choice, fake, schema, mutates) for choice in CHOICES}
 
@@ -210,15 +215,14 @@ class Op:
             return dispatch(self.name, choice, *args)
 
         name = f"mekernels::{self.name}" + ("" if choice == "auto" else f"_{choice}")
+        if not mutates:
+            self._direct[choice] = run
         twin = torch.library.custom_op(name, run, mutates_args=mutates, schema=schema)
         twin.register_fake(lambda *flat: fake(*self._packed(flat)))
         return twin
 
-    def _packed(self, flat: Iterable[Any]) -> list[Any]:
-        left = iter(flat)
-        return [
-            next(left) if kind is None else kind(*(next(left) for _ in kind._fields)) for kind in self._tuples
-        ]
+    def _packed(self, flat: Sequence[Any]) -> list[Any]:
+        return [flat[begin] if kind is None else kind(*flat[begin:end]) for kind, begin, end in self._parts]
 
     def differentiable(self, save: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
         """Register the gradient.
@@ -239,13 +243,52 @@ class Op:
                 return *found, *[None] * (self._count - len(found))
 
             twin.register_autograd(formula, setup_context=setup_context)
+            if choice in self._direct:
+                self._formulas[choice] = _function(self.name, self._direct[choice], setup_context, formula)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run the op on ``backend``, by default the one of :func:`use_backend`."""
         flat: list[Any] = []
-        for value, kind in zip(args, self._tuples, strict=True):
-            flat += [value] if kind is None else value
-        return self._twins[active() if backend is None else backend](*flat)
+        for value, (kind, _, _) in zip(args, self._parts, strict=True):
+            flat += (value,) if kind is None else value
+        choice = active() if backend is None else backend
+        if choice not in self._direct or _observed(flat):
+            return self._twins[choice](*flat)
+        if choice in self._formulas and torch.is_grad_enabled():
+            return self._formulas[choice].apply(*flat)
+        return self._direct[choice](*flat)
+
+
+def _function(name: str, run: Any, setup_context: Any, formula: Any) -> Any:
+    """The autograd function of an op that nothing observes."""
+
+    # With a setup_context of its own each call would inspect signatures.
+    def forward(ctx: Any, *flat: Any) -> Any:
+        output = run(*flat)
+        setup_context(ctx, flat, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _observed(flat: Iterable[Any]) -> bool:
+    """Whether anything must see the op as such: a compiler, a mode, a profiler, a kind of tensor.
+
+    Else the way through the dispatcher would only take the host's time.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, flat))
+    )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, bool, int, float, list, type(None)))
+"""Kinds of arguments of which there is nothing to observe."""
 
 
 def _named(kind: Any) -> bool:

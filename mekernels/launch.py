@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,14 +54,108 @@ class Launch(NamedTuple):
     """Compiler options: num_warps, num_stages."""
 
 
-def run(launch: Launch) -> None:
-    """Start a planned kernel on the device of its tensors; an empty grid does nothing."""
+def run(launch: Launch) -> Any:
+    """Start a planned kernel on the device of its tensors; an empty grid does nothing.
+
+    Returns:
+        The compiled kernel; None from an empty grid and from the interpreter.
+    """
     if 0 in launch.grid:
-        return
+        return None
     device = next(item.device for item in launch.arguments.values() if isinstance(item, Tensor))
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    with on(device):
+        return launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class Place(NamedTuple):
+    """Stands in a launch for a tensor that each call brings."""
+
+    name: str
+
+
+Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype by name."""
+
+
+class Plan:
+    """Launches that calls of one kind have in common: the first call compiles them, the others start them.
+
+    Args:
+        launches: in their order; a :class:`Place` stands for each tensor. The tensors of all calls must agree
+            in what Triton makes versions of a kernel for: dtype, and whether 16 divides the address.
+        buffers: shape and dtype of the tensors by name that a call makes for itself.
+    """
+
+    def __init__(self, launches: list[Launch], buffers: Buffers) -> None:
+        self.launches, self.buffers = launches, buffers
+        self._started: list[_Starter] = []
+
+    def tensors(self, device: torch.device, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the launches take: the given tensors, and fresh buffers."""
+        for name, (shape, dtype) in self.buffers.items():
+            given[name] = torch.empty(shape, dtype=dtype, device=device)
+        return given
+
+    def bound(self, tensors: dict[str, Tensor]) -> list[Launch]:
+        """The launches of one call."""
+        return [
+            launch._replace(
+                arguments={
+                    name: tensors[value.name] if isinstance(value, Place) else value
+                    for name, value in launch.arguments.items()
+                }
+            )
+            for launch in self.launches
+        ]
+
+    def run(self, device: torch.device, tensors: dict[str, Tensor]) -> None:
+        """Start all launches."""
+        if not self._started or _hooked():
+            launches = self.bound(tensors)
+            compiled = [run(launch) for launch in launches]
+            if None not in compiled:
+                self._started = [_starter(*pair) for pair in zip(self.launches, compiled, strict=True)]
+            return
+        with on(device):
+            stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+            for begin, before, end, values, places in self._started:
+                values = values.copy()
+                for index, name in places:
+                    values[index] = tensors[name]
+                begin(*before, stream, *end, *values)
+
+
+class _Starter(NamedTuple):
+    """What ``compiled[grid](*values)`` does, without asking each time for the hooks of a profiler."""
+
+    begin: Any
+    grid: tuple[int, ...]
+    behind_stream: tuple[Any, ...]
+    values: list[Any]
+    places: list[tuple[int, str]]
+    """Which of the values are tensors."""
+
+
+def _starter(launch: Launch, compiled: Any) -> _Starter:
+    values = [launch.arguments[name] for name in launch.kernel.arg_names]
+    places = [(index, value.name) for index, value in enumerate(values) if isinstance(value, Place)]
+    behind = (compiled.function, compiled.packed_metadata, None, None, None)
+    return _Starter(compiled.run, (*launch.grid, 1, 1)[:3], behind, values, places)
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 def interpreted() -> bool:

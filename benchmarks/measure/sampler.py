@@ -92,7 +92,9 @@ class Sampler:
             operations=work.operations,
             floor_seconds=None
             if role in work.beside
-            else device.floor_seconds(work.moved, work.operations, str(work.dtype).removeprefix("torch.")),
+            else device.floor_seconds(
+                work.moved, work.operations, str(work.dtype).removeprefix("torch."), work.exponentials
+            ),
             device=device.name(),
             versions=device.versions(),
         )

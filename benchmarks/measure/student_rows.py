@@ -77,9 +77,6 @@ def _work(shape: Student) -> Work:
         ):
             assert_error_rule(found, exact, plain, factor=factor)
 
-    read = shape.heads * rows.shape[1] * shape.tokens
-    moved = (shape.heads * rows.shape[1] + shape.key_heads * shape.tokens) * shape.width
-    # Scores once forward and once backward, and the two products of the gradients.
     return Work(
         "attention_rows, forward and backward",
         shape.case,
@@ -92,11 +89,26 @@ def _work(shape: Student) -> Work:
         check,
         kind,
         shape.tokens,
-        moved=4.0 * moved * kind.itemsize,
-        operations=4.0 * 2 * read * shape.width,
+        **least(shape, rows.shape[1], kind.itemsize),
         beside=("flash alone",),
         op="attention_rows",
     )
+
+
+def least(shape: Student, rows: int, itemsize: int) -> dict[str, float]:
+    """What the rows and their gradients take at least, as fields of :class:`Work`."""
+    vectors = shape.heads * rows + shape.key_heads * shape.tokens
+    # Forward and backward read the rows and all keys; the gradients of all keys and queries are written.
+    halves = 2 * vectors + (shape.key_heads + shape.heads) * shape.tokens
+    entries = rows * (shape.columns.stop - shape.columns.start)
+    scores = float(shape.heads * rows * shape.tokens)
+    return {
+        # The entries are written, and their gradients read, in float32.
+        "moved": float(halves * shape.width * itemsize + 2 * entries * 4),
+        # Scores once forward and once backward, and the two products of the gradients.
+        "operations": 4 * 2 * scores * shape.width,
+        "exponentials": 2 * scores,
+    }
 
 
 def _check_flash(out: Tensor, inputs: tuple[Tensor, ...]) -> None:

@@ -38,6 +38,8 @@ class Work:
     """Bytes that must be read and written at least."""
     operations: float = 0.0
     """Multiplications and additions that must be done at least."""
+    exponentials: float = 0.0
+    """Exponentials that must be computed at least."""
     beside: tuple[str, ...] = ()
     """Roles that do other work, for scale; the least bytes and operations are not theirs."""
     op: str | None = None

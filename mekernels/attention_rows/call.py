@@ -35,16 +35,6 @@ class Call(NamedTuple):
         return self.key.shape[2] // self.fold
 
     @property
-    def groups(self) -> int:
-        """Query heads that share a key head."""
-        return self.query.shape[1] // self.key.shape[1]
-
-    @property
-    def stacked(self) -> int:
-        """Rows of all query heads that share a key head."""
-        return self.rows.shape[1] * self.groups
-
-    @property
     def out_shape(self) -> tuple[int, ...]:
         """(B, R, C), or (B, Hq, R, C) without the mean."""
         batch, heads = self.query.shape[:2]

@@ -141,10 +141,9 @@ def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
     for sample, row in enumerate(rows):
         added = grad_picked[:, sample]
         if target.dtype != added.dtype:
-            # Equal rows are added in full precision first.
-            row, place = row.unique(return_inverse=True)
-            total = added.new_zeros(*added.shape[:2], len(row), added.shape[3])
-            added = total.index_add_(2, place, added).to(target.dtype)
+            # Equal rows are added in full precision first, each to the first of them; no device has to wait.
+            first = (row[:, None] == row).to(torch.uint8).argmax(1)
+            added = torch.zeros_like(added).index_add_(2, first, added).to(target.dtype)
         target[:, sample].index_add_(2, row, added)
 
 
@@ -225,18 +224,22 @@ class _Reading(NamedTuple):
         return dense
 
 
+def row_limits(
+    rows: Tensor, queries: int, keys: int, causal: bool, key_range: Tensor | None
+) -> Tensor | None:
+    """(B, R, 2) first and one past the last of the keys of a part that a row sees; None where it sees all."""
+    if not causal:
+        return key_range
+    last = rows + (1 + keys - queries)
+    if key_range is None:
+        return torch.stack([torch.zeros_like(last), last], -1)
+    return torch.stack([key_range[..., 0], key_range[..., 1].minimum(last)], -1)
+
+
 def _reading(call: Call, mask: Tensor | None = None) -> _Reading:
     rows, own, queries = call.rows, call.own, call.query.shape[2]
     valid = (rows >= 0) & (rows < queries)
-    limits, first, end = call.key_range, 0, call.key.shape[2]
-    if call.causal:
-        last = rows + (1 + own - queries)
-        limits = torch.stack(
-            [torch.zeros_like(last), last]
-            if limits is None
-            else [limits[..., 0], limits[..., 1].minimum(last)],
-            -1,
-        )
+    limits, first, end = row_limits(rows, queries, own, call.causal, call.key_range), 0, call.key.shape[2]
     start, stop, index = call.start, call.stop, call.columns
     if index is not None:
         index, start, stop = index.masked_fill((index < 0) | (index >= own), -1), 0, own

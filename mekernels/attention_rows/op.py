@@ -170,10 +170,13 @@ attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backwa
 def _save(ctx, call, output) -> None:
     ctx.settings = call[6:]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *call[:6])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return None, None
     lse, rest, *tensors = ctx.saved_tensors
     call = Call(*tensors, *ctx.settings)
     return attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)

@@ -2,19 +2,99 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import resources
-from ..launch import Launch, cdiv, power_of_two, run
+from ..launch import Buffers, Launch, Place, Plan, cdiv, interpreted, power_of_two
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
 from .call import Call
 
 MAX_CUTS = 32
 """Partial results of one row that a kernel combines."""
+
+
+class Kind(NamedTuple):
+    """What the plan of a call depends on: calls that agree in it share their launches."""
+
+    device: torch.device
+    dtype: torch.dtype
+    query: tuple[int, ...]
+    """Shape."""
+    key: tuple[int, ...]
+    query_strides: tuple[int, ...]
+    key_strides: tuple[int, ...]
+    aligned: tuple[bool, bool]
+    """Whether 16 divides the addresses of query and key."""
+    rows: int
+    """Chosen rows."""
+    width: int
+    """Chosen columns."""
+    start: int
+    stop: int
+    listed: bool
+    masked: bool
+    ranged: bool
+    softmax_scale: float
+    causal: bool
+    fold: int
+    mean: bool
+
+    @classmethod
+    def of(cls, call: Call) -> Kind:
+        """The kind of a call."""
+        query, key = call.query, call.key
+        return cls(
+            query.device,
+            query.dtype,
+            tuple(query.shape),
+            tuple(key.shape),
+            query.stride(),
+            key.stride(),
+            (query.data_ptr() % 16 == 0, key.data_ptr() % 16 == 0),
+            call.rows.shape[1],
+            call.width,
+            call.start,
+            call.stop,
+            call.columns is not None,
+            call.key_mask is not None,
+            call.key_range is not None,
+            *call[8:],
+        )
+
+    @property
+    def memory(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Shape and strides of query and of key."""
+        return (self.query, self.query_strides), (self.key, self.key_strides)
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.query[1] // self.key[1]
+
+    @property
+    def stacked(self) -> int:
+        """Rows of all query heads that share a key head."""
+        return self.rows * self.groups
+
+    @property
+    def lists(self) -> tuple[int, ...]:
+        """(B,), or (B, Hq) without the mean: of each there are rows and columns."""
+        return self.query[:1] if self.mean else self.query[:2]
+
+    @property
+    def half(self) -> bool:
+        """Whether the products are those of half precision."""
+        return self.dtype != torch.float32
+
+    @property
+    def block_d(self) -> int:
+        """Width of a tile that holds whole vectors."""
+        return max(16, power_of_two(self.query[3]))
 
 
 class Tiles(NamedTuple):
@@ -26,205 +106,332 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def tiles(kernel: str, call: Call) -> Tiles:
+def tiles(kernel: str, kind: Kind) -> Tiles:
     """Tiles that fit the registers and the shared memory of compute capability 8.0 and later."""
-    width = call.query.shape[3]
-    rows = call.rows.shape[1] if kernel == "columns" else call.stacked
-    rows = max(16, power_of_two(rows))
-    if call.query.dtype == torch.float32:
-        most = 16 if width > 128 or kernel == "query_gradient" else 32
-        return Tiles(min(rows, most), 16 if width > 128 and kernel == "slope" else 32, 8, 1)
-    if kernel == "lse" and rows >= 128 and width <= 128:
+    rows = max(16, power_of_two(kind.rows if kernel == "row_columns" else kind.stacked))
+    if kernel == "row_lse" and kind.half and rows >= 128 and kind.query[3] <= 128:
         return Tiles(128, 64, 8, 3)
-    most, keys, num_warps = _HALF[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
-    return Tiles(min(rows, most), keys, num_warps, 2)
+    tile = _TILES[kernel][_class(kind)]
+    if kernel == "query_gradient" and kind.dtype == torch.float16 and 64 < kind.query[3] <= 128:
+        # The scale that float16 needs takes registers.
+        tile = Tiles(32, 64, 4, 2)
+    return tile._replace(rows=min(rows, tile.rows))
 
 
-_HALF = {
-    "lse": ((64, 64, 4), (64, 64, 4), (64, 64, 8)),
-    "columns": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
-    "slope": ((64, 64, 4), (64, 64, 8), (64, 64, 8)),
-    "key_gradient": ((32, 64, 4), (32, 64, 8), (32, 64, 8)),
-    "query_gradient": ((64, 64, 4), (64, 32, 8), (32, 64, 8)),
+def _class(kind: Kind) -> int:
+    """Which entry of a table is that of the call."""
+    width = kind.query[3]
+    return (0 if width <= 64 else 1 if width <= 128 else 2) + (0 if kind.half else 3)
+
+
+_SMALL, _TALL = Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)
+_TILES = {
+    "row_lse": (_TALL, _TALL, Tiles(64, 64, 8, 2), *[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 32, 8, 1)),
+    "row_columns": (
+        *(_TALL, _TALL, Tiles(32, 32, 8, 2)),
+        *(*[Tiles(32, 16, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
+    ),
+    "row_slope": (
+        *(_TALL, *[Tiles(64, 64, 8, 2)] * 2),
+        *(*[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 16, 8, 1)),
+    ),
+    "key_gradient": (_SMALL, _SMALL, Tiles(32, 64, 8, 2), *[Tiles(16, 32, 8, 1)] * 3),
+    "query_gradient": (
+        *(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 8, 2)),
+        *[Tiles(16, 32, 8, 1)] * 3,
+    ),
 }
-"""Rows, keys and warps at head widths up to 64, 128 and 256: the largest that spill no register."""
+"""For head widths up to 64, 128 and 256, in half precision and in float32: the largest that do not spill."""
 
 
-def cuts(call: Call, programs: int, length: int, step: int) -> tuple[int, int]:
-    """Into how many cuts of how many places to divide ``length``, so that every multiprocessor has work."""
-    device = call.query.device
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        processors = 132 if device.type == "meta" else 2
-    wanted = max(1, min(cdiv(2 * processors, max(1, programs)), cdiv(length, step), MAX_CUTS))
-    span = cdiv(cdiv(length, step), wanted) * step
+def slots(kernel: str, kind: Kind) -> int:
+    """Programs of a kernel that the device holds at a time, as registers and shared memory allow."""
+    held = _RESIDENT[kernel][_class(kind)]
+    if kind.device.type != "cuda":
+        return held[0] * (132 if kind.device.type == "meta" else 1)
+    device = torch.cuda.get_device_properties(kind.device)
+    return held[0 if device.major >= 9 else 1] * device.multi_processor_count
+
+
+_RESIDENT = {
+    "row_lse": ((4, 3), (2, 1), (2, 2), (3, 4), (3, 4), (1, 1)),
+    "row_slope": ((3, 2), (2, 1), (2, 1), (1, 4), (1, 4), (1, 1)),
+    "query_gradient": ((3, 2), (2, 2), (1, 1), (2, 2), (2, 2), (1, 1)),
+}
+"""For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
+
+
+def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
+    """Into how many cuts of how many places to divide ``length``.
+
+    Of all cuts that which takes the least time, counted in steps: too few leave multiprocessors without work,
+    and one too many is another wave.
+
+    Args:
+        held: programs that the device holds at a time.
+        programs: of the kernel without cuts.
+        length: places along the axis to cut.
+        step: places that a program takes at a time.
+    """
+    steps = cdiv(length, step)
+
+    def cost(cut: int) -> int:
+        span = cdiv(steps, cut)
+        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + _STEPS_BESIDE)
+
+    span = cdiv(steps, min(range(1, min(steps, MAX_CUTS) + 1), key=cost)) * step
     return cdiv(length, span), span
 
 
-def _common(call: Call) -> dict[str, Any]:
-    query, key, rows = call.query, call.key, call.rows.contiguous()
-    width = query.shape[3]
+_STEPS_BESIDE = 2
+"""Steps that beginning and end of a program cost."""
+
+
+def _places(*names: str, **others: str) -> dict[str, Place]:
+    """Arguments that are tensors of the call, of their own name or of another."""
+    return {name: Place(name) for name in names} | {name: Place(other) for name, other in others.items()}
+
+
+def _common(kind: Kind) -> dict[str, Any]:
+    width = kind.query[3]
     return {
-        "query": query,
-        "key": key,
-        "rows": rows,
-        "ranges": None if call.key_range is None else call.key_range.contiguous(),
-        "key_mask": None if call.key_mask is None else call.key_mask.contiguous(),
-        "q_strides": query.stride(),
-        "k_strides": key.stride(),
-        "count": rows.shape[1],
-        "queries": query.shape[2],
-        "keys": key.shape[2],
-        "own": call.own,
-        "scale": call.softmax_scale,
-        "GROUPS": call.groups,
+        **_places("query", "key", "rows"),
+        "ranges": Place("ranges") if kind.ranged else None,
+        "key_mask": Place("key_mask") if kind.masked else None,
+        "columns": Place("columns") if kind.listed else None,
+        "q_strides": kind.query_strides,
+        "k_strides": kind.key_strides,
+        "count": kind.rows,
+        "queries": kind.query[2],
+        "keys": kind.key[2],
+        "own": kind.key[2] // kind.fold,
+        "width": kind.width,
+        "start": kind.start,
+        "scale": kind.softmax_scale,
+        "GROUPS": kind.groups,
         "WIDTH": width,
-        "CAUSAL": call.causal,
-        "RANGE": call.key_range is not None,
-        "MASK": call.key_mask is not None,
-        "FOLD": call.fold,
-        "BLOCK_D": max(16, power_of_two(width)),
-        "CHUNK": 16 if query.dtype == torch.float32 else max(16, power_of_two(width)),
+        "CAUSAL": kind.causal,
+        "RANGE": kind.ranged,
+        "MASK": kind.masked,
+        "FOLD": kind.fold,
+        "MEAN": kind.mean,
+        "INDEX": kind.listed,
+        "BLOCK_D": kind.block_d,
+        "CHUNK": kind.block_d if kind.half else 16,
     }
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tiles, arguments: dict[str, Any]) -> Launch:
-    arguments |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    arguments = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys} | arguments
     named = {name: arguments[name] for name in kernel.arg_names}
     return Launch(kernel, grid, named, {"num_warps": tile.num_warps, "num_stages": tile.num_stages})
 
 
+def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tuple[int, ...]]:
+    """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
+    tile = tiles(kernel, kind)
+    blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
+    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys)
+    return tile, splits, span, (blocks * splits, kv_heads, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_plan(kind: Kind) -> Plan:
+    (batch, heads), kv_heads, keys, count = kind.query[:2], kind.key[1], kind.key[2], kind.rows
+    shared = _common(kind)
+    of_rows, single = (batch, heads, count), torch.float32
+    tile, splits, span, grid = _cut_rows("row_lse", kind, keys)
+    buffers: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
+    buffers |= dict.fromkeys(("lse", "rest"), (of_rows, single))
+    buffers["out"] = (*kind.lists, count, kind.width), single
+    shared |= {"splits": splits, "span": span} | _places("sums", "scales")
+    launches = [_launch(forward_kernels.row_lse, grid, tile, shared)]
+
+    small = Tiles(64, 1, 2, 1)
+    shared |= _places(lse_out="lse", rest_out="rest")
+    grid = (cdiv(kind.stacked, small.rows), kv_heads, batch)
+    launches.append(_launch(forward_kernels.combine_rows, grid, small, shared))
+
+    summed = kind.mean and kv_heads > 1
+    if summed:
+        buffers["partial"] = (kv_heads, *buffers["out"][0]), single
+    tile = tiles("row_columns", kind)
+    shared |= _places(partial="partial" if summed else "out")
+    blocks = cdiv(kind.width, tile.keys) * cdiv(count, tile.rows)
+    shared["SCALE"] = 1.0 if summed else 1.0 / heads if kind.mean else 1.0
+    grid = (blocks, kv_heads if kind.mean else heads, batch)
+    launches.append(_launch(forward_kernels.row_columns, grid, tile, shared))
+    if summed:
+        size = batch * count * kind.width
+        shared |= _places("out") | {"size": size, "kv_heads": kv_heads, "BLOCK": 1024}
+        grid = (cdiv(size, shared["BLOCK"]),)
+        launches.append(_launch(forward_kernels.mean_heads, grid, Tiles(1, 1, 4, 1), shared))
+    return Plan(launches, buffers)
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_plan(kind: Kind) -> Plan:
+    (batch, heads), (_, kv_heads, keys, _), count = kind.query[:2], kind.key, kind.rows
+    own, block_d = keys // kind.fold, kind.block_d
+    shared = _common(kind)
+    # Where columns are listed their gradients are spread over all positions of a part first.
+    length = own if kind.listed else kind.width
+    lists = torch.Size(kind.lists).numel()
+    shared |= {
+        **_places("grad", lse_in="lse", rest_in="rest"),
+        "grad_scale": 1.0 / heads if kind.mean else 1.0,
+        "SCALED": kind.dtype == torch.float16,
+        "WIDE": lists * count * max(length, kind.width) >= 2**31,
+    }
+    tile, splits, span, grid = _cut_rows("row_slope", kind, kind.width)
+    padded = cdiv(kind.stacked, backward_kernels.PADDED.value) * backward_kernels.PADDED.value
+    stacked = (batch, kv_heads, padded)
+    buffers: Buffers = {
+        "slope": ((splits, batch, kv_heads, kind.stacked), torch.float32),
+        "packed": ((*stacked, block_d), kind.dtype),
+        "measures": ((3, *stacked), torch.float32),
+        "bounds": ((2, *stacked), torch.int32),
+        "places": (stacked, torch.int64 if shared["WIDE"] else torch.int32),
+    }
+    part: dict[str, Any] = _places(partial="slope") | {"splits": splits, "span": span}
+    launches = [_launch(backward_kernels.row_slope, grid, tile, shared | part)]
+
+    if kind.listed:
+        buffers["dense"] = (*kind.lists, count, own), torch.float32
+        part = _places("ordered", "begins", out="dense") | {"LISTS": lists // batch}
+        tile = Tiles(1, 256, 4, 1)
+        grid = (cdiv(own, tile.keys), lists * count)
+        launches.append(_launch(backward_kernels.spread_columns, grid, tile, shared | part))
+        shared |= _places(grad="dense") | {"start": 0, "width": own}
+
+    shared |= _places("packed", "measures", "bounds", "places", slope_in="slope") | {"splits": splits}
+    tile = Tiles(16, 1, 4, 1)
+    grid = (padded // tile.rows, kv_heads, batch)
+    launches.append(_launch(backward_kernels.gather_rows, grid, tile, shared))
+
+    shared["stop"] = shared["start"] + length
+    query, key = (torch.empty_strided(shape, strides, device="meta") for shape, strides in kind.memory)
+    tile = tiles("key_gradient", kind)
+    part = _places(out="grad_key") | {"o_strides": torch.empty_like(key).stride()}
+    grid = (cdiv(keys, tile.keys), kv_heads, batch)
+    launches.append(_launch(backward_kernels.key_gradient, grid, tile, shared | part))
+
+    tile, splits, span, grid = _cut_rows("query_gradient", kind, keys)
+    buffers["partial"] = (splits, batch, kv_heads, kind.stacked, kind.query[3]), torch.float32
+    shared |= _places("partial") | {"splits": splits, "span": span}
+    launches.append(_launch(backward_kernels.query_gradient, grid, tile, shared))
+
+    part = _places(out="grad_query") | {"o_strides": torch.empty_like(query).stride(), "BLOCK_R": 128}
+    grid = (count, heads, batch)
+    launches.append(_launch(backward_kernels.scatter_rows, grid, Tiles(1, 1, 1, 1), shared | part))
+    return Plan(launches, buffers)
+
+
+def _plan(make: Any, kind: Kind) -> Plan:
+    return make(kind) if _KEEP else make.__wrapped__(kind)
+
+
+_KEEP = not interpreted()
+"""Whether to keep plans: the interpreter has nothing to gain from it."""
+
+
+def _given(call: Call, **tensors: Tensor) -> dict[str, Tensor]:
+    """The tensors of a call by the names that the kernels give them."""
+    tensors |= {"query": call.query, "key": call.key, "rows": call.rows.contiguous()}
+    for name, value in (
+        ("columns", call.columns),
+        ("key_mask", call.key_mask),
+        ("ranges", call.key_range),
+    ):
+        if value is not None:
+            tensors[name] = value.contiguous()
+    return tensors
+
+
+def _begin_forward(call: Call) -> tuple[Plan | None, dict[str, Tensor]]:
+    """The plan of the forward, and its tensors."""
+    if not call.key.shape[2] or not call.width or not call.query.shape[0] or not call.rows.shape[1]:
+        shape = (*call.query.shape[:2], call.rows.shape[1])
+        out = call.query.new_zeros(call.out_shape, dtype=torch.float32)
+        lse = out.new_full(shape, -torch.inf)
+        return None, {"out": out, "lse": lse, "rest": torch.zeros_like(lse)}
+    plan = _plan(_forward_plan, Kind.of(call))
+    return plan, plan.tensors(call.query.device, _given(call))
+
+
+def _begin_backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call
+) -> tuple[Plan | None, dict[str, Tensor]]:
+    """The plan of the backward, and its tensors."""
+    results = {"grad_query": torch.zeros_like(call.query)}
+    if not call.key.shape[2] or not call.width or not call.query.shape[0] or not call.rows.shape[1]:
+        return None, results | {"grad_key": torch.zeros_like(call.key)}
+    results["grad_key"] = torch.empty_like(call.key)
+    sums = {"lse": lse.contiguous(), "rest": rest.contiguous()}
+    given = _given(call, grad=grad.float().contiguous(), **sums, **results)
+    if call.columns is not None:
+        given["ordered"], given["begins"] = ordered_columns(call.columns, call.own)
+    plan = _plan(_backward_plan, Kind.of(call))
+    return plan, plan.tensors(call.query.device, given)
+
+
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
-    query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
-    (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
-    out = query.new_empty(call.out_shape, dtype=torch.float32)
-    lse, rest = (query.new_empty((batch, heads, count), dtype=torch.float32) for _ in range(2))
-    if not keys or not width or not out.numel():
-        return [], out.zero_(), lse.fill_(-torch.inf), rest.zero_()
-    shared = _common(call)
-    tile = tiles("lse", call)
-    blocks = cdiv(call.stacked, tile.rows)
-    splits, span = cuts(call, blocks * kv_heads * batch, keys, tile.keys)
-    tops, totals = query.new_empty((2, splits, batch, kv_heads, call.stacked), dtype=torch.float32)
-    shared |= {"tops": tops, "totals": totals, "splits": splits, "span": span, "SPLITS": power_of_two(splits)}
-    launches = [_launch(forward_kernels.row_lse, (blocks * splits, kv_heads, batch), tile, dict(shared))]
-    shared |= {
-        "columns": None if call.columns is None else call.columns.contiguous(),
-        "lse_out": lse,
-        "rest_out": rest,
-        "out": out,
-        "kv_heads": kv_heads,
-        "width": width,
-        "start": call.start,
-        "MEAN": call.mean,
-        "INDEX": call.columns is not None,
-    }
-    tile = tiles("columns", call)
-    grid = (cdiv(width, tile.keys), cdiv(count, tile.rows), batch * (1 if call.mean else heads))
-    launches.append(_launch(forward_kernels.row_columns, grid, tile, dict(shared)))
-    return launches, out, lse, rest
-
-
-def dense_gradient(call: Call, grad: Tensor) -> Tensor:
-    """(B, own, R) or (B, Hq, own, R): the gradients of equal columns added, in their order."""
-    assert call.columns is not None
-    own, count = call.own, call.rows.shape[1]
-    seen = (call.columns >= 0) & (call.columns < own)
-    # Columns without a key add zero, each at another place: all at one place would be a queue.
-    spare = torch.arange(call.width, device=grad.device) % own
-    place = torch.where(seen, call.columns, spare)
-    shape = (*grad.shape[:-2], own, count)
-    dense = grad.new_zeros(shape)
-    given = grad.mT.masked_fill(~(seen if call.mean else seen[:, None])[..., None], 0)
-    place = place if call.mean else place[:, None].expand(-1, grad.shape[1], -1)
-    lists = torch.arange(place.shape[:-1].numel(), device=grad.device).view(*place.shape[:-1], 1)
-    # index_put_ with accumulation sorts on CUDA, so its order of addition is fixed; index_add_ does not.
-    flat = dense.view(-1, count)
-    flat.index_put_(((place + lists * own).reshape(-1),), given.reshape(-1, count), accumulate=True)
-    return dense
-
-
-def _gradient_strides(call: Call, grad: Tensor, row: int, column: int) -> tuple[int, int, int, int]:
-    """(batch, head, row, column); a mean over the heads is the same for all of them."""
-    return grad.stride(0), 0 if call.mean else grad.stride(1), row, column
+    plan, tensors = _begin_forward(call)
+    return plan.bound(tensors) if plan else [], tensors["out"], tensors["lse"], tensors["rest"]
 
 
 def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key."""
-    query, key, count, width = call.query, call.key, call.rows.shape[1], call.width
-    (batch, heads), kv_heads, keys = query.shape[:2], key.shape[1], key.shape[2]
-    grad_query, grad_key = torch.zeros_like(query), torch.empty_like(key)
-    if not keys or not width or not count or not batch:
-        return [], grad_query, grad_key.zero_()
-    grad = grad.float().contiguous()
-    shared = _common(call)
-    shared |= {
-        "lse_in": lse.contiguous(),
-        "rest_in": rest.contiguous(),
-        "grad": grad,
-        "g_strides": _gradient_strides(call, grad, grad.stride(-2), grad.stride(-1)),
-        "columns": None if call.columns is None else call.columns.contiguous(),
-        "width": width,
-        "start": call.start,
-        "grad_scale": 1.0 / heads if call.mean else 1.0,
-        "INDEX": call.columns is not None,
-        "SCALED": query.dtype == torch.float16,
-        # The widest layout is that of dense_gradient.
-        "WIDE": grad[0].numel() // max(1, width) * keys >= 2**31,
-    }
-    tile = tiles("slope", call)
-    blocks = cdiv(call.stacked, tile.rows)
-    splits, span = cuts(call, blocks * kv_heads * batch, width, tile.keys)
-    slope = query.new_empty((splits, batch, kv_heads, call.stacked), dtype=torch.float32)
-    own_part: dict[str, Any] = {"partial": slope, "splits": splits, "span": span}
-    grid = (blocks * splits, kv_heads, batch)
-    launches = [_launch(backward_kernels.row_slope, grid, tile, shared | own_part)]
-
-    shared |= {"slope_in": slope, "slope_splits": splits, "SPLITS": power_of_two(splits)}
-    if call.columns is None:
-        shared |= {"stop": call.stop}
-    else:
-        dense = dense_gradient(call, grad)
-        shared |= {"grad": dense, "start": 0, "stop": dense.shape[-2]}
-        shared |= {"g_strides": _gradient_strides(call, dense, 1, dense.stride(-2))}
-    tile = tiles("key_gradient", call)
-    own_part = {"out": grad_key, "splits": splits, "o_strides": grad_key.stride()}
-    grid = (cdiv(keys, tile.keys), kv_heads, batch)
-    launches.append(_launch(backward_kernels.key_gradient, grid, tile, shared | own_part))
-
-    tile = tiles("query_gradient", call)
-    blocks = cdiv(call.stacked, tile.rows)
-    splits, span = cuts(call, blocks * kv_heads * batch, keys, tile.keys)
-    size = (splits, batch, kv_heads, call.stacked, query.shape[3])
-    partial = query.new_empty(size, dtype=torch.float32)
-    own_part = {"partial": partial, "splits": splits, "span": span}
-    grid = (blocks * splits, kv_heads, batch)
-    launches.append(_launch(backward_kernels.query_gradient, grid, tile, shared | own_part))
-
-    ordered, order = call.rows.sort(dim=1, stable=True)
-    own_part |= {"out": grad_query, "ordered": ordered, "order": order, "o_strides": grad_query.stride()}
-    one = Tiles(1, 1, 1, 1)
-    grid = (count, heads, batch)
-    launches.append(_launch(backward_kernels.scatter_rows, grid, one, shared | own_part))
-    return launches, grad_query, grad_key
+    plan, tensors = _begin_backward(grad, lse, rest, call)
+    return plan.bound(tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of the op: attention, the rows' logsumexp and its rest."""
-    launches, *results = plan_forward(call)
-    for launch in launches:
-        run(launch)
-    return results[0], results[1], results[2]
+    plan, tensors = _begin_forward(call)
+    if plan:
+        plan.run(call.query.device, tensors)
+    return tensors["out"], tensors["lse"], tensors["rest"]
 
 
 def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The backward of the op: the gradients of query and key."""
-    launches, grad_query, grad_key = plan_backward(grad, lse, rest, call)
-    for launch in launches:
-        run(launch)
-    return grad_query, grad_key
+    plan, tensors = _begin_backward(grad, lse, rest, call)
+    if plan:
+        plan.run(call.query.device, tensors)
+    return tensors["grad_query"], tensors["grad_key"]
+
+
+class _Ordered(NamedTuple):
+    """Columns in order, and what they were made of: held, so that no other tensor gets its address."""
+
+    columns: Tensor
+    made_of: tuple[Any, ...]
+    result: tuple[Tensor, Tensor]
+
+
+_ordered: list[_Ordered] = []
+
+
+def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """The places of a (B, C) list by their column, and (B, own + 1) where those of each column begin.
+
+    The layers of a model share one list, so the last result is kept for as long as the list does not change.
+    """
+    stream = torch.cuda.current_stream(columns.device) if columns.is_cuda else None
+    kept = not columns.is_inference() and not (columns.is_cuda and torch.cuda.is_current_stream_capturing())
+    version = columns._version if kept else 0
+    made_of = (columns.data_ptr(), columns.shape, columns.stride(), version, columns.device, stream, own)
+    if kept and columns.device.type != "meta" and _ordered and _ordered[0].made_of == made_of:
+        return _ordered[0].result
+    listed = torch.where((columns >= 0) & (columns < own), columns, own)
+    values, order = listed.sort(dim=1, stable=True)
+    positions = torch.arange(own + 1, device=columns.device).expand(len(columns), -1).contiguous()
+    result = order, torch.searchsorted(values, positions)
+    if kept:
+        _ordered[:] = [_Ordered(columns, made_of, result)]
+    return result
 
 
 SHAPES = {
@@ -259,6 +466,6 @@ def gates() -> list[resources.Gate]:
         launches, out, lse, rest = plan_forward(call)
         for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:
             kernel = launch.kernel.__name__
-            shaped = dtype != torch.float32 and kernel != "scatter_rows"
+            shaped = dtype != torch.float32 and kernel in _TILES
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, shaped))
     return found

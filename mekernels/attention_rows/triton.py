@@ -14,6 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VARYING = [
+    *("count", "queries", "keys", "own", "start", "stop", "width", "splits", "span", "size", "kv_heads"),
+    *("rows", "ranges", "columns", "key_mask", "lse_in", "rest_in", "grad"),
+]
+"""Numbers that vary from call to call, and tensors that may begin anywhere.
+
+Triton makes no versions of a kernel for what divides them. In a tuple it would, whatever is asked of it."""
+
 
 @triton.jit
 def row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL: tl.constexpr, RANGE: tl.constexpr):
@@ -70,16 +78,9 @@ def exact_dot(a, b):
 
 
 @triton.jit
-def combined_rows(tops, totals, at, step, splits, inside, SPLITS: tl.constexpr):
-    """Largest score of a row, and the sum of the exponentials above it, from those of the cuts."""
-    cut = tl.arange(0, SPLITS)
-    held = inside[:, None] & (cut[None, :] < splits)
-    places = at[:, None] + cut[None, :] * step
-    top = tl.load(tops + places, mask=held, other=-float("inf"))
-    total = tl.load(totals + places, mask=held, other=0.0)
-    highest = tl.max(top, 1)
-    safe = tl.where(highest == -float("inf"), 0.0, highest)
-    return safe, tl.sum(total * tl.exp(top - safe[:, None]), 1)
+def exponential(x):
+    """e to the power of x. ``tl.exp`` spends three more instructions on results that are denormal."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -91,15 +92,14 @@ def seen_span(first, last, begin, end, keys, FOLD: tl.constexpr):
     return begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_lse(
     query,
     key,
     rows,
     ranges,
     key_mask,
-    tops,
-    totals,
+    sums,
     q_strides,
     k_strides,
     count,
@@ -119,7 +119,7 @@ def row_lse(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Largest scores and sums of exponentials over one cut of the keys, (splits, B, Hk, R * GROUPS)."""
+    """Largest scores and sums of exponentials over one cut of the keys, (2, splits, B, Hk, R * GROUPS)."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     head = tl.program_id(1).to(tl.int64)
@@ -146,14 +146,56 @@ def row_lse(
         scores = tl.where(allowed, scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - safe) + tl.sum(tl.exp(scores - safe[:, None]), 1)
+        total = total * exponential(top - safe) + tl.sum(exponential(scores - safe[:, None]), 1)
         top = higher
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
-    tl.store(tops + rank * count * GROUPS + m, top, mask=inside)
-    tl.store(totals + rank * count * GROUPS + m, total, mask=inside)
+    at = sums + rank * count * GROUPS + m
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS * splits
+    tl.store(at, top, mask=inside)
+    tl.store(at + plane, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
+def combine_rows(
+    sums,
+    lse_out,
+    rest_out,
+    scales,
+    count,
+    splits,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The logsumexp of every row, and what scales its entries, from the cuts of ``row_lse`` in order."""
+    head = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < count * GROUPS
+    stacked = (sample * tl.num_programs(1) + head) * count * GROUPS + m
+    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for split in range(splits):
+        top = tl.maximum(top, tl.load(sums + stacked + split * step, mask=inside, other=-float("inf")))
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(splits):
+        place = sums + stacked + split * step
+        part = tl.load(place + splits * step, mask=inside, other=0.0)
+        total += part * exponential(tl.load(place, mask=inside, other=-float("inf")) - top)
+    # A row that is not finite has a sum that is NaN, and is NaN at every column.
+    some = total != 0
+    total = tl.where(some, total, 1.0)
+    lse = top + tl.log(total)
+    # The rounding of the logsumexp, which is large where scores are.
+    rest = (top - lse) + tl.log(total)
+    of_row = ((sample * tl.num_programs(1) + head) * GROUPS + m % GROUPS) * count + m // GROUPS
+    tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=inside)
+    tl.store(rest_out + of_row, rest, mask=inside)
+    tl.store(scales + of_row, top, mask=inside)
+    tl.store(scales + step + of_row, 1.0 / total, mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
 def row_columns(
     query,
     key,
@@ -161,21 +203,16 @@ def row_columns(
     ranges,
     key_mask,
     columns,
-    tops,
-    totals,
-    lse_out,
-    rest_out,
-    out,
+    scales,
+    partial,
     q_strides,
     k_strides,
     count,
     queries,
     keys,
     own,
-    kv_heads,
     width,
     start,
-    splits,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -185,26 +222,22 @@ def row_columns(
     FOLD: tl.constexpr,
     MEAN: tl.constexpr,
     INDEX: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Chosen columns of the chosen rows, mean over the heads or per head, and the rows' logsumexp."""
-    heads = kv_heads * GROUPS
+    """Chosen columns of the chosen rows: of one query head, or the sum over those of one key head."""
+    lists = tl.num_programs(1) // (1 if MEAN else GROUPS)
+    head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
-    first_kv, kvs, first_group = 0, kv_heads, 0
-    if not MEAN:
-        sample = (tl.program_id(2) // heads).to(tl.int64)
-        first_kv, kvs = (tl.program_id(2) % heads) // GROUPS, 1
-        first_group = (tl.program_id(2) % heads) % GROUPS
-    batch = tl.num_programs(2)
-    if not MEAN:
-        batch = batch // heads
-    r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # The first query head of the program, and of the sample where the heads are summed.
+    first_head = head * GROUPS if MEAN else head
+    kv = first_head // GROUPS
+    r = tl.program_id(0) % tl.cdiv(count, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = r < count
     row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(0) // tl.cdiv(count, BLOCK_M) * BLOCK_N + tl.arange(0, BLOCK_N)
     chosen = c < width
     if INDEX:
         column = tl.load(columns + sample * width + c, mask=chosen, other=-1)
@@ -213,40 +246,34 @@ def row_columns(
     else:
         column = tl.where(chosen, start + c, 0)
     allowed = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
+    plane = tl.num_programs(2).to(tl.int64) * lists * GROUPS * count
     mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in range(kvs * FOLD):
-        kv = tl.cast(first_kv + item // FOLD, tl.int64)
-        n = column + (item % FOLD) * own
+    for part in range(FOLD):
+        n = column + part * own
         _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
         seen &= chosen
-        k = vectors(
-            token_at(key, k_strides, sample, kv, n.to(tl.int64)), seen, k_strides[3], 0, WIDTH, BLOCK_D
-        )
-        k = tl.trans(k)
+        of_keys = token_at(key, k_strides, sample, kv, n.to(tl.int64))
+        k = tl.trans(vectors(of_keys, seen, k_strides[3], 0, WIDTH, BLOCK_D))
+        shown = allowed & seen[None, :]
         groups: tl.constexpr = GROUPS if MEAN else 1
         for group in range(groups):
-            g = first_group + group
-            place = token_at(query, q_strides, sample, kv * GROUPS + g, row)
-            q = vectors(place, valid, q_strides[3], 0, WIDTH, BLOCK_D)
-            stacked = (sample * kv_heads + kv) * count * GROUPS + r * GROUPS + g
-            step = tl.cast(batch, tl.int64) * kv_heads * count * GROUPS
-            top, total = combined_rows(tops, totals, stacked, step, splits, inside, SPLITS)
-            # A row that is not finite has a sum that is NaN, and is NaN at every column.
-            some = total != 0
-            total = tl.where(some, total, 1.0)
-            lse = top + tl.log(total)
-            # The rounding of the logsumexp, which is large where scores are.
-            rest = (top - lse) + tl.log(total)
-            writes = inside & (tl.program_id(0) == 0) & (item % FOLD == 0)
-            of_row = (sample * heads + kv * GROUPS + g) * count + r
-            tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=writes)
-            tl.store(rest_out + of_row, rest, mask=writes)
-            weights = tl.exp(exact_dot(q, k) * scale - top[:, None])
-            mass += tl.where(allowed & seen[None, :], weights, 0.0) / total[:, None]
-    rank = sample
-    if MEAN:
-        mass = mass / heads
-    else:
-        rank = sample * heads + first_kv * GROUPS + first_group
-    at = out + (rank * count + r[:, None]) * width + c[None, :]
-    tl.store(at, tl.where(chosen[None, :], mass, 0.0), mask=inside[:, None] & (c < width)[None, :])
+            of_rows = token_at(query, q_strides, sample, first_head + group, row)
+            q = vectors(of_rows, valid, q_strides[3], 0, WIDTH, BLOCK_D)
+            rank = (sample * lists * GROUPS + first_head + group) * count + r
+            top = tl.load(scales + rank, mask=inside, other=0.0)
+            share = tl.load(scales + plane + rank, mask=inside, other=0.0)
+            weights = exponential(exact_dot(q, k) * scale - top[:, None])
+            mass += tl.where(shown, weights, 0.0) * share[:, None]
+    block = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
+    at = partial + (block * count + r[:, None]) * width + c[None, :]
+    tl.store(at, tl.where(chosen[None, :], mass * SCALE, 0.0), mask=inside[:, None] & (c < width)[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def mean_heads(partial, out, size, kv_heads, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The mean over the heads, of (Hk, size) sums over those that share a key head."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for head in range(kv_heads):
+        total += tl.load(partial + tl.cast(head, tl.int64) * size + place, mask=place < size, other=0.0)
+    tl.store(out + place, total / (kv_heads * GROUPS), mask=place < size)

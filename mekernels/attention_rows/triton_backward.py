@@ -2,7 +2,9 @@
 
 With p the attention of a row and d the gradient of its entries (zero where nothing was read), the gradient of
 the scores is p (d - s), and s is the sum of p d over the columns that were read. So s comes first, from the
-columns alone; then each block of keys is written by one program, and the rows' part is cut along the keys.
+columns alone. Then all that the two passes over the scores need of a row is gathered once, stacked and
+padded, so that they read it without a mask; each block of keys is written by one program, and the rows' part
+is cut along the keys.
 """
 
 from __future__ import annotations
@@ -10,19 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton import exact_dot, row_bounds, seen_keys, seen_span, token_at, vectors
+from .triton import VARYING, exact_dot, exponential, row_bounds, seen_keys, seen_span, token_at, vectors
+
+PADDED = tl.constexpr(64)
+"""The gathered rows of a key head are padded to a multiple of this, the most of a tile."""
 
 
 @triton.jit
-def half_factor(x, SCALED: tl.constexpr):
-    """The largest finite entry of a product's left side where half precision is too narrow; else 1."""
-    factor = 1.0
-    if SCALED:
-        size = tl.abs(x)
-        # Neither infinity nor NaN, which would reach the rows that share a tile with it.
-        size = tl.where(size < float("inf"), size, 0.0)
-        factor = tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
-    return factor
+def scaled_dot(a, b, SCALED: tl.constexpr):
+    """The product in the dtype of ``b``; where that is too narrow for ``a``, its rows are scaled first."""
+    if not SCALED:
+        return exact_dot(a.to(b.dtype), b)
+    size = tl.abs(a)
+    # Neither infinity nor NaN.
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 1)
+    largest = tl.maximum(largest, 1e-30)[:, None]
+    return exact_dot((a * (1.0 / largest)).to(b.dtype), b) * largest
 
 
 @triton.jit
@@ -34,13 +39,14 @@ def offsets(along, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def combined_sum(partial, at, step, splits, inside, SPLITS: tl.constexpr):
-    cut = tl.arange(0, SPLITS)
-    held = inside[:, None] & (cut[None, :] < splits)
-    return tl.sum(tl.load(partial + at[:, None] + cut[None, :] * step, mask=held, other=0.0), 1)
+def grad_list(sample, head, GROUPS: tl.constexpr, MEAN: tl.constexpr):
+    """Number of the (rows, columns) that holds the gradients of a query head; a mean is that of all heads."""
+    if MEAN:
+        return tl.zeros_like(head) + sample
+    return sample * tl.num_programs(1) * GROUPS + head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_slope(
     query,
     key,
@@ -54,7 +60,6 @@ def row_slope(
     partial,
     q_strides,
     k_strides,
-    g_strides,
     count,
     queries,
     keys,
@@ -71,6 +76,7 @@ def row_slope(
     RANGE: tl.constexpr,
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
+    MEAN: tl.constexpr,
     WIDE: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,7 +97,7 @@ def row_slope(
     lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
     lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
     rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
-    of_rows = offsets(own_head, g_strides[1], WIDE) + offsets(r, width, WIDE)
+    of_rows = grad + offsets(grad_list(sample, own_head, GROUPS, MEAN) * count + r, width, WIDE)
     total = tl.zeros([BLOCK_M], tl.float32)
     end = tl.minimum(split * span + span, width)
     for begin in range(split * span, end, BLOCK_N):
@@ -104,56 +110,154 @@ def row_slope(
         else:
             column = tl.where(chosen, start + c, 0)
         allowed = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None]) & chosen[None, :]
-        given = tl.load(
-            grad + sample * g_strides[0] + (of_rows[:, None] + c[None, :]),
-            mask=allowed & inside[:, None],
-            other=0.0,
-        )
+        given = tl.load(of_rows[:, None] + c[None, :], mask=allowed & inside[:, None], other=0.0)
         for part in range(FOLD):
             n = column + part * own
             _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
             place = token_at(key, k_strides, sample, head, n.to(tl.int64))
             k = vectors(place, seen & chosen, k_strides[3], 0, WIDTH, BLOCK_D)
-            share = tl.exp(exact_dot(q, tl.trans(k)) * scale - lse[:, None] - rest[:, None])
+            share = exponential(exact_dot(q, tl.trans(k)) * scale - lse[:, None] - rest[:, None])
             total += tl.sum(tl.where(allowed & seen[None, :], share * given, 0.0), 1)
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
     tl.store(partial + rank * count * GROUPS + m, total * grad_scale, mask=inside)
 
 
-@triton.jit
-def key_gradient(
+@triton.jit(do_not_specialize=VARYING)
+def spread_columns(grad, ordered, begins, out, count, own, width, LISTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Gradients of listed columns at the positions of a part, (B, 1 or Hq, R, own); equal columns are added.
+
+    ``ordered`` are the places of the list by their column (B, C), and ``begins`` where those of each column
+    begin (B, own + 1).
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64)
+    sample = row // (count * LISTS)
+    begin = tl.load(begins + sample * (own + 1) + n, mask=n < own, other=0)
+    end = tl.load(begins + sample * (own + 1) + n + 1, mask=n < own, other=0)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for repeat in range(tl.max(end - begin, 0).to(tl.int32)):
+        held = begin + repeat < end
+        column = tl.load(ordered + sample * width + begin + repeat, mask=held, other=0)
+        total += tl.load(grad + row * width + column, mask=held, other=0.0)
+    tl.store(out + row * own + n, total, mask=n < own)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gather_rows(
     query,
-    key,
     rows,
     ranges,
-    key_mask,
     lse_in,
     rest_in,
     slope_in,
-    grad,
-    out,
+    packed,
+    measures,
+    bounds,
+    places,
     q_strides,
-    k_strides,
-    g_strides,
-    o_strides,
     count,
     queries,
-    keys,
     own,
-    start,
-    stop,
+    width,
     splits,
-    scale,
-    grad_scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGE: tl.constexpr,
+    MEAN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What the passes over the scores need of the stacked rows, padded with rows that see no key.
+
+    ``packed`` are the queries (B, Hk, M, BLOCK_D), ``measures`` logsumexp, its rest to base 2 and the slope
+    (3, B, Hk, M), ``bounds`` the first key seen and one past the last (2, B, Hk, M), and ``places`` where the
+    gradients of a row begin (B, Hk, M).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r, inside = m // GROUPS, m < count * GROUPS
+    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
+    own_head = head * GROUPS + m % GROUPS
+    at = token_at(query, q_strides, sample, own_head, row)
+    q = vectors(at, valid, q_strides[3], 0, WIDTH, BLOCK_D)
+    of_row = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
+    lse = tl.load(lse_in + of_row, mask=inside, other=0.0)
+    rest = tl.load(rest_in + of_row, mask=inside, other=0.0)
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    lists = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
+    rank = sample * tl.num_programs(1) + head
+    for split in range(splits):
+        piece = slope_in + (split * lists + rank) * count * GROUPS + m
+        slope += tl.load(piece, mask=inside, other=0.0)
+    place = grad_list(sample, own_head, GROUPS, MEAN)
+    place = offsets(place * count + r, width, WIDE)
+    padded = tl.cdiv(count * GROUPS, PADDED) * PADDED
+    at = rank * padded + m
+    tl.store(packed + (at[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]), q)
+    tl.store(measures + at, lse)
+    tl.store(measures + lists * padded + at, rest * 1.4426950408889634)
+    tl.store(measures + 2 * lists * padded + at, slope)
+    tl.store(bounds + at, first)
+    tl.store(bounds + lists * padded + at, last)
+    tl.store(places + at, tl.where(inside, place, 0))
+
+
+@triton.jit
+def gathered(measures, bounds, places, at, plane, RANGE: tl.constexpr):
+    """Of the gathered rows ``at``: logsumexp, its rest, slope, bounds and place of the gradients."""
+    lse = tl.load(measures + at)
+    rest = tl.load(measures + plane + at)
+    slope = tl.load(measures + 2 * plane + at)
+    last = tl.load(bounds + plane + at)
+    first = tl.zeros_like(last)
+    if RANGE:
+        first = tl.load(bounds + at)
+    return lse, rest, slope, first, last, tl.load(places + at)
+
+
+@triton.jit
+def visible(position, first, last, RANGE: tl.constexpr):
+    """Whether rows see keys; no row sees a key at the largest position there is."""
+    if RANGE:
+        return (position >= first) & (position < last)
+    return position < last
+
+
+@triton.jit
+def score_gradient(scores, lse, rest, given, slope, seen, scale, grad_scale):
+    """p (d - s) where a row sees a key, else zero."""
+    share = tl.exp2((scores * scale - lse) * 1.4426950408889634 - rest)
+    return tl.where(seen, share * (given * grad_scale - slope), 0.0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def key_gradient(
+    packed,
+    measures,
+    bounds,
+    places,
+    key,
+    key_mask,
+    grad,
+    out,
+    k_strides,
+    o_strides,
+    count,
+    keys,
+    own,
+    start,
+    stop,
+    scale,
+    grad_scale,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANGE: tl.constexpr,
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
-    WIDE: tl.constexpr,
     SCALED: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -166,33 +270,32 @@ def key_gradient(
     at = token_at(key, k_strides, sample, head, n.to(tl.int64))
     k = vectors(at, seen, k_strides[3], 0, WIDTH, BLOCK_D)
     read = seen & (position >= start) & (position < stop)
-    of_keys = offsets(position - start, g_strides[3], WIDE)
-    stacked = (sample * tl.num_programs(1) + head) * count * GROUPS
-    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
+    of_keys = grad + (position - start)
+    position = tl.where(seen, position, 2147483647)
+    d = tl.arange(0, BLOCK_D)
+    padded = tl.cdiv(count * GROUPS, PADDED) * PADDED
+    rank = sample * tl.num_programs(1) + head
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * padded
+    base = rank * padded
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first_m in range(0, count * GROUPS, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
-        r, inside = m // GROUPS, m < count * GROUPS
-        row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
-        own_head = head * GROUPS + m % GROUPS
-        place = token_at(query, q_strides, sample, own_head, row)
-        q = vectors(place, valid, q_strides[3], 0, WIDTH, BLOCK_D)
-        lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
-        lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
-        rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
-        slope = combined_sum(slope_in, stacked + m, step, splits, inside, SPLITS)
-        allowed = seen[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
-        place = offsets(own_head, g_strides[1], WIDE) + offsets(r, g_strides[2], WIDE)
-        given = tl.load(
-            grad + sample * g_strides[0] + (place[None, :] + of_keys[:, None]),
-            mask=allowed & read[:, None] & inside[None, :],
-            other=0.0,
+        q = tl.load(packed + base * BLOCK_D + (m[:, None] * BLOCK_D + d[None, :]))
+        lse, rest, slope, first, last, place = gathered(
+            measures + base, bounds + base, places + base, m, plane, RANGE
         )
-        share = tl.exp(exact_dot(k, tl.trans(q)) * scale - lse[None, :] - rest[None, :])
-        change = tl.where(allowed, share * (given * grad_scale - slope[None, :]), 0.0)
-        factor = half_factor(change, SCALED)
-        total += exact_dot((change * (1.0 / factor)).to(q.dtype), q) * factor
-    d = tl.arange(0, BLOCK_D)
+        given = tl.load(of_keys[:, None] + place[None, :], mask=read[:, None], other=0.0)
+        change = score_gradient(
+            exact_dot(k, tl.trans(q)),
+            lse[None, :],
+            rest[None, :],
+            given,
+            slope[None, :],
+            visible(position[:, None], first[None, :], last[None, :], RANGE),
+            scale,
+            grad_scale,
+        )
+        total += scaled_dot(change, q, SCALED)
     at = (
         out
         + sample * o_strides[0]
@@ -203,41 +306,32 @@ def key_gradient(
     tl.store(at, (total * scale).to(out.dtype.element_ty), mask=(n < keys)[:, None] & (d < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient(
-    query,
+    packed,
+    measures,
+    bounds,
+    places,
     key,
-    rows,
-    ranges,
     key_mask,
-    lse_in,
-    rest_in,
-    slope_in,
     grad,
     partial,
-    q_strides,
     k_strides,
-    g_strides,
     count,
-    queries,
     keys,
     own,
     start,
     stop,
-    slope_splits,
     splits,
     span,
     scale,
     grad_scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     RANGE: tl.constexpr,
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
-    WIDE: tl.constexpr,
     SCALED: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -249,61 +343,58 @@ def query_gradient(
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    r, inside = m // GROUPS, m < count * GROUPS
-    row, valid, first, last = row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL, RANGE)
-    own_head = head * GROUPS + m % GROUPS
-    of_queries = token_at(query, q_strides, sample, own_head, row)
+    padded = tl.cdiv(count * GROUPS, PADDED) * PADDED
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * padded
+    base = (sample * tl.num_programs(1) + head) * padded
+    lse, rest, slope, first, last, place = gathered(
+        measures + base, bounds + base, places + base, m, plane, RANGE
+    )
+    of_queries = packed + (base + m) * BLOCK_D
+    lane = tl.arange(0, BLOCK_D)
     if CHUNK == BLOCK_D:
-        q = vectors(of_queries, valid, q_strides[3], 0, WIDTH, BLOCK_D)
-    lse_at = (sample * tl.num_programs(1) * GROUPS + own_head) * count + r
-    lse = tl.load(lse_in + lse_at, mask=inside, other=0.0)
-    rest = tl.load(rest_in + lse_at, mask=inside, other=0.0)
-    stacked = (sample * tl.num_programs(1) + head) * count * GROUPS + m
-    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * count * GROUPS
-    slope = combined_sum(slope_in, stacked, step, slope_splits, inside, SPLITS)
-    of_rows = offsets(own_head, g_strides[1], WIDE) + offsets(r, g_strides[2], WIDE)
+        q = tl.load(of_queries[:, None] + lane[None, :])
+    of_rows = grad + place
     begin, end = seen_span(first, last, split * span, tl.minimum(split * span + span, keys), keys, FOLD)
-    base = key + sample * k_strides[0] + head * k_strides[1]
-    lanes = tl.arange(0, BLOCK_N)
+    base_key = key + sample * k_strides[0] + head * k_strides[1]
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first_n in range(begin, end, BLOCK_N):
-        n = first_n + lanes
+        n = first_n + tl.arange(0, BLOCK_N)
         position, seen = seen_keys(key_mask, sample, n, keys, own, MASK, FOLD)
         seen &= n < end
-        place = base + n.to(tl.int64) * k_strides[2]
-        k = vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D)
+        at = base_key + n.to(tl.int64) * k_strides[2]
+        k = vectors(at, seen, k_strides[3], 0, WIDTH, BLOCK_D)
         read = seen & (position >= start) & (position < stop)
-        allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
-        given = tl.load(
-            grad
-            + sample * g_strides[0]
-            + (of_rows[:, None] + offsets(position - start, g_strides[3], WIDE)[None, :]),
-            mask=allowed & read[None, :] & inside[:, None],
-            other=0.0,
-        )
+        given = tl.load(of_rows[:, None] + (position - start)[None, :], mask=read[None, :], other=0.0)
         if CHUNK == BLOCK_D:
             scores = exact_dot(q, tl.trans(k))
         else:
             scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for d in range(0, WIDTH, CHUNK):
-                some_q = vectors(of_queries, valid, q_strides[3], d, WIDTH, CHUNK)
-                some_k = vectors(place, seen, k_strides[3], d, WIDTH, CHUNK)
+            for begin_d in range(0, WIDTH, CHUNK):
+                some_q = tl.load(of_queries[:, None] + (begin_d + tl.arange(0, CHUNK))[None, :])
+                some_k = vectors(at, seen, k_strides[3], begin_d, WIDTH, CHUNK)
                 scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision="ieee")
-        share = tl.exp(scores * scale - lse[:, None] - rest[:, None])
-        change = tl.where(allowed, share * (given * grad_scale - slope[:, None]), 0.0)
-        factor = half_factor(change, SCALED)
-        total += exact_dot((change * (1.0 / factor)).to(k.dtype), k) * factor
-    lane = tl.arange(0, BLOCK_D)
+        position = tl.where(seen, position, 2147483647)
+        change = score_gradient(
+            scores,
+            lse[:, None],
+            rest[:, None],
+            given,
+            slope[:, None],
+            visible(position[None, :], first[:, None], last[:, None], RANGE),
+            scale,
+            grad_scale,
+        )
+        total += scaled_dot(change, k, SCALED)
     rank = ((split * tl.num_programs(2) + sample) * tl.num_programs(1) + head) * count * GROUPS
     at = partial + (rank + m)[:, None] * WIDTH + lane[None, :]
+    inside = m < count * GROUPS
     tl.store(at, total * scale, mask=inside[:, None] & (lane < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def scatter_rows(
     partial,
-    ordered,
-    order,
+    rows,
     out,
     o_strides,
     count,
@@ -312,32 +403,38 @@ def scatter_rows(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Write the gradient of a query position once: the sum over the cuts and over all places that chose it.
 
-    ``ordered`` are the rows in ascending order and ``order`` their places; the first of equal rows writes.
+    The first of equal rows writes.
     """
     place = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
-    listed = sample * count
-    row = tl.load(ordered + listed + place)
-    before = tl.load(ordered + listed + place - 1, mask=place > 0, other=-1)
+    listed = rows + sample * count
+    row = tl.load(listed + place)
     d = tl.arange(0, BLOCK_D)
     kv_heads = tl.num_programs(1) // GROUPS
     stacked = (sample * kv_heads + head // GROUPS) * count * GROUPS + head % GROUPS
     step = tl.num_programs(2).to(tl.int64) * kv_heads * count * GROUPS
-    total = tl.zeros([BLOCK_D], tl.float32)
-    next_place = place
-    writes = (row >= 0) & (row < queries) & (row != before)
-    if writes:
-        same = row
-        while same == row:
-            chosen = tl.load(order + listed + next_place)
-            for split in range(splits):
-                piece = partial + (stacked + chosen * GROUPS + split * step) * WIDTH + d
-                total += tl.load(piece, mask=d < WIDTH, other=0.0)
-            next_place += 1
-            same = tl.load(ordered + listed + next_place, mask=next_place < count, other=-1)
+    earlier = 0
+    for begin in range(0, place, BLOCK_R):
+        other = begin + tl.arange(0, BLOCK_R)
+        equal = tl.load(listed + other, mask=other < place, other=-1) == row
+        earlier += tl.sum(equal.to(tl.int32), 0)
+    if (row >= 0) & (row < queries) & (earlier == 0):
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for begin in range(place // BLOCK_R * BLOCK_R, count, BLOCK_R):
+            other = begin + tl.arange(0, BLOCK_R)
+            equal = tl.load(listed + other, mask=other < count, other=-1) == row
+            left = tl.sum(equal.to(tl.int32), 0)
+            chosen = begin - 1
+            while left > 0:
+                chosen = tl.min(tl.where(equal & (other > chosen), other, count), 0)
+                for split in range(splits):
+                    piece = partial + (stacked + chosen * GROUPS + split * step) * WIDTH + d
+                    total += tl.load(piece, mask=d < WIDTH, other=0.0)
+                left -= 1
         at = token_at(out, o_strides, sample, head, row) + d * o_strides[3]
         tl.store(at, total.to(out.dtype.element_ty), mask=d < WIDTH)

@@ -13,7 +13,7 @@ from measure.memory import peak_bytes
 from measure.plan import SIZES
 from measure.sampler import Sampler, quantiles
 from measure.student_model import VIDEO_STUDENTS
-from measure.student_rows import chosen_rows
+from measure.student_rows import chosen_rows, least
 from measure.teacher_step import MODELS
 from measure.work import Work
 
@@ -207,6 +207,15 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
+def test_the_least_work_of_rows():
+    shape = shapes.Student("", tokens=96, heads=4, key_heads=2, width=8)
+    work = least(shape, rows=5, itemsize=2)
+    read, written = 2 * (4 * 5 + 2 * 96) * 8 * 2, (2 + 4) * 96 * 8 * 2
+    assert work["moved"] == read + written + 2 * 5 * 60 * 4
+    assert work["operations"] == 8 * 4 * 5 * 96 * 8
+    assert work["exponentials"] == 2 * 4 * 5 * 96
+
+
 def test_samples_of_a_gpu_are_between_events(monkeypatch):
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     monkeypatch.setattr(device, "ceilings", lambda: {"bytes_per_second": 1e3, "float32_per_second": 1e6})
@@ -222,6 +231,11 @@ def test_samples_of_a_gpu_are_between_events(monkeypatch):
     assert info["over_ours"]["p50"] > 5
     assert info["floor_seconds"] == pytest.approx(8e-3)
     assert info["peak_bytes"] == 7
+    rates = {"bytes_per_second": 1e3, "float32_per_second": 1e6, "exponentials_per_second": 1e2}
+    monkeypatch.setattr(device, "ceilings", lambda: rates)
+    work.exponentials = 5.0
+    Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work, "slow")
+    assert stand.extra_info["floor_seconds"] == pytest.approx(5e-2)
     work.beside = ("slow",)
     Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work, "slow")
     assert stand.extra_info["floor_seconds"] is None
