@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                     write(options.dump, gate, capability)
         if not options.json:
             return
-    report = everything(part) | {"native": {} if part else native()}
+    report = everything([part]) | {"native": {} if part else native()}
     print(json.dumps(report, indent=2) if options.json else table(report))
 
 

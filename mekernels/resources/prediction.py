@@ -2,13 +2,18 @@
 
 For each pipe of a multiprocessor: the instructions of all warps of a launch (how often each runs comes from
 :mod:`mekernels.resources.turns`), over what the pipe issues in a cycle on every multiprocessor at once.
-Likewise the bytes that have to pass between the multiprocessors and memory at least. The largest of these times
-is the bound; waiting for memory, barriers, bank conflicts and a last wave that is not full come on top.
+Likewise the bytes that have to pass between the multiprocessors and memory at least. The largest of these
+times is the bound; waiting for memory, barriers, bank conflicts and a last wave that is not full come on top.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -120,14 +125,11 @@ def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
 
 
 def _source(own: list[sass.Instruction], sources: list[Region]) -> Region | None:
-    """The loop of the source: the outermost with loads, stores or products here, else where most comes from."""
+    """The loop of the source: the outermost whose anchors are here, else the one that most comes from."""
     frames = [item.frames for item in own if item.frames]
-    memory = {
-        item.frames
-        for item in own
-        if item.pipe in ("load", "store", "tensor") or item.base in ("LDSM", "RED")
-    }
-    anchored = [region for region in sources if region.anchors & memory]
+    pipes = ("load", "store", "tensor", "mufu", "shared")
+    heavy = {item.frames for item in own if item.pipe in pipes}
+    anchored = [region for region in sources if region.anchors & heavy]
     if anchored:
         return min(anchored, key=lambda region: region.depth)
     votes = [(sum(item in region.frames for item in frames), region.depth, region) for region in sources]
@@ -173,7 +175,7 @@ def _runs(
 
 
 def seconds(code: list[Placed], warps: int, moved: float, machine: Machine) -> dict[str, float | None]:
-    """The time of each pipe, of issuing and of moving bytes; only the last where a loop's length is unknown."""
+    """The time of each pipe, of issuing, and of bytes; only the last where a loop's length is unknown."""
     if any(item.runs is None for item in code):
         return {"bytes": moved / machine.bandwidth}
     work = dict.fromkeys((*RATES, "tensor", "shared", "global"), 0.0)
@@ -231,7 +233,7 @@ def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
     if gate.name.startswith("attention_rows"):
         shape = gate.name.split(" ", 2)[2]
         # A kernel may get less than the op: the others of the same call know the rest.
-        for other in gates():
+        for other in _gates().values():
             given = other.launch.arguments
             if other.name.endswith(shape) and isinstance(given.get("query"), Tensor) and "rows" in given:
                 query, key, rows = given["query"], given.get("key"), given["rows"]
@@ -260,6 +262,8 @@ def describe(gate: Gate, capability: int) -> dict[str, Any]:
     machine = MACHINES[capability]
     built = compiled(gate.launch, capability)
     turns = Turns(built.ir, gate.launch.grid, gate.launch.arguments)
+    if all(len(item.frames) < 2 for item in built.code):
+        turns.forget_calls()
     warps = gate.launch.options.get("num_warps", 4)
     found = bodies(built.code, turns)
     code = placed(built.code, turns, found)
@@ -325,13 +329,29 @@ def inner(entry: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def everything(part: str = "", capabilities: tuple[int, ...] = tuple(MACHINES)) -> dict[str, Any]:
-    """The report of all kernels whose gate's name has ``part`` in it."""
+@cache
+def _gates() -> dict[str, Gate]:
+    return {gate.name: gate for gate in gates()}
+
+
+def _describe(name: str, capability: int) -> dict[str, Any]:
+    return describe(_gates()[name], capability)
+
+
+def everything(parts: Sequence[str] = ("",), workers: int = 2) -> dict[str, Any]:
+    """The report of all kernels.
+
+    Args:
+        parts: a kernel is left out unless its gate's name has one of these in it.
+        workers: processes that compile.
+    """
     import triton
 
-    entries = [
-        describe(gate, capability) for gate in gates() if part in gate.name for capability in capabilities
-    ]
+    named = [name for name in _gates() if any(part in name for part in parts)]
+    names, capabilities = zip(*product(named, MACHINES), strict=True) if named else ((), ())
+    # A process forked off torch's threads may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        entries = list(pool.map(_describe, names, capabilities, chunksize=2))
     return {
         "note": "counts are read off the compiled code; all times and shares are predictions",
         "triton": triton.__version__,

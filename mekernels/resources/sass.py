@@ -1,8 +1,8 @@
 """Reads machine code as nvdisasm and cuobjdump print it: instructions, loops, and what each pipe has to do.
 
-A loop is what compilers call a natural loop: the blocks from which control comes back to a head without leaving
-it. So loops within loops, loops with several ways back, blocks that were moved out of line and branches on
-uniform predicates are all found, and code that merely stands between is not counted.
+A loop is what compilers call a natural loop: the blocks from which control comes back to a head without
+leaving it. So loops within loops, loops with several ways back, blocks that were moved out of line and
+branches on uniform predicates are all found, and code that merely stands between is not counted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PIPES = {
     "fp32": "FFMA FADD FMUL HFMA2 HADD2 HMUL2 FSWZADD",
     "fp64": "DFMA DADD DMUL DSETP",
     "integer": "IMAD IADD3 IADD IABS ISETP IMNMX VIMNMX VIADD VIADDMNMX LEA LOP3 LOP PLOP3 SHF SHL SHR PRMT "
-    "SEL ISCADD BMSK SGXT P2R R2P MOV MOV32I CS2R FSEL FSETP FMNMX FCHK F2FP HSETP2 HSET2 HMNMX2 FSET IDP XMAD "
-    "BFE BFI ICMP",
+    "SEL ISCADD BMSK SGXT P2R R2P MOV MOV32I CS2R FSEL FSETP FMNMX FCHK F2FP HSETP2 HSET2 HMNMX2 FSET IDP "
+    "XMAD BFE BFI ICMP",
     "load": "LDG LDGSTS LD UBLKCP UTMALDG",
     "store": "STG ST RED REDG ATOM ATOMG UTMASTG",
     "shared": "LDS LDSM STS STSM ATOMS SHFL MOVM",

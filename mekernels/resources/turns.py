@@ -10,6 +10,7 @@ elsewhere.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Region:
     frames: set[Frames] = field(default_factory=set)
     """Places in the source of what is directly in it."""
     anchors: set[Frames] = field(default_factory=set)
-    """Those of loads, stores and products, which no compiler repeats elsewhere."""
+    """Those of loads, stores, products, sums and exponentials, which no compiler repeats elsewhere."""
 
     @property
     def depth(self) -> int:
@@ -85,6 +86,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 _COMPARE = {"slt": np.less, "sle": np.less_equal, "sgt": np.greater, "sge": np.greater_equal}
 _COMPARE |= {"eq": np.equal, "ne": np.not_equal}
 _COMPARE |= {f"u{name[1:]}": item for name, item in _COMPARE.items() if name[0] == "s"}
+_ANCHORS = ("tt.load", "tt.store", "tt.dot", "tt.reduce", "tt.atomic_rmw")
 _DEFINITION = re.compile(r"^\s*(?:(%[\w.$-]+)(?::\d+)? = )?\"?([\w]+(?:\.\w+)*)\"?(.*)$")
 _NAME = re.compile(r"%[\w.$-]+(?:#\d+)?")
 
@@ -216,7 +218,7 @@ class Turns:
         self, name: str | None, operation: str, rest: str, region: Region, place: Frames | None
     ) -> None:
         operands = _NAME.findall(rest.split(" loc(")[0].split(" : ")[0])
-        if operation in ("tt.load", "tt.store", "tt.dot", "tt.atomic_rmw") and place:
+        if place and (operation in _ANCHORS or operation.startswith("math.")):
             region.anchors.add(place)
         if operation in ("tt.load", "tt.store", "tt.atomic_rmw"):
             shape = re.search(r"tensor<((?:\d+x)+)!", rest)
@@ -261,7 +263,9 @@ class Turns:
             return np.where(*given)
         if short == "cmpi":
             return _COMPARE[rest.strip().split(",")[0].split(" ")[0]](*given)
-        return _OPERATIONS[short](*given) if short in _OPERATIONS else None
+        # Where a divisor is 0 the result decides nothing: the loop that would use it has no turn.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _OPERATIONS[short](*given) if short in _OPERATIONS else None
 
     def _lists_of(self, pointer: str) -> frozenset[str]:
         """The argument behind a pointer, if it is a list of places."""
@@ -276,6 +280,18 @@ class Turns:
                 break
             name = self._source[name]
         return name[1:] if isinstance(self._arguments.get(name), Tensor) else None
+
+    def forget_calls(self) -> None:
+        """Keep of each place only the innermost function, as some versions of Triton write it.
+
+        A helper that several loops call then says nothing of where it was called: its loads are no anchors.
+        """
+        for region in self.regions:
+            region.frames = {frames[:1] for frames in region.frames}
+            region.anchors = {frames[:1] for frames in region.anchors}
+        shared = Counter(frames for region in self.regions for frames in region.anchors)
+        for region in self.regions:
+            region.anchors = {frames for frames in region.anchors if shared[frames] == 1}
 
     def moved(self) -> dict[str, dict[str, float]]:
         """Bytes read and written of each tensor: each of its bytes once, and no more than is asked for.
