@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 # Last in the path, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -12,9 +13,8 @@ NEED_ALL = ["examples", "motionenhancer", "studies"]
 collect_ignore = NEED_ALL if MISSING else []
 
 
-def pytest_report_header() -> list[str]:
-    """What is not collected, and why."""
-    if not MISSING:
-        return []
-    folders = ", ".join(f"tests/{name}" for name in NEED_ALL)
-    return [f"not collected: {folders}, because {', '.join(MISSING)} is not installed"]
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what was not collected, and why."""
+    if MISSING:
+        folders = ", ".join(f"tests/{name}" for name in NEED_ALL)
+        terminalreporter.write_line(f"not collected: {folders}; not installed: {', '.join(MISSING)}")
