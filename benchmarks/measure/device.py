@@ -103,6 +103,7 @@ def queued_seconds(calls: list[Callable[[], Any]], rounds: int) -> Times:
         by_call = [list(times) for times in zip(*spent, strict=True)]
         return Times(by_call, by_call, True)
     found = Times([[] for _ in calls], [[] for _ in calls], True)
+    torch.cuda.synchronize()
     expected, batch = sum(_wall(call) for call in calls), MOST_QUEUED
     while (left := rounds - len(found.device[0])) > 0:
         count = min(batch, left)
