@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -109,7 +110,7 @@ def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
         source = _source(own, around)
         unrolled = 1
         if source is not None and source.step and loop.advance and loop.advance % source.step == 0:
-            unrolled = max(1, loop.advance // source.step)
+            unrolled = _unrolled(loop.advance // source.step, own, source)
         runs = None if source is None or source.runs is None else source.runs / unrolled
         found.append(Body(loop, own, source, unrolled, runs))
     # A loop that was unrolled and the loop that does its rest: the rest is less than a turn of the first.
@@ -122,6 +123,13 @@ def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
         elif body.source is not None:
             taken.setdefault(id(body.source), body)
     return sorted(found, key=lambda body: body.loop.head)
+
+
+def _unrolled(factor: int, own: list[sass.Instruction], source: Region) -> int:
+    """The factor if the loads, stores and products of the source's loop are as often in that of the code."""
+    heavy = Counter(item.frames for item in own if item.frames in source.anchors and item.pipe != "integer")
+    possible = factor in (2, 4, 8, 16) and all(count % factor == 0 for count in heavy.values())
+    return factor if possible and heavy else 1
 
 
 def _source(own: list[sass.Instruction], sources: list[Region]) -> Region | None:
@@ -242,7 +250,16 @@ def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
                     return {"of": "floor of attention_rows, forward and backward", "seconds": floor}
         return {"of": "floor of attention_rows", "seconds": None}
     if isinstance(query, Tensor) and isinstance(key, Tensor) and query.ndim == 4:
-        return {"of": "flash attention", "seconds": attention_seconds(query, key, machine)}
+        one = attention_seconds(query, key, machine)
+        more = [
+            len(value)
+            for value in arguments.values()
+            if isinstance(value, tuple)
+            and value
+            and all(isinstance(item, Tensor) and item.shape == query.shape for item in value)
+        ]
+        # A launch may take further maps, their queries in a tuple.
+        return {"of": "flash attention", "seconds": None if one is None else one * (1 + max(more, default=0))}
     return {"of": "flash attention", "seconds": None}
 
 

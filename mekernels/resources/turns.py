@@ -24,7 +24,7 @@ Value = Any
 """An array over all programs, a number, or None where it is not known."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Region:
     """The kernel, a loop, or one side of a branch."""
 
@@ -55,8 +55,8 @@ class Region:
 class Access:
     """What one load or store of the IR asks for."""
 
-    argument: str | None
-    """The tensor, None where its pointer cannot be followed."""
+    argument: str
+    """The tensor."""
     store: bool
     elements: float
     """In the whole launch, those that a mask leaves out included."""
@@ -110,7 +110,7 @@ class Turns:
             "z": numbers // (grid[0] * grid[1]),
         }
         self._values: dict[str, Value] = {}
-        self._source: dict[str, str] = {}
+        self._source: dict[str, tuple[str, ...]] = {}
         self._lists: dict[str, frozenset[str]] = {}
         self._arguments: dict[str, Value] = {}
         self._flatten("%", arguments)
@@ -130,7 +130,7 @@ class Turns:
                     self._values[prefix + name] = int(value)
 
     def _read(self, ir: str) -> None:
-        stack: list[tuple[Region, str | None, list[str] | None]] = []
+        stack: list[tuple[Region, str, str | None]] = []
         inside = False
         region = self.root
         for line in ir.splitlines():
@@ -142,6 +142,8 @@ class Turns:
                 continue
             if text.startswith("} else"):
                 region = self._other_side(region)
+                continue
+            if text.startswith("} do"):
                 continue
             if text.startswith("}"):
                 if not stack:
@@ -160,10 +162,12 @@ class Turns:
             if place:
                 region.frames.add(place)
             if operation in ("scf.for", "scf.if", "scf.while"):
-                stack.append((region, operation, None))
+                stack.append((region, operation, name))
                 region = self._enter(operation, name, rest, region)
             elif text.endswith("{") or text.endswith("({"):
                 stack.append((region, "other", None))
+            elif operation == "scf.yield" and stack and stack[-1][1] == "scf.if":
+                self._yield(stack[-1][2], rest)
             else:
                 self._define(name, operation, rest, region, place)
 
@@ -191,10 +195,19 @@ class Turns:
             for place, (held, given) in enumerate(kept):
                 for alias in (held, f"{name}#{place}", name if len(kept) == 1 else held):
                     if alias:
-                        self._source[alias] = given
+                        self._source[alias] = (given,)
                         self._lists[alias] = self._lists.get(given, frozenset())
                         self._values.pop(alias, None)
         return found
+
+    def _yield(self, name: str | None, rest: str) -> None:
+        """What a branch gives is what either side gives: a pointer may be of either tensor."""
+        given = _NAME.findall(rest.split(" : ")[0])
+        for place, item in enumerate(given):
+            for alias in (f"{name}#{place}", name if len(given) == 1 else None):
+                if alias:
+                    self._source[alias] = (*self._source.get(alias, ()), item)
+                    self._values.pop(alias, None)
 
     def _region(self, kind: str, parent: Region, share: Value) -> Region:
         known = share is not None and parent.per_program is not None
@@ -224,16 +237,17 @@ class Turns:
             shape = re.search(r"tensor<((?:\d+x)+)!", rest)
             size = np.prod([int(part) for part in shape.group(1).split("x")[:-1]]) if shape else 1
             elements = float(size * (region.runs if region.runs is not None else self.programs))
-            argument = self._base(operands[0])
             lists = self._lists.get(operands[0], frozenset())
-            self.accesses.append(Access(argument, operation != "tt.load", elements, lists))
-            if operation == "tt.atomic_rmw":
-                self.accesses.append(Access(argument, False, elements, lists))
+            found = self._bases(operands[0])
+            for argument in found:
+                share = elements / len(found)
+                self.accesses.append(Access(argument, operation != "tt.load", share, lists))
+                if operation == "tt.atomic_rmw":
+                    self.accesses.append(Access(argument, False, share, lists))
         if name is None:
             return
         if operands:
-            pointer = operands[1] if operation == "arith.select" and len(operands) > 1 else operands[0]
-            self._source[name] = pointer
+            self._source[name] = tuple(operands[1:3] if operation == "arith.select" else operands[:1])
         self._lists[name] = frozenset().union(*(self._lists.get(item, frozenset()) for item in operands))
         if operation == "tt.load" and self._lists_of(operands[0]):
             self._lists[name] |= self._lists_of(operands[0])
@@ -268,18 +282,24 @@ class Turns:
             return _OPERATIONS[short](*given) if short in _OPERATIONS else None
 
     def _lists_of(self, pointer: str) -> frozenset[str]:
-        """The argument behind a pointer, if it is a list of places."""
-        argument = self._base(pointer)
-        whole = argument is not None and not self._arguments["%" + argument].is_floating_point()
-        return frozenset({argument}) if argument is not None and whole else frozenset()
+        """The arguments behind a pointer that are lists of places."""
+        return frozenset(
+            name for name in self._bases(pointer) if not self._arguments["%" + name].is_floating_point()
+        )
 
-    def _base(self, name: str) -> str | None:
-        """The argument a pointer was made of."""
-        for _ in range(1000):
-            if name not in self._source:
-                break
-            name = self._source[name]
-        return name[1:] if isinstance(self._arguments.get(name), Tensor) else None
+    def _bases(self, name: str) -> list[str]:
+        """The tensors a pointer may point into."""
+        found, seen, pending = [], set(), [name]
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if isinstance(self._arguments.get(name), Tensor):
+                found.append(name[1:])
+            else:
+                pending += self._source.get(name, ())
+        return found
 
     def forget_calls(self) -> None:
         """Keep of each place only the innermost function, as some versions of Triton write it.
@@ -300,13 +320,12 @@ class Turns:
         """
         asked: dict[tuple[str, bool], float] = {}
         for access in self.accesses:
-            if access.argument is not None:
-                key, tensor = (access.argument, access.store), self._arguments["%" + access.argument]
-                most = float(tensor.numel())
-                if access.lists and tensor.ndim > 2:
-                    picked = sum(self._arguments["%" + name].numel() for name in access.lists)
-                    most *= min(1.0, picked / max(1, tensor.shape[2]))
-                asked[key] = asked.get(key, 0.0) + min(access.elements, most)
+            key, tensor = (access.argument, access.store), self._arguments["%" + access.argument]
+            most = float(tensor.numel())
+            if access.lists and tensor.ndim > 2:
+                picked = sum(self._arguments["%" + name].numel() for name in access.lists)
+                most *= min(1.0, picked / max(1, tensor.shape[2]))
+            asked[key] = asked.get(key, 0.0) + min(access.elements, most)
         found: dict[str, dict[str, float]] = {}
         for (name, store), elements in asked.items():
             tensor = self._arguments["%" + name]

@@ -232,6 +232,48 @@ def test_turns_are_summed_over_the_programs():
     assert moved["index"] == {"read": 8.0 * 5, "written": 0.0}
 
 
+PICKED = """
+#loc = loc("/k.py":1:0)
+  tt.func public @example(%x: !tt.ptr<f32>, %y: !tt.ptr<f32>, %z: !tt.ptr<f32>) {
+    %c0 = arith.constant 0 : i32 loc(#loc)
+    %c1 = arith.constant 1 : i32 loc(#loc)
+    %c8 = arith.constant 8 : i32 loc(#loc)
+    scf.for %i = %c0 to %c8 step %c1  : i32 {
+      %even = arith.cmpi eq, %i, %c0 : i32 loc(#loc)
+      %p = scf.if %even -> (!tt.ptr<f32>) {
+        scf.yield %x : !tt.ptr<f32> loc(#loc)
+      } else {
+        scf.yield %y : !tt.ptr<f32> loc(#loc)
+      } loc(#loc)
+      %q = arith.select %even, %p, %z : !tt.ptr<f32> loc(#loc)
+      %v = tt.load %q : !tt.ptr<f32> loc(#loc)
+    } loc(#loc)
+    scf.while : () -> () {
+      scf.condition(%even) loc(#loc)
+    } do {
+      %w = tt.load %x : !tt.ptr<f32> loc(#loc)
+      scf.yield loc(#loc)
+    } loc(#loc)
+    tt.store %z, %z : !tt.ptr<f32> loc(#loc)
+    tt.return loc(#loc)
+  } loc(#loc)
+"""
+
+
+def test_pointers_that_are_picked_and_loops_of_unknown_length():
+    tensors = {name: torch.empty(5, device="meta") for name in "xyz"}
+    turns = Turns(PICKED, (3,), tensors)
+    moved = turns.moved()
+    # 8 turns of 3 programs, shared by three tensors of 5 elements each.
+    assert moved["y"] == {"read": 4.0 * 5, "written": 0.0}
+    assert moved["z"] == {"read": 4.0 * 5, "written": 4.0 * 3}
+    assert [(region.kind, region.runs) for region in turns.regions if region.kind in ("for", "while")] == [
+        ("for", 24.0),
+        ("while", None),
+    ]
+    assert turns.accesses[-1].elements == 3
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "blocks"),
     [(32, 0, 4, 16), (255, 0, 8, 1), (168, 0, 4, 3), (64, 0, 1, 32), (32, 70_000, 4, 3), (32, 232_000, 4, 1)],
