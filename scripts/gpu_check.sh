@@ -202,7 +202,7 @@ run_stage() {
             why="${why:+$why; }stopped at its limit: $command"
         elif ((code)); then
             why="${why:+$why; }status $code: $command"
-        elif [[ $stage == tests ]] && ! tail -c "+$((before + 1))" "$log" | grep -qE '[0-9]+ passed'; then
+        elif [[ $stage == tests ]] && ! grep -qE '[0-9]+ passed' < <(tail -c "+$((before + 1))" "$log"); then
             why="${why:+$why; }no test passed, all were skipped: $command"
         fi
     done < <(commands_of "$stage" "$limit")

@@ -215,6 +215,12 @@ def test_results_go_straight_to_out(stub, tmp_path):
     assert kinds[1]["outcome"] == "failed"
 
 
+def test_a_long_log_is_read_to_its_end(stub, tmp_path):
+    environment, _ = stub(tests="echo 1 passed; yes PASSED | head -n 300000; echo 9 passed")
+    done = run("--results", str(tmp_path / "results"), "--stages", "tests", env=environment)
+    assert done.returncode == 0, done.stdout[-500:]
+
+
 def test_tests_that_all_skip_are_no_success(stub, tmp_path):
     environment, _ = stub(tests="echo 300 skipped")
     done = run("--results", str(tmp_path / "results"), "--stages", "tests", env=environment)
