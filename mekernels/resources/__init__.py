@@ -140,7 +140,15 @@ def run_tool(name: str, *arguments: str) -> str:
 
 def usage(binary: Path) -> dict[str, dict[str, int]]:
     """REG, STACK, SHARED and LOCAL of every function of a cubin or a library, by architecture and name."""
-    text = run_tool("cuobjdump", "--dump-resource-usage", str(binary))
+    return parse_usage(run_tool("cuobjdump", "--dump-resource-usage", str(binary)))
+
+
+def parse_usage(text: str) -> dict[str, dict[str, int]]:
+    """What :func:`usage` gives, from the text of ``cuobjdump``.
+
+    Raises:
+        RuntimeError: there is no function, or one without all four numbers.
+    """
     found: dict[str, dict[str, int]] = {}
     architecture = ""
     for line in text.splitlines():

@@ -15,6 +15,7 @@ from mekernels import launch as common
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 if importlib.util.find_spec("triton"):
+    from mekernels import resources
     from mekernels.resources import prediction, sass
     from mekernels.resources.turns import Turns
 
@@ -230,6 +231,42 @@ def test_turns_are_summed_over_the_programs():
     # 5 of 100 tokens are picked; the list is read whole.
     assert moved["x"] == {"read": 4 * 2 * 3 * 5 * 4, "written": 4.0 * 17}
     assert moved["index"] == {"read": 8.0 * 5, "written": 0.0}
+
+
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,7]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function scan:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:400 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function sum:
+  REG:32 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:400 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_90
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function scan:
+  REG:38 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:576 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_usage_of_a_library_for_several_gpus():
+    assert resources.parse_usage(USAGE) == {
+        "sm_80 scan": {"REG": 40, "STACK": 0, "SHARED": 1024, "LOCAL": 0},
+        "sm_80 sum": {"REG": 32, "STACK": 16, "SHARED": 0, "LOCAL": 0},
+        "sm_90 scan": {"REG": 38, "STACK": 0, "SHARED": 1024, "LOCAL": 0},
+    }
+    for broken in ("", USAGE.replace(" LOCAL:0 CONSTANT[0]:576", "")):
+        with pytest.raises(RuntimeError, match="cuobjdump must list registers"):
+            resources.parse_usage(broken)
 
 
 PICKED = """
