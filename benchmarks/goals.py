@@ -3,7 +3,7 @@
 Every goal is one line of JSON that is added to FILE as soon as it is known, so a run that is stopped keeps
 what it measured. A goal is measured only after the result of what is timed passed its check. Times are those
 of the device with work always waiting, so that they contain no time of the host; the host's time is a figure
-of its own. Status 1: a goal was missed or failed.
+of its own. Status 1: a goal was missed or failed, or on a GPU there was no time for it.
 """
 
 from __future__ import annotations
@@ -265,12 +265,12 @@ def main(argv: list[str] | None = None) -> int:
     for goal in goals(options.size):
         if time.monotonic() > end:
             entry = {"kind": "goal", "goal": goal.name, "unit": goal.unit, "wanted": goal.wanted}
-            entry |= {"outcome": "skipped", "why": f"the {options.deadline:g} s for the goals were spent"}
+            entry |= {"outcome": "no time", "why": f"the {options.deadline:g} s for the goals were spent"}
         else:
             entry = take(goal, judged=device.on_gpu())
         records.append(options.file, **entry)
         print(records.summary([entry]), flush=True)
-        bad |= entry["outcome"] in ("missed", "failed")
+        bad |= entry["outcome"] in ("missed", "failed") or (entry["outcome"] == "no time" and device.on_gpu())
     return int(bad)
 
 

@@ -303,8 +303,8 @@ def test_goals_are_written_as_they_come(tmp_path, monkeypatch):
     assert read(path)[1]["host_seconds"] == 1e-3
     assert summary(read(path)).splitlines()[1] == "goal   missed     b: 2 x (wanted at most 1.5)"
     late = tmp_path / "late.jsonl"
-    assert goals.main([str(late), "--deadline", "-1"]) == 0
-    assert {entry["outcome"] for entry in read(late)} == {"skipped"}
+    assert goals.main([str(late), "--deadline", "-1"]) == 1
+    assert {entry["outcome"] for entry in read(late)} == {"no time"}
 
 
 def test_goals_run_here():
