@@ -14,7 +14,7 @@ Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``
 
 ``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
 chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and
-calls the compiled library, and ``resources.py`` states what every kernel costs.
+calls the compiled library, and ``resources`` states what every kernel costs.
 """
 
 from . import reference

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,18 +69,79 @@ def cache_bytes() -> int:
     return max(sizes)
 
 
-def event_seconds(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds between CUDA events around every call, the calls taking turns and none waited for."""
+class Times(NamedTuple):
+    """Seconds of several calls, one list a call, one entry a round."""
+
+    device: list[list[float]]
+    """What the device worked on a call."""
+    host: list[list[float]]
+    """What the host took to start a call."""
+    filled: bool
+    """Whether the device always had work waiting; else the device's times contain waiting for the host."""
+
+
+CYCLES_PER_SECOND = 2e9
+"""A little above the clock of a GPU, so that a wait is not shorter than meant."""
+MOST_QUEUED = 16
+"""Rounds started at once: a queue that is full makes the host wait."""
+
+
+def queued_seconds(calls: list[Callable[[], Any]], rounds: int) -> Times:
+    """Time calls that take turns, each started while the device still works on what came before.
+
+    The device first waits for a while. Meanwhile the host starts all calls of a batch, with an event before
+    and after each: the time between the two events then contains no time of the host, however short the call.
+    If the device ends its wait before the last call is started (a call waits for the device, or the queue is
+    full), the batch is done again with half as many rounds. On a CPU both times are those of the clock.
+
+    Args:
+        calls: what is timed; warmed up by the caller.
+        rounds: how often each is called, at least 1.
+    """
+    if not on_gpu():
+        spent = [[_wall(call) for call in calls] for _ in range(rounds)]
+        by_call = [list(times) for times in zip(*spent, strict=True)]
+        return Times(by_call, by_call, True)
+    found = Times([[] for _ in calls], [[] for _ in calls], True)
+    torch.cuda.synchronize()
+    expected, batch = sum(_wall(call) for call in calls), MOST_QUEUED
+    while (left := rounds - len(found.device[0])) > 0:
+        count = min(batch, left)
+        one = _batch(calls, count, wait=2 * count * expected + 1e-3)
+        if not one.filled and batch > 1:
+            batch //= 2
+            continue
+        for kept, new in ((found.device, one.device), (found.host, one.host)):
+            for total, times in zip(kept, new, strict=True):
+                total += times
+        found = found._replace(filled=found.filled and one.filled)
+    return found
+
+
+def _batch(calls: list[Callable[[], Any]], rounds: int, wait: float) -> Times:
     marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    host: list[list[float]] = [[] for _ in calls]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(min(wait, 2.0) * CYCLES_PER_SECOND))
+    waited = torch.cuda.Event(enable_timing=True)
+    waited.record()
     for _ in range(rounds):
-        for call, pairs in zip(calls, marks, strict=True):
+        for call, pairs, times in zip(calls, marks, host, strict=True):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            call()
+            times.append(_wall(call))
             stop.record()
             pairs.append((start, stop))
+    filled = not waited.query()
     torch.cuda.synchronize()
-    return [[start.elapsed_time(stop) / 1e3 for start, stop in pairs] for pairs in marks]
+    seconds = [[start.elapsed_time(stop) / 1e3 for start, stop in pairs] for pairs in marks]
+    return Times(seconds, host, filled)
+
+
+def _wall(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 @cache
@@ -105,8 +166,8 @@ def ceilings() -> dict[str, float]:
 
 
 def _median(call: Callable[[], Any]) -> float:
-    event_seconds([call], 3)
-    return sorted(event_seconds([call], 11)[0])[5]
+    call()
+    return sorted(queued_seconds([call], 11).device[0])[5]
 
 
 def floor_seconds(moved: float, operations: float, dtype: str, exponentials: float = 0.0) -> float | None:

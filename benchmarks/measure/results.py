@@ -27,6 +27,8 @@ class Figure:
     length: int
     seconds: dict[str, float]
     device_seconds: dict[str, float] | None
+    host_seconds: dict[str, float] | None
+    """What the host takes to start a call, on a GPU."""
     over_ours: dict[str, float] | None
     peak_bytes: int
     floor_seconds: float | None
@@ -97,7 +99,8 @@ def read_results(path: Path) -> Results:
 
 
 def _figure(info: dict[str, Any]) -> Figure:
-    for name in ("seconds", "over_ours", "device_seconds"):
+    info.setdefault("host_seconds", None)
+    for name in ("seconds", "over_ours", "device_seconds", "host_seconds"):
         if info[name] is not None:
             info[name] = {label: float(info[name][label]) for label in QUANTILES}
     return Figure(**{name: info[name] for name in Figure.__dataclass_fields__})

@@ -72,9 +72,10 @@ class Sampler:
             return
         # Warm-up rounds run the partner too.
         samples = list(benchmark.stats.stats.data)
-        pairs = [samples, alternate[-len(samples) :]]
+        pairs, times = [samples, alternate[-len(samples) :]], None
         if device.on_gpu():
-            pairs = device.event_seconds([call, partner] if partner else [call], max(3, min(rounds, 50)))
+            times = device.queued_seconds([call, partner] if partner else [call], max(3, min(rounds, 50)))
+            pairs = times.device
         benchmark.extra_info.update(
             work=work.name,
             case=work.case,
@@ -85,7 +86,9 @@ class Sampler:
             copies_of_inputs=len(work.inputs),
             dtype=str(work.dtype).removeprefix("torch."),
             seconds=quantiles(samples),
-            device_seconds=quantiles(pairs[0]) if device.on_gpu() else None,
+            device_seconds=quantiles(pairs[0]) if times else None,
+            host_seconds=quantiles(times.host[0]) if times else None,
+            queue_filled=times.filled if times else None,
             over_ours=quantiles([a / b for a, b in zip(*pairs, strict=True)]) if partner else None,
             peak_bytes=peak,
             bytes=work.moved,

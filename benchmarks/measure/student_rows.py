@@ -28,7 +28,7 @@ def chosen_rows(shape: Student) -> Tensor:
     return torch.arange(first, shape.tokens, step, device=device.device())[None, : shape.rows]
 
 
-def _work(shape: Student) -> Work:
+def work(shape: Student) -> Work:
     kind, rows, columns = dtype(), chosen_rows(shape), shape.columns
 
     def make(seed: int) -> tuple[Tensor, ...]:
@@ -141,4 +141,4 @@ def _backends() -> list[str]:
 
 def plans(size: str) -> list[Plan]:
     named = ("ours", *map(label, _backends()), "flash alone", "eager map")
-    return [Plan(shape.case, named, lambda shape=shape: _work(shape)) for shape in STUDENTS[size]]
+    return [Plan(shape.case, named, lambda shape=shape: work(shape)) for shape in STUDENTS[size]]

@@ -8,6 +8,8 @@ LEGEND = """\
 time        median of a call, in brackets its p20 and p80{clock}
 × time      this row's time over ours, taken in turns (median, p20 and p80): above 1 ours is faster
 extra mem   most bytes held during a call above those held before it; × mem is this row's over ours"""
+HOST = """\
+host        what the host takes to start a call"""
 ROOFLINE = """\
 floor       least time for the bytes and operations of the work at this device's measured ceilings,
             and the share of it that was reached"""
@@ -17,6 +19,7 @@ change      time now over time then, ours and theirs alike; "=" where the p20 to
 
 def render(results: Results, older: Results | None = None) -> str:
     """The whole report."""
+    host = any(figure.host_seconds for figure in results.figures)
     roofline = any(figure.floor_seconds and _needs(figure) for figure in results.figures)
     then = {figure.key: figure for figure in older.figures} if older else {}
     lines = [_head(results)]
@@ -27,16 +30,16 @@ def render(results: Results, older: Results | None = None) -> str:
     previous = None
     for (work, case), group in results.groups().items():
         if work != previous:
-            lines += ["", work, _columns(roofline, bool(older))]
+            lines += ["", work, _columns(host, roofline, bool(older))]
             previous = work
         ours = next((figure for figure in group if figure.role == OURS), None)
         lines.append(f"  {case}  ({group[0].dtype})")
-        lines += [_line(figure, ours, roofline, then, bool(older)) for figure in group]
+        lines += [_line(figure, ours, host, roofline, then, bool(older)) for figure in group]
     lines += ["", *_left_out("REFUSED, the correctness check failed", results.refused)]
     lines += _left_out("not measured", results.skipped)
     clock = "; on a GPU between events on the device" if results.ceilings else ""
     lines.append(LEGEND.format(clock=clock))
-    lines += [ROOFLINE] * roofline + [CHANGE] * bool(older)
+    lines += [HOST] * host + [ROOFLINE] * roofline + [CHANGE] * bool(older)
     return "\n".join(lines)
 
 
@@ -50,14 +53,16 @@ def _needs(figure: Figure) -> bool:
     return bool(figure.floor_seconds and figure.floor_seconds > 0)
 
 
-def _columns(roofline: bool, change: bool) -> str:
+def _columns(host: bool, roofline: bool, change: bool) -> str:
     line = f"    {'':34} {'time':>8} {'(p20–p80)':>19} {'× time':>8} {'(p20–p80)':>14}"
     line += f" {'extra mem':>10} {'× mem':>6}"
-    return line + f" {'floor':>8} {'share':>6}" * roofline + f" {'change':>7}" * change
+    return (
+        line + f" {'host':>8}" * host + f" {'floor':>8} {'share':>6}" * roofline + f" {'change':>7}" * change
+    )
 
 
 def _line(
-    figure: Figure, ours: Figure | None, roofline: bool, then: dict[tuple, Figure], change: bool
+    figure: Figure, ours: Figure | None, host: bool, roofline: bool, then: dict[tuple, Figure], change: bool
 ) -> str:
     name = figure.role + (f" ({figure.backend})" if figure.role == OURS and figure.backend else "")
     time, ratio = figure.best, figure.over_ours
@@ -70,6 +75,8 @@ def _line(
     more = figure.peak_bytes / ours.peak_bytes if ours and ours.peak_bytes else None
     more = "?" if more is None else ">999" if more >= 1000 else times(more)
     line += f" {size(figure.peak_bytes):>10} {'1' if figure.role == OURS else more:>6}"
+    if host:
+        line += f" {seconds(figure.host_seconds['p50']) if figure.host_seconds else '-':>8}"
     if roofline:
         known = _needs(figure)
         floor = seconds(figure.floor_seconds) if known and figure.floor_seconds else "-"

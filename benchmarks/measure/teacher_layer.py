@@ -93,7 +93,7 @@ def _kept(out: Tensor, statistics: MotionStatistics) -> Read:
     return Read(out, state["diagonal"], state["rows"], state["vision_mass"])
 
 
-def _layer_work(shape: Teacher) -> Work:
+def layer_work(shape: Teacher) -> Work:
     video, kind = shape.video, dtype()
     pools: dict[str, Any] = {}
 
@@ -284,7 +284,7 @@ def _diagonal_backends() -> list[str]:
 def layer_plans(size: str) -> list[Plan]:
     further = (f"{name} alone" for name in _flash_backends())
     named = ("ours", *map(label, _update_backends()), "flash alone", *further, "eager map")
-    return [Plan(shape.case, named, lambda shape=shape: _layer_work(shape)) for shape in TEACHERS[size]]
+    return [Plan(shape.case, named, lambda shape=shape: layer_work(shape)) for shape in TEACHERS[size]]
 
 
 def diagonal_plans(size: str) -> list[Plan]:

@@ -194,14 +194,39 @@ def test_baselines_take_turns_with_ours():
     assert info["device_seconds"] is None or torch.cuda.is_available()
 
 
-class Event:
-    """A CUDA event's interface on the host's clock."""
+class Queue:
+    """A GPU on the host's clock: it sleeps first, then does what was started in turn."""
 
-    def __init__(self, enable_timing):
-        assert enable_timing
+    def __init__(self, monkeypatch, seconds_of=None, capacity=10**9):
+        self.free, self.seconds_of, self.capacity, self.batches = 0.0, seconds_of or {}, capacity, []
+        monkeypatch.setattr(device, "on_gpu", lambda: True)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles):
+        self.batches.append(0)
+        self.start(cycles / device.CYCLES_PER_SECOND)
+
+    def start(self, seconds):
+        self.free = max(self.free, time.perf_counter()) + seconds
+
+    def wait(self):
+        time.sleep(max(0.0, self.free - time.perf_counter()))
+
+
+class Event:
+    def __init__(self, queue):
+        self.queue = queue
 
     def record(self):
-        self.at = time.perf_counter()
+        self.queue.batches[-1] += 1
+        if self.queue.batches[-1] > self.queue.capacity:
+            self.queue.wait()
+        self.at = max(self.queue.free, time.perf_counter())
+
+    def query(self):
+        return time.perf_counter() >= self.at
 
     def elapsed_time(self, other):
         return 1e3 * (other.at - self.at)
@@ -216,19 +241,62 @@ def test_the_least_work_of_rows():
     assert work["exponentials"] == 2 * 4 * 5 * 96
 
 
+def test_times_of_the_device_contain_no_time_of_the_host(monkeypatch):
+    queue = Queue(monkeypatch)
+
+    def short():
+        time.sleep(0.003)
+        queue.start(1e-5)
+
+    def long():
+        time.sleep(0.001)
+        queue.start(5e-3)
+
+    times = device.queued_seconds([short, long], 5)
+    assert times.filled
+    assert [len(samples) for samples in (*times.device, *times.host)] == [5] * 4
+    assert times.device[0] == pytest.approx([1e-5] * 5)
+    assert times.device[1] == pytest.approx([5e-3] * 5)
+    assert min(times.host[0]) >= 0.003
+    assert 0.001 <= min(times.host[1]) < 0.003
+
+
+def test_a_full_queue_is_filled_less(monkeypatch):
+    queue = Queue(monkeypatch, capacity=9)
+    times = device.queued_seconds([lambda: queue.start(1e-4)], 16)
+    assert times.filled
+    assert times.device[0] == pytest.approx([1e-4] * 16)
+    # A batch of 4 has 9 events, the one behind the wait included.
+    assert queue.batches == [17 + 16, 17, 9, 9, 9, 9]
+
+
+def test_a_call_that_waits_for_the_device_is_said(monkeypatch):
+    queue = Queue(monkeypatch)
+
+    def waiting():
+        queue.start(1e-4)
+        queue.wait()
+
+    times = device.queued_seconds([waiting], 3)
+    assert not times.filled
+    assert len(times.device[0]) == 3
+
+
 def test_samples_of_a_gpu_are_between_events(monkeypatch):
-    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    queue = Queue(monkeypatch)
     monkeypatch.setattr(device, "ceilings", lambda: {"bytes_per_second": 1e3, "float32_per_second": 1e6})
     monkeypatch.setattr("measure.sampler.peak_bytes", lambda call: 7)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     work = work_of(8)
+    for role, seconds in (("ours", 1e-4), ("slow", 2e-3)):
+        work.roles[role] = lambda x, seconds=seconds: (queue.start(seconds), x + 1)[1]
     work.moved, work.operations = 4.0, 8e3
     stand = Stand()
     Sampler(0.05, time.monotonic() + 60, [], []).measure(stand, work, "slow")
     info = stand.extra_info
-    assert info["device_seconds"]["p50"] >= 0.002
-    assert info["over_ours"]["p50"] > 5
+    assert info["device_seconds"]["p50"] == pytest.approx(2e-3)
+    assert info["over_ours"]["p50"] == pytest.approx(20)
+    assert 0 < info["host_seconds"]["p50"] < 2e-3
+    assert info["queue_filled"]
     assert info["floor_seconds"] == pytest.approx(8e-3)
     assert info["peak_bytes"] == 7
     rates = {"bytes_per_second": 1e3, "float32_per_second": 1e6, "exponentials_per_second": 1e2}

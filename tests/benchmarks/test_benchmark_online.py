@@ -30,5 +30,7 @@ def test_every_way_of_training_gets_its_row() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the bound is of a GPU, and there is none")
 def test_a_single_pass_step_keeps_its_bound() -> None:
+    for package in ("av", "diffusers"):
+        pytest.importorskip(package)
     done = run("--size", "real")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

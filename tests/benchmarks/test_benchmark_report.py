@@ -70,6 +70,16 @@ def test_roofline(write, capsys):
     assert "bytes per second 3e+12" in out
 
 
+def test_time_of_the_host_is_a_figure_of_its_own(write, capsys):
+    host = {"host_seconds": {"p20": 1e-5, "p50": 2e-5, "p80": 3e-5}}
+    assert main([write("a.json", entry(**host), entry(role="eager map", over=2.0))]) == 0
+    out = capsys.readouterr().out
+    ours, eager = (line for line in out.splitlines() if line.startswith(("    ours", "    eager")))
+    assert ours.split()[-2:] == ["20", "µs"]
+    assert eager.split()[-1] == "-"
+    assert "host        what the host takes" in out
+
+
 def test_change(write, capsys):
     new = write("new.json", entry(), entry(case="other", p50=0.004), entry(case="third"))
     old = write("old.json", entry(p50=0.0021), entry(case="other", p50=0.001))

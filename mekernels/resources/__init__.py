@@ -1,6 +1,7 @@
 """What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
 
-``python -m mekernels.resources [part of a name]`` prints the table. The
+``python -m mekernels.resources [part of a name]`` prints a table, ``--json`` all there is to know, ``--dump
+DIR`` writes the machine code; :mod:`mekernels.resources.prediction` says what is predicted and how. The
 ``plan.py`` in the folder of an op joins it by a function ``gates()`` that returns a list of :class:`Gate`,
 its kernels at production shapes::
 
@@ -20,7 +21,6 @@ import importlib
 import inspect
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Launch
+from ..launch import Launch
+from . import sass
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory one program may use, for each compute capability compiled for."""
@@ -66,9 +67,9 @@ class Resources(NamedTuple):
 
 def modules() -> list[Any]:
     """The modules of the ops' folders that hold kernels or launch them. Needs triton."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     paths = sorted([*folder.glob("*/triton*.py"), *folder.glob("*/plan.py")])
-    return [importlib.import_module(f"{__package__}.{path.parent.name}.{path.stem}") for path in paths]
+    return [importlib.import_module(f"mekernels.{path.parent.name}.{path.stem}") for path in paths]
 
 
 def gates() -> list[Gate]:
@@ -132,34 +133,78 @@ def compile_for(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 
 
-def _dump(cubin: bytes, option: str) -> str:
+def run_tool(name: str, *arguments: str) -> str:
+    """The output of ``cuobjdump`` or ``nvdisasm``, which Triton brings along."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(tool), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def usage(binary: Path) -> dict[str, dict[str, int]]:
+    """REG, STACK, SHARED and LOCAL of every function of a cubin or a library, by architecture and name."""
+    return parse_usage(run_tool("cuobjdump", "--dump-resource-usage", str(binary)))
+
+
+def parse_usage(text: str) -> dict[str, dict[str, int]]:
+    """What :func:`usage` gives, from the text of ``cuobjdump``.
+
+    Raises:
+        RuntimeError: there is no function, or one without all four numbers.
+    """
+    found: dict[str, dict[str, int]] = {}
+    architecture = ""
+    for line in text.splitlines():
+        named = re.search(r"\barch = (sm_\d+)", line)
+        function = re.match(r"\s*Function (\S+):\s*$", line)
+        if named:
+            architecture = named.group(1)
+        elif function:
+            current = found.setdefault(f"{architecture} {function.group(1)}".strip(), {})
+        elif "REG:" in line:
+            numbers = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)
+            current.update({name: int(value) for name, value in numbers})
+    if not found or any(set(item) != {"REG", "STACK", "SHARED", "LOCAL"} for item in found.values()):
+        raise RuntimeError(f"cuobjdump must list registers, stack, shared and local memory, got {text!r}")
+    return found
+
+
+class Compiled(NamedTuple):
+    """A launch for one compute capability."""
+
+    resources: Resources
+    code: list[sass.Instruction]
+    cubin: bytes
+    ir: str
+    """Triton's own, before it knows of the GPU."""
+    sass: str
+    """The disassembly, with places in the source."""
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Compile a launch and read what it uses off the machine code."""
+    result = compile_for(launch, capability)
+    cubin = result.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        # A cubin lists its functions; triton's holds one.
+        (numbers,) = usage(Path(file.name)).values()
+        text = run_tool("nvdisasm", "-c", "-gi", file.name)
+    code = sass.parse(text)
+    found = Resources(
+        registers=numbers["REG"],
+        shared=max(result.metadata.shared, numbers["SHARED"]),
+        spills=numbers["STACK"] + numbers["LOCAL"] + sum(item.pipe == "local" for item in code),
+        matrix_instructions=sum(item.pipe == "tensor" for item in code),
+    )
+    return Compiled(found, code, cubin, result.asm["ttir"], text)
 
 
 def measure(launch: Launch, capability: int) -> Resources:
-    """Compile a launch and read what it uses off the machine code."""
-    compiled = compile_for(launch, capability)
-    cubin = compiled.asm["cubin"]
-    usage = _dump(cubin, "--dump-resource-usage")
-    # A cubin lists its functions; triton's holds one.
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    if set(numbers) != {"REG", "STACK", "SHARED", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump must list registers, stack, shared and local memory, got {usage!r}")
-    machine_code = _dump(cubin, "-sass")
-    spills = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
-    return Resources(
-        registers=numbers["REG"],
-        shared=max(compiled.metadata.shared, numbers["SHARED"]),
-        spills=spills,
-        matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA)\b", machine_code)),
-    )
+    """What a launch uses on a compute capability."""
+    return compiled(launch, capability).resources
 
 
 def faults(gate: Gate, capability: int, found: Resources) -> list[str]:
@@ -172,21 +217,3 @@ def faults(gate: Gate, capability: int, found: Resources) -> list[str]:
     if gate.matrix_shaped and not found.matrix_instructions:
         wrong.append("has no matrix instruction")
     return [f"{gate.name}, sm_{capability}: {fault}" for fault in wrong]
-
-
-def report(part: str = "") -> str:
-    """The table of all kernels on all GPUs; only of those whose gate's name has ``part`` in it."""
-    lines = [f"{'kernel':58} {'gpu':6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6} {'mma':>5}"]
-    for gate in (gate for gate in gates() if part in gate.name):
-        for capability in SHARED_LIMIT:
-            found = measure(gate.launch, capability)
-            lines.append(
-                f"{gate.name:58} sm_{capability:<3} {gate.launch.options.get('num_warps', 4):5} "
-                f"{found.registers:5} {found.shared:7} {found.spills:6} {found.matrix_instructions:5}"
-            )
-            lines += [f"  FAULT {fault}" for fault in faults(gate, capability, found)]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(report(" ".join(sys.argv[1:])))
