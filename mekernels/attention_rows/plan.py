@@ -132,8 +132,8 @@ _TILES = {
         *(*[Tiles(32, 16, 4, 1)] * 2, Tiles(16, 32, 8, 1)),
     ),
     "row_slope": (
-        *(_TALL, *[Tiles(64, 64, 8, 2)] * 2),
-        *(*[Tiles(32, 32, 8, 1)] * 2, Tiles(16, 16, 8, 1)),
+        *(_TALL, Tiles(64, 32, 8, 2), Tiles(64, 64, 8, 2)),
+        *(*[Tiles(32, 16, 8, 1)] * 2, Tiles(16, 16, 8, 1)),
     ),
     "key_gradient": (_SMALL, _SMALL, Tiles(32, 64, 8, 2), *[Tiles(16, 32, 8, 1)] * 3),
     "query_gradient": (
@@ -155,7 +155,7 @@ def slots(kernel: str, kind: Kind) -> int:
 
 _RESIDENT = {
     "row_lse": ((4, 3), (2, 1), (2, 2), (3, 4), (3, 4), (1, 1)),
-    "row_slope": ((3, 2), (2, 1), (2, 1), (1, 4), (1, 4), (1, 1)),
+    "row_slope": ((3, 2), (2, 1), (1, 1), (4, 5), (4, 5), (1, 1)),
     "query_gradient": ((3, 2), (2, 2), (1, 1), (2, 2), (2, 2), (1, 1)),
 }
 """For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""

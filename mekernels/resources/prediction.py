@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -338,10 +338,9 @@ def describe(gate: Gate, capability: int) -> dict[str, Any]:
 def inner(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """The innermost loops of an entry: those that no deeper one follows."""
     found = entry["loops"]
-    following = [*found[1:], None]
     return [
         loop
-        for loop, after in zip(found, following, strict=True)
+        for loop, after in zip_longest(found, found[1:])
         if after is None or after["depth"] <= loop["depth"]
     ]
 

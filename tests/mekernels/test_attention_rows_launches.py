@@ -3,7 +3,6 @@
 import importlib.util
 import platform
 import random
-import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mekernels
 from mekernels import launch, resources
+from mekernels.resources import sass
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -120,21 +120,11 @@ def test_cuts_fill_whole_waves(keys, rows):
             assert waves == 1 or programs >= 0.9 * waves * slots, (name, programs, slots)
 
 
-def loop(code):
+def longest_inner_loop(code):
     """Instructions of the longest loop without another in it."""
-    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
-    found = [(int(place, 16), name, rest) for place, name, rest in line.findall(code)]
-    loops = []
-    for place, name, rest in found:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target and int(target.group(1), 16) < place:
-            loops.append((int(target.group(1), 16), place))
-    inner = [
-        one
-        for one in loops
-        if not any(one != other and one[0] <= other[0] < other[1] <= one[1] for other in loops)
-    ]
-    return max(sum(begin <= place <= end for place, _, _ in found) for begin, end in inner)
+    found = sass.loops(code)
+    inner = [one for one in found if not any(other.addresses < one.addresses for other in found)]
+    return max(len(one.addresses) for one in inner)
 
 
 @compiles
@@ -145,9 +135,9 @@ def test_the_pass_by_keys_is_short_and_three_programs_fit(listed):
     (item,) = [item for item in launches(call) if item.kernel.__name__ == "key_gradient"]
     assert (item.arguments["BLOCK_M"], item.arguments["BLOCK_N"]) == (32, 64)
     assert item.options["num_warps"] == 4
-    cubin = resources.compile_for(item, 90).asm["cubin"]
-    assert loop(resources._dump(cubin, "-sass")) <= 420
-    assert held(resources.measure(item, 90), 4, 90) >= 3
+    built = resources.compiled(item, 90)
+    assert longest_inner_loop(built.code) <= 420
+    assert held(built.resources, 4, 90) >= 3
 
 
 @compiles
