@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
-from motionenhancer.extraction.estimate import check_settings
 from tiny_wan import edit, save_wan
 from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior import PriorSettings, check_settings
 from motionenhancer.teachers import known, load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 

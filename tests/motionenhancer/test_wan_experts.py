@@ -14,12 +14,11 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
-from motionenhancer.extraction.estimate import check_settings
-from motionenhancer.online.memory import teacher_memory
 from safetensors.torch import load_file, save_file
 from tiny_wan import edit, save_wan
 
-from motionenhancer.priors.prior import MotionPrior, PriorSettings, extract_prior
+from motionenhancer.costs import teacher_cost
+from motionenhancer.priors.prior import MotionPrior, PriorSettings, check_settings, extract_prior
 from motionenhancer.settings import PriorArguments
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher, size_multiple
@@ -169,7 +168,7 @@ def test_memory_and_plan_count_both_experts(folder: Path, teacher: Any) -> None:
     for part, count in plan.weights.items():
         assert count == sum(p.numel() for p in getattr(teacher.pipeline, part).parameters()), part
     prior = PriorArguments(teacher=str(folder), teacher_size="64x64", teacher_frames=17)
-    memory = teacher_memory(prior, PriorSettings(), "cpu")
+    memory = teacher_cost(folder, PriorSettings(), **prior.cost_options("cpu"))
     assert memory.weights["transformer_2"] == memory.weights["transformer"] > 0
     assert "transformer_2" in str(memory)
     assert not any(p.requires_grad for p in teacher.pipeline.transformer_2.parameters())
@@ -319,4 +318,7 @@ def test_clips_of_the_time_step_per_token_model(ti2v: Path) -> None:
         load_teacher(ti2v, "cpu", size=(48, 64))
     prior = PriorArguments(teacher=str(ti2v), teacher_size="64x64", teacher_frames=17)
     # Pixels are folded two by two before the first layer: 12 channels of a quarter of the places.
-    assert teacher_memory(prior, PriorSettings(), "cpu").encoding == (4 + 12) * 4 * 32 * 32 * 4
+    assert (
+        teacher_cost(ti2v, PriorSettings(), **prior.cost_options("cpu")).encoding
+        == (4 + 12) * 4 * 32 * 32 * 4
+    )
