@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -190,7 +191,17 @@ def _load(part: str, table: dict[str, Any]) -> Library | str:
 
 @cache
 def _cpu() -> Library | str:
-    return _load("cpu", CPU)
+    library = _load("cpu", CPU)
+    level = os.getenv("MEKERNELS_CPU_LEVEL")
+    if isinstance(library, Library) and level:
+        try:
+            library.call("mek_cpu_set_level", level.encode())
+        except NativeError as error:
+            raise ValueError(
+                f"MEKERNELS_CPU_LEVEL is {level!r}, it must be auto, baseline, avx2 or avx512, "
+                "be built in and run on this machine"
+            ) from error
+    return library
 
 
 @cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from motionenhancer.data.conversation import BadSample, convert
-from motionenhancer.data.rows import row_at, stream_rows
+from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["read_samples", "sample_at"]
+__all__ = ["read_samples"]
 
 
 def _stream(path: Path, root: Path, log: SkipLog, require_video: bool) -> Iterator[Sample]:
@@ -89,35 +88,3 @@ def read_samples(
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"video_root must be a folder, {root} {what}")
     return _stream(path, root, SkipLog() if on_skip is None else on_skip, require_video)
-
-
-def sample_at(file: BinaryIO, offset: int, line: int, root: Path) -> Sample:
-    """Read again a sample that `read_samples` gave, without reading what stands before it.
-
-    Whether its files are still there is not looked at.
-
-    Args:
-        file: the data file, open for bytes.
-        offset, line: as the sample says.
-        root: what relative paths are relative to.
-
-    Raises:
-        ValueError: there is no usable sample: the file has changed.
-
-    >>> import json, tempfile
-    >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]
-    >>> rows = [{"id": name, "video": "a.mp4", "conversations": turns} for name in ("first", "last")]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     Path(folder, "a.mp4").touch()
-    ...     data = Path(folder, "train.jsonl")
-    ...     _ = data.write_text("".join(json.dumps(row) + "\\n" for row in rows))
-    ...     *_, last = read_samples(data)
-    ...     with data.open("rb") as file:
-    ...         sample_at(file, last.offset, last.line, data.parent) == last
-    True
-    """
-    try:
-        value = row_at(file, offset)
-        return convert(value, line, root, SkipLog(shout=0), offset=offset, check_files=False)
-    except (BadSample, ValueError, RecursionError) as error:
-        raise ValueError(f"no usable sample at byte {offset}, line {line}: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["Row", "row_at", "stream_rows"]
+__all__ = ["Row", "stream_rows"]
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
@@ -39,20 +39,6 @@ def stream_rows(path: Path) -> Iterator[Row]:
         array = _is_array(file)
         file.seek(0)
         yield from _array(file) if array else _lines(file)
-
-
-def row_at(file: BinaryIO, offset: int) -> Any:
-    """The value that starts at a byte of an open file, as `stream_rows` gave it.
-
-    Raises:
-        ValueError: no json value starts there.
-
-    >>> import io
-    >>> row_at(io.BytesIO(b'[{"a": 1}, {"b": 2}]'), 11)
-    {'b': 2}
-    """
-    file.seek(offset)
-    return _Text(file, offset, 1 << 14).value()[0]
 
 
 def _decode(line: bytes) -> tuple[Any, str]:

@@ -252,6 +252,13 @@ def test_an_unknown_vector_level_is_refused():
 
 
 @needs_library
+def test_an_unknown_vector_level_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("MEKERNELS_CPU_LEVEL", "avx1024")
+    with pytest.raises(ValueError, match="MEKERNELS_CPU_LEVEL is 'avx1024', it must be auto, baseline"):
+        native_loader._cpu.__wrapped__()
+
+
+@needs_library
 def test_messages_belong_to_the_thread():
     from concurrent.futures import ThreadPoolExecutor
 
