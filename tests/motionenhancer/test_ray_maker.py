@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from tiny_world import World
 from motionenhancer import extract
 from motionenhancer.data import content_digest
 from motionenhancer.data.video import VideoError
+from motionenhancer.priors import engine as engine_module
 from motionenhancer.priors import maker as maker_module
 from motionenhancer.priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip, Stored, make_all
 from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings
@@ -560,3 +561,33 @@ def test_a_cluster_that_is_not_there_is_named(
     assert extract.main(flags) == 2
     assert "error: --prior_engine ray: --ray_address 10.0.0.1:6379 (no cluster" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "environment", "joined"),
+    [
+        (1, None, None, None),
+        (2, None, None, "auto"),
+        (2, None, "ray://head:10001", "ray://head:10001"),
+        (2, "10.0.0.1:6379", "ray://head:10001", "10.0.0.1:6379"),
+    ],
+)
+def test_several_processes_start_no_cluster_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    given: str | None,
+    environment: str | None,
+    joined: str | None,
+) -> None:
+    @contextmanager
+    def cluster(address: str | None, *_: object) -> Iterator[str | None]:
+        yield address
+
+    state = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
+    monkeypatch.setattr(engine_module, "PartialState", lambda: state)
+    monkeypatch.setattr(ray_maker, "open_cluster", cluster)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    with engine_module.open_engine("ray", address=given) as address:
+        assert address == joined
