@@ -20,7 +20,7 @@ from .alignment.aligner import build_aligner, save_aligner
 from .alignment.dataset import MotionCollator, MotionDataset
 from .alignment.trainer import MotionTrainer
 from .data import SkipLog
-from .data.loading import load_samples
+from .data.readers import load_samples
 from .flags import parse_arguments
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings

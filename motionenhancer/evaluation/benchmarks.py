@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.conversation import BadSample, convert
-from motionenhancer.data.favor import FAVOR_TASKS, read_favor
-from motionenhancer.data.motion_sets import tagged
-from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
-from motionenhancer.data.question import Question, filled, read_rows, video_stem
+from motionenhancer.data.question import (
+    FAVOR_TASKS,
+    MOTIONBENCH_TASKS,
+    Question,
+    read_favor,
+    read_motionbench,
+    read_toy,
+    video_stem,
+)
 from motionenhancer.data.skips import SkipLog
 
 from .judge import first_letter, lone_letter, names_option, same_text
 
 __all__ = ["BENCHMARKS", "Benchmark", "Rules", "load_questions", "render_prompt"]
 
-TOY_TASKS = tuple(MOTIONBENCH_TASKS.values())
-"""The toy world asks questions of MotionBench's tasks and uses its codes."""
 MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
     "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "
@@ -177,38 +178,6 @@ def _toy_submission(questions: Sequence[Question], outputs: dict[str, str], rule
     return "submission.json", json.dumps(answers, indent=1) + "\n"
 
 
-def _read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
-    """The toy world's ``test.jsonl``: LLaVA rows of one question and answer; the id ends with its kind."""
-    for line, row in read_rows(path, log):
-        turns, id, video = row.get("conversations"), row.get("id"), row.get("video")
-        turns = turns if isinstance(turns, list) else []
-        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-        if not filled(id) or not filled(video) or len(texts) != 2 or not all(filled(t) for t in texts):
-            log.add(
-                "missing fields", id=str(id or ""), line=line, detail="needs id, video, question and answer"
-            )
-            continue
-        spoken = [{"from": who, **turn} for who, turn in zip(("human", "gpt"), turns, strict=True)]
-        spoken[0]["value"] = tagged(texts[0], "video")
-        try:
-            sample = convert({**row, "conversations": spoken}, line, Path(), log, check_files=False)
-        except BadSample as bad:
-            log.add(bad.reason, id=str(id), line=line, detail=bad.detail)
-            continue
-        if len(sample.messages) != 2:
-            log.add("unsupported key", id=str(id), line=line, detail="'system': questions have none")
-            continue
-        kind = str(id).rsplit("-", 1)[-1]
-        task = kind if kind in TOY_TASKS else "other"
-        asked, answer = (
-            " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-            for message in sample.messages
-        )
-        clip = sample.videos[0]
-        shown = clip if isinstance(clip, Clip) else str(clip)
-        yield Question(str(id), shown, asked, answer, (task,), line=line)
-
-
 BENCHMARKS: dict[str, Benchmark] = {
     b.name: b
     for b in (
@@ -239,8 +208,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="toy",
             title="toy world",
-            tasks=(*TOY_TASKS, "other"),
-            read=_read_toy,
+            tasks=(*MOTIONBENCH_TASKS.values(), "other"),
+            read=read_toy,
             prompt="{question}",
             parse=_as_is,
             right=_toy_right,
