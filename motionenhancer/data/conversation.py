@@ -24,7 +24,7 @@ _INDEX = re.compile(r"\[\d+\]")
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 #: The rejected answer of a preference, of which the other one is learnt, as in MotionVid-QA.
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
-#: What a row may say of its one video. Its `fps` is not among them: data sets write the file's own rate there.
+#: What a row may say of its one video. Not `fps`: data sets write the file's own rate there.
 _ROW_CLIP_KEYS = tuple(key for key in CLIP_KEYS if key != "fps")
 _ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system", *_REJECTED}
 _TURN_KEYS = {"from", "value", "role", "content"}

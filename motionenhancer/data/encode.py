@@ -24,16 +24,12 @@ def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec:
     Raises:
         ValueError: frames have another shape or dtype, an odd side, or none is there; fps is not positive.
     """
-    if (
-        not isinstance(frames, np.ndarray)
-        or frames.dtype != np.uint8
-        or frames.ndim != 4
-        or frames.shape[3] != 3
-    ):
-        got = f"{getattr(frames, 'shape', type(frames))} {getattr(frames, 'dtype', '')}"
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        got = f"{frames.shape} {frames.dtype}"
         raise ValueError(f"frames must be a (n, h, w, 3) uint8 array, got {got}")
     count, height, width, _ = frames.shape
-    if count < 1 or height < 2 or width < 2 or height % 2 or width % 2:
+    if not count or not height or not width or height % 2 or width % 2:
         raise ValueError(f"frames must hold at least one frame of even height and width, got {frames.shape}")
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")

@@ -140,7 +140,7 @@ def read_favor(path: Path, log: SkipLog) -> Iterator[Question]:
 
 
 def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
-    """Stream the toy world's ``test.jsonl``: LLaVA rows of one question and answer; the id ends with its kind.
+    """Stream the toy world's ``test.jsonl``: LLaVA rows of one question; the id ends with its kind.
 
     Args, Raises: as :func:`read_motionbench`.
     """
