@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .flags import MAX_SEED
+
 #: Options that work, each at every value that is not in `REFUSED`.
 WORKS = frozenset(
     str.split("""
@@ -91,6 +93,24 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     "ignore_data_skip": "a run that goes on must not see the samples again that it has seen",
     "dataloader_in_order": _ORDER,
     "parallelism_config": "tensor, context and sequence parallelism do not work; use DDP, FSDP2 or ZeRO",
+}
+#: Option → its range, as `flags.setting` declares it.
+RANGES: Mapping[str, Mapping[str, float]] = {
+    "max_steps": {"at_least": 1, "off": -1},
+    "gradient_accumulation_steps": {"at_least": 1},
+    "adam_beta1": {"at_least": 0, "below": 1},
+    "adam_beta2": {"at_least": 0, "below": 1},
+    "adam_epsilon": {"at_least": 0},
+    "max_grad_norm": {"at_least": 0},
+    "neftune_noise_alpha": {"at_least": 0},
+    "save_steps": {"above": 0},
+    "save_total_limit": {"at_least": 1},
+    "torch_empty_cache_steps": {"at_least": 1},
+    "dataloader_num_workers": {"at_least": 0},
+    "dataloader_prefetch_factor": {"at_least": 1},
+    "ddp_timeout": {"at_least": 1},
+    "seed": {"at_least": 0, "at_most": MAX_SEED},
+    "data_seed": {"at_least": 0, "at_most": MAX_SEED},
 }
 #: Keys of `--accelerator_config` that are refused if they are set.
 REFUSED_OF_ACCELERATE: Mapping[str, str] = {

@@ -6,6 +6,7 @@ How a prior is read is `motionenhancer.priors.prior.PriorSettings`, whose fields
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from transformers import TrainingArguments
 
 from .alignment.weight import SCHEDULES, AlignmentSchedule
-from .evaluation.benchmarks import BENCHMARKS
-from .flags import setting
+from .evaluation.benchmarks import BENCHMARKS, READINGS
+from .evaluation.videos import Frames
+from .flags import MAX_SEED, check_fields, setting
 from .options import (
+    RANGES,
     WORKS,
     changed_options,
     naming_options,
@@ -42,12 +45,16 @@ class DataArguments:
     """Where the clips and their conversations are."""
 
     data: str | None = setting(
-        None, "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use."
+        None,
+        "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use.",
+        exists="file",
     )
     video_root: str | None = setting(
-        None, "Folder that video paths are relative to. Default: the data file's."
+        None, "Folder that video paths are relative to. Default: the data file's.", exists="folder"
     )
-    limit: int | None = setting(None, "Use only the first so many samples.")
+    limit: int | None = setting(None, "Use only this many samples, from the first on.", at_least=1)
+
+    __post_init__ = check_fields
 
 
 @dataclass
@@ -65,7 +72,9 @@ class PriorArguments:
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: as the model was trained.")
-    teacher_frames: int | None = setting(None, "Most frames of a clip. Default: as the model was trained.")
+    teacher_frames: int | None = setting(
+        None, "Most frames of a clip. Default: as the model was trained.", at_least=1, at_most=1000
+    )
     vae_tiling: bool = setting(False, "Encode in tiles: less memory, other latents.")
     offload_text_encoder: bool = setting(False, "Leave the text encoder on the CPU.")
     text_cache: str | None = setting(
@@ -76,6 +85,8 @@ class PriorArguments:
     measure_roundtrip: bool = setting(
         False, "Also invert and rebuild one clip without guidance, and report the error."
     )
+
+    __post_init__ = check_fields
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -171,19 +182,20 @@ class MakerArguments:
         2,
         "Threads of a process that decode clips ahead of the teacher.",
         aliases=["--decode_workers", "--decode-workers"],
+        at_least=1,
     )
     ray_address: str | None = setting(
         None, "Cluster to join. Default: a running one, or one on this machine."
     )
-    ray_workers: int | None = setting(None, "Teachers. Default: one a GPU of the cluster, or one in all.")
-    ray_cpus: int | None = setting(None, "Cores that a teacher reserves and computes with. Default: 1.")
+    ray_workers: int | None = setting(
+        None, "Teachers. Default: one a GPU of the cluster, or one in all.", at_least=1
+    )
+    ray_cpus: int | None = setting(
+        None, "Cores that a teacher reserves and computes with. Default: 1.", at_least=1
+    )
 
     def __post_init__(self) -> None:
-        counts = {"prior_workers": " (--decode_workers)", "ray_workers": "", "ray_cpus": ""}
-        for name, older in counts.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}{older} must be at least 1, got {value}")
+        check_fields(self)
         for name in ("ray_address", "ray_workers", "ray_cpus"):
             if self.prior_engine != "ray" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
@@ -227,12 +239,14 @@ class StudentArguments:
         "is kept; hybrid: what --prior_dir lacks is made while training and kept there.",
         choices=list(SOURCES),
     )
-    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.")
+    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", at_least=0)
     alignment_schedule: str = setting("constant", "λ over the run.", choices=list(SCHEDULES))
-    alignment_warmup: float = setting(0.0, "Steps over which λ rises, or below 1 their share of all steps.")
-    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.")
+    alignment_warmup: float = setting(
+        0.0, "Steps over which λ rises, or below 1 their share of all steps.", at_least=0
+    )
+    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.", at_least=0)
     vision_learning_rate: float | None = setting(
-        None, "Peak learning rate of the vision tower. Default: a fifth of the rest."
+        None, "Peak learning rate of the vision tower. Default: a fifth of the rest.", at_least=0
     )
     alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
     aligner: str = setting(
@@ -244,15 +258,19 @@ class StudentArguments:
         None, "Safetensors file outside --output_dir that receives the trained aligner."
     )
     prior_temperature: float = setting(
-        1.0, "The prior's rows are raised to one over this: below 1 they become sharper."
+        1.0, "The prior's rows are raised to one over this: below 1 they become sharper.", above=0
     )
     confidence_gate: float = setting(
-        0.0, "Follow priors less confident than this proportionally less; 0 is no gate."
+        0.0, "Follow priors less confident than this proportionally less; 0 is no gate.", at_least=0
     )
     measure_alignment: bool = setting(False, "Log loss_align also when λ is 0.")
-    lora_r: int = setting(0, "Rank of low-rank adapters trained instead of all weights; 0 is none.")
-    lora_alpha: int | None = setting(None, "The adapters' scale times their rank. Default: twice the rank.")
-    lora_dropout: float = setting(0.0, "Dropout before the adapters.")
+    lora_r: int = setting(
+        0, "Rank of low-rank adapters trained instead of all weights; 0 is none.", at_least=0
+    )
+    lora_alpha: int | None = setting(
+        None, "The adapters' scale times their rank. Default: twice the rank.", at_least=1
+    )
+    lora_dropout: float = setting(0.0, "Dropout before the adapters.", at_least=0, below=1)
     lora_target: str = setting(
         "language",
         "Layers with adapters: all linear ones of the language model, all of the model, or "
@@ -260,13 +278,15 @@ class StudentArguments:
     )
     lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
-    video_fps: float | None = setting(None, "Frames a second. Default: 1.")
+    video_fps: float | None = setting(None, "Frames a second. Default: 1.", above=0)
     num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate."
+        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate.", at_least=1
     )
-    max_frames: int = setting(64, "Most frames of one clip by rate.")
-    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.")
+    max_frames: int = setting(64, "Most frames of one clip by rate.", at_least=1)
+    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", at_least=1)
     attn_implementation: str = setting("sdpa", "The student's attention.")
+
+    __post_init__ = check_fields
 
     @property
     def aligned(self) -> bool:
@@ -290,16 +310,6 @@ class StudentArguments:
             ValueError: names the flag, what it was and what it must be.
         """
         self.schedule()
-        for name, value, allowed in (
-            ("lora_r", self.lora_r, self.lora_r >= 0),
-            ("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_alpha > 0),
-        ):
-            if not allowed:
-                raise ValueError(f"--{name} must be a positive number, got {value}")
-        if not 0 < self.prior_temperature < float("inf"):
-            raise ValueError(f"--prior_temperature must be above 0, got {self.prior_temperature}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.lora_r:
             defaults = StudentArguments()
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
@@ -332,17 +342,17 @@ class OnlineArguments:
         "hybrid: make what is missing before training and let the teacher go, where teacher "
         "and student do not fit into memory together.",
     )
-    prior_prefetch: int = setting(1, "Steps ahead of which the teacher reads clips; 0 waits at every step.")
+    prior_prefetch: int = setting(
+        1, "Steps ahead of which the teacher reads clips; 0 waits at every step.", at_least=0
+    )
     agreement_clips: int = setting(
         4,
         "renoise: read this many clips by the full procedure too, at the start, and print how "
         "far both agree; 0 leaves it out.",
+        at_least=0,
     )
 
-    def __post_init__(self) -> None:
-        for name in ("prior_prefetch", "agreement_clips"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+    __post_init__ = check_fields
 
     def check(self, source: str) -> None:
         """Refuse options that do nothing under `--prior_source source`.
@@ -373,20 +383,22 @@ class TrainArguments(TrainingArguments):
     """transformers' TrainingArguments, the paper's recipe as defaults."""
 
     works: ClassVar[frozenset[str]] = WORKS
+    ranges: ClassVar[Mapping[str, Mapping[str, float]]] = RANGES
 
     output_dir: str | None = setting("runs/train", "Receives the checkpoint and motion_report.json.")
-    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.")
-    weight_decay: float = setting(0.1, "AdamW's weight decay.")
+    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.", at_least=0)
+    weight_decay: float = setting(0.1, "AdamW's weight decay.", at_least=0)
     lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
-    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.")
-    num_train_epochs: float = setting(1.0, "Passes over the data.")
-    per_device_train_batch_size: int = setting(1, "Samples a device and step.")
-    logging_steps: float = setting(10, "Steps between log lines.")
+    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", at_least=0)
+    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
+    per_device_train_batch_size: int = setting(1, "Samples a device and step.", at_least=1)
+    logging_steps: float = setting(10, "Steps between log lines.", above=0)
     # HfArgumentParser reads a union of three only with None in front.
     report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
     remove_unused_columns: bool = setting(False, "Must stay false.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             # Each process would train alone otherwise.
@@ -438,7 +450,7 @@ class EvalArguments:
     output_dir: str | None = setting(
         None, "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."
     )
-    limit: int | None = setting(None, "Use only the first so many questions.")
+    limit: int | None = setting(None, "Use only this many questions, from the first on.", at_least=1)
     prompt: str | None = setting(
         None, "Request in place of the benchmark's own, with {question} and {options}."
     )
@@ -448,53 +460,70 @@ class EvalArguments:
     letter_rule: str = setting(
         "published",
         "MotionBench: published is the authors' own reading of a letter, lone is stricter.",
-        choices=["published", "lone"],
+        choices=READINGS["letter"],
     )
     option_rule: str = setting(
         "caseless",
         "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
-        choices=["caseless", "published"],
+        choices=READINGS["option"],
     )
-    num_frames: int | None = setting(None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.")
-    video_fps: float | None = setting(None, "Frames a second. Default: 1, toy 8.")
-    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.")
-    max_frames: int | None = setting(None, "Most frames by rate. Default: 768.")
+    num_frames: int | None = setting(
+        None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", at_least=1
+    )
+    video_fps: float | None = setting(None, "Frames a second. Default: 1, toy 8.", above=0)
+    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", at_least=1)
+    max_frames: int = setting(Frames.max_frames, "Most frames by rate.", at_least=1)
     max_pixels: int | None = setting(
-        None, "Most pixels of a frame, 0 for the processor's own. Default: 151200."
+        Frames.max_pixels, "Most pixels of a frame, 0 for the processor's own.", at_least=0
     )
-    batch_size: int = setting(4, "Questions a process answers at once.")
+    batch_size: int = setting(4, "Questions a process answers at once.", at_least=1)
     max_new_tokens: int | None = setting(
-        None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256."
+        None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256.", at_least=1
     )
     dtype: str = setting(
         "auto", "Weights; auto: as stored.", choices=["auto", "float32", "bfloat16", "float16"]
     )
     attn_implementation: str = setting("sdpa", "The student's attention.")
-    workers: int = setting(0, "Processes that decode clips ahead.")
-    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.")
+    workers: int = setting(0, "Processes that decode clips ahead.", at_least=0)
+    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", at_least=0)
     bootstrap_unit: str = setting("question", "What is resampled.", choices=["question", "video"])
-    seed: int = setting(0, "Seed of the bootstrap.")
+    seed: int = setting(0, "Seed of the bootstrap.", at_least=0, at_most=MAX_SEED)
     compare: list[str] | None = setting(None, "Two scored runs, A and B: compare them and do nothing else.")
     task: str | None = setting(None, "With --compare: only this task.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.compare is not None and len(self.compare) != 2:
             raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
         if self.task is not None and self.compare is None:
             raise ValueError("--task goes with --compare")
-        if self.predictions is not None and self.student is not None:
-            raise ValueError("--student and --predictions exclude each other")
-        if self.data is None and self.benchmark != "toy":
-            wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
-            if self.compare is None:
-                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {wants[self.benchmark]}")
-        for name, least in (
-            ("limit", 1),
-            ("batch_size", 1),
-            ("max_new_tokens", 1),
-            ("workers", 0),
-            ("bootstrap_samples", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        for one, other in (("student", "predictions"), ("num_frames", "video_fps")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"--{one} and --{other} exclude each other: give one of them")
+        if (self.min_frames or 0) > self.max_frames:
+            raise ValueError(
+                f"--min_frames must be at most --max_frames ({self.max_frames}), got {self.min_frames}"
+            )
+        if self.data is None and self.compare is None:
+            if self.benchmark != "toy":
+                file = BENCHMARKS[self.benchmark].file
+                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {file}")
+            if self.video_root is not None:
+                raise ValueError(
+                    f"--video_root {self.video_root} needs --data, the questions about its clips"
+                )
+
+    def frames(self, family: int | None) -> Frames:
+        """How clips are shown: what the flags say, else as in the paper's experiments.
+
+        Args:
+            family: frames of a clip that the student's family takes; None where it takes frames by rate.
+        """
+        by_rate = self.video_fps is not None
+        return Frames(
+            num_frames=self.num_frames or (None if by_rate else family),
+            fps=self.video_fps or BENCHMARKS[self.benchmark].fps,
+            min_frames=self.min_frames or min(Frames.min_frames, self.max_frames),
+            max_frames=self.max_frames,
+            max_pixels=self.max_pixels or None,
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CLIP_KEYS", "Clip", "clip_of", "named_by", "segment_of"]
+__all__ = ["CLIP_KEYS", "Clip", "clip_of", "is_file", "named_by", "segment_of"]
 
 #: Keys of a video part, in the words of qwen-vl-utils, and the fields of `Clip` that they set.
 CLIP_KEYS = {
@@ -121,3 +121,11 @@ def named_by(digest: str, video: Path | Clip) -> str:
     """The name of what is shown in a prior's key: the digest of the file's bytes, and the segment if any."""
     shown = segment_of(video)
     return f"{digest} {shown.start} {shown.end}" if isinstance(shown, Clip) else digest
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a null in it
+        return False

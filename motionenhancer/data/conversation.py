@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from motionenhancer.data.clip import CLIP_KEYS, Clip, clip_of
+from motionenhancer.data.clip import CLIP_KEYS, Clip, clip_of, is_file
 from motionenhancer.data.motion_sets import as_conversation
 from motionenhancer.data.row_keys import TRAINED_KEYS, refusal
 from motionenhancer.data.sample import Sample
@@ -272,7 +272,7 @@ def _locate(
         else:
             place = name
         path = root / place
-        if check and not _is_file(path):
+        if check and not is_file(path):
             raise _BadSample(f"missing {kind} file", _short(str(path), 200))
         if both := [key for key in whole if said.get(key, whole[key]) != whole[key]]:
             raise _BadSample("unsupported key", f"{both[0]!r} of the row and of its video differ")
@@ -285,10 +285,3 @@ def _locate(
         detail = "the videos of one row must have the same min_pixels and max_pixels"
         raise _BadSample("unsupported key", detail)
     return tuple(located)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long, or with a null in it
-        return False

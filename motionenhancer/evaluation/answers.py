@@ -13,12 +13,10 @@ from motionenhancer.data.skips import SkipLog
 
 __all__ = ["append_answers", "mend_answers", "read_answers", "read_predictions"]
 
-_PATTERN = "answers*.jsonl"
 
-
-def answers_file(folder: Path, process: int) -> Path:
-    """The file that one process of a run appends to."""
-    return folder / f"answers-{process:05d}.jsonl"
+def answers_file(process: int) -> str:
+    """Name of the file that one process of a run appends to."""
+    return f"answers-{process:05d}.jsonl"
 
 
 def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -31,12 +29,8 @@ def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def mend_answers(path: Path) -> None:
     """Cut off a last line that a kill left half-written, so that the next one starts on its own."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -46,7 +40,7 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     skipped, and else a later row an earlier one.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(_PATTERN)):
+    for path in sorted(folder.glob("answers*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:
                 row = json.loads(line)

@@ -14,7 +14,7 @@ from motionenhancer.data.question import Question
 from motionenhancer.data.skips import SkipLog
 
 from ..files import write_json, write_text
-from .benchmarks import Benchmark, Rules
+from .benchmarks import READINGS, Benchmark, Rules
 from .scores import judge_answers, score
 from .table import score_table
 
@@ -56,7 +56,7 @@ def write_scores(
     scores["benchmark"] = benchmark.name
     scores["rules"] = asdict(rules)
     scores["other_rules"] = _other_rules(benchmark, questions, outputs, rules)
-    lines = [json.dumps(j.to_json()) + "\n" for j in judged]
+    lines = [json.dumps(asdict(j)) + "\n" for j in judged]
     write_text(folder / "results.jsonl", "".join(lines))
     submission, content = benchmark.submission(questions, outputs, rules)
     write_text(folder / submission, content)
@@ -76,13 +76,10 @@ def _other_rules(
     benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
 ) -> dict[str, Any] | None:
     """Overall under the benchmark's other reading, and how many answers the two judge differently."""
-    others = {
-        "motionbench": replace(rules, letter="lone" if rules.letter == "published" else "published"),
-        "favor": replace(rules, option="published" if rules.option == "caseless" else "caseless"),
-    }
-    if benchmark.name not in others:
+    if not benchmark.rule:
         return None
-    other = others[benchmark.name]
+    (reading,) = set(READINGS[benchmark.rule]) - {getattr(rules, benchmark.rule)}
+    other = replace(rules, **{benchmark.rule: reading})
     mine, theirs = (judge_answers(benchmark, questions, outputs, r) for r in (rules, other))
     return {
         "rules": asdict(other),

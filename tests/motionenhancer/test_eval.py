@@ -439,6 +439,13 @@ def test_no_arguments_use_the_toy_world(
         ({"student": "a", "predictions": "b"}, "exclude each other"),
         ({"compare": ("a",)}, "must name two runs"),
         ({"task": "AS"}, "--task goes with --compare"),
+        ({"video_root": "."}, "--video_root . needs --data"),
+        ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
+        ({"min_frames": 9, "max_frames": 2}, "--min_frames must be at most --max_frames (2), got 9"),
+        ({"video_fps": "nan"}, "--video_fps must be finite and above 0, got nan"),
+        ({"max_pixels": -1}, "--max_pixels must be at least 0, got -1"),
+        ({"seed": 2**32}, "--seed must be at least 0 and at most 4294967295, got 4294967296"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
@@ -453,31 +460,21 @@ def test_contradicting_flags_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_clips_without_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(tmp_path / "out", video_root=tmp_path) == 2
-    assert f"--video_root {tmp_path} needs --data" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("flags", "found"),
+    ("flags", "family", "found"),
     [
-        ({"max_frames": 2}, Frames(None, 1.0, 2, 2)),
-        ({"max_frames": 9}, Frames(None, 1.0, 4, 9)),
-        ({"num_frames": 3, "max_pixels": 0}, Frames(3, max_pixels=None)),
-        ({"video_fps": 0.5, "min_frames": 1}, Frames(None, 0.5, 1)),
-        ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
-        ({"min_frames": 9, "max_frames": 2}, r"--min_frames must be at most max_frames \(2\), got 9"),
-        ({"video_fps": -1}, "--video_fps must be positive, got -1"),
+        ({}, None, Frames(None, 1.0, 4, 768, 151200)),
+        ({}, 8, Frames(8, 1.0, 4, 768, 151200)),
+        ({"max_frames": 2}, None, Frames(None, 1.0, 2, 2)),
+        ({"max_frames": 9}, None, Frames(None, 1.0, 4, 9)),
+        ({"num_frames": 3, "max_pixels": 0}, 8, Frames(3, max_pixels=None)),
+        ({"video_fps": 0.5, "min_frames": 1}, 8, Frames(None, 0.5, 1)),
     ],
 )
-def test_flags_change_how_clips_are_shown(flags: dict[str, Any], found: Frames | str) -> None:
+def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: int | None, found: Frames) -> None:
     arguments = evaluate.EvalArguments(student="s", data="d", benchmark="favor", **flags)
-    family, benchmark = student_family("qwen2_5_vl"), BENCHMARKS["favor"]
-    if isinstance(found, Frames):
-        assert evaluate._frames(arguments, family, benchmark) == found
-    else:
-        with pytest.raises(ValueError, match=f"^{found}"):
-            evaluate._frames(arguments, family, benchmark)
+    assert arguments.frames(family) == found
+    assert evaluate.EvalArguments(benchmark="toy").frames(None).fps == 8
 
 
 @pytest.mark.parametrize(
