@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-__all__ = ["MAX_SEED", "check_fields", "flag_of", "parse_arguments", "setting"]
+__all__ = ["MAX_SEED", "Settings", "check_fields", "flag_of", "parse_arguments", "setting"]
 
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
@@ -63,6 +63,13 @@ def check_fields(settings: Any) -> None:
         value, rules = getattr(settings, one.name), {**one.metadata, **inherited.get(one.name, {})}
         if value is not None and (wanted := _wanted(value, rules)):
             raise ValueError(f"--{flag_of(one)} must be {wanted}, got {value}")
+
+
+class Settings:
+    """What a dataclass of flags inherits to have its fields checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def _wanted(value: Any, rules: Mapping[str, Any]) -> str:

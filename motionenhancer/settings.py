@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .evaluation.benchmarks import BENCHMARKS, READINGS
 from .evaluation.videos import Frames
-from .flags import MAX_SEED, check_fields, setting
+from .flags import MAX_SEED, Settings, check_fields, setting
 from .options import (
     RANGES,
     WORKS,
@@ -28,11 +28,13 @@ from .options import (
     refuse_options,
 )
 from .priors.engine import ENGINES, Engine, open_engine
+from .students.base import StudentFamily
 from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from .teachers.plan import size_multiple
 from .teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
 
 SOURCES = ("store", "online", "hybrid")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Keys that torch's checkpointing and transformers read. Layers would be handed any other, and ignore it.
 _CHECKPOINTING = frozenset(
@@ -41,7 +43,7 @@ _CHECKPOINTING = frozenset(
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
     data: str | None = setting(
@@ -54,11 +56,9 @@ class DataArguments:
     )
     limit: int | None = setting(None, "Use only this many samples, from the first on.", at_least=1)
 
-    __post_init__ = check_fields
-
 
 @dataclass
-class PriorArguments:
+class PriorArguments(Settings):
     """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
 
     teacher: str | None = setting(
@@ -69,7 +69,7 @@ class PriorArguments:
     teacher_dtype: str = setting(
         "auto",
         "auto: bfloat16 on CUDA, float32 on the CPU.",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        choices=DTYPES,
     )
     teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: as the model was trained.")
     teacher_frames: int | None = setting(
@@ -86,8 +86,6 @@ class PriorArguments:
         False, "Also invert and rebuild one clip without guidance, and report the error."
     )
 
-    __post_init__ = check_fields
-
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
 
@@ -96,28 +94,24 @@ class PriorArguments:
         """
         size = None
         if self.teacher_size is not None:
-            parts = self.teacher_size.lower().split("x")
-            if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            height, by, width = self.teacher_size.lower().partition("x")
+            if not (by and height.isdecimal() and width.isdecimal()):
                 raise ValueError(
                     f"--teacher_size must be HEIGHTxWIDTH like 480x720, got {self.teacher_size!r}"
                 )
-            size = (int(parts[0]), int(parts[1]))
-            self._check_size(size)
+            size = (int(height), int(width))
+            multiple = 1
+            # A folder that does not say is refused in words of its own once it is to be used.
+            with suppress(OSError, ValueError):
+                multiple = size_multiple(self.teacher or "")
+            if any(n < multiple or n % multiple for n in size):
+                raise ValueError(
+                    f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for "
+                    f"{self.teacher}, got {self.teacher_size!r}"
+                )
         named = self.teacher_dtype
         dtype = teacher_dtype(device) if named == "auto" else getattr(torch, named)
         return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
-
-    def _check_size(self, size: tuple[int, int]) -> None:
-        try:
-            multiple = size_multiple(self.teacher or "")
-        except (OSError, ValueError):
-            # A folder that does not say is refused in words of its own once it is to be used.
-            return
-        if any(n < multiple or n % multiple for n in size):
-            raise ValueError(
-                f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for {self.teacher}, "
-                f"got {self.teacher_size!r}"
-            )
 
     def cost_options(self, device: torch.device | str, *, cached: bool = False) -> dict[str, Any]:
         """Return what `teacher_cost` needs to know of how the teacher is loaded.
@@ -169,13 +163,13 @@ class PriorArguments:
 
 
 @dataclass
-class MakerArguments:
+class MakerArguments(Settings):
     """Where priors are made; none of it changes a prior."""
 
     prior_engine: str = setting(
         "local",
         "local: a teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
-        choices=list(ENGINES),
+        choices=ENGINES,
         aliases=["--engine"],
     )
     prior_workers: int = setting(
@@ -195,7 +189,7 @@ class MakerArguments:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         for name in ("ray_address", "ray_workers", "ray_cpus"):
             if self.prior_engine != "ray" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
@@ -212,14 +206,14 @@ class MakerArguments:
 
 
 @dataclass
-class ExtractArguments:
+class ExtractArguments(Settings):
     """How the command runs."""
 
     dry_run: bool = setting(False, "Print evaluations, bytes and memory, and load no model.")
 
 
 @dataclass
-class AgreementArguments:
+class AgreementArguments(Settings):
     """What is compared."""
 
     noise_levels: str = setting("50,100,200,400,600,800", "Training timesteps of the single evaluations.")
@@ -227,7 +221,7 @@ class AgreementArguments:
 
 
 @dataclass
-class StudentArguments:
+class StudentArguments(Settings):
     """The model to tune and how strongly it is pulled."""
 
     student: str | None = setting(
@@ -237,10 +231,10 @@ class StudentArguments:
         "hybrid",
         "store: every prior must be in --prior_dir; online: all are made while training, none "
         "is kept; hybrid: what --prior_dir lacks is made while training and kept there.",
-        choices=list(SOURCES),
+        choices=SOURCES,
     )
     alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", at_least=0)
-    alignment_schedule: str = setting("constant", "λ over the run.", choices=list(SCHEDULES))
+    alignment_schedule: str = setting("constant", "λ over the run.", choices=SCHEDULES)
     alignment_warmup: float = setting(
         0.0, "Steps over which λ rises, or below 1 their share of all steps.", at_least=0
     )
@@ -286,12 +280,32 @@ class StudentArguments:
     max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", at_least=1)
     attn_implementation: str = setting("sdpa", "The student's attention.")
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frames is not None and self.video_fps is not None:
+            raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
 
     @property
     def aligned(self) -> bool:
         """Whether priors are needed."""
         return self.alignment_weight != 0 or self.measure_alignment
+
+    def frames(self, family: StudentFamily) -> dict[str, Any]:
+        """How many frames of a clip a student is shown, as options of `MotionDataset`.
+
+        Raises:
+            ValueError: --max_frames would do nothing.
+        """
+        count = self.num_frames or (family.num_frames if self.video_fps is None else None)
+        if count is None:
+            return {"fps": self.video_fps or 1.0, "max_frames": self.max_frames}
+        if self.max_frames != StudentArguments.max_frames:
+            why = "--num_frames" if self.num_frames else f"{family.name} by default"
+            raise ValueError(
+                f"--max_frames {self.max_frames} does nothing where {count} frames of each clip are shown "
+                f"({why}); leave it out, or give --video_fps alone"
+            )
+        return {"num_frames": count}
 
     def schedule(self) -> AlignmentSchedule:
         """λ over the run.
@@ -311,14 +325,12 @@ class StudentArguments:
         """
         self.schedule()
         if not self.lora_r:
-            defaults = StudentArguments()
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
-                if getattr(self, name) != getattr(defaults, name):
+                if getattr(self, name) != getattr(StudentArguments, name):
                     raise ValueError(f"--{name} needs --lora_r, the adapters' rank")
-        if self.save_aligner is not None:
-            self._check_save_aligner(Path(self.save_aligner), Path(output_dir))
-
-    def _check_save_aligner(self, file: Path, output_dir: Path) -> None:
+        if self.save_aligner is None:
+            return
+        file = Path(self.save_aligner)
         if self.aligner == "identity" or self.alignment_weight == 0:
             raise ValueError(
                 f"--save_aligner {file}: nothing is trained with --aligner {self.aligner} and "
@@ -326,7 +338,7 @@ class StudentArguments:
             )
         if file.suffix != ".safetensors" or file.is_dir():
             raise ValueError(f"--save_aligner must be a .safetensors file, got {file}")
-        if output_dir.resolve() in file.resolve().parents:
+        if Path(output_dir).resolve() in file.resolve().parents:
             raise ValueError(
                 f"--save_aligner {file}: must lie outside --output_dir {output_dir}, whose safetensors files "
                 "are read as the model's weights"
@@ -334,7 +346,7 @@ class StudentArguments:
 
 
 @dataclass
-class OnlineArguments:
+class OnlineArguments(Settings):
     """When a training's priors are made."""
 
     priors_first: bool = setting(
@@ -352,8 +364,6 @@ class OnlineArguments:
         at_least=0,
     )
 
-    __post_init__ = check_fields
-
     def check(self, source: str) -> None:
         """Refuse options that do nothing under `--prior_source source`.
 
@@ -365,13 +375,10 @@ class OnlineArguments:
                 f"--priors_first needs --prior_source hybrid, got {source}: "
                 "store makes no priors and online keeps none"
             )
-        if not self.priors_first and source != "store":
-            return
-        made = "--prior_source store" if source == "store" else "--priors_first"
-        usual = OnlineArguments()
+        made = "--prior_source store" if source == "store" else "--priors_first" if self.priors_first else ""
         for name in ("prior_prefetch", "agreement_clips"):
             value = getattr(self, name)
-            if value and value != getattr(usual, name):
+            if made and value not in (0, getattr(OnlineArguments, name)):
                 raise ValueError(
                     f"--{name} {value} with {made}: no prior is made while training; leave it out, or use "
                     "--prior_source online or hybrid"
@@ -435,7 +442,7 @@ class TrainArguments(TrainingArguments):
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(Settings):
     """What is asked, who answers, and how answers are scored."""
 
     student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
@@ -480,9 +487,7 @@ class EvalArguments:
     max_new_tokens: int | None = setting(
         None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256.", at_least=1
     )
-    dtype: str = setting(
-        "auto", "Weights; auto: as stored.", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    dtype: str = setting("auto", "Weights; auto: as stored.", choices=DTYPES)
     attn_implementation: str = setting("sdpa", "The student's attention.")
     workers: int = setting(0, "Processes that decode clips ahead.", at_least=0)
     bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", at_least=0)
@@ -492,7 +497,7 @@ class EvalArguments:
     task: str | None = setting(None, "With --compare: only this task.")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.compare is not None and len(self.compare) != 2:
             raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
         if self.task is not None and self.compare is None:

@@ -57,22 +57,20 @@ TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
     classes = (
         StudentArguments,
         DataArguments,
         PriorArguments,
         PriorSettings,
-        MakerArguments,
-        OnlineArguments,
         TrainArguments,
+        OnlineArguments,
+        MakerArguments,
     )
-    student, data, prior, settings, maker, online, training = parse_arguments(
-        classes, arguments, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
+    arguments = parse_arguments(
+        classes, argv, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
-        online.check(student.prior_source)
-        run(student, data, prior, settings, training, online, maker)
+        run(*arguments)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,8 +83,8 @@ def run(
     prior: PriorArguments,
     settings: PriorSettings,
     training: TrainArguments,
-    online: OnlineArguments | None = None,
-    maker: MakerArguments | None = None,
+    online: OnlineArguments,
+    maker: MakerArguments,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -99,9 +97,12 @@ def run(
     """
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
-    rehearse(training, engine_of(training))
-    if student.lora_merge and engine_of(training) not in ("plain", "DDP"):
-        raise ValueError(f"--lora_merge: not under {engine_of(training)}; merge the saved adapter afterwards")
+    online.check(student.prior_source)
+    engine = engine_of(training)
+    whole = engine in ("plain", "DDP")  # each process has all weights
+    rehearse(training, engine)
+    if student.lora_merge and not whole:
+        raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
     toy = use_toy_defaults(data, prior)
     if student.student is None:
         toy = toy or default_toy()
@@ -131,7 +132,7 @@ def run(
         options: dict[str, Any] = {
             "store": PriorStore(Path(prior.prior_dir)),
             "source": prior.prompt_source,
-            **_sampling(student, family),
+            **student.frames(family),
             "max_pixels": student.max_pixels,
         }
         if main_process:
@@ -139,16 +140,16 @@ def run(
             plan = _plan(model, plain, student, prior, settings, training)
             report.content["plan"] = plan.to_json()
             print(plan)
-            teacher = plan_memory(student, prior, settings, online or OnlineArguments())
+            teacher = plan_memory(student, prior, settings, online)
             if teacher is not None:
                 cost, place = teacher
                 report.content["plan"]["teacher"] = {**cost.to_json(), "place": place}
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = toy if student.student == (toy and str(toy.student)) and _can_test(training) else None
-        if tested is not None and main_process:
-            report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
+        tested = main_process and whole and toy is not None and student.student == str(toy.student)
+        if tested:
+            report.content["evaluation"] = {"before": _test(model, processor, family, toy)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
             priors = open_priors(samples, student, prior, settings, skips, report, online, maker)
@@ -177,8 +178,8 @@ def run(
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             _save(trainer, student)
-            if tested is not None and main_process:
-                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
+            if tested:
+                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, toy)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
@@ -200,12 +201,8 @@ def run(
     return report
 
 
-def _can_test(training: TrainArguments) -> bool:
-    """Whether one process has all weights."""
-    return engine_of(training) in ("plain", "DDP")
-
-
-def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
+def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder | None) -> dict[str, Any]:
+    assert toy is not None
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
     found = accuracy(model.eval(), processor, family, toy.root)
@@ -281,29 +278,6 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     trainer.save_model()
     if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:
         save_aligner(trainer.aligner, student.save_aligner)
-
-
-def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any]:
-    """The family's frames of a clip with whatever flags change of them."""
-    if student.num_frames is not None and student.video_fps is not None:
-        raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
-    for name in ("num_frames", "video_fps", "max_frames"):
-        value = getattr(student, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} must be positive, got {value}")
-    count = student.num_frames
-    if count is None and student.video_fps is None:
-        count = family.num_frames
-    if count is not None:
-        if student.max_frames != StudentArguments().max_frames:
-            raise ValueError(
-                f"--max_frames {student.max_frames} does nothing where {count} frames of each clip are shown "
-                f"({'--num_frames' if student.num_frames is not None else family.name + ' by default'}); "
-                "leave it out, or give --video_fps alone"
-            )
-        return {"num_frames": count}
-    fps = 1.0 if student.video_fps is None else student.video_fps
-    return {"fps": fps, "max_frames": student.max_frames}
 
 
 def _aligner(

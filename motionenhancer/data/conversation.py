@@ -166,7 +166,10 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
             raise _BadSample("wrong roles", f"{where} is from {_short(turn[who])}")
         known = {*_TURN_KEYS, *(TRAINED_KEYS if role == "assistant" else ())}
         _check_keys(turn, "turn", known, (), f"{where}.", log)
-        message = {"role": role, "content": _parts(turn[what], inline, f"{where}.{what}", log)}
+        message: dict[str, Any] = {
+            "role": role,
+            "content": _parts(turn[what], inline, f"{where}.{what}", log),
+        }
         trained = _is_trained(turn, where)
         if trained and role != "assistant":
             raise _BadSample("unsupported key", f"{where}: only answers are trained on, this is the {role}'s")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.conversation import convert
@@ -136,7 +136,7 @@ def read_favor(path: Path, log: SkipLog) -> Iterator[Question]:
                 continue
             tasks = (_task(entry.get("task_type"), _FAVOR_CODES, log),)
             answer = entry["correct_answer"]
-            yield Question(id, video.strip(), entry["question"], answer, tasks, tuple(options), line)
+            yield Question(id, video.strip(), entry["question"], answer, tasks, tuple(entry["options"]), line)
 
 
 def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
@@ -188,7 +188,7 @@ def _objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, value
 
 
-def _filled(value: Any) -> bool:
+def _filled(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())
 
 

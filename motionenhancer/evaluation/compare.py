@@ -121,12 +121,14 @@ def compare_runs(
     first, second = [one for one, _ in pairs], [two for _, two in pairs]
     tables = tally([first, second], task_order((), [t for j in first for t in j.tasks]))
     values = [accuracies(tables.sum(0, keepdims=True), run)[0].tolist() for run in (0, 1)]
-    found = [{"a": x, "b": y, "difference": y - x} for x, y in zip(*values, strict=True)]
+    found: list[dict[str, Any]] = [
+        {"a": x, "b": y, "difference": y - x} for x, y in zip(*values, strict=True)
+    ]
     if samples:
         drawn = bootstrap(tables, first, samples, seed, unit)
         differences = accuracies(drawn, 1) - accuracies(drawn, 0)
-        for one, column in zip(found[:2], differences.T, strict=False):
-            one["interval"] = interval(column)
+        for value, column in zip(found[:2], differences.T, strict=False):
+            value["interval"] = interval(column)
     gained = [two for one, two in pairs if two.right and not one.right]
     lost = [two for one, two in pairs if one.right and not two.right]
     only = (len(a) - len(pairs), len(b) - len(pairs))

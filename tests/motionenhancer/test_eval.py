@@ -20,7 +20,6 @@ from students_support import clip, sharp_student
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
 from motionenhancer.evaluation import generate
-from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
 from motionenhancer.evaluation.videos import Frames
 from motionenhancer.students import load_student, student_family
