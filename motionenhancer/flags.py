@@ -20,8 +20,6 @@ from typing import Any, NoReturn, cast, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-__all__ = ["MAX_SEED", "Settings", "check_fields", "flag_of", "parse_arguments", "setting"]
-
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 

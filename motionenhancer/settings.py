@@ -33,6 +33,8 @@ from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from .teachers.plan import size_multiple
 from .teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
 
+MAX_FRAMES = 64
+"""Most frames of a clip by rate, in training."""
 SOURCES = ("store", "online", "hybrid")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,13 +50,15 @@ class DataArguments(Settings):
 
     data: str | None = setting(
         None,
-        "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use.",
+        "json/jsonl of samples, or a benchmark's file. Default: the toy world, made on first use.",
         exists="file",
     )
     video_root: str | None = setting(
         None, "Folder that video paths are relative to. Default: the data file's.", exists="folder"
     )
-    limit: int | None = setting(None, "Use only this many samples, from the first on.", at_least=1)
+    limit: int | None = setting(
+        None, "Use only this many samples or questions, from the first on.", at_least=1
+    )
 
 
 @dataclass
@@ -221,12 +225,31 @@ class AgreementArguments(Settings):
 
 
 @dataclass
-class StudentArguments(Settings):
+class ShownArguments(Settings):
+    """The student, and which frames it is shown of a clip."""
+
+    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
+    num_frames: int | None = setting(
+        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate.", at_least=1
+    )
+    video_fps: float | None = setting(
+        None, "Frames a second. Default: 1, in the toy's evaluation 8.", above=0
+    )
+    max_frames: int | None = setting(
+        None, "Most frames of a clip by rate. Default: 64, in evaluations 768.", at_least=1
+    )
+    attn_implementation: str = setting("sdpa", "The student's attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frames is not None and self.video_fps is not None:
+            raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
+
+
+@dataclass
+class StudentArguments(ShownArguments):
     """The model to tune and how strongly it is pulled."""
 
-    student: str | None = setting(
-        None, "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."
-    )
     prior_source: str = setting(
         "hybrid",
         "store: every prior must be in --prior_dir; online: all are made while training, none "
@@ -272,18 +295,7 @@ class StudentArguments(Settings):
     )
     lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
-    video_fps: float | None = setting(None, "Frames a second. Default: 1.", above=0)
-    num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate.", at_least=1
-    )
-    max_frames: int = setting(64, "Most frames of one clip by rate.", at_least=1)
     max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", at_least=1)
-    attn_implementation: str = setting("sdpa", "The student's attention.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_frames is not None and self.video_fps is not None:
-            raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
 
     @property
     def aligned(self) -> bool:
@@ -298,8 +310,8 @@ class StudentArguments(Settings):
         """
         count = self.num_frames or (family.num_frames if self.video_fps is None else None)
         if count is None:
-            return {"fps": self.video_fps or 1.0, "max_frames": self.max_frames}
-        if self.max_frames != StudentArguments.max_frames:
+            return {"fps": self.video_fps or 1.0, "max_frames": self.max_frames or MAX_FRAMES}
+        if self.max_frames not in (None, MAX_FRAMES):
             why = "--num_frames" if self.num_frames else f"{family.name} by default"
             raise ValueError(
                 f"--max_frames {self.max_frames} does nothing where {count} frames of each clip are shown "
@@ -442,22 +454,18 @@ class TrainArguments(TrainingArguments):
 
 
 @dataclass
-class EvalArguments(Settings):
+class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 
-    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
     predictions: str | None = setting(
-        None, "Score these answers, json of question id to output, instead of asking a student."
+        None,
+        "Score these answers, json of question id to output, instead of asking a student.",
+        exists="file",
     )
     benchmark: str = setting("toy", "Whose questions and rules.", choices=list(BENCHMARKS))
-    data: str | None = setting(
-        None, "The benchmark's file: video_info.meta.jsonl, video_perspective.json. Default: the toy's."
-    )
-    video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.")
     output_dir: str | None = setting(
         None, "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."
     )
-    limit: int | None = setting(None, "Use only this many questions, from the first on.", at_least=1)
     prompt: str | None = setting(
         None, "Request in place of the benchmark's own, with {question} and {options}."
     )
@@ -474,12 +482,7 @@ class EvalArguments(Settings):
         "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
         choices=READINGS["option"],
     )
-    num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", at_least=1
-    )
-    video_fps: float | None = setting(None, "Frames a second. Default: 1, toy 8.", above=0)
     min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", at_least=1)
-    max_frames: int = setting(Frames.max_frames, "Most frames by rate.", at_least=1)
     max_pixels: int | None = setting(
         Frames.max_pixels, "Most pixels of a frame, 0 for the processor's own.", at_least=0
     )
@@ -488,7 +491,6 @@ class EvalArguments(Settings):
         None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256.", at_least=1
     )
     dtype: str = setting("auto", "Weights; auto: as stored.", choices=DTYPES)
-    attn_implementation: str = setting("sdpa", "The student's attention.")
     workers: int = setting(0, "Processes that decode clips ahead.", at_least=0)
     bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", at_least=0)
     bootstrap_unit: str = setting("question", "What is resampled.", choices=["question", "video"])
@@ -502,13 +504,11 @@ class EvalArguments(Settings):
             raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
         if self.task is not None and self.compare is None:
             raise ValueError("--task goes with --compare")
-        for one, other in (("student", "predictions"), ("num_frames", "video_fps")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ValueError(f"--{one} and --{other} exclude each other: give one of them")
-        if (self.min_frames or 0) > self.max_frames:
-            raise ValueError(
-                f"--min_frames must be at most --max_frames ({self.max_frames}), got {self.min_frames}"
-            )
+        if self.predictions is not None and self.student is not None:
+            raise ValueError("--student and --predictions exclude each other: give one of them")
+        most = self.max_frames or Frames.max_frames
+        if (self.min_frames or 0) > most:
+            raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
         if self.data is None and self.compare is None:
             if self.benchmark != "toy":
                 file = BENCHMARKS[self.benchmark].file
@@ -524,11 +524,11 @@ class EvalArguments(Settings):
         Args:
             family: frames of a clip that the student's family takes; None where it takes frames by rate.
         """
-        by_rate = self.video_fps is not None
+        by_rate, most = self.video_fps is not None, self.max_frames or Frames.max_frames
         return Frames(
             num_frames=self.num_frames or (None if by_rate else family),
             fps=self.video_fps or BENCHMARKS[self.benchmark].fps,
-            min_frames=self.min_frames or min(Frames.min_frames, self.max_frames),
-            max_frames=self.max_frames,
+            min_frames=self.min_frames or min(Frames.min_frames, most),
+            max_frames=most,
             max_pixels=self.max_pixels or None,
         )

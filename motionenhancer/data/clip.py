@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CLIP_KEYS", "Clip", "clip_of", "is_file", "named_by", "segment_of"]
-
 #: Keys of a video part, in the words of qwen-vl-utils, and the fields of `Clip` that they set.
 CLIP_KEYS = {
     "video_start": "start",

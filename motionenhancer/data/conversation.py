@@ -15,8 +15,6 @@ from motionenhancer.data.row_keys import TRAINED_KEYS, refusal
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["convert"]
-
 _TAG = re.compile(r"<(video|image)>")
 #: Tags of ms-swift that stand for what is not shown here.
 _FOREIGN_TAG = re.compile(r"<(?:audio|bbox|ref-object)>")

@@ -9,8 +9,6 @@ from typing import Any
 import av
 import numpy as np
 
-__all__ = ["encode_video"]
-
 
 def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec: str | None = None) -> None:
     """Encode frames as mp4, whatever the file's suffix; the same frames give the same bytes every time.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CAPTION_QUESTION", "as_conversation", "tagged"]
-
 CAPTION_QUESTION = "Describe the motion in this video in detail."
 """What is asked where a data set has captions and no questions."""
 

@@ -14,16 +14,6 @@ from motionenhancer.data.motion_sets import tagged
 from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.skips import SkipLog
 
-__all__ = [
-    "FAVOR_TASKS",
-    "MOTIONBENCH_TASKS",
-    "Question",
-    "read_favor",
-    "read_motionbench",
-    "read_toy",
-    "video_stem",
-]
-
 MOTIONBENCH_TASKS: dict[str, str] = {
     "Motion Recognition": "MR",
     "Location-related Motion": "LM",

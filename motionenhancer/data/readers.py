@@ -13,8 +13,6 @@ from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["load_samples", "read_samples"]
-
 
 def read_samples(
     path: str | Path,

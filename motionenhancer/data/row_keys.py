@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["TRAINED_KEYS", "refusal"]
-
 #: Whether an answer is trained on: ms-swift and XTuner; axolotl; OpenAI; slime.
 TRAINED_KEYS = ("loss", "train", "training", "weight", "loss_mask", "loss_scale")
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["Row", "stream_rows"]
-
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 _PIECE = 1 << 20

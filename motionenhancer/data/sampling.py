@@ -7,8 +7,6 @@ from pathlib import Path
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.video import Video, read_frames
 
-__all__ = ["sample_frames"]
-
 
 def sample_frames(
     video: Path | Clip,

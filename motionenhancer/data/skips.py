@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Skip", "SkipLog"]
-
 logger = logging.getLogger("motionenhancer")
 
 

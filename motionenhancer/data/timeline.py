@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say
+from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say, unreadable
 from motionenhancer.data.truncation import missing_share
-
-__all__ = ["Timeline", "foretell", "judge", "measure", "timelines"]
 
 MISSING_SHARE = 0.05
 """A clip is refused when more than this share of it is missing or fails to decode."""
@@ -85,13 +83,13 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
                     stamps.append(packet.pts)
                     last_length = packet.duration or last_length
         except (av.error.FFmpegError, OSError) as error:
-            problem = f" ({say(error)})"
             if is_passing(error):
-                raise VideoError(path, f"cannot be read{problem}", passing=True) from None
+                raise unreadable(path, error) from None
+            problem = f" ({say(error)})"
         try:
             missing = missing_share(path, stream)
         except OSError as error:
-            raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
+            raise unreadable(path, error) from None
         clock = _clock(stream)
     count, whole = len(stamps), missing is not None
     if missing is None and any(cut.values()):

@@ -7,8 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["missing_share"]
-
 _HEAD = 64 * 1024
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, say
+from motionenhancer.data.decode import Progress, VideoError, av, decode, unreadable
 from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
-
-__all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
 
 TIE = 1e-6
 """Seconds; two frames whose distances to a wanted time differ by less are equally near."""
@@ -260,8 +258,7 @@ def _pick(
     except VideoError:
         raise
     except (av.error.FFmpegError, MemoryError, ValueError) as error:
-        reason = f"a decoded frame cannot be converted ({say(error)})"
-        raise VideoError(path, reason, is_passing(error)) from None
+        raise unreadable(path, error, "a decoded frame cannot be converted") from None
     finally:
         frames.close()  # type: ignore[attr-defined]
     if progress.decoded != min(stop + 1, len(timeline.stamps)):
@@ -312,4 +309,4 @@ def content_digest(path: str | Path | Clip) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise VideoError(Path(path), f"cannot be read ({say(error)})", is_passing(error)) from None
+        raise unreadable(path, error) from None

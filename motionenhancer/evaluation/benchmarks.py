@@ -22,8 +22,6 @@ from motionenhancer.data.skips import SkipLog
 
 from .judge import first_letter, lone_letter, names_option, same_text
 
-__all__ = ["BENCHMARKS", "READINGS", "Benchmark", "Rules", "load_questions", "render_prompt"]
-
 MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
     "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "

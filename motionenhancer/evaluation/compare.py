@@ -10,8 +10,6 @@ from typing import Any
 
 from .scores import Judged, accuracies, bootstrap, interval, tally, task_order
 
-__all__ = ["Comparison", "compare_runs", "mcnemar", "read_results"]
-
 
 @dataclass(frozen=True)
 class Comparison:

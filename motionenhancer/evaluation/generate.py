@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from motionenhancer.data.clip import Clip
@@ -21,8 +22,6 @@ from motionenhancer.students.base import Encoded, StudentFamily
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
 from .videos import Frames
-
-__all__ = ["Asked", "answer_questions", "encode_request", "generate_answers", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,12 @@ def answer_questions(
         file = folder / answers_file(state.process_index)
         mend_answers(file)
         settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
-        requests = _Requests(mine, family, processor, frames)
+        encode = partial(encode_batch, family=family, processor=processor, frames=frames)
+        loader: DataLoader[Any] = DataLoader(mine, batch_size=None, num_workers=workers, collate_fn=encode)
         total = sum(map(len, mine))
         progress = tqdm(total=total, desc="answers", unit="question", disable=not state.is_main_process)
         with progress:
-            for rows, encoded in DataLoader(requests, batch_size=None, num_workers=workers):
+            for rows, encoded in loader:
                 if encoded:
                     outputs = iter(generate_answers(model, processor, family, encoded, settings))
                     rows = [row if "skipped" in row else {**row, "output": next(outputs)} for row in rows]
@@ -179,35 +179,23 @@ def answer_questions(
     state.wait_for_everyone()
 
 
-class _Requests(Dataset[Any]):
-    """A batch at a time: a row for each question, with the reason if it cannot be put, and the requests."""
-
-    def __init__(
-        self, batches: Sequence[Sequence[Asked]], family: StudentFamily, processor: Any, frames: Frames
-    ) -> None:
-        self.batches, self.family, self.processor, self.frames = batches, family, processor, frames
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> tuple[list[dict[str, str]], list[Encoded]]:
-        rows: list[dict[str, str]] = []
-        requests: list[Encoded] = []
-        clip, video = None, None
-        for item in self.batches[index]:
-            assert item.video is not None
-            id = item.question.id
-            try:
-                # Questions of one clip stand together in the files.
-                if video is None or clip != item.video:
-                    clip, video = item.video, self.frames.of(item.video)
-                most = self.frames.max_pixels
-                requests.append(
-                    encode_request(
-                        self.family, self.processor, id, item.prompt, video, clip=clip, max_pixels=most
-                    )
-                )
-                rows.append({"id": id})
-            except (ValueError, OSError) as error:
-                rows.append({"id": id, "skipped": str(error)})
-        return rows, requests
+def encode_batch(
+    batch: Sequence[Asked], family: StudentFamily, processor: Any, frames: Frames
+) -> tuple[list[dict[str, str]], list[Encoded]]:
+    """A row for each question of a batch, with the reason if it cannot be put, and the others' requests."""
+    rows: list[dict[str, str]] = []
+    requests: list[Encoded] = []
+    clip, video = None, None
+    for item in batch:
+        assert item.video is not None
+        row = {"id": item.question.id}
+        try:
+            # Questions of one clip stand together in the files.
+            if video is None or clip != item.video:
+                clip, video = item.video, frames.of(item.video)
+            options = {"clip": clip, "max_pixels": frames.max_pixels}
+            requests.append(encode_request(family, processor, row["id"], item.prompt, video, **options))
+        except (ValueError, OSError) as error:
+            row["skipped"] = str(error)
+        rows.append(row)
+    return rows, requests

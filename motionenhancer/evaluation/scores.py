@@ -12,8 +12,6 @@ from motionenhancer.data.question import Question, video_stem
 
 from .benchmarks import Benchmark, Rules
 
-__all__ = ["Judged", "accuracies", "bootstrap", "interval", "judge_answers", "score", "tally", "task_order"]
-
 
 @dataclass(frozen=True)
 class Judged:

@@ -8,8 +8,6 @@ from typing import Any
 from .compare import Comparison
 from .scores import task_order
 
-__all__ = ["PAPER_ROWS", "comparison_text", "score_table"]
-
 PAPER_ROWS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "motionbench": (
         ("Qwen2.5-VL-3B", 53.56, 49.45),

@@ -12,8 +12,6 @@ from motionenhancer.data.question import video_stem
 from motionenhancer.data.sampling import sample_frames
 from motionenhancer.data.video import Video
 
-__all__ = ["Frames", "VideoFolder"]
-
 
 @dataclass(frozen=True)
 class Frames:

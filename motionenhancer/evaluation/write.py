@@ -18,8 +18,6 @@ from .benchmarks import READINGS, Benchmark, Rules
 from .scores import judge_answers, score
 from .table import score_table
 
-__all__ = ["student_digest", "write_scores"]
-
 _PIECES, _PIECE = 64, 64 << 10
 
 

@@ -16,7 +16,7 @@ from motionenhancer.data import Clip, Sample, SkipLog, VideoError, prompt_text, 
 from motionenhancer.data.encode import encode_video
 from motionenhancer.data.sampling import sample_frames
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, load_questions
-from motionenhancer.evaluation.generate import Asked, _Requests, encode_request
+from motionenhancer.evaluation.generate import Asked, encode_batch, encode_request
 from motionenhancer.evaluation.videos import Frames, VideoFolder
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import student_family
@@ -429,7 +429,7 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     assert (question.text, question.answer) == ("q", "a")
     small = Clip(root / "a.mp4", 0.5, 1.0, max_pixels=16 * 16)
     batch = [Asked(question, "What?", shown) for shown in (found, small)]
-    rows, asked = _Requests([batch], family, processor, Frames(fps=4.0, max_pixels=None))[0]
+    rows, asked = encode_batch(batch, family, processor, Frames(fps=4.0, max_pixels=None))
     assert rows == [{"id": "q-x"}] * 2
     assert [request.layout.videos[0].grid for request in asked] == [(2, 8, 8), (2, 2, 2)]
     file.write_text(json.dumps({**row, "video_start": None, "video_end": None}))

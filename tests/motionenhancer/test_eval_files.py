@@ -166,10 +166,11 @@ def test_an_id_answered_twice(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("{", "neither json nor jsonl"),
-        ('{"a": 3}', "'a' must be a text, got int"),
-        ('{"a": {"b": "c"}}', "'a' must be a text, got list"),
+        ('{"a": 3}', "the output of 'a' must be a text"),
+        ('{"a": {"b": "c"}}', "the output of 'a' must be a text"),
         ("[1, 2]", "must map"),
         ('"a"', "must map"),
+        ("[" * 100_000, "neither json nor jsonl"),
         (b"\xff{}", "not utf-8 at byte 0"),
     ],
 )
