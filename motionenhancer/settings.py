@@ -16,8 +16,8 @@ import torch
 from transformers import TrainingArguments
 
 from .alignment.weight import SCHEDULES, AlignmentSchedule
+from .data.sampling import Frames
 from .evaluation.benchmarks import BENCHMARKS, READINGS
-from .evaluation.videos import Frames
 from .flags import MAX_SEED, Settings, check_fields, setting
 from .options import (
     RANGES,
@@ -484,7 +484,7 @@ class EvalArguments(ShownArguments, DataArguments):
     )
     min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", at_least=1)
     max_pixels: int | None = setting(
-        Frames.max_pixels, "Most pixels of a frame, 0 for the processor's own.", at_least=0
+        360 * 420, "Most pixels of a frame, 0 for the processor's own.", at_least=0
     )
     batch_size: int = setting(4, "Questions a process answers at once.", at_least=1)
     max_new_tokens: int | None = setting(
@@ -506,8 +506,7 @@ class EvalArguments(ShownArguments, DataArguments):
             raise ValueError("--task goes with --compare")
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other: give one of them")
-        most = self.max_frames or Frames.max_frames
-        if (self.min_frames or 0) > most:
+        if (self.min_frames or 0) > (most := self.max_frames or 768):
             raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
         if self.data is None and self.compare is None:
             if self.benchmark != "toy":
@@ -521,14 +520,17 @@ class EvalArguments(ShownArguments, DataArguments):
     def frames(self, family: int | None) -> Frames:
         """How clips are shown: what the flags say, else as in the paper's experiments.
 
+        The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
+        script and of the sampler it calls.
+
         Args:
             family: frames of a clip that the student's family takes; None where it takes frames by rate.
         """
-        by_rate, most = self.video_fps is not None, self.max_frames or Frames.max_frames
+        most = self.max_frames or 768
         return Frames(
-            num_frames=self.num_frames or (None if by_rate else family),
+            num_frames=self.num_frames or (family if self.video_fps is None else None),
             fps=self.video_fps or BENCHMARKS[self.benchmark].fps,
-            min_frames=self.min_frames or min(Frames.min_frames, most),
+            min_frames=self.min_frames or min(4, most),
             max_frames=most,
             max_pixels=self.max_pixels or None,
         )

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
+from motionenhancer.data.sampling import Frames
 from motionenhancer.data.video import Video
 from motionenhancer.students.base import Encoded, StudentFamily
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
-from .videos import Frames
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,14 @@
-"""Find a benchmark's clips, and say how they are shown."""
+"""Find a benchmark's clips."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import fspath
 from pathlib import Path
 
 from motionenhancer.data.clip import Clip, is_file
 from motionenhancer.data.question import video_stem
-from motionenhancer.data.sampling import sample_frames
-from motionenhancer.data.video import Video
-
-
-@dataclass(frozen=True)
-class Frames:
-    """How a clip is shown.
-
-    The defaults are those of FAVOR-Bench's published script and of the sampler it calls.
-
-    num_frames: so many, evenly; takes the place of the rate.
-    fps: frames a second, at least ``min_frames`` (as far as the clip holds them), at most ``max_frames``.
-    max_pixels: most pixels of a frame as the model sees it; None leaves the processor's own limit.
-    """
-
-    num_frames: int | None = None
-    fps: float = 1.0
-    min_frames: int = 4
-    max_frames: int = 768
-    max_pixels: int | None = 360 * 420
-
-    def of(self, clip: Path | Clip) -> Video:
-        """Decode a clip's frames; what its own row says of them comes first.
-
-        Raises:
-            VideoError: it cannot be read.
-        """
-        return sample_frames(
-            clip,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            min_frames=self.min_frames,
-            max_frames=self.max_frames,
-        )
 
 
 class VideoFolder:

@@ -19,9 +19,9 @@ from students_support import clip, sharp_student
 
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
+from motionenhancer.data.sampling import Frames
 from motionenhancer.evaluation import generate
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
-from motionenhancer.evaluation.videos import Frames
 from motionenhancer.students import load_student, student_family
 from motionenhancer.toy.world import ToyFolder, write_world
 
@@ -466,10 +466,10 @@ def test_contradicting_flags_are_refused(
     [
         ({}, None, Frames(None, 1.0, 4, 768, 151200)),
         ({}, 8, Frames(8, 1.0, 4, 768, 151200)),
-        ({"max_frames": 2}, None, Frames(None, 1.0, 2, 2)),
-        ({"max_frames": 9}, None, Frames(None, 1.0, 4, 9)),
-        ({"num_frames": 3, "max_pixels": 0}, 8, Frames(3, max_pixels=None)),
-        ({"video_fps": 0.5, "min_frames": 1}, 8, Frames(None, 0.5, 1)),
+        ({"max_frames": 2}, None, Frames(None, 1.0, 2, 2, 151200)),
+        ({"max_frames": 9}, None, Frames(None, 1.0, 4, 9, 151200)),
+        ({"num_frames": 3, "max_pixels": 0}, 8, Frames(3, 1.0, 4, 768, None)),
+        ({"video_fps": 0.5, "min_frames": 1}, 8, Frames(None, 0.5, 1, 768, 151200)),
     ],
 )
 def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: int | None, found: Frames) -> None:

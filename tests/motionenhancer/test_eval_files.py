@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from motionenhancer.data import SkipLog
 from motionenhancer.data.question import video_stem
 from motionenhancer.evaluation.answers import append_answers, mend_answers, read_answers, read_predictions
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, Rules, load_questions
-from motionenhancer.evaluation.videos import Frames, VideoFolder
+from motionenhancer.evaluation.videos import VideoFolder
+from motionenhancer.settings import EvalArguments
 from motionenhancer.toy.world import write_world
 
 DATA = Path(__file__).parent / "data_eval"
@@ -261,8 +263,11 @@ def test_clips_by_any_name(tmp_path: Path) -> None:
 def test_frames_as_the_paper_samples_them(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world", clips=1, test_clips=1, frames=48, progress=False)
     clip = world.videos / "test-00000.mp4"  # six seconds
-    assert Frames().of(clip).timestamps.tolist() == [0, 1, 2, 3, 4, 5]
-    assert len(Frames(num_frames=8).of(clip).frames) == 8
-    assert len(Frames(fps=0.5).of(clip).frames) == 4, "never fewer than four"
-    assert len(Frames(fps=0.5, min_frames=1).of(clip).frames) == 3
-    assert len(Frames(fps=8, max_frames=5).of(clip).frames) == 5
+    default = EvalArguments().frames(None)
+    assert default.of(clip).timestamps.tolist() == [i / 8 for i in range(48)], "the toy's clips are short"
+    default = replace(default, fps=1.0)
+    assert default.of(clip).timestamps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(EvalArguments().frames(8).of(clip).frames) == 8
+    assert len(replace(default, fps=0.5).of(clip).frames) == 4, "never fewer than four"
+    assert len(replace(default, fps=0.5, min_frames=1).of(clip).frames) == 3
+    assert len(replace(default, fps=8, max_frames=5).of(clip).frames) == 5
