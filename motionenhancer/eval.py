@@ -34,6 +34,8 @@ from .students import load_student, student_family
 from .toy.defaults import default_toy
 
 PROG = "python -m motionenhancer.eval"
+#: Flags that change answers and are taken as they are.
+_IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,9 +78,7 @@ def run(arguments: EvalArguments) -> dict[str, Any]:
         [q for q in questions if q.id not in gone],
         outputs,
         skips,
-        samples=arguments.bootstrap_samples,
-        unit=arguments.bootstrap_unit,
-        seed=arguments.seed,
+        **arguments.bootstrap(),
     )
     report.content["skipped"] = skips.to_json()
     report.content["arguments"] = asdict(arguments)
@@ -94,14 +94,7 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
     """
     assert arguments.compare is not None
     a, b = arguments.compare
-    found = compare_runs(
-        read_results(a),
-        read_results(b),
-        task=arguments.task,
-        samples=arguments.bootstrap_samples,
-        seed=arguments.seed,
-        unit=arguments.bootstrap_unit,
-    )
+    found = compare_runs(read_results(a), read_results(b), task=arguments.task, **arguments.bootstrap())
     print(comparison_text(found, (a, b), arguments.task))
     result = {"a": a, "b": b, "task": arguments.task, **found.to_json()}
     if arguments.output_dir is not None:
@@ -170,15 +163,11 @@ def _ask(
             "benchmark": benchmark.name,
             "data": content_digest(data),
             "video_root": str(clips.root.resolve()),
-            "limit": arguments.limit,
-            "answer_hidden": arguments.answer_hidden,
             "student": student_digest(student),
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
-            "batch_size": arguments.batch_size,
-            "dtype": arguments.dtype,
-            "attn_implementation": arguments.attn_implementation,
+            **{name: getattr(arguments, name) for name in _IDENTITY},
         },
     )
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]

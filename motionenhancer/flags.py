@@ -23,7 +23,8 @@ from transformers import HfArgumentParser, TrainingArguments
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 
-_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+_BOUNDS = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
+_WORDS = {"least": "at least", "most": "at most"}
 #: Metadata that argparse does not know.
 _OURS = {"flag", "type", "off", "exists", *_BOUNDS}
 
@@ -36,7 +37,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
         help: shown by `--help`.
         metadata: `flag`, where two dataclasses of one command have a field of the same name; `aliases`, older
             names; `type`, what the command line is read as; and what `check_fields` holds its value to:
-            `choices`; bounds of a number, `at_least`, `above`, `at_most` and `below`, with `off`, a value
+            `choices`; bounds of a number, `least`, `above`, `most` and `below`, with `off`, a value
             outside of them that switches it off; `exists`, "file" or "folder".
     """
     return field(default=default, metadata={"help": help, **metadata})
@@ -60,7 +61,8 @@ def check_fields(settings: Any) -> None:
     for one in fields(settings):
         value, rules = getattr(settings, one.name), {**one.metadata, **inherited.get(one.name, {})}
         if value is not None and (wanted := _wanted(value, rules)):
-            raise ValueError(f"--{flag_of(one)} must be {wanted}, got {value}")
+            older = "".join(f" ({name})" for name in rules.get("aliases", ())[:1])
+            raise ValueError(f"--{flag_of(one)}{older} must be {wanted}, got {value}")
 
 
 class Settings:
@@ -77,7 +79,7 @@ def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
         finite = [] if math.isfinite(value) else ["finite"]
         if finite or not all(_BOUNDS[name](value, rules[name]) for name in bounds):
             off = f", or {rules['off']}" if "off" in rules else ""
-            return " and ".join([*finite, *(f"{n.replace('_', ' ')} {rules[n]}" for n in bounds)]) + off
+            return " and ".join([*finite, *(f"{_WORDS.get(n, n)} {rules[n]}" for n in bounds)]) + off
     if value not in rules.get("choices", (value,)):
         return f"one of {', '.join(map(str, rules['choices']))}"
     if "exists" in rules and not (

@@ -96,21 +96,21 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
 }
 #: Option → its range, as `flags.setting` declares it.
 RANGES: Mapping[str, Mapping[str, float]] = {
-    "max_steps": {"at_least": 1, "off": -1},
-    "gradient_accumulation_steps": {"at_least": 1},
-    "adam_beta1": {"at_least": 0, "below": 1},
-    "adam_beta2": {"at_least": 0, "below": 1},
-    "adam_epsilon": {"at_least": 0},
-    "max_grad_norm": {"at_least": 0},
-    "neftune_noise_alpha": {"at_least": 0},
+    "max_steps": {"least": 1, "off": -1},
+    "gradient_accumulation_steps": {"least": 1},
+    "adam_beta1": {"least": 0, "below": 1},
+    "adam_beta2": {"least": 0, "below": 1},
+    "adam_epsilon": {"least": 0},
+    "max_grad_norm": {"least": 0},
+    "neftune_noise_alpha": {"least": 0},
     "save_steps": {"above": 0},
-    "save_total_limit": {"at_least": 1},
-    "torch_empty_cache_steps": {"at_least": 1},
-    "dataloader_num_workers": {"at_least": 0},
-    "dataloader_prefetch_factor": {"at_least": 1},
-    "ddp_timeout": {"at_least": 1},
-    "seed": {"at_least": 0, "at_most": MAX_SEED},
-    "data_seed": {"at_least": 0, "at_most": MAX_SEED},
+    "save_total_limit": {"least": 1},
+    "torch_empty_cache_steps": {"least": 1},
+    "dataloader_num_workers": {"least": 0},
+    "dataloader_prefetch_factor": {"least": 1},
+    "ddp_timeout": {"least": 1},
+    "seed": {"least": 0, "most": MAX_SEED},
+    "data_seed": {"least": 0, "most": MAX_SEED},
 }
 #: Keys of `--accelerator_config` that are refused if they are set.
 REFUSED_OF_ACCELERATE: Mapping[str, str] = {
@@ -184,31 +184,19 @@ def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
     """
     try:
         yield
-    except _NamedError:
-        raise
     except Exception as error:
         said = " ".join(str(error).split())[:400] or type(error).__name__
+        low = said.lower()
+        words = {name: value for name, value in given.items() if isinstance(value, str) and len(value) > 2}
         meant = (
             [name for name in given if prefixes and name.startswith(prefixes)]
-            or [name for name, value in given.items() if _mentions(said.lower(), name, value)]
-            or [n for n, value in given.items() if (_is_word(value) or value is True) and n != "output_dir"]
+            or [name for name in given if any(word in low for word in name.split("_") if len(word) > 3)]
+            or [name for name, value in words.items() if value.lower() in low]
+            or [n for n, value in given.items() if (n in words or value is True) and n != "output_dir"]
         )
         named = ", ".join(f"--{name} {_plain(given[name])}" for name in meant)
-        raise _NamedError(f"{named or 'the options of training'}: {said}") from error
-
-
-class _NamedError(ValueError):
-    """An error that names its options."""
+        raise ValueError(f"{named or 'the options of training'}: {said}") from error
 
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # of an enumeration
-
-
-def _mentions(text: str, option: str, value: Any) -> bool:
-    words = [word for word in option.split("_") if len(word) > 3]
-    return any(word in text for word in words) or (_is_word(value) and value.lower() in text)
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) > 2

@@ -49,46 +49,30 @@ class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
     data: str | None = setting(
-        None,
-        "json/jsonl of samples, or a benchmark's file. Default: the toy world, made on first use.",
-        exists="file",
+        None, "json or jsonl of samples, or a benchmark's file. Default: the toy world's.", exists="file"
     )
-    video_root: str | None = setting(
-        None, "Folder that video paths are relative to. Default: the data file's.", exists="folder"
-    )
-    limit: int | None = setting(
-        None, "Use only this many samples or questions, from the first on.", at_least=1
-    )
+    video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
+    limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
 
 
 @dataclass
 class PriorArguments(Settings):
     """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
 
-    teacher: str | None = setting(
-        None, "Diffusers folder of a video diffusion model. Default: the toy teacher."
-    )
+    teacher: str | None = setting(None, "Diffusers folder of a video model. Default: the toy teacher.")
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
-    teacher_dtype: str = setting(
-        "auto",
-        "auto: bfloat16 on CUDA, float32 on the CPU.",
-        choices=DTYPES,
-    )
-    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: as the model was trained.")
+    teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
+    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: the model's.")
     teacher_frames: int | None = setting(
-        None, "Most frames of a clip. Default: as the model was trained.", at_least=1, at_most=1000
+        None, "Most frames of a clip. Default: the model's.", least=1, most=1000
     )
     vae_tiling: bool = setting(False, "Encode in tiles: less memory, other latents.")
     offload_text_encoder: bool = setting(False, "Leave the text encoder on the CPU.")
-    text_cache: str | None = setting(
-        None, "Folder that keeps the teacher's text embeddings for this and later runs."
-    )
+    text_cache: str | None = setting(None, "Folder that keeps text embeddings for this and later runs.")
     compile_teacher: bool = setting(False, "torch.compile the transformer's blocks.")
     split_batch: bool = setting(False, "Evaluate guidance's two texts one after the other.")
-    measure_roundtrip: bool = setting(
-        False, "Also invert and rebuild one clip without guidance, and report the error."
-    )
+    measure_roundtrip: bool = setting(False, "Also invert and rebuild one clip, and report the error.")
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -172,25 +156,19 @@ class MakerArguments(Settings):
 
     prior_engine: str = setting(
         "local",
-        "local: a teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
+        "local: a teacher in each process. ray: teachers on a Ray cluster's GPUs.",
         choices=ENGINES,
         aliases=["--engine"],
     )
     prior_workers: int = setting(
         2,
-        "Threads of a process that decode clips ahead of the teacher.",
+        "Threads that decode clips ahead of the teacher.",
         aliases=["--decode_workers", "--decode-workers"],
-        at_least=1,
+        least=1,
     )
-    ray_address: str | None = setting(
-        None, "Cluster to join. Default: a running one, or one on this machine."
-    )
-    ray_workers: int | None = setting(
-        None, "Teachers. Default: one a GPU of the cluster, or one in all.", at_least=1
-    )
-    ray_cpus: int | None = setting(
-        None, "Cores that a teacher reserves and computes with. Default: 1.", at_least=1
-    )
+    ray_address: str | None = setting(None, "Cluster to join. Default: a running one, or a local one.")
+    ray_workers: int | None = setting(None, "Teachers. Default: one a GPU, or one in all.", least=1)
+    ray_cpus: int | None = setting(None, "CPU cores of a teacher. Default: 1.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,14 +208,10 @@ class ShownArguments(Settings):
 
     student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
     num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate.", at_least=1
+        None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", least=1
     )
-    video_fps: float | None = setting(
-        None, "Frames a second. Default: 1, in the toy's evaluation 8.", above=0
-    )
-    max_frames: int | None = setting(
-        None, "Most frames of a clip by rate. Default: 64, in evaluations 768.", at_least=1
-    )
+    video_fps: float | None = setting(None, "Frames a second. Default: 1, evaluating the toy 8.", above=0)
+    max_frames: int | None = setting(None, "Most frames by rate. Default: 64, evaluating 768.", least=1)
     attn_implementation: str = setting("sdpa", "The student's attention.")
 
     def __post_init__(self) -> None:
@@ -256,38 +230,24 @@ class StudentArguments(ShownArguments):
         "is kept; hybrid: what --prior_dir lacks is made while training and kept there.",
         choices=SOURCES,
     )
-    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", at_least=0)
+    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", least=0)
     alignment_schedule: str = setting("constant", "λ over the run.", choices=SCHEDULES)
-    alignment_warmup: float = setting(
-        0.0, "Steps over which λ rises, or below 1 their share of all steps.", at_least=0
-    )
-    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.", at_least=0)
+    alignment_warmup: float = setting(0.0, "Steps over which λ rises; below 1, a share of all.", least=0)
+    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.", least=0)
     vision_learning_rate: float | None = setting(
-        None, "Peak learning rate of the vision tower. Default: a fifth of the rest.", at_least=0
+        None, "The vision tower's. Default: a fifth of --learning_rate.", least=0
     )
     alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
     aligner: str = setting(
-        "mlp",
-        "Module between student and prior, thrown away after training.",
-        choices=["mlp", "identity", "pointwise", "conv"],
+        "mlp", "Module between student and prior, not kept.", choices=["mlp", "identity", "pointwise", "conv"]
     )
-    save_aligner: str | None = setting(
-        None, "Safetensors file outside --output_dir that receives the trained aligner."
-    )
-    prior_temperature: float = setting(
-        1.0, "The prior's rows are raised to one over this: below 1 they become sharper.", above=0
-    )
-    confidence_gate: float = setting(
-        0.0, "Follow priors less confident than this proportionally less; 0 is no gate.", at_least=0
-    )
+    save_aligner: str | None = setting(None, "Safetensors file that receives the trained aligner.")
+    prior_temperature: float = setting(1.0, "Below 1 it sharpens the prior's rows.", above=0)
+    confidence_gate: float = setting(0.0, "Follow priors less confident than this less; 0: no gate.", least=0)
     measure_alignment: bool = setting(False, "Log loss_align also when λ is 0.")
-    lora_r: int = setting(
-        0, "Rank of low-rank adapters trained instead of all weights; 0 is none.", at_least=0
-    )
-    lora_alpha: int | None = setting(
-        None, "The adapters' scale times their rank. Default: twice the rank.", at_least=1
-    )
-    lora_dropout: float = setting(0.0, "Dropout before the adapters.", at_least=0, below=1)
+    lora_r: int = setting(0, "Rank of adapters trained instead of all weights; 0: none.", least=0)
+    lora_alpha: int | None = setting(None, "Scale times rank. Default: twice the rank.", least=1)
+    lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
         "Layers with adapters: all linear ones of the language model, all of the model, or "
@@ -295,7 +255,7 @@ class StudentArguments(ShownArguments):
     )
     lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
-    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", at_least=1)
+    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", least=1)
 
     @property
     def aligned(self) -> bool:
@@ -366,14 +326,12 @@ class OnlineArguments(Settings):
         "hybrid: make what is missing before training and let the teacher go, where teacher "
         "and student do not fit into memory together.",
     )
-    prior_prefetch: int = setting(
-        1, "Steps ahead of which the teacher reads clips; 0 waits at every step.", at_least=0
-    )
+    prior_prefetch: int = setting(1, "Steps that the teacher reads ahead; 0 waits at each.", least=0)
     agreement_clips: int = setting(
         4,
         "renoise: read this many clips by the full procedure too, at the start, and print how "
         "far both agree; 0 leaves it out.",
-        at_least=0,
+        least=0,
     )
 
     def check(self, source: str) -> None:
@@ -405,12 +363,12 @@ class TrainArguments(TrainingArguments):
     ranges: ClassVar[Mapping[str, Mapping[str, float]]] = RANGES
 
     output_dir: str | None = setting("runs/train", "Receives the checkpoint and motion_report.json.")
-    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.", at_least=0)
-    weight_decay: float = setting(0.1, "AdamW's weight decay.", at_least=0)
+    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.", least=0)
+    weight_decay: float = setting(0.1, "AdamW's weight decay.", least=0)
     lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
-    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", at_least=0)
+    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", least=0)
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
-    per_device_train_batch_size: int = setting(1, "Samples a device and step.", at_least=1)
+    per_device_train_batch_size: int = setting(1, "Samples a device and step.", least=1)
     logging_steps: float = setting(10, "Steps between log lines.", above=0)
     # HfArgumentParser reads a union of three only with None in front.
     report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
@@ -438,16 +396,14 @@ class TrainArguments(TrainingArguments):
         # mirror the new.
         if self.gradient_checkpointing:
             options = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}  # type: ignore[arg-type]
-            if unknown := sorted(options.keys() - _CHECKPOINTING):
+            if unknown := options.keys() - _CHECKPOINTING:
+                may = f"it may hold {', '.join(sorted(_CHECKPOINTING))}"
                 raise ValueError(
-                    f"--gradient_checkpointing_kwargs: unknown {', '.join(unknown)}; it may hold "
-                    f"{', '.join(sorted(_CHECKPOINTING))}"
+                    f"--gradient_checkpointing_kwargs: unknown {', '.join(sorted(unknown))}; {may}"
                 )
             if options["use_reentrant"]:
-                raise ValueError(
-                    "re-entrant gradient checkpointing drops the alignment's gradient: "
-                    "leave use_reentrant false"
-                )
+                why = "re-entrant checkpointing drops the alignment's gradient"
+                raise ValueError(f"--gradient_checkpointing_kwargs: use_reentrant must be false: {why}")
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
                 if hasattr(self, name):
                     setattr(self, name, options)
@@ -458,43 +414,33 @@ class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 
     predictions: str | None = setting(
-        None,
-        "Score these answers, json of question id to output, instead of asking a student.",
-        exists="file",
+        None, "Score these answers, json of id to output, and ask no student.", exists="file"
     )
     benchmark: str = setting("toy", "Whose questions and rules.", choices=list(BENCHMARKS))
-    output_dir: str | None = setting(
-        None, "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."
-    )
-    prompt: str | None = setting(
-        None, "Request in place of the benchmark's own, with {question} and {options}."
-    )
-    answer_hidden: bool = setting(
-        False, "Also ask what has no public answer: not scored, but in the submission."
-    )
+    output_dir: str | None = setting(None, "Receives answers, scores, a submission. Default: runs/eval.")
+    prompt: str | None = setting(None, "Own request, with {question} and {options}.")
+    answer_hidden: bool = setting(False, "Also ask, for the submission, what has no public answer.")
     letter_rule: str = setting(
         "published",
-        "MotionBench: published is the authors' own reading of a letter, lone is stricter.",
+        "MotionBench: the authors' reading of a letter, or a stricter one.",
         choices=READINGS["letter"],
     )
     option_rule: str = setting(
         "caseless",
-        "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
+        "FAVOR-Bench: published minds case where one option contains another.",
         choices=READINGS["option"],
     )
-    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", at_least=1)
-    max_pixels: int | None = setting(
-        360 * 420, "Most pixels of a frame, 0 for the processor's own.", at_least=0
-    )
-    batch_size: int = setting(4, "Questions a process answers at once.", at_least=1)
+    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", least=1)
+    max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's.", least=0)
+    batch_size: int = setting(4, "Questions a process answers at once.", least=1)
     max_new_tokens: int | None = setting(
-        None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256.", at_least=1
+        None, "Of an answer. Default: MotionBench 16, FAVOR-Bench 256.", least=1
     )
     dtype: str = setting("auto", "Weights; auto: as stored.", choices=DTYPES)
-    workers: int = setting(0, "Processes that decode clips ahead.", at_least=0)
-    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", at_least=0)
+    workers: int = setting(0, "Processes that decode clips ahead.", least=0)
+    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "What is resampled.", choices=["question", "video"])
-    seed: int = setting(0, "Seed of the bootstrap.", at_least=0, at_most=MAX_SEED)
+    seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
     compare: list[str] | None = setting(None, "Two scored runs, A and B: compare them and do nothing else.")
     task: str | None = setting(None, "With --compare: only this task.")
 
@@ -534,3 +480,7 @@ class EvalArguments(ShownArguments, DataArguments):
             max_frames=most,
             max_pixels=self.max_pixels or None,
         )
+
+    def bootstrap(self) -> dict[str, Any]:
+        """How intervals are drawn, as options of `score` and `compare_runs`."""
+        return {"samples": self.bootstrap_samples, "unit": self.bootstrap_unit, "seed": self.seed}

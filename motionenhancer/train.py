@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,13 @@ def run(
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = main_process and whole and toy is not None and student.student == str(toy.student)
-        if tested:
-            report.content["evaluation"] = {"before": _test(model, processor, family, toy)}
+        tested = toy if main_process and whole and toy and student.student == str(toy.student) else None
+        if tested is not None:
+            report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
             priors = open_priors(samples, student, prior, settings, skips, report, online, maker)
+        rate = vision_rate(student, training)
         with priors as found:
             if checkpoint is not None:
                 report.content["resumed_from"] = Path(checkpoint).name
@@ -171,15 +172,15 @@ def run(
                 aligner=_aligner(student, found.grids, training.seed),
                 prior_temperature=student.prior_temperature,
                 confidence_gate=student.confidence_gate,
-                learning_rates=_learning_rates(family, vision_rate(student, training)),
+                learning_rates=lambda name: rate if family.in_vision_tower(plain_name(name)) else None,
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             _save(trainer, student)
-            if tested:
-                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, toy)
+            if tested is not None:
+                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
@@ -201,8 +202,7 @@ def run(
     return report
 
 
-def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder | None) -> dict[str, Any]:
-    assert toy is not None
+def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
     found = accuracy(model.eval(), processor, family, toy.root)
@@ -221,20 +221,12 @@ def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, 
         model, processor, family = load_student(
             student.student, attn_implementation=student.attn_implementation, dtype=dtype
         )
-        _keep_names(model)
+        # Under ZeRO-3 transformers also keeps renamings that no weight needed and applies them when it saves.
+        if kept := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [entry for entry in kept if entry.was_used()]
     if student.lora_r:
         model = add_lora(model, student, training.seed)
     return model, processor, family
-
-
-def _keep_names(model: Any) -> None:
-    """Save weights under the names they were read by.
-
-    Under ZeRO-3 transformers also keeps renamings that no weight needed and applies them when it saves.
-    """
-    kept = getattr(model, "_weight_conversions", None)
-    if kept:
-        model._weight_conversions = [entry for entry in kept if entry.was_used()]
 
 
 def _plan(
@@ -262,10 +254,6 @@ def _plan(
         tokens=tokens,
         priors=counted,
     )
-
-
-def _learning_rates(family: StudentFamily, vision: float) -> Callable[[str], float | None]:
-    return lambda name: vision if family.in_vision_tower(plain_name(name)) else None
 
 
 def _save(trainer: MotionTrainer, student: StudentArguments) -> None:

@@ -126,20 +126,10 @@ def tally(runs: Sequence[Sequence[Judged]], order: Sequence[str]) -> np.ndarray:
 
 
 def bootstrap(tables: np.ndarray, judged: Sequence[Judged], samples: int, seed: int, unit: str) -> np.ndarray:
-    """Sums over resampled units.
+    """Sums over resampled units: (N, R, C) of :func:`tally` to (samples, R, C) float64.
 
     Equal units are drawn as one cell of a multinomial, so that the cost depends on how many different units
     there are, not on how many questions.
-
-    Args:
-        tables: (N, R, C) from :func:`tally`.
-        judged: N, one run's.
-        samples: B.
-        seed: of the draw.
-        unit: "question" or "video".
-
-    Returns:
-        (B, R, C) float64.
 
     Raises:
         ValueError: an unknown unit.

@@ -70,7 +70,7 @@ class PriorSettings:
     token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.")
     sampled_rows: int | str = setting(64, 'Rows read for a head\'s square sum, or "all".', type=str)
     seed: int = setting(
-        0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", at_least=0, at_most=MAX_SEED
+        0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
     )
     mode: str = setting(
         "reconstruct",

@@ -72,7 +72,7 @@ def test_a_flag_that_would_do_nothing(
         ("limit", 0, "at least 1"),
         ("teacher_frames", 0, "at least 1 and at most 1000"),
         ("teacher_frames", 10**6, "at least 1 and at most 1000"),
-        ("prior_workers", 0, "at least 1"),
+        ("ray_workers", 0, "at least 1"),
         ("prior_prefetch", -1, "at least 0"),
         ("agreement_clips", -1, "at least 0"),
         ("prior_seed", 2**32, "at least 0 and at most 4294967295"),
