@@ -70,6 +70,10 @@ def run(arguments: EvalArguments) -> dict[str, Any]:
     outputs, gone = answers(arguments, benchmark, questions, report, skips)
     if not PartialState().is_main_process:
         return {}
+    for q in questions:
+        if q.id in gone and q.answer is not None:  # The others are counted already.
+            reason, detail = gone[q.id]
+            skips.add(reason, id=q.id, line=q.line, detail=detail)
     scores = write_scores(
         report.folder,
         Path(arguments.predictions or arguments.student or "").name,
@@ -119,8 +123,8 @@ def _read(
     questions: list[Question],
     report: RunReport,
     skips: SkipLog,
-) -> tuple[dict[str, str], set[str]]:
-    """Answers made elsewhere → outputs, and the ids of questions that could not be put.
+) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """Answers made elsewhere → outputs, and ids of questions that could not be put, with reason and detail.
 
     A question without an answer is wrong, unless `--video_root` shows that its clip is missing.
     """
@@ -128,11 +132,10 @@ def _read(
     outputs = read_predictions(arguments.predictions, skips)
     for _ in outputs.keys() - {q.id for q in questions}:
         skips.note("prediction for no question of this run")
-    gone: set[str] = set()
+    gone = {}
     if arguments.video_root is not None:
         clips = VideoFolder(arguments.video_root, benchmark.folders)
-        unanswered = [Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs]
-        gone = _skip_missing(unanswered, skips)
+        gone = _missing([Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs])
     _claim(report, {"command": "eval", "answers": "predictions"})
     return outputs, gone
 
@@ -143,8 +146,8 @@ def _ask(
     questions: list[Question],
     report: RunReport,
     skips: SkipLog,
-) -> tuple[dict[str, str], set[str]]:
-    """Answer what is not answered yet → outputs of all processes, and ids of what could not be put."""
+) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """Answer what is not answered yet → outputs of all processes, and what could not be put, as `_read`."""
     student = arguments.student or ""
     config = Path(student) / "config.json"
     if not config.is_file():
@@ -171,7 +174,7 @@ def _ask(
         },
     )
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
-    gone = _skip_missing(asked, skips)
+    gone = _missing(asked)
     state = PartialState()
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
@@ -191,25 +194,17 @@ def _ask(
         workers=arguments.workers,
     )
     rows = read_answers(report.folder)
-    for q in questions:
-        reason = rows.get(q.id, {}).get("skipped")
-        if reason is not None and q.id not in gone:
-            _skip(q, "unreadable", reason, skips)
-            gone.add(q.id)
+    unread = {id: ("unreadable", row["skipped"]) for id, row in rows.items() if "skipped" in row}
+    gone = {**unread, **gone}
     return {q.id: rows[q.id]["output"] for q in questions if q.id not in gone}, gone
 
 
-def _skip_missing(asked: Sequence[Asked], skips: SkipLog) -> set[str]:
-    """Ids of the questions whose clips are missing, which are counted."""
-    missing = [item.question for item in asked if item.video is None]
-    for q in missing:
-        _skip(q, "missing video", f"no file for {str(q.video)!r}", skips)
-    return {q.id for q in missing}
-
-
-def _skip(question: Question, reason: str, detail: str, skips: SkipLog) -> None:
-    if question.answer is not None:  # The others are counted already.
-        skips.add(reason, id=question.id, line=question.line, detail=detail)
+def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:
+    return {
+        item.question.id: ("missing video", f"no file for {str(item.question.video)!r}")
+        for item in asked
+        if item.video is None
+    }
 
 
 def _claim(report: RunReport, identity: dict[str, Any]) -> None:

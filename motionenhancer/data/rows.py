@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
+_TOO_DEEP = "nested too deeply"
 _PIECE = 1 << 20
 """Bytes of an array that are read at a time."""
 
@@ -57,7 +58,7 @@ def _decode(line: bytes) -> tuple[Any, str]:
     except json.JSONDecodeError as error:
         return None, f"{error.msg} at column {error.colno}"
     except RecursionError:
-        return None, "nested too deeply"
+        return None, _TOO_DEEP
     except ValueError as error:
         return None, str(error)
 
@@ -81,7 +82,7 @@ def _is_array(file: BinaryIO) -> bool:
     if not first.startswith(b"["):
         return False
     more = any(piece.strip() for piece in iter(lambda: file.read(_PIECE), b""))
-    return not more or bool(_decode(first)[1])
+    return not more or _decode(first)[1] not in ("", _TOO_DEEP)
 
 
 class _Text:
@@ -172,7 +173,7 @@ def _array(file: BinaryIO) -> Iterator[Row]:
             line += error.doc.count("\n", text.at, error.pos)
             problem = f"{error.msg} at byte {offset + _size(error.doc[text.at : error.pos])}"
         except RecursionError:
-            problem = "nested too deeply"
+            problem = _TOO_DEEP
         except ValueError as error:
             problem = str(error)
         else:

@@ -16,16 +16,10 @@ class VideoFolder:
 
     A name is looked up as it stands below ``root`` and then ``folders``, then with any extension, and then
     anywhere below ``root`` by its last part, if there is only one of it.
-
-    Raises:
-        ValueError: ``root`` is not a folder.
     """
 
     def __init__(self, root: str | Path, folders: tuple[str, ...] = ()) -> None:
         self.root, self.folders = Path(root), folders
-        if not self.root.is_dir():
-            what = "is a file" if self.root.exists() else "does not exist"
-            raise ValueError(f"--video_root must be a folder, {self.root} {what}")
         self._stems: dict[str, list[Path]] | None = None
 
     def find(self, name: str | Clip) -> Path | Clip | None:

@@ -441,6 +441,7 @@ def test_no_arguments_use_the_toy_world(
         ({"student": "s", "data": "none.json"}, "--data must be a file that exists, got none.json"),
         ({"task": "AS"}, "--task goes with --compare"),
         ({"video_root": "."}, "--video_root . needs --data"),
+        ({"video_root": "none"}, "--video_root must be a folder that exists, got none"),
         ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
         ({"min_frames": 9, "max_frames": 2}, "--min_frames must be at most --max_frames (2), got 9"),
         ({"video_fps": "nan"}, "--video_fps must be finite and above 0, got nan"),
