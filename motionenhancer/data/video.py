@@ -309,4 +309,4 @@ def content_digest(path: str | Path | Clip) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(Path(path), error) from None

@@ -166,7 +166,12 @@ def answer_questions(
         mend_answers(file)
         settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
         encode = partial(encode_batch, family=family, processor=processor, frames=frames)
-        loader: DataLoader[Any] = DataLoader(mine, batch_size=None, num_workers=workers, collate_fn=encode)
+        loader: DataLoader[Any] = DataLoader(
+            mine,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=encode,
+        )
         total = sum(map(len, mine))
         progress = tqdm(total=total, desc="answers", unit="question", disable=not state.is_main_process)
         with progress:
@@ -193,7 +198,7 @@ def encode_batch(
             # Questions of one clip stand together in the files.
             if video is None or clip != item.video:
                 clip, video = item.video, frames.of(item.video)
-            options = {"clip": clip, "max_pixels": frames.max_pixels}
+            options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}
             requests.append(encode_request(family, processor, row["id"], item.prompt, video, **options))
         except (ValueError, OSError) as error:
             row["skipped"] = str(error)

@@ -63,6 +63,8 @@ def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
         ("guidence_scale: 3\n", "unknown field 'guidence_scale' (did you mean 'guidance_scale'?)"),
         ("- a\n- b\n", "must be a mapping"),
         ("a: [\n", "not valid yaml"),
+        ("ddim_steps:\n", "ddim_steps must have a value"),
+        ("head_ratio: {a: 1}\n", "head_ratio must be a number, got {'a': 1}"),
     ],
 )
 def test_a_bad_file_is_named(

@@ -59,6 +59,7 @@ def test_a_flag_that_would_do_nothing(
         ),
         ("confidence_gate", -0.1, "at least 0"),
         ("alignment_weight", "nan", "finite and at least 0"),
+        ("alignment_weight", -1, "at least 0"),
         ("alignment_warmup", -1, "at least 0"),
         ("vision_learning_rate", "inf", "finite and at least 0"),
         ("prior_temperature", 0, "above 0"),
@@ -70,6 +71,7 @@ def test_a_flag_that_would_do_nothing(
         ("max_frames", 0, "at least 1"),
         ("max_pixels", 0, "at least 1"),
         ("limit", 0, "at least 1"),
+        ("limit", -1, "at least 1"),
         ("teacher_frames", 0, "at least 1 and at most 1000"),
         ("teacher_frames", 10**6, "at least 1 and at most 1000"),
         ("ray_workers", 0, "at least 1"),
@@ -125,6 +127,14 @@ def test_how_many_frames_are_shown(options: dict, family: str, found: dict | str
     else:
         with pytest.raises(ValueError, match=f"^{found}"):
             student.frames(student_family(family))
+
+
+def test_frames_and_rate_exclude_each_other(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(flags(world, tmp_path / "out", num_frames=8, video_fps=2))
+    assert "--num_frames and --video_fps exclude each other" in capsys.readouterr().err
 
 
 def test_label_smoothing_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
