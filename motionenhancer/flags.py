@@ -23,8 +23,13 @@ from transformers import HfArgumentParser, TrainingArguments
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 
-_BOUNDS = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
-_WORDS = {"least": "at least", "most": "at most"}
+#: Metadata of a number → how it is said, and what it asks.
+_BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 #: Metadata that argparse does not know.
 _OURS = {"flag", "type", "off", "exists", *_BOUNDS}
 
@@ -74,12 +79,12 @@ class Settings:
 
 def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
     """Say what a value must be, if it is not."""
-    bounds = [name for name in _BOUNDS if name in rules]
+    bounds = [(*_BOUNDS[name], rules[name]) for name in _BOUNDS if name in rules]
     if bounds and value != rules.get("off"):
         finite = [] if math.isfinite(value) else ["finite"]
-        if finite or not all(_BOUNDS[name](value, rules[name]) for name in bounds):
+        if finite or not all(holds(value, bound) for _, holds, bound in bounds):
             off = f", or {rules['off']}" if "off" in rules else ""
-            return " and ".join([*finite, *(f"{_WORDS.get(n, n)} {rules[n]}" for n in bounds)]) + off
+            return " and ".join([*finite, *(f"{said} {bound}" for said, _, bound in bounds)]) + off
     if value not in rules.get("choices", (value,)):
         return f"one of {', '.join(map(str, rules['choices']))}"
     if "exists" in rules and not (
@@ -225,7 +230,7 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
             raise ValueError(f"--config {path}: {other} and {key} are two names of one option")
     actions = {action.dest: action for action in reversed(parser._actions)}
     return {
-        name: _as_flag(actions[name], given[key], f"--config {path}: {key}") for name, key in keys.items()
+        name: _as_flag(actions[name], given[key], f"--config {path}: {name}") for name, key in keys.items()
     }
 
 

@@ -121,10 +121,7 @@ REFUSED_OF_ACCELERATE: Mapping[str, str] = {
 
 
 def refuse_options(training: TrainingArguments) -> None:
-    """Refuse options that no run can use, before transformers acts on any.
-
-    Args:
-        training: as it was given, before transformers' own `__post_init__`.
+    """Refuse options that no run can use, before transformers' own `__post_init__` acts on any.
 
     Raises:
         ValueError: names the option, what it must be and why. An option that neither table knows, as one of a
@@ -144,10 +141,7 @@ def refuse_options(training: TrainingArguments) -> None:
 
 
 def refuse_accelerate_options(training: TrainingArguments) -> None:
-    """Refuse keys of `--accelerator_config` that no run can use.
-
-    Args:
-        training: after transformers' own `__post_init__`.
+    """Refuse keys of `--accelerator_config` that no run can use, after transformers' own `__post_init__`.
 
     Raises:
         ValueError: names the key and the reason.

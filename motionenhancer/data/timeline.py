@@ -119,7 +119,6 @@ def measure(path: Path, whole: bool, progress: Progress) -> Timeline:
     """Decode a clip, keep no frame, and return the timeline of what comes out.
 
     Args:
-        path: the file.
         whole: as :func:`foretell` returned it.
         progress: counts the frames and errors.
 
@@ -210,7 +209,6 @@ def judge(path: Path, progress: Progress, whole: bool) -> None:
     """Refuse a clip of which too much failed to decode.
 
     Args:
-        path: the file.
         progress: of a decoder that reached the end.
         whole: whether the file's own bytes prove that it is not cut off. Where nothing does, damaged last
             frames tell of a cut.

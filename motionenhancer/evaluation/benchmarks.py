@@ -88,12 +88,9 @@ def load_questions(
     """Read a benchmark's questions; those without a public answer and repeated ids are counted in ``log``.
 
     Args:
-        benchmark: one of :data:`BENCHMARKS`.
-        path: its file.
-        log: receives everything left out.
-        limit: stop after so many questions.
-        hidden: keep the questions without a public answer too, for a submission; they are counted all the
-            same.
+        path: the benchmark's file.
+        limit: keep so many questions.
+        hidden: keep the questions without a public answer too; they are counted all the same.
 
     Raises:
         ValueError: no such file, or no question in it.

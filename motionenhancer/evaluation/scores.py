@@ -33,14 +33,7 @@ class Judged:
 def judge_answers(
     benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
 ) -> list[Judged]:
-    """Judge every question with a public answer; one that has no output is wrong.
-
-    Args:
-        benchmark: whose rule holds.
-        questions: from :func:`load_questions`.
-        outputs: question id to output.
-        rules: which reading of the rule.
-    """
+    """Judge every question with a public answer by its output, ``outputs[id]``; one without any is wrong."""
     judged = []
     for q in questions:
         if q.answer is None:

@@ -31,14 +31,11 @@ def write_scores(
     skips: SkipLog,
     **bootstrap: Any,
 ) -> dict[str, Any]:
-    """Judge and score; write results.jsonl, scores.json and the submission; print the table.
+    """Judge and score; write results.jsonl, scores.json and the submission into ``folder``; print the table.
 
     Args:
-        folder: written to.
         name: of the model or the file of answers, for the table.
-        benchmark, rules: what judges.
-        questions, outputs: what was asked, and id to output.
-        skips: what was left out.
+        outputs: question id to output.
         bootstrap: samples, unit and seed of :func:`score`.
 
     Returns:
