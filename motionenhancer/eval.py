@@ -39,27 +39,26 @@ _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementati
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    (arguments,) = parse_arguments((EvalArguments,), argv, prog=PROG)
+    arguments, rules = parse_arguments((EvalArguments, Rules), argv, prog=PROG)
     try:
         if arguments.compare is not None:
             compare(arguments)
         else:
             join_processes()
-            run(arguments)
+            run(arguments, rules)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(arguments: EvalArguments) -> dict[str, Any]:
+def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     """Ask, or read, and score; returns what it wrote to `scores.json`.
 
     Raises:
         ValueError, OSError: a setting, folder or file is wrong.
     """
     benchmark = BENCHMARKS[arguments.benchmark]
-    rules = Rules(arguments.letter_rule, arguments.option_rule)
     report = RunReport(Path(arguments.output_dir or "runs/eval"), {})
     _use_toy_defaults(arguments)
     assert arguments.data is not None
@@ -85,7 +84,7 @@ def run(arguments: EvalArguments) -> dict[str, Any]:
         **arguments.bootstrap(),
     )
     report.content["skipped"] = skips.to_json()
-    report.content["arguments"] = asdict(arguments)
+    report.content["arguments"] = asdict(arguments) | asdict(rules)
     report.write("finished")
     return scores
 

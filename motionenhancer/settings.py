@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
-from .evaluation.benchmarks import BENCHMARKS, READINGS
+from .evaluation.benchmarks import BENCHMARKS
 from .flags import MAX_SEED, Settings, check_fields, setting
 from .options import (
     RANGES,
@@ -420,16 +420,6 @@ class EvalArguments(ShownArguments, DataArguments):
     output_dir: str | None = setting(None, "Receives answers, scores, a submission. Default: runs/eval.")
     prompt: str | None = setting(None, "Own request, with {question} and {options}.")
     answer_hidden: bool = setting(False, "Also ask, for the submission, what has no public answer.")
-    letter_rule: str = setting(
-        "published",
-        "MotionBench: the authors' reading of a letter, or a stricter one.",
-        choices=READINGS["letter"],
-    )
-    option_rule: str = setting(
-        "caseless",
-        "FAVOR-Bench: published minds case where one option contains another.",
-        choices=READINGS["option"],
-    )
     min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", least=1)
     max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's.", least=0)
     batch_size: int = setting(4, "Questions a process answers at once.", least=1)

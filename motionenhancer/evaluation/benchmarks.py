@@ -20,6 +20,7 @@ from motionenhancer.data.question import (
 )
 from motionenhancer.data.skips import SkipLog
 
+from ..flags import Settings, setting
 from .judge import first_letter, lone_letter, names_option, same_text
 
 MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
@@ -33,20 +34,25 @@ READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Which of the two ``READINGS`` of a benchmark's rule judges.
+class Rules(Settings):
+    """Which reading of a benchmark's rule judges an answer.
 
     letter: :func:`first_letter` or :func:`lone_letter`, for MotionBench.
     option: "published" where the authors' code differs (see :func:`names_option`), for FAVOR-Bench.
     """
 
-    letter: str = "published"
-    option: str = "caseless"
-
-    def __post_init__(self) -> None:
-        for rule, readings in READINGS.items():
-            if getattr(self, rule) not in readings:
-                raise ValueError(f"{rule} rule must be one of {readings}, got {getattr(self, rule)!r}")
+    letter: str = setting(
+        "published",
+        "MotionBench: the authors' reading of a letter, or a stricter one.",
+        flag="letter_rule",
+        choices=READINGS["letter"],
+    )
+    option: str = setting(
+        "caseless",
+        "FAVOR-Bench: published minds case where one option contains another.",
+        flag="option_rule",
+        choices=READINGS["option"],
+    )
 
 
 @dataclass(frozen=True)
