@@ -14,7 +14,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .data import SkipLog
-from .data.loading import load_samples
+from .data.readers import load_samples
 from .files import write_json
 from .flags import parse_arguments
 from .priors.comparison import average, compare_priors, read_both

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
-from .data.loading import stream_samples
+from .data.readers import read_samples
 from .data.video import VideoError
 from .files import write_json
 from .flags import parse_arguments
@@ -103,7 +103,7 @@ def run(
     with how.open() as engine, DigestCache(store.folder, writes=not dry_run) as cache:
         teacher_id = prior.teacher_id(engine.device)
         requests = request_priors(
-            stream_samples(data.data, data.video_root, data.limit, lines),
+            read_samples(data.data, data.video_root, lines, limit=data.limit),
             prior.prompt_source,
             skips,
             name=prior_keys(teacher_id, settings),

@@ -1,7 +1,6 @@
 """Flags of the commands, read from the dataclasses that the code itself uses.
 
-A field's `metadata` holds its help text. Its flag is its name, or `metadata["flag"]` where two dataclasses
-of one command have a field of the same name. `metadata["aliases"]` lists older names.
+A field's `metadata` holds its help text and all else that `setting` is told of it.
 """
 
 from __future__ import annotations
@@ -9,9 +8,11 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, cast, get_type_hints
@@ -19,11 +20,31 @@ from typing import Any, NoReturn, cast, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-__all__ = ["flag_of", "parse_arguments", "setting"]
+MAX_SEED = 2**32 - 1
+"""numpy takes no larger seed."""
+
+#: Metadata of a number → how it is said, and what it asks.
+_BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+#: Metadata that argparse does not know.
+_OURS = {"flag", "type", "off", "exists", *_BOUNDS}
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a field with its help text; see `flag_of` for `metadata`."""
+    """Declare a field of a dataclass with its help text.
+
+    Args:
+        default: its value where it is not given.
+        help: shown by `--help`.
+        metadata: `flag`, where two dataclasses of one command have a field of the same name; `aliases`, older
+            names; `type`, what the command line is read as; and what `check_fields` holds its value to:
+            `choices`; bounds of a number, `least`, `above`, `most` and `below`, with `off`, a value
+            outside of them that switches it off; `exists`, "file" or "folder".
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -32,19 +53,53 @@ def flag_of(one: Field[Any]) -> str:
     return one.metadata.get("flag", one.name)
 
 
-@dataclass(frozen=True)
-class _Flag:
-    """A field as the parser sees it: under its flag's name."""
+def check_fields(settings: Any) -> None:
+    """Hold each field of a dataclass to what `setting` declares of it; to be called when one is made.
 
-    name: str
-    aliases: tuple[str, ...]
+    Args:
+        settings: the dataclass. Its `ranges`, field → metadata, declare bounds of fields that it inherits.
+
+    Raises:
+        ValueError: names the flag, what it must be and what it was.
+    """
+    inherited = getattr(settings, "ranges", {})
+    for one in fields(settings):
+        value, rules = getattr(settings, one.name), {**one.metadata, **inherited.get(one.name, {})}
+        if value is not None and (wanted := _wanted(value, rules)):
+            older = "".join(f" ({name})" for name in rules.get("aliases", ())[:1])
+            raise ValueError(f"--{flag_of(one)}{older} must be {wanted}, got {value}")
+
+
+class Settings:
+    """What a dataclass of flags inherits to have its fields checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
+    """Say what a value must be, if it is not."""
+    bounds = [(*_BOUNDS[name], rules[name]) for name in _BOUNDS if name in rules]
+    if bounds and value != rules.get("off"):
+        finite = [] if math.isfinite(value) else ["finite"]
+        if finite or not all(holds(value, bound) for _, holds, bound in bounds):
+            off = f", or {rules['off']}" if "off" in rules else ""
+            return " and ".join([*finite, *(f"{said} {bound}" for said, _, bound in bounds)]) + off
+    if value not in rules.get("choices", (value,)):
+        return f"one of {', '.join(map(str, rules['choices']))}"
+    if "exists" in rules and not (
+        Path(value).is_file() if rules["exists"] == "file" else Path(value).is_dir()
+    ):
+        return f"a {rules['exists']} that exists"
+    return ""
 
 
 class _Parser(HfArgumentParser):
     """Shows our own groups under --help, and those of transformers too under --help_all."""
 
     def __init__(self, classes: Sequence[Any], prog: str) -> None:
-        self.flags: list[_Flag] = []
+        #: every name that a yaml file may use, older ones too → the flag that it sets
+        self.names: dict[str, str] = {}
         self.behind: list[Any] = []
         super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False)
         # The list of all options is a page long: errors should not drown in it.
@@ -67,13 +122,13 @@ class _Parser(HfArgumentParser):
                 continue
             mine = theirs is None or one.name in dtype.__annotations__
             shown = copy.copy(one)
-            shown.type, shown.name = hints[one.name], flag_of(one)
-            metadata = {name: value for name, value in one.metadata.items() if name not in ("flag", "type")}
+            shown.name, shown.type = flag_of(one), one.metadata.get("type", hints[one.name])
+            metadata = {name: value for name, value in one.metadata.items() if name not in _OURS}
             if not mine and works is not None and one.name not in works:
                 metadata["help"] = argparse.SUPPRESS
-            shown.type = one.metadata.get("type", shown.type)
             shown.metadata = MappingProxyType(metadata)
-            self.flags.append(_Flag(shown.name, tuple(a.lstrip("-") for a in metadata.get("aliases", ()))))
+            for name in (shown.name, *metadata.get("aliases", ())):
+                self.names[name.lstrip("-")] = shown.name
             group = own if mine or theirs is None else theirs
             self._parse_dataclass_field(cast(argparse.ArgumentParser, group), shown)
 
@@ -94,10 +149,6 @@ class _Parser(HfArgumentParser):
             hints = [_near(part.partition("=")[0], known) for part in wrong]
             message += "".join(dict.fromkeys(hint for hint in hints if hint))
         super().error(message)
-
-    def names(self) -> dict[str, str]:
-        """Every name that a yaml file may use, older ones too, and the flag that it sets."""
-        return {name: flag.name for flag in self.flags for name in (flag.name, *flag.aliases)}
 
 
 class _Help(argparse.Action):
@@ -169,29 +220,33 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not valid yaml ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: must be a mapping of options, got {type(given).__name__}")
-    names = parser.names()
+    names = parser.names
     unknown = [f"{str(key)!r}{_near(str(key), list(names))}" for key in given if key not in names]
     if unknown:
         raise ValueError(f"--config {path}: unknown field {', '.join(unknown)}")
-    given_as: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key in given:
-        if (other := given_as.setdefault(names[key], key)) != key:
+        if (other := keys.setdefault(names[key], key)) != key:
             raise ValueError(f"--config {path}: {other} and {key} are two names of one option")
-    values = {names[key]: value for key, value in given.items()}
-    for action in parser._actions:
-        if isinstance(value := values.get(action.dest), list) and action.nargs is None:
-            values[action.dest] = ",".join(map(str, value))  # As the flag itself takes several.
-        if isinstance(values.get(action.dest), str | int | float):
-            values[action.dest] = _as_flag(action, values[action.dest], path)
-    return values
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    return {
+        name: _as_flag(actions[name], given[key], f"--config {path}: {name}") for name, key in keys.items()
+    }
 
 
-def _as_flag(action: argparse.Action, value: str | int | float, path: Path) -> str:
+def _as_flag(action: argparse.Action, value: Any, key: str) -> Any:
     """Return the value as it would stand on the command line: argparse converts such defaults only."""
-    text = str(value)
+    if value is None and action.default is not None:
+        raise ValueError(f"{key} must have a value")
+    if isinstance(value, dict) and action.type in (int, float):
+        raise ValueError(f"{key} must be a number, got {value}")
+    if isinstance(value, list) and action.nargs is None:
+        value = ",".join(map(str, value))  # As the flag itself takes several.
+    if not isinstance(value, str | int | float):
+        return value
     allowed = None if action.choices is None else [str(choice) for choice in action.choices]
-    if value is False and allowed is not None and "off" in allowed:
-        text = "off"  # What a bare off means in yaml.
+    # A bare off in yaml is false.
+    text = "off" if value is False and allowed is not None and "off" in allowed else str(value)
     if allowed is not None and text not in allowed:
-        raise ValueError(f"--config {path}: {action.dest} must be one of {', '.join(allowed)}, got {text!r}")
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {text!r}")
     return text

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .flags import MAX_SEED
+
 #: Options that work, each at every value that is not in `REFUSED`.
 WORKS = frozenset(
     str.split("""
@@ -92,6 +94,24 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     "dataloader_in_order": _ORDER,
     "parallelism_config": "tensor, context and sequence parallelism do not work; use DDP, FSDP2 or ZeRO",
 }
+#: Option → its range, as `flags.setting` declares it.
+RANGES: Mapping[str, Mapping[str, float]] = {
+    "max_steps": {"least": 1, "off": -1},
+    "gradient_accumulation_steps": {"least": 1},
+    "adam_beta1": {"least": 0, "below": 1},
+    "adam_beta2": {"least": 0, "below": 1},
+    "adam_epsilon": {"least": 0},
+    "max_grad_norm": {"least": 0},
+    "neftune_noise_alpha": {"least": 0},
+    "save_steps": {"above": 0},
+    "save_total_limit": {"least": 1},
+    "torch_empty_cache_steps": {"least": 1},
+    "dataloader_num_workers": {"least": 0},
+    "dataloader_prefetch_factor": {"least": 1},
+    "ddp_timeout": {"least": 1},
+    "seed": {"least": 0, "most": MAX_SEED},
+    "data_seed": {"least": 0, "most": MAX_SEED},
+}
 #: Keys of `--accelerator_config` that are refused if they are set.
 REFUSED_OF_ACCELERATE: Mapping[str, str] = {
     "dispatch_batches": "batches carry priors, which one process cannot deal out to the others",
@@ -101,10 +121,7 @@ REFUSED_OF_ACCELERATE: Mapping[str, str] = {
 
 
 def refuse_options(training: TrainingArguments) -> None:
-    """Refuse options that no run can use, before transformers acts on any.
-
-    Args:
-        training: as it was given, before transformers' own `__post_init__`.
+    """Refuse options that no run can use, before transformers' own `__post_init__` acts on any.
 
     Raises:
         ValueError: names the option, what it must be and why. An option that neither table knows, as one of a
@@ -124,10 +141,7 @@ def refuse_options(training: TrainingArguments) -> None:
 
 
 def refuse_accelerate_options(training: TrainingArguments) -> None:
-    """Refuse keys of `--accelerator_config` that no run can use.
-
-    Args:
-        training: after transformers' own `__post_init__`.
+    """Refuse keys of `--accelerator_config` that no run can use, after transformers' own `__post_init__`.
 
     Raises:
         ValueError: names the key and the reason.
@@ -164,31 +178,19 @@ def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
     """
     try:
         yield
-    except _NamedError:
-        raise
     except Exception as error:
         said = " ".join(str(error).split())[:400] or type(error).__name__
+        low = said.lower()
+        words = {name: value for name, value in given.items() if isinstance(value, str) and len(value) > 2}
         meant = (
             [name for name in given if prefixes and name.startswith(prefixes)]
-            or [name for name, value in given.items() if _mentions(said.lower(), name, value)]
-            or [n for n, value in given.items() if (_is_word(value) or value is True) and n != "output_dir"]
+            or [name for name in given if any(word in low for word in name.split("_") if len(word) > 3)]
+            or [name for name, value in words.items() if value.lower() in low]
+            or [n for n, value in given.items() if (n in words or value is True) and n != "output_dir"]
         )
         named = ", ".join(f"--{name} {_plain(given[name])}" for name in meant)
-        raise _NamedError(f"{named or 'the options of training'}: {said}") from error
-
-
-class _NamedError(ValueError):
-    """An error that names its options."""
+        raise ValueError(f"{named or 'the options of training'}: {said}") from error
 
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # of an enumeration
-
-
-def _mentions(text: str, option: str, value: Any) -> bool:
-    words = [word for word in option.split("_") if len(word) > 3]
-    return any(word in text for word in words) or (_is_word(value) and value.lower() in text)
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) > 2

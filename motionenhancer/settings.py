@@ -6,7 +6,8 @@ How a prior is read is `motionenhancer.priors.prior.PriorSettings`, whose fields
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,11 @@ import torch
 from transformers import TrainingArguments
 
 from .alignment.weight import SCHEDULES, AlignmentSchedule
+from .data.sampling import Frames
 from .evaluation.benchmarks import BENCHMARKS
-from .flags import setting
+from .flags import MAX_SEED, Settings, check_fields, setting
 from .options import (
+    RANGES,
     WORKS,
     changed_options,
     naming_options,
@@ -25,11 +28,15 @@ from .options import (
     refuse_options,
 )
 from .priors.engine import ENGINES, Engine, open_engine
+from .students.base import StudentFamily
 from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from .teachers.plan import size_multiple
 from .teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
 
+MAX_FRAMES = 64
+"""Most frames of a clip by rate, in training."""
 SOURCES = ("store", "online", "hybrid")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Keys that torch's checkpointing and transformers read. Layers would be handed any other, and ignore it.
 _CHECKPOINTING = frozenset(
@@ -38,44 +45,34 @@ _CHECKPOINTING = frozenset(
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
     data: str | None = setting(
-        None, "LLaVA json/jsonl, or messages+videos jsonl. Default: the toy world, made on first use."
+        None, "json or jsonl of samples, or a benchmark's file. Default: the toy world's.", exists="file"
     )
-    video_root: str | None = setting(
-        None, "Folder that video paths are relative to. Default: the data file's."
-    )
-    limit: int | None = setting(None, "Use only the first so many samples.")
+    video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
+    limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
 
 
 @dataclass
-class PriorArguments:
+class PriorArguments(Settings):
     """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
 
-    teacher: str | None = setting(
-        None, "Diffusers folder of a video diffusion model. Default: the toy teacher."
-    )
+    teacher: str | None = setting(None, "Diffusers folder of a video model. Default: the toy teacher.")
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
-    teacher_dtype: str = setting(
-        "auto",
-        "auto: bfloat16 on CUDA, float32 on the CPU.",
-        choices=["auto", "float32", "bfloat16", "float16"],
+    teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
+    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: the model's.")
+    teacher_frames: int | None = setting(
+        None, "Most frames of a clip. Default: the model's.", least=1, most=1000
     )
-    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: as the model was trained.")
-    teacher_frames: int | None = setting(None, "Most frames of a clip. Default: as the model was trained.")
     vae_tiling: bool = setting(False, "Encode in tiles: less memory, other latents.")
     offload_text_encoder: bool = setting(False, "Leave the text encoder on the CPU.")
-    text_cache: str | None = setting(
-        None, "Folder that keeps the teacher's text embeddings for this and later runs."
-    )
+    text_cache: str | None = setting(None, "Folder that keeps text embeddings for this and later runs.")
     compile_teacher: bool = setting(False, "torch.compile the transformer's blocks.")
     split_batch: bool = setting(False, "Evaluate guidance's two texts one after the other.")
-    measure_roundtrip: bool = setting(
-        False, "Also invert and rebuild one clip without guidance, and report the error."
-    )
+    measure_roundtrip: bool = setting(False, "Also invert and rebuild one clip, and report the error.")
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -85,28 +82,24 @@ class PriorArguments:
         """
         size = None
         if self.teacher_size is not None:
-            parts = self.teacher_size.lower().split("x")
-            if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            height, by, width = self.teacher_size.lower().partition("x")
+            if not (by and height.isdecimal() and width.isdecimal()):
                 raise ValueError(
                     f"--teacher_size must be HEIGHTxWIDTH like 480x720, got {self.teacher_size!r}"
                 )
-            size = (int(parts[0]), int(parts[1]))
-            self._check_size(size)
+            size = (int(height), int(width))
+            multiple = 1
+            # A folder that does not say is refused in words of its own once it is to be used.
+            with suppress(OSError, ValueError):
+                multiple = size_multiple(self.teacher or "")
+            if any(n < multiple or n % multiple for n in size):
+                raise ValueError(
+                    f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for "
+                    f"{self.teacher}, got {self.teacher_size!r}"
+                )
         named = self.teacher_dtype
         dtype = teacher_dtype(device) if named == "auto" else getattr(torch, named)
         return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
-
-    def _check_size(self, size: tuple[int, int]) -> None:
-        try:
-            multiple = size_multiple(self.teacher or "")
-        except (OSError, ValueError):
-            # A folder that does not say is refused in words of its own once it is to be used.
-            return
-        if any(n < multiple or n % multiple for n in size):
-            raise ValueError(
-                f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for {self.teacher}, "
-                f"got {self.teacher_size!r}"
-            )
 
     def cost_options(self, device: torch.device | str, *, cached: bool = False) -> dict[str, Any]:
         """Return what `teacher_cost` needs to know of how the teacher is loaded.
@@ -158,32 +151,27 @@ class PriorArguments:
 
 
 @dataclass
-class MakerArguments:
+class MakerArguments(Settings):
     """Where priors are made; none of it changes a prior."""
 
     prior_engine: str = setting(
         "local",
-        "local: a teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
-        choices=list(ENGINES),
+        "local: a teacher in each process. ray: teachers on a Ray cluster's GPUs.",
+        choices=ENGINES,
         aliases=["--engine"],
     )
     prior_workers: int = setting(
         2,
-        "Threads of a process that decode clips ahead of the teacher.",
+        "Threads that decode clips ahead of the teacher.",
         aliases=["--decode_workers", "--decode-workers"],
+        least=1,
     )
-    ray_address: str | None = setting(
-        None, "Cluster to join. Default: a running one, or one on this machine."
-    )
-    ray_workers: int | None = setting(None, "Teachers. Default: one a GPU of the cluster, or one in all.")
-    ray_cpus: int | None = setting(None, "Cores that a teacher reserves and computes with. Default: 1.")
+    ray_address: str | None = setting(None, "Cluster to join. Default: a running one, or a local one.")
+    ray_workers: int | None = setting(None, "Teachers. Default: one a GPU, or one in all.", least=1)
+    ray_cpus: int | None = setting(None, "CPU cores of a teacher. Default: 1.", least=1)
 
     def __post_init__(self) -> None:
-        counts = {"prior_workers": " (--decode_workers)", "ray_workers": "", "ray_cpus": ""}
-        for name, older in counts.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}{older} must be at least 1, got {value}")
+        super().__post_init__()
         for name in ("ray_address", "ray_workers", "ray_cpus"):
             if self.prior_engine != "ray" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
@@ -200,14 +188,14 @@ class MakerArguments:
 
 
 @dataclass
-class ExtractArguments:
+class ExtractArguments(Settings):
     """How the command runs."""
 
     dry_run: bool = setting(False, "Print evaluations, bytes and memory, and load no model.")
 
 
 @dataclass
-class AgreementArguments:
+class AgreementArguments(Settings):
     """What is compared."""
 
     noise_levels: str = setting("50,100,200,400,600,800", "Training timesteps of the single evaluations.")
@@ -215,44 +203,51 @@ class AgreementArguments:
 
 
 @dataclass
-class StudentArguments:
+class ShownArguments(Settings):
+    """The student, and which frames it is shown of a clip."""
+
+    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
+    num_frames: int | None = setting(
+        None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", least=1
+    )
+    video_fps: float | None = setting(None, "Frames a second. Default: 1, evaluating the toy 8.", above=0)
+    max_frames: int | None = setting(None, "Most frames by rate. Default: 64, evaluating 768.", least=1)
+    attn_implementation: str = setting("sdpa", "The student's attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frames is not None and self.video_fps is not None:
+            raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
+
+
+@dataclass
+class StudentArguments(ShownArguments):
     """The model to tune and how strongly it is pulled."""
 
-    student: str | None = setting(
-        None, "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."
-    )
     prior_source: str = setting(
         "hybrid",
         "store: every prior must be in --prior_dir; online: all are made while training, none "
         "is kept; hybrid: what --prior_dir lacks is made while training and kept there.",
-        choices=list(SOURCES),
+        choices=SOURCES,
     )
-    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.")
-    alignment_schedule: str = setting("constant", "λ over the run.", choices=list(SCHEDULES))
-    alignment_warmup: float = setting(0.0, "Steps over which λ rises, or below 1 their share of all steps.")
-    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.")
+    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", least=0)
+    alignment_schedule: str = setting("constant", "λ over the run.", choices=SCHEDULES)
+    alignment_warmup: float = setting(0.0, "Steps over which λ rises; below 1, a share of all.", least=0)
+    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.", least=0)
     vision_learning_rate: float | None = setting(
-        None, "Peak learning rate of the vision tower. Default: a fifth of the rest."
+        None, "The vision tower's. Default: a fifth of --learning_rate.", least=0
     )
     alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
     aligner: str = setting(
-        "mlp",
-        "Module between student and prior, thrown away after training.",
-        choices=["mlp", "identity", "pointwise", "conv"],
+        "mlp", "Module between student and prior, not kept.", choices=["mlp", "identity", "pointwise", "conv"]
     )
-    save_aligner: str | None = setting(
-        None, "Safetensors file outside --output_dir that receives the trained aligner."
-    )
-    prior_temperature: float = setting(
-        1.0, "The prior's rows are raised to one over this: below 1 they become sharper."
-    )
-    confidence_gate: float = setting(
-        0.0, "Follow priors less confident than this proportionally less; 0 is no gate."
-    )
+    save_aligner: str | None = setting(None, "Safetensors file that receives the trained aligner.")
+    prior_temperature: float = setting(1.0, "Below 1 it sharpens the prior's rows.", above=0)
+    confidence_gate: float = setting(0.0, "Follow priors less confident than this less; 0: no gate.", least=0)
     measure_alignment: bool = setting(False, "Log loss_align also when λ is 0.")
-    lora_r: int = setting(0, "Rank of low-rank adapters trained instead of all weights; 0 is none.")
-    lora_alpha: int | None = setting(None, "The adapters' scale times their rank. Default: twice the rank.")
-    lora_dropout: float = setting(0.0, "Dropout before the adapters.")
+    lora_r: int = setting(0, "Rank of adapters trained instead of all weights; 0: none.", least=0)
+    lora_alpha: int | None = setting(None, "Scale times rank. Default: twice the rank.", least=1)
+    lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
         "Layers with adapters: all linear ones of the language model, all of the model, or "
@@ -260,18 +255,29 @@ class StudentArguments:
     )
     lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
-    video_fps: float | None = setting(None, "Frames a second. Default: 1.")
-    num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate."
-    )
-    max_frames: int = setting(64, "Most frames of one clip by rate.")
-    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.")
-    attn_implementation: str = setting("sdpa", "The student's attention.")
+    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", least=1)
 
     @property
     def aligned(self) -> bool:
         """Whether priors are needed."""
         return self.alignment_weight != 0 or self.measure_alignment
+
+    def frames(self, family: StudentFamily) -> dict[str, Any]:
+        """How many frames of a clip a student is shown, as options of `MotionDataset`.
+
+        Raises:
+            ValueError: --max_frames would do nothing.
+        """
+        count = self.num_frames or (family.num_frames if self.video_fps is None else None)
+        if count is None:
+            return {"fps": self.video_fps or 1.0, "max_frames": self.max_frames or MAX_FRAMES}
+        if self.max_frames not in (None, MAX_FRAMES):
+            why = "--num_frames" if self.num_frames else f"{family.name} by default"
+            raise ValueError(
+                f"--max_frames {self.max_frames} does nothing where {count} frames of each clip are shown "
+                f"({why}); leave it out, or give --video_fps alone"
+            )
+        return {"num_frames": count}
 
     def schedule(self) -> AlignmentSchedule:
         """λ over the run.
@@ -290,25 +296,13 @@ class StudentArguments:
             ValueError: names the flag, what it was and what it must be.
         """
         self.schedule()
-        for name, value, allowed in (
-            ("lora_r", self.lora_r, self.lora_r >= 0),
-            ("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_alpha > 0),
-        ):
-            if not allowed:
-                raise ValueError(f"--{name} must be a positive number, got {value}")
-        if not 0 < self.prior_temperature < float("inf"):
-            raise ValueError(f"--prior_temperature must be above 0, got {self.prior_temperature}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.lora_r:
-            defaults = StudentArguments()
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
-                if getattr(self, name) != getattr(defaults, name):
+                if getattr(self, name) != getattr(StudentArguments, name):
                     raise ValueError(f"--{name} needs --lora_r, the adapters' rank")
-        if self.save_aligner is not None:
-            self._check_save_aligner(Path(self.save_aligner), Path(output_dir))
-
-    def _check_save_aligner(self, file: Path, output_dir: Path) -> None:
+        if self.save_aligner is None:
+            return
+        file = Path(self.save_aligner)
         if self.aligner == "identity" or self.alignment_weight == 0:
             raise ValueError(
                 f"--save_aligner {file}: nothing is trained with --aligner {self.aligner} and "
@@ -316,7 +310,7 @@ class StudentArguments:
             )
         if file.suffix != ".safetensors" or file.is_dir():
             raise ValueError(f"--save_aligner must be a .safetensors file, got {file}")
-        if output_dir.resolve() in file.resolve().parents:
+        if Path(output_dir).resolve() in file.resolve().parents:
             raise ValueError(
                 f"--save_aligner {file}: must lie outside --output_dir {output_dir}, whose safetensors files "
                 "are read as the model's weights"
@@ -324,7 +318,7 @@ class StudentArguments:
 
 
 @dataclass
-class OnlineArguments:
+class OnlineArguments(Settings):
     """When a training's priors are made."""
 
     priors_first: bool = setting(
@@ -332,17 +326,13 @@ class OnlineArguments:
         "hybrid: make what is missing before training and let the teacher go, where teacher "
         "and student do not fit into memory together.",
     )
-    prior_prefetch: int = setting(1, "Steps ahead of which the teacher reads clips; 0 waits at every step.")
+    prior_prefetch: int = setting(1, "Steps that the teacher reads ahead; 0 waits at each.", least=0)
     agreement_clips: int = setting(
         4,
         "renoise: read this many clips by the full procedure too, at the start, and print how "
         "far both agree; 0 leaves it out.",
+        least=0,
     )
-
-    def __post_init__(self) -> None:
-        for name in ("prior_prefetch", "agreement_clips"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
 
     def check(self, source: str) -> None:
         """Refuse options that do nothing under `--prior_source source`.
@@ -355,13 +345,10 @@ class OnlineArguments:
                 f"--priors_first needs --prior_source hybrid, got {source}: "
                 "store makes no priors and online keeps none"
             )
-        if not self.priors_first and source != "store":
-            return
-        made = "--prior_source store" if source == "store" else "--priors_first"
-        usual = OnlineArguments()
+        made = "--prior_source store" if source == "store" else "--priors_first" if self.priors_first else ""
         for name in ("prior_prefetch", "agreement_clips"):
             value = getattr(self, name)
-            if value and value != getattr(usual, name):
+            if made and value not in (0, getattr(OnlineArguments, name)):
                 raise ValueError(
                     f"--{name} {value} with {made}: no prior is made while training; leave it out, or use "
                     "--prior_source online or hybrid"
@@ -373,20 +360,22 @@ class TrainArguments(TrainingArguments):
     """transformers' TrainingArguments, the paper's recipe as defaults."""
 
     works: ClassVar[frozenset[str]] = WORKS
+    ranges: ClassVar[Mapping[str, Mapping[str, float]]] = RANGES
 
     output_dir: str | None = setting("runs/train", "Receives the checkpoint and motion_report.json.")
-    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.")
-    weight_decay: float = setting(0.1, "AdamW's weight decay.")
+    learning_rate: float = setting(1e-05, "AdamW's peak learning rate.", least=0)
+    weight_decay: float = setting(0.1, "AdamW's weight decay.", least=0)
     lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
-    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.")
-    num_train_epochs: float = setting(1.0, "Passes over the data.")
-    per_device_train_batch_size: int = setting(1, "Samples a device and step.")
-    logging_steps: float = setting(10, "Steps between log lines.")
+    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", least=0)
+    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
+    per_device_train_batch_size: int = setting(1, "Samples a device and step.", least=1)
+    logging_steps: float = setting(10, "Steps between log lines.", above=0)
     # HfArgumentParser reads a union of three only with None in front.
     report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
     remove_unused_columns: bool = setting(False, "Must stay false.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             # Each process would train alone otherwise.
@@ -407,94 +396,81 @@ class TrainArguments(TrainingArguments):
         # mirror the new.
         if self.gradient_checkpointing:
             options = {"use_reentrant": False, **dict(self.gradient_checkpointing_kwargs or {})}  # type: ignore[arg-type]
-            if unknown := sorted(options.keys() - _CHECKPOINTING):
+            if unknown := options.keys() - _CHECKPOINTING:
+                may = f"it may hold {', '.join(sorted(_CHECKPOINTING))}"
                 raise ValueError(
-                    f"--gradient_checkpointing_kwargs: unknown {', '.join(unknown)}; it may hold "
-                    f"{', '.join(sorted(_CHECKPOINTING))}"
+                    f"--gradient_checkpointing_kwargs: unknown {', '.join(sorted(unknown))}; {may}"
                 )
             if options["use_reentrant"]:
-                raise ValueError(
-                    "re-entrant gradient checkpointing drops the alignment's gradient: "
-                    "leave use_reentrant false"
-                )
+                why = "re-entrant checkpointing drops the alignment's gradient"
+                raise ValueError(f"--gradient_checkpointing_kwargs: use_reentrant must be false: {why}")
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
                 if hasattr(self, name):
                     setattr(self, name, options)
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 
-    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
     predictions: str | None = setting(
-        None, "Score these answers, json of question id to output, instead of asking a student."
+        None, "Score these answers, json of id to output, and ask no student.", exists="file"
     )
     benchmark: str = setting("toy", "Whose questions and rules.", choices=list(BENCHMARKS))
-    data: str | None = setting(
-        None, "The benchmark's file: video_info.meta.jsonl, video_perspective.json. Default: the toy's."
-    )
-    video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.")
-    output_dir: str | None = setting(
-        None, "Receives answers, results.jsonl, scores.json, a submission. Default: runs/eval."
-    )
-    limit: int | None = setting(None, "Use only the first so many questions.")
-    prompt: str | None = setting(
-        None, "Request in place of the benchmark's own, with {question} and {options}."
-    )
-    answer_hidden: bool = setting(
-        False, "Also ask what has no public answer: not scored, but in the submission."
-    )
-    letter_rule: str = setting(
-        "published",
-        "MotionBench: published is the authors' own reading of a letter, lone is stricter.",
-        choices=["published", "lone"],
-    )
-    option_rule: str = setting(
-        "caseless",
-        "FAVOR-Bench: whether case matters where one option contains another: published is yes.",
-        choices=["caseless", "published"],
-    )
-    num_frames: int | None = setting(None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.")
-    video_fps: float | None = setting(None, "Frames a second. Default: 1, toy 8.")
-    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.")
-    max_frames: int | None = setting(None, "Most frames by rate. Default: 768.")
-    max_pixels: int | None = setting(
-        None, "Most pixels of a frame, 0 for the processor's own. Default: 151200."
-    )
-    batch_size: int = setting(4, "Questions a process answers at once.")
+    output_dir: str | None = setting(None, "Receives answers, scores, a submission. Default: runs/eval.")
+    prompt: str | None = setting(None, "Own request, with {question} and {options}.")
+    answer_hidden: bool = setting(False, "Also ask, for the submission, what has no public answer.")
+    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", least=1)
+    max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's.", least=0)
+    batch_size: int = setting(4, "Questions a process answers at once.", least=1)
     max_new_tokens: int | None = setting(
-        None, "Length of an answer. Default: MotionBench 16, FAVOR-Bench 256."
+        None, "Of an answer. Default: MotionBench 16, FAVOR-Bench 256.", least=1
     )
-    dtype: str = setting(
-        "auto", "Weights; auto: as stored.", choices=["auto", "float32", "bfloat16", "float16"]
-    )
-    attn_implementation: str = setting("sdpa", "The student's attention.")
-    workers: int = setting(0, "Processes that decode clips ahead.")
-    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.")
+    dtype: str = setting("auto", "Weights; auto: as stored.", choices=DTYPES)
+    workers: int = setting(0, "Processes that decode clips ahead.", least=0)
+    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "What is resampled.", choices=["question", "video"])
-    seed: int = setting(0, "Seed of the bootstrap.")
+    seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
     compare: list[str] | None = setting(None, "Two scored runs, A and B: compare them and do nothing else.")
     task: str | None = setting(None, "With --compare: only this task.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compare is not None and len(self.compare) != 2:
             raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
         if self.task is not None and self.compare is None:
             raise ValueError("--task goes with --compare")
         if self.predictions is not None and self.student is not None:
-            raise ValueError("--student and --predictions exclude each other")
-        if self.data is None and self.benchmark != "toy":
-            wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
-            if self.compare is None:
-                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {wants[self.benchmark]}")
-        for name, least in (
-            ("limit", 1),
-            ("batch_size", 1),
-            ("max_new_tokens", 1),
-            ("workers", 0),
-            ("bootstrap_samples", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+            raise ValueError("--student and --predictions exclude each other: give one of them")
+        if (self.min_frames or 0) > (most := self.max_frames or 768):
+            raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
+        if self.data is None and self.compare is None:
+            if self.benchmark != "toy":
+                file = BENCHMARKS[self.benchmark].file
+                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {file}")
+            if self.video_root is not None:
+                raise ValueError(
+                    f"--video_root {self.video_root} needs --data, the questions about its clips"
+                )
+
+    def frames(self, family: int | None) -> Frames:
+        """How clips are shown: what the flags say, else as in the paper's experiments.
+
+        The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
+        script and of the sampler it calls.
+
+        Args:
+            family: frames of a clip that the student's family takes; None where it takes frames by rate.
+        """
+        most = self.max_frames or 768
+        return Frames(
+            num_frames=self.num_frames or (family if self.video_fps is None else None),
+            fps=self.video_fps or BENCHMARKS[self.benchmark].fps,
+            min_frames=self.min_frames or min(4, most),
+            max_frames=most,
+            max_pixels=self.max_pixels or None,
+        )
+
+    def bootstrap(self) -> dict[str, Any]:
+        """How intervals are drawn, as options of `score` and `compare_runs`."""
+        return {"samples": self.bootstrap_samples, "unit": self.bootstrap_unit, "seed": self.seed}

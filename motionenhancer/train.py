@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .alignment.aligner import build_aligner, save_aligner
 from .alignment.dataset import MotionCollator, MotionDataset
 from .alignment.trainer import MotionTrainer
 from .data import SkipLog
-from .data.loading import load_samples
+from .data.readers import load_samples
 from .flags import parse_arguments
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
@@ -57,22 +57,20 @@ TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
     classes = (
         StudentArguments,
         DataArguments,
         PriorArguments,
         PriorSettings,
-        MakerArguments,
-        OnlineArguments,
         TrainArguments,
+        OnlineArguments,
+        MakerArguments,
     )
-    student, data, prior, settings, maker, online, training = parse_arguments(
-        classes, arguments, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
+    arguments = parse_arguments(
+        classes, argv, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
-        online.check(student.prior_source)
-        run(student, data, prior, settings, training, online, maker)
+        run(*arguments)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,8 +83,8 @@ def run(
     prior: PriorArguments,
     settings: PriorSettings,
     training: TrainArguments,
-    online: OnlineArguments | None = None,
-    maker: MakerArguments | None = None,
+    online: OnlineArguments,
+    maker: MakerArguments,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -99,9 +97,12 @@ def run(
     """
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
-    rehearse(training, engine_of(training))
-    if student.lora_merge and engine_of(training) not in ("plain", "DDP"):
-        raise ValueError(f"--lora_merge: not under {engine_of(training)}; merge the saved adapter afterwards")
+    online.check(student.prior_source)
+    engine = engine_of(training)
+    whole = engine in ("plain", "DDP")  # each process has all weights
+    rehearse(training, engine)
+    if student.lora_merge and not whole:
+        raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
     toy = use_toy_defaults(data, prior)
     if student.student is None:
         toy = toy or default_toy()
@@ -131,7 +132,7 @@ def run(
         options: dict[str, Any] = {
             "store": PriorStore(Path(prior.prior_dir)),
             "source": prior.prompt_source,
-            **_sampling(student, family),
+            **student.frames(family),
             "max_pixels": student.max_pixels,
         }
         if main_process:
@@ -139,19 +140,20 @@ def run(
             plan = _plan(model, plain, student, prior, settings, training)
             report.content["plan"] = plan.to_json()
             print(plan)
-            teacher = plan_memory(student, prior, settings, online or OnlineArguments())
+            teacher = plan_memory(student, prior, settings, online)
             if teacher is not None:
                 cost, place = teacher
                 report.content["plan"]["teacher"] = {**cost.to_json(), "place": place}
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = toy if student.student == (toy and str(toy.student)) and _can_test(training) else None
-        if tested is not None and main_process:
+        tested = toy if main_process and whole and toy and student.student == str(toy.student) else None
+        if tested is not None:
             report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
             priors = open_priors(samples, student, prior, settings, skips, report, online, maker)
+        rate = vision_rate(student, training)
         with priors as found:
             if checkpoint is not None:
                 report.content["resumed_from"] = Path(checkpoint).name
@@ -170,14 +172,14 @@ def run(
                 aligner=_aligner(student, found.grids, training.seed),
                 prior_temperature=student.prior_temperature,
                 confidence_gate=student.confidence_gate,
-                learning_rates=_learning_rates(family, vision_rate(student, training)),
+                learning_rates=lambda name: rate if family.in_vision_tower(plain_name(name)) else None,
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             _save(trainer, student)
-            if tested is not None and main_process:
+            if tested is not None:
                 report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
     except BaseException as error:
         if main_process and not student.dry_run:
@@ -200,11 +202,6 @@ def run(
     return report
 
 
-def _can_test(training: TrainArguments) -> bool:
-    """Whether one process has all weights."""
-    return engine_of(training) in ("plain", "DDP")
-
-
 def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
@@ -224,20 +221,12 @@ def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, 
         model, processor, family = load_student(
             student.student, attn_implementation=student.attn_implementation, dtype=dtype
         )
-        _keep_names(model)
+        # Under ZeRO-3 transformers also keeps renamings that no weight needed and applies them when it saves.
+        if kept := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [entry for entry in kept if entry.was_used()]
     if student.lora_r:
         model = add_lora(model, student, training.seed)
     return model, processor, family
-
-
-def _keep_names(model: Any) -> None:
-    """Save weights under the names they were read by.
-
-    Under ZeRO-3 transformers also keeps renamings that no weight needed and applies them when it saves.
-    """
-    kept = getattr(model, "_weight_conversions", None)
-    if kept:
-        model._weight_conversions = [entry for entry in kept if entry.was_used()]
 
 
 def _plan(
@@ -267,10 +256,6 @@ def _plan(
     )
 
 
-def _learning_rates(family: StudentFamily, vision: float) -> Callable[[str], float | None]:
-    return lambda name: vision if family.in_vision_tower(plain_name(name)) else None
-
-
 def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     """The run's result, in the family's own files."""
     if trainer.is_fsdp_enabled:
@@ -281,29 +266,6 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     trainer.save_model()
     if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:
         save_aligner(trainer.aligner, student.save_aligner)
-
-
-def _sampling(student: StudentArguments, family: StudentFamily) -> dict[str, Any]:
-    """The family's frames of a clip with whatever flags change of them."""
-    if student.num_frames is not None and student.video_fps is not None:
-        raise ValueError("--num_frames and --video_fps exclude each other: give one of them")
-    for name in ("num_frames", "video_fps", "max_frames"):
-        value = getattr(student, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} must be positive, got {value}")
-    count = student.num_frames
-    if count is None and student.video_fps is None:
-        count = family.num_frames
-    if count is not None:
-        if student.max_frames != StudentArguments().max_frames:
-            raise ValueError(
-                f"--max_frames {student.max_frames} does nothing where {count} frames of each clip are shown "
-                f"({'--num_frames' if student.num_frames is not None else family.name + ' by default'}); "
-                "leave it out, or give --video_fps alone"
-            )
-        return {"num_frames": count}
-    fps = 1.0 if student.video_fps is None else student.video_fps
-    return {"fps": fps, "max_frames": student.max_frames}
 
 
 def _aligner(

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data import Sample, prompt_text
-from ..data.sampling import sample_frames
+from ..data.sampling import Frames
 from ..priors.prior import MotionPrior
 from ..priors.requests import PriorRequest
 from ..priors.storage import PriorStore
@@ -150,7 +150,7 @@ class MotionDataset(Dataset[Item]):
         self.samples, self.family, self.processor = list(samples), family, processor
         self.keys, self.store, self.source = keys, store, source
         self.max_pixels = max_pixels
-        self.sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
+        self.frames = Frames(num_frames, fps, max_frames=max_frames)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -168,8 +168,8 @@ class MotionDataset(Dataset[Item]):
         )
 
     def _load(self, sample: Sample, skipped: dict[str, str]) -> Item:
-        videos = [sample_frames(video, **self.sampling) for video in sample.videos]
-        run = self.sampling["num_frames"]
+        videos = [self.frames.of(video) for video in sample.videos]
+        run = self.frames.num_frames
         if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
             raise ValueError(
                 f"its row asks for {max(own)} frames; {self.family.name} needs the same number of frames in "

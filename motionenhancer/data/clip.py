@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CLIP_KEYS", "Clip", "clip_of", "named_by", "segment_of"]
-
 #: Keys of a video part, in the words of qwen-vl-utils, and the fields of `Clip` that they set.
 CLIP_KEYS = {
     "video_start": "start",
@@ -22,7 +20,6 @@ CLIP_KEYS = {
     "min_pixels": "min_pixels",
     "max_pixels": "max_pixels",
 }
-_SECONDS = ("video_start", "video_end")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
 
     Args:
         path: the file.
-        said: values of `CLIP_KEYS`; None counts as not given.
+        said: values of `CLIP_KEYS`.
 
     Returns:
         A `Clip`, or `path` where nothing is said that changes anything.
@@ -79,32 +76,31 @@ def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
         ValueError: a value is out of range, or two exclude each other.
 
     Example:
-        >>> clip_of(Path("a.mp4"), {"video_start": 2, "fps": None}).start
+        >>> clip_of(Path("a.mp4"), {"video_start": 2}).start
         2.0
         >>> clip_of(Path("a.mp4"), {"video_start": 0})
         PosixPath('a.mp4')
     """
-    given = {key: _number(key, value) for key, value in said.items() if value is not None}
+    given = {key: _number(key, value) for key, value in said.items()}
     if "nframes" in given and (other := given.keys() & {"fps", "min_frames", "max_frames"}):
         raise ValueError(f"'nframes' and {min(other)!r} exclude each other")
     for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
         if given.get(low, 0) > given.get(high, math.inf):
             raise ValueError(f"{low!r} must be at most {high!r}, got {given[low]} and {given[high]}")
-    if given.get("video_end", math.inf) <= given.get("video_start", 0):
-        raise ValueError(
-            f"'video_end' must be after 'video_start', got {given['video_end']:g} and "
-            f"{given.get('video_start', 0):g} seconds"
-        )
-    if not given.get("video_start", 1):
-        del given["video_start"]  # a segment from the first frame on is no other one without it
+    start = given.get("video_start", 0)
+    if (end := given.get("video_end", math.inf)) <= start:
+        raise ValueError(f"'video_end' must be after 'video_start', got {end:g} and {start:g} seconds")
+    if start == 0:
+        given.pop("video_start", None)  # a segment from the first frame on is no other one without it
     return Clip(path, **{CLIP_KEYS[key]: value for key, value in given.items()}) if given else path
 
 
 def _number(key: str, value: Any) -> Any:
-    whole = key not in (*_SECONDS, "fps")
+    seconds = key in ("video_start", "video_end")
+    whole = not seconds and key != "fps"
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
     if not number or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number of seconds" if key in _SECONDS else "a number"
+        kind = "a whole number" if whole else "a number of seconds" if seconds else "a number"
         raise ValueError(f"{key!r} must be {kind}, got {value!r}")
     if value < 0 or (value == 0 and key != "video_start"):
         least = "at least 0" if key == "video_start" else "above 0"
@@ -114,15 +110,20 @@ def _number(key: str, value: Any) -> Any:
 
 def segment_of(video: Path | Clip) -> Path | Clip:
     """What a teacher is shown of a video: its segment; how a student samples it does not matter."""
-    if not isinstance(video, Clip):
-        return video
-    if video.start is None and video.end is None:
-        return video.path
+    if not isinstance(video, Clip) or (video.start is None and video.end is None):
+        return Path(video)
     return Clip(video.path, video.start, video.end)
 
 
 def named_by(digest: str, video: Path | Clip) -> str:
     """The name of what is shown in a prior's key: the digest of the file's bytes, and the segment if any."""
-    if not isinstance(video, Clip) or (video.start is None and video.end is None):
-        return digest
-    return f"{digest} {video.start} {video.end}"
+    shown = segment_of(video)
+    return f"{digest} {shown.start} {shown.end}" if isinstance(shown, Clip) else digest
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a null in it
+        return False

@@ -14,8 +14,6 @@ try:
 except ImportError:  # Only reading a clip needs it.
     av = None  # type: ignore[assignment]
 
-__all__ = ["Progress", "VideoError", "decode", "is_passing", "opened", "say"]
-
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,nut,mxf,gxf,"
     "wtv,rm,dv,nsv,ivf,obu,av1,h261,h263,h264,hevc,vvc,m4v,mjpeg,yuv4mpegpipe,vc1,vc1test,dirac,cavsvideo,amv,"
@@ -82,7 +80,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if path.stat().st_size == 0:
             raise VideoError(path, "is empty (0 bytes)")
     except OSError as error:
-        raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
+        raise unreadable(path, error) from None
     if av is None:
         raise VideoError(path, "cannot be read: PyAV is not installed (pip install av)", passing=True)
     try:
@@ -94,8 +92,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             metadata_errors="replace",
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = f"cannot be opened, damaged or not a video ({say(error)})"
-        raise VideoError(path, reason, is_passing(error)) from None
+        raise unreadable(path, error, "cannot be opened, damaged or not a video") from None
     try:
         stream = _best_stream(container)
         if stream is None:
@@ -118,6 +115,11 @@ def _best_stream(container: Any) -> Any | None:
     # libav ranked a cover first. Among the others: the default stream, then the largest picture.
     default = int(av.stream.Disposition.default)
     return max(films, key=lambda s: (int(s.disposition) & default, s.width * s.height))
+
+
+def unreadable(path: str | Path, error: BaseException, what: str = "cannot be read") -> VideoError:
+    """Return what to raise for a file that an error kept from being read."""
+    return VideoError(path, f"{what} ({say(error)})", is_passing(error))
 
 
 def say(error: BaseException) -> str:
@@ -144,7 +146,7 @@ def decode(path: Path, progress: Progress) -> Iterator[Any]:
                 frames = [] if packet is None else packet.decode()
             except (av.error.FFmpegError, OSError) as error:
                 if is_passing(error):
-                    raise VideoError(path, f"cannot be read ({say(error)})", passing=True) from None
+                    raise unreadable(path, error) from None
                 progress.errors += 1
                 progress.last_error = progress.decoded
                 progress.first_error = progress.first_error or f"frame {progress.decoded}: {say(error)}"

@@ -9,8 +9,6 @@ from typing import Any
 import av
 import numpy as np
 
-__all__ = ["encode_video"]
-
 
 def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec: str | None = None) -> None:
     """Encode frames as mp4, whatever the file's suffix; the same frames give the same bytes every time.
@@ -24,16 +22,12 @@ def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec:
     Raises:
         ValueError: frames have another shape or dtype, an odd side, or none is there; fps is not positive.
     """
-    if (
-        not isinstance(frames, np.ndarray)
-        or frames.dtype != np.uint8
-        or frames.ndim != 4
-        or frames.shape[3] != 3
-    ):
-        got = f"{getattr(frames, 'shape', type(frames))} {getattr(frames, 'dtype', '')}"
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        got = f"{frames.shape} {frames.dtype}"
         raise ValueError(f"frames must be a (n, h, w, 3) uint8 array, got {got}")
     count, height, width, _ = frames.shape
-    if count < 1 or height < 2 or width < 2 or height % 2 or width % 2:
+    if not count or not height or not width or height % 2 or width % 2:
         raise ValueError(f"frames must hold at least one frame of even height and width, got {frames.shape}")
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")

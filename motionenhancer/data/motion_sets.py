@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CAPTION_QUESTION", "as_conversation", "tagged"]
-
 CAPTION_QUESTION = "Describe the motion in this video in detail."
 """What is asked where a data set has captions and no questions."""
-
-_ANSWERS = ("chosen", "answer")
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -35,20 +31,18 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
     if "QA" in row:
         return _from_qa(row)
     if "motion_caption" in row:
-        taken, video, question, answer = {"video_path"}, "video_path", CAPTION_QUESTION, "motion_caption"
-    elif "question" in row and (held := [name for name in _ANSWERS if name in row]):
-        taken, video, question, answer = {"question", "rejected"}, "video", row["question"], held[0]
+        video, question, answer = "video_path", CAPTION_QUESTION, "motion_caption"
+    elif "question" in row and ("chosen" in row or "answer" in row):
+        video, question, answer = "video", row["question"], "chosen" if "chosen" in row else "answer"
     else:
         return None
-    rest = {key: value for key, value in row.items() if key not in {*taken, answer, "video"}}
-    return {
-        **rest,
-        "video": row.get(video),
-        "conversations": [
-            {"from": "human", "value": tagged(question, "video")},
-            {"from": "gpt", "value": row[answer]},
-        ],
-    }
+    taken = {"video", video, answer, *(() if video == "video_path" else ("question", "rejected"))}
+    turns = [
+        {"from": "human", "value": tagged(question, "video")},
+        {"from": "gpt", "value": row[answer]},
+    ]
+    rest = {key: value for key, value in row.items() if key not in taken}
+    return {**rest, "video": row.get(video), "conversations": turns}
 
 
 def tagged(question: Any, kind: str) -> Any:
@@ -63,14 +57,12 @@ def _from_qa(row: dict[str, Any]) -> dict[str, Any]:
     rest |= {f"video_{key}": row[key] for key in ("start", "end") if key in row}
     kind = "image" if row.get("video") is None and row.get("image") is not None else "video"
     turns: list[Any] = []
-    pairs = row["QA"] if isinstance(row["QA"], list) else []
-    for i, pair in enumerate(pairs):
-        pair = pair if isinstance(pair, dict) else {}
-        asked, told = pair.get("q"), pair.get("i")
+    for i, pair in enumerate(row["QA"] if isinstance(row["QA"], list) else []):
+        asked, told, answer = (pair.get(key) if isinstance(pair, dict) else None for key in "qia")
         if not asked and told:
             asked = told
         elif i == 0 and told:
             turns.append({"from": "system", "value": told})
         turns.append({"from": "human", "value": asked if i else tagged(asked, kind)})
-        turns.append({"from": "gpt", "value": pair.get("a")})
+        turns.append({"from": "gpt", "value": answer})
     return {**rest, "conversations": turns}

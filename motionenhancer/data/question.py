@@ -1,4 +1,4 @@
-"""A benchmark's question, and the helpers that its readers share."""
+"""A benchmark's questions, read from its file as published."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from motionenhancer.data.clip import Clip
+from motionenhancer.data.conversation import convert
+from motionenhancer.data.motion_sets import tagged
 from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["Question", "video_stem"]
+MOTIONBENCH_TASKS: dict[str, str] = {
+    "Motion Recognition": "MR",
+    "Location-related Motion": "LM",
+    "Camera Motion": "CM",
+    "Motion-related Objects": "MO",
+    "Action Order": "AO",
+    "Repetition Count": "RC",
+}
+"""Published name of a task → its code. The toy world asks questions of these tasks too."""
+FAVOR_TASKS: tuple[str, ...] = ("AS", "HAC", "SAD", "MAD", "CM", "NSM")
 
+_MOTIONBENCH_CODES = {name.lower(): code for name, code in MOTIONBENCH_TASKS.items()} | {
+    code.lower(): code for code in MOTIONBENCH_TASKS.values()
+}
+_FAVOR_CODES = {code.lower(): code for code in FAVOR_TASKS}
 _VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts")
 
 
@@ -51,15 +66,109 @@ def video_stem(name: str | Clip) -> str:
     return name[: -len(suffix)] if suffix.lower() in _VIDEO_SUFFIXES else name
 
 
-def read_rows(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a json or jsonl file with their lines; whatever is not one is counted in ``log``.
+def read_motionbench(path: Path, log: SkipLog) -> Iterator[Question]:
+    """Stream MotionBench's questions from ``video_info.meta.jsonl``, one clip a line.
+
+    Each line is ``{"key", "video_path", "question_type", "qa": [{"uid", "question", "answer"}], ...}``
+    (MotionBench, arXiv 2501.02955, and its repository). Options stand inline in the question; the answer is a
+    letter, and ``"NA"`` on the test split, whose answers are not public: there ``Question.answer`` is None.
+
+    Args:
+        path: the file.
+        log: counts what cannot be read; an unknown question type is a note and becomes a task of its own.
 
     Raises:
         ValueError: there is no such file.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"path must be a json or jsonl file, {path} {what}")
+    for line, row in _objects(path, log):
+        video = next((row[k] for k in ("video_path", "key") if _filled(row.get(k))), None)
+        if video is None or not isinstance(row.get("qa"), list):
+            log.add("missing fields", line=line, detail="needs 'video_path' and a list 'qa'")
+            continue
+        for entry in row["qa"]:
+            entry = entry if isinstance(entry, dict) else {}
+            uid = entry.get("uid")
+            uid = "" if uid is None or isinstance(uid, (bool, list, dict)) else str(uid).strip()
+            if not uid or not _filled(entry.get("question")):
+                log.add("missing fields", id=uid, line=line, detail="a question needs 'uid' and 'question'")
+                continue
+            answer = entry["answer"].strip() if _filled(entry.get("answer")) else "NA"
+            types = entry.get("question_type") or row.get("question_type")
+            types = types if isinstance(types, list) else [types]
+            codes = dict.fromkeys(_task(one, _MOTIONBENCH_CODES, log) for one in types)
+            shown = None if answer.upper() in ("NA", "N/A") else answer
+            yield Question(uid, video, entry["question"], shown, tuple(codes) or ("unknown",), line=line)
+
+
+def read_favor(path: Path, log: SkipLog) -> Iterator[Question]:
+    """Stream FAVOR-Bench's close-ended questions from ``video_perspective.json``.
+
+    Each element is ``{"video_name", "questions": [{"task_type", "question", "options", "correct_answer"}]}``
+    (FAVOR-Bench, arXiv 2503.14935, and its repository). A question's id is the clip's name without extension,
+    ``#`` and the question's index among the clip's.
+
+    Args, Raises: as :func:`read_motionbench`.
+    """
+    for line, row in _objects(path, log):
+        video, questions = row.get("video_name"), row.get("questions")
+        if not _filled(video) or not isinstance(questions, list):
+            log.add("missing fields", line=line, detail="needs 'video_name' and a list 'questions'")
+            continue
+        for index, entry in enumerate(questions):
+            id = f"{video_stem(video)}#{index}"
+            entry = entry if isinstance(entry, dict) else {}
+            missing = [key for key in ("question", "correct_answer") if not _filled(entry.get(key))]
+            options = entry.get("options")
+            if not isinstance(options, list) or not options or not all(isinstance(o, str) for o in options):
+                missing.append("options")
+            if missing:
+                log.add("missing fields", id=id, line=line, detail=f"a question needs {', '.join(missing)}")
+                continue
+            tasks = (_task(entry.get("task_type"), _FAVOR_CODES, log),)
+            answer = entry["correct_answer"]
+            yield Question(id, video.strip(), entry["question"], answer, tasks, tuple(entry["options"]), line)
+
+
+def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
+    """Stream the toy world's ``test.jsonl``: LLaVA rows of one question; the id ends with its kind.
+
+    Args, Raises: as :func:`read_motionbench`.
+    """
+    for line, row in _objects(path, log):
+        turns, id = row.get("conversations"), row.get("id")
+        turns = turns if isinstance(turns, list) else []
+        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+        if (
+            not _filled(id)
+            or not _filled(row.get("video"))
+            or len(texts) != 2
+            or not all(map(_filled, texts))
+        ):
+            detail = "needs id, video, question and answer"
+            log.add("missing fields", id=str(id or ""), line=line, detail=detail)
+            continue
+        asked, told = ({"from": who, **turn} for who, turn in zip(("human", "gpt"), turns, strict=True))
+        asked["value"] = tagged(asked["value"], "video")
+        sample = convert({**row, "conversations": [asked, told]}, line, Path(), log, check_files=False)
+        if sample is None:
+            continue
+        if len(sample.messages) != 2:
+            log.add("unsupported key", id=id, line=line, detail="'system': questions have none")
+            continue
+        kind = id.rsplit("-", 1)[-1]
+        task = kind if kind in MOTIONBENCH_TASKS.values() else "other"
+        question, answer = (
+            " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+            for message in sample.messages
+        )
+        clip = sample.videos[0]
+        yield Question(
+            id, clip if isinstance(clip, Clip) else str(clip), question, answer, (task,), line=line
+        )
+
+
+def _objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a json or jsonl file with their lines; whatever is not one is counted in ``log``."""
     for line, _, value, problem in stream_rows(path):
         if problem:
             log.add("invalid json", line=line, detail=problem)
@@ -69,6 +178,13 @@ def read_rows(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, value
 
 
-def filled(value: Any) -> bool:
-    """Whether ``value`` is a text with something in it."""
+def _filled(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _task(given: Any, codes: dict[str, str], log: SkipLog) -> str:
+    name = given.strip() if isinstance(given, str) else ""
+    if name.lower() in codes:
+        return codes[name.lower()]
+    log.note(f"unknown question type {name!r} is scored as a task of its own")
+    return name or "unknown"

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from motionenhancer.data.conversation import BadSample, convert
+from motionenhancer.data.conversation import convert
 from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
-
-__all__ = ["read_samples"]
-
-
-def _stream(path: Path, root: Path, log: SkipLog, require_video: bool) -> Iterator[Sample]:
-    usable = 0
-    for line, offset, value, problem in stream_rows(path):
-        if problem:
-            log.add("invalid json", line=line, detail=problem)
-            continue
-        try:
-            sample = convert(value, line, root, log, offset=offset, require_video=require_video)
-        except BadSample as bad:
-            log.add(bad.reason, id=bad.id, line=line, detail=bad.detail)
-            continue
-        usable += 1
-        yield sample
-    if not usable:
-        first = "\n".join(f"  {entry}" for entry in log.entries[:5]) or "  the file holds no sample"
-        raise ValueError(
-            f"no usable sample in {path}; {log.summary(examples=0)}; the first reasons:\n{first}"
-        )
 
 
 def read_samples(
@@ -39,6 +20,7 @@ def read_samples(
     on_skip: SkipLog | None = None,
     *,
     require_video: bool = True,
+    limit: int | None = None,
 ) -> Iterator[Sample]:
     """Stream the samples of a data file; count and report those that cannot be used.
 
@@ -54,9 +36,7 @@ def read_samples(
     - VideoChat2-IT: ``{"video", "QA": [{"i", "q", "a"}], "start"?, "end"?}``
 
     Keys that change what is learnt are honoured, or the row is skipped as ``unsupported key``; see
-    ``docs/data.md``.
-
-    Neither a jsonl file nor one that is a json array is ever held in memory.
+    ``docs/data.md``. Neither a jsonl file nor one that is a json array is ever held in memory.
 
     Args:
         path: the data file, utf-8.
@@ -65,6 +45,7 @@ def read_samples(
         on_skip: where skipped lines are counted, by line, id and reason; unknown keys are counted in its
             notes.
         require_video: leave out samples without any video.
+        limit: stop after so many samples.
 
     Raises:
         ValueError: at the call, a data file or video_root that is not there; at the end of the iteration, a
@@ -79,12 +60,50 @@ def read_samples(
     ...     [sample.id for sample in read_samples(data)]
     ['first']
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"path must be a json or jsonl file, {path} {what}")
-    root = path.parent if video_root is None else Path(video_root)
+    rows = stream_rows(Path(path))
+    root = Path(path).parent if video_root is None else Path(video_root)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"video_root must be a folder, {root} {what}")
-    return _stream(path, root, SkipLog() if on_skip is None else on_skip, require_video)
+    log = SkipLog() if on_skip is None else on_skip
+
+    def samples() -> Iterator[Sample]:
+        usable = 0
+        for line, offset, value, problem in rows:
+            if problem:
+                log.add("invalid json", line=line, detail=problem)
+                continue
+            sample = convert(value, line, root, log, offset=offset, require_video=require_video)
+            if sample is not None:
+                usable += 1
+                yield sample
+        if not usable:
+            first = "\n".join(f"  {entry}" for entry in log.entries[:5]) or "  the file holds no sample"
+            reasons = f"{log.summary(examples=0)}; the first reasons:\n{first}"
+            raise ValueError(f"no usable sample in {path}; {reasons}")
+
+    return islice(samples(), limit)
+
+
+def load_samples(
+    path: str | Path, video_root: str | Path | None, limit: int | None, skips: SkipLog
+) -> list[Sample]:
+    """Return the samples of a data file as a list; an id that occurs again gets a number.
+
+    Raises:
+        ValueError: as `read_samples`.
+    """
+    seen: Counter[str] = Counter()
+    samples, taken = [], set()
+    for sample in read_samples(path, video_root, skips, limit=limit):
+        name = sample.id
+        seen[name] += 1
+        if name in taken:
+            # Priors are looked up by id, so two samples must never share one.
+            skips.note("repeated id, numbered")
+            while (numbered := f"{name}#{max(2, seen[name])}") in taken:
+                seen[name] += 1
+            sample = replace(sample, id=numbered)
+        taken.add(sample.id)
+        samples.append(sample)
+    return samples

@@ -1,19 +1,16 @@
-"""Keys of rows, turns and parts that would change what is learnt: honoured, or refused with a reason."""
+"""Keys of rows, turns and parts that would change what is learnt and cannot be honoured, with the reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from motionenhancer.data.clip import CLIP_KEYS
-
-__all__ = ["is_trained", "refusal", "video_keys"]
 
 #: Whether an answer is trained on: ms-swift and XTuner; axolotl; OpenAI; slime.
 TRAINED_KEYS = ("loss", "train", "training", "weight", "loss_mask", "loss_scale")
 
 _TOOLS = "tools are not shown to the model"
 _WEIGHT = "every sample has the same weight; repeat or remove samples instead"
+_WHOLE = "an answer is trained on whole or not at all"
 _SOUND = "sound is not shown to the model"
 _BOXES = "boxes are not written into texts; write them out"
 _FILES = "a turn's files belong beside the messages or into the parts of its content"
@@ -21,8 +18,10 @@ _THOUGHT = "hidden reasoning is not shown; write it into the content"
 _FRAME_SIZE = "give min_pixels and max_pixels instead"
 _SECONDS = "give video_start and video_end, in seconds"
 _UNWANTED = "marks an unwanted answer, which must not be learnt"
-_PIXELS = {"resized_height": _FRAME_SIZE, "resized_width": _FRAME_SIZE, "total_pixels": _FRAME_SIZE}
-_SEGMENT = {"start": _SECONDS, "end": _SECONDS}
+_VIDEO = {
+    **dict.fromkeys(("resized_height", "resized_width", "total_pixels"), _FRAME_SIZE),
+    **dict.fromkeys(("start", "end"), _SECONDS),
+}
 
 #: Where a key stands → key → why it cannot be honoured.
 _REFUSED: dict[str, dict[str, str]] = {
@@ -33,19 +32,30 @@ _REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("label", "kto_tag"), _UNWANTED),
         "objects": _BOXES,
         "history": "earlier turns belong into the conversation",
-        **_PIXELS,
-        **_SEGMENT,
+        **_VIDEO,
     },
     "turn": {
         **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), _TOOLS),
         **dict.fromkeys(("image", "images", "video", "videos"), _FILES),
         **dict.fromkeys(("audio", "audios"), _SOUND),
         **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _THOUGHT),
-        **dict.fromkeys(("train_detail", "training_detail"), "an answer is trained on whole or not at all"),
+        **dict.fromkeys(("train_detail", "training_detail"), _WHOLE),
     },
-    "video": {**_PIXELS, **_SEGMENT},
-    "image": dict.fromkeys((*_PIXELS, "min_pixels", "max_pixels"), "only the processor resizes images"),
-    "text": dict.fromkeys(TRAINED_KEYS, "an answer is trained on whole or not at all"),
+    "video": _VIDEO,
+    "image": dict.fromkeys(
+        ("resized_height", "resized_width", "total_pixels", "min_pixels", "max_pixels"),
+        "only the processor resizes images",
+    ),
+    "text": dict.fromkeys(TRAINED_KEYS, _WHOLE),
+}
+#: Values of a refused key that change nothing.
+_HARMLESS: dict[str, Callable[[Any], bool]] = {
+    _WEIGHT: lambda value: value == 1,
+    _WHOLE: lambda value: value == 1,
+    _UNWANTED: lambda value: value is not False,  # any other label describes the clip, or wants the answer
+    _SOUND: lambda value: isinstance(value, bool),  # says whether there is sound, and is no sound
+    # Boxes as ms-swift gives them; a list of objects describes the clip.
+    _BOXES: lambda value: not (isinstance(value, dict) and value.keys() & {"ref", "bbox"}),
 }
 
 
@@ -62,47 +72,9 @@ def refusal(found: Mapping[str, Any], where: str) -> str:
         >>> refusal({"weight": 1, "tools": []}, "row")
         ''
     """
-    for key, why in _REFUSED.get(where, {}).items():
-        if not _changes_nothing(key, why, found.get(key)):
+    for key, why in _REFUSED[where].items():
+        value = found.get(key)
+        given = value is not None and value not in ("", [], {})
+        if given and not (why in _HARMLESS and _HARMLESS[why](value)):
             return f"{key!r}: {why}"
     return ""
-
-
-def _changes_nothing(key: str, why: str, value: Any) -> bool:
-    if value is None or (isinstance(value, (str, list, dict)) and not value):
-        return True
-    if key in TRAINED_KEYS or why == _WEIGHT:
-        return value == 1
-    if why == _UNWANTED:
-        return value is not False  # any other label describes the clip, or wants the answer
-    if why == _SOUND:
-        return isinstance(value, bool)  # says whether there is sound, and is no sound
-    # Boxes as ms-swift gives them; a list of objects describes the clip.
-    return why == _BOXES and not (isinstance(value, dict) and value.keys() & {"ref", "bbox"})
-
-
-def is_trained(turn: Mapping[str, Any]) -> bool | None:
-    """Whether a turn says that it is trained on; None where it says nothing.
-
-    Raises:
-        ValueError: it is to be trained on with another weight than 0 or 1, or two keys contradict each other.
-
-    Example:
-        >>> is_trained({"loss": False}), is_trained({"weight": 1}), is_trained({})
-        (False, True, None)
-    """
-    said = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
-    for key, value in said.items():
-        if not isinstance(value, (int, float)) or value not in (0, 1):
-            raise ValueError(f"{key!r} must be true or false, 1 or 0, got {value!r}")
-    if len({bool(value) for value in said.values()}) > 1:
-        raise ValueError(f"{' and '.join(map(repr, said))} contradict each other")
-    return bool(next(iter(said.values()))) if said else None
-
-
-def video_keys(found: Mapping[str, Any], *, row: bool = False) -> dict[str, Any]:
-    """Of a video part, or of a row, the keys that say how a video is shown.
-
-    A row's `fps` is not among them: data sets write the file's own frame rate there.
-    """
-    return {k: found[k] for k in CLIP_KEYS if found.get(k) is not None and not (row and k == "fps")}

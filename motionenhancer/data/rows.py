@@ -1,4 +1,4 @@
-"""The rows of json and jsonl files as a stream, each with the place it can be read from again."""
+"""The rows of json and jsonl files as a stream, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["Row", "stream_rows"]
-
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
+_TOO_DEEP = "nested too deeply"
 _PIECE = 1 << 20
 """Bytes of an array that are read at a time."""
 
@@ -34,11 +33,21 @@ def stream_rows(path: Path) -> Iterator[Row]:
 
     A line that cannot be decoded is a row with a problem. In an array everything after a broken element is
     lost, and said to be.
+
+    Raises:
+        ValueError: at the call, there is no such file.
     """
-    with path.open("rb") as file:
-        array = _is_array(file)
-        file.seek(0)
-        yield from _array(file) if array else _lines(file)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"path must be a json or jsonl file, {path} {what}")
+
+    def rows() -> Iterator[Row]:
+        with path.open("rb") as file:
+            array = _is_array(file)
+            file.seek(0)
+            yield from _array(file) if array else _lines(file)
+
+    return rows()
 
 
 def _decode(line: bytes) -> tuple[Any, str]:
@@ -49,7 +58,7 @@ def _decode(line: bytes) -> tuple[Any, str]:
     except json.JSONDecodeError as error:
         return None, f"{error.msg} at column {error.colno}"
     except RecursionError:
-        return None, "nested too deeply"
+        return None, _TOO_DEEP
     except ValueError as error:
         return None, str(error)
 
@@ -66,34 +75,28 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
 def _is_array(file: BinaryIO) -> bool:
     """Tell one top-level array from lines, the first of which may be an array by mistake."""
     first = b""
-    while not first.endswith(b"\n") or not first.removeprefix(_BOM).strip():
-        line = file.readline(_PIECE)
-        if not line:
+    for line in iter(lambda: file.readline(_PIECE), b""):
+        first = line.removeprefix(_BOM).strip()
+        if first or not line.endswith(b"\n"):
             break
-        first = line
-        if len(line) == _PIECE and not line.endswith(b"\n"):
-            break
-    first = first.removeprefix(_BOM).strip()
     if not first.startswith(b"["):
         return False
-    return not _more(file) or bool(_decode(first)[1])
-
-
-def _more(file: BinaryIO) -> bool:
-    return any(piece.strip() for piece in iter(lambda: file.read(_PIECE), b""))
+    more = any(piece.strip() for piece in iter(lambda: file.read(_PIECE), b""))
+    return not more or _decode(first)[1] not in ("", _TOO_DEEP)
 
 
 class _Text:
-    """A window on a file's text that grows while a value in it is incomplete and forgets what was read."""
+    """A window on a file's text that grows while a value in it is incomplete and forgets what was read.
 
-    def __init__(self, file: BinaryIO, offset: int = 0, piece: int = _PIECE) -> None:
+    A byte that is no utf-8 stands in it as half a surrogate pair, which utf-8 itself cannot hold.
+    """
+
+    def __init__(self, file: BinaryIO, piece: int = _PIECE) -> None:
         self.file, self.piece = file, piece
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.at = "", 0
-        self.offset, self.line = offset, 1
+        self.offset, self.line = file.tell(), 1
         self.done = False
-        self.broken = ""
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.fed = offset
 
     def grow(self) -> bool:
         """Take in more of the file, as much again as there is; False at its end."""
@@ -102,21 +105,13 @@ class _Text:
         size = max(self.piece, len(self.text) - self.at)
         piece = self.file.read(size)
         self.done = len(piece) < size
-        pending = len(self.decoder.getstate()[0])
-        try:
-            more = self.decoder.decode(piece, final=self.done)
-        except UnicodeDecodeError as error:
-            # What stands before the bad byte is still good.
-            self.done, self.broken = True, f"not utf-8 at byte {self.fed - pending + error.start}"
-            more = error.object[: error.start].decode("utf-8")
-        self.fed += len(piece)
-        self.text, self.at = self.text[self.at :] + more, 0
+        self.text, self.at = self.text[self.at :] + self.decoder.decode(piece, final=self.done), 0
         return True
 
     def move(self, to: int) -> None:
         """Pass over the text up to a position."""
         passed = self.text[self.at : to]
-        self.offset += len(passed) if passed.isascii() else len(passed.encode("utf-8"))
+        self.offset += _size(passed)
         self.line += passed.count("\n")
         self.at = to
 
@@ -132,8 +127,8 @@ class _Text:
             if not self.grow():
                 return ""
 
-    def value(self) -> tuple[Any, int]:
-        """The json value that starts here, and where it ends.
+    def value(self) -> Any:
+        """Pass over the json value that starts here, and return it.
 
         Raises:
             json.JSONDecodeError, RecursionError, ValueError: there is none.
@@ -148,40 +143,47 @@ class _Text:
                 continue
             # A number at the window's edge may go on behind it.
             if end < len(self.text) or not self.grow():
-                return value, end
+                break
+        try:
+            self.text[self.at : end].encode("utf-8")
+        except UnicodeEncodeError as error:
+            place = self.offset + _size(self.text[self.at : self.at + error.start])
+            raise ValueError(f"not utf-8 at byte {place}") from None
+        self.move(end)
+        return value
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
 def _array(file: BinaryIO) -> Iterator[Row]:
     """Yield the elements of a top-level array up to a broken one."""
     if file.read(len(_BOM)) != _BOM:
         file.seek(0)
-    text = _Text(file, file.tell())
+    text = _Text(file)
     text.next()
     text.move(text.at + 1)
-    while text.next() not in ("]", ""):
+    problem = ""
+    while not problem and text.next() not in ("]", ""):
+        line, offset = text.line, text.offset
         try:
-            value, end = text.value()
+            value = text.value()
         except json.JSONDecodeError as error:
-            if text.broken:
-                break
-            line = text.line + error.doc.count("\n", text.at, error.pos)
-            byte = text.offset + len(error.doc[text.at : error.pos].encode("utf-8"))
-            yield Row(line, text.offset, None, f"{error.msg} at byte {byte}; the rest of the array is lost")
-            return
-        except (RecursionError, ValueError) as error:
-            why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield Row(text.line, text.offset, None, f"{why}; the rest of the array is lost")
-            return
-        yield Row(text.line, text.offset, value)
-        text.move(end)
-        if text.next() == ",":
-            text.move(text.at + 1)
-        elif text.next() not in ("]", ""):
-            problem = "no comma between elements; the rest of the array is lost"
-            yield Row(text.line, text.offset, None, problem)
-            return
-    if text.broken:
-        yield Row(text.line, text.offset, None, f"{text.broken}; the rest of the array is lost")
+            line += error.doc.count("\n", text.at, error.pos)
+            problem = f"{error.msg} at byte {offset + _size(error.doc[text.at : error.pos])}"
+        except RecursionError:
+            problem = _TOO_DEEP
+        except ValueError as error:
+            problem = str(error)
+        else:
+            yield Row(line, offset, value)
+            if text.next() == ",":
+                text.move(text.at + 1)
+            elif text.next() not in ("]", ""):
+                line, offset, problem = text.line, text.offset, "no comma between elements"
+    if problem:
+        yield Row(line, offset, None, f"{problem}; the rest of the array is lost")
     elif not text.next():
         yield Row(text.line, text.offset, None, "the array is not closed")
     else:

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from motionenhancer.data.clip import Clip
 
-__all__ = ["Sample", "prompt_text"]
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Skip", "SkipLog"]
-
 logger = logging.getLogger("motionenhancer")
 
 
@@ -21,15 +19,13 @@ class Skip(NamedTuple):
     reason: str
     detail: str = ""
 
-    @property
-    def place(self) -> str:
-        """Say where it was: ``"line 3, id a"``; empty when neither is known."""
-        where = f"line {self.line}" if self.line else ""
-        name = f"id {self.id}" if self.id else ""
-        return ", ".join(part for part in (where, name) if part)
-
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.place, self.reason, self.detail) if part)
+        return self.said(self.reason)
+
+    def said(self, reason: str = "") -> str:
+        """Where it was and why: ``"line 3, id a: reason: detail"``, without what is not known."""
+        place = [f"line {self.line}"] * bool(self.line) + [f"id {self.id}"] * bool(self.id)
+        return ": ".join(part for part in (", ".join(place), reason, self.detail) if part)
 
 
 @dataclass
@@ -64,10 +60,9 @@ class SkipLog:
         self.counts[reason] += 1
         if len(self.entries) < self.keep:
             self.entries.append(skip)
-        seen = self.counts[reason]
-        if seen <= self.shout:
-            more = " (more of these are counted, not printed)" if seen == self.shout else ""
-            logger.warning("skipped %s%s", skip, more)
+        if self.counts[reason] <= self.shout:
+            last = self.counts[reason] == self.shout
+            logger.warning("skipped %s%s", skip, " (more of these are counted, not printed)" if last else "")
 
     def note(self, what: str) -> None:
         """Count something odd that was not skipped; its first occurrence is a warning.
@@ -93,11 +88,8 @@ class SkipLog:
             return "nothing skipped"
         parts = []
         for reason, count in self.counts.most_common():
-            first = [e for e in self.entries if e.reason == reason][:examples]
-            shown = []
-            for entry in first:
-                shown.append(": ".join(part for part in (entry.place, entry.detail) if part))
-            listed = "; ".join(text for text in shown if text)
+            first = [entry.said() for entry in self.entries if entry.reason == reason][:examples]
+            listed = "; ".join(filter(None, first))
             parts.append(f"{count} {reason}" + (f" ({listed})" if listed else ""))
         said = f"{self.total} skipped: " + ", ".join(parts)
         # Names of files may hold bytes that are no text, which cannot be printed.

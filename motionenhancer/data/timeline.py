@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say
+from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say, unreadable
 from motionenhancer.data.truncation import missing_share
-
-__all__ = ["Timeline", "foretell", "judge", "measure"]
 
 MISSING_SHARE = 0.05
 """A clip is refused when more than this share of it is missing or fails to decode."""
@@ -43,31 +42,21 @@ class Timeline:
     whole: bool
 
 
-@dataclass
-class _Packets:
-    stamps: list[int | None]
-    last_length: int = 0
-    problem: str = ""
-    cut: bool = False
+def timelines(path: Path) -> Iterator[Timeline]:
+    """The timeline that a clip's packets promise, if they do, and then the one of what decodes.
+
+    Raises:
+        VideoError: as :func:`foretell` and :func:`measure`.
+    """
+    foretold, whole = foretell(path)
+    if foretold is not None:
+        yield foretold
+    yield measure(path, whole, Progress())
 
 
-def _read_packets(container: Any, stream: Any) -> _Packets:
-    found = _Packets([])
-    cut: dict[int, bool] = {}
-    try:
-        for packet in container.demux():
-            if packet.dts is None and packet.pts is None and packet.size == 0:
-                continue
-            cut[packet.stream_index] = packet.is_corrupt
-            if packet.stream_index == stream.index and not packet.is_discard:
-                found.stamps.append(packet.pts)
-                found.last_length = packet.duration or found.last_length
-    except (av.error.FFmpegError, OSError) as error:
-        found.problem = f" ({say(error)})"
-        if is_passing(error):
-            raise
-    found.cut = any(cut.values())
-    return found
+def _clock(stream: Any) -> tuple[float, float]:
+    """Seconds a unit of a stream's time stamps, and its frames a second; 0 for what it does not say."""
+    return float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def foretell(path: Path) -> tuple[Timeline | None, bool]:
@@ -81,27 +70,40 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
     Raises:
         VideoError: a file that cannot be opened, holds no packets, is damaged between them, or is cut off.
     """
+    stamps: list[int | None] = []
+    cut: dict[int, bool] = {}
+    last_length, problem = 0, ""
     with opened(path) as (container, stream):
         try:
-            packets = _read_packets(container, stream)
+            for packet in container.demux():
+                if packet.dts is None and packet.pts is None and packet.size == 0:
+                    continue
+                cut[packet.stream_index] = packet.is_corrupt
+                if packet.stream_index == stream.index and not packet.is_discard:
+                    stamps.append(packet.pts)
+                    last_length = packet.duration or last_length
+        except (av.error.FFmpegError, OSError) as error:
+            if is_passing(error):
+                raise unreadable(path, error) from None
+            problem = f" ({say(error)})"
+        try:
             missing = missing_share(path, stream)
         except OSError as error:
-            raise VideoError(path, f"cannot be read ({say(error)})", is_passing(error)) from None
-        base, rate = float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
-    count = len(packets.stamps)
-    if missing is None and packets.cut:
+            raise unreadable(path, error) from None
+        clock = _clock(stream)
+    count, whole = len(stamps), missing is not None
+    if missing is None and any(cut.values()):
         missing = 1.0
     if missing is not None and missing > MISSING_SHARE:
         raise VideoError(path, _cut_reason(missing, count))
     if not count:
-        raise VideoError(path, f"has no frames{packets.problem}")
-    if packets.problem:
-        raise VideoError(path, f"damaged after {count} frames{packets.problem}")
-    whole = missing is not None
-    known = sorted(stamp for stamp in packets.stamps if stamp is not None)
-    if len(known) < count or len(set(known)) < count or not base:
+        raise VideoError(path, f"has no frames{problem}")
+    if problem:
+        raise VideoError(path, f"damaged after {count} frames{problem}")
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if len(set(known)) < count or not clock[0]:
         return None, whole
-    return _timeline(list(known), known, packets.last_length, base, rate, whole), whole
+    return _timeline(list(known), known, last_length, clock, whole), whole
 
 
 def _cut_reason(missing: float, count: int) -> str:
@@ -113,34 +115,33 @@ def _cut_reason(missing: float, count: int) -> str:
     )
 
 
-def measure(path: Path, whole: bool, progress: Progress | None = None) -> Timeline:
+def measure(path: Path, whole: bool, progress: Progress) -> Timeline:
     """Decode a clip, keep no frame, and return the timeline of what comes out.
 
     Args:
-        path: the file.
         whole: as :func:`foretell` returned it.
         progress: counts the frames and errors.
 
     Raises:
         VideoError: as :func:`judge`.
     """
-    progress = progress or Progress()
     pts: list[int | None] = []
     dts: list[int | None] = []
     length = 0
     with opened(path) as (_, stream):
-        base, rate = float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
+        clock = _clock(stream)
     for frame in decode(path, progress):
         pts.append(frame.pts)
         dts.append(frame.dts)
         length = frame.duration or length
     judge(path, progress, whole)
-    return _timeline(pts, _increasing(pts, dts, base, rate), length, base, rate, whole)
+    return _timeline(pts, _increasing(pts, dts, *clock), length, clock, whole)
 
 
 def _timeline(
-    stamps: list[int | None], shown: Any, last_length: int, base: float, rate: float, whole: bool
+    stamps: list[int | None], shown: Any, last_length: int, clock: tuple[float, float], whole: bool
 ) -> Timeline:
+    base, rate = clock
     times = np.asarray(shown, np.float64) * (base or 1.0)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else (1.0 / rate if rate else 0.0)
     # A last packet may carry a nonsense duration; nothing is shown for longer than it took so far.
@@ -150,13 +151,7 @@ def _timeline(
 
 
 def _increasing(pts: list[int | None], dts: list[int | None], base: float, rate: float) -> np.ndarray:
-    """Return a strictly increasing stamp for each frame, in units of the time base.
-
-    Args:
-        pts, dts: the stamps that the frames came out with, in the order in which they are shown.
-        base: seconds a unit; 0 if the stream has no time base, then the result is in seconds.
-        rate: frames a second, for frames without any stamp; 0 if unknown.
-    """
+    """A strictly increasing stamp for each frame, in units of the time base, or in seconds without one."""
     step = 1.0 / (rate or 25.0) / (base or 1.0)
     if not base:
         return np.arange(len(pts)) * step
@@ -177,18 +172,22 @@ def _filled(stamps: list[int | None], step: float) -> np.ndarray:
     if not len(index):
         return places * step
     values = np.array([stamps[i] for i in index], np.float64)
-    steps = np.diff(values)
-    step = float(np.median(steps[steps > 0])) if (steps > 0).any() else step
+    step = _usual(values, step)
     filled = np.interp(places, index, values)
     filled -= np.maximum(0, index[0] - places) * step
     filled += np.maximum(0, places - index[-1]) * step
     return filled
 
 
+def _usual(stamps: np.ndarray, step: float) -> float:
+    """The median of the rising steps between stamps; ``step`` if none rises."""
+    steps = np.diff(stamps)
+    return float(np.median(steps[steps > 0])) if (steps > 0).any() else step
+
+
 def _joined(stamps: np.ndarray, step: float) -> np.ndarray:
     """Let each clip of a joined file go on where the one before ended."""
-    steps = np.diff(stamps)
-    step = float(np.median(steps[steps > 0])) if (steps > 0).any() else step
+    step = _usual(stamps, step)
     result, offset, latest = stamps.copy(), 0.0, stamps[0]
     for i in range(1, len(stamps)):
         if stamps[i] + offset < latest - _REORDERED * step:
@@ -210,7 +209,6 @@ def judge(path: Path, progress: Progress, whole: bool) -> None:
     """Refuse a clip of which too much failed to decode.
 
     Args:
-        path: the file.
         progress: of a decoder that reached the end.
         whole: whether the file's own bytes prove that it is not cut off. Where nothing does, damaged last
             frames tell of a cut.
@@ -218,13 +216,11 @@ def judge(path: Path, progress: Progress, whole: bool) -> None:
     Raises:
         VideoError: no frame came out, more than ``MISSING_SHARE`` failed, or the last frames are damaged.
     """
-    decoded, errors = progress.decoded, progress.errors
+    decoded, errors, first = progress.decoded, progress.errors, progress.first_error
     if decoded == 0:
-        why = f" ({progress.first_error})" if progress.first_error else ""
-        raise VideoError(path, f"none of its frames can be decoded{why}")
-    if errors > MISSING_SHARE * (decoded + errors):
-        said = f"{errors} of {decoded + errors} packets fail to decode, first at {progress.first_error}"
-        raise VideoError(path, f"damaged: {said}")
-    damaged_end = max([progress.last_error, *progress.corrupt]) >= max(0, decoded - _HELD)
-    if damaged_end and not whole:
+        raise VideoError(path, f"none of its frames can be decoded{f' ({first})' if first else ''}")
+    packets = decoded + errors
+    if errors > MISSING_SHARE * packets:
+        raise VideoError(path, f"damaged: {errors} of {packets} packets fail to decode, first at {first}")
+    if not whole and max([progress.last_error, *progress.corrupt]) >= max(0, decoded - _HELD):
         raise VideoError(path, _cut_reason(1, decoded))

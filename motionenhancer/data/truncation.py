@@ -7,8 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["missing_share"]
-
 _HEAD = 64 * 1024
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
@@ -29,28 +27,19 @@ def missing_share(path: Path, stream: Any) -> float | None:
     name = stream.container.format.name
     size = os.path.getsize(path)
     if name.startswith("mov"):
-        return _of_samples(stream, size)
+        entries = stream.index_entries
+        beyond = sum(entry.pos + entry.size > size for entry in entries)
+        if not stream.frames:  # A fragmented file states no number: nobody knows which fragments followed.
+            return 1.0 if beyond else None
+        return beyond / max(1, len(entries))
     with open(path, "rb") as file:
         declared = _DECLARED[name](file.read(_HEAD)) if name in _DECLARED else None
         if declared is not None:
             return max(0.0, 1 - size / declared)
-        if name == "flv":
-            return None if _ends_with_tag(file, size) else 1.0
-        if name == "mpegts":
-            return 1.0 if _ends_in_a_packet(file, size) else None
-        if name == "ogg":
-            return None if _ends_with_last_page(file, size) else 1.0
+        if name in _ENDS:
+            whole = _ENDS[name](file, size)
+            return None if whole else 1.0
     return None
-
-
-def _of_samples(stream: Any, size: int) -> float | None:
-    entries = stream.index_entries
-    beyond = sum(entry.pos + entry.size > size for entry in entries)
-    # A fragmented file states no number of frames: nobody knows which fragments followed.
-    fragmented = not stream.frames
-    if fragmented:
-        return 1.0 if beyond else None
-    return beyond / max(1, len(entries))
 
 
 def _riff_size(head: bytes) -> int | None:
@@ -98,15 +87,15 @@ def _ends_with_tag(file: BinaryIO, size: int) -> bool:
     return tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:4], "big") + 11 == length
 
 
-def _ends_in_a_packet(file: BinaryIO, size: int) -> bool:
-    """Whether a transport stream ends in the middle of a packet."""
+def _ends_with_packet(file: BinaryIO, size: int) -> bool:
+    """Whether a transport stream ends behind a packet; also where the packets' length is not known."""
     file.seek(0)
     head = file.read(_HEAD)
     for length, first in ((188, 0), (192, 4), (204, 0)):
         starts = head[first : first + 8 * length : length]
         if starts and set(starts) == {0x47}:
-            return size % length != 0
-    return False
+            return size % length == 0
+    return True
 
 
 def _ends_with_last_page(file: BinaryIO, size: int) -> bool:
@@ -115,3 +104,7 @@ def _ends_with_last_page(file: BinaryIO, size: int) -> bool:
     tail = file.read()
     at = tail.rfind(b"OggS")
     return at < 0 or (len(tail) > at + 5 and bool(tail[at + 5] & 4))
+
+
+_ENDS = {"flv": _ends_with_tag, "mpegts": _ends_with_packet, "ogg": _ends_with_last_page}
+"""By libav's name of a format: whether a file of so many bytes ends as such files do."""

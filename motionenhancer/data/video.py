@@ -6,15 +6,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, say
-from motionenhancer.data.timeline import Timeline, foretell, judge, measure
-
-__all__ = ["Video", "VideoError", "VideoInfo", "check_video", "content_digest", "read_frames"]
+from motionenhancer.data.decode import Progress, VideoError, av, decode, unreadable
+from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
 
 TIE = 1e-6
 """Seconds; two frames whose distances to a wanted time differ by less are equally near."""
@@ -58,8 +56,7 @@ class VideoInfo:
     errors: int = 0
 
 
-@dataclass(frozen=True)
-class _Orientation:
+class _Turn(NamedTuple):
     """How a decoded picture becomes the shown one: transposed first, then flipped."""
 
     transposed: bool = False
@@ -70,25 +67,22 @@ class _Orientation:
         return (width, height) if self.transposed else (height, width)
 
 
-def _orientation(path: Path, frame: Any) -> _Orientation:
+def _turn(path: Path, frame: Any) -> _Turn:
     """Read a frame's display matrix: where x and y of a decoded pixel go."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return _Orientation()
+        return _Turn()
     # Rows (a, b, u), (c, d, v), (x, y, w), in fixed point: a pixel is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
     transposed = abs(b) + abs(c) > abs(a) + abs(d)
     kept, other = ((c, b), (a, d)) if transposed else ((a, d), (b, c))
     if max(map(abs, other)) > SKEW * min(map(abs, kept)):
         raise VideoError(path, "is shown turned by an angle other than a multiple of 90 degrees")
-    return _Orientation(transposed, upside_down=kept[1] < 0, mirrored=kept[0] < 0)
+    return _Turn(transposed, upside_down=kept[1] < 0, mirrored=kept[0] < 0)
 
 
-def _target_size(
-    height: int, width: int, size: tuple[int, int] | None, max_pixels: int | None
-) -> tuple[int, int]:
-    if size is not None:
-        return size
+def _below(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
+    """A size of at most so many pixels, the shape kept as far as whole numbers allow."""
     if max_pixels is None or height * width <= max_pixels:
         return height, width
     scale = math.sqrt(max_pixels / (height * width))
@@ -96,14 +90,11 @@ def _target_size(
     return h, max(1, min(math.floor(width * scale), max_pixels // h))
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(NamedTuple):
     """Which frames of a clip are kept.
 
-    Attributes:
-        indices: ascending; one occurs twice where a clip is too short.
-        start, stop: the first frame of the segment, and the first behind it: no later frame matters.
-        duration: seconds of the segment.
+    indices: ascending; one occurs twice where a clip is too short. start, stop: the first frame of the
+    segment, and the first behind it. duration: seconds of the segment.
     """
 
     indices: np.ndarray
@@ -127,75 +118,37 @@ def _choose(
     if not len(times):
         return _Choice(np.empty(0, np.int64), lower, upper, 0.0)
     duration = float((since[upper] if upper < len(since) else timeline.duration) - times[0])
-    wanted = _choose_times(times, duration, num_frames, fps, max_frames)
-    right = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
-    left = right - 1
-    right = np.minimum(right, len(times) - 1)
+    wanted = _wanted_times(times, duration, num_frames, fps, max_frames)
+    right = np.searchsorted(times, wanted).clip(min(1, len(times) - 1), len(times) - 1)
+    left = np.maximum(right - 1, 0)
     earlier = wanted - times[left] <= times[right] - wanted + TIE
     return _Choice(lower + np.where(earlier, left, right), lower, upper, duration)
 
 
-def _choose_times(
+def _wanted_times(
     times: np.ndarray, duration: float, num_frames: int | None, fps: float | None, max_frames: int | None
 ) -> np.ndarray:
-    first, last = times[0], times[-1]
-    count = len(times)
-    most = max_frames if max_frames is not None else max(count, num_frames or 0)
+    first, last, held = times[0], times[-1], len(times)
     if num_frames is not None:
-        wanted = min(num_frames, most)
-    elif fps is not None:
-        wanted = max(1, math.floor(duration * fps + 1e-6))
-        if wanted <= min(most, count):
-            return np.minimum(first + np.arange(wanted) / fps, last)
-        wanted = min(most, count)
-    elif most >= count:
-        return times
+        count = min(num_frames, max_frames or num_frames)
     else:
-        wanted = most
-    if wanted == 1:
-        return np.array([(first + last) / 2])
-    return np.linspace(first, last, wanted)
+        count = most = min(held, max_frames or held)
+        by_rate = max(1, math.floor(duration * fps + 1e-6)) if fps is not None else held
+        if by_rate <= most:
+            return times if fps is None else np.minimum(first + np.arange(by_rate) / fps, last)
+    return np.array([(first + last) / 2]) if count == 1 else np.linspace(first, last, count)
 
 
-def _check_number(name: str, value: Any, *, whole: bool = True) -> None:
-    if value is None:
-        return
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive, got {value!r}")
-
-
-def _check_arguments(
-    num_frames: Any,
-    fps: Any,
-    max_frames: Any,
-    max_pixels: Any,
-    size: Any,
-    min_frames: Any,
-    start: Any,
-    end: Any,
-) -> None:
-    _check_number("num_frames", num_frames)
-    _check_number("fps", fps, whole=False)
-    _check_number("max_frames", max_frames)
-    _check_number("max_pixels", max_pixels)
-    _check_number("min_frames", min_frames)
-    if start:
-        _check_number("start", start, whole=False)
-    _check_number("end", end, whole=False)
-    if end is not None and end <= (start or 0):
-        raise ValueError(f"end must lie behind start, got start {start!r} and end {end!r}")
-    if num_frames is not None and fps is not None:
-        raise ValueError(f"num_frames and fps exclude each other, got {num_frames} and {fps}")
-    if size is not None:
-        if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise TypeError(f"size must be (height, width), got {size!r}")
-        _check_number("size[0]", size[0])
-        _check_number("size[1]", size[1])
-        if max_pixels is not None:
-            raise ValueError(f"size and max_pixels exclude each other, got {size} and {max_pixels}")
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        whole = name not in ("fps", "start", "end")
+        if value is None or (name == "start" and value == 0):
+            continue
+        kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def read_frames(
@@ -245,28 +198,32 @@ def read_frames(
     >>> video.frames.shape, video.timestamps.tolist(), video.duration
     ((3, 16, 32, 3), [0.0, 0.375, 0.875], 1.0)
     """
-    _check_arguments(num_frames, fps, max_frames, max_pixels, size, min_frames, start, end)
+    if size is not None and not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise TypeError(f"size must be (height, width), got {size!r}")
+    sides = {f"size[{i}]": side for i, side in enumerate(size or ())}
+    _check_numbers(num_frames=num_frames, max_frames=max_frames, min_frames=min_frames, fps=fps)
+    _check_numbers(start=start, end=end, max_pixels=max_pixels, **sides)
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"end must lie behind start, got start {start!r} and end {end!r}")
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"num_frames and fps exclude each other, got {num_frames} and {fps}")
+    if size is not None and max_pixels is not None:
+        raise ValueError(f"size and max_pixels exclude each other, got {size} and {max_pixels}")
     if isinstance(path, Clip) and start is None and end is None:
         start, end = path.start, path.end
     path = Path(path)
-    predicted, whole = foretell(path)
-    wanted = (num_frames, fps, max_frames, start, end)
-    video = None
-    if predicted is not None:
-        video = _pick(path, predicted, _choose(predicted, *wanted), size, max_pixels)
-    if video is None:
-        # The decoder shows other frames than the packets promise.
-        timeline = measure(path, whole)
-        choice = _choose(timeline, *wanted)
-        if not len(choice.indices):
-            until = f" until {end:g} s" if end is not None else ""
-            said = f"has no frames from {start or 0:g} s on{until}; it lasts {timeline.duration:.3g} s"
-            raise VideoError(path, said)
+    for timeline in timelines(path):
+        choice = _choose(timeline, num_frames, fps, max_frames, start, end)
         video = _pick(path, timeline, choice, size, max_pixels)
-    if video is None:
-        raise VideoError(path, "gives other frames each time it is decoded")
-    if video.source_frames < min_frames:
-        held = video.source_frames
+        if video is not None:
+            break
+    else:
+        if len(choice.indices):
+            raise VideoError(path, "gives other frames each time it is decoded")
+        until = f" until {end:g} s" if end is not None else ""
+        lasts = f"it lasts {timeline.duration:.3g} s"
+        raise VideoError(path, f"has no frames from {start or 0:g} s on{until}; {lasts}")
+    if (held := video.source_frames) < min_frames:
         raise VideoError(path, f"has {held} frame{'s' if held > 1 else ''}, needs at least {min_frames}")
     return video
 
@@ -278,7 +235,7 @@ def _pick(
     size: tuple[int, int] | None,
     max_pixels: int | None,
 ) -> Video | None:
-    """Decode a clip and convert the chosen frames; None if they are not those of the timeline."""
+    """Decode a clip and convert the chosen frames; None if there are none, or others than the timeline's."""
     chosen, stop = choice.indices, choice.stop
     if not len(chosen):
         return None
@@ -286,7 +243,6 @@ def _pick(
     # One converter a clip, with one thread: setting one up takes longer than converting a small frame.
     converter = av.video.reformatter.VideoReformatter()
     pictures: dict[int, np.ndarray] = {}
-    shape: tuple[int, int] | None = None
     needed = set(chosen.tolist())
     frames = decode(path, progress)
     try:
@@ -295,16 +251,14 @@ def _pick(
                 return None
             if index == stop:
                 break
-            if index not in needed:
-                continue
-            turn = _orientation(path, frame)
-            shape = shape or _target_size(*turn.shown(frame.height, frame.width), size, max_pixels)
-            pictures[index] = _to_array(converter, frame, turn, shape)
+            if index in needed:
+                turn = _turn(path, frame)
+                size = size or _below(*turn.shown(frame.height, frame.width), max_pixels)
+                pictures[index] = _to_array(converter, frame, turn, size)
+    except VideoError:
+        raise
     except (av.error.FFmpegError, MemoryError, ValueError) as error:
-        if isinstance(error, VideoError):
-            raise
-        reason = f"a decoded frame cannot be converted ({say(error)})"
-        raise VideoError(path, reason, is_passing(error)) from None
+        raise unreadable(path, error, "a decoded frame cannot be converted") from None
     finally:
         frames.close()  # type: ignore[attr-defined]
     if progress.decoded != min(stop + 1, len(timeline.stamps)):
@@ -321,7 +275,7 @@ def _pick(
     )
 
 
-def _to_array(converter: Any, frame: Any, turn: _Orientation, shape: tuple[int, int]) -> np.ndarray:
+def _to_array(converter: Any, frame: Any, turn: _Turn, shape: tuple[int, int]) -> np.ndarray:
     height, width = turn.shown(*shape)
     converted = converter.reformat(
         frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
@@ -338,14 +292,10 @@ def check_video(path: str | Path) -> VideoInfo:
     Raises:
         VideoError: as :func:`read_frames`.
     """
-    path = Path(path)
-    _, whole = foretell(path)
-    progress = Progress()
-    shape = (0, 0)
-    timeline = measure(path, whole, progress)
-    for frame in decode(path, Progress()):
-        shape = _orientation(path, frame).shown(frame.height, frame.width)
-        break
+    path, progress = Path(path), Progress()
+    timeline = measure(path, foretell(path)[1], progress)
+    frame = next(decode(path, Progress()))
+    shape = _turn(path, frame).shown(frame.height, frame.width)
     return VideoInfo(progress.decoded, *shape, timeline.fps, timeline.duration, progress.errors)
 
 
@@ -359,4 +309,4 @@ def content_digest(path: str | Path | Clip) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise VideoError(Path(path), f"cannot be read ({say(error)})", is_passing(error)) from None
+        raise unreadable(Path(path), error) from None

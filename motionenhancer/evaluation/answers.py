@@ -11,14 +11,10 @@ from typing import Any
 from motionenhancer.data.question import video_stem
 from motionenhancer.data.skips import SkipLog
 
-__all__ = ["append_answers", "mend_answers", "read_answers", "read_predictions"]
 
-_PATTERN = "answers*.jsonl"
-
-
-def answers_file(folder: Path, process: int) -> Path:
-    """The file that one process of a run appends to."""
-    return folder / f"answers-{process:05d}.jsonl"
+def answers_file(process: int) -> str:
+    """Name of the file that one process of a run appends to."""
+    return f"answers-{process:05d}.jsonl"
 
 
 def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -31,12 +27,8 @@ def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def mend_answers(path: Path) -> None:
     """Cut off a last line that a kill left half-written, so that the next one starts on its own."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -46,7 +38,7 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     skipped, and else a later row an earlier one.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(_PATTERN)):
+    for path in sorted(folder.glob("answers*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:
                 row = json.loads(line)
@@ -76,43 +68,42 @@ def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"--predictions must be a json or jsonl file, {path} does not exist")
     found: dict[str, str] = {}
-    for id, output in _pairs(path):
-        if output is not None and not isinstance(output, str):
-            raise ValueError(f"--predictions {path}: {id!r} must be a text, got {type(output).__name__}")
-        name, text = _normal(id), output or ""
-        if name in found:
-            log.note("prediction given twice for one id")
-            if any(letter in found[name] for letter in "ABCD"):
-                continue
-        found[name] = text
+    for row in _objects(path):
+        keys = dict(row)
+        if isinstance(keys.get("id"), str) and keys.keys() & {"output", "skipped"}:
+            row = [] if "skipped" in keys else [(keys["id"], keys["output"])]
+        for id, output in row:
+            if output is not None and not isinstance(output, str):
+                raise ValueError(f"--predictions {path}: the output of {id!r} must be a text")
+            video, mark, index = id.strip().rpartition("#")
+            name = f"{video_stem(video)}#{index}" if mark and index.isdecimal() else id.strip()
+            if name in found:
+                log.note("prediction given twice for one id")
+                if any(letter in found[name] for letter in "ABCD"):
+                    continue
+            found[name] = output or ""
     return found
 
 
-def _pairs(path: Path) -> list[tuple[str, Any]]:
+def _objects(path: Path) -> list[list[tuple[str, Any]]]:
+    """The json objects of a file, each as its pairs, so that no repeated key is lost."""
     try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--predictions {path}: not utf-8 at byte {error.start}") from None
     try:
-        values = [json.loads(text, object_pairs_hook=list)]
-    except ValueError:
+        values = [json.loads(text, object_pairs_hook=_Pairs)]
+    except (ValueError, RecursionError):
         try:
-            values = [json.loads(line, object_pairs_hook=list) for line in text.split("\n") if line.strip()]
+            values = [json.loads(line, object_pairs_hook=_Pairs) for line in text.split("\n") if line.strip()]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--predictions {path}: neither json nor jsonl ({error})") from None
-    if len(values) == 1 and values[0] and isinstance(values[0], list) and isinstance(values[0][0], list):
+    if len(values) == 1 and type(values[0]) is list:
         values = values[0]
-    pairs: list[tuple[str, Any]] = []
-    for value in values:
-        if not isinstance(value, list) or not all(isinstance(v, tuple) for v in value):
-            raise ValueError(f"--predictions {path}: must map question ids to outputs")
-        row = dict(value)
-        if isinstance(row.get("id"), str) and "skipped" in row:
-            continue
-        pairs += [(row["id"], row["output"])] if isinstance(row.get("id"), str) and "output" in row else value
-    return pairs
+    if not all(isinstance(value, _Pairs) for value in values):
+        raise ValueError(f"--predictions {path}: must map question ids to outputs")
+    return values
 
 
-def _normal(id: str) -> str:
-    video, mark, index = id.strip().rpartition("#")
-    return f"{video_stem(video)}#{index}" if mark and index.isdecimal() else id.strip()
+class _Pairs(list[tuple[str, Any]]):
+    """A json object as json.loads reads it."""

@@ -5,51 +5,54 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.conversation import BadSample, convert
-from motionenhancer.data.favor import FAVOR_TASKS, read_favor
-from motionenhancer.data.motion_sets import tagged
-from motionenhancer.data.motionbench import MOTIONBENCH_TASKS, read_motionbench
-from motionenhancer.data.question import Question, filled, read_rows, video_stem
+from motionenhancer.data.question import (
+    FAVOR_TASKS,
+    MOTIONBENCH_TASKS,
+    Question,
+    read_favor,
+    read_motionbench,
+    read_toy,
+    video_stem,
+)
 from motionenhancer.data.skips import SkipLog
 
+from ..flags import Settings, setting
 from .judge import first_letter, lone_letter, names_option, same_text
 
-__all__ = ["BENCHMARKS", "Benchmark", "Rules", "load_questions", "render_prompt"]
-
-TOY_TASKS = tuple(MOTIONBENCH_TASKS.values())
-"""The toy world asks questions of MotionBench's tasks and uses its codes."""
 MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
     "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "
     "motions, actions, activities, and interactions. Based on your observations, select the best option that "
     "accurately addresses the question.\n{question}\nYou can only response with the answer among {options}"
 )
+READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")}
+"""Rule → its two readings, the default first."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Which reading of a benchmark's rule judges.
+class Rules(Settings):
+    """Which reading of a benchmark's rule judges an answer.
 
-    letter: "published" (:func:`first_letter`) or "lone" (:func:`lone_letter`), for MotionBench.
-    option: "caseless", or "published" where the authors' code differs (see :func:`names_option`), for
-        FAVOR-Bench.
+    letter: :func:`first_letter` or :func:`lone_letter`, for MotionBench.
+    option: "published" where the authors' code differs (see :func:`names_option`), for FAVOR-Bench.
     """
 
-    letter: str = "published"
-    option: str = "caseless"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("letter", self.letter, ("published", "lone")),
-            ("option", self.option, ("caseless", "published")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} rule must be one of {known}, got {value!r}")
+    letter: str = setting(
+        "published",
+        "MotionBench: the authors' reading of a letter, or a stricter one.",
+        flag="letter_rule",
+        choices=READINGS["letter"],
+    )
+    option: str = setting(
+        "caseless",
+        "FAVOR-Bench: published minds case where one option contains another.",
+        flag="option_rule",
+        choices=READINGS["option"],
+    )
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,22 @@ class Benchmark:
     """What differs between benchmarks.
 
     name, title: on the command line, in print.
+    file: what its file is called where it is published.
     tasks: codes in the order of the table.
     read: file and log to questions.
     prompt: template of a request; ``{question}`` and ``{options}`` are filled in.
     parse: an output's answer under the rules, for people to read; the output itself where it is matched.
     right: whether an output is right under the rules; only asked where the answer is public.
     max_new_tokens: length of an answer.
-    submission: questions, id to output and rules, to file name and content of the benchmark's own format.
+    rule: which of ``READINGS`` decides; empty where there is only one reading.
+    submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
     folders: below the video root, where the published archive keeps its clips.
+    fps: frames a second that a student without a number of frames of its own is shown.
     """
 
     name: str
     title: str
+    file: str
     tasks: tuple[str, ...]
     read: Callable[[Path, SkipLog], Iterator[Question]]
     prompt: str
@@ -76,7 +83,9 @@ class Benchmark:
     right: Callable[[Question, str, Rules], bool]
     max_new_tokens: int
     submission: Callable[[Sequence[Question], dict[str, str], Rules], tuple[str, str]]
-    folders: tuple[str, ...] = field(default=())
+    rule: str = ""
+    folders: tuple[str, ...] = ()
+    fps: float = 1.0
 
 
 def load_questions(
@@ -85,31 +94,25 @@ def load_questions(
     """Read a benchmark's questions; those without a public answer and repeated ids are counted in ``log``.
 
     Args:
-        benchmark: one of :data:`BENCHMARKS`.
-        path: its file.
-        log: receives everything left out.
-        limit: stop after so many questions.
-        hidden: keep the questions without a public answer too, for a submission; they are counted all the
-            same.
+        path: the benchmark's file.
+        limit: keep so many questions.
+        hidden: keep the questions without a public answer too; they are counted all the same.
 
     Raises:
         ValueError: no such file, or no question in it.
     """
     questions = []
     seen: set[str] = set()
-    found = 0
     for question in benchmark.read(Path(path), log):
-        found += 1
         if question.id in seen:
             log.add("repeated id", id=question.id, line=question.line, detail="the first one counts")
             continue
         seen.add(question.id)
         if question.answer is None:
             log.add("no public answer", id=question.id, line=question.line)
-            if not hidden:
-                continue
-        questions.append(question)
-    if not found:
+        if question.answer is not None or hidden:
+            questions.append(question)
+    if not seen:
         raise ValueError(f"{path} holds no question of {benchmark.title}. {log.summary()}")
     return questions[:limit]
 
@@ -129,8 +132,8 @@ def _letter(output: str, rules: Rules) -> str:
     return first_letter(output) if rules.letter == "published" else lone_letter(output)
 
 
-def _motionbench_right(question: Question, output: str, rules: Rules) -> bool:
-    return _letter(output, rules) == question.answer
+def _text(output: str, rules: Rules) -> str:
+    return output.strip()
 
 
 def _favor_right(question: Question, output: str, rules: Rules) -> bool:
@@ -138,25 +141,18 @@ def _favor_right(question: Question, output: str, rules: Rules) -> bool:
     return names_option(output, question.answer or "", question.options, match_case=match_case)
 
 
-def _toy_right(question: Question, output: str, rules: Rules) -> bool:
-    return same_text(output, question.answer or "")
-
-
-def _as_is(output: str, rules: Rules) -> str:
-    return output.strip()
-
-
-def _motionbench_submission(
-    questions: Sequence[Question], outputs: dict[str, str], rules: Rules
-) -> tuple[str, str]:
+def _letters(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
     """One json object, uid to letter: what the leaderboard takes."""
     letters = {q.id: _letter(outputs[q.id], rules) for q in questions if q.id in outputs}
     return "submission.json", json.dumps(letters, indent=4) + "\n"
 
 
-def _favor_submission(
-    questions: Sequence[Question], outputs: dict[str, str], rules: Rules
-) -> tuple[str, str]:
+def _texts(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
+    texts = {q.id: outputs[q.id] for q in questions if q.id in outputs}
+    return "submission.json", json.dumps(texts, indent=1) + "\n"
+
+
+def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
     """One line a clip, its name to the judged answers: what the authors' ``analyze_qa.py`` reads."""
     clips: dict[str, list[dict[str, Any]]] = {}
     for q in questions:
@@ -172,80 +168,47 @@ def _favor_submission(
     return "submission.jsonl", "".join(lines)
 
 
-def _toy_submission(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
-    answers = {q.id: outputs[q.id] for q in questions if q.id in outputs}
-    return "submission.json", json.dumps(answers, indent=1) + "\n"
-
-
-def _read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
-    """The toy world's ``test.jsonl``: LLaVA rows of one question and answer; the id ends with its kind."""
-    for line, row in read_rows(path, log):
-        turns, id, video = row.get("conversations"), row.get("id"), row.get("video")
-        turns = turns if isinstance(turns, list) else []
-        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-        if not filled(id) or not filled(video) or len(texts) != 2 or not all(filled(t) for t in texts):
-            log.add(
-                "missing fields", id=str(id or ""), line=line, detail="needs id, video, question and answer"
-            )
-            continue
-        spoken = [{"from": who, **turn} for who, turn in zip(("human", "gpt"), turns, strict=True)]
-        spoken[0]["value"] = tagged(texts[0], "video")
-        try:
-            sample = convert({**row, "conversations": spoken}, line, Path(), log, check_files=False)
-        except BadSample as bad:
-            log.add(bad.reason, id=str(id), line=line, detail=bad.detail)
-            continue
-        if len(sample.messages) != 2:
-            log.add("unsupported key", id=str(id), line=line, detail="'system': questions have none")
-            continue
-        kind = str(id).rsplit("-", 1)[-1]
-        task = kind if kind in TOY_TASKS else "other"
-        asked, answer = (
-            " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-            for message in sample.messages
-        )
-        clip = sample.videos[0]
-        shown = clip if isinstance(clip, Clip) else str(clip)
-        yield Question(str(id), shown, asked, answer, (task,), line=line)
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    b.name: b
-    for b in (
-        Benchmark(
-            name="motionbench",
-            title="MotionBench dev",
-            tasks=tuple(MOTIONBENCH_TASKS.values()),
-            read=read_motionbench,
-            prompt=MOTIONBENCH_PROMPT,
-            parse=_letter,
-            right=_motionbench_right,
-            max_new_tokens=16,
-            submission=_motionbench_submission,
-            folders=("self-collected", "public-dataset", "videos"),
-        ),
-        Benchmark(
-            name="favor",
-            title="FAVOR-Bench",
-            tasks=FAVOR_TASKS,
-            read=read_favor,
-            prompt=FAVOR_PROMPT,
-            parse=_as_is,
-            right=_favor_right,
-            max_new_tokens=256,
-            submission=_favor_submission,
-            folders=("FAVOR-Bench", "videos", "videos/FAVOR-Bench"),
-        ),
-        Benchmark(
-            name="toy",
-            title="toy world",
-            tasks=(*TOY_TASKS, "other"),
-            read=_read_toy,
-            prompt="{question}",
-            parse=_as_is,
-            right=_toy_right,
-            max_new_tokens=48,
-            submission=_toy_submission,
-        ),
-    )
-}
+_ALL = (
+    Benchmark(
+        name="motionbench",
+        title="MotionBench dev",
+        file="video_info.meta.jsonl",
+        tasks=tuple(MOTIONBENCH_TASKS.values()),
+        read=read_motionbench,
+        prompt=MOTIONBENCH_PROMPT,
+        parse=_letter,
+        right=lambda question, output, rules: _letter(output, rules) == question.answer,
+        max_new_tokens=16,
+        submission=_letters,
+        rule="letter",
+        folders=("self-collected", "public-dataset", "videos"),
+    ),
+    Benchmark(
+        name="favor",
+        title="FAVOR-Bench",
+        file="video_perspective.json",
+        tasks=FAVOR_TASKS,
+        read=read_favor,
+        prompt=FAVOR_PROMPT,
+        parse=_text,
+        right=_favor_right,
+        max_new_tokens=256,
+        submission=_judgements,
+        rule="option",
+        folders=("FAVOR-Bench", "videos", "videos/FAVOR-Bench"),
+    ),
+    Benchmark(
+        name="toy",
+        title="toy world",
+        file="test.jsonl",
+        tasks=(*MOTIONBENCH_TASKS.values(), "other"),
+        read=read_toy,
+        prompt="{question}",
+        parse=_text,
+        right=lambda question, output, rules: same_text(output, question.answer or ""),
+        max_new_tokens=48,
+        submission=_texts,
+        fps=8.0,  # its clips last two seconds
+    ),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

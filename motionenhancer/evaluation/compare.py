@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .scores import Judged, accuracies, bootstrap, grouped_sums, interval, tally, task_order, unit_numbers
-
-__all__ = ["Comparison", "compare_runs", "mcnemar", "read_results"]
+from .scores import Judged, accuracies, bootstrap, interval, tally, task_order
 
 
 @dataclass(frozen=True)
@@ -22,7 +18,7 @@ class Comparison:
     questions: how many both runs have, after the filter.
     only: how many only A, and only B, has.
     overall, average: for each of A, B and difference the value, and the difference's 95 % interval.
-    gained, lost: ids that only B, and only A, has right.
+    gained, lost: questions that only B, and only A, has right.
     p_value: McNemar's exact test of gained against lost, two-sided.
     """
 
@@ -105,8 +101,6 @@ def compare_runs(
     >>> found.overall["difference"], [j.id for j in found.gained], found.p_value
     (50.0, ['1', '2'], 0.5)
     """
-    if unit not in ("question", "video"):
-        raise ValueError(f"unit must be 'question' or 'video', got {unit!r}")
     if task is not None:
         known = sorted({t for j in (*a, *b) for t in j.tasks})
         wanted = {t.lower(): t for t in known}.get(task.lower())
@@ -122,28 +116,18 @@ def compare_runs(
             raise ValueError(
                 f"the runs disagree on the right answer to {one.id!r}: not the same benchmark file"
             )
-    first, second = [p[0] for p in pairs], [p[1] for p in pairs]
-    order = task_order((), [t for j in first for t in j.tasks])
-    count = tally(first, order, "count")
-    tables = [tally(run, order, "right") for run in (first, second)]
-    rows = np.hstack([*tables, count])
-    units = grouped_sums(rows, unit_numbers(first, unit))
-    values = _pair_accuracies(rows.sum(0)[None].astype(np.float64), len(order))
-    drawn = _pair_accuracies(bootstrap(units, samples, seed), len(order)) if samples else None
-    overall, average = ({"a": v[0][0], "b": v[1][0], "difference": v[1][0] - v[0][0]} for v in values)
-    for found, name in ((overall, 0), (average, 1)):
-        found.update({k: float(v) for k, v in found.items()})
-        if drawn is not None:
-            found["interval"] = interval(drawn[name][1] - drawn[name][0])
+    first, second = [one for one, _ in pairs], [two for _, two in pairs]
+    tables = tally([first, second], task_order((), [t for j in first for t in j.tasks]))
+    values = [accuracies(tables.sum(0, keepdims=True), run)[0].tolist() for run in (0, 1)]
+    found: list[dict[str, Any]] = [
+        {"a": x, "b": y, "difference": y - x} for x, y in zip(*values, strict=True)
+    ]
+    if samples:
+        drawn = bootstrap(tables, first, samples, seed, unit)
+        differences = accuracies(drawn, 1) - accuracies(drawn, 0)
+        for value, column in zip(found[:2], differences.T, strict=False):
+            value["interval"] = interval(column)
     gained = [two for one, two in pairs if two.right and not one.right]
     lost = [two for one, two in pairs if one.right and not two.right]
     only = (len(a) - len(pairs), len(b) - len(pairs))
-    return Comparison(len(pairs), only, overall, average, gained, lost, mcnemar(len(gained), len(lost)))
-
-
-def _pair_accuracies(sums: np.ndarray, tasks: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Overall of A and B, Average of A and B, each (samples,)."""
-    width = tasks + 1
-    a, b, count = sums[:, :width], sums[:, width : 2 * width], sums[:, 2 * width :]
-    (oa, aa, _), (ob, ab, _) = (accuracies(np.hstack([x, count]), tasks) for x in (a, b))
-    return (oa, ob), (aa, ab)
+    return Comparison(len(pairs), only, found[0], found[1], gained, lost, mcnemar(len(gained), len(lost)))

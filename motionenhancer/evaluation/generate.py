@@ -5,24 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
+from motionenhancer.data.sampling import Frames
 from motionenhancer.data.video import Video
 from motionenhancer.students.base import Encoded, StudentFamily
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
-from .videos import Frames, sample_video
-
-__all__ = ["Asked", "answer_questions", "encode_request", "generate_answers", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,14 @@ def generate_answers(
         One text a request, special tokens removed.
     """
     batch = family.collate(requests, pad_token_id=settings.pad_token_id, padding_side="left")
-    for name in ("layouts", "labels"):
-        batch.pop(name)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    batch = {name: _place(value, model.device, dtype) for name, value in batch.items()}
+    for name, value in list(batch.items()):
+        if name in ("layouts", "labels"):
+            del batch[name]
+        elif isinstance(value, torch.Tensor):
+            # Pixels take the model's dtype; times and grids keep theirs.
+            pixels = value.is_floating_point() and value.ndim > 1
+            batch[name] = value.to(model.device, dtype if pixels else None)
     with torch.inference_mode():
         tokens = model.generate(**batch, generation_config=settings)
     new = tokens[:, batch["input_ids"].shape[1] :]
@@ -135,6 +138,9 @@ def answer_questions(
     and a batch that was not finished is asked again as a whole: padding and thereby rounding are the same in
     a run that was killed, so are the answers. Each batch is on the disk before the next one starts.
 
+    Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason,
+    and tried again by the next run.
+
     Args:
         load: returns what :func:`load_student` does; called at most once, and only when an answer is
             missing.
@@ -143,15 +149,7 @@ def answer_questions(
         frames: how clips are shown.
         max_new_tokens, batch_size: of a request.
         workers: processes that decode clips ahead; 0 decodes in this one.
-
-    Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason,
-    and tried again by the next run.
     """
-    if batch_size < 1 or max_new_tokens < 1 or workers < 0:
-        raise ValueError(
-            "batch_size and max_new_tokens must be at least 1 and workers at least 0, "
-            f"got {batch_size}, {max_new_tokens} and {workers}"
-        )
     state = PartialState()
     # What was skipped is tried again: the clip may have been on its way.
     done = {id for id, row in read_answers(folder).items() if "output" in row}
@@ -163,82 +161,46 @@ def answer_questions(
     pending = [batch for batch in batches if any(item.question.id not in done for item in batch)]
     mine = pending[state.process_index :: state.num_processes]
     if mine:
-        _answer_batches(load(), mine, folder, frames, max_new_tokens, workers)
+        model, processor, family = load()
+        file = folder / answers_file(state.process_index)
+        mend_answers(file)
+        settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
+        encode = partial(encode_batch, family=family, processor=processor, frames=frames)
+        loader: DataLoader[Any] = DataLoader(
+            mine,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=encode,
+        )
+        total = sum(map(len, mine))
+        progress = tqdm(total=total, desc="answers", unit="question", disable=not state.is_main_process)
+        with progress:
+            for rows, encoded in loader:
+                if encoded:
+                    outputs = iter(generate_answers(model, processor, family, encoded, settings))
+                    rows = [row if "skipped" in row else {**row, "output": next(outputs)} for row in rows]
+                append_answers(file, rows)
+                progress.update(len(rows))
     state.wait_for_everyone()
 
 
-def _answer_batches(
-    student: tuple[Any, Any, StudentFamily],
-    batches: Sequence[Sequence[Asked]],
-    folder: Path,
-    frames: Frames,
-    max_new_tokens: int,
-    workers: int,
-) -> None:
-    model, processor, family = student
-    state = PartialState()
-    file = answers_file(folder, state.process_index)
-    mend_answers(file)
-    settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
-    loader: DataLoader[Any] = DataLoader(
-        _Requests(batches, family, processor, frames), batch_size=None, num_workers=workers
-    )
-    progress = tqdm(
-        total=sum(map(len, batches)),
-        desc="answers",
-        unit="question",
-        disable=not state.is_main_process,
-    )
-    with progress:
-        for ids, requests, failures in loader:
-            rows = [{"id": id, "skipped": reason} for id, reason in failures]
-            if requests:
-                outputs = generate_answers(model, processor, family, requests, settings)
-                rows += [{"id": id, "output": text} for id, text in zip(ids, outputs, strict=True)]
-            append_answers(file, rows)
-            progress.update(len(rows))
-
-
-class _Requests(Dataset[Any]):
-    """A batch at a time: ids and requests of what can be asked, ids and reasons of what cannot."""
-
-    def __init__(
-        self, batches: Sequence[Sequence[Asked]], family: StudentFamily, processor: Any, frames: Frames
-    ) -> None:
-        self.batches, self.family, self.processor, self.frames = batches, family, processor, frames
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> tuple[list[str], list[Encoded], list[tuple[str, str]]]:
-        ids, requests, failures = [], [], []
-        last: tuple[Path | Clip, Video] | None = None
-        for item in self.batches[index]:
-            assert item.video is not None
-            try:
-                # Questions of one clip stand together in the files.
-                if last is None or last[0] != item.video:
-                    last = item.video, sample_video(item.video, self.frames)
-                request = encode_request(
-                    self.family,
-                    self.processor,
-                    item.question.id,
-                    item.prompt,
-                    last[1],
-                    clip=item.video,
-                    max_pixels=self.frames.max_pixels,
-                )
-            except (ValueError, OSError) as error:
-                failures.append((item.question.id, str(error)))
-                continue
-            ids.append(item.question.id)
-            requests.append(request)
-        return ids, requests, failures
-
-
-def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    # Pixels take the model's dtype; times and grids keep theirs.
-    pixels = value.is_floating_point() and value.ndim > 1
-    return value.to(device, dtype if pixels else None)
+def encode_batch(
+    batch: Sequence[Asked], family: StudentFamily, processor: Any, frames: Frames
+) -> tuple[list[dict[str, str]], list[Encoded]]:
+    """A row for each question of a batch, with the reason if it cannot be put, and the others' requests."""
+    rows: list[dict[str, str]] = []
+    requests: list[Encoded] = []
+    clip, video = None, None
+    for item in batch:
+        assert item.video is not None
+        row = {"id": item.question.id}
+        try:
+            # Questions of one clip stand together in the files.
+            if video is None or clip != item.video:
+                clip, video = item.video, frames.of(item.video)
+            options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}
+            requests.append(encode_request(family, processor, row["id"], item.prompt, video, **options))
+        except (ValueError, OSError) as error:
+            row["skipped"] = str(error)
+        rows.append(row)
+    return rows, requests

@@ -6,8 +6,6 @@ import re
 import string
 from collections.abc import Sequence
 
-__all__ = ["first_letter", "lone_letter", "names_option", "same_text"]
-
 #: Words that neither are a noun nor stand between an article and one: a capital A before them is an option.
 _NO_NOUN = (
     r"is isn was wasn are were has have had does do did can(?=\sbe) could will would shall should may might "

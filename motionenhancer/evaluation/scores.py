@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,6 @@ import numpy as np
 from motionenhancer.data.question import Question, video_stem
 
 from .benchmarks import Benchmark, Rules
-
-__all__ = ["Judged", "bootstrap", "interval", "judge_answers", "score", "task_order"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +29,11 @@ class Judged:
     parsed: str
     right: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "tasks": list(self.tasks)}
-
 
 def judge_answers(
-    benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules | None = None
+    benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
 ) -> list[Judged]:
-    """Judge every question with a public answer; one that has no output is wrong.
-
-    Args:
-        benchmark: whose rule holds.
-        questions: from :func:`load_questions`.
-        outputs: question id to output.
-        rules: which reading of the rule; the default one if None.
-    """
-    rules = Rules() if rules is None else rules
+    """Judge every question with a public answer by its output, ``outputs[id]``; one without any is wrong."""
     judged = []
     for q in questions:
         if q.answer is None:
@@ -93,94 +80,75 @@ def score(
     >>> result["overall"], round(result["average"], 2), result["tasks"]["CM"]
     (50.0, 66.67, {'accuracy': 100.0, 'count': 1, 'right': 1})
     """
-    if unit not in ("question", "video"):
-        raise ValueError(f"unit must be 'question' or 'video', got {unit!r}")
     order = task_order(tasks, [t for j in judged for t in j.tasks])
-    right, count = (tally(judged, order, column) for column in ("right", "count"))
-    totals = np.concatenate([right.sum(0), count.sum(0)])[None]
-    overall, average, each = accuracies(totals, len(order))
+    tables = tally([judged], order)
+    right, count = tables.sum(0)
+    overall, average, *each = accuracies(tables.sum(0, keepdims=True), 0)[0].tolist()
     result: dict[str, Any] = {
-        "overall": _number(overall[0]),
-        "average": _number(average[0]),
+        "overall": overall if judged else None,
+        "average": average if judged else None,
         "tasks": {
-            code: {
-                "accuracy": float(each[0, i]),
-                "count": int(count[:, i + 1].sum()),
-                "right": int(right[:, i + 1].sum()),
-            }
+            code: {"accuracy": each[i], "count": int(count[i + 1]), "right": int(right[i + 1])}
             for i, code in enumerate(order)
         },
         "count": len(judged),
         "unanswered": sum(j.output is None for j in judged),
     }
     if judged and samples:
-        units = unit_numbers(judged, unit)
-        drawn = bootstrap(grouped_sums(np.hstack([right, count]), units), samples, seed)
-        overall, average, each = accuracies(drawn, len(order))
+        drawn = accuracies(bootstrap(tables, judged, samples, seed, unit), 0)
+        overall, average, *each = map(interval, drawn.T)
         result["intervals"] = {
-            "overall": interval(overall),
-            "average": interval(average),
-            "tasks": {code: interval(each[:, i]) for i, code in enumerate(order)},
+            "overall": overall,
+            "average": average,
+            "tasks": dict(zip(order, each, strict=True)),
         }
     return result
 
 
-def bootstrap(units: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Sums over resampled units.
+def tally(runs: Sequence[Sequence[Judged]], order: Sequence[str]) -> np.ndarray:
+    """What each question adds to the sums: (questions, runs + 1, 1 + tasks) int64.
+
+    Along the second axis: right in each of the runs, then asked. Along the third: Overall, then each task.
+    """
+    index = {code: i + 1 for i, code in enumerate(order)}
+    tables = np.zeros((len(runs[0]), len(runs) + 1, len(order) + 1), np.int64)
+    for table, *judged in zip(tables, *runs, strict=True):
+        for row, value in zip(table, [*(j.right for j in judged), 1], strict=True):
+            row[[0, *(index[t] for t in judged[0].tasks)]] = value
+    return tables
+
+
+def bootstrap(tables: np.ndarray, judged: Sequence[Judged], samples: int, seed: int, unit: str) -> np.ndarray:
+    """Sums over resampled units: (N, R, C) of :func:`tally` to (samples, R, C) float64.
 
     Equal units are drawn as one cell of a multinomial, so that the cost depends on how many different units
     there are, not on how many questions.
 
-    Args:
-        units: (U, C) counts of each unit.
-        samples: B.
-        seed: of the draw.
-
-    Returns:
-        (B, C) float64.
+    Raises:
+        ValueError: an unknown unit.
     """
+    if unit not in ("question", "video"):
+        raise ValueError(f"unit must be 'question' or 'video', got {unit!r}")
+    names = [j.video if unit == "video" else str(i) for i, j in enumerate(judged)]
+    numbers = np.unique(names, return_inverse=True)[1]
+    units = np.zeros((int(numbers.max()) + 1, *tables.shape[1:]), np.int64)
+    np.add.at(units, numbers, tables)
     cells, times = np.unique(units, axis=0, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(units), times / len(units), size=samples)
-    return drawn @ cells.astype(np.float64)
+    return np.tensordot(drawn.astype(np.float64), cells, 1)
+
+
+def accuracies(sums: np.ndarray, run: int) -> np.ndarray:
+    """(B, R, C) sums to one run's Overall, Average and tasks, (B, 1 + C), in percent; NaN for none."""
+    right, count = sums[:, run], sums[:, -1]
+    share = np.full(right.shape, np.nan)
+    np.divide(100.0 * right, count, out=share, where=count > 0)
+    each = share[:, 1:]
+    seen = (~np.isnan(each)).sum(1)
+    average = np.where(seen > 0, np.nansum(each, 1) / np.maximum(seen, 1), np.nan)
+    return np.column_stack([share[:, 0], average, each])
 
 
 def interval(values: np.ndarray) -> list[float]:
     """[low, high] of the middle 95 %, resamples without a value left out."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def tally(judged: Sequence[Judged], order: Sequence[str], column: str) -> np.ndarray:
-    """(N, 1 + T): Overall first, then each task."""
-    index = {code: i + 1 for i, code in enumerate(order)}
-    table = np.zeros((len(judged), len(order) + 1), np.int64)
-    for row, j in zip(table, judged, strict=True):
-        value = 1 if column == "count" else int(j.right)
-        row[[0, *(index[t] for t in j.tasks)]] = value
-    return table
-
-
-def unit_numbers(judged: Sequence[Judged], unit: str) -> np.ndarray:
-    names = [j.video if unit == "video" else str(i) for i, j in enumerate(judged)]
-    return np.unique(names, return_inverse=True)[1]
-
-
-def grouped_sums(rows: np.ndarray, units: np.ndarray) -> np.ndarray:
-    grouped = np.zeros((int(units.max()) + 1, rows.shape[1]), rows.dtype)
-    np.add.at(grouped, units, rows)
-    return grouped
-
-
-def accuracies(sums: np.ndarray, tasks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B, 2 + 2 T) sums of right and count to Overall (B,), Average (B,) and each task (B, T), in percent."""
-    right, count = sums[:, : tasks + 1], sums[:, tasks + 1 :]
-    share = np.full(right.shape, np.nan)
-    np.divide(100.0 * right, count, out=share, where=count > 0)
-    each = share[:, 1:]
-    seen = np.maximum((~np.isnan(each)).sum(1), 1)
-    average = np.where(np.isnan(each).all(1), np.nan, np.nansum(each, 1) / seen)
-    return share[:, 0], average, each
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return np.nanpercentile(values, [2.5, 97.5]).tolist()

@@ -8,8 +8,6 @@ from typing import Any
 from .compare import Comparison
 from .scores import task_order
 
-__all__ = ["PAPER_ROWS", "comparison_text", "score_table"]
-
 PAPER_ROWS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "motionbench": (
         ("Qwen2.5-VL-3B", 53.56, 49.45),
@@ -38,48 +36,39 @@ PAPER_ROWS: dict[str, tuple[tuple[str, float, float], ...]] = {
 def score_table(title: str, name: str, scores: dict[str, Any], tasks: Sequence[str], benchmark: str) -> str:
     """One row for this run with its intervals below it, then the paper's rows for the same benchmark."""
     codes = task_order(tasks, list(scores["tasks"]))
-    head = [title, *codes, "Overall", "Average"]
-    accuracies = [scores["tasks"][code]["accuracy"] for code in codes]
-    rows = [[name, *(_number(v) for v in (*accuracies, scores["overall"], scores["average"]))]]
-    spread = scores.get("intervals")
-    if spread:
+    values = [*(scores["tasks"][code]["accuracy"] for code in codes), scores["overall"], scores["average"]]
+    rows = [[title, *codes, "Overall", "Average"], [name, *map(_number, values)]]
+    if "intervals" in scores:
+        spread = scores["intervals"]
         bounds = [*(spread["tasks"][code] for code in codes), spread["overall"], spread["average"]]
         rows.append(["  95 % interval", *(f"{low:.1f}-{high:.1f}" for low, high in bounds)])
     counts = [str(scores["tasks"][code]["count"]) for code in codes]
     rows.append(["  questions", *counts, str(scores["count"]), ""])
-    paper = PAPER_ROWS.get(benchmark, ())
-    if paper:
-        rows.append(["in the paper:", *[""] * (len(head) - 1)])
-    rows += [[f"  {model}", *[""] * len(codes), _number(o), _number(a)] for model, o, a in paper]
-    return _align([head, *rows])
+    none = [""] * len(codes)
+    if benchmark in PAPER_ROWS:
+        rows.append(["in the paper:", *none, "", ""])
+    for model, overall, average in PAPER_ROWS.get(benchmark, ()):
+        rows.append([f"  {model}", *none, _number(overall), _number(average)])
+    return _align(rows)
 
 
 def comparison_text(found: Comparison, names: tuple[str, str], task: str | None, shown: int = 10) -> str:
     """Say what :func:`compare_runs` found, with the first ``shown`` flips each way."""
-    head = ["", "A", "B", "B - A", "95 % interval"]
-    rows = []
+    rows = [["", "A", "B", "B - A", "95 % interval"]]
     for title, part in (("Overall", found.overall), ("Average", found.average)):
         low, high = part.get("interval", (float("nan"), float("nan")))
-        rows.append(
-            [
-                title,
-                _number(part["a"]),
-                _number(part["b"]),
-                f"{part['difference']:+.2f}",
-                f"{low:+.2f} to {high:+.2f}",
-            ]
-        )
+        values = [_number(part["a"]), _number(part["b"]), f"{part['difference']:+.2f}"]
+        rows.append([title, *values, f"{low:+.2f} to {high:+.2f}"])
     lines = [f"A: {names[0]}", f"B: {names[1]}"]
     lines.append(f"{found.questions} questions" + (f" of task {task}" if task else ""))
     if any(found.only):
         lines.append(f"left out: {found.only[0]} only in A, {found.only[1]} only in B")
-    lines += ["", _align([head, *rows]), ""]
-    lines.append(
-        f"McNemar, exact: {len(found.gained)} gained, {len(found.lost)} lost, p = {found.p_value:.4g}"
-    )
-    for title, flips in (("only B is right", found.gained), ("only A is right", found.lost)):
-        lines.append(f"{title}: {len(flips)}" + (f", the first {shown}" if len(flips) > shown else ""))
-        lines += [f"  {j.id} ({', '.join(j.tasks)})" for j in flips[:shown]]
+    flips = f"{len(found.gained)} gained, {len(found.lost)} lost, p = {found.p_value:.4g}"
+    lines += ["", _align(rows), "", f"McNemar, exact: {flips}"]
+    for title, flipped in (("only B is right", found.gained), ("only A is right", found.lost)):
+        first = f", the first {shown}" if len(flipped) > shown else ""
+        lines.append(f"{title}: {len(flipped)}{first}")
+        lines += [f"  {j.id} ({', '.join(j.tasks)})" for j in flipped[:shown]]
     return "\n".join(lines)
 
 
@@ -88,10 +77,9 @@ def _number(value: float | None) -> str:
 
 
 def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
-    for row in rows:
-        first, *rest = row
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([name.ljust(first), *right]).rstrip())
     return "\n".join(lines)

@@ -14,11 +14,9 @@ from motionenhancer.data.question import Question
 from motionenhancer.data.skips import SkipLog
 
 from ..files import write_json, write_text
-from .benchmarks import Benchmark, Rules
+from .benchmarks import READINGS, Benchmark, Rules
 from .scores import judge_answers, score
 from .table import score_table
-
-__all__ = ["student_digest", "write_scores"]
 
 _PIECES, _PIECE = 64, 64 << 10
 
@@ -31,33 +29,28 @@ def write_scores(
     questions: Sequence[Question],
     outputs: dict[str, str],
     skips: SkipLog,
-    *,
-    samples: int,
-    unit: str,
-    seed: int,
+    **bootstrap: Any,
 ) -> dict[str, Any]:
-    """Judge and score; write results.jsonl, scores.json and the submission; print the table.
+    """Judge and score; write results.jsonl, scores.json and the submission into ``folder``; print the table.
 
     Args:
-        folder: written to.
         name: of the model or the file of answers, for the table.
-        benchmark, rules: what judges.
-        questions, outputs: what was asked, and id to output.
-        skips: what was left out.
-        samples, unit, seed: of the bootstrap, see :func:`score`.
+        outputs: question id to output.
+        bootstrap: samples, unit and seed of :func:`score`.
 
     Returns:
         What is in scores.json.
     """
     judged = judge_answers(benchmark, questions, outputs, rules)
-    scores = score(judged, benchmark.tasks, samples=samples, seed=seed, unit=unit)
-    scores["skipped"] = skips.total
-    scores["skipped_by_reason"] = dict(skips.counts)
-    scores["benchmark"] = benchmark.name
-    scores["rules"] = asdict(rules)
-    scores["other_rules"] = _other_rules(benchmark, questions, outputs, rules)
-    lines = [json.dumps(j.to_json()) + "\n" for j in judged]
-    write_text(folder / "results.jsonl", "".join(lines))
+    scores = {
+        **score(judged, benchmark.tasks, **bootstrap),
+        "skipped": skips.total,
+        "skipped_by_reason": dict(skips.counts),
+        "benchmark": benchmark.name,
+        "rules": asdict(rules),
+        "other_rules": _other_rules(benchmark, questions, outputs, rules),
+    }
+    write_text(folder / "results.jsonl", "".join(json.dumps(asdict(j)) + "\n" for j in judged))
     submission, content = benchmark.submission(questions, outputs, rules)
     write_text(folder / submission, content)
     write_json(folder / "scores.json", scores)
@@ -76,13 +69,10 @@ def _other_rules(
     benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
 ) -> dict[str, Any] | None:
     """Overall under the benchmark's other reading, and how many answers the two judge differently."""
-    others = {
-        "motionbench": replace(rules, letter="lone" if rules.letter == "published" else "published"),
-        "favor": replace(rules, option="published" if rules.option == "caseless" else "caseless"),
-    }
-    if benchmark.name not in others:
+    if not benchmark.rule:
         return None
-    other = others[benchmark.name]
+    (reading,) = set(READINGS[benchmark.rule]) - {getattr(rules, benchmark.rule)}
+    other = replace(rules, **{benchmark.rule: reading})
     mine, theirs = (judge_answers(benchmark, questions, outputs, r) for r in (rules, other))
     return {
         "rules": asdict(other),
@@ -99,14 +89,16 @@ def student_digest(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".jinja", ".txt") or not file.is_file():
-            continue
-        if file.name in ("motion_report.json", "trainer_state.json"):
+        parts = file.suffix in (".json", ".safetensors", ".jinja", ".txt") and file.is_file()
+        if not parts or file.name in ("motion_report.json", "trainer_state.json"):
             continue
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as stream:
-            for piece in range(_PIECES if size > _PIECES * _PIECE else 1):
-                stream.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
-                digest.update(stream.read(_PIECE if size > _PIECES * _PIECE else -1))
+            if size <= _PIECES * _PIECE:
+                digest.update(stream.read())
+                continue
+            for piece in range(_PIECES):
+                stream.seek((size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(stream.read(_PIECE))
     return digest.hexdigest()[:32]

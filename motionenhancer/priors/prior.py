@@ -18,7 +18,7 @@ import torch
 
 from mekernels import VideoTokens, select_heads, select_tokens, token_motion_scores
 
-from ..flags import setting
+from ..flags import MAX_SEED, check_fields, setting
 from ..teachers import read_folder
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
 from ..teachers.known import boundary_of
@@ -69,7 +69,9 @@ class PriorSettings:
     head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.")
     token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.")
     sampled_rows: int | str = setting(64, 'Rows read for a head\'s square sum, or "all".', type=str)
-    seed: int = setting(0, "Seed of a random start, and of renoise's noise.", flag="prior_seed")
+    seed: int = setting(
+        0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
+    )
     mode: str = setting(
         "reconstruct",
         "The paper's inversion and reconstruction, or one evaluation of the noised latent.",
@@ -127,6 +129,7 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
+        check_fields(self)
         # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
         for name in ("guidance_scale", "head_ratio", "token_ratio"):
             object.__setattr__(self, name, float(getattr(self, name)))

@@ -14,10 +14,10 @@ from tiny_students import tiny_student
 from motionenhancer.alignment.dataset import MotionDataset
 from motionenhancer.data import Clip, Sample, SkipLog, VideoError, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
-from motionenhancer.data.sampling import sample_frames
+from motionenhancer.data.sampling import Frames
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, load_questions
-from motionenhancer.evaluation.generate import Asked, _Requests, encode_request
-from motionenhancer.evaluation.videos import Frames, VideoFolder, sample_video
+from motionenhancer.evaluation.generate import Asked, encode_batch, encode_request
+from motionenhancer.evaluation.videos import VideoFolder
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import student_family
 from motionenhancer.toy.models import make_student
@@ -372,8 +372,7 @@ def test_a_segment_is_all_that_is_shown(root: Path, keys: dict[str, float], firs
     assert log.total == 0
     assert grey(read_frames(video)) == list(range(first, last + 1))
     assert grey(read_frames(video, num_frames=2)) == [first, last]
-    assert grey(sample_frames(video, num_frames=2)) == [first, last]
-    assert grey(sample_video(video, Frames(num_frames=2))) == [first, last]
+    assert grey(Frames(num_frames=2).of(video)) == [first, last]
     assert read_frames(video).timestamps.tolist() == [i / 8 for i in range(first, last + 1)]
     (row,), _ = read(root, {**LLAVA, **keys})
     assert row.videos == sample.videos
@@ -404,7 +403,7 @@ def test_a_rows_frames_come_before_the_runs(
     root: Path, keys: dict[str, Any], run: dict[str, Any], shown: list[int]
 ) -> None:
     (sample,), _ = read(root, part(**keys))
-    assert grey(sample_frames(sample.videos[0], **run)) == shown
+    assert grey(Frames(**run).of(sample.videos[0])) == shown
 
 
 def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
@@ -425,12 +424,12 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     (question,) = load_questions(BENCHMARKS["toy"], file, SkipLog())
     found = VideoFolder(root).find(question.video)
     assert found == Clip(root / "a.mp4", 0.5, 1.0)
-    assert grey(sample_video(found, Frames(fps=8.0))) == [4, 5, 6, 7, 8]
+    assert grey(Frames(fps=8.0).of(found)) == [4, 5, 6, 7, 8]
     assert (question.text, question.answer) == ("q", "a")
     small = Clip(root / "a.mp4", 0.5, 1.0, max_pixels=16 * 16)
     batch = [Asked(question, "What?", shown) for shown in (found, small)]
-    _, asked, failures = _Requests([batch], family, processor, Frames(fps=4.0, max_pixels=None))[0]
-    assert failures == []
+    rows, asked = encode_batch(batch, family, processor, Frames(fps=4.0, min_frames=4))
+    assert rows == [{"id": "q-x"}] * 2
     assert [request.layout.videos[0].grid for request in asked] == [(2, 8, 8), (2, 2, 2)]
     file.write_text(json.dumps({**row, "video_start": None, "video_end": None}))
     assert load_questions(BENCHMARKS["toy"], file, SkipLog())[0].video == "a.mp4"

@@ -201,6 +201,12 @@ def test_bad_line_is_skipped_with_number_and_reason(tmp_path, root, reason, row)
     assert entry.id == given
 
 
+def test_a_first_line_that_is_nested_too_deeply_loses_itself_only(tmp_path, root):
+    samples, log = read(tmp_path, root, ["[" * 100_000 + "]" * 100_000, llava("a"), llava("b")])
+    assert [sample.id for sample in samples] == ["a", "b"]
+    assert [(entry.line, entry.detail) for entry in log.entries] == [(1, "nested too deeply")]
+
+
 def test_broken_bytes(tmp_path, root):
     good = json.dumps(llava("g")).encode()
     (tmp_path / "d.jsonl").write_bytes(good + b"\n\xff\xfe{}\n\n   \n" + good + b"\r\n" + good)

@@ -41,7 +41,7 @@ def test_rows_come_back_with_any_window_and_again_from_their_place(
     path = tmp_path / "d.json"
     path.write_bytes(body)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows._Text.__init__, "__defaults__", (0, piece))
+        patch.setattr(rows._Text.__init__, "__defaults__", (piece,))
         found = list(stream_rows(path))
     assert [row.problem for row in found] == [""] * len(values)
     assert [row.value for row in found] == values
@@ -72,9 +72,18 @@ def test_bytes_that_are_no_text_end_an_array_where_they_stand(tmp_path: Path, pi
     body = '[{"a": "é"},\n{"b": 1},\n{"c": "'.encode() + b'\xff"}, {"d": 2}]'
     path.write_bytes(body)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows._Text.__init__, "__defaults__", (0, piece))
+        patch.setattr(rows._Text.__init__, "__defaults__", (piece,))
         *good, bad = stream_rows(path)
     assert [row.value for row in good] == [{"a": "é"}, {"b": 1}]
     assert bad.line == 3
     place = body.index(b"\xff")
     assert bad.problem == f"not utf-8 at byte {place}; the rest of the array is lost"
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
+def test_a_number_goes_on_behind_the_edge_of_the_window(tmp_path: Path, piece: int) -> None:
+    path = tmp_path / "d.json"
+    path.write_text("[12345, 67, {}]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows._Text.__init__, "__defaults__", (piece,))
+        assert [row.value for row in stream_rows(path)] == [12345, 67, {}]

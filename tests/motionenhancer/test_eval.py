@@ -19,10 +19,9 @@ from students_support import clip, sharp_student
 
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
+from motionenhancer.data.sampling import Frames
 from motionenhancer.evaluation import generate
-from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
-from motionenhancer.evaluation.videos import Frames
 from motionenhancer.students import load_student, student_family
 from motionenhancer.toy.world import ToyFolder, write_world
 
@@ -436,9 +435,19 @@ def test_no_arguments_use_the_toy_world(
     [
         ({"benchmark": "favor"}, "needs --data, its video_perspective.json"),
         ({"benchmark": "mvbench"}, "invalid choice"),
-        ({"student": "a", "predictions": "b"}, "exclude each other"),
+        ({"student": "a", "predictions": FAVOR}, "exclude each other"),
         ({"compare": ("a",)}, "must name two runs"),
+        ({"predictions": "none.json"}, "--predictions must be a file that exists, got none.json"),
+        ({"student": "s", "data": "none.json"}, "--data must be a file that exists, got none.json"),
         ({"task": "AS"}, "--task goes with --compare"),
+        ({"video_root": "."}, "--video_root . needs --data"),
+        ({"video_root": "none"}, "--video_root must be a folder that exists, got none"),
+        ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
+        ({"min_frames": 9, "max_frames": 2}, "--min_frames must be at most --max_frames (2), got 9"),
+        ({"video_fps": "nan"}, "--video_fps must be finite and above 0, got nan"),
+        ({"max_pixels": -1}, "--max_pixels must be at least 0, got -1"),
+        ({"seed": 2**32}, "--seed must be at least 0 and at most 4294967295, got 4294967296"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
@@ -453,44 +462,24 @@ def test_contradicting_flags_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_clips_without_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(tmp_path / "out", video_root=tmp_path) == 2
-    assert f"--video_root {tmp_path} needs --data" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("flags", "found"),
+    ("flags", "family", "found"),
     [
-        ({"max_frames": 2}, Frames(None, 1.0, 2, 2)),
-        ({"max_frames": 9}, Frames(None, 1.0, 4, 9)),
-        ({"num_frames": 3, "max_pixels": 0}, Frames(3, max_pixels=None)),
-        ({"video_fps": 0.5, "min_frames": 1}, Frames(None, 0.5, 1)),
-        ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),
-        ({"min_frames": 9, "max_frames": 2}, r"--min_frames must be at most max_frames \(2\), got 9"),
-        ({"video_fps": -1}, "--video_fps must be positive, got -1"),
+        ({}, None, Frames(None, 1.0, 4, 768, 151200)),
+        ({}, 8, Frames(8, 1.0, 4, 768, 151200)),
+        ({"max_frames": 2}, None, Frames(None, 1.0, 2, 2, 151200)),
+        ({"max_frames": 9}, None, Frames(None, 1.0, 4, 9, 151200)),
+        ({"num_frames": 3, "max_pixels": 0}, 8, Frames(3, 1.0, 4, 768, None)),
+        ({"video_fps": 0.5, "min_frames": 1}, 8, Frames(None, 0.5, 1, 768, 151200)),
     ],
 )
-def test_flags_change_how_clips_are_shown(flags: dict[str, Any], found: Frames | str) -> None:
-    arguments = evaluate.EvalArguments(student="s", data="d", benchmark="favor", **flags)
-    family, benchmark = student_family("qwen2_5_vl"), BENCHMARKS["favor"]
-    if isinstance(found, Frames):
-        assert evaluate._frames(arguments, family, benchmark) == found
-    else:
-        with pytest.raises(ValueError, match=f"^{found}"):
-            evaluate._frames(arguments, family, benchmark)
+def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: int | None, found: Frames) -> None:
+    arguments = evaluate.EvalArguments(student="s", data=str(FAVOR), benchmark="favor", **flags)
+    assert arguments.frames(family) == found
+    assert evaluate.EvalArguments(benchmark="toy").frames(None).fps == 8
 
 
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        ({"predictions": "none.json"}, "none.json does not exist"),
-        ({"student": "none"}, "--student must be a transformers folder"),
-        ({"student": "none", "data": "none.json"}, "none.json does not exist"),
-    ],
-)
-def test_what_is_not_there_is_refused(
-    flags: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(tmp_path / "out", **{"benchmark": "favor", "data": FAVOR, **flags}) == 2
-    assert why in capsys.readouterr().err
+def test_a_student_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tmp_path / "out", benchmark="favor", data=FAVOR, student="none") == 2
+    assert "--student must be a transformers folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     ]
     file = tmp_path / "results.jsonl"
     file.write_text(
-        "".join(json.dumps(j.to_json(), ensure_ascii=False) + "\n" for j in judged), encoding="utf-8"
+        "".join(json.dumps(asdict(j), ensure_ascii=False) + "\n" for j in judged), encoding="utf-8"
     )
     assert read_results(tmp_path) == read_results(file) == judged
     file.write_text('{"id": "q"}\n')

@@ -21,7 +21,7 @@ from train_support import flags
 from motionenhancer import extract, train
 from motionenhancer.costs import evaluations_a_prior, extraction_cost, readable
 from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read_samples
-from motionenhancer.data.loading import load_samples
+from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors import maker
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior

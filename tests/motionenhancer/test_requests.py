@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from motionenhancer.data import Sample, SkipLog, content_digest, read_samples
-from motionenhancer.data.loading import stream_samples
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import requests as requests_module
 from motionenhancer.priors.prior import FORMAT, PriorSettings
@@ -252,7 +251,7 @@ def test_a_data_file_is_never_held(tmp_path: Path) -> None:
             file.writelines(json.dumps(row(f"s{i}", "clip.mp4", f"Answer {i}.")) + "\n" for i in range(lines))
         skips = SkipLog(shout=0)
         tracemalloc.start()
-        samples = stream_samples(data, None, None, skips)
+        samples = read_samples(data, None, skips)
         stream = request_priors(samples, "both", skips, name=NAME, digest=lambda path: path.name)
         assert sum(1 for _ in stream) == lines
         _, most = tracemalloc.get_traced_memory()

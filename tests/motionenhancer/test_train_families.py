@@ -95,11 +95,3 @@ def test_accumulation_gives_the_large_batch(world: World, tmp_path: Path, name: 
             assert float((split[name] - value).norm()) <= 1e-3 * moved + 1e-6, name
     for name, value in aligner.items():
         torch.testing.assert_close(split_aligner[name], value, rtol=0, atol=1e-4, msg=name)
-
-
-def test_frames_and_rate_exclude_each_other(world: World, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "out"
-    assert train.main(flags(world, out, num_frames=8)) == 2
-    assert "--num_frames and --video_fps exclude each other" in capsys.readouterr().err
-    assert train.main(flags(world, tmp_path / "b", num_frames=0, video_fps=None)) == 2
-    assert "--num_frames must be positive, got 0" in capsys.readouterr().err

@@ -50,6 +50,66 @@ def test_a_flag_that_would_do_nothing(
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        *(
+            (flag, value, "finite and")
+            for flag in ("confidence_gate", "video_fps")
+            for value in ("nan", "inf")
+        ),
+        ("confidence_gate", -0.1, "at least 0"),
+        ("alignment_weight", "nan", "finite and at least 0"),
+        ("alignment_weight", -1, "at least 0"),
+        ("alignment_warmup", -1, "at least 0"),
+        ("vision_learning_rate", "inf", "finite and at least 0"),
+        ("prior_temperature", 0, "above 0"),
+        ("lora_r", -1, "at least 0"),
+        ("lora_alpha", 0, "at least 1"),
+        ("lora_dropout", 1, "at least 0 and below 1"),
+        ("video_fps", 0, "above 0"),
+        ("num_frames", 0, "at least 1"),
+        ("max_frames", 0, "at least 1"),
+        ("max_pixels", 0, "at least 1"),
+        ("limit", 0, "at least 1"),
+        ("limit", -1, "at least 1"),
+        ("teacher_frames", 0, "at least 1 and at most 1000"),
+        ("teacher_frames", 10**6, "at least 1 and at most 1000"),
+        ("ray_workers", 0, "at least 1"),
+        ("prior_prefetch", -1, "at least 0"),
+        ("agreement_clips", -1, "at least 0"),
+        ("prior_seed", 2**32, "at least 0 and at most 4294967295"),
+        ("learning_rate", "nan", "finite and at least 0"),
+        ("weight_decay", -1, "at least 0"),
+        ("warmup_steps", -1, "at least 0"),
+        ("num_train_epochs", 0, "above 0"),
+        ("num_train_epochs", -1, "above 0"),
+        ("num_train_epochs", "nan", "finite and above 0"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("gradient_accumulation_steps", -2, "at least 1"),
+        ("max_steps", 0, "at least 1, or -1"),
+        ("logging_steps", 0, "above 0"),
+        ("save_steps", 0, "above 0"),
+        ("adam_beta1", 1, "at least 0 and below 1"),
+        ("adam_beta2", "nan", "finite and at least 0 and below 1"),
+        ("max_grad_norm", -1, "at least 0"),
+        ("seed", 2**32, "at least 0 and at most 4294967295"),
+        ("seed", -1, "at least 0"),
+        ("data_seed", -1, "at least 0"),
+        ("dataloader_num_workers", -1, "at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_any_work(
+    world: World, tmp_path: Path, flag: str, value: object, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(world, tmp_path / "out", **{flag: value}))
+    assert stop.value.code == 2
+    assert f"error: --{flag} must be {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "family", "found"),
     [
         ({}, "qwen2_5_vl", {"fps": 1.0, "max_frames": 64}),
@@ -63,10 +123,18 @@ def test_a_flag_that_would_do_nothing(
 def test_how_many_frames_are_shown(options: dict, family: str, found: dict | str) -> None:
     student = StudentArguments(**options)
     if isinstance(found, dict):
-        assert train._sampling(student, student_family(family)) == found
+        assert student.frames(student_family(family)) == found
     else:
         with pytest.raises(ValueError, match=f"^{found}"):
-            train._sampling(student, student_family(family))
+            student.frames(student_family(family))
+
+
+def test_frames_and_rate_exclude_each_other(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(flags(world, tmp_path / "out", num_frames=8, video_fps=2))
+    assert "--num_frames and --video_fps exclude each other" in capsys.readouterr().err
 
 
 def test_label_smoothing_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,6 @@ def test_a_missing_package_is_named_before_anything_is_read(
         ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor", "--dataloader_num_workers > 0"),
         ({"torch_compile_backend": "nonsense"}, "--torch_compile_backend nonsense", "NONSENSE"),
         ({"report_to": "nonsense"}, "--report_to nonsense", "tensorboard"),
-        ({"seed": -1}, "--seed -1", "between 0"),
         ({"fp16": True}, "--fp16", "needs a GPU"),
         ({"bf16": True, "fp16": True}, "--bf16 True, --fp16 True", "At most one"),
         ({"fsdp": "full_shard"}, "--fsdp full_shard", "distributed"),

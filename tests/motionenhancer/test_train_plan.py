@@ -78,9 +78,6 @@ def test_a_dry_run_refuses_what_a_run_would(
         ({"save_aligner": tmp_path / "a.safetensors", "aligner": "identity"}, "nothing is trained"),
         ({"lora_merge": True}, "--lora_merge needs --lora_r"),
         ({"lora_r": 2, "lora_target": "nothing_of_it"}, "--lora_target nothing_of_it"),
-        ({"lora_r": 2, "lora_dropout": 1.0}, "--lora_dropout must be in"),
-        ({"prior_temperature": 0.0}, "--prior_temperature must be above 0, got 0.0"),
-        ({"alignment_warmup": -1}, "--alignment_warmup must be"),
     ):
         assert train.main(flags(world, tmp_path / "free", dry_run=True, **options)) == 2, options
         assert named in capsys.readouterr().err
