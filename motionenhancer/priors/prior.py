@@ -9,21 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mekernels import VideoTokens, select_heads, select_tokens, token_motion_scores
+from mekernels import select_heads, select_tokens, token_motion_scores
 
 from ..flags import setting
-from ..teachers import read_folder
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
-from ..teachers.known import boundary_of
-from ..teachers.protocol import Teacher, TextEncoding, VideoLatents
+from ..teachers.known import boundary_of, read_folder
+from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps
+from ..teachers.teacher import Teacher
 from .confidence import prior_confidence
 from .pool import AttentionPool
 
@@ -40,29 +40,11 @@ FORMAT = 4
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Every choice that changes a prior's values, the teacher's own options aside.
+    """Every choice that changes a prior's values, the teacher's own options aside."""
 
-    Attributes:
-        steps: DDIM steps K each way; must divide the teacher's training timesteps.
-        guidance_scale: classifier-free guidance of the reconstruction; 1 switches it off.
-        start: reconstruct from the "inverted" noise or from "random" noise.
-        memory: let the generated stream attend to the inverted video's keys and values too.
-        head_ratio: share of heads kept by motion-sensitive head selection; 1 keeps all.
-        token_ratio: share of tokens kept by motion-salient token identification; 1 keeps all.
-        sampled_rows: whole rows read to estimate the square sum of a head's map, or "all" for the exact sum.
-        seed: of a random start, and of the noise of "renoise".
-        mode: "reconstruct", the paper's procedure, or "renoise", one evaluation of the noised latent.
-        noise_level: training timestep of "renoise"; 0 is clean, the last is noise.
-        step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
-            weighs all alike.
-        head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
-        token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
-            space, which SentencePiece splits off before some pieces, and an unknown piece are no tokens to
-            keep in either.
-        guidance_scale_2: guidance of the levels that a second expert serves (Wan 2.2 A14B); None: the same.
-    """
-
-    steps: int = setting(5, "DDIM steps each way.", flag="ddim_steps")
+    steps: int = setting(
+        5, "DDIM steps each way; must divide the teacher's training timesteps.", flag="ddim_steps"
+    )
     guidance_scale: float = setting(6.0, "Classifier-free guidance; 1 is off.")
     start: str = setting("inverted", "Where reconstruction starts.", choices=STARTS)
     memory: bool = setting(True, "Attend to the inverted clip's keys and values too.")
@@ -91,19 +73,14 @@ class PriorSettings:
     )
 
     def __post_init__(self) -> None:
-        choices = {"head": HEAD_SELECTIONS, "token": TOKEN_SELECTIONS}
-        for kind, allowed in choices.items():
-            value = getattr(self, f"{kind}_selection")
-            if value not in allowed:
-                raise ValueError(f"{kind}_selection must be one of {allowed}, got {value!r}")
+        for one in fields(self):
+            allowed, value = one.metadata.get("choices"), getattr(self, one.name)
+            if allowed is not None and value not in allowed:
+                raise ValueError(f"{one.name} must be one of {allowed}, got {value!r}")
         for name in ("head_ratio", "token_ratio"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {value}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
         for name in ("guidance_scale", "guidance_scale_2"):
             value = getattr(self, name)
             if value is not None and (not np.isfinite(value) or value < 0):
@@ -127,19 +104,30 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
-        # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
-        for name in ("guidance_scale", "head_ratio", "token_ratio"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        if self.guidance_scale_2 is not None:
-            same = float(self.guidance_scale_2) == self.guidance_scale
-            object.__setattr__(self, "guidance_scale_2", None if same else float(self.guidance_scale_2))
-        for kind in choices:
+        # Neither how a number is written nor a value that plays no part may tell equal priors apart.
+        if self.guidance_scale_2 == self.guidance_scale:
+            object.__setattr__(self, "guidance_scale_2", None)
+        for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
+        for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+
+    def rows(self, *, split: bool = False) -> int:
+        """Batch rows of one evaluation; with `split`, where texts are evaluated one after the other."""
+        if self.mode == "renoise":
+            return 1
+        texts = 1 if split or self.guidance_scale == 1.0 else 2
+        return texts * (2 if self.memory else 1)
+
+    @property
+    def evaluations(self) -> int:
+        """The transformer's evaluations for one prior, counted per batch row."""
+        return 1 if self.mode == "renoise" else self.steps * (1 + self.rows())
 
 
 def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
-    """Return the numbers of a list, or of a text with commas between them."""
     try:
         return tuple(float(part) for part in (given.split(",") if isinstance(given, str) else given))
     except (ValueError, TypeError):
@@ -287,7 +275,7 @@ class Reading:
         video, prompt: what the teacher was given.
         teacher: its id.
         settings: how it was read.
-        evaluations, seconds: as in `MotionPrior`.
+        seconds: as in `MotionPrior`.
     """
 
     pool: AttentionPool
@@ -295,7 +283,6 @@ class Reading:
     prompt: TextEncoding
     teacher: str
     settings: PriorSettings
-    evaluations: int
     seconds: dict[str, float]
 
 
@@ -332,7 +319,7 @@ def read_attention(
         with _timed(seconds, "invert", teacher):
             trajectory = invert(teacher, video.latents, schedule, empty)
         with _timed(seconds, "reconstruct", teacher):
-            result = reconstruct(
+            reconstruct(
                 teacher,
                 trajectory,
                 schedule,
@@ -345,12 +332,10 @@ def read_attention(
                 seed=settings.seed,
                 readers=pool.at_level,
             )
-        evaluations = schedule.steps + result.evaluations
     else:
         with _timed(seconds, "renoise", teacher):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
-        evaluations = 1
-    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
+    return Reading(pool, video, prompt, teacher.id, settings, seconds)
 
 
 @torch.no_grad()
@@ -365,24 +350,40 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         PriorError: NaN or infinity in the teacher's attention.
     """
     began = time.perf_counter()
-    video, prompt = reading.video, reading.prompt
-    chosen = _select(reading.pool, video.tokens, settings, prompt.words)
-    kept = chosen["kept"]
+    video, prompt, pool = reading.video, reading.prompt, reading.pool
+    try:
+        scores = pool.scores()
+        named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": scores.composite()}
+        heads = select_heads(scores, settings.head_ratio)
+        text_attention = pool.text_attention(heads)
+    except ValueError as error:
+        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
+    if not torch.isfinite(text_attention).all():
+        raise PriorError("the teacher's attention holds NaN or infinity")
+    token_scores = token_motion_scores(text_attention, video.tokens)
+    eligible = torch.tensor(prompt.words, device=token_scores.device)
+    chosen = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
+    attention, kept = text_attention.cpu()[chosen].half(), chosen.tolist()
     return MotionPrior(
-        **chosen,
+        attention=attention,
         tokens=[prompt.tokens[i] for i in kept],
         spans=[prompt.spans[i] for i in kept],
         prompt=prompt.text,
         grid=video.tokens.grid,
+        heads=heads.tolist(),
+        head_scores={name: values.tolist() for name, values in named.items()},
         all_tokens=list(prompt.tokens),
         all_spans=list(prompt.spans),
+        token_scores=token_scores.tolist(),
+        kept=kept,
+        confidence=prior_confidence(attention, video.tokens.grid),
         teacher=reading.teacher,
         settings=settings,
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
         unknown=prompt.unknown,
-        evaluations=reading.evaluations,
+        evaluations=reading.settings.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
 
@@ -396,7 +397,7 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
             for a guidance of its own.
         OSError: the folder or its files are missing.
     """
-    _, _, parts = read_folder(teacher)
+    _, parts = read_folder(teacher)
     total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
     check_guidance(settings, boundary)
     if settings.mode == "renoise":
@@ -419,34 +420,6 @@ def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
             f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) is for a teacher with a "
             "second expert for low noise levels, and this one has none"
         )
-
-
-def _select(
-    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, words: Sequence[int]
-) -> dict[str, Any]:
-    """The fields of a prior that follow from the pooled attention and the tokens that can be kept."""
-    try:
-        scores = pool.scores()
-        composite = scores.composite()
-        heads = select_heads(scores, settings.head_ratio)
-        text_attention = pool.text_attention(heads)
-    except ValueError as error:
-        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
-    if not torch.isfinite(text_attention).all():
-        raise PriorError("the teacher's attention holds NaN or infinity")
-    token_scores = token_motion_scores(text_attention, layout)
-    eligible = torch.tensor(words, device=token_scores.device)
-    kept = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
-    attention = text_attention.cpu()[kept].half()
-    named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
-    return {
-        "attention": attention,
-        "heads": heads.tolist(),
-        "head_scores": {name: values.tolist() for name, values in named.items()},
-        "token_scores": token_scores.tolist(),
-        "kept": kept.tolist(),
-        "confidence": prior_confidence(attention, layout.grid),
-    }
 
 
 @contextmanager

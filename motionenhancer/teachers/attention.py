@@ -45,3 +45,14 @@ def attend(
         one = slice(row, row + 1)
         reader.self_attention(query[one], key[one], lse[one], 2 if memory else 1)
     return out if reference is None else torch.cat([out, reference])
+
+
+class ReadingProcessor:
+    """An attention processor of diffusers that hands what it computes to a reader; see `Teacher.reading`."""
+
+    def __init__(self, reader: AttentionReader | None, *, memory: bool, row: int) -> None:
+        self.reader, self.memory, self.row = reader, memory, row
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See `attend`."""
+        return attend(query, key, value, self.reader, memory=self.memory, row=self.row)

@@ -6,30 +6,17 @@ Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from .protocol import AttentionReader, Teacher
+from .protocol import AttentionReader
 from .schedule import Schedule, is_low_noise
+from .teacher import Teacher
 
 STARTS = ("inverted", "random")
 
 #: From a level (1 = cleanest, K = noisiest) to what reads that level's evaluation; None leaves it unread.
 LevelReader = Callable[[int], AttentionReader | None]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """The end of a reconstruction.
-
-    Attributes:
-        latents: float32, the generated stream at the clean end.
-        evaluations: transformer evaluations, counted per batch row.
-    """
-
-    latents: torch.Tensor
-    evaluations: int
 
 
 @torch.no_grad()
@@ -71,7 +58,7 @@ def reconstruct(
     memory: bool = True,
     seed: int = 0,
     readers: LevelReader = lambda level: None,
-) -> Reconstruction:
+) -> torch.Tensor:
     """Denoise back in K steps under the prompt, reading the conditional generated stream.
 
     The batch is (generated × [empty, prompt], reference × [empty, prompt]); the empty half is left out when
@@ -91,6 +78,9 @@ def reconstruct(
         memory: give the generated stream the keys and values of the reference stream.
         seed: of the random start.
         readers: level → reader of its evaluation.
+
+    Returns:
+        The generated stream's latents at the clean end, float32.
     """
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {start!r}")
@@ -101,18 +91,16 @@ def reconstruct(
         latents = gaussian(latents, seed)
     guided = guidance_scale != 1.0
     texts = [empty_embeds, prompt_embeds] if guided else [prompt_embeds]
-    evaluations = 0
     for level in range(schedule.steps, 0, -1):
         reference = trajectory[level] if memory else None
         outputs = _evaluate(teacher, latents, reference, texts, schedule.timesteps[level - 1], readers(level))
-        evaluations += len(texts) * (2 if memory else 1)
         output = outputs[-1:]
         if guided:
             low = is_low_noise(schedule.timesteps[level - 1], teacher.boundary)
             scale = guidance_scale_2 if low and guidance_scale_2 is not None else guidance_scale
             output = outputs[:1] + scale * (output - outputs[:1])
         latents = schedule.step(latents, output, level, level - 1)
-    return Reconstruction(latents, evaluations)
+    return latents
 
 
 @torch.no_grad()
@@ -229,7 +217,5 @@ def roundtrip_error(
         embeds: (1, length, width) text hidden states used both ways.
     """
     trajectory = invert(teacher, latents, schedule, embeds)
-    back = reconstruct(
-        teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False
-    ).latents
+    back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False)
     return float((back - trajectory[0]).norm() / trajectory[0].norm().clamp(min=1e-12))
