@@ -88,16 +88,7 @@ class RunReport:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
-    names = (
-        "motionenhancer",
-        "torch",
-        "triton",
-        "transformers",
-        "diffusers",
-        "accelerate",
-        "tokenizers",
-        "av",
-    )
+    names = str.split("motionenhancer torch triton transformers diffusers accelerate tokenizers av")
     found = {"python": platform.python_version()}
     for name in names:
         try:

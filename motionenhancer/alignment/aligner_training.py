@@ -24,9 +24,6 @@ class AlignerTraining:
     Args:
         module: the aligner.
         settings: TrainingArguments; its Adam constants are used, without weight decay.
-
-    Attributes:
-        module: the aligner.
     """
 
     def __init__(self, module: nn.Module, settings: Any) -> None:

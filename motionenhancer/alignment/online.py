@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..data import Clip, SkipLog
-from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip
-from ..priors.prior import PARTLY_UNKNOWN, MotionPrior
+from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip, count_failed, count_made
+from ..priors.prior import MotionPrior
 from .dataset import Alignment, PendingAlignment, Wanted
 
 Batch = dict[str, Any]
@@ -122,14 +122,12 @@ class OnlinePriors:
         if answers is None:
             answers = self.ask(pending)
         counted: set[tuple[Path | Clip, str]] = set()
-        priors: list[MotionPrior | None] = []
-        for wanted in pending.wanted:
-            if wanted is None:
-                priors.append(None)
-                continue
-            place = _place(wanted)
-            priors.append(self._await(wanted, answers[place], first=place not in counted))
-            counted.add(place)
+        priors: list[MotionPrior | None] = [None] * len(pending.wanted)
+        for i, wanted in enumerate(pending.wanted):
+            if wanted is not None:
+                place = _place(wanted)
+                priors[i] = self._await(wanted, answers[place], first=place not in counted)
+                counted.add(place)
         return pending.complete(priors)
 
     def _await(self, wanted: Wanted, answer: Future[Made], *, first: bool) -> MotionPrior | None:
@@ -147,18 +145,11 @@ class OnlinePriors:
             self.counts.made += found.fresh
             self.counts.stored += not found.fresh
             self.counts.busy_seconds += found.seconds
-            if found.damaged:
-                self.skips.note("damaged priors made anew")
-            if found.lost:
-                self.skips.note(found.lost)
-            if found.prior.unknown:
-                self.skips.note(PARTLY_UNKNOWN)
+            count_made(found, self.skips)
         if found.roundtrip is not None:
             self.roundtrip = self.roundtrip or found.roundtrip
-        sample, request = wanted
-        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
-        described = {**about, "made_now": found.fresh, **found.prior.describe()}
-        self.described.setdefault(sample.id, json.dumps(described))
+        if wanted.sample.id not in self.described:
+            self.described[wanted.sample.id] = json.dumps(found.describe(*wanted))
         return found.prior
 
     def _fail(self, wanted: Wanted, error: Exception) -> None:
@@ -168,11 +159,8 @@ class OnlinePriors:
             self._dead = str(error)
         sample = wanted.sample
         if sample.id not in self._failures:
-            reason = str(error) or type(error).__name__
-            self._failures[sample.id] = reason
-            self.skips.add(
-                "no prior: the teacher failed on it", id=sample.id, line=sample.line, detail=reason
-            )
+            self._failures[sample.id] = str(error) or type(error).__name__
+            count_failed(sample, error, self.skips)
 
     def judge(self, total: Callable[[torch.Tensor], torch.Tensor], *, final: bool = False) -> None:
         """Stop a run whose teacher fails on everything; every process must call it at the same steps.

@@ -33,9 +33,10 @@ TRIES = 2
 DEATHS = 12
 """The run stops after this many deaths of actors in a row without a prior between them."""
 
-
 SLOW = 60
 """Seconds after which an actor that has not started is a warning."""
+
+SAME_FILES = "with Ray all nodes need the same files at the same paths"
 
 logger = logging.getLogger("motionenhancer")
 
@@ -78,14 +79,10 @@ class _Actor:
         except Exception as error:
             # Not chained: an error of a library may not survive the way to the driver.
             raise DeadTeacher(
-                f"an actor on node {node} cannot load the teacher: {reason_of(error)}; with Ray all nodes "
-                "need the same files at the same paths"
+                f"an actor on node {node} cannot load the teacher: {reason_of(error)}; {SAME_FILES}"
             ) from None
         if teacher.id != self.teacher_id:
-            raise DeadTeacher(
-                f"an actor on node {node} sees another teacher at the same path; with Ray all nodes need the "
-                "same files at the same paths"
-            )
+            raise DeadTeacher(f"an actor on node {node} sees another teacher at the same path; {SAME_FILES}")
         self.reader = Reader(teacher, self.settings, self.roundtrip)
 
     def make(self, request: PriorRequest) -> Made:
@@ -102,6 +99,23 @@ class _Job:
     deaths: int = 0
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A process's share of a Ray cluster.
+
+    Attributes:
+        device: what an actor's teacher runs on.
+        teachers: actors of this process.
+        cpus: cores that each reserves and computes with.
+        share: of a GPU that each reserves.
+    """
+
+    device: torch.device
+    teachers: int
+    cpus: int
+    share: float
+
+
 class RayMaker:
     """Actors on any GPUs of any nodes of a Ray cluster; see `PriorMaker`.
 
@@ -110,7 +124,7 @@ class RayMaker:
     whose actor dies is tried once more on a new one and then refused (`KillerClip`).
 
     Args:
-        engine: the cluster.
+        cluster: where the actors find their places.
         load: returns the teacher on a device; pickled into every actor.
         teacher_id: id of the teacher that the driver sees.
         settings: of the priors.
@@ -122,21 +136,21 @@ class RayMaker:
 
     def __init__(
         self,
-        engine: RayEngine,
+        cluster: Cluster,
         load: Callable[[torch.device | str], Teacher],
         teacher_id: str,
         settings: PriorSettings,
         *,
         roundtrip: bool = False,
     ) -> None:
-        self.capacity = engine.teachers
+        self.capacity = cluster.teachers
         self.deaths = 0
         self._in_a_row, self._patience = 0, Patience()
         self._dead: DeadTeacher | None = None
-        self._arguments = (load, teacher_id, settings, engine.device, roundtrip)
+        self._arguments = (load, teacher_id, settings, cluster.device, roundtrip)
         self._options = {
-            "num_cpus": engine.cpus,
-            "num_gpus": engine.share,
+            "num_cpus": cluster.cpus,
+            "num_gpus": cluster.share,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
@@ -234,7 +248,7 @@ class RayMaker:
                 raise self._dead
             made = ray.get(actor.make.remote(job.request))
         except RayTaskError as error:
-            job.answer.set_exception(self._judge(job.request, error.cause))
+            self._failed(job, error.cause)
         except RayError as error:
             _dismiss(actor)
             self._count_death(error)
@@ -246,9 +260,10 @@ class RayMaker:
                 job.answer.set_exception(self._dead or killer)
             return False
         except Exception as error:
-            job.answer.set_exception(self._judge(job.request, error))
+            self._failed(job, error)
         else:
-            self._judge(job.request, None)
+            with self._changed:
+                self._in_a_row = self._patience.failures = 0
             job.answer.set_result(made)
         return True
 
@@ -273,23 +288,24 @@ class RayMaker:
         with self._changed:
             self._dead = error if isinstance(error, DeadTeacher) else DeadTeacher(reason_of(error))
 
-    def _judge(self, request: PriorRequest, error: BaseException | None) -> BaseException | None:
-        """Return the error to answer with; take the teacher for dead where it says so."""
+    def _failed(self, job: _Job, error: Exception) -> None:
+        """Answer with an error; take the teacher for dead where it says so."""
         if isinstance(error, UnseenFile):
             try:
-                content_digest(request.video)
+                content_digest(job.request.video)
             except VideoError as unread:
-                return unread
-            error = DeadTeacher(
-                f"node {error} does not see {request.video}, which is there on this node; with Ray all nodes "
-                "need the same files at the same paths"
-            )
+                error = unread
+            else:
+                video = job.request.video
+                error = DeadTeacher(
+                    f"node {error} does not see {video}, which is there on this node; {SAME_FILES}"
+                )
         with self._changed:
             self._in_a_row = 0
             judged = self._patience.judge(error)
             if isinstance(judged, DeadTeacher):
                 self._dead = judged
-        return judged
+        job.answer.set_exception(judged)
 
 
 def _give_up(job: _Job) -> None:
@@ -304,29 +320,8 @@ def _dismiss(actor: Any) -> None:
             ray.kill(actor)
 
 
-@dataclass
-class RayEngine:
-    """The GPUs of a cluster; see `Engine`."""
-
-    device: torch.device
-    teachers: int
-    cpus: int
-    share: float
-
-    def maker(
-        self,
-        load: Callable[[torch.device | str], Teacher],
-        teacher_id: str,
-        settings: PriorSettings,
-        *,
-        roundtrip: bool = False,
-    ) -> RayMaker:
-        """See `Engine`."""
-        return RayMaker(self, load, teacher_id, settings, roundtrip=roundtrip)
-
-
 @contextmanager
-def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[RayEngine]:
+def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[Cluster]:
     """Join a Ray cluster, or start one on this machine that ends with the context.
 
     Args:
@@ -349,9 +344,8 @@ def open_cluster(address: str | None, actors: int | None, cpus: int, processes: 
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         mine = actors or max(1, gpus // processes)
-        yield RayEngine(
-            torch.device("cuda" if gpus else "cpu"), mine, cpus, gpu_share(gpus, mine * processes)
-        )
+        device = torch.device("cuda" if gpus else "cpu")
+        yield Cluster(device, mine, cpus, gpu_share(gpus, mine * processes))
     finally:
         if not joined:
             ray.shutdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -260,12 +259,10 @@ def test_a_teacher_that_cannot_be_loaded_is_dead_and_not_loaded_again(
 
 
 def test_a_thread_that_fails_answers_all_that_wait(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def no_stream(device: torch.device) -> Iterator[None]:
+    def no_stream(device: torch.device) -> None:
         raise RuntimeError("CUDA error: device-side assert")
-        yield
 
-    monkeypatch.setattr(maker_module, "_own_stream", no_stream)
+    monkeypatch.setattr(maker_module, "_use_own_stream", no_stream)
     with local(fake) as maker:
         errors = []
         for i in range(4):
@@ -285,7 +282,7 @@ def test_the_teachers_thread_computes_with_as_many_threads_as_its_caller(
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.append((n, threading.current_thread().name)))
     with local(fake) as maker:
         maker.submit(fake.request("good")).result(SECONDS)
-    assert seen == [(3, "teacher")]
+    assert seen == [(3, "teacher_0")]
 
 
 def test_the_inversion_error_is_measured_of_one_clip(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

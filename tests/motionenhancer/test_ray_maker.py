@@ -38,7 +38,7 @@ from motionenhancer.priors.storage import PriorStore, prior_keys
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install motionenhancer[ray]")
 
 from motionenhancer.priors import ray_maker  # noqa: E402
-from motionenhancer.priors.ray_maker import KillerClip, RayEngine, RayMaker, gpu_share, open_cluster  # noqa: E402
+from motionenhancer.priors.ray_maker import Cluster, KillerClip, RayMaker, gpu_share, open_cluster  # noqa: E402
 
 REPO = Path(__file__).parents[2]
 SETTINGS = PriorSettings(steps=1)
@@ -76,7 +76,7 @@ def actors_under(parent: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayEngine]:
+def cluster() -> Iterator[Cluster]:
     """A cluster of two cores on this machine, started as the command starts one."""
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -158,8 +158,8 @@ def request(folder: Path, says: str, **options: Any) -> PriorRequest:
     return PriorRequest(clip, "text", NAME(content_digest(clip), "text"), **options)
 
 
-def ray_on(engine: RayEngine, folder: Path, teachers: int = 1, cpus: int = 1, **load: Any) -> RayMaker:
-    return replace(engine, teachers=teachers, cpus=cpus).maker(Load(folder, **load), "t", SETTINGS)
+def ray_on(engine: Cluster, folder: Path, teachers: int = 1, cpus: int = 1, **load: Any) -> RayMaker:
+    return RayMaker(replace(engine, teachers=teachers, cpus=cpus), Load(folder, **load), "t", SETTINGS)
 
 
 def made_of(maker: PriorMaker, folder: Path, *says: str) -> list[Made | BaseException]:
@@ -177,7 +177,7 @@ def answer(future: Future[Made]) -> Made | BaseException:
 
 
 def test_a_clip_that_kills_its_actor_is_tried_once_more_and_then_recorded(
-    cluster: RayEngine, tmp_path: Path
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     store, said = PriorStore(tmp_path / "priors"), ["good 0", "kill", "once", "broken", "blank", "good 1"]
     maker = ray_on(cluster, tmp_path)
@@ -203,7 +203,7 @@ def test_a_clip_that_kills_its_actor_is_tried_once_more_and_then_recorded(
 
 
 def test_deaths_in_a_row_end_the_run(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_maker, "DEATHS", 3)
     with closing(ray_on(cluster, tmp_path)) as maker:
@@ -216,7 +216,7 @@ def test_deaths_in_a_row_end_the_run(
 
 
 def test_a_prior_between_deaths_starts_their_count_anew(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_maker, "DEATHS", 3)
     with closing(ray_on(cluster, tmp_path)) as maker:
@@ -226,7 +226,7 @@ def test_a_prior_between_deaths_starts_their_count_anew(
 
 
 def test_no_clip_is_blamed_for_an_actor_that_dies_while_its_teacher_loads(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_maker, "DEATHS", 3)
     store = PriorStore(tmp_path / "priors")
@@ -240,7 +240,7 @@ def test_no_clip_is_blamed_for_an_actor_that_dies_while_its_teacher_loads(
 # ---- nodes ----
 
 
-def test_a_node_that_does_not_see_a_clip_says_which(cluster: RayEngine, tmp_path: Path) -> None:
+def test_a_node_that_does_not_see_a_clip_says_which(cluster: Cluster, tmp_path: Path) -> None:
     store = PriorStore(tmp_path / "priors")
     keeps = Stored(store, ray_on(cluster, tmp_path, unseen="hidden.mp4"), NAME, strict=True)
     gone = request(tmp_path, "gone")
@@ -273,7 +273,7 @@ def test_a_node_that_does_not_see_a_clip_says_which(cluster: RayEngine, tmp_path
     ],
 )
 def test_a_node_without_the_teacher_ends_the_run(
-    cluster: RayEngine, tmp_path: Path, load: dict[str, Any], said: str
+    cluster: Cluster, tmp_path: Path, load: dict[str, Any], said: str
 ) -> None:
     with closing(ray_on(cluster, tmp_path, **load)) as maker:
         errors = [answer(maker.submit(request(tmp_path, f"good {i}"))) for i in range(2)]
@@ -284,7 +284,7 @@ def test_a_node_without_the_teacher_ends_the_run(
     assert "\n" not in str(errors[0])
 
 
-def test_an_actor_without_a_gpu_it_needs_says_so(tmp_path: Path, cluster: RayEngine) -> None:
+def test_an_actor_without_a_gpu_it_needs_says_so(tmp_path: Path, cluster: Cluster) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     with closing(ray_on(replace(cluster, device=torch.device("cuda")), tmp_path)) as maker:
@@ -293,9 +293,9 @@ def test_an_actor_without_a_gpu_it_needs_says_so(tmp_path: Path, cluster: RayEng
     assert "has no GPU that it can use" in str(error)
 
 
-def test_a_loader_that_cannot_be_sent_ends_the_run(cluster: RayEngine) -> None:
+def test_a_loader_that_cannot_be_sent_ends_the_run(cluster: Cluster) -> None:
     lock = threading.Lock()
-    maker = cluster.maker(lambda device: lock, "t", SETTINGS)  # type: ignore[arg-type, return-value]
+    maker = RayMaker(cluster, lambda device: lock, "t", SETTINGS)  # type: ignore[arg-type, return-value]
     with closing(maker):
         error = answer(maker.submit(PriorRequest(Path("a.mp4"), "text")))
     assert isinstance(error, DeadTeacher)
@@ -305,7 +305,7 @@ def test_a_loader_that_cannot_be_sent_ends_the_run(cluster: RayEngine) -> None:
 # ---- failures ----
 
 
-def test_failures_in_a_row_end_the_run_and_are_never_on_record(cluster: RayEngine, tmp_path: Path) -> None:
+def test_failures_in_a_row_end_the_run_and_are_never_on_record(cluster: Cluster, tmp_path: Path) -> None:
     store = PriorStore(tmp_path / "priors")
     with closing(Stored(store, ray_on(cluster, tmp_path), NAME)) as keeps:
         for says in ("broken", *(f"cuda {i}" for i in range(PATIENCE - 1)), "good"):
@@ -323,7 +323,7 @@ def test_failures_in_a_row_end_the_run_and_are_never_on_record(cluster: RayEngin
 
 
 @pytest.mark.parametrize("death", [False, True])
-def test_actors_that_find_no_place_hold_up_nothing(cluster: RayEngine, tmp_path: Path, death: bool) -> None:
+def test_actors_that_find_no_place_hold_up_nothing(cluster: Cluster, tmp_path: Path, death: bool) -> None:
     """Three actors where one fits: the others wait, and may take the place of one that dies."""
     said = [*(f"good {i}" for i in range(12)), *(["once a", "once b"] if death else [])]
     random.Random(0).shuffle(said)
@@ -337,7 +337,7 @@ def test_actors_that_find_no_place_hold_up_nothing(cluster: RayEngine, tmp_path:
 
 
 def test_without_any_place_it_says_so_and_can_be_closed(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray_maker, "SLOW", 2)
     keeps = Stored(PriorStore(tmp_path / "priors"), ray_on(cluster, tmp_path, teachers=2, cpus=100), NAME)
@@ -396,7 +396,7 @@ def test_processes_share_the_gpus_of_a_cluster(
 # ---- being closed ----
 
 
-def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(cluster: RayEngine, tmp_path: Path) -> None:
+def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(cluster: Cluster, tmp_path: Path) -> None:
     maker = ray_on(cluster, tmp_path)
     assert isinstance(answer(maker.submit(request(tmp_path, "good"))), Made)
     slow = maker.submit(request(tmp_path, "slow"))
@@ -412,7 +412,7 @@ def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(cluster: RayEngi
 
 
 def test_a_request_whose_actor_died_as_the_maker_was_closed_is_answered(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ray_on(cluster, tmp_path)
     count = maker._count_death
@@ -428,7 +428,7 @@ def test_a_request_whose_actor_died_as_the_maker_was_closed_is_answered(
 
 
 def test_what_waits_is_given_up_before_what_was_begun_is_waited_for(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user's second Ctrl-C ends the waiting; the command must end then too."""
     maker = ray_on(cluster, tmp_path)
@@ -450,7 +450,7 @@ def test_what_waits_is_given_up_before_what_was_begun_is_waited_for(
 
 
 def test_clips_of_relative_paths_are_found(
-    cluster: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     good = request(tmp_path, "good")
@@ -579,9 +579,12 @@ def test_several_processes_start_no_cluster_of_their_own(
     environment: str | None,
     joined: str | None,
 ) -> None:
+    addresses: list[str | None] = []
+
     @contextmanager
-    def cluster(address: str | None, *_: object) -> Iterator[str | None]:
-        yield address
+    def cluster(address: str | None, *_: object) -> Iterator[Cluster]:
+        addresses.append(address)
+        yield Cluster(torch.device("cpu"), 1, 1, 0.0)
 
     state = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
     monkeypatch.setattr(engine_module, "PartialState", lambda: state)
@@ -589,5 +592,6 @@ def test_several_processes_start_no_cluster_of_their_own(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    with engine_module.open_engine("ray", address=given) as address:
-        assert address == joined
+    with engine_module.open_engine("ray", address=given) as engine:
+        assert engine.teachers == 1
+    assert addresses == [joined]
