@@ -34,12 +34,7 @@ def measure(
     levels: Sequence[int],
     skips: SkipLog,
 ) -> list[dict[str, float]]:
-    """Measure how far single evaluations agree with the full procedure.
-
-    Args:
-        data, prior, settings: the clips, the teacher, and how it is read.
-        levels: training timesteps of the single evaluations.
-        skips: receives samples that cannot be compared and why.
+    """Measure how far single evaluations at `levels` agree with the full procedure.
 
     Returns:
         One row a noise level: mean agreement, evaluations and share of the time of a clip.

@@ -139,15 +139,7 @@ def teacher_cost(
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What making priors costs.
-
-    Attributes:
-        stored: priors that the store holds already.
-        missing: priors to make.
-        evaluations: of the transformer for all missing ones, counted per batch row.
-        prior_bytes: most that the missing priors' attention takes in the store.
-        teacher: memory of a process.
-    """
+    """What making the missing priors costs: evaluations per batch row, and most bytes of attention in the store."""
 
     stored: int
     missing: int
@@ -207,8 +199,7 @@ class StudentCost:
     Attributes:
         weights, gradients, optimizer: of the model and the aligner.
         copies: weights in the precision that is computed in, if it is another.
-        activations: of the language model and its logits; None where no sample was read.
-        tokens: length of the sequence that the activations are for.
+        activations: of the language model and its logits for `tokens`; None where no sample was read.
     """
 
     weights: int

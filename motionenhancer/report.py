@@ -20,7 +20,6 @@ class RunReport:
     """The report of one output folder. It is written when the run starts and again when it ends.
 
     Attributes:
-        folder: the run's output folder.
         identity: what makes a run this run: a folder holding another run's report is refused.
         content: everything else, free-form and JSON-ready.
     """

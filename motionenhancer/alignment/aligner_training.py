@@ -49,12 +49,8 @@ class AlignerTraining:
     ) -> torch.Tensor:
         """Average the accumulated gradients over processes, take a scaler's factor off them, and clip them.
 
-        They are clipped by themselves: engines clip the model's on their own, where these are out of reach.
-
-        Args:
-            processes: that share a step.
-            loss_scale: a gradient scaler's factor.
-            max_norm: most that the norm of all gradients together may be; 0 leaves them as they are.
+        They are clipped by themselves: engines clip the model's on their own, where these are out of reach. A
+        `max_norm` of 0 leaves them as they are.
 
         Returns:
             The norm before clipping, the same in every process, () float32.

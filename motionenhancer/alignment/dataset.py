@@ -63,7 +63,6 @@ class PendingAlignment:
         wanted: each sample and the prior that it is to have; None where it has none.
         layouts: where each sample's tokens lie in the padded batch.
         source: the text the priors are made from.
-        device: where the alignment's tensors go.
     """
 
     wanted: list[Wanted | None]

@@ -74,14 +74,9 @@ class StepLog:
     def entries(self, total: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict[str, float]:
         """What to log, averaged over the steps since the last call; starts anew.
 
-        Args:
-            total: sums a tensor over all processes.
-            processes: how many there are.
-
         Returns:
-            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found
-            among the student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in
-            the forward).
+            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found among the
+            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in the forward).
         """
         if not self.steps:
             return {}

@@ -18,10 +18,7 @@ from .requests import PriorRequest
 
 
 def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
-    """Agreement of two priors of the same clip and text.
-
-    Args:
-        one, other: priors on one grid.
+    """Agreement of two priors of one clip, text and grid.
 
     Returns:
         head_rank: Spearman's rank correlation of the composite head scores.
@@ -67,10 +64,7 @@ def read_in_ways(
 ) -> list[list[dict[str, float]]]:
     """Read clips in several ways, none of which is stored, and compare the first way with each other one.
 
-    Args:
-        maker: of priors.
-        pairs: the clips; those that cannot be read in every way are counted in `skips` under `reason`.
-        ways: settings of each reading.
+    Clips that cannot be read in every way are counted in `skips` under `reason`.
 
     Returns:
         One list a clip that could be read, with an entry for each way but the first: what `compare_priors`

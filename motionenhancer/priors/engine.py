@@ -27,9 +27,11 @@ class Engine:
     Attributes:
         device: what a teacher runs on.
         teachers: how many there are for this process.
-        maker: `maker(load, teacher_id, settings, roundtrip=False)` returns a maker of priors, to be closed by
-            the caller. `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
-            `teacher_id` is that of the teacher that this process sees.
+        maker: `maker(load, teacher_id, settings, roundtrip=False)` returns a maker, to be closed by the
+            caller.
+            `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
+            `teacher_id`
+            is that of the teacher that this process sees.
     """
 
     device: torch.device

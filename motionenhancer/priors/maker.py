@@ -73,11 +73,7 @@ class Made:
 
 
 class PriorMaker(Protocol):
-    """Makes priors.
-
-    Attributes:
-        capacity: requests that it can work on at once; more wait their turn.
-    """
+    """Makes priors; `capacity` requests are worked on at once, and more wait their turn."""
 
     capacity: int
 
@@ -96,11 +92,9 @@ class PriorMaker(Protocol):
 
 @dataclass
 class Reader:
-    """A teacher that reads requests one after the other.
+    """A teacher that reads requests one after the other; nothing else may use it meanwhile.
 
     Attributes:
-        teacher: nothing else may use it meanwhile.
-        settings: of the priors.
         roundtrip: also measure the inversion error of the first clip that is read.
     """
 
@@ -109,19 +103,11 @@ class Reader:
     roundtrip: bool = False
 
     def decode(self, request: PriorRequest) -> np.ndarray:
-        """Return the frames of a clip that the teacher reads, (n, h, w, 3) uint8.
-
-        Raises:
-            VideoError: the clip cannot be read, or is a still.
-        """
+        """The (n, h, w, 3) uint8 frames that the teacher reads; VideoError where a clip cannot be read."""
         return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2).frames
 
     def read(self, request: PriorRequest, frames: np.ndarray) -> Made:
-        """Make a prior.
-
-        Raises:
-            PriorError: the clip and text can give none.
-        """
+        """Make a prior; PriorError where the clip and text can give none."""
         settings, began = request.settings or self.settings, perf_counter()
         prior = extract_prior(self.teacher, frames, request.text, **asdict(settings))
         seconds, errors = perf_counter() - began, None
@@ -132,7 +118,7 @@ class Reader:
 
 
 def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """Measure the relative error of inverting and rebuilding a clip without guidance.
+    """The relative error of inverting and rebuilding a clip without guidance.
 
     Returns:
         "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.

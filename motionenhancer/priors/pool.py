@@ -20,7 +20,6 @@ class AttentionPool:
         heads: heads of the self-attention.
         tokens: real tokens of the prompt, which come first among the text.
         settings: which rows are sampled, and how the steps are weighted.
-        device: of the sums.
     """
 
     def __init__(

@@ -268,15 +268,7 @@ def extract_prior(
 
 @dataclass(frozen=True)
 class Reading:
-    """A clip's attention under a text, read once; what is kept of it is chosen by :func:`select_prior`.
-
-    Attributes:
-        pool: the attention, pooled over layers and steps, per head.
-        video, prompt: what the teacher was given.
-        teacher: its id.
-        settings: how it was read.
-        seconds: as in `MotionPrior`.
-    """
+    """A clip's attention under a text, read once; what is kept of it is chosen by `select_prior`."""
 
     pool: AttentionPool
     video: VideoLatents
@@ -340,11 +332,7 @@ def read_attention(
 
 @torch.no_grad()
 def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
-    """Choose heads and tokens of a reading.
-
-    Args:
-        reading: from `read_attention`.
-        settings: those it was read with, but for the selection's own, which may differ.
+    """Choose heads and tokens of a reading, with the settings it was read with but for the selection's own.
 
     Raises:
         PriorError: NaN or infinity in the teacher's attention.
@@ -392,9 +380,7 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
     """Check that a teacher is understood and has what settings ask for, from its configuration files.
 
     Raises:
-        ValueError: a field of a configuration is not understood; the steps do not divide its training
-            timesteps, or the noise level is none of them; no expert serves a level, or there is no second one
-            for a guidance of its own.
+        ValueError: a field of a configuration is not understood, or the teacher lacks a level or an expert.
         OSError: the folder or its files are missing.
     """
     _, parts = read_folder(teacher)

@@ -71,11 +71,7 @@ class _Actor:
         self.roundtrip = roundtrip
 
     def open(self) -> None:
-        """Load the teacher.
-
-        Raises:
-            DeadTeacher: it cannot be loaded on this node, or is another one.
-        """
+        """Load the teacher, or raise `DeadTeacher`: it cannot be loaded on this node, or is another one."""
         node = ray.util.get_node_ip_address()
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DeadTeacher(f"an actor on node {node} has no GPU that it can use")
@@ -106,14 +102,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A process's share of a Ray cluster.
-
-    Attributes:
-        device: what an actor's teacher runs on.
-        teachers: actors of this process.
-        cpus: cores that each reserves and computes with.
-        share: of a GPU that each reserves.
-    """
+    """A process's share of a Ray cluster: teachers, and the cores and share of a GPU that each reserves."""
 
     device: torch.device
     teachers: int
@@ -132,8 +121,7 @@ class RayMaker:
         cluster: where the actors find their places.
         load: returns the teacher on a device; pickled into every actor.
         teacher_id: id of the teacher that the driver sees.
-        settings: of the priors.
-        roundtrip: every actor also measures the inversion error of the first clip that it reads.
+        settings, roundtrip: see `Reader`.
 
     Attributes:
         deaths: actors that died so far.

@@ -57,8 +57,7 @@ def request_priors(
         samples: from `read_samples`.
         source: "both", "question" or "answer": the text given to the teacher.
         skips: receives samples without a prior and why.
-        name: `prior_keys` of the teacher and its settings: makes a key of a clip's digest and a text. None
-            leaves keys empty and reads no clip.
+        name: `prior_keys` of the teacher and its settings. None leaves keys empty and reads no clip.
         digest: reads a clip's `content_digest`; needed with `name`.
         workers: threads that read clips, a few samples ahead of the one that is given out.
         part, parts: give out the samples of every `parts`-th clip only, by a hash of its path; the parts

@@ -63,9 +63,6 @@ def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], st
 class PriorStore:
     """A folder of priors. Writers may run side by side: each file appears whole, by rename, or not at all.
 
-    Attributes:
-        folder: created on the first write.
-
     Example:
         >>> import tempfile
         >>> "0" * 64 in PriorStore(Path(tempfile.mkdtemp()))

@@ -29,9 +29,7 @@ def invert(
     inverse scheduler does.
 
     Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: K levels.
+        teacher, latents, schedule: the model, (1, ...) clean latents, and K levels.
         embeds: (1, length, width) text hidden states, the empty prompt's in the paper's procedure.
 
     Returns:
@@ -67,16 +65,13 @@ def reconstruct(
     its prediction is discarded.
 
     Args:
-        teacher: the model.
-        trajectory: what `invert` returned, K + 1 latents.
-        schedule: the same K levels.
-        prompt_embeds: (1, length, width) of the text.
-        empty_embeds: (1, length, width) of the empty prompt.
+        teacher, trajectory, schedule: the model, the K + 1 latents that `invert` returned, and the same
+            levels.
+        prompt_embeds, empty_embeds: (1, length, width) of the text and of the empty prompt.
         guidance_scale: classifier-free guidance; 1 switches it off.
         guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
-        start: "inverted" begins at the inverted noise, "random" at seeded Gaussian noise.
+        start: "inverted" begins at the inverted noise, "random" at Gaussian noise of `seed`.
         memory: give the generated stream the keys and values of the reference stream.
-        seed: of the random start.
         readers: level → reader of its evaluation.
 
     Returns:
@@ -116,12 +111,8 @@ def renoise(
     """Read a clip in one evaluation: its latents with seeded Gaussian noise, under the prompt, unguided.
 
     Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: of one level.
+        teacher, latents, schedule: the model, (1, ...) clean latents, and one level.
         prompt_embeds: (1, length, width) of the text.
-        reader: of the evaluation.
-        seed: of the noise.
     """
     noisy = schedule.noised(latents.float(), gaussian(latents, seed), 1)
     with teacher.reading(reader, memory=False, row=0):
@@ -142,10 +133,7 @@ def _evaluate(
     timestep: float,
     reader: AttentionReader | None,
 ) -> torch.Tensor:
-    """The generated rows' predictions, one a text; the last text's row is read.
-
-    Runs one batch, or one text after the other when the teacher says so or memory ran out before.
-    """
+    """The generated rows' predictions, one a text; the last row is read. Splits where memory ran out."""
     if not teacher.split_batch and len(texts) > 1:
         resumable = None if reader is None else _Resumable(reader)
         try:
@@ -207,14 +195,8 @@ def roundtrip_error(
 ) -> float:
     """Relative L2 error of latents inverted and reconstructed with the same text, no guidance, no memory.
 
-    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last
-    latent is pure noise in the model's eyes, whatever the clip, so some error stays.
-
-    Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: its levels; `Schedule.below` cuts the noisy end off.
-        embeds: (1, length, width) text hidden states used both ways.
+    It vanishes as the steps of a schedule that stops short of zero SNR grow (`Schedule.below`). At the
+    zero-SNR end the last latent is pure noise in the model's eyes, whatever the clip, so some error stays.
     """
     trajectory = invert(teacher, latents, schedule, embeds)
     back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False)

@@ -31,11 +31,9 @@ class TeacherPlan:
         patch: (frames, height, width) in latents of a vision token.
         text_length: tokens a prompt is padded to.
         joint: text and vision tokens attend to each other in one sequence.
-        heads: of an attention layer.
-        layers: of one evaluation: of one expert, where there are two.
+        heads, layers: of one evaluation: of one expert, where there are two.
         width: of a token's hidden state.
-        weights: parameters by part: transformer, transformer_2 where it serves noise levels of its own,
-            text_encoder, vae. Only `plan_teacher` counts them.
+        weights: parameters by part of the pipeline. Only `plan_teacher` counts them.
     """
 
     frames: int

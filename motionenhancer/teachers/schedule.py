@@ -91,14 +91,10 @@ class FlowSchedule(Schedule):
 
 
 def flow_schedule(steps: int, shift: float) -> FlowSchedule:
-    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them.
-
-    Args:
-        steps: number of levels K; must divide the 1000 training timesteps.
-        shift: of the levels, above 0; 1 leaves them even.
+    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them (1: not).
 
     Raises:
-        ValueError: steps out of range or not dividing the schedule.
+        ValueError: steps do not divide the 1000 training timesteps.
 
     Example:
         >>> flow_schedule(2, 3.0).levels
@@ -135,13 +131,7 @@ def is_low_noise(timestep: float, boundary: float | None) -> bool:
 
 
 def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool) -> None:
-    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone.
-
-    Args:
-        timesteps: of the levels.
-        boundary: see `is_low_noise`.
-        high: the expert for the levels from the boundary up is there.
-    """
+    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone."""
     lacking = [] if high else [t for t in timesteps if not is_low_noise(t, boundary)]
     if lacking:
         raise ValueError(
@@ -152,18 +142,13 @@ def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool
 
 
 def make_schedule(scheduler: Any, steps: int) -> DiffusionSchedule:
-    """The levels a diffusers DDIM-style `scheduler` visits in `steps` steps.
+    """The levels a diffusers DDIM-style forward `scheduler` visits in `steps` steps.
 
     ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift: diffusers'
     `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
 
-    Args:
-        scheduler: a forward scheduler with `alphas_cumprod`, `final_alpha_cumprod`, `set_timesteps` and a
-            config.
-        steps: number of levels K; must divide the number of training timesteps.
-
     Raises:
-        ValueError: steps out of range or not dividing the schedule; an ε-prediction model at zero SNR.
+        ValueError: steps do not divide the training timesteps; an ε-prediction model at zero SNR.
     """
     check_steps(steps, int(scheduler.config.num_train_timesteps))
     scheduler.set_timesteps(steps)

@@ -16,10 +16,8 @@ from ..students.locate import text_model
 def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
     """Freeze a student and put adapters on it, as `--lora_*` say; they begin as the identity.
 
-    Args:
-        model: from `load_student`; its layers are replaced in place.
-        student: its `lora_*` options are read; a `lora_alpha` of None is twice the rank.
-        seed: of the adapters' weights. The global random state stays as it is.
+    The student's layers are replaced in place. `seed` draws the adapters' weights; the global random state
+    stays as it is.
 
     Returns:
         A `peft.PeftModel`.

@@ -86,12 +86,7 @@ class RunPriors:
 
 
 def extract_command(prior: PriorArguments, settings: PriorSettings, identity: Mapping[str, Any]) -> str:
-    """Return the command that makes the priors of a run, with every flag that is not its default.
-
-    Args:
-        prior, settings: the run's.
-        identity: of its report; `data` and `video_root` are read.
-    """
+    """The command that makes the priors of a run, with every flag that is not its default."""
     chosen = {name: identity[name] for name in ("data", "video_root") if identity.get(name) is not None}
     for given in (prior, settings):
         for one in fields(given):
@@ -155,18 +150,10 @@ def open_priors(
 ) -> Iterator[RunPriors]:
     """Get priors for all samples that can have one, as `--prior_source` says.
 
-    The teacher, if there is one, goes with the context.
-
-    "store" takes what is stored. "hybrid" makes and keeps what is missing, while training or, told so,
-    before: every process its share. "online" makes all while training and keeps none.
-
-    Args:
-        samples: of the data file.
-        student: `prior_source`, `aligner` and `alignment_weight` are read.
-        prior, settings: which teacher, how, and where priors are kept.
-        skips: receives samples without a prior and why.
-        report: receives the teacher and every prior's description.
-        how, where: when and where priors are made.
+    The teacher, if there is one, goes with the context. "store" takes what is stored. "hybrid" makes and keeps
+    what is missing, while training or, told so, before: every process its share. "online" makes all while
+    training and keeps none. `skips` receives samples without a prior, `report` the teacher and every prior's
+    description.
 
     Raises:
         ValueError: priors are missing under `--prior_source store`, or nothing is left to align.

@@ -19,8 +19,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from extract_support import COMMAND, stored
+from extract_support import ENVIRONMENT as EXTRACT_ENVIRONMENT
 from ray_support import SECONDS, ray
-from test_processes import launch_two, stored
+from test_processes import launch_two
 from tiny_world import World
 
 from motionenhancer import extract
@@ -29,9 +31,7 @@ from motionenhancer.priors import ray_maker
 from motionenhancer.priors.ray_maker import Cluster
 from motionenhancer.priors.storage import PriorStore
 
-REPO = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "motionenhancer.extract"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "RAY_worker_niceness": "0"}
+ENVIRONMENT = {**EXTRACT_ENVIRONMENT, "RAY_worker_niceness": "0"}
 
 
 def actors_under(parent: int) -> list[int]:
