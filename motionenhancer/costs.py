@@ -139,7 +139,7 @@ def teacher_cost(
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What making the missing priors costs: evaluations per batch row, and most bytes of attention in the store."""
+    """What making the missing priors costs: evaluations by batch row, most bytes in the store."""
 
     stored: int
     missing: int

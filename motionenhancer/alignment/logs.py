@@ -75,8 +75,10 @@ class StepLog:
         """What to log, averaged over the steps since the last call; starts anew.
 
         Returns:
-            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found among the
-            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in the forward).
+            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found
+            among the
+            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in the
+            forward).
         """
         if not self.steps:
             return {}

@@ -96,7 +96,7 @@ class OnlinePriors:
             raise ValueError(f"--prior_prefetch must be at least 0, got {self.prefetch}")
 
     def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
-        """The same batches, `accumulation` a step, their alignment filled in; again with the same iterator it goes on."""
+        """The same batches, `accumulation` a step, aligned; called again with one iterator it goes on."""
         if self._feed is None or self._feed.batches is not batches:
             self._drop()
             self._feed = _Feed(batches, self, self.prefetch * accumulation)
@@ -163,7 +163,8 @@ class OnlinePriors:
             final: nothing more will come; a teacher that died on the way costs no more than it has.
 
         Raises:
-            NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or any at
+            NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or
+                any at
                 the end; or a teacher is taken for dead (see `Patience`).
         """
         read = self.counts.made + self.counts.stored

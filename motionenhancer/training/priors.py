@@ -150,7 +150,8 @@ def open_priors(
 ) -> Iterator[RunPriors]:
     """Get priors for all samples that can have one, as `--prior_source` says.
 
-    The teacher, if there is one, goes with the context. "store" takes what is stored. "hybrid" makes and keeps
+    The teacher, if there is one, goes with the context. "store" takes what is stored. "hybrid" makes and
+    keeps
     what is missing, while training or, told so, before: every process its share. "online" makes all while
     training and keeps none. `skips` receives samples without a prior, `report` the teacher and every prior's
     description.
