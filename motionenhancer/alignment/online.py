@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -86,7 +87,8 @@ class OnlinePriors:
     skips: SkipLog = field(default_factory=SkipLog)
     described: dict[str, str] = field(default_factory=dict)
     roundtrip: dict[str, float] | None = None
-    _feed: _Feed | None = None
+    _feed: Generator[Batch] | None = None
+    _batches: Iterator[Batch] | None = None
     _failures: dict[str, str] = field(default_factory=dict)
     _tried: int = 0
     _dead: str = ""
@@ -97,10 +99,29 @@ class OnlinePriors:
 
     def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
         """The same batches, `accumulation` a step, aligned; called again with one iterator it goes on."""
-        if self._feed is None or self._feed.batches is not batches:
+        if self._feed is None or self._batches is not batches:
             self._drop()
-            self._feed = _Feed(batches, self, self.prefetch * accumulation)
+            self._batches, self._feed = batches, self._aligned(batches, self.prefetch * accumulation)
         return self._feed
+
+    def _aligned(self, batches: Iterator[Batch], depth: int) -> Generator[Batch]:
+        """Batches in order, `depth` of them asked for beyond the one handed out."""
+        ahead: deque[tuple[Batch, Answers]] = deque()
+        try:
+            while True:
+                for batch in islice(batches, depth + 1 - len(ahead)):
+                    pending = batch.get("alignment")
+                    ahead.append((batch, self.ask(pending) if isinstance(pending, PendingAlignment) else {}))
+                if not ahead:
+                    return
+                batch, asked = ahead.popleft()
+                if isinstance(batch.get("alignment"), PendingAlignment):
+                    batch["alignment"] = self.complete(batch["alignment"], asked)
+                yield batch
+        finally:
+            for _, asked in ahead:
+                for answer in asked.values():
+                    answer.cancel()
 
     def ask(self, pending: PendingAlignment) -> Answers:
         """Ask for all priors of a batch, one for samples of the same clip and text."""
@@ -193,42 +214,10 @@ class OnlinePriors:
 
     def _drop(self) -> None:
         if self._feed is not None:
-            self._feed.cancel()
+            self._feed.close()
             self._feed = None
 
 
 def _place(wanted: Wanted) -> tuple[Path | Clip, str]:
     """Return what samples of one prior have in common."""
     return wanted.request.video, wanted.request.text
-
-
-class _Feed(Iterator[Batch]):
-    """Batches in order, `depth` of them asked for beyond the one handed out."""
-
-    def __init__(self, batches: Iterator[Batch], online: OnlinePriors, depth: int) -> None:
-        self.batches, self.online, self.depth = batches, online, depth
-        self._ahead: deque[tuple[Batch, Answers]] = deque()
-        self._ended = False
-
-    def __next__(self) -> Batch:
-        while not self._ended and len(self._ahead) <= self.depth:
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                self._ended = True
-                break
-            pending = batch.get("alignment")
-            asked = self.online.ask(pending) if isinstance(pending, PendingAlignment) else {}
-            self._ahead.append((batch, asked))
-        if not self._ahead:
-            raise StopIteration
-        batch, asked = self._ahead.popleft()
-        if isinstance(batch.get("alignment"), PendingAlignment):
-            batch["alignment"] = self.online.complete(batch["alignment"], asked)
-        return batch
-
-    def cancel(self) -> None:
-        for _, asked in self._ahead:
-            for answer in asked.values():
-                answer.cancel()
-        self._ahead.clear()

@@ -185,16 +185,14 @@ class MotionPrior:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the attention itself, ready for JSON."""
-        dropped = sorted(set(range(len(self.all_tokens))) - set(self.kept))
 
-        def listed(indices: list[int]) -> list[dict[str, Any]]:
+        def listed(kept: bool) -> list[dict[str, Any]]:
             return [
-                {
-                    "token": self.all_tokens[i],
-                    "text": self.prompt[slice(*self.all_spans[i])],
-                    "score": self.token_scores[i],
-                }
-                for i in indices
+                {"token": token, "text": self.prompt[slice(*span)], "score": score}
+                for i, (token, span, score) in enumerate(
+                    zip(self.all_tokens, self.all_spans, self.token_scores, strict=True)
+                )
+                if (i in self.kept) == kept
             ]
 
         return {
@@ -204,8 +202,8 @@ class MotionPrior:
             "token_selection": self.settings.token_selection,
             "heads": self.heads,
             "head_scores": self.head_scores,
-            "kept_tokens": listed(self.kept),
-            "dropped_tokens": listed(dropped),
+            "kept_tokens": listed(True),
+            "dropped_tokens": listed(False),
             "confidence": self.confidence,
             "frames_given": self.frames_given,
             "frames_used": self.frames_used,

@@ -183,22 +183,17 @@ class RayMaker:
     def _serve(self) -> None:
         """Give jobs to one actor, one at a time; hire another when it died."""
         actor = None
-        while self._await_job():
-            if actor is None and self._dead is None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                if self._closing:
+                    break
+                job = None if actor is None and self._dead is None else self._jobs.popleft()
+            if job is None:
                 actor = self._hire()
-            elif (job := self._take()) is not None and not self._answer(actor, job):
+            elif not self._answer(actor, job):
                 actor = None
         _dismiss(actor)
-
-    def _await_job(self) -> bool:
-        """Return whether there is a job; False once the maker is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closing)
-            return not self._closing
-
-    def _take(self) -> _Job | None:
-        with self._changed:
-            return self._jobs.popleft() if self._jobs and not self._closing else None
 
     def _hire(self) -> Any:
         """Return a new actor with its teacher; None where it died, or the maker is closed meanwhile."""
@@ -246,11 +241,16 @@ class RayMaker:
             _dismiss(actor)
             self._count_death(error)
             job.deaths += 1
-            if job.deaths < TRIES:
-                self._try_again(job)
-            else:
+            with self._changed:
+                again = job.deaths < TRIES and not self._closing
+                if again:
+                    self._jobs.appendleft(job)
+                    self._changed.notify()
+            if job.deaths >= TRIES:
                 killer = KillerClip(Path(job.request.video), f"{TRIES} actors died while they read it")
                 job.answer.set_exception(self._dead or killer)
+            elif not again:
+                _give_up(job)
             return False
         except Exception as error:
             self._failed(job, error)
@@ -259,14 +259,6 @@ class RayMaker:
                 self._in_a_row = self._patience.failures = 0
             job.answer.set_result(made)
         return True
-
-    def _try_again(self, job: _Job) -> None:
-        with self._changed:
-            if not self._closing:
-                self._jobs.appendleft(job)
-                self._changed.notify()
-                return
-        _give_up(job)
 
     def _count_death(self, error: RayError) -> None:
         with self._changed:

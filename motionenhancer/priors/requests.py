@@ -69,14 +69,12 @@ def request_priors(
         def settle() -> Iterator[tuple[Sample, PriorRequest]]:
             sample, text = waiting.popleft()
             video = segment_of(sample.videos[0])
-            found = clips.get(Path(video))
+            found = clips.ask(Path(video)).result()
             if isinstance(found, VideoError):
                 skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
-                return
-            yield (
-                sample,
-                PriorRequest(video, text, "" if name is None else name(named_by(found, video), text)),
-            )
+            else:
+                key = "" if name is None else name(named_by(found, video), text)
+                yield sample, PriorRequest(video, text, key)
 
         for sample in samples:
             if parts > 1 and _owner(sample, parts) != part:
@@ -120,9 +118,6 @@ class _Clips:
                 self.known.popitem(last=False)
         self.known.move_to_end(video)
         return future
-
-    def get(self, video: Path) -> str | VideoError:
-        return self.ask(video).result()
 
     def _try(self, video: Path) -> str | VideoError:
         try:
