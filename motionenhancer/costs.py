@@ -34,8 +34,6 @@ from .teachers.plan import TeacherPlan, plan_teacher
 
 BEFORE = "before the first step"
 
-#: Video frames that a family's VAE encodes at a time.
-_VAE_FRAMES = {"cogvideox": 9, "wan": 4}
 #: Bytes of optimizer state a trained parameter; other optimizers are counted like AdamW.
 _STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_32bit": 4}
 
@@ -129,7 +127,8 @@ def teacher_cost(
     states = 6 * settings.rows(split=split_batch) * length * plan.width * dtype.itemsize
     config = json.loads((Path(teacher) / "vae" / "config.json").read_text())
     height, across = (math.ceil(n / 2) if vae_tiling else n for n in plan.size)
-    count = min(_VAE_FRAMES["cogvideox" if plan.joint else "wan"], plan.frames)
+    # Video frames that the family's VAE encodes at a time.
+    count = min(9 if plan.joint else 4, plan.frames)
     channels = config.get("block_out_channels", [config.get("base_dim", 0)])[0]
     # Some VAEs first fold patches of pixels into channels.
     patch = (config.get("patch_size") or 1) ** 2

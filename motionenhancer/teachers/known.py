@@ -253,6 +253,10 @@ def _same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _defaults(name: str) -> dict[str, Any]:
     """What a class assumes for fields that a file leaves out."""
     import diffusers
@@ -276,7 +280,7 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         found.pop("transformer_2", None)
         if "transformer" not in found:
             raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
-    elif isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+    elif not _is_number(ratio) or not 0 <= ratio <= 1:
         raise ValueError(f"{file}: boundary_ratio is {ratio!r}; it must be a number from 0 to 1")
     elif "transformer_2" not in found:
         raise ValueError(
@@ -288,16 +292,15 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         if len(patch) != 3 or patch[0] != 1:
             raise ValueError(f"{config}: patch_size is {patch!r}; supported is [1, height, width]")
         _check_widths(folder, part, found, found["vae"]["z_dim"], "text_dim")
-    if len(experts) == 2:
-        for field, value in found["transformer"].items():
-            other = found["transformer_2"].get(field)
+        for field, value in found[experts[0]].items():
+            other = found[part].get(field)
             if not _same(value, other):
                 raise ValueError(
-                    f"{folder / 'transformer_2' / 'config.json'}: {field} is {other!r}, and {value!r} in "
-                    "transformer; both must have one shape, as their heads are pooled"
+                    f"{config}: {field} is {other!r}, and {value!r} in transformer; both must have one "
+                    "shape, as their heads are pooled"
                 )
     shift = flow_shift(found["scheduler"])
-    if not isinstance(shift, int | float) or isinstance(shift, bool) or not shift > 0:
+    if not _is_number(shift) or not shift > 0:
         file = folder / "scheduler" / "scheduler_config.json"
         name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
         raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")

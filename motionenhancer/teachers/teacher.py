@@ -38,6 +38,9 @@ class Teacher(ABC):
         texts: keeps text embeddings on disk; a text that is there needs no text encoder.
 
     Attributes:
+        heads, layers: of one evaluation: of one expert, where there are two.
+        size: (height, width) in pixels clips are resized to.
+        max_frames: most video frames it reads of one clip; longer clips are thinned to it.
         boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
             transformer serves all noise levels.
     """
@@ -62,6 +65,7 @@ class Teacher(ABC):
     ) -> None:
         self.pipeline, self.plan, self.id = pipeline, plan, id
         self.device, self.dtype, self.split_batch, self.texts = device, dtype, split_batch, texts
+        self.heads, self.layers, self.size, self.max_frames = plan.heads, plan.layers, plan.size, plan.frames
         self.boundary = boundary_of(parts)
         self._empty: TextEncoding | None = None
 
@@ -89,25 +93,6 @@ class Teacher(ABC):
     @abstractmethod
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
         """One transformer evaluation of a batch of latents and (b, length, width) texts; float32 out."""
-
-    @property
-    def heads(self) -> int:
-        return self.plan.heads
-
-    @property
-    def layers(self) -> int:
-        """Of one evaluation: of one expert, where there are two."""
-        return self.plan.layers
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels clips are resized to."""
-        return self.plan.size
-
-    @property
-    def max_frames(self) -> int:
-        """Most video frames it reads of one clip; longer clips are thinned to it."""
-        return self.plan.frames
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> VideoLatents:
