@@ -59,11 +59,9 @@ class TeacherCost:
     """Bytes that a teacher takes on its device.
 
     Attributes:
-        plan: the teacher's sizes.
         weights: by part.
         host: weights that stay in the CPU's memory: an offloaded text encoder.
-        reading: least that reading a clip takes beside the weights.
-        encoding: least that encoding a clip takes beside the weights.
+        reading, encoding: least that reading or encoding a clip takes beside the weights.
     """
 
     plan: TeacherPlan

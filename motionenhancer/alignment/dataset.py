@@ -103,16 +103,14 @@ class MotionDataset(Dataset[Item]):
     every process of a distributed run makes the same number of steps.
 
     Args:
-        samples: from `read_samples`.
-        family, processor: the student's, from `load_student`.
+        samples, family, processor: from `read_samples` and `load_student`.
         keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
-        store: where the priors are.
         requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
         fps: frames a second the student sees, thinned to at most `max_frames`. What a sample's own row says
-            of its frames comes first; see `data.Clip`.
+            of
+            its frames comes first; see `data.Clip`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
-        max_frames: most frames of one clip.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
     """
 

@@ -32,12 +32,9 @@ class NoPriorError(ValueError):
 
 @dataclass
 class OnlineCounts:
-    """What a process's priors were, of the batches that it trained on.
+    """What a process's priors were, of the batches that it trained on; failed samples count every time.
 
     Attributes:
-        made: priors made.
-        stored: priors found in the store.
-        failed: samples that went without theirs, every time counted.
         busy_seconds: wall time the teacher spent on those made.
         waited_seconds: wall time the training stood still for priors.
     """
@@ -69,8 +66,7 @@ class OnlinePriors:
         grid: priors on another grid count as failed; None takes any.
         patience: clips that may all fail, from the first on, before the run stops.
         settled: a prior was made already, as in a run that goes on: clips that fail stop it no more.
-        counts: of the batches handed out so far.
-        skips: receives each sample that went without its prior.
+        counts, skips: of the batches handed out so far.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
         roundtrip: inversion error of a first clip, if the maker measures it.
 

@@ -307,16 +307,10 @@ def _dismiss(actor: Any) -> None:
 
 @contextmanager
 def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[Cluster]:
-    """Join a Ray cluster, or start one on this machine that ends with the context.
-
-    Args:
-        address: of the cluster; None takes `RAY_ADDRESS`, then one that runs on this machine, then a new one.
-        actors: teachers of this process; None is its share of the cluster's GPUs, at least one.
-        cpus: cores that an actor reserves and computes with.
-        processes: that share the cluster.
+    """Join a Ray cluster, or start one on this machine that ends with the context; see `open_engine`.
 
     Raises:
-        ValueError: there is no cluster at the address, or none can be started.
+        ValueError: there is no cluster at the address, it asks for a token, or none can be started.
     """
     joined = ray.is_initialized()
     if not joined:

@@ -130,9 +130,9 @@ class PriorStore:
         """Load and check a prior.
 
         Raises:
-            KeyError: no prior of that key.
-            OSError: the file cannot be read, which says nothing of what it holds.
-            DamagedPrior: the file is not what was written.
+            KeyError, OSError, DamagedPrior: there is none; its file cannot be read, which says nothing of
+                what it
+                holds; the file is not what was written.
         """
         path = self.path(key)
         try:

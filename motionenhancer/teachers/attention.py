@@ -24,9 +24,9 @@ def attend(
 
     Args:
         query, key, value: (batch, heads, tokens, width).
-        reader: receives row `row`; None reads nothing.
+        reader: receives row `row` of the first half, or of the whole batch without memory; None reads
+            nothing.
         memory: rows of the second half are references, each of the row of the same place in the first half.
-        row: of the first half, or of the whole batch without memory.
 
     Returns:
         (batch, heads, tokens, width).

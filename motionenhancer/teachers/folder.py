@@ -30,16 +30,7 @@ def load_pipeline(
     unused: Iterable[str],
     host: Iterable[str],
 ) -> Any:
-    """A frozen diffusers pipeline of a class from a folder on disk.
-
-    Args:
-        cls, path, dtype, device: the pipeline's.
-        unused: parts to leave out.
-        host: parts that stay on the CPU.
-
-    Raises:
-        ValueError: its tokenizer is not a fast one.
-    """
+    """A frozen diffusers pipeline from a folder, without `unused` parts; `host` parts stay on the CPU."""
     with whole_weights():
         pipeline = cls.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True, **dict.fromkeys(unused)

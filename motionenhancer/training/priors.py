@@ -40,9 +40,8 @@ class RunPriors:
 
     Attributes:
         samples: all that are trained on, with a prior or without.
-        keys: sample id → key of its prior in the store.
+        keys, requests: sample id → key of its prior in the store, or its prior to be made while training.
         grids: (F, H, W) of all priors.
-        requests: sample id → its prior, to be made while training.
         online: makes them.
     """
 

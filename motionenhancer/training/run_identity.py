@@ -38,8 +38,10 @@ def run_identity(
     """What makes a run this run: change any of it and the output folder belongs to another.
 
     Of processes, samples a device and accumulated micro-batches only the product counts, the global batch: a
-    run may go on with other hardware. Two things tie it to the launch all the same: how its checkpoints are
-    split, and, where incomplete batches are dropped, the batch of each process.
+    run
+    may go on with other hardware. Two things tie it to the launch all the same: how its checkpoints are
+    split,
+    and, where incomplete batches are dropped, the batch of each process.
     """
     batches = getattr(training, "accelerator_config", None)
     identity = {
@@ -83,8 +85,7 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
     """The checkpoint named by `--resume_from_checkpoint`, else the newest whole one of the output folder.
 
     Raises:
-        ValueError: the one that is named is none, or has no optimizer's state, so that the optimizer and its
-            learning rate would start anew.
+        ValueError: the one that is named is none, or has no optimizer's state to go on from.
     """
     given = training.resume_from_checkpoint
     if given is not None and _state(Path(given)) is None:

@@ -207,7 +207,7 @@ def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
 def outline_student(
     folder: str | Path, attn_implementation: str, dtype: torch.dtype
 ) -> tuple[Any, Any, StudentFamily]:
-    """A student without weights, on the meta device, its processor and family: `load_student` in outline.
+    """`load_student` in outline: a student without weights, on the meta device, its processor and family.
 
     Raises:
         ValueError: no such folder, no configuration, processor or weights in it, or an unknown family.
