@@ -326,7 +326,7 @@ class Stored:
         self._retried_before = time() if retry else 0.0
         # Threads wait for the maker and have the next stored priors read meanwhile.
         self.capacity = maker.capacity + 2
-        self._name, self._lock = name, RLock()
+        self._name, self._lock, self._closed = name, RLock(), False
         self._pool = ThreadPoolExecutor(self.capacity, thread_name_prefix="store")
         self._open: dict[str, Future[Made]] = {}
 
@@ -335,6 +335,8 @@ class Stored:
         if not request.key or request.settings is not None:
             return self.maker.submit(request)
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the maker of priors is closed")
             first = self._open.get(request.key)
             if first is None or first.done():
                 answer = self._open[request.key] = self._pool.submit(self._find_or_make, request)
@@ -349,6 +351,9 @@ class Stored:
 
     def close(self) -> None:
         """See `PriorMaker`."""
+        # Nobody may wait for the pool with the lock held: what is given up needs the lock to be forgotten.
+        with self._lock:
+            self._closed = True
         # Cancelled first: what the maker cancels then must not be made by a thread that has not begun.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.maker.close()

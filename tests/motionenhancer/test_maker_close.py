@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -63,6 +64,39 @@ def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(
         maker.submit(fake.request("good"))
     assert len(list(store)) == whole, "what was made is kept"
     assert list(store.refusals()) == []
+
+
+def test_closing_while_somebody_asks_ends(fake: Fake, store: PriorStore) -> None:
+    go_on, stored = fake.hold("slow"), Stored(store, LocalMaker(fake.load, SETTINGS), NAME)
+    for says in ("slow", *(f"good {i}" for i in range(2 * stored.capacity))):
+        stored.submit(fake.request(says))
+    assert fake.begun["slow"].wait(SECONDS)
+    asking, closing = threading.Event(), threading.Event()
+    submit, shutdown = stored._pool.submit, stored._pool.shutdown
+
+    def late(*args: object) -> Future[Made]:
+        asking.set()
+        if closing.wait(0.5):
+            time.sleep(0.1)  # until the pool gives up what waits
+        return submit(*args)  # type: ignore[arg-type]
+
+    def shut(**options: bool) -> None:
+        closing.set()
+        shutdown(**options)
+
+    stored._pool.submit, stored._pool.shutdown = late, shut  # type: ignore[assignment, method-assign]
+    asked: list[Future[Made]] = []
+    asker = threading.Thread(target=lambda: asked.append(stored.submit(fake.request("last"))), daemon=True)
+    closer = threading.Thread(target=stored.close, daemon=True)
+    asker.start()
+    assert asking.wait(SECONDS)
+    closer.start()
+    asker.join(5)
+    assert not asker.is_alive()
+    go_on()
+    closer.join(SECONDS)
+    assert not closer.is_alive()
+    assert isinstance(answer(asked[0]), CancelledError | RuntimeError)
 
 
 def test_a_maker_that_was_never_used_is_closed_too(fake: Fake, store: PriorStore) -> None:
