@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -17,9 +18,8 @@ from .data import SkipLog
 from .data.readers import load_samples
 from .files import write_json
 from .flags import parse_arguments
-from .priors.comparison import average, compare_priors, read_both
-from .priors.engine import LocalEngine
-from .priors.maker import DeadTeacher
+from .priors.comparison import mean_agreement, read_in_ways
+from .priors.maker import DeadTeacher, LocalMaker
 from .priors.prior import PriorSettings, check_settings
 from .priors.requests import request_priors
 from .processes import join_processes
@@ -34,12 +34,7 @@ def measure(
     levels: Sequence[int],
     skips: SkipLog,
 ) -> list[dict[str, float]]:
-    """Measure how far single evaluations agree with the full procedure.
-
-    Args:
-        data, prior, settings: the clips, the teacher, and how it is read.
-        levels: training timesteps of the single evaluations.
-        skips: receives samples that cannot be compared and why.
+    """Measure how far single evaluations at `levels` agree with the full procedure.
 
     Returns:
         One row a noise level: mean agreement, evaluations and share of the time of a clip.
@@ -59,28 +54,13 @@ def measure(
     if not pairs:
         raise ValueError(f"no sample has a text and one video that is there. {skips.summary()}")
     found = []
-    with closing(LocalEngine(PartialState().device).maker(prior.load, "", full)) as maker:
+    with closing(LocalMaker(partial(prior.load, PartialState().device), full)) as maker:
         for pair in tqdm(pairs, desc="agreement", unit="clip"):
-            found += read_both(maker, [pair], ways, skips, "unreadable")
+            found += read_in_ways(maker, [pair], ways, skips, "unreadable")
     if not found:
         raise ValueError(f"no clip could be read. {skips.summary()}")
-    whole = [row[0] for row in found]
-    rows = []
-    for i, level in enumerate(levels, start=1):
-        quick = [row[i] for row in found]
-        seconds = [average([one.seconds for one in column]) for column in (quick, whole)]
-        each = [compare_priors(a.prior, b.prior) for a, b in zip(whole, quick, strict=True)]
-        rows.append(
-            {
-                "noise_level": level,
-                **{name: average([e[name] for e in each]) for name in each[0]},
-                "evaluations": average([one.prior.evaluations for one in quick]),
-                "time_share": seconds[0] / seconds[1],
-                "full_evaluations": average([one.prior.evaluations for one in whole]),
-                "clips": len(found),
-            }
-        )
-    return rows
+    columns = zip(levels, zip(*found, strict=True), strict=True)
+    return [{"noise_level": level, **mean_agreement(rows)} for level, rows in columns]
 
 
 def _levels(text: str) -> list[int]:

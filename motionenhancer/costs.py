@@ -34,8 +34,6 @@ from .teachers.plan import TeacherPlan, plan_teacher
 
 BEFORE = "before the first step"
 
-#: Video frames that a family's VAE encodes at a time.
-_VAE_FRAMES = {"cogvideox": 9, "wan": 4}
 #: Bytes of optimizer state a trained parameter; other optimizers are counted like AdamW.
 _STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_32bit": 4}
 
@@ -61,11 +59,9 @@ class TeacherCost:
     """Bytes that a teacher takes on its device.
 
     Attributes:
-        plan: the teacher's sizes.
         weights: by part.
         host: weights that stay in the CPU's memory: an offloaded text encoder.
-        reading: least that reading a clip takes beside the weights.
-        encoding: least that encoding a clip takes beside the weights.
+        reading, encoding: least that reading or encoding a clip takes beside the weights.
     """
 
     plan: TeacherPlan
@@ -91,8 +87,7 @@ class TeacherCost:
         )
 
     def to_json(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("weights", "host", "reading", "encoding", "total")}
-        return found
+        return {name: getattr(self, name) for name in ("weights", "host", "reading", "encoding", "total")}
 
 
 def teacher_cost(
@@ -111,7 +106,6 @@ def teacher_cost(
 
     Args:
         teacher, dtype, size, frames, vae_tiling, split_batch: as given to `load_teacher`.
-        settings: of the priors.
         text_encoder: where its weights are: "device", "host", or "none" if a text cache replaces it.
         words: tokens of the longest text; by default as many as the teacher takes.
 
@@ -123,16 +117,16 @@ def teacher_cost(
     if text_encoder != "device":
         encoder = weights.pop("text_encoder")
         host = encoder if text_encoder == "host" else 0
-    batch = 1 if settings.mode == "renoise" else _rows(settings, split=split_batch)
     sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
     rows = plan.text_length if words is None else words
     sums = 4 * plan.heads * plan.vision * (rows + sampled + plan.grid[0])
     # The stream, its normalised copy, and a feed-forward layer of four times the width.
     length = plan.vision + (plan.text_length if plan.joint else 0)
-    states = 6 * batch * length * plan.width * dtype.itemsize
+    states = 6 * settings.rows(split=split_batch) * length * plan.width * dtype.itemsize
     config = json.loads((Path(teacher) / "vae" / "config.json").read_text())
     height, across = (math.ceil(n / 2) if vae_tiling else n for n in plan.size)
-    count = min(_VAE_FRAMES["cogvideox" if plan.joint else "wan"], plan.frames)
+    # Video frames that the family's VAE encodes at a time.
+    count = min(9 if plan.joint else 4, plan.frames)
     channels = config.get("block_out_channels", [config.get("base_dim", 0)])[0]
     # Some VAEs first fold patches of pixels into channels.
     patch = (config.get("patch_size") or 1) ** 2
@@ -140,30 +134,9 @@ def teacher_cost(
     return TeacherCost(plan, weights, host, sums + states, encoding)
 
 
-def evaluations_a_prior(settings: PriorSettings) -> int:
-    """Return the transformer's evaluations for one prior, counted per batch row."""
-    if settings.mode == "renoise":
-        return 1
-    return settings.steps * (1 + _rows(settings, split=False))
-
-
-def _rows(settings: PriorSettings, *, split: bool) -> int:
-    """Return the batch rows of one evaluation of a reconstruction."""
-    texts = 1 if split or settings.guidance_scale == 1.0 else 2
-    return texts * (2 if settings.memory else 1)
-
-
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What making priors costs.
-
-    Attributes:
-        stored: priors that the store holds already.
-        missing: priors to make.
-        evaluations: of the transformer for all missing ones, counted per batch row.
-        prior_bytes: most that the missing priors' attention takes in the store.
-        teacher: memory of a process.
-    """
+    """What making the missing priors costs: evaluations by batch row, most bytes in the store."""
 
     stored: int
     missing: int
@@ -173,14 +146,12 @@ class ExtractionCost:
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.teacher.plan.grid))
-        return "\n".join(
-            [
-                f"priors: {self.stored} stored, {self.missing} to make; "
-                f"clips of up to {self.teacher.plan.frames} frames become a grid of {grid}",
-                f"evaluations of the transformer: {self.evaluations:,}",
-                f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest",
-                f"memory a process: {self.teacher}",
-            ]
+        return (
+            f"priors: {self.stored} stored, {self.missing} to make; "
+            f"clips of up to {self.teacher.plan.frames} frames become a grid of {grid}\n"
+            f"evaluations of the transformer: {self.evaluations:,}\n"
+            f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest\n"
+            f"memory a process: {self.teacher}"
         )
 
 
@@ -191,23 +162,17 @@ def extraction_cost(
 
     Args:
         missing: the text of every prior to make; not kept.
-        settings: of the priors.
-        teacher, **options: as for `teacher_cost`.
-
-    Returns:
-        The cost, with `stored` 0.
+        settings, teacher, **options: as for `teacher_cost`.
 
     Raises:
         ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
     """
     plan = plan_teacher(teacher, size=options.get("size"), frames=options.get("frames"))
     count = longest = rows = 0
-    tokenizer: Any = None
+    tokenizer: Any = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
+    most = plan.text_length - tokenizer.num_special_tokens_to_add()
     texts = iter(missing)
     while some := list(islice(texts, 256)):
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(Path(teacher) / "tokenizer", local_files_only=True)
-        most = plan.text_length - tokenizer.num_special_tokens_to_add()
         count += len(some)
         for tokens in map(len, tokenizer(some, add_special_tokens=False)["input_ids"]):
             longest = max(longest, min(tokens, most))
@@ -215,7 +180,7 @@ def extraction_cost(
     return ExtractionCost(
         stored=0,
         missing=count,
-        evaluations=count * evaluations_a_prior(settings),
+        evaluations=count * settings.evaluations,
         prior_bytes=2 * plan.vision * rows,
         teacher=teacher_cost(teacher, settings, words=longest, **options),
     )
@@ -231,8 +196,7 @@ class StudentCost:
     Attributes:
         weights, gradients, optimizer: of the model and the aligner.
         copies: weights in the precision that is computed in, if it is another.
-        activations: of the language model and its logits; None where no sample was read.
-        tokens: length of the sequence that the activations are for.
+        activations: of the language model and its logits for `tokens`; None where no sample was read.
     """
 
     weights: int
@@ -274,8 +238,7 @@ def student_cost(
     """Count weights, gradients and optimizer states, and guess activations.
 
     Args:
-        model: the student, on any device, "meta" included.
-        training: TrainingArguments.
+        model, training: the student, on any device, and its TrainingArguments.
         engine: "plain", "DDP", "FSDP", "ZeRO-1", "ZeRO-2" or "ZeRO-3".
         processes: that share the model under FSDP and ZeRO.
         tokens: of one sample; None leaves activations out.

@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,13 +20,11 @@ from tqdm import tqdm
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
 from .data.readers import read_samples
-from .data.video import VideoError
 from .files import write_json
 from .flags import parse_arguments
 from .priors.digests import DigestCache
-from .priors.engine import Engine
-from .priors.maker import DeadTeacher, Made, RefusedClip, Stored, make_all, refusal_of
-from .priors.prior import PARTLY_UNKNOWN, PriorError, PriorSettings, check_settings
+from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
+from .priors.prior import PARTLY_UNKNOWN, PriorSettings, check_settings
 from .priors.requests import PriorRequest, request_priors
 from .priors.storage import PriorStore, prior_keys
 from .processes import from_main, join_processes
@@ -36,25 +33,6 @@ from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArgu
 from .toy.defaults import use_toy_defaults
 
 REPORT = "extraction.json"
-
-
-@dataclass
-class Counts:
-    """What one process of an extraction did.
-
-    Attributes:
-        samples: samples that have their prior.
-        stored: of these, priors that were in the store.
-        made: priors made.
-        deaths: actors that died and were replaced.
-        roundtrip: inversion error of a first clip, if it was asked for.
-    """
-
-    samples: int = 0
-    stored: int = 0
-    made: int = 0
-    deaths: int = 0
-    roundtrip: dict[str, float] | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,11 +80,12 @@ def run(
     lines = skips if state.is_main_process else SkipLog(shout=0)
     with how.open() as engine, DigestCache(store.folder, writes=not dry_run) as cache:
         teacher_id = prior.teacher_id(engine.device)
+        name = prior_keys(teacher_id, settings)
         requests = request_priors(
             read_samples(data.data, data.video_root, lines, limit=data.limit),
             prior.prompt_source,
             skips,
-            name=prior_keys(teacher_id, settings),
+            name=name,
             digest=cache.digest,
             workers=how.prior_workers,
             part=0 if dry_run else state.process_index,
@@ -129,69 +108,60 @@ def run(
             "versions": versions(),
         }
         if state.is_main_process:
-            _write_report(store.folder, {"status": "running", **report})
-        counts = _make(requests, Path(data.data), store, prior, settings, teacher_id, engine, skips)
-    everyone = gather_object([(counts, skips)])
+            write_json(store.folder / REPORT, {"status": "running", **report})
+        maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
+        stored = Stored(store, maker, name, strict=True, retry=True)
+        counts, roundtrip = _make(requests, Path(data.data), stored, skips)
+        counts["worker_deaths"] = getattr(maker, "deaths", 0)
+    everyone = gather_object([(counts, roundtrip, skips)])
     if not state.is_main_process:
         return from_main(0)
     total = SkipLog()
-    total.merge(log for _, log in everyone)
-    _finish(store.folder, [part for part, _ in everyone], total, report, began)
+    total.merge(log for *_, log in everyone)
+    results = {
+        **{what: sum(part[what] for part, *_ in everyone) for what in counts},
+        "made_each": [part["made"] for part, *_ in everyone],
+        "seconds": round(time.time() - began, 1),
+        "roundtrip": next((found for _, found, _ in everyone if found), None),
+    }
+    path = store.folder / REPORT
+    write_json(path, {"status": "finished", **report, **results, "skipped": total.to_json()})
+    print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
+    if unknown := total.notes[PARTLY_UNKNOWN]:
+        print(f"{unknown} {PARTLY_UNKNOWN}: such characters are never words")
+    if results["roundtrip"]:
+        print(f"inversion error of the first clip: {results['roundtrip']}")
+    if total.total:
+        print(total.summary())
+        print(f"all of them: {path}")
     return from_main(1 if total.total else 0)
 
 
 def _make(
-    requests: Iterator[tuple[Sample, PriorRequest]],
-    data: Path,
-    store: PriorStore,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    teacher_id: str,
-    engine: Engine,
-    skips: SkipLog,
-) -> Counts:
-    """Make what is missing, with a bar over the bytes of the data file."""
-    counts = Counts()
-    maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
-    stored = Stored(store, maker, prior_keys(teacher_id, settings), strict=True, retry=True)
-    size = data.stat().st_size
-    bar = tqdm(
-        desc="priors",
-        total=size,
-        unit="B",
-        unit_scale=True,
-        disable=not PartialState().is_main_process,
-    )
+    requests: Iterator[tuple[Sample, PriorRequest]], data: Path, stored: Stored, skips: SkipLog
+) -> tuple[dict[str, int], dict[str, float] | None]:
+    """Make what is missing, with a bar over the bytes of the data file; return counts and inversion error."""
+    counts = {"samples": 0, "stored": 0, "made": 0}
+    roundtrip = None
+    size, hidden = data.stat().st_size, not PartialState().is_main_process
+    bar = tqdm(desc="priors", total=size, unit="B", unit_scale=True, disable=hidden)
     with closing(stored), bar:
         for sample, _, found in make_all(requests, stored):
-            _count(counts, sample, found, skips)
+            if isinstance(found, Made):
+                counts["samples"] += 1
+                counts["made" if found.fresh else "stored"] += 1
+                roundtrip = roundtrip or found.roundtrip
+                count_made(found, skips)
+                if found.damaged:
+                    tqdm.write(f"damaged prior set aside, made anew: {found.damaged}")
+            else:
+                # What is not the clip's fault is tried again when the command is typed again.
+                count_failed(sample, found, skips)
             bar.update(max(0, sample.offset - bar.n))
-            left_out = {"left out": skips.total} if skips.total else {}
-            bar.set_postfix({"stored": counts.stored, "made": counts.made, **left_out}, refresh=False)
+            done = {name: counts[name] for name in ("stored", "made")}
+            bar.set_postfix({**done, **({"left out": skips.total} if skips.total else {})}, refresh=False)
         bar.update(size - bar.n)
-    counts.deaths = getattr(maker, "deaths", 0)
-    return counts
-
-
-def _count(counts: Counts, sample: Sample, found: Made | Exception, skips: SkipLog) -> None:
-    if isinstance(found, Made):
-        counts.samples += 1
-        if found.prior.unknown:
-            skips.note(PARTLY_UNKNOWN)
-        counts.stored += not found.fresh
-        counts.made += found.fresh
-        counts.roundtrip = counts.roundtrip or found.roundtrip
-        if found.damaged:
-            skips.note("damaged priors made anew")
-            tqdm.write(f"damaged prior set aside, made anew: {found.damaged}")
-        return
-    if not isinstance(found, VideoError | PriorError | RefusedClip):
-        # Not the clip's fault: it is tried again when the command is typed again.
-        detail = f"{type(found).__name__}: {found}"
-        skips.add("no prior: an attempt failed", id=sample.id, line=sample.line, detail=detail)
-        return
-    refusal = refusal_of(found)
-    skips.add(refusal.reason, id=sample.id, line=sample.line, detail=refusal.detail)
+    return counts, roundtrip
 
 
 def _forecast(
@@ -203,52 +173,17 @@ def _forecast(
 ) -> ExtractionCost:
     """Return what making the missing priors will take; no model is loaded."""
     assert prior.teacher is not None
-    stored: set[str] = set()
-    missing: set[str] = set()
+    seen: dict[str, bool] = {}
 
     def texts() -> Iterator[str]:
         for _, request in requests:
-            if request.key in stored or request.key in missing:
-                continue
-            if request.key in store:
-                stored.add(request.key)
-            else:
-                missing.add(request.key)
-                yield request.text
+            if request.key not in seen:
+                seen[request.key] = request.key in store
+                if not seen[request.key]:
+                    yield request.text
 
     found = extraction_cost(texts(), settings, prior.teacher, **prior.cost_options(device))
-    return replace(found, stored=len(stored))
-
-
-def _finish(folder: Path, parts: list[Counts], skips: SkipLog, report: dict[str, Any], began: float) -> None:
-    """Print and write what an extraction did and left out."""
-    samples, made = (sum(getattr(part, name) for part in parts) for name in ("samples", "made"))
-    deaths = sum(part.deaths for part in parts)
-    roundtrip = next((part.roundtrip for part in parts if part.roundtrip), None)
-    results = {
-        "samples": samples,
-        "stored": sum(part.stored for part in parts),
-        "made": made,
-        "made_each": [part.made for part in parts],
-        "worker_deaths": deaths,
-        "seconds": round(time.time() - began, 1),
-        "roundtrip": roundtrip,
-    }
-    path = _write_report(folder, {"status": "finished", **report, **results, "skipped": skips.to_json()})
-    print(f"{samples} samples have their prior in {folder} ({made} made now)")
-    if unknown := skips.notes[PARTLY_UNKNOWN]:
-        print(f"{unknown} {PARTLY_UNKNOWN}: such characters are never words")
-    if roundtrip:
-        print(f"inversion error of the first clip: {roundtrip}")
-    if skips.total:
-        print(skips.summary())
-        print(f"all of them: {path}")
-
-
-def _write_report(folder: Path, body: dict[str, Any]) -> Path:
-    path = folder / REPORT
-    write_json(path, body)
-    return path
+    return replace(found, stored=sum(seen.values()))
 
 
 if __name__ == "__main__":

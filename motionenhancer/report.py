@@ -20,7 +20,6 @@ class RunReport:
     """The report of one output folder. It is written when the run starts and again when it ends.
 
     Attributes:
-        folder: the run's output folder.
         identity: what makes a run this run: a folder holding another run's report is refused.
         content: everything else, free-form and JSON-ready.
     """
@@ -88,16 +87,7 @@ class RunReport:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
-    names = (
-        "motionenhancer",
-        "torch",
-        "triton",
-        "transformers",
-        "diffusers",
-        "accelerate",
-        "tokenizers",
-        "av",
-    )
+    names = str.split("motionenhancer torch triton transformers diffusers accelerate tokenizers av")
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -31,7 +31,7 @@ from .priors.engine import ENGINES, Engine, open_engine
 from .students.base import StudentFamily
 from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from .teachers.plan import size_multiple
-from .teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
+from .teachers.text_cache import TextCache, encoder_id
 
 MAX_FRAMES = 64
 """Most frames of a clip by rate, in training."""
@@ -123,7 +123,7 @@ class PriorArguments(Settings):
         Without its text encoder it knows the texts of `text_cache` only.
         """
         assert self.teacher is not None
-        teacher = load_teacher(
+        return load_teacher(
             self.teacher,
             device,
             **self.identity(device),
@@ -131,9 +131,8 @@ class PriorArguments(Settings):
             compile=self.compile_teacher,
             split_batch=self.split_batch,
             text_encoder=text_encoder,
+            texts=self.texts(device),
         )
-        cache = self.texts(device)
-        return teacher if cache is None else CachedTextTeacher(teacher, cache)
 
     def absolute(self) -> PriorArguments:
         """Return the same with absolute paths: Ray's actors start in folders of their own."""

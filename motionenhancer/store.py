@@ -8,31 +8,41 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from .priors.prior import MotionPrior
 from .priors.storage import DAMAGED, DEFAULT_DIR, DamagedPrior, PriorStore
 
 #: Seconds after which a temporary file is taken for one of a run that died.
 _ABANDONED = 600
 
 
-def _list(store: PriorStore) -> int:
-    total = count = 0
+def _each(store: PriorStore) -> Iterator[tuple[str, int, MotionPrior | Exception]]:
+    """Every stored prior's key and bytes, and the prior or why it cannot be read."""
     for key in store:
         size = 0
         try:
             size = store.path(key).stat().st_size
-            prior = store.read(key)
-            about = (
-                f"grid {'×'.join(map(str, prior.grid))}  {len(prior.tokens)} tokens  {prior.prompt[:60]!r}"
-            )
+            yield key, size, store.read(key)
         except (FileNotFoundError, KeyError):
             continue  # removed or set aside since the folder was listed
-        except DamagedPrior:
+        except (DamagedPrior, OSError) as error:
+            yield key, size, error
+
+
+def _list(store: PriorStore) -> int:
+    total = count = 0
+    for key, size, found in _each(store):
+        if isinstance(found, MotionPrior):
+            about = (
+                f"grid {'×'.join(map(str, found.grid))}  {len(found.tokens)} tokens  {found.prompt[:60]!r}"
+            )
+        elif isinstance(found, OSError):
+            about = f"CANNOT BE READ ({found.strerror})"
+        else:
             about = "DAMAGED"
-        except OSError as error:
-            about = f"CANNOT BE READ ({error.strerror})"
         total, count = total + size, count + 1
         print(f"{key[:16]}  {size:>9,} B  {about}")
     refused = list(store.refusals())
@@ -44,25 +54,20 @@ def _list(store: PriorStore) -> int:
 
 
 def _verify(store: PriorStore) -> int:
-    good, bad, unread = 0, [], []
-    for key in store:
-        try:
-            store.read(key)
+    good, bad, unread = 0, 0, 0
+    for key, _, found in _each(store):
+        if isinstance(found, MotionPrior):
             good += 1
-        except KeyError:
-            continue  # removed or set aside since the folder was listed
-        except DamagedPrior as error:
-            bad.append(str(error))
+        elif isinstance(found, DamagedPrior):
+            bad += 1
+            print(f"damaged, set aside: {found}")
             with suppress(FileNotFoundError):
                 store.set_aside(key)
-        except OSError as error:
-            unread.append(str(error))
-    for line in bad:
-        print(f"damaged, set aside: {line}")
-    for line in unread:
-        print(f"cannot be read, left as it is: {line}")
-    more = f", {len(unread)} that cannot be read" if unread else ""
-    print(f"{good} good, {len(bad)} damaged{more} in {store.folder}")
+        else:
+            unread += 1
+            print(f"cannot be read, left as it is: {found}")
+    more = f", {unread} that cannot be read" if unread else ""
+    print(f"{good} good, {bad} damaged{more} in {store.folder}")
     return 1 if bad or unread else 0
 
 

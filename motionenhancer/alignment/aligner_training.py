@@ -22,29 +22,21 @@ class AlignerTraining:
     """An aligner with AdamW, stepped along with the model's optimizer.
 
     Args:
-        module: the aligner.
+        module: the aligner; some of its parameters require gradients.
         settings: TrainingArguments; its Adam constants are used, without weight decay.
-
-    Attributes:
-        module: the aligner.
     """
 
     def __init__(self, module: nn.Module, settings: Any) -> None:
-        self.module = module
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self._rate = settings.learning_rate
-        self._optimizer = (
-            torch.optim.AdamW(
-                parameters,
-                lr=self._rate,
-                betas=(settings.adam_beta1, settings.adam_beta2),
-                eps=settings.adam_epsilon,
-                weight_decay=0.0,
-                # An aligner for a large grid has millions of weights: one pass over them instead of ten.
-                fused=parameters[0].device.type in ("cpu", "cuda"),
-            )
-            if parameters
-            else None
+        self.module, self._rate = module, settings.learning_rate
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=self._rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=0.0,
+            # An aligner for a large grid has millions of weights: one pass over them instead of ten.
+            fused=self._parameters[0].device.type in ("cpu", "cuda"),
         )
 
     def finish_gradients(
@@ -52,17 +44,13 @@ class AlignerTraining:
     ) -> torch.Tensor:
         """Average the accumulated gradients over processes, take a scaler's factor off them, and clip them.
 
-        They are clipped by themselves: engines clip the model's on their own, where these are out of reach.
-
-        Args:
-            processes: that share a step.
-            loss_scale: a gradient scaler's factor.
-            max_norm: most that the norm of all gradients together may be; 0 leaves them as they are.
+        They are clipped by themselves: engines clip the model's on their own, where these are out of reach. A
+        `max_norm` of 0 leaves them as they are.
 
         Returns:
             The norm before clipping, the same in every process, () float32.
         """
-        for parameter in self._parameters():
+        for parameter in self._parameters:
             if parameter.grad is None:
                 # Every process takes part, whether its own samples had a prior or not.
                 parameter.grad = torch.zeros_like(parameter)
@@ -70,24 +58,20 @@ class AlignerTraining:
                 torch.distributed.all_reduce(parameter.grad)
             if processes > 1 or loss_scale != 1.0:
                 parameter.grad /= processes * loss_scale
-        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm if max_norm > 0 else float("inf"))
+        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm if max_norm > 0 else float("inf"))
 
     def step(self, share: float) -> None:
         """One step of AdamW at `share` of the peak learning rate."""
-        if self._optimizer is None:
-            return
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * share
         self._optimizer.step()
 
     def clear(self) -> None:
-        for parameter in self._parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
     def save(self, checkpoint: Path) -> None:
-        """Write weights and moments into a checkpoint's folder; nothing where there is nothing to train."""
-        if self._optimizer is None:
-            return
+        """Write weights and moments into a checkpoint's folder."""
         folder = checkpoint / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.module.state_dict().items()}, folder / _WEIGHTS)
@@ -104,8 +88,6 @@ class AlignerTraining:
         Raises:
             ValueError: the checkpoint has no aligner, or another.
         """
-        if self._optimizer is None:
-            return
         folder = checkpoint / FOLDER
         if not (folder / _OPTIMIZER).is_file():
             raise ValueError(f"{checkpoint}: a checkpoint without the aligner that this run trains")
@@ -119,6 +101,3 @@ class AlignerTraining:
             state.setdefault(int(index), {})[field] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def _parameters(self) -> list[torch.Tensor]:
-        return [] if self._optimizer is None else self._optimizer.param_groups[0]["params"]

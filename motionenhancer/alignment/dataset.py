@@ -44,12 +44,8 @@ class Alignment:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Alignment:
         """Index tensors on `device`; what accelerate calls to place a batch."""
-        return replace(
-            self,
-            rows=self.rows.to(device),
-            columns=self.columns.to(device),
-            row_tokens=self.row_tokens.to(device),
-        )
+        rows, columns, tokens = (t.to(device) for t in (self.rows, self.columns, self.row_tokens))
+        return replace(self, rows=rows, columns=columns, row_tokens=tokens)
 
 
 class Wanted(NamedTuple):
@@ -67,7 +63,6 @@ class PendingAlignment:
         wanted: each sample and the prior that it is to have; None where it has none.
         layouts: where each sample's tokens lie in the padded batch.
         source: the text the priors are made from.
-        device: where the alignment's tensors go.
     """
 
     wanted: list[Wanted | None]
@@ -81,22 +76,12 @@ class PendingAlignment:
 
     def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
         """The alignment of these priors, one a sample."""
-        matched = []
-        for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True):
-            words = None
-            if wanted is not None and prior is not None:
-                words = find_words(wanted.sample, prior, layout, self.source)
-            matched.append(Matched(prior, words))
-        alignment = align_batch(matched, self.layouts)
+        words = [
+            find_words(wanted.sample, prior, layout, self.source) if wanted and prior else None
+            for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True)
+        ]
+        alignment = align_batch(priors, words, self.layouts)
         return None if alignment is None else alignment.to(self.device)
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A sample's prior and the rows of the prior's words among the sample's tokens."""
-
-    prior: MotionPrior | None
-    words: WordMap | None
 
 
 @dataclass(frozen=True)
@@ -118,16 +103,14 @@ class MotionDataset(Dataset[Item]):
     every process of a distributed run makes the same number of steps.
 
     Args:
-        samples: from `read_samples`.
-        family, processor: the student's, from `load_student`.
+        samples, family, processor: from `read_samples` and `load_student`.
         keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
-        store: where the priors are.
         requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
         fps: frames a second the student sees, thinned to at most `max_frames`. What a sample's own row says
-            of its frames comes first; see `data.Clip`.
+            of
+            its frames comes first; see `data.Clip`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
-        max_frames: most frames of one clip.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
     """
 
@@ -225,43 +208,42 @@ class MotionCollator:
         if any(one is not None for one in wanted):
             batch["alignment"] = PendingAlignment(wanted, layouts, self.source)
         else:
-            batch["alignment"] = align_batch(items, layouts)
+            priors, words = [item.prior for item in items], [item.words for item in items]
+            batch["alignment"] = align_batch(priors, words, layouts)
         batch["ids"] = [item.id for item in items]
         batch["skipped"] = {k: v for item in items for k, v in item.skipped.items()}
         return batch
 
 
-def align_batch(items: Sequence[Item | Matched], layouts: Sequence[TokenLayout]) -> Alignment | None:
+def align_batch(
+    priors: Sequence[MotionPrior | None], words: Sequence[WordMap | None], layouts: Sequence[TokenLayout]
+) -> Alignment | None:
     """Rows, columns and priors of a batch; None where no sample has a prior with a mapped word.
 
     Args:
-        items: the samples.
-        layouts: where their tokens lie in the padded batch.
+        priors, words: each sample's prior and the rows of its words, if it has any.
+        layouts: where each sample's tokens lie in the padded batch.
     """
-    rows, tokens, columns, grids, priors = [], [], [], [], []
-    for item, layout in zip(items, layouts, strict=True):
-        usable = (
-            item.prior is not None
-            and item.words is not None
-            and bool(item.words.rows)
-            and bool(layout.videos)
-        )
-        found = item.words.rows if usable and item.words is not None else []
-        rows.append(torch.tensor([row + layout.start for row in found], dtype=torch.int64))
-        tokens.append(torch.tensor(item.words.row_tokens if usable and item.words else [], dtype=torch.int64))
-        columns.append(layout.videos[0].positions if usable else torch.zeros(0, dtype=torch.int64))
+    none = torch.zeros(0, dtype=torch.int64)
+    rows, tokens, columns, grids, used = [], [], [], [], []
+    for prior, found, layout in zip(priors, words, layouts, strict=True):
+        usable = prior is not None and found is not None and bool(found.rows) and bool(layout.videos)
+        used.append(prior if usable else None)
+        rows.append(torch.tensor(found.rows) + layout.start if usable and found else none)
+        tokens.append(torch.tensor(found.row_tokens) if usable and found else none)
+        columns.append(layout.videos[0].positions if usable else none)
         grids.append(layout.videos[0].grid if usable else (1, 1, 1))
-        priors.append(item.prior if usable else None)
-    if not any(prior is not None for prior in priors):
+    count = sum(prior is not None for prior in used)
+    if not count:
         return None
-    words = [item.words for item in items if item.words is not None]
+    counted = [found for found in words if found is not None]
     return Alignment(
         rows=pad_sequence(rows, batch_first=True, padding_value=-1),
         columns=pad_sequence(columns, batch_first=True, padding_value=-1),
         row_tokens=pad_sequence(tokens, batch_first=True, padding_value=-1),
         grids=grids,
-        priors=priors,
-        count=sum(prior is not None for prior in priors),
-        words=sum(w.count for w in words),
-        mapped=sum(w.mapped for w in words),
+        priors=used,
+        count=count,
+        words=sum(found.count for found in counted),
+        mapped=sum(found.mapped for found in counted),
     )

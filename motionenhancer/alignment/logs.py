@@ -13,15 +13,11 @@ class Stopwatch:
     """Seconds spent inside `with stopwatch:`, which may be entered often and never nested.
 
     On a CUDA device the time is the stream's, and nothing waits for it before `seconds` is called.
-
-    Args:
-        device: where the work runs.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._began = 0.0
-        self._total = 0.0
+        self._began = self._total = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
@@ -48,16 +44,11 @@ class Stopwatch:
 
 
 class StepLog:
-    """Sums over the micro-batches between two log lines, on one process.
-
-    Args:
-        device: of the losses.
-    """
+    """Sums over the micro-batches between two log lines, on one process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stopwatch = Stopwatch(device)
-        self.steps = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -83,14 +74,11 @@ class StepLog:
     def entries(self, total: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict[str, float]:
         """What to log, averaged over the steps since the last call; starts anew.
 
-        Args:
-            total: sums a tensor over all processes.
-            processes: how many there are.
-
         Returns:
             `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found
-            among the student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in
-            the forward).
+            among the
+            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in the
+            forward).
         """
         if not self.steps:
             return {}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from ..data import Clip, SkipLog
-from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip
-from ..priors.prior import PARTLY_UNKNOWN, MotionPrior
+from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip, count_failed, count_made
+from ..priors.prior import MotionPrior
 from .dataset import Alignment, PendingAlignment, Wanted
 
 Batch = dict[str, Any]
@@ -31,12 +32,9 @@ class NoPriorError(ValueError):
 
 @dataclass
 class OnlineCounts:
-    """What a process's priors were, of the batches that it trained on.
+    """What a process's priors were, of the batches that it trained on; failed samples count every time.
 
     Attributes:
-        made: priors made.
-        stored: priors found in the store.
-        failed: samples that went without theirs, every time counted.
         busy_seconds: wall time the teacher spent on those made.
         waited_seconds: wall time the training stood still for priors.
     """
@@ -68,8 +66,7 @@ class OnlinePriors:
         grid: priors on another grid count as failed; None takes any.
         patience: clips that may all fail, from the first on, before the run stops.
         settled: a prior was made already, as in a run that goes on: clips that fail stop it no more.
-        counts: of the batches handed out so far.
-        skips: receives each sample that went without its prior.
+        counts, skips: of the batches handed out so far.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
         roundtrip: inversion error of a first clip, if the maker measures it.
 
@@ -86,7 +83,8 @@ class OnlinePriors:
     skips: SkipLog = field(default_factory=SkipLog)
     described: dict[str, str] = field(default_factory=dict)
     roundtrip: dict[str, float] | None = None
-    _feed: _Feed | None = None
+    _feed: Generator[Batch] | None = None
+    _batches: Iterator[Batch] | None = None
     _failures: dict[str, str] = field(default_factory=dict)
     _tried: int = 0
     _dead: str = ""
@@ -96,18 +94,30 @@ class OnlinePriors:
             raise ValueError(f"--prior_prefetch must be at least 0, got {self.prefetch}")
 
     def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
-        """The same batches in the same order, their alignment filled in.
-
-        Called again with the same iterator, it goes on where it was.
-
-        Args:
-            batches: of one epoch, from `MotionCollator`.
-            accumulation: batches a step.
-        """
-        if self._feed is None or self._feed.batches is not batches:
+        """The same batches, `accumulation` a step, aligned; called again with one iterator it goes on."""
+        if self._feed is None or self._batches is not batches:
             self._drop()
-            self._feed = _Feed(batches, self, self.prefetch * accumulation)
+            self._batches, self._feed = batches, self._aligned(batches, self.prefetch * accumulation)
         return self._feed
+
+    def _aligned(self, batches: Iterator[Batch], depth: int) -> Generator[Batch]:
+        """Batches in order, `depth` of them asked for beyond the one handed out."""
+        ahead: deque[tuple[Batch, Answers]] = deque()
+        try:
+            while True:
+                for batch in islice(batches, depth + 1 - len(ahead)):
+                    pending = batch.get("alignment")
+                    ahead.append((batch, self.ask(pending) if isinstance(pending, PendingAlignment) else {}))
+                if not ahead:
+                    return
+                batch, asked = ahead.popleft()
+                if isinstance(batch.get("alignment"), PendingAlignment):
+                    batch["alignment"] = self.complete(batch["alignment"], asked)
+                yield batch
+        finally:
+            for _, asked in ahead:
+                for answer in asked.values():
+                    answer.cancel()
 
     def ask(self, pending: PendingAlignment) -> Answers:
         """Ask for all priors of a batch, one for samples of the same clip and text."""
@@ -122,14 +132,12 @@ class OnlinePriors:
         if answers is None:
             answers = self.ask(pending)
         counted: set[tuple[Path | Clip, str]] = set()
-        priors: list[MotionPrior | None] = []
-        for wanted in pending.wanted:
-            if wanted is None:
-                priors.append(None)
-                continue
-            place = _place(wanted)
-            priors.append(self._await(wanted, answers[place], first=place not in counted))
-            counted.add(place)
+        priors: list[MotionPrior | None] = [None] * len(pending.wanted)
+        for i, wanted in enumerate(pending.wanted):
+            if wanted is not None:
+                place = _place(wanted)
+                priors[i] = self._await(wanted, answers[place], first=place not in counted)
+                counted.add(place)
         return pending.complete(priors)
 
     def _await(self, wanted: Wanted, answer: Future[Made], *, first: bool) -> MotionPrior | None:
@@ -147,18 +155,11 @@ class OnlinePriors:
             self.counts.made += found.fresh
             self.counts.stored += not found.fresh
             self.counts.busy_seconds += found.seconds
-            if found.damaged:
-                self.skips.note("damaged priors made anew")
-            if found.lost:
-                self.skips.note(found.lost)
-            if found.prior.unknown:
-                self.skips.note(PARTLY_UNKNOWN)
+            count_made(found, self.skips)
         if found.roundtrip is not None:
             self.roundtrip = self.roundtrip or found.roundtrip
-        sample, request = wanted
-        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
-        described = {**about, "made_now": found.fresh, **found.prior.describe()}
-        self.described.setdefault(sample.id, json.dumps(described))
+        if wanted.sample.id not in self.described:
+            self.described[wanted.sample.id] = json.dumps(found.describe(*wanted))
         return found.prior
 
     def _fail(self, wanted: Wanted, error: Exception) -> None:
@@ -168,11 +169,8 @@ class OnlinePriors:
             self._dead = str(error)
         sample = wanted.sample
         if sample.id not in self._failures:
-            reason = str(error) or type(error).__name__
-            self._failures[sample.id] = reason
-            self.skips.add(
-                "no prior: the teacher failed on it", id=sample.id, line=sample.line, detail=reason
-            )
+            self._failures[sample.id] = str(error) or type(error).__name__
+            count_failed(sample, error, self.skips)
 
     def judge(self, total: Callable[[torch.Tensor], torch.Tensor], *, final: bool = False) -> None:
         """Stop a run whose teacher fails on everything; every process must call it at the same steps.
@@ -183,7 +181,8 @@ class OnlinePriors:
 
         Raises:
             NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or
-                any at the end; or a teacher is taken for dead (see `Patience`).
+                any at
+                the end; or a teacher is taken for dead (see `Patience`).
         """
         read = self.counts.made + self.counts.stored
         failures = self.counts.failed if final else self._tried
@@ -211,42 +210,10 @@ class OnlinePriors:
 
     def _drop(self) -> None:
         if self._feed is not None:
-            self._feed.cancel()
+            self._feed.close()
             self._feed = None
 
 
 def _place(wanted: Wanted) -> tuple[Path | Clip, str]:
     """Return what samples of one prior have in common."""
     return wanted.request.video, wanted.request.text
-
-
-class _Feed(Iterator[Batch]):
-    """Batches in order, `depth` of them asked for beyond the one handed out."""
-
-    def __init__(self, batches: Iterator[Batch], online: OnlinePriors, depth: int) -> None:
-        self.batches, self.online, self.depth = batches, online, depth
-        self._ahead: deque[tuple[Batch, Answers]] = deque()
-        self._ended = False
-
-    def __next__(self) -> Batch:
-        while not self._ended and len(self._ahead) <= self.depth:
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                self._ended = True
-                break
-            pending = batch.get("alignment")
-            asked = self.online.ask(pending) if isinstance(pending, PendingAlignment) else {}
-            self._ahead.append((batch, asked))
-        if not self._ahead:
-            raise StopIteration
-        batch, asked = self._ahead.popleft()
-        if isinstance(batch.get("alignment"), PendingAlignment):
-            batch["alignment"] = self.online.complete(batch["alignment"], asked)
-        return batch
-
-    def cancel(self) -> None:
-        for _, asked in self._ahead:
-            for answer in asked.values():
-                answer.cancel()
-        self._ahead.clear()

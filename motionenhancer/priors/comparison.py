@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..data import Clip, Sample, SkipLog
-from .maker import DeadTeacher, Made, PriorMaker
+from .maker import DeadTeacher, PriorMaker
 from .prior import MotionPrior, PriorSettings
 from .requests import PriorRequest
 
 
 def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
-    """Agreement of two priors of the same clip and text.
-
-    Args:
-        one, other: priors on one grid.
+    """Agreement of two priors of one clip, text and grid.
 
     Returns:
         head_rank: Spearman's rank correlation of the composite head scores.
@@ -57,27 +55,20 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return below + (equal - 1) / 2
 
 
-def average(values: Sequence[float]) -> float:
-    finite = [v for v in values if v == v]
-    return sum(finite) / len(finite) if finite else float("nan")
-
-
-def read_both(
+def read_in_ways(
     maker: PriorMaker,
     pairs: Sequence[tuple[Sample, PriorRequest]],
     ways: Sequence[PriorSettings],
     skips: SkipLog,
     reason: str,
-) -> list[list[Made]]:
-    """Read clips in several ways, none of which is stored.
+) -> list[list[dict[str, float]]]:
+    """Read clips in several ways, none of which is stored, and compare the first way with each other one.
 
-    Args:
-        maker: of priors.
-        pairs: the clips; those that cannot be read in every way are counted in `skips` under `reason`.
-        ways: settings of each reading.
+    Clips that cannot be read in every way are counted in `skips` under `reason`.
 
     Returns:
-        One list a clip that could be read: its prior in each way.
+        One list a clip that could be read, with an entry for each way but the first: what `compare_priors`
+        returns, `time_share`, `evaluations` and `full_evaluations`.
 
     Raises:
         DeadTeacher: no more priors can be made.
@@ -86,13 +77,34 @@ def read_both(
     rows = []
     for (sample, _), answers in zip(pairs, asked, strict=True):
         try:
-            rows.append([answer.result() for answer in answers])
+            whole, *others = [answer.result() for answer in answers]
         except DeadTeacher:
             raise
         except Exception as error:
             detail = str(error) or type(error).__name__
             skips.add(reason, id=sample.id, line=sample.line, detail=detail)
+            continue
+        rows.append(
+            [
+                {
+                    **compare_priors(whole.prior, other.prior),
+                    "time_share": other.seconds / whole.seconds,
+                    "evaluations": other.prior.evaluations,
+                    "full_evaluations": whole.prior.evaluations,
+                }
+                for other in others
+            ]
+        )
     return rows
+
+
+def mean_agreement(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the clips where it is a number, and `clips`, how many there are."""
+    means = {}
+    for name in rows[0]:
+        numbers = [row[name] for row in rows if not math.isnan(row[name])]
+        means[name] = sum(numbers) / len(numbers) if numbers else float("nan")
+    return {**means, "clips": len(rows)}
 
 
 def measure_agreement(
@@ -107,31 +119,19 @@ def measure_agreement(
     Every process reads its share of them; all get the mean. Clips that cannot be read are counted in `skips`.
 
     Returns:
-        What `compare_priors` returns, its mean over the clips, and `time_share`, `evaluations`,
-        `full_evaluations` and `clips`; None if no clip was read.
+        What `mean_agreement` returns; None if no clip was read.
     """
     state = PartialState()
     distinct: dict[tuple[Path | Clip, str], tuple[Sample, PriorRequest]] = {}
     for sample, request in pairs:
         distinct.setdefault((request.video, request.text), (sample, request))
     mine = list(distinct.values())[:clips][state.process_index :: state.num_processes]
-    left_out = SkipLog()
-    ways = [replace(settings, mode="reconstruct"), settings]
-    rows = [
-        {
-            **compare_priors(whole.prior, quick.prior),
-            "time_share": quick.seconds / whole.seconds,
-            "evaluations": quick.prior.evaluations,
-            "full_evaluations": whole.prior.evaluations,
-        }
-        for whole, quick in read_both(maker, mine, ways, left_out, "left out of the agreement")
-    ]
-    everyone = gather_object([(rows, left_out)])
+    left_out, ways = SkipLog(), [replace(settings, mode="reconstruct"), settings]
+    found = read_in_ways(maker, mine, ways, left_out, "left out of the agreement")
+    everyone = gather_object([(found, left_out)])
     skips.merge(log for _, log in everyone)
-    rows = [row for found, _ in everyone for row in found]
-    if not rows:
-        return None
-    return {**{name: average([row[name] for row in rows]) for name in rows[0]}, "clips": len(rows)}
+    rows = [row for part, _ in everyone for (row,) in part]
+    return mean_agreement(rows) if rows else None
 
 
 def say_agreement(found: dict[str, float] | None, settings: PriorSettings) -> str:

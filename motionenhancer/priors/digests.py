@@ -22,15 +22,11 @@ REST = 2_000_000_000
 
 
 class DigestCache:
-    """What `content_digest` gave in earlier runs, about 64 bytes of memory a file.
+    """What `content_digest` gave in earlier runs, about 64 bytes of memory a file; kept in `.digests`.
 
     A digest counts for one path, size, time of modification and time of change; anything else is read anew.
     Every process of a run that reads new files writes them to a file of its own, a whole record at a time; a
-    record that was cut short or altered counts as none.
-
-    Args:
-        folder: of the priors; digests are kept in `.digests` there.
-        writes: keep what is read now. A folder that cannot be written is no error: nothing is kept.
+    record that was cut short or altered counts as none. A folder that cannot be written is no error.
 
     Example:
         >>> import tempfile

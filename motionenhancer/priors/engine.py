@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -16,61 +15,28 @@ from ..teachers import Teacher
 from .maker import LocalMaker, PriorMaker
 from .prior import PriorSettings
 
-__all__ = ["ENGINES", "Engine", "LocalEngine", "open_engine"]
+__all__ = ["ENGINES", "Engine", "open_engine"]
 
 ENGINES = ("local", "ray")
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class Engine:
     """Hires teachers.
 
     Attributes:
         device: what a teacher runs on.
         teachers: how many there are for this process.
+        maker: `maker(load, teacher_id, settings, roundtrip=False)` returns a maker, to be closed by the
+            caller.
+            `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
+            `teacher_id`
+            is that of the teacher that this process sees.
     """
 
     device: torch.device
     teachers: int
-
-    def maker(
-        self,
-        load: Callable[[torch.device | str], Teacher],
-        teacher_id: str,
-        settings: PriorSettings,
-        *,
-        roundtrip: bool = False,
-    ) -> PriorMaker:
-        """Return a maker of priors, to be closed by the caller.
-
-        Args:
-            load: returns the teacher on a device. Ray pickles it, so its paths must be absolute.
-            teacher_id: of the teacher that this process sees.
-            settings: of the priors.
-            roundtrip: also measure the inversion error of a first clip.
-        """
-        ...
-
-
-@dataclass
-class LocalEngine:
-    """A teacher in a thread of this process, clips decoded ahead in `decode_workers` threads."""
-
-    device: torch.device
-    decode_workers: int = 2
-    teachers: int = 1
-
-    def maker(
-        self,
-        load: Callable[[torch.device | str], Teacher],
-        teacher_id: str,
-        settings: PriorSettings,
-        *,
-        roundtrip: bool = False,
-    ) -> LocalMaker:
-        """See `Engine`."""
-        return LocalMaker(
-            partial(load, self.device), settings, decode_workers=self.decode_workers, roundtrip=roundtrip
-        )
+    maker: Callable[..., PriorMaker]
 
 
 @contextmanager
@@ -96,11 +62,21 @@ def open_engine(
         ValueError: Ray is not installed, or there is no cluster.
     """
     state = PartialState()
+
+    def local(
+        load: Callable[[torch.device], Teacher],
+        teacher_id: str,
+        settings: PriorSettings,
+        roundtrip: bool = False,
+    ) -> LocalMaker:
+        loads = partial(load, state.device)
+        return LocalMaker(loads, settings, decode_workers=decode_workers, roundtrip=roundtrip)
+
     if name == "local":
-        yield LocalEngine(state.device, decode_workers)
+        yield Engine(state.device, 1, local)
         return
     try:
-        from .ray_maker import open_cluster
+        from .ray_maker import RayMaker, open_cluster
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
@@ -108,5 +84,5 @@ def open_engine(
     if state.num_processes > 1:
         # Each process would start a cluster of its own on the same GPUs.
         address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    with open_cluster(address, actors, cpus or 1, state.num_processes) as engine:
-        yield engine
+    with open_cluster(address, actors, cpus or 1, state.num_processes) as cluster:
+        yield Engine(cluster.device, cluster.teachers, partial(RayMaker, cluster))

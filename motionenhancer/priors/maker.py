@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock, RLock, Thread
+from threading import RLock
 from time import perf_counter, time
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from ..data import Sample, SkipLog
 from ..data.clip import named_by
 from ..data.video import VideoError, content_digest, read_frames
 from ..teachers import Teacher, roundtrip_error
-from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError, PriorSettings, extract_prior
 from .requests import PriorRequest
 from .storage import DamagedPrior, PriorStore, Refusal
 
@@ -66,13 +66,14 @@ class Made:
     lost: str = ""
     roundtrip: dict[str, float] | None = None
 
+    def describe(self, sample: Sample, request: PriorRequest) -> dict[str, Any]:
+        """What a run's report says of a sample's prior, ready for JSON."""
+        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
+        return {**about, "made_now": self.fresh, **self.prior.describe()}
+
 
 class PriorMaker(Protocol):
-    """Makes priors.
-
-    Attributes:
-        capacity: requests that it can work on at once; more wait their turn.
-    """
+    """Makes priors; `capacity` requests are worked on at once, and more wait their turn."""
 
     capacity: int
 
@@ -91,11 +92,9 @@ class PriorMaker(Protocol):
 
 @dataclass
 class Reader:
-    """A teacher that reads requests one after the other.
+    """A teacher that reads requests one after the other; nothing else may use it meanwhile.
 
     Attributes:
-        teacher: nothing else may use it meanwhile.
-        settings: of the priors.
         roundtrip: also measure the inversion error of the first clip that is read.
     """
 
@@ -104,19 +103,11 @@ class Reader:
     roundtrip: bool = False
 
     def decode(self, request: PriorRequest) -> np.ndarray:
-        """Return the frames of a clip that the teacher reads, (n, h, w, 3) uint8.
-
-        Raises:
-            VideoError: the clip cannot be read, or is a still.
-        """
+        """The (n, h, w, 3) uint8 frames that the teacher reads; VideoError where a clip cannot be read."""
         return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2).frames
 
     def read(self, request: PriorRequest, frames: np.ndarray) -> Made:
-        """Make a prior.
-
-        Raises:
-            PriorError: the clip and text can give none.
-        """
+        """Make a prior; PriorError where the clip and text can give none."""
         settings, began = request.settings or self.settings, perf_counter()
         prior = extract_prior(self.teacher, frames, request.text, **asdict(settings))
         seconds, errors = perf_counter() - began, None
@@ -127,7 +118,7 @@ class Reader:
 
 
 def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """Measure the relative error of inverting and rebuilding a clip without guidance.
+    """The relative error of inverting and rebuilding a clip without guidance.
 
     Returns:
         "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.
@@ -147,20 +138,19 @@ class Patience:
 
     failures: int = 0
 
-    def judge(self, error: BaseException | None) -> BaseException | None:
-        """Count an attempt that gave `error`, or none; return the error to answer with."""
-        if error is None:
-            self.failures = 0
-        elif not isinstance(error, VideoError | PriorError | DeadTeacher):
-            self.failures += 1
-            if self.failures >= PATIENCE:
-                dead = DeadTeacher(
-                    f"the teacher failed on {self.failures} clips in a row, "
-                    f"the last time with {type(error).__name__}: {' '.join(str(error).split())}"
-                )
-                dead.__cause__ = error
-                return dead
-        return error
+    def judge(self, error: Exception) -> Exception:
+        """Count a failed attempt; return the error to answer with. A prior sets `failures` to 0."""
+        if isinstance(error, VideoError | PriorError | DeadTeacher):
+            return error
+        self.failures += 1
+        if self.failures < PATIENCE:
+            return error
+        dead = DeadTeacher(
+            f"the teacher failed on {self.failures} clips in a row, "
+            f"the last time with {type(error).__name__}: {' '.join(str(error).split())}"
+        )
+        dead.__cause__ = error
+        return dead
 
 
 class LocalMaker:
@@ -192,13 +182,15 @@ class LocalMaker:
             raise ValueError(f"decode_workers must be at least 1, got {decode_workers}")
         self.capacity = decode_workers + 1
         self._load, self._settings, self._roundtrip = load, settings, roundtrip
-        self._waiting: SimpleQueue[tuple[PriorRequest, Future[Made]] | None] = SimpleQueue()
-        self._closing, self._lock = Event(), Lock()
+        self._lock, self._closed = RLock(), False
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        #: not decoded yet; and how many are being decoded or wait decoded for the teacher
+        self._waiting: deque[_Job] = deque()
+        self._ahead = 0
         self._reader: Reader | None = None
+        self._patience = Patience()
         self._dead: DeadTeacher | None = None
-        self._thread: Thread | None = None
-        self._threads = torch.get_num_threads()
 
     def ready(self) -> Teacher:
         """Load the teacher if it was not yet. While a request is open nothing else may use it.
@@ -207,95 +199,87 @@ class LocalMaker:
             DeadTeacher: it cannot be loaded.
         """
         with self._lock:
-            return self._open().teacher
+            if self._dead is not None:
+                raise self._dead
+            if self._reader is None:
+                try:
+                    self._reader = Reader(self._load(), self._settings, self._roundtrip)
+                except Exception as error:
+                    self._dead = DeadTeacher(reason_of(error))
+                    raise self._dead from error
+                if not self._closed:
+                    self._thread.submit(self._enter, torch.get_num_threads())
+            return self._reader.teacher
 
     def submit(self, request: PriorRequest) -> Future[Made]:
         """See `PriorMaker`."""
-        answer: Future[Made] = Future()
+        job = _Job(request)
         with self._lock:
-            if self._closing.is_set():
+            if self._closed:
                 raise RuntimeError("the maker of priors is closed")
-            reader = self._open()
-            if self._thread is None:
-                self._thread = Thread(target=self._run, args=(reader,), name="teacher", daemon=True)
-                self._thread.start()
-            self._waiting.put((request, answer))
+            self.ready()
+            self._waiting.append(job)
+            self._decode_ahead()
+            answer = self._thread.submit(self._answer, job)
+            answer.add_done_callback(lambda _: self._settled(job))
         return answer
-
-    def _open(self) -> Reader:
-        if self._dead is not None:
-            raise self._dead
-        if self._reader is None:
-            try:
-                self._reader = Reader(self._load(), self._settings, self._roundtrip)
-            except Exception as error:
-                self._dead = DeadTeacher(reason_of(error))
-                raise self._dead from error
-        return self._reader
 
     def close(self) -> None:
         """See `PriorMaker`."""
         with self._lock:
-            self._closing.set()
-            self._waiting.put(None)
-        if self._thread is not None:
-            self._thread.join()
+            self._closed = True
+        self._thread.shutdown(cancel_futures=True)
         self._decoders.shutdown(cancel_futures=True)
 
-    def _run(self, reader: Reader) -> None:
-        decoding: deque[_Job] = deque()
+    def _enter(self, threads: int) -> None:
+        assert self._reader is not None
         try:
             # A new thread splits arithmetic into another number of threads than its caller, and sums may
             # then round differently.
-            torch.set_num_threads(self._threads)
-            with _own_stream(reader.teacher.device):
-                self._serve(reader, decoding)
+            torch.set_num_threads(threads)
+            _use_own_stream(self._reader.teacher.device)
         except Exception as error:
-            dead = DeadTeacher(f"the teacher's thread has ended: {reason_of(error)}")
-            with self._lock:
-                self._dead = dead
-        # Nothing is put into the queue any more: the maker is closed, or its teacher is dead.
-        while not self._waiting.empty():
-            if (left := self._waiting.get()) is not None:
-                decoding.append(_Job(*left, Future()))
-        for job in decoding:
-            job.frames.cancel()
-            if self._dead is not None and job.answer.set_running_or_notify_cancel():
-                job.answer.set_exception(self._dead)
+            self._dead = DeadTeacher(f"the teacher's thread has ended: {reason_of(error)}")
+
+    def _answer(self, job: _Job) -> Made:
+        if self._closed:
+            raise CancelledError
+        if self._dead is not None:
+            raise self._dead
+        assert self._reader is not None
+        assert job.frames is not None
+        try:
+            # No name is bound to the frames: they must be gone when the next clip is decoded.
+            made = self._reader.read(job.request, job.frames.result())
+        except Exception as error:
+            judged = self._patience.judge(error)
+            raise judged from judged.__cause__
+        self._patience.failures = 0
+        return made
+
+    def _settled(self, job: _Job) -> None:
+        """Forget a job that was answered or given up, and have another one decoded."""
+        with self._lock:
+            if job.frames is None:
+                self._waiting.remove(job)
             else:
-                job.answer.cancel()
+                job.frames.cancel()
+                job.frames = None
+                self._ahead -= 1
+            self._decode_ahead()
 
-    def _serve(self, reader: Reader, decoding: deque[_Job]) -> None:
-        """Answer requests until the maker is closed; leave in `decoding` what was not begun."""
-        patience = Patience()
-        while not self._closing.is_set():
-            while len(decoding) < self.capacity and (not decoding or not self._waiting.empty()):
-                job = self._waiting.get()
-                if job is None:
-                    break
-                decoding.append(_Job(*job, self._decoders.submit(reader.decode, job[0])))
-            if decoding and not self._closing.is_set():
-                # No name is bound to the job: its frames must be gone when the next clip is decoded.
-                _answer(patience, reader, decoding.popleft())
+    def _decode_ahead(self) -> None:
+        assert self._reader is not None
+        while self._waiting and self._ahead < self.capacity and not self._closed:
+            job = self._waiting.popleft()
+            job.frames = self._decoders.submit(self._reader.decode, job.request)
+            self._ahead += 1
 
 
-class _Job(NamedTuple):
+@dataclass(eq=False)
+class _Job:
     request: PriorRequest
-    answer: Future[Made]
-    frames: Future[np.ndarray]
-
-
-def _answer(patience: Patience, reader: Reader, job: _Job) -> None:
-    if not job.answer.set_running_or_notify_cancel():
-        job.frames.cancel()
-        return
-    try:
-        made = reader.read(job.request, job.frames.result())
-    except BaseException as error:
-        job.answer.set_exception(patience.judge(error))
-    else:
-        patience.judge(None)
-        job.answer.set_result(made)
+    frames: Future[np.ndarray] | None = None
 
 
 def reason_of(error: BaseException) -> str:
@@ -304,17 +288,13 @@ def reason_of(error: BaseException) -> str:
     return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
 
-@contextlib.contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_device(device)
-    stream = torch.cuda.Stream(device)
-    # The weights were copied there on the stream that loaded them.
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
+def _use_own_stream(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)
+        # The weights were copied there on the stream that loaded them.
+        stream.wait_stream(torch.cuda.default_stream(device))
+        torch.cuda.set_stream(stream)
 
 
 class Stored:
@@ -346,7 +326,7 @@ class Stored:
         self._retried_before = time() if retry else 0.0
         # Threads wait for the maker and have the next stored priors read meanwhile.
         self.capacity = maker.capacity + 2
-        self._name, self._lock = name, RLock()
+        self._name, self._lock, self._closed = name, RLock(), False
         self._pool = ThreadPoolExecutor(self.capacity, thread_name_prefix="store")
         self._open: dict[str, Future[Made]] = {}
 
@@ -355,6 +335,8 @@ class Stored:
         if not request.key or request.settings is not None:
             return self.maker.submit(request)
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the maker of priors is closed")
             first = self._open.get(request.key)
             if first is None or first.done():
                 answer = self._open[request.key] = self._pool.submit(self._find_or_make, request)
@@ -369,6 +351,9 @@ class Stored:
 
     def close(self) -> None:
         """See `PriorMaker`."""
+        # Nobody may wait for the pool with the lock held: what is given up needs the lock to be forgotten.
+        with self._lock:
+            self._closed = True
         # Cancelled first: what the maker cancels then must not be made by a thread that has not begun.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.maker.close()
@@ -460,6 +445,25 @@ def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
         reason = getattr(error, "refusal", "unreadable video")
         return Refusal(reason, str(error), unreadable=True, passing=error.passing)
     return Refusal("no prior: the teacher cannot read it", str(error))
+
+
+def count_made(made: Made, skips: SkipLog) -> None:
+    """Note what is odd about a prior that is used all the same."""
+    if made.damaged:
+        skips.note("damaged priors made anew")
+    if made.lost:
+        skips.note(made.lost)
+    if made.prior.unknown:
+        skips.note(PARTLY_UNKNOWN)
+
+
+def count_failed(sample: Sample, error: Exception, skips: SkipLog) -> None:
+    """Count a sample that goes without its prior, under the clip's own reason if it has one."""
+    reason, detail = "no prior: the teacher failed on it", f"{type(error).__name__}: {error}"
+    if isinstance(error, VideoError | PriorError | RefusedClip):
+        refusal = refusal_of(error)
+        reason, detail = refusal.reason, refusal.detail
+    skips.add(reason, id=sample.id, line=sample.line, detail=detail)
 
 
 def make_all(

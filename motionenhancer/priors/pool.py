@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,6 @@ class AttentionPool:
         heads: heads of the self-attention.
         tokens: real tokens of the prompt, which come first among the text.
         settings: which rows are sampled, and how the steps are weighted.
-        device: of the sums.
     """
 
     def __init__(
@@ -29,14 +29,16 @@ class AttentionPool:
         self.layout, self.tokens, self.settings = layout, tokens, settings
         first = layout.text_slice.start
         self._joint = layout.text > 0
-        self._arguments = {
-            "video": layout,
-            "heads": heads,
-            "text_rows": torch.arange(first, first + (tokens if self._joint else 0)),
-            "sampled_rows": settings.sampled_rows,
-            "device": device,
-        }
-        self._statistics = MotionStatistics(**self._arguments)  # type: ignore[arg-type]
+        rows = torch.arange(first, first + (tokens if self._joint else 0))
+        self._new_sums = partial(
+            MotionStatistics,
+            layout,
+            heads,
+            text_rows=rows,
+            sampled_rows=settings.sampled_rows,
+            device=device,
+        )
+        self._statistics = self._new_sums()
         self._words: torch.Tensor | None = None
         self._word_updates = 0
         self._level: int | None = None
@@ -97,7 +99,7 @@ class AttentionPool:
         for name, value in state.items():
             scaled = value * weight
             self._weighted[name] = self._weighted[name] + scaled if name in self._weighted else scaled
-        self._statistics = MotionStatistics(**self._arguments)  # type: ignore[arg-type]
+        self._statistics = self._new_sums()
         self._words, self._word_updates = None, 0
 
     def _finish(self) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mekernels import VideoTokens, select_heads, select_tokens, token_motion_scores
+from mekernels import select_heads, select_tokens, token_motion_scores
 
 from ..flags import MAX_SEED, check_fields, setting
-from ..teachers import read_folder
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
-from ..teachers.known import boundary_of
-from ..teachers.protocol import Teacher, TextEncoding, VideoLatents
+from ..teachers.known import boundary_of, read_folder
+from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps
+from ..teachers.teacher import Teacher
 from .confidence import prior_confidence
 from .pool import AttentionPool
 
@@ -40,34 +40,16 @@ FORMAT = 4
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Every choice that changes a prior's values, the teacher's own options aside.
+    """Every choice that changes a prior's values, the teacher's own options aside."""
 
-    Attributes:
-        steps: DDIM steps K each way; must divide the teacher's training timesteps.
-        guidance_scale: classifier-free guidance of the reconstruction; 1 switches it off.
-        start: reconstruct from the "inverted" noise or from "random" noise.
-        memory: let the generated stream attend to the inverted video's keys and values too.
-        head_ratio: share of heads kept by motion-sensitive head selection; 1 keeps all.
-        token_ratio: share of tokens kept by motion-salient token identification; 1 keeps all.
-        sampled_rows: whole rows read to estimate the square sum of a head's map, or "all" for the exact sum.
-        seed: of a random start, and of the noise of "renoise".
-        mode: "reconstruct", the paper's procedure, or "renoise", one evaluation of the noised latent.
-        noise_level: training timestep of "renoise"; 0 is clean, the last is noise.
-        step_weights: weight of each reconstruction step in the pooled map, the noisiest step first; None
-            weighs all alike.
-        head_selection: "mhs", motion-sensitive head selection, or "off", the mean over all heads.
-        token_selection: "mtti", motion-salient token identification, or "off", every token kept. A bare
-            space, which SentencePiece splits off before some pieces, and an unknown piece are no tokens to
-            keep in either.
-        guidance_scale_2: guidance of the levels that a second expert serves (Wan 2.2 A14B); None: the same.
-    """
-
-    steps: int = setting(5, "DDIM steps each way.", flag="ddim_steps")
-    guidance_scale: float = setting(6.0, "Classifier-free guidance; 1 is off.")
+    steps: int = setting(
+        5, "DDIM steps each way; must divide the teacher's training timesteps.", flag="ddim_steps", least=1
+    )
+    guidance_scale: float = setting(6.0, "Classifier-free guidance; 1 is off.", least=0)
     start: str = setting("inverted", "Where reconstruction starts.", choices=STARTS)
     memory: bool = setting(True, "Attend to the inverted clip's keys and values too.")
-    head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.")
-    token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.")
+    head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.", above=0, most=1)
+    token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.", above=0, most=1)
     sampled_rows: int | str = setting(64, 'Rows read for a head\'s square sum, or "all".', type=str)
     seed: int = setting(
         0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
@@ -89,27 +71,13 @@ class PriorSettings:
         "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
     )
     guidance_scale_2: float | None = setting(
-        None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same."
+        None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
     )
 
     def __post_init__(self) -> None:
-        choices = {"head": HEAD_SELECTIONS, "token": TOKEN_SELECTIONS}
-        for kind, allowed in choices.items():
-            value = getattr(self, f"{kind}_selection")
-            if value not in allowed:
-                raise ValueError(f"{kind}_selection must be one of {allowed}, got {value!r}")
-        for name in ("head_ratio", "token_ratio"):
-            value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
-        for name in ("guidance_scale", "guidance_scale_2"):
-            value = getattr(self, name)
-            if value is not None and (not np.isfinite(value) or value < 0):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+            raise ValueError(f"--ddim_steps must be an int, got {self.steps!r}")
+        check_fields(self)
         if self.guidance_scale == 1.0 and self.guidance_scale_2 not in (None, 1.0):
             raise ValueError(
                 f"guidance_scale_2 must be left out where guidance_scale is 1, which switches guidance off, "
@@ -119,8 +87,6 @@ class PriorSettings:
             object.__setattr__(self, "sampled_rows", int(self.sampled_rows))
         if self.sampled_rows != "all" and not (isinstance(self.sampled_rows, int) and self.sampled_rows > 0):
             raise ValueError(f'sampled_rows must be a positive int or "all", got {self.sampled_rows!r}')
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a positive int, got {self.steps!r}")
         if self.step_weights is not None:
             weights = _numbers(self.step_weights)
             if len(weights) != self.steps or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
@@ -129,20 +95,30 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
-        check_fields(self)
-        # Neither how a number is written nor a ratio that plays no part may tell equal priors apart.
-        for name in ("guidance_scale", "head_ratio", "token_ratio"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        if self.guidance_scale_2 is not None:
-            same = float(self.guidance_scale_2) == self.guidance_scale
-            object.__setattr__(self, "guidance_scale_2", None if same else float(self.guidance_scale_2))
-        for kind in choices:
+        # Neither how a number is written nor a value that plays no part may tell equal priors apart.
+        if self.guidance_scale_2 == self.guidance_scale:
+            object.__setattr__(self, "guidance_scale_2", None)
+        for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
+        for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+
+    def rows(self, *, split: bool = False) -> int:
+        """Batch rows of one evaluation; with `split`, where texts are evaluated one after the other."""
+        if self.mode == "renoise":
+            return 1
+        texts = 1 if split or self.guidance_scale == 1.0 else 2
+        return texts * (2 if self.memory else 1)
+
+    @property
+    def evaluations(self) -> int:
+        """The transformer's evaluations for one prior, counted per batch row."""
+        return 1 if self.mode == "renoise" else self.steps * (1 + self.rows())
 
 
 def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
-    """Return the numbers of a list, or of a text with commas between them."""
     try:
         return tuple(float(part) for part in (given.split(",") if isinstance(given, str) else given))
     except (ValueError, TypeError):
@@ -200,16 +176,14 @@ class MotionPrior:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the attention itself, ready for JSON."""
-        dropped = sorted(set(range(len(self.all_tokens))) - set(self.kept))
 
-        def listed(indices: list[int]) -> list[dict[str, Any]]:
+        def listed(kept: bool) -> list[dict[str, Any]]:
             return [
-                {
-                    "token": self.all_tokens[i],
-                    "text": self.prompt[slice(*self.all_spans[i])],
-                    "score": self.token_scores[i],
-                }
-                for i in indices
+                {"token": token, "text": self.prompt[slice(*span)], "score": score}
+                for i, (token, span, score) in enumerate(
+                    zip(self.all_tokens, self.all_spans, self.token_scores, strict=True)
+                )
+                if (i in self.kept) == kept
             ]
 
         return {
@@ -219,8 +193,8 @@ class MotionPrior:
             "token_selection": self.settings.token_selection,
             "heads": self.heads,
             "head_scores": self.head_scores,
-            "kept_tokens": listed(self.kept),
-            "dropped_tokens": listed(dropped),
+            "kept_tokens": listed(True),
+            "dropped_tokens": listed(False),
             "confidence": self.confidence,
             "frames_given": self.frames_given,
             "frames_used": self.frames_used,
@@ -283,22 +257,13 @@ def extract_prior(
 
 @dataclass(frozen=True)
 class Reading:
-    """A clip's attention under a text, read once; what is kept of it is chosen by :func:`select_prior`.
-
-    Attributes:
-        pool: the attention, pooled over layers and steps, per head.
-        video, prompt: what the teacher was given.
-        teacher: its id.
-        settings: how it was read.
-        evaluations, seconds: as in `MotionPrior`.
-    """
+    """A clip's attention under a text, read once; what is kept of it is chosen by `select_prior`."""
 
     pool: AttentionPool
     video: VideoLatents
     prompt: TextEncoding
     teacher: str
     settings: PriorSettings
-    evaluations: int
     seconds: dict[str, float]
 
 
@@ -335,7 +300,7 @@ def read_attention(
         with _timed(seconds, "invert", teacher):
             trajectory = invert(teacher, video.latents, schedule, empty)
         with _timed(seconds, "reconstruct", teacher):
-            result = reconstruct(
+            reconstruct(
                 teacher,
                 trajectory,
                 schedule,
@@ -348,44 +313,54 @@ def read_attention(
                 seed=settings.seed,
                 readers=pool.at_level,
             )
-        evaluations = schedule.steps + result.evaluations
     else:
         with _timed(seconds, "renoise", teacher):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
-        evaluations = 1
-    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
+    return Reading(pool, video, prompt, teacher.id, settings, seconds)
 
 
 @torch.no_grad()
 def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
-    """Choose heads and tokens of a reading.
-
-    Args:
-        reading: from `read_attention`.
-        settings: those it was read with, but for the selection's own, which may differ.
+    """Choose heads and tokens of a reading, with the settings it was read with but for the selection's own.
 
     Raises:
         PriorError: NaN or infinity in the teacher's attention.
     """
     began = time.perf_counter()
-    video, prompt = reading.video, reading.prompt
-    chosen = _select(reading.pool, video.tokens, settings, prompt.words)
-    kept = chosen["kept"]
+    video, prompt, pool = reading.video, reading.prompt, reading.pool
+    try:
+        scores = pool.scores()
+        named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": scores.composite()}
+        heads = select_heads(scores, settings.head_ratio)
+        text_attention = pool.text_attention(heads)
+    except ValueError as error:
+        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
+    if not torch.isfinite(text_attention).all():
+        raise PriorError("the teacher's attention holds NaN or infinity")
+    token_scores = token_motion_scores(text_attention, video.tokens)
+    eligible = torch.tensor(prompt.words, device=token_scores.device)
+    chosen = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
+    attention, kept = text_attention.cpu()[chosen].half(), chosen.tolist()
     return MotionPrior(
-        **chosen,
+        attention=attention,
         tokens=[prompt.tokens[i] for i in kept],
         spans=[prompt.spans[i] for i in kept],
         prompt=prompt.text,
         grid=video.tokens.grid,
+        heads=heads.tolist(),
+        head_scores={name: values.tolist() for name, values in named.items()},
         all_tokens=list(prompt.tokens),
         all_spans=list(prompt.spans),
+        token_scores=token_scores.tolist(),
+        kept=kept,
+        confidence=prior_confidence(attention, video.tokens.grid),
         teacher=reading.teacher,
         settings=settings,
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
         unknown=prompt.unknown,
-        evaluations=reading.evaluations,
+        evaluations=reading.settings.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
 
@@ -394,12 +369,10 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
     """Check that a teacher is understood and has what settings ask for, from its configuration files.
 
     Raises:
-        ValueError: a field of a configuration is not understood; the steps do not divide its training
-            timesteps, or the noise level is none of them; no expert serves a level, or there is no second one
-            for a guidance of its own.
+        ValueError: a field of a configuration is not understood, or the teacher lacks a level or an expert.
         OSError: the folder or its files are missing.
     """
-    _, _, parts = read_folder(teacher)
+    _, parts = read_folder(teacher)
     total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
     check_guidance(settings, boundary)
     if settings.mode == "renoise":
@@ -422,34 +395,6 @@ def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
             f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) is for a teacher with a "
             "second expert for low noise levels, and this one has none"
         )
-
-
-def _select(
-    pool: AttentionPool, layout: VideoTokens, settings: PriorSettings, words: Sequence[int]
-) -> dict[str, Any]:
-    """The fields of a prior that follow from the pooled attention and the tokens that can be kept."""
-    try:
-        scores = pool.scores()
-        composite = scores.composite()
-        heads = select_heads(scores, settings.head_ratio)
-        text_attention = pool.text_attention(heads)
-    except ValueError as error:
-        raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
-    if not torch.isfinite(text_attention).all():
-        raise PriorError("the teacher's attention holds NaN or infinity")
-    token_scores = token_motion_scores(text_attention, layout)
-    eligible = torch.tensor(words, device=token_scores.device)
-    kept = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
-    attention = text_attention.cpu()[kept].half()
-    named = {"dfc": scores.dfc, "tcs": scores.tcs, "dsr": scores.dsr, "composite": composite}
-    return {
-        "attention": attention,
-        "heads": heads.tolist(),
-        "head_scores": {name: values.tolist() for name, values in named.items()},
-        "token_scores": token_scores.tolist(),
-        "kept": kept.tolist(),
-        "confidence": prior_confidence(attention, layout.grid),
-    }
 
 
 @contextmanager

@@ -33,9 +33,15 @@ TRIES = 2
 DEATHS = 12
 """The run stops after this many deaths of actors in a row without a prior between them."""
 
-
 SLOW = 60
 """Seconds after which an actor that has not started is a warning."""
+
+SAME_FILES = "with Ray all nodes need the same files at the same paths"
+
+TOKEN = (
+    "copy ~/.ray/auth_token of the cluster's head node to the same place here, or put the token into "
+    "RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token in every process that joins"
+)
 
 logger = logging.getLogger("motionenhancer")
 
@@ -65,11 +71,7 @@ class _Actor:
         self.roundtrip = roundtrip
 
     def open(self) -> None:
-        """Load the teacher.
-
-        Raises:
-            DeadTeacher: it cannot be loaded on this node, or is another one.
-        """
+        """Load the teacher, or raise `DeadTeacher`: it cannot be loaded on this node, or is another one."""
         node = ray.util.get_node_ip_address()
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DeadTeacher(f"an actor on node {node} has no GPU that it can use")
@@ -78,14 +80,10 @@ class _Actor:
         except Exception as error:
             # Not chained: an error of a library may not survive the way to the driver.
             raise DeadTeacher(
-                f"an actor on node {node} cannot load the teacher: {reason_of(error)}; with Ray all nodes "
-                "need the same files at the same paths"
+                f"an actor on node {node} cannot load the teacher: {reason_of(error)}; {SAME_FILES}"
             ) from None
         if teacher.id != self.teacher_id:
-            raise DeadTeacher(
-                f"an actor on node {node} sees another teacher at the same path; with Ray all nodes need the "
-                "same files at the same paths"
-            )
+            raise DeadTeacher(f"an actor on node {node} sees another teacher at the same path; {SAME_FILES}")
         self.reader = Reader(teacher, self.settings, self.roundtrip)
 
     def make(self, request: PriorRequest) -> Made:
@@ -102,6 +100,16 @@ class _Job:
     deaths: int = 0
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A process's share of a Ray cluster: teachers, and the cores and share of a GPU that each reserves."""
+
+    device: torch.device
+    teachers: int
+    cpus: int
+    share: float
+
+
 class RayMaker:
     """Actors on any GPUs of any nodes of a Ray cluster; see `PriorMaker`.
 
@@ -110,11 +118,10 @@ class RayMaker:
     whose actor dies is tried once more on a new one and then refused (`KillerClip`).
 
     Args:
-        engine: the cluster.
+        cluster: where the actors find their places.
         load: returns the teacher on a device; pickled into every actor.
         teacher_id: id of the teacher that the driver sees.
-        settings: of the priors.
-        roundtrip: every actor also measures the inversion error of the first clip that it reads.
+        settings, roundtrip: see `Reader`.
 
     Attributes:
         deaths: actors that died so far.
@@ -122,21 +129,21 @@ class RayMaker:
 
     def __init__(
         self,
-        engine: RayEngine,
+        cluster: Cluster,
         load: Callable[[torch.device | str], Teacher],
         teacher_id: str,
         settings: PriorSettings,
         *,
         roundtrip: bool = False,
     ) -> None:
-        self.capacity = engine.teachers
+        self.capacity = cluster.teachers
         self.deaths = 0
         self._in_a_row, self._patience = 0, Patience()
         self._dead: DeadTeacher | None = None
-        self._arguments = (load, teacher_id, settings, engine.device, roundtrip)
+        self._arguments = (load, teacher_id, settings, cluster.device, roundtrip)
         self._options = {
-            "num_cpus": engine.cpus,
-            "num_gpus": engine.share,
+            "num_cpus": cluster.cpus,
+            "num_gpus": cluster.share,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
@@ -176,22 +183,17 @@ class RayMaker:
     def _serve(self) -> None:
         """Give jobs to one actor, one at a time; hire another when it died."""
         actor = None
-        while self._await_job():
-            if actor is None and self._dead is None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                if self._closing:
+                    break
+                job = None if actor is None and self._dead is None else self._jobs.popleft()
+            if job is None:
                 actor = self._hire()
-            elif (job := self._take()) is not None and not self._answer(actor, job):
+            elif not self._answer(actor, job):
                 actor = None
         _dismiss(actor)
-
-    def _await_job(self) -> bool:
-        """Return whether there is a job; False once the maker is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closing)
-            return not self._closing
-
-    def _take(self) -> _Job | None:
-        with self._changed:
-            return self._jobs.popleft() if self._jobs and not self._closing else None
 
     def _hire(self) -> Any:
         """Return a new actor with its teacher; None where it died, or the maker is closed meanwhile."""
@@ -234,31 +236,29 @@ class RayMaker:
                 raise self._dead
             made = ray.get(actor.make.remote(job.request))
         except RayTaskError as error:
-            job.answer.set_exception(self._judge(job.request, error.cause))
+            self._failed(job, error.cause)
         except RayError as error:
             _dismiss(actor)
             self._count_death(error)
             job.deaths += 1
-            if job.deaths < TRIES:
-                self._try_again(job)
-            else:
+            with self._changed:
+                again = job.deaths < TRIES and not self._closing
+                if again:
+                    self._jobs.appendleft(job)
+                    self._changed.notify()
+            if job.deaths >= TRIES:
                 killer = KillerClip(Path(job.request.video), f"{TRIES} actors died while they read it")
                 job.answer.set_exception(self._dead or killer)
+            elif not again:
+                _give_up(job)
             return False
         except Exception as error:
-            job.answer.set_exception(self._judge(job.request, error))
+            self._failed(job, error)
         else:
-            self._judge(job.request, None)
+            with self._changed:
+                self._in_a_row = self._patience.failures = 0
             job.answer.set_result(made)
         return True
-
-    def _try_again(self, job: _Job) -> None:
-        with self._changed:
-            if not self._closing:
-                self._jobs.appendleft(job)
-                self._changed.notify()
-                return
-        _give_up(job)
 
     def _count_death(self, error: RayError) -> None:
         with self._changed:
@@ -273,23 +273,24 @@ class RayMaker:
         with self._changed:
             self._dead = error if isinstance(error, DeadTeacher) else DeadTeacher(reason_of(error))
 
-    def _judge(self, request: PriorRequest, error: BaseException | None) -> BaseException | None:
-        """Return the error to answer with; take the teacher for dead where it says so."""
+    def _failed(self, job: _Job, error: Exception) -> None:
+        """Answer with an error; take the teacher for dead where it says so."""
         if isinstance(error, UnseenFile):
             try:
-                content_digest(request.video)
+                content_digest(job.request.video)
             except VideoError as unread:
-                return unread
-            error = DeadTeacher(
-                f"node {error} does not see {request.video}, which is there on this node; with Ray all nodes "
-                "need the same files at the same paths"
-            )
+                error = unread
+            else:
+                video = job.request.video
+                error = DeadTeacher(
+                    f"node {error} does not see {video}, which is there on this node; {SAME_FILES}"
+                )
         with self._changed:
             self._in_a_row = 0
             judged = self._patience.judge(error)
             if isinstance(judged, DeadTeacher):
                 self._dead = judged
-        return judged
+        job.answer.set_exception(judged)
 
 
 def _give_up(job: _Job) -> None:
@@ -304,39 +305,12 @@ def _dismiss(actor: Any) -> None:
             ray.kill(actor)
 
 
-@dataclass
-class RayEngine:
-    """The GPUs of a cluster; see `Engine`."""
-
-    device: torch.device
-    teachers: int
-    cpus: int
-    share: float
-
-    def maker(
-        self,
-        load: Callable[[torch.device | str], Teacher],
-        teacher_id: str,
-        settings: PriorSettings,
-        *,
-        roundtrip: bool = False,
-    ) -> RayMaker:
-        """See `Engine`."""
-        return RayMaker(self, load, teacher_id, settings, roundtrip=roundtrip)
-
-
 @contextmanager
-def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[RayEngine]:
-    """Join a Ray cluster, or start one on this machine that ends with the context.
-
-    Args:
-        address: of the cluster; None takes `RAY_ADDRESS`, then one that runs on this machine, then a new one.
-        actors: teachers of this process; None is its share of the cluster's GPUs, at least one.
-        cpus: cores that an actor reserves and computes with.
-        processes: that share the cluster.
+def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[Cluster]:
+    """Join a Ray cluster, or start one on this machine that ends with the context; see `open_engine`.
 
     Raises:
-        ValueError: there is no cluster at the address, or none can be started.
+        ValueError: there is no cluster at the address, it asks for a token, or none can be started.
     """
     joined = ray.is_initialized()
     if not joined:
@@ -345,13 +319,14 @@ def open_cluster(address: str | None, actors: int | None, cpus: int, processes: 
         except Exception as error:
             # Ray raises a bare Exception where a node does not start in time.
             where = "no cluster could be started here" if address is None else f"--ray_address {address}"
+            if any("authentication token" in str(each).lower() for each in (error, error.__cause__)):
+                raise ValueError(f"--prior_engine ray: {where} asks for a token; {TOKEN}") from error
             raise ValueError(f"--prior_engine ray: {where} ({error})") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         mine = actors or max(1, gpus // processes)
-        yield RayEngine(
-            torch.device("cuda" if gpus else "cpu"), mine, cpus, gpu_share(gpus, mine * processes)
-        )
+        device = torch.device("cuda" if gpus else "cpu")
+        yield Cluster(device, mine, cpus, gpu_share(gpus, mine * processes))
     finally:
         if not joined:
             ray.shutdown()

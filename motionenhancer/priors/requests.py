@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
-from zlib import crc32
 
 from ..data import Clip, Sample, SkipLog, prompt_text
 from ..data.clip import named_by, segment_of
@@ -57,28 +58,28 @@ def request_priors(
         samples: from `read_samples`.
         source: "both", "question" or "answer": the text given to the teacher.
         skips: receives samples without a prior and why.
-        name: `prior_keys` of the teacher and its settings: makes a key of a clip's digest and a text. None
-            leaves keys empty and reads no clip.
+        name: `prior_keys` of the teacher and its settings. None leaves keys empty and reads no clip.
         digest: reads a clip's `content_digest`; needed with `name`.
         workers: threads that read clips, a few samples ahead of the one that is given out.
         part, parts: give out the samples of every `parts`-th clip only, by a hash of its path; the parts
             together hold each sample once, and each part counts its own skips only.
     """
-    with _Clips(digest if name is not None else _look, workers) as clips:
-        waiting: deque[tuple[Sample, str]] = deque()
+    read = digest if name is not None else _look
+    assert read is not None
+    pool = ThreadPoolExecutor(workers)
+    ask = lru_cache(_REMEMBERED)(lambda video: pool.submit(_try, read, video))
+    waiting: deque[tuple[Sample, str, Future[str | VideoError]]] = deque()
 
-        def settle() -> Iterator[tuple[Sample, PriorRequest]]:
-            sample, text = waiting.popleft()
-            video = segment_of(sample.videos[0])
-            found = clips.get(Path(video))
-            if isinstance(found, VideoError):
-                skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
-                return
-            yield (
-                sample,
-                PriorRequest(video, text, "" if name is None else name(named_by(found, video), text)),
-            )
+    def settle() -> Iterator[tuple[Sample, PriorRequest]]:
+        sample, text, answer = waiting.popleft()
+        found, video = answer.result(), segment_of(sample.videos[0])
+        if isinstance(found, VideoError):
+            skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
+        else:
+            key = "" if name is None else name(named_by(found, video), text)
+            yield sample, PriorRequest(video, text, key)
 
+    try:
         for sample in samples:
             if parts > 1 and _owner(sample, parts) != part:
                 continue
@@ -91,46 +92,21 @@ def request_priors(
             except ValueError as error:
                 skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(error))
                 continue
-            clips.ask(Path(sample.videos[0]))
-            waiting.append((sample, text))
+            waiting.append((sample, text, ask(Path(sample.videos[0]))))
             if len(waiting) > 8 * workers:
                 yield from settle()
         while waiting:
             yield from settle()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-class _Clips:
-    """What `read` gives for every clip that was asked for, read in threads; the latest are remembered."""
-
-    def __init__(self, read: Callable[[Path], str] | None, workers: int) -> None:
-        assert read is not None
-        self.read, self.pool = read, ThreadPoolExecutor(workers)
-        self.known: OrderedDict[Path, Future[str | VideoError]] = OrderedDict()
-
-    def __enter__(self) -> _Clips:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def ask(self, video: Path) -> Future[str | VideoError]:
-        future = self.known.get(video)
-        if future is None:
-            future = self.known[video] = self.pool.submit(self._try, video)
-            if len(self.known) > _REMEMBERED:
-                self.known.popitem(last=False)
-        self.known.move_to_end(video)
-        return future
-
-    def get(self, video: Path) -> str | VideoError:
-        return self.ask(video).result()
-
-    def _try(self, video: Path) -> str | VideoError:
-        try:
-            return self.read(video)
-        except VideoError as error:
-            # A raised error would keep its frames in memory as long as it is remembered.
-            return error.with_traceback(None)
+def _try(read: Callable[[Path], str], video: Path) -> str | VideoError:
+    try:
+        return read(video)
+    except VideoError as error:
+        # A raised error would keep its frames in memory as long as it is remembered.
+        return error.with_traceback(None)
 
 
 def _look(video: Path) -> str:
@@ -144,4 +120,8 @@ def _look(video: Path) -> str:
 
 def _owner(sample: Sample, parts: int) -> int:
     """Return which part has a sample; the first has those without a single video."""
-    return crc32(os.fspath(sample.videos[0]).encode("utf-8", "surrogatepass")) % parts if sample.videos else 0
+    if not sample.videos:
+        return 0
+    # Not a checksum: names that differ in a digit alone often have the same last bit.
+    path = os.fspath(sample.videos[0]).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(path, digest_size=8).digest()) % parts

@@ -63,9 +63,6 @@ def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], st
 class PriorStore:
     """A folder of priors. Writers may run side by side: each file appears whole, by rename, or not at all.
 
-    Attributes:
-        folder: created on the first write.
-
     Example:
         >>> import tempfile
         >>> "0" * 64 in PriorStore(Path(tempfile.mkdtemp()))
@@ -133,9 +130,9 @@ class PriorStore:
         """Load and check a prior.
 
         Raises:
-            KeyError: no prior of that key.
-            OSError: the file cannot be read, which says nothing of what it holds.
-            DamagedPrior: the file is not what was written.
+            KeyError, OSError, DamagedPrior: there is none; its file cannot be read, which says nothing of
+                what it
+                holds; the file is not what was written.
         """
         path = self.path(key)
         try:

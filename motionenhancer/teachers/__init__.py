@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .folder import LoadOptions
+from .folder import experts, load_pipeline
 from .identity import teacher_id
-from .inversion import Reconstruction, invert, reconstruct, renoise, roundtrip_error
-from .known import Parts, check_folder
-from .protocol import AttentionReader, Teacher, TextEncoding, VideoLatents
+from .inversion import invert, reconstruct, renoise, roundtrip_error
+from .known import read_folder
+from .plan import MODELS, teacher_class
+from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
+from .teacher import Teacher
+from .text_cache import TextCache
 
 __all__ = [
     "AttentionReader",
     "DiffusionSchedule",
     "FlowSchedule",
-    "Reconstruction",
     "Schedule",
     "Teacher",
     "TextEncoding",
@@ -35,13 +34,6 @@ __all__ = [
     "teacher_id",
 ]
 
-#: `_class_name` in model_index.json → (module, class). A new family is one file and one line here.
-FAMILIES = {
-    "CogVideoXPipeline": ("cogvideox", "CogVideoXTeacher"),
-    "CogVideoXVideoToVideoPipeline": ("cogvideox", "CogVideoXTeacher"),
-    "WanPipeline": ("wan", "WanTeacher"),
-}
-
 
 def load_teacher(
     path: str | Path,
@@ -55,6 +47,7 @@ def load_teacher(
     compile: bool | str = False,
     split_batch: bool = False,
     text_encoder: bool = True,
+    texts: TextCache | None = None,
 ) -> Teacher:
     """Load a frozen teacher from an ordinary diffusers folder.
 
@@ -69,7 +62,8 @@ def load_teacher(
         compile: compile the transformer's blocks with `torch.compile`; a string names the backend.
         split_batch: evaluate guidance's two texts one after the other. It is switched on by itself when
             memory runs out.
-        text_encoder: False leaves the text encoder out; all texts must then come from a cache.
+        text_encoder: False leaves the text encoder out; all texts must then come from `texts`.
+        texts: a cache of text embeddings.
 
     Raises:
         FileNotFoundError: the folder or its `model_index.json` is missing.
@@ -79,65 +73,30 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP
     """
-    module, cls, parts = read_folder(path)
+    family, parts = read_folder(path)
+    cls = teacher_class(family)
+    plan = cls.sizes(parts).fitted(size, frames)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    family = getattr(importlib.import_module(f".{module}", __package__), cls)
-    options = LoadOptions(
+    dtype = dtype or teacher_dtype(where)
+    unused = {name for name in MODELS if name in parts["pipeline"] and name not in parts}
+    pipeline = load_pipeline(
+        cls.pipeline_class,
+        Path(path),
+        dtype,
         where,
-        dtype or teacher_dtype(where),
-        size,
-        frames,
-        vae_tiling,
-        offload_text_encoder,
-        compile,
-        split_batch,
-        text_encoder,
+        unused=unused if text_encoder else {*unused, "text_encoder"},
+        host={"text_encoder"} if offload_text_encoder else (),
     )
-    return family.from_pretrained(Path(path), options, parts)
-
-
-def read_folder(path: str | Path) -> tuple[str, str, Parts]:
-    """The family of a diffusers folder and the configurations of its parts, all of them understood.
-
-    Returns:
-        The family's module, its class, and its parts as `known.check_folder` gives them.
-
-    Raises:
-        FileNotFoundError: the folder or one of its configurations is missing.
-        ValueError: the pipeline class is not a supported family, or a field is not understood.
-    """
-    index = read_model_index(path)
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ValueError(
-            f"teacher {path}: pipeline class {name!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
-        )
-    module, cls = FAMILIES[name]
-    return module, cls, check_folder(Path(path), module, index)
+    if vae_tiling:
+        pipeline.vae.enable_tiling()
+    if compile:
+        backend = {"backend": compile} if isinstance(compile, str) else {}
+        for block in (block for model in experts(pipeline) for block in model.get_submodule(cls.blocks)):
+            block.compile(**backend)
+    named = teacher_id(path, dtype=dtype, size=size, frames=frames, vae_tiling=vae_tiling)
+    return cls(pipeline, parts, plan, named, device=where, dtype=dtype, split_batch=split_batch, texts=texts)
 
 
 def teacher_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype a teacher runs in when none is named."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-
-
-def read_model_index(path: str | Path) -> dict[str, Any]:
-    """The parsed `model_index.json` of a diffusers folder.
-
-    Raises:
-        FileNotFoundError: no such folder or file.
-        ValueError: the file is not JSON.
-    """
-    folder = Path(path)
-    file = folder / "model_index.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"teacher {folder}: no such folder; give a diffusers folder on disk")
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"teacher {folder}: no model_index.json in it; give the folder that save_pretrained wrote"
-        )
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error

@@ -24,9 +24,9 @@ def attend(
 
     Args:
         query, key, value: (batch, heads, tokens, width).
-        reader: receives row `row`; None reads nothing.
+        reader: receives row `row` of the first half, or of the whole batch without memory; None reads
+            nothing.
         memory: rows of the second half are references, each of the row of the same place in the first half.
-        row: of the first half, or of the whole batch without memory.
 
     Returns:
         (batch, heads, tokens, width).
@@ -45,3 +45,14 @@ def attend(
         one = slice(row, row + 1)
         reader.self_attention(query[one], key[one], lse[one], 2 if memory else 1)
     return out if reference is None else torch.cat([out, reference])
+
+
+class ReadingProcessor:
+    """An attention processor of diffusers that hands what it computes to a reader; see `Teacher.reading`."""
+
+    def __init__(self, reader: AttentionReader | None, *, memory: bool, row: int) -> None:
+        self.reader, self.memory, self.row = reader, memory, row
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See `attend`."""
+        return attend(query, key, value, self.reader, memory=self.memory, row=self.row)

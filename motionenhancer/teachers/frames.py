@@ -18,11 +18,7 @@ def nearest_valid_count(count: int, stride: int, offset: int) -> int:
 
 
 def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
-    """Pick `count` frames spread evenly from first to last, repeating frames where the clip is shorter.
-
-    Args:
-        frames: (n, h, w, 3) uint8.
-        count: frames wanted.
+    """Pick `count` of (n, h, w, 3) uint8 frames, spread evenly; repeats where there are fewer.
 
     Raises:
         TypeError, ValueError: frames of another shape or dtype, or fewer than two of them.

@@ -22,18 +22,11 @@ def teacher_id(
     frames: int | None = None,
     vae_tiling: bool = False,
 ) -> str:
-    """Digest of a diffusers folder and of every option that changes what its model computes.
+    """Digest (32 hexadecimal digits) of a diffusers folder and of every option that changes its arithmetic.
 
     Small files are read whole. A weight file over 64 MiB is read in 64 evenly spaced pieces of 64 KiB and its
     size, so that a 20 GB folder is named in well under a second; retrained weights differ everywhere and so
     in the pieces.
-
-    Args:
-        path: folder as `save_pretrained` wrote it.
-        dtype, size, frames, vae_tiling: as given to `load_teacher`.
-
-    Returns:
-        32 hexadecimal digits.
 
     Raises:
         FileNotFoundError: the folder does not exist or is empty.

@@ -6,30 +6,17 @@ Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from .protocol import AttentionReader, Teacher
+from .protocol import AttentionReader
 from .schedule import Schedule, is_low_noise
+from .teacher import Teacher
 
 STARTS = ("inverted", "random")
 
 #: From a level (1 = cleanest, K = noisiest) to what reads that level's evaluation; None leaves it unread.
 LevelReader = Callable[[int], AttentionReader | None]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """The end of a reconstruction.
-
-    Attributes:
-        latents: float32, the generated stream at the clean end.
-        evaluations: transformer evaluations, counted per batch row.
-    """
-
-    latents: torch.Tensor
-    evaluations: int
 
 
 @torch.no_grad()
@@ -42,9 +29,7 @@ def invert(
     inverse scheduler does.
 
     Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: K levels.
+        teacher, latents, schedule: the model, (1, ...) clean latents, and K levels.
         embeds: (1, length, width) text hidden states, the empty prompt's in the paper's procedure.
 
     Returns:
@@ -71,7 +56,7 @@ def reconstruct(
     memory: bool = True,
     seed: int = 0,
     readers: LevelReader = lambda level: None,
-) -> Reconstruction:
+) -> torch.Tensor:
     """Denoise back in K steps under the prompt, reading the conditional generated stream.
 
     The batch is (generated × [empty, prompt], reference × [empty, prompt]); the empty half is left out when
@@ -80,17 +65,17 @@ def reconstruct(
     its prediction is discarded.
 
     Args:
-        teacher: the model.
-        trajectory: what `invert` returned, K + 1 latents.
-        schedule: the same K levels.
-        prompt_embeds: (1, length, width) of the text.
-        empty_embeds: (1, length, width) of the empty prompt.
+        teacher, trajectory, schedule: the model, the K + 1 latents that `invert` returned, and the same
+            levels.
+        prompt_embeds, empty_embeds: (1, length, width) of the text and of the empty prompt.
         guidance_scale: classifier-free guidance; 1 switches it off.
         guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
-        start: "inverted" begins at the inverted noise, "random" at seeded Gaussian noise.
+        start: "inverted" begins at the inverted noise, "random" at Gaussian noise of `seed`.
         memory: give the generated stream the keys and values of the reference stream.
-        seed: of the random start.
         readers: level → reader of its evaluation.
+
+    Returns:
+        The generated stream's latents at the clean end, float32.
     """
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {start!r}")
@@ -101,18 +86,16 @@ def reconstruct(
         latents = gaussian(latents, seed)
     guided = guidance_scale != 1.0
     texts = [empty_embeds, prompt_embeds] if guided else [prompt_embeds]
-    evaluations = 0
     for level in range(schedule.steps, 0, -1):
         reference = trajectory[level] if memory else None
         outputs = _evaluate(teacher, latents, reference, texts, schedule.timesteps[level - 1], readers(level))
-        evaluations += len(texts) * (2 if memory else 1)
         output = outputs[-1:]
         if guided:
             low = is_low_noise(schedule.timesteps[level - 1], teacher.boundary)
             scale = guidance_scale_2 if low and guidance_scale_2 is not None else guidance_scale
             output = outputs[:1] + scale * (output - outputs[:1])
         latents = schedule.step(latents, output, level, level - 1)
-    return Reconstruction(latents, evaluations)
+    return latents
 
 
 @torch.no_grad()
@@ -128,12 +111,8 @@ def renoise(
     """Read a clip in one evaluation: its latents with seeded Gaussian noise, under the prompt, unguided.
 
     Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: of one level.
+        teacher, latents, schedule: the model, (1, ...) clean latents, and one level.
         prompt_embeds: (1, length, width) of the text.
-        reader: of the evaluation.
-        seed: of the noise.
     """
     noisy = schedule.noised(latents.float(), gaussian(latents, seed), 1)
     with teacher.reading(reader, memory=False, row=0):
@@ -154,10 +133,7 @@ def _evaluate(
     timestep: float,
     reader: AttentionReader | None,
 ) -> torch.Tensor:
-    """The generated rows' predictions, one a text; the last text's row is read.
-
-    Runs one batch, or one text after the other when the teacher says so or memory ran out before.
-    """
+    """The generated rows' predictions, one a text; the last row is read. Splits where memory ran out."""
     if not teacher.split_batch and len(texts) > 1:
         resumable = None if reader is None else _Resumable(reader)
         try:
@@ -219,17 +195,9 @@ def roundtrip_error(
 ) -> float:
     """Relative L2 error of latents inverted and reconstructed with the same text, no guidance, no memory.
 
-    It vanishes as the steps of a schedule that stops short of zero SNR grow. At the zero-SNR end the last
-    latent is pure noise in the model's eyes, whatever the clip, so some error stays.
-
-    Args:
-        teacher: the model.
-        latents: (1, ...) clean latents.
-        schedule: its levels; `Schedule.below` cuts the noisy end off.
-        embeds: (1, length, width) text hidden states used both ways.
+    It vanishes as the steps of a schedule that stops short of zero SNR grow (`Schedule.below`). At the
+    zero-SNR end the last latent is pure noise in the model's eyes, whatever the clip, so some error stays.
     """
     trajectory = invert(teacher, latents, schedule, embeds)
-    back = reconstruct(
-        teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False
-    ).latents
+    back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False)
     return float((back - trajectory[0]).norm() / trajectory[0].norm().clamp(min=1e-12))

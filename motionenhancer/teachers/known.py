@@ -139,6 +139,13 @@ KNOWN: dict[str, Fields] = {
     "UMT5EncoderModel": _T5,
 }
 
+#: `_class_name` in model_index.json → family.
+FAMILIES = {
+    "CogVideoXPipeline": "cogvideox",
+    "CogVideoXVideoToVideoPipeline": "cogvideox",
+    "WanPipeline": "wan",
+}
+
 #: Family → part of the pipeline → classes that it may have.
 PARTS = {
     "cogvideox": {
@@ -161,25 +168,37 @@ PARTS = {
 }
 
 
-def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> Parts:
+def read_folder(path: str | Path) -> tuple[str, Parts]:
     """Read the configurations of a teacher's parts; refuse what is not understood.
 
     Args:
-        folder: a diffusers folder.
-        family: "cogvideox" or "wan".
-        index: its parsed `model_index.json`.
+        path: a diffusers folder.
 
     Returns:
-        The fields of each part that a pipeline would use, by the part's name, defaults filled in. "pipeline"
-        holds those of `model_index.json`.
+        The family, and the fields of each part that a pipeline would use, by the part's name, defaults filled
+        in. "pipeline" holds those of `model_index.json`.
 
     Raises:
-        FileNotFoundError: a part's configuration is missing.
-        ValueError: a class or a field is not understood, or parts do not fit together. The message names the
-            file and the field.
+        FileNotFoundError: the folder or one of its configurations is missing.
+        ValueError: the pipeline class is not a supported family, a class or a field is not understood, or
+            parts do not fit together. The message names the file and the field.
     """
-    file = folder / "model_index.json"
-    found = {"pipeline": check_fields(file, str(index.get("_class_name")), index)}
+    folder, file = Path(path), Path(path, "model_index.json")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"teacher {folder}: no such folder; give a diffusers folder on disk")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"teacher {folder}: no model_index.json in it; give the folder that save_pretrained wrote"
+        )
+    index = _read_json(file)
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"teacher {path}: pipeline class {name!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[name]
+    found = {"pipeline": _check_fields(file, name, index)}
     for part, classes in PARTS[family].items():
         named = found["pipeline"].get(part)
         if named is None or list(named) == [None, None]:
@@ -189,36 +208,29 @@ def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> Parts:
             raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
         if named[1] not in classes:
             raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        found[part] = check_fields(folder / part / name, named[1])
+        config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if not config.is_file():
+            raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
+        found[part] = _check_fields(config, named[1], _read_json(config))
     for part in PARTS[family]:
         if part not in found and not part.startswith("transformer"):
             raise ValueError(f"{file}: names no {part}")
     _FIT[family](folder, found)
-    return found
+    return family, found
 
 
-def check_fields(file: Path, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The fields of one configuration file, with the defaults of its class.
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return given
 
-    Args:
-        file: the configuration file.
-        name: of the class that it configures.
-        given: what the file holds, where it has been read.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no JSON object, or a field is not understood.
-    """
-    if given is None:
-        try:
-            given = json.loads(file.read_text())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{file}: no such file, but model_index.json names {name}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{file}: not a JSON object")
+def _check_fields(file: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration of class `name`, with its defaults; raise where one is not understood."""
     known, defaults = KNOWN[name], _defaults(name)
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
@@ -239,6 +251,10 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, list | tuple) and isinstance(other, list | tuple):
         return len(value) == len(other) and all(map(_same, value, other))
     return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -264,7 +280,7 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         found.pop("transformer_2", None)
         if "transformer" not in found:
             raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
-    elif isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+    elif not _is_number(ratio) or not 0 <= ratio <= 1:
         raise ValueError(f"{file}: boundary_ratio is {ratio!r}; it must be a number from 0 to 1")
     elif "transformer_2" not in found:
         raise ValueError(
@@ -276,16 +292,15 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         if len(patch) != 3 or patch[0] != 1:
             raise ValueError(f"{config}: patch_size is {patch!r}; supported is [1, height, width]")
         _check_widths(folder, part, found, found["vae"]["z_dim"], "text_dim")
-    if len(experts) == 2:
-        for field, value in found["transformer"].items():
-            other = found["transformer_2"].get(field)
+        for field, value in found[experts[0]].items():
+            other = found[part].get(field)
             if not _same(value, other):
                 raise ValueError(
-                    f"{folder / 'transformer_2' / 'config.json'}: {field} is {other!r}, and {value!r} in "
-                    "transformer; both must have one shape, as their heads are pooled"
+                    f"{config}: {field} is {other!r}, and {value!r} in transformer; both must have one "
+                    "shape, as their heads are pooled"
                 )
     shift = flow_shift(found["scheduler"])
-    if not isinstance(shift, int | float) or isinstance(shift, bool) or not shift > 0:
+    if not _is_number(shift) or not shift > 0:
         file = folder / "scheduler" / "scheduler_config.json"
         name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
         raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")

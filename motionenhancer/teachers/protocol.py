@@ -1,18 +1,14 @@
-"""What a teacher must be able to do; one file a model family implements it."""
+"""What passes between a teacher and those who read it."""
 
 from __future__ import annotations
 
 import unicodedata
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from mekernels import VideoTokens
-
-from .schedule import Schedule
 
 
 class AttentionReader(Protocol):
@@ -77,71 +73,9 @@ class VideoLatents:
         tokens: where self-attention keeps text and vision; `text` is 0 where it sees vision only.
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
-        size: (height, width) in pixels the frames were resized to.
     """
 
     latents: torch.Tensor
     tokens: VideoTokens
     frames_given: int
     frames_used: int
-    size: tuple[int, int]
-
-
-class Teacher(Protocol):
-    """A frozen video diffusion transformer whose text-to-vision attention can be read.
-
-    Attributes:
-        id: changes whenever weights, settings or arithmetic do.
-        family: name of the model family.
-        split_batch: evaluate the prompt's and the empty prompt's rows one after the other, to halve memory.
-        boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
-            transformer serves all noise levels.
-    """
-
-    id: str
-    family: str
-    device: torch.device
-    dtype: torch.dtype
-    split_batch: bool
-    boundary: float | None
-
-    @property
-    def heads(self) -> int: ...
-
-    @property
-    def layers(self) -> int:
-        """Of one evaluation: of one expert, where there are two."""
-        ...
-
-    @property
-    def max_frames(self) -> int:
-        """Most video frames it reads of one clip; longer clips are thinned to it."""
-        ...
-
-    def encode_video(self, frames: np.ndarray) -> VideoLatents:
-        """uint8 frames (n, h, w, 3) → latents; n and the size are brought to what the family accepts."""
-        ...
-
-    def encode_text(self, text: str) -> TextEncoding: ...
-
-    def schedule(self, steps: int) -> Schedule:
-        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels."""
-        ...
-
-    def level(self, timestep: int) -> Schedule:
-        """A schedule of the one noise level `timestep`."""
-        ...
-
-    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
-        """One transformer evaluation of a batch of latents and (b, length, width) texts; float32 out."""
-        ...
-
-    def reading(
-        self, reader: AttentionReader | None, *, memory: bool, row: int
-    ) -> AbstractContextManager[None]:
-        """While open, evaluations hand `reader` the attention of batch row `row`.
-
-        With `memory` the second half of the batch is the reference stream: row i of the first half attends to
-        its own keys and to those of row i of the second half, side by side.
-        """
-        ...

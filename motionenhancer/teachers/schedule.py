@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
@@ -12,114 +13,91 @@ import torch
 FLOW_TIMESTEPS = 1000
 
 
-class Schedule(Protocol):
+@dataclass(frozen=True)
+class Schedule(ABC):
     """The noise levels of a deterministic run, from clean (level 0) to noisy (level `steps`).
 
     Attributes:
         timesteps: what the model is conditioned on at levels 1 to K, ascending.
+        levels: K + 1 values, entry 0 of the clean end, entry i + 1 of `timesteps[i]`: ᾱ of a diffusion in
+            float64, σ of a flow.
     """
 
-    @property
-    def timesteps(self) -> Sequence[float]: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        """Move latents from level `source` to level `target`, given the model's output."""
-        ...
-
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
-        """Clean latents brought to `level` with the given Gaussian noise."""
-        ...
-
-    def below(self, timestep: float) -> Schedule:
-        """The levels under `timestep` only, for a run that stops short of the noisy end."""
-        ...
-
-
-@dataclass(frozen=True)
-class DiffusionSchedule:
-    """Levels of a variance-preserving diffusion, stepped by DDIM with σ = 0.
-
-    Attributes:
-        timesteps: K training timesteps in ascending order.
-        alphas_cumprod: K + 1 values of ᾱ in float64; entry 0 is the clean end, entry i + 1 belongs to
-            `timesteps[i]`.
-        prediction_type: "v_prediction" or "epsilon".
-    """
-
-    timesteps: tuple[int, ...]
-    alphas_cumprod: tuple[float, ...]
-    prediction_type: str
+    timesteps: tuple[float, ...]
+    levels: tuple[float, ...]
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
 
-    def below(self, timestep: float) -> DiffusionSchedule:
-        kept = _below(self.timesteps, timestep)
-        return DiffusionSchedule(kept, self.alphas_cumprod[: len(kept) + 1], self.prediction_type)
+    @abstractmethod
+    def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        """Move latents from level `source` to level `target`, given the model's output."""
+
+    @abstractmethod
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
+        """Clean latents brought to `level` with the given Gaussian noise."""
+
+    def below(self, timestep: float) -> Self:
+        """The levels under `timestep` only, for a run that stops short of the noisy end.
+
+        Raises:
+            ValueError: there is none.
+        """
+        kept = tuple(t for t in self.timesteps if t < timestep)
+        if not kept:
+            raise ValueError(f"no level of {self.timesteps} lies below timestep {timestep}")
+        return replace(self, timesteps=kept, levels=self.levels[: len(kept) + 1])
+
+
+@dataclass(frozen=True)
+class DiffusionSchedule(Schedule):
+    """Levels of a variance-preserving diffusion, stepped by DDIM with σ = 0.
+
+    Attributes:
+        prediction_type: "v_prediction" or "epsilon".
+    """
+
+    prediction_type: str
 
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
         """The same formula both ways: x₀ and ε from the output at the source, recombined at the target.
 
         Source: Song et al., "Denoising Diffusion Implicit Models", eq. 12.
         """
-        a_source, a_target = self.alphas_cumprod[source], self.alphas_cumprod[target]
-        signal, noise = a_source**0.5, (1.0 - a_source) ** 0.5
+        signal, noise = self.levels[source] ** 0.5, (1.0 - self.levels[source]) ** 0.5
         if self.prediction_type == "v_prediction":
             clean = signal * latents - noise * output
             epsilon = signal * output + noise * latents
         else:
             clean, epsilon = (latents - noise * output) / signal, output
-        return a_target**0.5 * clean + (1.0 - a_target) ** 0.5 * epsilon
+        return self.noised(clean, epsilon, target)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
-        a = self.alphas_cumprod[level]
+        a = self.levels[level]
         return a**0.5 * latents + (1.0 - a) ** 0.5 * noise
 
 
 @dataclass(frozen=True)
-class FlowSchedule:
-    """Levels of a rectified flow x = (1 − σ)·x₀ + σ·ε, whose model predicts ε − x₀, stepped by Euler.
-
-    Attributes:
-        timesteps: 1000·σ of levels 1 to K, ascending.
-        sigmas: K + 1 values; entry 0 is 0, the clean end.
-    """
-
-    timesteps: tuple[float, ...]
-    sigmas: tuple[float, ...]
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-    def below(self, timestep: float) -> FlowSchedule:
-        kept = _below(self.timesteps, timestep)
-        return FlowSchedule(kept, self.sigmas[: len(kept) + 1])
+class FlowSchedule(Schedule):
+    """Levels of a rectified flow x = (1 − σ)·x₀ + σ·ε, whose model predicts ε − x₀, stepped by Euler."""
 
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        return latents + (self.sigmas[target] - self.sigmas[source]) * output
+        return latents + (self.levels[target] - self.levels[source]) * output
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
-        sigma = self.sigmas[level]
+        sigma = self.levels[level]
         return (1.0 - sigma) * latents + sigma * noise
 
 
 def flow_schedule(steps: int, shift: float) -> FlowSchedule:
-    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them.
-
-    Args:
-        steps: number of levels K; must divide the 1000 training timesteps.
-        shift: of the levels, above 0; 1 leaves them even.
+    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them (1: not).
 
     Raises:
-        ValueError: steps out of range or not dividing the schedule.
+        ValueError: steps do not divide the 1000 training timesteps.
 
     Example:
-        >>> flow_schedule(2, 3.0).sigmas
+        >>> flow_schedule(2, 3.0).levels
         (0.0, 0.75, 1.0)
     """
     check_steps(steps, FLOW_TIMESTEPS)
@@ -153,13 +131,7 @@ def is_low_noise(timestep: float, boundary: float | None) -> bool:
 
 
 def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool) -> None:
-    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone.
-
-    Args:
-        timesteps: of the levels.
-        boundary: see `is_low_noise`.
-        high: the expert for the levels from the boundary up is there.
-    """
+    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone."""
     lacking = [] if high else [t for t in timesteps if not is_low_noise(t, boundary)]
     if lacking:
         raise ValueError(
@@ -169,26 +141,14 @@ def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool
         )
 
 
-def _below(timesteps: tuple[Any, ...], timestep: float) -> tuple[Any, ...]:
-    kept = tuple(t for t in timesteps if t < timestep)
-    if not kept:
-        raise ValueError(f"no level of {timesteps} lies below timestep {timestep}")
-    return kept
-
-
 def make_schedule(scheduler: Any, steps: int) -> DiffusionSchedule:
-    """The levels a diffusers DDIM-style `scheduler` visits in `steps` steps.
+    """The levels a diffusers DDIM-style forward `scheduler` visits in `steps` steps.
 
     ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift: diffusers'
     `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
 
-    Args:
-        scheduler: a forward scheduler with `alphas_cumprod`, `final_alpha_cumprod`, `set_timesteps` and a
-            config.
-        steps: number of levels K; must divide the number of training timesteps.
-
     Raises:
-        ValueError: steps out of range or not dividing the schedule; an ε-prediction model at zero SNR.
+        ValueError: steps do not divide the training timesteps; an ε-prediction model at zero SNR.
     """
     check_steps(steps, int(scheduler.config.num_train_timesteps))
     scheduler.set_timesteps(steps)

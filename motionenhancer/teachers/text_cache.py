@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +14,7 @@ from safetensors.torch import save
 
 from ..files import whole_file
 from .identity import teacher_id
-from .protocol import Teacher, TextEncoding, VideoLatents
+from .protocol import TextEncoding
 
 
 def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
@@ -82,81 +79,3 @@ class TextCache:
         with whole_file(target) as temporary:
             temporary.write_bytes(body)
         return target
-
-
-class CachedTextTeacher:
-    """A teacher whose texts come from a cache first; in all else the teacher it is given."""
-
-    def __init__(self, teacher: Teacher, cache: TextCache) -> None:
-        self._teacher, self._cache = teacher, cache
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._teacher, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # What a teacher learns while it runs, such as to split its batches, it must keep.
-        if name in ("_teacher", "_cache"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._teacher, name, value)
-
-    def encode_video(self, frames: Any) -> VideoLatents:
-        return self._teacher.encode_video(frames)
-
-    def encode_text(self, text: str) -> TextEncoding:
-        """As the teacher's own.
-
-        Raises:
-            ValueError: the text is not in the cache, and the text encoder was let go.
-        """
-        found = self._cache.read(text)
-        if found is None:
-            if self._teacher.pipeline.text_encoder is None:  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"text {text[:60]!r} is not in {self._cache.folder}, and no encoder is loaded"
-                )
-            encoding = self._teacher.encode_text(text)
-            self._cache.write(encoding)
-            return encoding
-        return replace(found, embeds=found.embeds.to(self._teacher.device, self._teacher.dtype))
-
-    def fill(self, texts: Iterable[str]) -> None:
-        """Encode and store the texts that are missing."""
-        for text in texts:
-            self.encode_text(text)
-
-    def drop_encoder(self) -> None:
-        """Let go of the text encoder and its memory."""
-        self._teacher.pipeline.text_encoder = None  # type: ignore[attr-defined]
-        gc.collect()
-        if self._teacher.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def ready_teacher(
-    load: Callable[..., Teacher],
-    cache: TextCache,
-    texts: Sequence[str],
-    *,
-    index: int = 0,
-    count: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> Teacher:
-    """Encode the texts that a cache lacks, and return a teacher whose text encoder was let go.
-
-    Args:
-        load: `load(text_encoder=bool)` returns the teacher with this cache.
-        cache: of the teacher's texts.
-        texts: all it will be given.
-        index, count: this process encodes every `count`-th of the missing texts.
-        wait: called when it has; waits for the others.
-    """
-    wanted = [*texts, ""]
-    # Shared out before looking: a process that looks later finds what another has written since.
-    mine = [text for text in wanted[index::count] if cache.read(text) is None]
-    teacher = load(text_encoder=bool(mine))
-    assert isinstance(teacher, CachedTextTeacher)
-    teacher.fill(mine)
-    teacher.drop_encoder()
-    wait()
-    return teacher

@@ -10,168 +10,23 @@ level is evaluated, and its attention read, in its own expert. A head is pooled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
 
-from mekernels import VideoTokens
-
-from .attention import attend
-from .folder import LoadOptions, check_latents, experts, load_pipeline, tokenize, valid_size
-from .frames import nearest_valid_count, resample_frames, to_pixels
-from .known import Parts, boundary_of, flow_shift
-from .protocol import AttentionReader, TextEncoding, VideoLatents
+from .attention import ReadingProcessor
+from .known import Parts, flow_shift
+from .plan import TeacherPlan
 from .schedule import FlowSchedule, check_experts, flow_level, flow_schedule, is_low_noise
+from .teacher import Teacher
 
 TEXT_LENGTH = 512
 
 
-def trained_clips(expand_timesteps: bool | None) -> tuple[tuple[int, int], int]:
-    """Size and frames of the clips that a model was trained on: a folder does not say.
-
-    Source: the models' cards; TI2V-5B is the one with a time step for each token.
-    """
-    return ((704, 1280), 121) if expand_timesteps else ((480, 832), 81)
-
-
-@dataclass
-class WanTeacher:
-    """A frozen Wan 2.1 or 2.2 text-to-video model, loaded from an ordinary diffusers folder.
-
-    Attributes: as `CogVideoXTeacher`.
-    """
-
-    pipeline: Any
-    id: str
-    device: torch.device
-    dtype: torch.dtype
-    size: tuple[int, int]
-    max_frames: int
-    split_batch: bool = False
-    boundary: float | None = None
-    family: str = "wan"
-    _empty: TextEncoding | None = None
-
-    @classmethod
-    def from_pretrained(cls, path: Path, options: LoadOptions, parts: Parts) -> WanTeacher:
-        unused = {"transformer_2"} - set(parts)
-        pipeline = load_pipeline(WanPipeline, path, options, blocks="blocks", unused=unused)
-        size, frames = trained_clips(pipeline.config.expand_timesteps)
-        patch = experts(pipeline)[0].config.patch_size
-        chosen = valid_size(options.size or size, pipeline.vae_scale_factor_spatial * patch[1])
-        teacher = cls(
-            pipeline,
-            options.id(path),
-            options.device,
-            options.dtype,
-            chosen,
-            0,
-            options.split_batch,
-            boundary_of(parts),
-        )
-        return replace(teacher, max_frames=teacher.valid_frames(options.frames or frames))
-
-    @property
-    def config(self) -> Any:
-        """Of a transformer; two experts have one shape."""
-        return experts(self.pipeline)[0].config
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_attention_heads
-
-    @property
-    def layers(self) -> int:
-        return self.config.num_layers
-
-    def _tokens(self, latents: torch.Tensor) -> VideoTokens:
-        grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True)]
-        return VideoTokens(*grid)
-
-    def valid_frames(self, count: int) -> int:
-        """The nearest number of video frames the model takes: 4m+1."""
-        return nearest_valid_count(count, self.pipeline.vae_scale_factor_temporal, 1)
-
-    @torch.no_grad()
-    def encode_video(self, frames: np.ndarray) -> VideoLatents:
-        given = len(frames)
-        used = min(self.valid_frames(given), self.max_frames)
-        vae = self.pipeline.vae
-        pixels = to_pixels(resample_frames(frames, used), self.size).to(self.device, self.dtype)
-        latents = vae.encode(pixels).latent_dist.mode().float()
-        check_latents(latents.shape[-2:], self.size, self.pipeline.vae_scale_factor_spatial)
-        mean, deviation = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = (latents - mean) / deviation
-        return VideoLatents(latents, self._tokens(latents), given, used, self.size)
-
-    @torch.no_grad()
-    def encode_text(self, text: str) -> TextEncoding:
-        if not text and self._empty is not None:
-            return self._empty
-        pipeline = self.pipeline
-        encoded, encoding = tokenize(pipeline.tokenizer, text, TEXT_LENGTH)
-        where, mask = pipeline.text_encoder.device, encoded["attention_mask"]
-        states = pipeline.text_encoder(encoded["input_ids"].to(where), mask.to(where)).last_hidden_state
-        # Padding is masked in the encoder and zero in the transformer, where it is still attended to.
-        embeds = states * mask.to(where).unsqueeze(-1)
-        encoding = replace(encoding, embeds=embeds.to(self.device, self.dtype))
-        if not text:
-            self._empty = encoding
-        return encoding
-
-    def schedule(self, steps: int) -> FlowSchedule:
-        return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
-
-    def level(self, timestep: int) -> FlowSchedule:
-        return self._served(flow_level(timestep))
-
-    def _served(self, schedule: FlowSchedule) -> FlowSchedule:
-        check_experts(schedule.timesteps, self.boundary, self.pipeline.transformer is not None)
-        return schedule
-
-    @torch.no_grad()
-    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
-        shape: tuple[int, ...] = (len(latents),)
-        if self.pipeline.config.expand_timesteps:
-            shape = (len(latents), self._tokens(latents).vision)
-        low = is_low_noise(timestep, self.boundary)
-        expert = self.pipeline.transformer_2 if low else self.pipeline.transformer
-        return expert(
-            hidden_states=latents.to(self.device, self.dtype),
-            timestep=torch.full(shape, timestep, device=self.device),
-            encoder_hidden_states=embeds,
-            return_dict=False,
-        )[0].float()
-
-    @contextmanager
-    def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
-        blocks = [block for transformer in experts(self.pipeline) for block in transformer.blocks]
-        modules = [module for block in blocks for module in (block.attn1, block.attn2)]
-        before = [module.processor for module in modules]
-        try:
-            for module in modules:
-                module.set_processor(ReadingProcessor(reader, memory=memory, row=row))
-            yield
-        finally:
-            for module, processor in zip(modules, before, strict=True):
-                module.set_processor(processor)
-
-
-class ReadingProcessor:
-    """Wan's self-attention with cross-stream memory and its cross-attention, both handed to a reader."""
-
-    def __init__(self, reader: AttentionReader | None, *, memory: bool, row: int) -> None:
-        self.reader, self.memory, self.row = reader, memory, row
+class WanProcessor(ReadingProcessor):
+    """Wan's self-attention with cross-stream memory, and its cross-attention."""
 
     def __call__(
         self,
@@ -191,13 +46,81 @@ class ReadingProcessor:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if encoder_hidden_states is None:
-            out = attend(query, key, value, self.reader, memory=self.memory, row=self.row)
+            out = self.attend(query, key, value)
         else:
             out = F.scaled_dot_product_attention(query, key, value)
             if self.reader is not None:
                 one = slice(self.row, self.row + 1)
                 self.reader.cross_attention(key[one], query[one])
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+
+
+class WanTeacher(Teacher):
+    """A frozen Wan 2.1 or 2.2 text-to-video model."""
+
+    pipeline_class = WanPipeline
+    processor_class = WanProcessor
+    blocks = "blocks"
+    attentions = ("attn1", "attn2")
+
+    @staticmethod
+    def sizes(parts: Parts) -> TeacherPlan:
+        # A folder does not say what clips its model was trained on. Source: the models' cards; TI2V-5B is the
+        # one with a time step for each token.
+        size, frames = ((704, 1280), 121) if parts["pipeline"]["expand_timesteps"] else ((480, 832), 81)
+        config, vae = parts.get("transformer") or parts["transformer_2"], parts["vae"]
+        return TeacherPlan(
+            frames=frames,
+            size=size,
+            scale=vae["scale_factor_spatial"],
+            compression=vae["scale_factor_temporal"],
+            patch=tuple(config["patch_size"]),
+            text_length=TEXT_LENGTH,
+            joint=False,
+            heads=config["num_attention_heads"],
+            layers=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+        )
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, deviation = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (self.pipeline.vae.config.latents_mean, self.pipeline.vae.config.latents_std)
+        )
+        return (latents - mean) / deviation
+
+    def embed(self, encoded: Any) -> torch.Tensor:
+        encoder = self.pipeline.text_encoder
+        ids, mask = (encoded[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+        # Padding is masked in the encoder and zero in the transformer, where it is still attended to.
+        return encoder(ids, mask).last_hidden_state * mask.unsqueeze(-1)
+
+    def schedule(self, steps: int) -> FlowSchedule:
+        return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
+
+    def level(self, timestep: int) -> FlowSchedule:
+        return self._served(flow_level(timestep))
+
+    def _served(self, schedule: FlowSchedule) -> FlowSchedule:
+        check_experts(schedule.timesteps, self.boundary, self.pipeline.transformer is not None)
+        return schedule
+
+    @torch.no_grad()
+    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
+        shape: tuple[int, ...] = (len(latents),)
+        if self.pipeline.config.expand_timesteps:
+            height, width = (
+                n // patch for n, patch in zip(latents.shape[-2:], self.plan.patch[1:], strict=True)
+            )
+            shape = (len(latents), latents.shape[2] * height * width)
+        low = is_low_noise(timestep, self.boundary)
+        expert = self.pipeline.transformer_2 if low else self.pipeline.transformer
+        return expert(
+            hidden_states=latents.to(self.device, self.dtype),
+            timestep=torch.full(shape, timestep, device=self.device),
+            encoder_hidden_states=embeds,
+            return_dict=False,
+        )[0].float()
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,17 +12,12 @@ from torch import nn
 from ..settings import StudentArguments
 from ..students.locate import text_model
 
-#: What PEFT puts in front of a parameter's name.
-_PREFIX = "base_model.model."
-
 
 def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
     """Freeze a student and put adapters on it, as `--lora_*` say; they begin as the identity.
 
-    Args:
-        model: from `load_student`; its layers are replaced in place.
-        student: its `lora_*` options are read; a `lora_alpha` of None is twice the rank.
-        seed: of the adapters' weights. The global random state stays as it is.
+    The student's layers are replaced in place. `seed` draws the adapters' weights; the global random state
+    stays as it is.
 
     Returns:
         A `peft.PeftModel`.
@@ -35,17 +31,11 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
     except ImportError as error:
         raise ValueError(f"--lora_r {student.lora_r} needs PEFT: pip install peft ({error})") from error
     target = student.lora_target
-    chosen: str | list[str]
-    if target == "language":
-        chosen = _language_layers(model)
-    elif target == "all":
-        chosen = "all-linear"
-    else:
-        chosen = [name.strip() for name in target.split(",") if name.strip()]
-    alpha = 2 * student.lora_r if student.lora_alpha is None else student.lora_alpha
+    known = {"language": _language_layers(model), "all": "all-linear"}
+    chosen = known.get(target) or [name.strip() for name in target.split(",") if name.strip()]
     config = LoraConfig(
         r=student.lora_r,
-        lora_alpha=alpha,
+        lora_alpha=2 * student.lora_r if student.lora_alpha is None else student.lora_alpha,
         lora_dropout=student.lora_dropout,
         target_modules=chosen,
         task_type="CAUSAL_LM",
@@ -67,11 +57,9 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
 
 def _tied_targets(model: nn.Module) -> list[str]:
     """Layers with adapters whose weight is another layer's too, by their plain names."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
     return [
         plain_name(name)
         for name, module in model.named_modules()
@@ -95,13 +83,9 @@ def plain_name(parameter: str) -> str:
     >>> plain_name("base_model.model.model.visual.patch_embed.proj.weight")
     'model.visual.patch_embed.proj.weight'
     """
-    return parameter.removeprefix(_PREFIX)
+    return parameter.removeprefix("base_model.model.")
 
 
 def merged(model: Any) -> Any:
-    """The plain model with its adapters added into its weights.
-
-    Args:
-        model: a `peft.PeftModel`; it is taken apart.
-    """
+    """The plain model of a `peft.PeftModel`, which is taken apart, adapters added into its weights."""
     return model.merge_and_unload()

@@ -27,12 +27,8 @@ def rehearse(training: TrainArguments, engine: str) -> None:
     """Train a model of a few weights for one step with a run's options, and keep nothing.
 
     What the options need, such as a package, a compiler or a GPU, is then known to be there before a model is
-    loaded.
-
-    Args:
-        training: the run's options; they are not changed.
-        engine: as `plan.engine_of` names it. Under FSDP everything is built and no step is taken; under
-            DeepSpeed, of which a process has one engine only, the optimizer and the schedule alone are built.
+    loaded. Under FSDP everything is built and no step is taken; under DeepSpeed, of which a process has one
+    engine only, the optimizer and the schedule alone are built.
 
     Raises:
         ValueError: the options cannot work here; names them.
@@ -82,11 +78,7 @@ def rehearse(training: TrainArguments, engine: str) -> None:
 
 
 def build_optimizer(training: TrainArguments, model: Any) -> None:
-    """Build the optimizer and the schedule that the options name, and keep neither.
-
-    Args:
-        training: the run's options.
-        model: whose layers `--optim_target_modules` names.
+    """Build the optimizer and the schedule that the options name for a model, and keep neither.
 
     Raises:
         ValueError: a package is missing, or they cannot be built with these options; names them.

@@ -16,30 +16,12 @@ from ..settings import DataArguments, PriorArguments, StudentArguments, TrainArg
 from .run_plan import engine_of, global_batch
 
 #: Training arguments that change what is learnt, however the work is spread over processes.
-_RECIPE = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-    "data_seed",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "average_tokens_across_devices",
-    "neftune_noise_alpha",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "bf16",
-    "fp16",
-)
+_RECIPE = str.split("""
+    learning_rate num_train_epochs max_steps seed data_seed train_sampling_strategy dataloader_drop_last
+    average_tokens_across_devices neftune_noise_alpha weight_decay adam_beta1 adam_beta2 adam_epsilon
+    max_grad_norm optim optim_args optim_target_modules lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    bf16 fp16
+""")
 #: Of accelerate's options, those that decide which samples a step is made of.
 _BATCHES = ("even_batches", "use_seedable_sampler")
 #: Flags of the student that change nothing of it.
@@ -56,11 +38,10 @@ def run_identity(
     """What makes a run this run: change any of it and the output folder belongs to another.
 
     Of processes, samples a device and accumulated micro-batches only the product counts, the global batch: a
-    run may go on with other hardware. Two things tie it to the launch all the same: how its checkpoints are
-    split, and, where incomplete batches are dropped, the batch of each process.
-
-    Returns:
-        A dictionary of plain values, for `RunReport`.
+    run
+    may go on with other hardware. Two things tie it to the launch all the same: how its checkpoints are
+    split,
+    and, where incomplete batches are dropped, the batch of each process.
     """
     batches = getattr(training, "accelerator_config", None)
     identity = {
@@ -88,10 +69,6 @@ def run_identity(
 def checkpoint_format(engine: str, processes: int) -> str:
     """How checkpoints are split: under another format than they were saved in they cannot be loaded.
 
-    Args:
-        engine: from `engine_of`.
-        processes: in all.
-
     Example:
         >>> checkpoint_format("plain", 1) == checkpoint_format("DDP", 8)
         True
@@ -108,11 +85,10 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
     """The checkpoint named by `--resume_from_checkpoint`, else the newest whole one of the output folder.
 
     Raises:
-        ValueError: the one that is named is none, or has no optimizer's state, so that the optimizer and its
-            learning rate would start anew.
+        ValueError: the one that is named is none, or has no optimizer's state to go on from.
     """
     given = training.resume_from_checkpoint
-    if given is not None and not _is_whole(Path(given)):
+    if given is not None and _state(Path(given)) is None:
         raise ValueError(f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one")
     chosen = given or _newest(Path(training.output_dir or ""))
     if chosen is not None and checkpoint_format(engine_of(training), training.world_size) == "whole":
@@ -127,27 +103,25 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
 
 def aligned_before(checkpoint: str | Path) -> bool:
     """Whether a prior was followed on the way to a checkpoint, as far as its log says."""
-    try:
-        log = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["log_history"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return any("loss_align" in entry for entry in log)
+    state = _state(Path(checkpoint)) or {}
+    return any("loss_align" in entry for entry in state.get("log_history", []))
 
 
 def _newest(folder: Path) -> str | None:
     numbered = {
         int(f.name[11:]): f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name[11:].isdecimal()
     }
-    return next((str(numbered[n]) for n in sorted(numbered, reverse=True) if _is_whole(numbered[n])), None)
+    return next(
+        (str(numbered[n]) for n in sorted(numbered, reverse=True) if _state(numbered[n]) is not None), None
+    )
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state last: without it, the run was killed while it saved."""
+def _state(checkpoint: Path) -> Any:
+    """The Trainer's state, which it writes last: None where the run was killed while it saved."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def _plain(value: Any) -> Any:

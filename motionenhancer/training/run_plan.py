@@ -40,14 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a run is.
-
-    Attributes:
-        samples: of the data, once.
-        batch: samples an optimizer step, over all processes and accumulated micro-batches.
-        an_epoch: optimizer steps a pass over the data.
-        total: optimizer steps of the run.
-    """
+    """How long a run is: optimizer steps a pass over `samples` and in all, of `batch` samples each."""
 
     samples: int
     batch: int
@@ -60,11 +53,7 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        parts: of the student, and the aligner.
-        steps: of the run.
-        memory: on each device.
         engine: "plain", "DDP", "FSDP" or "ZeRO-1" to "ZeRO-3".
-        processes: in all.
         schedule: λ in words.
         priors: {"stored", "missing"}, where they were counted.
     """
@@ -110,12 +99,10 @@ def plan_run(
     tokens: int | None,
     priors: dict[str, int] | None = None,
 ) -> RunPlan:
-    """What training this model would do.
+    """What training a student, with its adapters if it has any, would do.
 
     Args:
-        model: the student, on any device, with its adapters if it has any.
-        family: its family.
-        student, training: the run's settings.
+        model, family, student, training: the student, on any device, and the run's settings.
         samples: that are trained on.
         grid: of the priors; None where nothing is aligned.
         tokens: of one sample, for the memory of activations.
@@ -179,8 +166,9 @@ def engine_of(training: TrainArguments) -> str:
 def plan_steps(samples: int, training: TrainArguments) -> Steps:
     """Optimizer steps, as the Trainer counts them."""
     whole = training.dataloader_drop_last
-    batches = _parts(samples, training.train_batch_size, whole)
-    batches = _parts(batches, training.world_size, whole)
+    batches = samples
+    for size in (training.train_batch_size, training.world_size):
+        batches = batches // size if whole else math.ceil(batches / size)
     an_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
     return Steps(samples, global_batch(training), an_epoch, total)
@@ -191,24 +179,16 @@ def global_batch(training: TrainArguments) -> int:
     return training.train_batch_size * training.world_size * training.gradient_accumulation_steps
 
 
-def _parts(count: int, size: int, whole: bool) -> int:
-    return count // size if whole else math.ceil(count / size)
-
-
 def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: PriorSettings) -> dict[str, int]:
     """How many priors the store holds and how many are to be made; clips are read, no model is loaded.
 
     Those that the store has on record as impossible are neither.
     """
     store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(PartialState().device)
+    source, silent = prior.prompt_source, SkipLog(shout=0)
     with DigestCache(store.folder, writes=False) as cache:
-        found = request_priors(
-            samples,
-            prior.prompt_source,
-            SkipLog(shout=0),
-            name=prior_keys(name, settings),
-            digest=cache.digest,
-        )
+        name_of = prior_keys(name, settings)
+        found = request_priors(samples, source, silent, name=name_of, digest=cache.digest)
         keys = {request.key for _, request in found}
     stored = sum(key in store for key in keys)
     return {"stored": stored, "missing": sum(not store.settled(key) for key in keys)}
@@ -227,7 +207,7 @@ def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
 def outline_student(
     folder: str | Path, attn_implementation: str, dtype: torch.dtype
 ) -> tuple[Any, Any, StudentFamily]:
-    """A student without weights, on the meta device, its processor and family: `load_student` in outline.
+    """`load_student` in outline: a student without weights, on the meta device, its processor and family.
 
     Raises:
         ValueError: no such folder, no configuration, processor or weights in it, or an unknown family.

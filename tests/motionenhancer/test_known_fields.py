@@ -155,7 +155,7 @@ def test_what_moves_the_noise_levels_is_honoured(folder: Path, change: dict[str,
     found: Any = load_teacher(folder, "cpu").schedule(5)
     assert list(found.timesteps) == steps
     levels = [float(own.final_alpha_cumprod), *(float(own.alphas_cumprod[t]) for t in steps)]
-    assert list(found.alphas_cumprod) == pytest.approx(levels, rel=1e-6)
+    assert list(found.levels) == pytest.approx(levels, rel=1e-6)
     assert found != before
 
 
@@ -185,7 +185,7 @@ def test_other_schedulers_of_a_flow_give_their_shift(folder: Path, name: str, fi
     (folder / SCHEDULER).write_text("{}")
     edit(folder / SCHEDULER, _class_name=name, **fields)
     found: Any = load_teacher(folder, "cpu").schedule(2)
-    assert found.sigmas == pytest.approx([0, 2.5 / 3, 1])
+    assert found.levels == pytest.approx([0, 2.5 / 3, 1])
 
 
 @pytest.mark.parametrize("folder", ["cogvideox", "wan"], indirect=True)

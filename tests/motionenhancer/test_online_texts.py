@@ -18,7 +18,7 @@ from transformers.integrations import deepspeed
 from motionenhancer.priors.prior import extract_prior
 from motionenhancer.settings import PriorArguments
 from motionenhancer.teachers import load_teacher
-from motionenhancer.teachers.text_cache import CachedTextTeacher, TextCache, encoder_id
+from motionenhancer.teachers.text_cache import TextCache, encoder_id
 from motionenhancer.teachers.whole import whole_weights
 from motionenhancer.toy.models import save_teacher
 
@@ -34,9 +34,10 @@ def test_a_teacher_without_its_encoder_reads_the_same_prior(
     teacher_dir: Path, cache: TextCache, clip: np.ndarray
 ) -> None:
     plain = extract_prior(load_teacher(teacher_dir, "cpu"), clip, TEXT, steps=1)
-    first = CachedTextTeacher(load_teacher(teacher_dir, "cpu"), cache)
-    first.fill([TEXT, ""])
-    bare = CachedTextTeacher(load_teacher(teacher_dir, "cpu", text_encoder=False), cache)
+    first = load_teacher(teacher_dir, "cpu", texts=cache)
+    for text in (TEXT, ""):
+        first.encode_text(text)
+    bare = load_teacher(teacher_dir, "cpu", text_encoder=False, texts=cache)
     assert bare.pipeline.text_encoder is None
     for teacher in (first, bare):
         prior = extract_prior(teacher, clip, TEXT, steps=1)
@@ -83,7 +84,7 @@ def test_masked_padding_takes_no_room(teacher_dir: Path, cache: TextCache) -> No
 
 
 def test_damage_counts_as_missing(teacher_dir: Path, cache: TextCache) -> None:
-    teacher = CachedTextTeacher(load_teacher(teacher_dir, "cpu"), cache)
+    teacher = load_teacher(teacher_dir, "cpu", texts=cache)
     said = teacher.encode_text(TEXT)
     path = cache.path(TEXT)
     path.write_bytes(path.read_bytes()[:50])
@@ -104,14 +105,12 @@ def test_another_encoder_or_dtype_has_texts_of_its_own(teacher_dir: Path, tmp_pa
     assert encoder_id(teacher_dir, torch.float32) in ids
 
 
-def test_what_a_teacher_learns_stays_with_it(teacher_dir: Path, cache: TextCache) -> None:
-    teacher = load_teacher(teacher_dir, "cpu")
-    wrapped = CachedTextTeacher(teacher, cache)
-    wrapped.split_batch = True
-    assert teacher.split_batch
+def test_a_teacher_without_encoder_and_cache_says_so(teacher_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"'red': there is no text cache, and no encoder is loaded"):
+        load_teacher(teacher_dir, "cpu", text_encoder=False).encode_text("red")
 
 
-def test_the_flag_wraps_the_teacher(teacher_dir: Path, tmp_path: Path) -> None:
+def test_the_flag_gives_the_teacher_its_cache(teacher_dir: Path, tmp_path: Path) -> None:
     prior = PriorArguments(teacher=str(teacher_dir), text_cache=str(tmp_path / "texts"))
     teacher = prior.load("cpu")
     teacher.encode_text(TEXT)

@@ -9,15 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from extract_support import stored
 from tiny_world import World
 
 from motionenhancer import extract
 from motionenhancer.priors.storage import PriorStore
-
-
-def stored(folder: Path) -> dict[str, bytes]:
-    store = PriorStore(folder)
-    return {key: store.path(key).read_bytes() for key in store}
 
 
 def extract_with_two(flags: list[str]) -> subprocess.CompletedProcess[str]:

@@ -25,13 +25,13 @@ def test_noise_levels_are_the_forward_schedulers(shift: float) -> None:
     schedule = make_schedule(forward, 5)
     assert schedule.timesteps == (199, 399, 599, 799, 999)
     expected = [1.0, *(float(forward.alphas_cumprod[t]) for t in schedule.timesteps)]
-    assert list(schedule.alphas_cumprod) == pytest.approx(expected, abs=0, rel=1e-12)
-    assert schedule.alphas_cumprod[-1] == pytest.approx(0.0, abs=1e-12)
+    assert list(schedule.levels) == pytest.approx(expected, abs=0, rel=1e-12)
+    assert schedule.levels[-1] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_snr_shift_is_not_lost() -> None:
     plain, shifted = (make_schedule(scheduler(snr_shift_scale=s), 5) for s in (1.0, 3.0))
-    gap = max(abs(a - b) for a, b in zip(plain.alphas_cumprod, shifted.alphas_cumprod, strict=True))
+    gap = max(abs(a - b) for a, b in zip(plain.levels, shifted.levels, strict=True))
     assert gap > 0.2
 
 
@@ -55,10 +55,10 @@ def test_a_step_up_undoes_a_step_down_for_the_same_clean_and_noise(kind: str) ->
     schedule = make_schedule(scheduler(prediction_type=kind, rescale_betas_zero_snr=False), 10)
     clean, noise = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for level in (1, 4, 10):
-        a = schedule.alphas_cumprod[level]
+        a = schedule.levels[level]
         latents = a**0.5 * clean + (1 - a) ** 0.5 * noise
         output = a**0.5 * noise - (1 - a) ** 0.5 * clean if kind == "v_prediction" else noise
-        b = schedule.alphas_cumprod[2]
+        b = schedule.levels[2]
         expected = b**0.5 * clean + (1 - b) ** 0.5 * noise
         torch.testing.assert_close(schedule.step(latents, output, level, 2), expected)
 
@@ -84,4 +84,4 @@ def test_cutting_off_the_noisy_end_keeps_the_lower_levels() -> None:
     whole = make_schedule(scheduler(), 10)
     cut = whole.below(500)
     assert cut.timesteps == (99, 199, 299, 399, 499)
-    assert cut.alphas_cumprod == whole.alphas_cumprod[:6]
+    assert cut.levels == whole.levels[:6]

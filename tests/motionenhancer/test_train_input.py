@@ -86,7 +86,7 @@ def test_one_clear_error(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"head_ratio": 0}, "--head_ratio must be in (0, 1], got 0.0"),
+        ({"head_ratio": 0}, "--head_ratio must be above 0 and at most 1, got 0.0"),
         ({"data": "missing.jsonl"}, "--data must be a file that exists, got missing.jsonl"),
         ({"data": "."}, "--data must be a file that exists, got ."),
         ({"video_root": "missing"}, "--video_root must be a folder that exists, got missing"),

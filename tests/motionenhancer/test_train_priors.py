@@ -57,8 +57,7 @@ def test_words_before_the_video_cannot_see_it_and_are_dropped(world: World, tmp_
     padded = last.encoded.layout.shifted(1000)
     assert find_words(dataset.samples[0], last.prior, padded, "both") == last.words
     # One that asks and is not answered is trained on without alignment.
-    blind = replace(last, words=last.words.after(10_000))
-    assert align_batch([blind], [last.encoded.layout]) is None
+    assert align_batch([last.prior], [last.words.after(10_000)], [last.encoded.layout]) is None
 
 
 def test_a_prior_that_goes_while_training_costs_its_sample_alone(world: World, tmp_path: Path) -> None:

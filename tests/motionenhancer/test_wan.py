@@ -90,7 +90,7 @@ def test_identical_streams_fold_to_plain_attention(teacher, clip: np.ndarray) ->
 
 def test_levels_are_the_shifted_flow(teacher) -> None:
     schedule = teacher.schedule(4)
-    assert schedule.sigmas == pytest.approx([0.0, 0.5, 0.75, 0.9, 1.0])
+    assert schedule.levels == pytest.approx([0.0, 0.5, 0.75, 0.9, 1.0])
     assert list(schedule.timesteps) == pytest.approx([500.0, 750.0, 900.0, 1000.0])
     clean, noise = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     at = schedule.noised(clean, noise, 2)
@@ -149,7 +149,7 @@ def test_the_plan_is_what_the_teacher_becomes(folder: Path, size: tuple[int, int
     )
     encoded = loaded.encode_video(np.zeros((plan.frames, 32, 32, 3), np.uint8))
     assert plan.grid == encoded.tokens.grid
-    assert (plan.frames, plan.size, plan.joint) == (loaded.max_frames, encoded.size, False)
+    assert (plan.frames, plan.size, plan.joint) == (loaded.max_frames, loaded.size, False)
     assert (plan.heads, plan.width) == (loaded.heads, 48)
     assert plan.text_length == loaded.encode_text(TEXT).embeds.shape[1]
     pipeline = loaded.pipeline  # type: ignore[attr-defined]

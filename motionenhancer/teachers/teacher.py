@@ -1,0 +1,167 @@
+"""A frozen video diffusion transformer whose attention can be read; one file a model family completes it."""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from mekernels import VideoTokens
+
+from .attention import ReadingProcessor
+from .folder import experts, tokenize
+from .frames import resample_frames, to_pixels
+from .known import Parts, boundary_of
+from .plan import TeacherPlan
+from .protocol import AttentionReader, TextEncoding, VideoLatents
+from .schedule import Schedule
+from .text_cache import TextCache
+
+
+class Teacher(ABC):
+    """A frozen video diffusion transformer, loaded from an ordinary diffusers folder by `load_teacher`.
+
+    Args:
+        pipeline: diffusers' own, on its device.
+        parts: its configurations, from `known.read_folder`.
+        plan: its sizes and those of its clips.
+        id: see `teacher_id`: changes whenever weights, settings or arithmetic do.
+        device: where it runs.
+        dtype: of weights and activations; noise levels and latents are kept in float32.
+        split_batch: evaluate the prompt's and the empty prompt's rows one after the other, to halve memory.
+        texts: keeps text embeddings on disk; a text that is there needs no text encoder.
+
+    Attributes:
+        heads, layers: of one evaluation: of one expert, where there are two.
+        size: (height, width) in pixels clips are resized to.
+        max_frames: most video frames it reads of one clip; longer clips are thinned to it.
+        boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
+            transformer serves all noise levels.
+    """
+
+    pipeline_class: ClassVar[Any]
+    processor_class: ClassVar[type[ReadingProcessor]]
+    #: Names of the transformer's list of blocks, and of a block's attention modules.
+    blocks: ClassVar[str]
+    attentions: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        pipeline: Any,
+        parts: Parts,
+        plan: TeacherPlan,
+        id: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        split_batch: bool = False,
+        texts: TextCache | None = None,
+    ) -> None:
+        self.pipeline, self.plan, self.id = pipeline, plan, id
+        self.device, self.dtype, self.split_batch, self.texts = device, dtype, split_batch, texts
+        self.heads, self.layers, self.size, self.max_frames = plan.heads, plan.layers, plan.size, plan.frames
+        self.boundary = boundary_of(parts)
+        self._empty: TextEncoding | None = None
+
+    @staticmethod
+    @abstractmethod
+    def sizes(parts: Parts) -> TeacherPlan:
+        """Sizes of a model and of the clips that it was trained on."""
+
+    @abstractmethod
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents (1, C, F, H, W) float32, scaled and ordered as the transformer wants them."""
+
+    @abstractmethod
+    def embed(self, encoded: Any) -> torch.Tensor:
+        """(1, length, width) hidden states of what the tokenizer returned."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> Schedule:
+        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels."""
+
+    @abstractmethod
+    def level(self, timestep: int) -> Schedule:
+        """A schedule of the one noise level `timestep`."""
+
+    @abstractmethod
+    def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
+        """One transformer evaluation of a batch of latents and (b, length, width) texts; float32 out."""
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> VideoLatents:
+        """uint8 frames (n, h, w, 3) → latents; n and the size are brought to what the family accepts.
+
+        Raises:
+            TypeError, ValueError: frames of another shape or dtype, or fewer than two of them; the VAE cannot
+                encode clips of this size in tiles.
+        """
+        used = min(self.plan.valid_frames(len(frames)), self.max_frames)
+        pixels = to_pixels(resample_frames(frames, used), self.size).to(self.device, self.dtype)
+        latents = self.pipeline.vae.encode(pixels).latent_dist.mode().float()
+        wanted = tuple(pixels // self.plan.scale for pixels in self.size)
+        if tuple(latents.shape[-2:]) != wanted:
+            # In tiles that do not match the clip.
+            raise ValueError(
+                f"the VAE turned {self.size[0]}x{self.size[1]} pixels into {tuple(latents.shape[-2:])} "
+                f"latents, not {wanted}: clips of this size cannot be encoded in tiles"
+            )
+        grid = [n // patch for n, patch in zip(latents.shape[2:], self.plan.patch, strict=True)]
+        tokens = VideoTokens(grid[0], grid[1], grid[2], text=self.plan.text_length if self.plan.joint else 0)
+        return VideoLatents(self.scaled(latents), tokens, len(frames), used)
+
+    @torch.no_grad()
+    def encode_text(self, text: str) -> TextEncoding:
+        """The hidden states and tokens of a text.
+
+        Raises:
+            ValueError: the text is not in the cache, and the text encoder was let go.
+        """
+        if not text and self._empty is not None:
+            return self._empty
+        found = None if self.texts is None else self.texts.read(text)
+        if found is None:
+            if self.pipeline.text_encoder is None:
+                kept = "there is no text cache" if self.texts is None else f"not in {self.texts.folder}"
+                raise ValueError(f"text {text[:60]!r}: {kept}, and no encoder is loaded")
+            encoded, tokens = tokenize(self.pipeline.tokenizer, text, self.plan.text_length)
+            found = replace(tokens, embeds=self.embed(encoded).to(self.device, self.dtype))
+            if self.texts is not None:
+                self.texts.write(found)
+        found = replace(found, embeds=found.embeds.to(self.device, self.dtype))
+        if not text:
+            self._empty = found
+        return found
+
+    def drop_encoder(self, texts: Iterable[str] = ()) -> None:
+        """Put texts into the cache, then let go of the text encoder and its memory."""
+        for text in texts:
+            self.encode_text(text)
+        self.pipeline.text_encoder = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
+        """While open, evaluations hand `reader` the attention of batch row `row`.
+
+        With `memory` the second half of the batch is the reference stream: row i of the first half attends to
+        its own keys and to those of row i of the second half, side by side.
+        """
+        blocks = (block for model in experts(self.pipeline) for block in model.get_submodule(self.blocks))
+        modules = [getattr(block, name) for block in blocks for name in self.attentions]
+        before = [module.processor for module in modules]
+        try:
+            for module in modules:
+                module.set_processor(self.processor_class(reader, memory=memory, row=row))
+            yield
+        finally:
+            for module, processor in zip(modules, before, strict=True):
+                module.set_processor(processor)
