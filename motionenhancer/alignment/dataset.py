@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ from ..students.words import WordMap, map_words
 @dataclass(frozen=True)
 class Alignment:
     """What a batch needs for its alignment loss.
+
+    Its tensors stay on the CPU when the batch goes to a device: what they hold decides what is run, and
+    reading it back would wait for the device.
 
     Attributes:
         rows: (B, R) int64 student token positions, -1 = padding.
@@ -42,15 +45,6 @@ class Alignment:
     words: int
     mapped: int
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> Alignment:
-        """Index tensors on `device`; what accelerate calls to place a batch."""
-        return replace(
-            self,
-            rows=self.rows.to(device),
-            columns=self.columns.to(device),
-            row_tokens=self.row_tokens.to(device),
-        )
-
 
 class Wanted(NamedTuple):
     """A sample and the prior that it is to have."""
@@ -67,17 +61,11 @@ class PendingAlignment:
         wanted: each sample and the prior that it is to have; None where it has none.
         layouts: where each sample's tokens lie in the padded batch.
         source: the text the priors are made from.
-        device: where the alignment's tensors go.
     """
 
     wanted: list[Wanted | None]
     layouts: list[TokenLayout]
     source: str
-    device: torch.device | str = "cpu"
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> PendingAlignment:
-        """Remembers `device`; what accelerate calls to place a batch."""
-        return replace(self, device=device)
 
     def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
         """The alignment of these priors, one a sample."""
@@ -87,8 +75,7 @@ class PendingAlignment:
             if wanted is not None and prior is not None:
                 words = find_words(wanted.sample, prior, layout, self.source)
             matched.append(Matched(prior, words))
-        alignment = align_batch(matched, self.layouts)
-        return None if alignment is None else alignment.to(self.device)
+        return align_batch(matched, self.layouts)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import mekernels
 from mekernels import backends
 from mekernels.attention_rows.composite import layer_attention_rows
 from motionenhancer.students.attention_registry import observe_attention
-from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask, to_device
 from motionenhancer.students.locate import attention_modules
 
 __all__ = ["CapturedAttention", "capture_attention"]
@@ -52,9 +52,11 @@ def capture_attention(
         model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``. Only its
             language model is read, never a vision tower.
         rows: (B, R) int64, positions of query tokens in the sequence the language model sees; negative
-            entries are padding and give rows of zeros.
-        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros; or a slice of
-            step 1 that all samples share.
+            entries are padding and give rows of zeros. Best on the CPU, wherever the model is: values there
+            are checked. Reading them from another device would wait for it, so there a position beyond the
+            sequence makes every captured entry NaN.
+        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
+            ``rows``; or a slice of step 1 that all samples share.
 
     Yields:
         An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model).
@@ -112,7 +114,8 @@ class CapturedAttention:
         self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
         self._pending: dict[_Kind, tuple[VisibleKeys, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._numbers = 0
-        self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
+        self._placed: dict[torch.device, list[Any]] = {}
+        self._beyond: list[torch.Tensor] = []
 
     @property
     def attention(self) -> torch.Tensor:
@@ -126,7 +129,10 @@ class CapturedAttention:
                 f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
                 "capture: did the forward fail, or the attention implementation change?"
             )
-        return self._sum / self.layers
+        mean = self._sum / self.layers
+        for beyond in self._beyond:
+            mean = mean.masked_fill(beyond.to(mean.device), torch.nan)
+        return mean
 
     def _record(
         self,
@@ -146,7 +152,7 @@ class CapturedAttention:
         if id(module) in self._seen:
             self._repeated = True
             return
-        rows, columns = self._positions(query.device)
+        rows, columns = self._positions(query.device, query.shape[2])
         call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
         dtype, scale = _compute_dtype(implementation, module, query), kwargs.get("scaling")
@@ -181,7 +187,8 @@ class CapturedAttention:
             queries, keys = zip(*layers, strict=True)
             options = visible.options(kind.device) | {"softmax_scale": kind.scale, "dtype": kind.dtype}
             with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
-                self._add(layer_attention_rows(queries, keys, *self._positions(kind.device), **options))
+                positions = self._positions(kind.device, kind.query[0][2])
+                self._add(layer_attention_rows(queries, keys, *positions, **options))
         self._pending.clear()
         self._numbers = 0
 
@@ -215,11 +222,19 @@ class CapturedAttention:
                 "non-re-entrant gradient checkpointing without context_fn"
             )
 
-    def _positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | slice]:
+    def _positions(self, device: torch.device, length: int) -> list[Any]:
+        """Rows and columns; of those that the host did not read, what lies beyond the sequence is padding."""
         if device not in self._placed:
-            columns = self.columns
-            moved = columns if isinstance(columns, slice) else columns.to(device)
-            self._placed[device] = (self.rows.to(device), moved)
+            self._placed[device] = []
+            for positions in (self.rows, self.columns):
+                moved: Any = positions
+                if isinstance(positions, torch.Tensor):
+                    moved = to_device(positions, device)
+                if not _read_by_host(positions):
+                    beyond = moved >= length
+                    self._beyond.append(beyond.any())
+                    moved = moved.masked_fill(beyond, -1)
+                self._placed[device].append(moved)
         return self._placed[device]
 
     def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
@@ -317,8 +332,15 @@ def _check_positions(rows: Any, columns: Any) -> None:
         raise ValueError(f"columns must be a slice of step 1 with 0 <= start <= stop, got {columns}")
 
 
+def _read_by_host(positions: torch.Tensor | slice) -> bool:
+    """Whether the host looks at positions; on another device that would wait for it."""
+    return isinstance(positions, slice) or positions.device.type == "cpu"
+
+
 def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
-    highest = int(rows.max()) if rows.numel() else -1
-    if isinstance(columns, slice):
-        return max(highest, columns.stop - 1)
-    return max(highest, int(columns.max())) if columns.numel() else highest
+    """The highest position that is known without waiting for a device."""
+    known = [columns.stop - 1] if isinstance(columns, slice) else []
+    for positions in (rows, columns):
+        if isinstance(positions, torch.Tensor) and _read_by_host(positions) and positions.numel():
+            known.append(int(positions.max()))
+    return max(known, default=-1)
