@@ -241,8 +241,8 @@ def _forward_plan(kind: Kind) -> Plan:
     shared = _common(kind)
     of_rows, single = (batch, heads, count), torch.float32
     tile, splits, span, grid = _cut_rows("row_lse", kind, keys)
-    buffers: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
-    buffers |= dict.fromkeys(("lse", "rest"), (of_rows, single))
+    scratch: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
+    buffers: Buffers = dict.fromkeys(("lse", "rest"), (of_rows, single))
     buffers["out"] = (*kind.lists, count, kind.width), single
     shared |= {"splits": splits, "span": span} | _places("sums", "scales")
     launches = [_launch(forward_kernels.row_lse, grid, tile, shared)]
@@ -254,7 +254,7 @@ def _forward_plan(kind: Kind) -> Plan:
 
     summed = kind.mean and kv_heads > 1
     if summed:
-        buffers["partial"] = (kv_heads, *buffers["out"][0]), single
+        scratch["partial"] = (kv_heads, *buffers["out"][0]), single
     tile = tiles("row_columns", kind)
     shared |= _places(partial="partial" if summed else "out")
     blocks = cdiv(kind.width, tile.keys) * cdiv(count, tile.rows)
@@ -266,7 +266,7 @@ def _forward_plan(kind: Kind) -> Plan:
         shared |= _places("out") | {"size": size, "kv_heads": kv_heads, "BLOCK": 1024}
         grid = (cdiv(size, shared["BLOCK"]),)
         launches.append(_launch(forward_kernels.mean_heads, grid, Tiles(1, 1, 4, 1), shared))
-    return Plan(launches, buffers)
+    return Plan(launches, buffers, scratch)
 
 
 @functools.lru_cache(maxsize=64)
@@ -286,7 +286,7 @@ def _backward_plan(kind: Kind) -> Plan:
     tile, splits, span, grid = _cut_rows("row_slope", kind, kind.width)
     padded = cdiv(kind.stacked, backward_kernels.PADDED.value) * backward_kernels.PADDED.value
     stacked = (batch, kv_heads, padded)
-    buffers: Buffers = {
+    scratch: Buffers = {
         "slope": ((splits, batch, kv_heads, kind.stacked), torch.float32),
         "packed": ((*stacked, block_d), kind.dtype),
         "measures": ((3, *stacked), torch.float32),
@@ -297,7 +297,7 @@ def _backward_plan(kind: Kind) -> Plan:
     launches = [_launch(backward_kernels.row_slope, grid, tile, shared | part)]
 
     if kind.listed:
-        buffers["dense"] = (*kind.lists, count, own), torch.float32
+        scratch["dense"] = (*kind.lists, count, own), torch.float32
         part = _places("ordered", "begins", out="dense") | {"LISTS": lists // batch}
         tile = Tiles(1, 256, 4, 1)
         grid = (cdiv(own, tile.keys), lists * count)
@@ -317,14 +317,14 @@ def _backward_plan(kind: Kind) -> Plan:
     launches.append(_launch(backward_kernels.key_gradient, grid, tile, shared | part))
 
     tile, splits, span, grid = _cut_rows("query_gradient", kind, keys)
-    buffers["partial"] = (splits, batch, kv_heads, kind.stacked, kind.query[3]), torch.float32
+    scratch["partial"] = (splits, batch, kv_heads, kind.stacked, kind.query[3]), torch.float32
     shared |= _places("partial") | {"splits": splits, "span": span}
     launches.append(_launch(backward_kernels.query_gradient, grid, tile, shared))
 
     part = _places(out="grad_query") | {"o_strides": torch.empty_like(query).stride(), "BLOCK_R": 128}
     grid = (count, heads, batch)
     launches.append(_launch(backward_kernels.scatter_rows, grid, Tiles(1, 1, 1, 1), shared | part))
-    return Plan(launches, buffers)
+    return Plan(launches, {}, scratch)
 
 
 def _plan(make: Any, kind: Kind) -> Plan:
@@ -378,13 +378,18 @@ def _begin_backward(
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
     plan, tensors = _begin_forward(call)
-    return plan.bound(tensors) if plan else [], tensors["out"], tensors["lse"], tensors["rest"]
+    return (
+        plan.bound(call.query.device, tensors) if plan else [],
+        tensors["out"],
+        tensors["lse"],
+        tensors["rest"],
+    )
 
 
 def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key."""
     plan, tensors = _begin_backward(grad, lse, rest, call)
-    return plan.bound(tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
+    return plan.bound(call.query.device, tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

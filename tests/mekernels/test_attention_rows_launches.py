@@ -175,6 +175,38 @@ def test_later_calls_start_what_the_first_compiled():
     assert set(arguments) == {"size", "out", "num_warps"}
 
 
+def test_scratch_is_one_allocation_of_pieces_apart(monkeypatch):
+    started, allocated = [], []
+    program = SimpleNamespace(function="f", packed_metadata="m", run=lambda *args: started.append(args[9:]))
+
+    class Kernel:
+        arg_names = ("one", "two", "out")
+
+        def __getitem__(self, grid):
+            return lambda **arguments: started.append(arguments) or program
+
+    step = launch.Launch(Kernel(), (1,), {name: launch.Place(name) for name in Kernel.arg_names}, {})
+    scratch = {"one": ((3, 5), torch.float32), "two": ((7,), torch.int64)}
+    plan_ = launch.Plan([step], {"out": ((5,), torch.float32)}, scratch)
+    device, empty = torch.device("cpu"), torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **options: allocated.append(empty(*args, **options)) or allocated[-1]
+    )
+    for _ in range(2):
+        plan_.run(device, plan_.tensors(device, {}))
+    first, later = started
+    assert [(first[name].shape, first[name].dtype) for name in scratch] == [*scratch.values()]
+    for out, held, one, two in (
+        (first["out"], allocated[1], first["one"].data_ptr(), first["two"].data_ptr()),
+        (later[2], allocated[3], *later[:2]),
+    ):
+        assert isinstance(out, torch.Tensor)
+        begin, end = held.data_ptr(), held.data_ptr() + held.numel()
+        assert begin <= one < one + 3 * 5 * 4 <= two < two + 7 * 8 <= end
+        assert (one - begin) % 16 == (two - begin) % 16 == 0, "what the first call was compiled for"
+    assert len(allocated) == 4
+
+
 def test_profilers_hear_of_launches():
     from triton import knobs
 
