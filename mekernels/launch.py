@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,43 @@ SHAPES = {
     "CogVideoX-1.5-5B": Shape(48, 64, 11, 48 * 85, 226),
     "Wan-14B": Shape(40, 128, 21, 30 * 52, 0),
 }
+
+
+class Target(NamedTuple):
+    """What a launch is planned for."""
+
+    capability: int
+    """Compute capability as compiled for: 80 or 90."""
+    processors: int
+    """Multiprocessors."""
+
+
+TARGETS = {80: Target(80, 108), 90: Target(90, 132)}
+"""An A100 and an H100: what launches for the meta device are planned for."""
+_planned = ContextVar("mekernels_target", default=TARGETS[90])
+
+
+@contextmanager
+def planned_for(capability: int) -> Iterator[None]:
+    """Plan launches for the meta device for one of :data:`TARGETS`; an H100 otherwise."""
+    token = _planned.set(TARGETS[capability])
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def target(device: torch.device) -> Target:
+    """What launches on a device are planned for."""
+    if device.type == "cuda":
+        return _of_cuda(device)
+    return _planned.get() if device.type == "meta" else Target(90, 1)
+
+
+@functools.cache
+def _of_cuda(device: torch.device) -> Target:
+    found = torch.cuda.get_device_properties(device)
+    return Target(90 if found.major >= 9 else 80, found.multi_processor_count)
 
 
 class Launch(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
-from ..launch import Buffers, Launch, Place, Plan, cdiv, interpreted, power_of_two
+from ..launch import Buffers, Launch, Place, Plan, Target, cdiv, interpreted, power_of_two, target
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
 from .call import Call
@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     """What the plan of a call depends on: calls that agree in it share their launches."""
 
     device: torch.device
+    target: Target
     dtype: torch.dtype
     query: tuple[int, ...]
     """Shape."""
@@ -50,6 +51,7 @@ class Kind(NamedTuple):
         query, key = call.query, call.key
         return cls(
             query.device,
+            target(query.device),
             query.dtype,
             tuple(query.shape),
             tuple(key.shape),
@@ -147,10 +149,7 @@ _TILES = {
 def slots(kernel: str, kind: Kind) -> int:
     """Programs of a kernel that the device holds at a time, as registers and shared memory allow."""
     held = _RESIDENT[kernel][_class(kind)]
-    if kind.device.type != "cuda":
-        return held[0] * (132 if kind.device.type == "meta" else 1)
-    device = torch.cuda.get_device_properties(kind.device)
-    return held[0 if device.major >= 9 else 1] * device.multi_processor_count
+    return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors
 
 
 _RESIDENT = {
@@ -161,7 +160,7 @@ _RESIDENT = {
 """For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
 
 
-def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
+def cuts(held: int, programs: int, length: int, step: int, beside: int = 2) -> tuple[int, int]:
     """Into how many cuts of how many places to divide ``length``.
 
     Of all cuts that which takes the least time, counted in steps: too few leave multiprocessors without work,
@@ -172,19 +171,16 @@ def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
         programs: of the kernel without cuts.
         length: places along the axis to cut.
         step: places that a program takes at a time.
+        beside: steps that beginning and end of a program cost, and its result where that is combined.
     """
     steps = cdiv(length, step)
 
     def cost(cut: int) -> int:
         span = cdiv(steps, cut)
-        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + _STEPS_BESIDE)
+        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + beside)
 
     span = cdiv(steps, min(range(1, min(steps, MAX_CUTS) + 1), key=cost)) * step
     return cdiv(length, span), span
-
-
-_STEPS_BESIDE = 2
-"""Steps that beginning and end of a program cost."""
 
 
 def _places(*names: str, **others: str) -> dict[str, Place]:
@@ -231,7 +227,9 @@ def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tu
     """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
-    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys)
+    # Partial gradients are whole vectors, which are read again one after the other.
+    beside = 6 if kernel == "query_gradient" else 2
+    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys, beside)
     return tile, splits, span, (blocks * splits, kv_heads, batch)
 
 

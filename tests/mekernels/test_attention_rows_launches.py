@@ -92,7 +92,9 @@ def held(found, warps, capability):
 @compiles
 @pytest.mark.parametrize("capability", [90, 80])
 def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
-    for gate in plan.gates():
+    with launch.planned_for(capability):
+        gates = plan.gates()
+    for gate in gates:
         name = gate.launch.kernel.__name__
         if name not in plan._RESIDENT:
             continue
@@ -108,10 +110,13 @@ def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
 @compiles
 @pytest.mark.parametrize("keys", [2048, 8192, 32768])
 @pytest.mark.parametrize("rows", [16, 64])
-def test_cuts_fill_whole_waves(keys, rows):
-    call = meta_call(keys, rows, 3 * keys // 4)
-    kind = plan.Kind.of(call)
-    for item in launches(call):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cuts_fill_whole_waves(keys, rows, capability):
+    with launch.planned_for(capability):
+        call = meta_call(keys, rows, 3 * keys // 4)
+        kind, planned = plan.Kind.of(call), launches(call)
+    assert kind.target == launch.TARGETS[capability]
+    for item in planned:
         name = item.kernel.__name__
         if name in plan._RESIDENT:
             programs, slots = torch.Size(item.grid).numel(), plan.slots(name, kind)
