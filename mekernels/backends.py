@@ -209,15 +209,18 @@ class Op:
         self._twins = {choice: self._register(choice, fake, schema, mutates) for choice in CHOICES}
 
     def _register(self, choice: str, fake: Callable[..., Any], schema: str, mutates: Iterable[str]) -> Any:
-        def run(*flat: Any) -> Any:
-            args = self._packed(flat)
+        def run(*args: Any) -> Any:
             self._check(*args)
             return dispatch(self.name, choice, *args)
 
         name = f"mekernels::{self.name}" + ("" if choice == "auto" else f"_{choice}")
         if not mutates:
             self._direct[choice] = run
-        twin = torch.library.custom_op(name, run, mutates_args=mutates, schema=schema)
+
+        def unpacked(*flat: Any) -> Any:
+            return run(*self._packed(flat))
+
+        twin = torch.library.custom_op(name, unpacked, mutates_args=mutates, schema=schema)
         twin.register_fake(lambda *flat: fake(*self._packed(flat)))
         return twin
 
@@ -238,13 +241,22 @@ class Op:
                 ctx.backend = choice
                 save(ctx, *self._packed(inputs), output)
 
+            # With a setup_context of its own each call would inspect signatures.
+            def forward(ctx: Any, *flat: Any, choice: str = choice) -> Any:
+                args = self._packed(flat)
+                output = self._direct[choice](*args)
+                ctx.backend = choice
+                save(ctx, *args, output)
+                return output
+
             def formula(ctx: Any, *grads: Any) -> Any:
                 found = backward(ctx, *grads)
                 return *found, *[None] * (self._count - len(found))
 
             twin.register_autograd(formula, setup_context=setup_context)
             if choice in self._direct:
-                self._formulas[choice] = _function(self.name, self._direct[choice], setup_context, formula)
+                methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+                self._formulas[choice] = type(self.name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run the op on ``backend``, by default the one of :func:`use_backend`."""
@@ -256,20 +268,7 @@ class Op:
             return self._twins[choice](*flat)
         if choice in self._formulas and torch.is_grad_enabled():
             return self._formulas[choice].apply(*flat)
-        return self._direct[choice](*flat)
-
-
-def _function(name: str, run: Any, setup_context: Any, formula: Any) -> Any:
-    """The autograd function of an op that nothing observes."""
-
-    # With a setup_context of its own each call would inspect signatures.
-    def forward(ctx: Any, *flat: Any) -> Any:
-        output = run(*flat)
-        setup_context(ctx, flat, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
-    return type(name, (torch.autograd.Function,), methods)
+        return self._direct[choice](*args)
 
 
 def _observed(flat: Iterable[Any]) -> bool:

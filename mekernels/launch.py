@@ -8,9 +8,12 @@ functions that turn a call into a :class:`Launch`, the only place where tile siz
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +43,43 @@ SHAPES = {
     "CogVideoX-1.5-5B": Shape(48, 64, 11, 48 * 85, 226),
     "Wan-14B": Shape(40, 128, 21, 30 * 52, 0),
 }
+
+
+class Target(NamedTuple):
+    """What a launch is planned for."""
+
+    capability: int
+    """Compute capability as compiled for: 80 or 90."""
+    processors: int
+    """Multiprocessors."""
+
+
+TARGETS = {80: Target(80, 108), 90: Target(90, 132)}
+"""An A100 and an H100: what launches for the meta device are planned for."""
+_planned = ContextVar("mekernels_target", default=TARGETS[90])
+
+
+@contextmanager
+def planned_for(capability: int) -> Iterator[None]:
+    """Plan launches for the meta device for one of :data:`TARGETS`; an H100 otherwise."""
+    token = _planned.set(TARGETS[capability])
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def target(device: torch.device) -> Target:
+    """What launches on a device are planned for."""
+    if device.type == "cuda":
+        return _of_cuda(device)
+    return _planned.get() if device.type == "meta" else Target(90, 1)
+
+
+@functools.cache
+def _of_cuda(device: torch.device) -> Target:
+    found = torch.cuda.get_device_properties(device)
+    return Target(90 if found.major >= 9 else 80, found.multi_processor_count)
 
 
 class Launch(NamedTuple):
@@ -90,11 +130,20 @@ class Plan:
     Args:
         launches: in their order; a :class:`Place` stands for each tensor. The tensors of all calls must agree
             in what Triton makes versions of a kernel for: dtype, and whether 16 divides the address.
-        buffers: shape and dtype of the tensors by name that a call makes for itself.
+        buffers: shape and dtype of the tensors by name that a call makes for itself and hands on.
+        scratch: those that nothing reads after the last launch. They share one allocation, and all but the
+            first call have addresses in it in place of tensors.
     """
 
-    def __init__(self, launches: list[Launch], buffers: Buffers) -> None:
+    def __init__(self, launches: list[Launch], buffers: Buffers, scratch: Buffers | None = None) -> None:
         self.launches, self.buffers = launches, buffers
+        self._scratch: dict[str, _Piece] = {}
+        self._bytes = 0
+        for name, (shape, dtype) in (scratch or {}).items():
+            piece = _Piece(self._bytes, torch.Size(shape).numel() * dtype.itemsize, shape, dtype)
+            self._scratch[name] = piece
+            # As allocators align them, which is more than Triton asks for.
+            self._bytes = cdiv(piece.offset + piece.size, 256) * 256
         self._started: list[_Starter] = []
 
     def tensors(self, device: torch.device, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,8 +152,11 @@ class Plan:
             given[name] = torch.empty(shape, dtype=dtype, device=device)
         return given
 
-    def bound(self, tensors: dict[str, Tensor]) -> list[Launch]:
+    def bound(self, device: torch.device, tensors: dict[str, Tensor]) -> list[Launch]:
         """The launches of one call."""
+        held = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        for name, (offset, size, shape, dtype) in self._scratch.items():
+            tensors[name] = held[offset : offset + size].view(dtype).view(shape)
         return [
             launch._replace(
                 arguments={
@@ -118,18 +170,41 @@ class Plan:
     def run(self, device: torch.device, tensors: dict[str, Tensor]) -> None:
         """Start all launches."""
         if not self._started or _hooked():
-            launches = self.bound(tensors)
-            compiled = [run(launch) for launch in launches]
+            compiled = [run(launch) for launch in self.bound(device, tensors)]
             if None not in compiled:
-                self._started = [_starter(*pair) for pair in zip(self.launches, compiled, strict=True)]
+                self._started = [
+                    _starter(*pair, self._scratch) for pair in zip(self.launches, compiled, strict=True)
+                ]
             return
-        with on(device):
-            stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-            for begin, before, end, values, places in self._started:
-                values = values.copy()
-                for index, name in places:
-                    values[index] = tensors[name]
-                begin(*before, stream, *end, *values)
+        if device.type != "cuda":
+            self._start(device, 0, tensors)
+        elif device.index == torch.cuda.current_device():
+            self._start(device, torch._C._cuda_getCurrentRawStream(device.index), tensors)
+        else:
+            with torch.cuda.device(device):
+                self._start(device, torch._C._cuda_getCurrentRawStream(device.index), tensors)
+
+    def _start(self, device: torch.device, stream: int, tensors: dict[str, Tensor]) -> None:
+        base = 0
+        if self._bytes:
+            held = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+            base = held.data_ptr()
+        for begin, before, end, values, places, pieces in self._started:
+            values = values.copy()
+            for index, name in places:
+                values[index] = tensors[name]
+            for index, offset in pieces:
+                values[index] = base + offset
+            begin(*before, stream, *end, *values)
+
+
+class _Piece(NamedTuple):
+    """A part of the scratch memory, in bytes."""
+
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _Starter(NamedTuple):
@@ -141,21 +216,34 @@ class _Starter(NamedTuple):
     values: list[Any]
     places: list[tuple[int, str]]
     """Which of the values are tensors."""
+    pieces: list[tuple[int, int]]
+    """Which of them are scratch memory, and how far from its begin."""
 
 
-def _starter(launch: Launch, compiled: Any) -> _Starter:
+def _starter(launch: Launch, compiled: Any, scratch: dict[str, _Piece]) -> _Starter:
     values = [launch.arguments[name] for name in launch.kernel.arg_names]
-    places = [(index, value.name) for index, value in enumerate(values) if isinstance(value, Place)]
+    named = [(index, value.name) for index, value in enumerate(values) if isinstance(value, Place)]
+    places = [(index, name) for index, name in named if name not in scratch]
+    pieces = [(index, scratch[name].offset) for index, name in named if name in scratch]
     behind = (compiled.function, compiled.packed_metadata, None, None, None)
-    return _Starter(compiled.run, (*launch.grid, 1, 1)[:3], behind, values, places)
+    return _Starter(compiled.run, (*launch.grid, 1, 1)[:3], behind, values, places, pieces)
 
 
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches."""
+    runtime = _knobs().runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+@functools.cache
+def _knobs() -> Any:
     from triton import knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    return knobs
 
 
 def interpreted() -> bool:

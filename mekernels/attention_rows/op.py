@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -178,7 +181,7 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return None, None
     lse, rest, *tensors = ctx.saved_tensors
-    call = Call(*tensors, *ctx.settings)
+    call = Call._make((*tensors, *ctx.settings))
     return attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
 
 
@@ -190,16 +193,19 @@ attention_rows_op.differentiable(_save, _backward)
 attention_rows_backward_op.differentiable(lambda *_: None, _refuse_second_backward)
 
 
-def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+@functools.cache
+def _plan() -> Any:
     from . import plan
 
-    return plan.forward(call)
+    return plan
+
+
+def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    return _plan().forward(call)
 
 
 def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    from . import plan
-
-    return plan.backward(grad, lse, rest, call)
+    return _plan().backward(grad, lse, rest, call)
 
 
 def _triton_reasons(*args) -> list[str]:

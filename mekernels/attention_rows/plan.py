@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import resources
-from ..launch import Buffers, Launch, Place, Plan, cdiv, interpreted, power_of_two
+from ..launch import Buffers, Launch, Place, Plan, Target, cdiv, interpreted, power_of_two, target
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
 from .call import Call
@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     """What the plan of a call depends on: calls that agree in it share their launches."""
 
     device: torch.device
+    target: Target
     dtype: torch.dtype
     query: tuple[int, ...]
     """Shape."""
@@ -50,6 +51,7 @@ class Kind(NamedTuple):
         query, key = call.query, call.key
         return cls(
             query.device,
+            target(query.device),
             query.dtype,
             tuple(query.shape),
             tuple(key.shape),
@@ -147,10 +149,7 @@ _TILES = {
 def slots(kernel: str, kind: Kind) -> int:
     """Programs of a kernel that the device holds at a time, as registers and shared memory allow."""
     held = _RESIDENT[kernel][_class(kind)]
-    if kind.device.type != "cuda":
-        return held[0] * (132 if kind.device.type == "meta" else 1)
-    device = torch.cuda.get_device_properties(kind.device)
-    return held[0 if device.major >= 9 else 1] * device.multi_processor_count
+    return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors
 
 
 _RESIDENT = {
@@ -161,7 +160,7 @@ _RESIDENT = {
 """For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
 
 
-def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
+def cuts(held: int, programs: int, length: int, step: int, beside: int = 2) -> tuple[int, int]:
     """Into how many cuts of how many places to divide ``length``.
 
     Of all cuts that which takes the least time, counted in steps: too few leave multiprocessors without work,
@@ -172,19 +171,16 @@ def cuts(held: int, programs: int, length: int, step: int) -> tuple[int, int]:
         programs: of the kernel without cuts.
         length: places along the axis to cut.
         step: places that a program takes at a time.
+        beside: steps that beginning and end of a program cost, and its result where that is combined.
     """
     steps = cdiv(length, step)
 
     def cost(cut: int) -> int:
         span = cdiv(steps, cut)
-        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + _STEPS_BESIDE)
+        return cdiv(max(1, programs) * cdiv(steps, span), held) * (span + beside)
 
     span = cdiv(steps, min(range(1, min(steps, MAX_CUTS) + 1), key=cost)) * step
     return cdiv(length, span), span
-
-
-_STEPS_BESIDE = 2
-"""Steps that beginning and end of a program cost."""
 
 
 def _places(*names: str, **others: str) -> dict[str, Place]:
@@ -231,7 +227,9 @@ def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tu
     """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
-    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys)
+    # Partial gradients are whole vectors, which are read again one after the other.
+    beside = 6 if kernel == "query_gradient" else 2
+    splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys, beside)
     return tile, splits, span, (blocks * splits, kv_heads, batch)
 
 
@@ -241,8 +239,8 @@ def _forward_plan(kind: Kind) -> Plan:
     shared = _common(kind)
     of_rows, single = (batch, heads, count), torch.float32
     tile, splits, span, grid = _cut_rows("row_lse", kind, keys)
-    buffers: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
-    buffers |= dict.fromkeys(("lse", "rest"), (of_rows, single))
+    scratch: Buffers = {"sums": ((2, splits, *of_rows), single), "scales": ((2, *of_rows), single)}
+    buffers: Buffers = dict.fromkeys(("lse", "rest"), (of_rows, single))
     buffers["out"] = (*kind.lists, count, kind.width), single
     shared |= {"splits": splits, "span": span} | _places("sums", "scales")
     launches = [_launch(forward_kernels.row_lse, grid, tile, shared)]
@@ -254,7 +252,7 @@ def _forward_plan(kind: Kind) -> Plan:
 
     summed = kind.mean and kv_heads > 1
     if summed:
-        buffers["partial"] = (kv_heads, *buffers["out"][0]), single
+        scratch["partial"] = (kv_heads, *buffers["out"][0]), single
     tile = tiles("row_columns", kind)
     shared |= _places(partial="partial" if summed else "out")
     blocks = cdiv(kind.width, tile.keys) * cdiv(count, tile.rows)
@@ -266,7 +264,7 @@ def _forward_plan(kind: Kind) -> Plan:
         shared |= _places("out") | {"size": size, "kv_heads": kv_heads, "BLOCK": 1024}
         grid = (cdiv(size, shared["BLOCK"]),)
         launches.append(_launch(forward_kernels.mean_heads, grid, Tiles(1, 1, 4, 1), shared))
-    return Plan(launches, buffers)
+    return Plan(launches, buffers, scratch)
 
 
 @functools.lru_cache(maxsize=64)
@@ -286,7 +284,7 @@ def _backward_plan(kind: Kind) -> Plan:
     tile, splits, span, grid = _cut_rows("row_slope", kind, kind.width)
     padded = cdiv(kind.stacked, backward_kernels.PADDED.value) * backward_kernels.PADDED.value
     stacked = (batch, kv_heads, padded)
-    buffers: Buffers = {
+    scratch: Buffers = {
         "slope": ((splits, batch, kv_heads, kind.stacked), torch.float32),
         "packed": ((*stacked, block_d), kind.dtype),
         "measures": ((3, *stacked), torch.float32),
@@ -297,7 +295,7 @@ def _backward_plan(kind: Kind) -> Plan:
     launches = [_launch(backward_kernels.row_slope, grid, tile, shared | part)]
 
     if kind.listed:
-        buffers["dense"] = (*kind.lists, count, own), torch.float32
+        scratch["dense"] = (*kind.lists, count, own), torch.float32
         part = _places("ordered", "begins", out="dense") | {"LISTS": lists // batch}
         tile = Tiles(1, 256, 4, 1)
         grid = (cdiv(own, tile.keys), lists * count)
@@ -317,14 +315,14 @@ def _backward_plan(kind: Kind) -> Plan:
     launches.append(_launch(backward_kernels.key_gradient, grid, tile, shared | part))
 
     tile, splits, span, grid = _cut_rows("query_gradient", kind, keys)
-    buffers["partial"] = (splits, batch, kv_heads, kind.stacked, kind.query[3]), torch.float32
+    scratch["partial"] = (splits, batch, kv_heads, kind.stacked, kind.query[3]), torch.float32
     shared |= _places("partial") | {"splits": splits, "span": span}
     launches.append(_launch(backward_kernels.query_gradient, grid, tile, shared))
 
     part = _places(out="grad_query") | {"o_strides": torch.empty_like(query).stride(), "BLOCK_R": 128}
     grid = (count, heads, batch)
     launches.append(_launch(backward_kernels.scatter_rows, grid, Tiles(1, 1, 1, 1), shared | part))
-    return Plan(launches, buffers)
+    return Plan(launches, {}, scratch)
 
 
 def _plan(make: Any, kind: Kind) -> Plan:
@@ -378,13 +376,18 @@ def _begin_backward(
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
     plan, tensors = _begin_forward(call)
-    return plan.bound(tensors) if plan else [], tensors["out"], tensors["lse"], tensors["rest"]
+    return (
+        plan.bound(call.query.device, tensors) if plan else [],
+        tensors["out"],
+        tensors["lse"],
+        tensors["rest"],
+    )
 
 
 def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key."""
     plan, tensors = _begin_backward(grad, lse, rest, call)
-    return plan.bound(tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
+    return plan.bound(call.query.device, tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, planned_for
 from . import sass
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -72,9 +72,13 @@ def modules() -> list[Any]:
     return [importlib.import_module(f"mekernels.{path.parent.name}.{path.stem}") for path in paths]
 
 
-def gates() -> list[Gate]:
-    """All gates of all kernel modules; the kernels of a module without any are listed by :func:`ungated`."""
-    return [gate for module in modules() for gate in getattr(module, "gates", list)()]
+def gates(capability: int = 90) -> list[Gate]:
+    """All gates of all kernel modules, planned for a GPU of :data:`mekernels.launch.TARGETS`.
+
+    The kernels of a module without any are listed by :func:`ungated`.
+    """
+    with planned_for(capability):
+        return [gate for module in modules() for gate in getattr(module, "gates", list)()]
 
 
 def ungated() -> list[str]:

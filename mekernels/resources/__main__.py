@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     part = " ".join(options.part)
     if options.dump is not None:
         options.dump.mkdir(parents=True, exist_ok=True)
-        for gate in gates():
-            for capability in SHARED_LIMIT:
+        for capability in SHARED_LIMIT:
+            for gate in gates(capability):
                 if part in gate.name:
                     write(options.dump, gate, capability)
         if not options.json:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..launch import TARGETS
 from . import Gate, compiled, faults, gates, sass
 from .turns import Region, Turns
 
@@ -45,8 +46,8 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    80: Machine("A100 80GB", 108, 1.41e9, 1.8e12, 1024, 1.0, 200e12, 164 << 10),
-    90: Machine("H100 SXM", 132, 1.755e9, 3.0e12, 2048, 0.62, 490e12, 228 << 10),
+    80: Machine("A100 80GB", TARGETS[80].processors, 1.41e9, 1.8e12, 1024, 1.0, 200e12, 164 << 10),
+    90: Machine("H100 SXM", TARGETS[90].processors, 1.755e9, 3.0e12, 2048, 0.62, 490e12, 228 << 10),
 }
 RATES = {"issue": 4.0, "fp32": 4.0, "fp64": 2.0, "integer": 2.0, "mufu": 0.5, "uniform": 2.0}
 """Warp instructions a cycle of one multiprocessor."""
@@ -241,7 +242,8 @@ def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
     if gate.name.startswith("attention_rows"):
         shape = gate.name.split(" ", 2)[2]
         # A kernel may get less than the op: the others of the same call know the rest.
-        for other in _gates().values():
+        # Shapes alone count here, which are those of every GPU.
+        for other in _gates(90).values():
             given = other.launch.arguments
             if other.name.endswith(shape) and isinstance(given.get("query"), Tensor) and "rows" in given:
                 query, key, rows = given["query"], given.get("key"), given["rows"]
@@ -346,12 +348,12 @@ def inner(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @cache
-def _gates() -> dict[str, Gate]:
-    return {gate.name: gate for gate in gates()}
+def _gates(capability: int) -> dict[str, Gate]:
+    return {gate.name: gate for gate in gates(capability)}
 
 
 def _describe(name: str, capability: int) -> dict[str, Any]:
-    return describe(_gates()[name], capability)
+    return describe(_gates(capability)[name], capability)
 
 
 def everything(parts: Sequence[str] = ("",), workers: int = 2) -> dict[str, Any]:
@@ -363,7 +365,7 @@ def everything(parts: Sequence[str] = ("",), workers: int = 2) -> dict[str, Any]
     """
     import triton
 
-    named = [name for name in _gates() if any(part in name for part in parts)]
+    named = [name for name in _gates(90) if any(part in name for part in parts)]
     names, capabilities = zip(*product(named, MACHINES), strict=True) if named else ((), ())
     # A process forked off torch's threads may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import mekernels
 from mekernels import align_rows
 
 from ..files import whole_file
+from ..students.keys import to_device
 
 if TYPE_CHECKING:
     from motionenhancer.priors.prior import MotionPrior
@@ -32,6 +34,7 @@ Grid = tuple[int, int, int]
 
 ALIGNERS = ("mlp", "identity", "pointwise", "conv")
 LOSSES = ("l2", "mse", "kl")
+NOT_FINITE = "captured attention holds NaN or infinity"
 _METADATA = "motion_aligner"
 
 
@@ -167,6 +170,7 @@ def align(
     loss: str = "l2",
     weights: Sequence[float] | None = None,
     temperature: float = 1.0,
+    check_finite: bool = True,
 ) -> torch.Tensor:
     """Return how far captured attention is from the prior, a scalar to add to the training loss.
 
@@ -190,6 +194,8 @@ def align(
             share.
         temperature: the prior's rows are raised to one over this before they are scaled: below 1 they become
             sharper, as a mean over many layers and heads is more diffuse than each of them.
+        check_finite: look for NaN and infinity in ``captured``, which waits for its device. Without it,
+            entries that are read and not finite make the result NaN or infinite.
 
     Returns:
         A float32 scalar (float64 for float64 attention). Without any aligned row it is zero, and still
@@ -197,7 +203,7 @@ def align(
 
     Raises:
         ValueError: a shape, grid, token index or name that does not fit; a temperature that is not above 0;
-            NaN or infinity in the captured attention or in a prior.
+            NaN or infinity in the captured attention (see ``check_finite``) or in a prior.
 
     >>> from types import SimpleNamespace
     >>> teacher = SimpleNamespace(attention=torch.rand(2, 24).half(), grid=(2, 3, 4))
@@ -219,8 +225,8 @@ def align(
         raise ValueError(f"weights must have one entry a sample ({batch}), got {len(weights)}")
     grids = _grids(grid, priors, width)
     tokens = _row_tokens(captured, row_tokens, priors, batch, count)
-    if not torch.isfinite(attention).all():
-        raise ValueError("captured attention holds NaN or infinity")
+    if check_finite and not torch.isfinite(attention).all():
+        raise ValueError(NOT_FINITE)
     groups: dict[tuple[Grid, Grid], list[_Pair]] = {}
     for sample in range(batch):
         teacher, shape = priors[sample], grids[sample]
@@ -230,7 +236,8 @@ def align(
         if maps is None:
             continue
         rows, kept = maps
-        target = _teacher_rows(teacher, kept, sample, temperature).to(attention.device)
+        target = _teacher_rows(teacher, kept, sample, temperature, check_finite)
+        target = to_device(target, attention.device)
         factor = 1.0 if weights is None else weights[sample]
         groups.setdefault((shape, teacher.grid), []).append((rows, target, factor))
     if not groups:
@@ -258,11 +265,11 @@ def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.
             term = align_rows(rows[None], target[None], shape, wanted)
             terms.append(term if factor == 1.0 else term * factor)
         return terms
-    lengths = torch.tensor([len(rows) for rows, _, _ in pairs])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    counts = [len(rows) for rows, _, _ in pairs]
+    mask = to_device(torch.arange(max(counts)) < torch.tensor(counts)[:, None], pairs[0][0].device)
     students = pad_sequence([rows for rows, _, _ in pairs], batch_first=True)
     teachers = pad_sequence([target for _, target, _ in pairs], batch_first=True)
-    return [align_rows(students, teachers, shape, wanted, mask.to(students.device)) * len(pairs)]
+    return [align_rows(students, teachers, shape, wanted, mask) * len(pairs)]
 
 
 def _aligned(
@@ -320,39 +327,44 @@ def _row_tokens(
     priors: Sequence[MotionPrior | None],
     batch: int,
     count: int,
-) -> torch.Tensor:
-    kept = torch.tensor([0 if teacher is None else teacher.attention.shape[0] for teacher in priors])
+) -> list[list[int]]:
+    """Of each sample and row the prior's token, -1 where there is none."""
     if row_tokens is None:
-        tokens = torch.arange(count).repeat(batch, 1)
         rows = getattr(captured, "rows", None)
-        if rows is not None:
-            tokens = tokens.masked_fill(rows.cpu() < 0, -1)
+        places = [[0] * count] * batch if rows is None else rows.tolist()
+        tokens = [[-1 if place < 0 else row for row, place in enumerate(listed)] for listed in places]
         what = "captured attention without row_tokens"
     else:
         if row_tokens.dtype != torch.int64 or row_tokens.shape != (batch, count):
             found = f"{tuple(row_tokens.shape)} {row_tokens.dtype}"
             raise ValueError(f"row_tokens must be ({batch}, {count}) int64, got {found}")
-        tokens, what = row_tokens.cpu(), "row_tokens"
-    for sample, teacher in enumerate(priors):
-        highest = int(tokens[sample].max()) if count else -1
-        if teacher is not None and highest >= kept[sample]:
-            raise ValueError(f"{what} must stay below the prior's {kept[sample]} kept tokens, got {highest}")
+        tokens, what = row_tokens.tolist(), "row_tokens"
+    for listed, teacher in zip(tokens, priors, strict=True):
+        kept = 0 if teacher is None else teacher.attention.shape[0]
+        highest = max(listed, default=-1)
+        if teacher is not None and highest >= kept:
+            raise ValueError(f"{what} must stay below the prior's {kept} kept tokens, got {highest}")
     return tokens
 
 
-def _token_rows(maps: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Average the (R, C) rows of each token: (T, C) and the T token indices, ascending."""
-    # The indices stay on the CPU, where their number is known without waiting for the device.
-    chosen = (tokens >= 0).nonzero()[:, 0]
-    if not len(chosen):
+def _token_rows(maps: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Average the (R, C) rows of each token: (T, C) and the T token indices on the CPU, ascending."""
+    chosen = [row for row, token in enumerate(tokens) if token >= 0]
+    if not chosen:
         return None
-    kept, index, counts = tokens[chosen].unique(return_inverse=True, return_counts=True)
-    zeros = maps.new_zeros(len(kept), maps.shape[1])
-    total = zeros.index_add(0, index.to(maps.device), maps.index_select(0, chosen.to(maps.device)))
-    return total / counts[:, None].to(total), kept
+    counts = sorted(Counter(tokens[row] for row in chosen).items())
+    place = {token: index for index, (token, _) in enumerate(counts)}
+    rows, index, divisors = (
+        to_device(torch.tensor(values), maps.device)
+        for values in (chosen, [place[tokens[row]] for row in chosen], [[count] for _, count in counts])
+    )
+    total = maps.new_zeros(len(counts), maps.shape[1]).index_add(0, index, maps.index_select(0, rows))
+    return total / divisors, torch.tensor(list(place))
 
 
-def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int, temperature: float) -> torch.Tensor:
+def _teacher_rows(
+    teacher: MotionPrior, kept: torch.Tensor, sample: int, temperature: float, check_finite: bool
+) -> torch.Tensor:
     """The chosen rows of a prior as they are stored, in float32 at most; sharpened in float32."""
     if teacher.attention.dim() != 2 or teacher.attention.shape[1] != math.prod(teacher.grid):
         raise ValueError(
@@ -360,7 +372,7 @@ def _teacher_rows(teacher: MotionPrior, kept: torch.Tensor, sample: int, tempera
             f"{teacher.grid}, got {tuple(teacher.attention.shape)}"
         )
     rows = teacher.attention[kept.to(teacher.attention.device)]
-    if not torch.isfinite(rows).all():
+    if (check_finite or rows.device.type == "cpu") and not torch.isfinite(rows).all():
         raise ValueError(f"the prior of sample {sample} holds NaN or infinity")
     if temperature != 1.0:
         peak = rows.float().amax(dim=-1, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from ..students.words import WordMap, map_words
 class Alignment:
     """What a batch needs for its alignment loss.
 
+    Its tensors stay on the CPU when the batch goes to a device: what they hold decides what is run, and
+    reading it back would wait for the device.
+
     Attributes:
         rows: (B, R) int64 student token positions, -1 = padding.
         columns: (B, C) int64 vision token positions, -1 = padding.
@@ -41,11 +44,6 @@ class Alignment:
     count: int
     words: int
     mapped: int
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> Alignment:
-        """Index tensors on `device`; what accelerate calls to place a batch."""
-        rows, columns, tokens = (t.to(device) for t in (self.rows, self.columns, self.row_tokens))
-        return replace(self, rows=rows, columns=columns, row_tokens=tokens)
 
 
 class Wanted(NamedTuple):
@@ -68,11 +66,6 @@ class PendingAlignment:
     wanted: list[Wanted | None]
     layouts: list[TokenLayout]
     source: str
-    device: torch.device | str = "cpu"
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> PendingAlignment:
-        """Remembers `device`; what accelerate calls to place a batch."""
-        return replace(self, device=device)
 
     def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
         """The alignment of these priors, one a sample."""
@@ -80,8 +73,7 @@ class PendingAlignment:
             find_words(wanted.sample, prior, layout, self.source) if wanted and prior else None
             for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True)
         ]
-        alignment = align_batch(priors, words, self.layouts)
-        return None if alignment is None else alignment.to(self.device)
+        return align_batch(priors, words, self.layouts)
 
 
 @dataclass(frozen=True)
@@ -107,9 +99,8 @@ class MotionDataset(Dataset[Item]):
         keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
         requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
-        fps: frames a second the student sees, thinned to at most `max_frames`. What a sample's own row says
-            of
-            its frames comes first; see `data.Clip`.
+        fps: frames a second the student sees, thinned to at most `max_frames`. The sample's own row has priority;
+            see `data.Clip`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
     """

@@ -7,23 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
 from ..students.capture import capture_attention
-from .aligner import align
+from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
 from .logs import StepLog
 from .online import OnlinePriors
 from .weight import AlignmentSchedule
+
+
+class _Check(NamedTuple):
+    """A value of the current step that must be finite; the device is asked once a step."""
+
+    finite: torch.Tensor
+    """() bool."""
+    problem: str
+    """What to say where it is not."""
+    value: torch.Tensor | None
+    """() to say with it."""
+    ids: Sequence[str]
+    """The samples."""
 
 
 class MotionTrainer(Trainer):
@@ -35,6 +49,9 @@ class MotionTrainer(Trainer):
 
     Both terms are means over the whole global batch, the model's over its answer tokens and the alignment's
     over its samples with a prior: accumulation steps and processes change neither.
+
+    The host waits for the device once a step, before the optimizer: it looks there at the losses of all
+    micro-batches, the gradient's norm and the aligner's together, in all processes.
 
     Args:
         *args, **kwargs: the Trainer's.
@@ -55,6 +72,11 @@ class MotionTrainer(Trainer):
         FloatingPointError: from `train`, when the loss or the gradient is NaN or infinite; names the samples.
     """
 
+    _checks: tuple[_Check, ...] = ()
+    """Of the current step."""
+    _norm: torch.Tensor | None = None
+    """The gradient's, of the current step."""
+
     def __init__(
         self,
         *args: Any,
@@ -71,6 +93,8 @@ class MotionTrainer(Trainer):
         model = kwargs.get("model", args[0] if args else None)
         self._use_cache = {k: v for k, v in _settings(model).items() if k == "use_cache"}
         super().__init__(*args, **kwargs)
+        # A loss that is not finite stops the run, so nothing is left to filter, and to look would wait.
+        self.args.logging_nan_inf_filter = False
         if not isinstance(alignment_weight, AlignmentSchedule):
             alignment_weight = AlignmentSchedule(alignment_weight)
         self.alignment_schedule = alignment_weight
@@ -108,10 +132,10 @@ class MotionTrainer(Trainer):
         if self.online is not None:
             epoch_iterator = self.online.feed(epoch_iterator, num_batches)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.online is not None:
-            self.online.judge(self.total_over_processes)
-        aligned = sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
-        totals = torch.tensor([aligned, sum(_counting_tokens(b) for b in batches)], device=self.args.device)
+        totals = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        totals[0] += sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
+        for batch in batches:
+            totals[1] += _counting_tokens(batch)
         self._step_totals = self._over_processes(totals)
         self._step_ids = [sample for b in batches for sample in b.get("ids", [])]
         return batches, items
@@ -135,23 +159,23 @@ class MotionTrainer(Trainer):
         tokens = _counting_tokens(inputs)
         weight = self.alignment_weight
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
-        aligned, problem = None, None
+        aligned = None
         if reads:
             with capture_attention(model, alignment.rows, alignment.columns) as captured:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not torch.isfinite(loss).all():
-            problem = f"the model's loss is {float(loss.detach().mean())}"
-        elif reads:
+        self._expect_finite(ids, loss, "the model's loss is", show=True)
+        if reads:
+            self._expect_finite(ids, captured.attention, f"alignment failed: {NOT_FINITE}")
             try:
                 aligned = self._align(captured, alignment, weight)
             except ValueError as error:
-                problem = f"alignment failed: {error}"
+                self._expect_finite(ids, torch.tensor(torch.nan), f"alignment failed: {error}")
             else:
-                if not torch.isfinite(aligned):
-                    problem = f"the alignment loss is {float(aligned)}"
-        self._stop_together(problem, ids, everywhere=model.training)
+                self._expect_finite(ids, aligned, "the alignment loss is", show=True)
+        if not model.training or self._changes_in_backward():
+            self._refuse_losses(everywhere=model.training)
         if model.training:
             divided = self._divided_by_accumulation(num_items_in_batch)
             parts = self.current_gradient_accumulation_steps if divided else 1
@@ -184,6 +208,7 @@ class MotionTrainer(Trainer):
                 loss=self.alignment_loss,
                 weights=gates,
                 temperature=self.prior_temperature,
+                check_finite=False,
             )
 
     def _count(self, ids: Sequence[str], alignment: Any) -> None:
@@ -203,7 +228,9 @@ class MotionTrainer(Trainer):
             ) or self.compute_loss_func is not None
         return not scaled
 
-    def _share_of(self, mean: torch.Tensor, count: int, *, which: int, parts: int) -> torch.Tensor:
+    def _share_of(
+        self, mean: torch.Tensor, count: torch.Tensor | int, *, which: int, parts: int
+    ) -> torch.Tensor:
         """Turn this micro-batch's mean over `count` into its share of the global batch's mean.
 
         Engines average gradients over processes, and the Trainer divides by the `parts` of accumulation.
@@ -214,7 +241,7 @@ class MotionTrainer(Trainer):
 
     def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum of every process's counts."""
-        return self._over_processes(counts.to(self.args.device))
+        return self._over_processes(counts.to(self.args.device)) if self.args.world_size > 1 else counts
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
@@ -226,51 +253,86 @@ class MotionTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    # ---- stopping at numbers that are none ----
+    # ---- stopping at numbers that are not finite ----
 
-    def _stop_together(self, problem: str | None, ids: Sequence[str], *, everywhere: bool) -> None:
-        """Raise if any process has a problem, in all of them: one alone would leave the others waiting."""
-        step = self.state.global_step
-        found = [] if problem is None else [f"{problem} at step {step}; samples {list(ids)}"]
-        if everywhere and self.args.world_size > 1:
-            flag = torch.tensor(float(len(found)), device=self.args.device)
-            found = gather_object(found) if self._over_processes(flag) > 0 else []
-        if found:
+    def _expect_finite(
+        self, ids: Sequence[str], value: torch.Tensor, problem: str, *, show: bool = False
+    ) -> None:
+        """Look at a value of these samples with the others of the step."""
+        value = value.detach()
+        finite = value.isfinite().all().to(self.args.device, non_blocking=value.device.type == "cpu")
+        self._checks = (*self._checks, _Check(finite, problem, value.mean() if show else None, ids))
+
+    def _changes_in_backward(self) -> bool:
+        """Whether the backward changes weights, as DeepSpeed's does and that of a layerwise optimizer."""
+        if self.is_deepspeed_enabled:
+            return self.accelerator.sync_gradients
+        return any(kind in self.args.optim for kind in ("lomo", "layerwise"))
+
+    def _refuse_losses(self, *, everywhere: bool = True, others: Sequence[torch.Tensor] = ()) -> list[float]:
+        """Raise in all processes if one met a number that is not finite: one alone leaves the others waiting.
+
+        Args:
+            everywhere: all processes call this, and stop together.
+            others: () bool, read at the same time.
+
+        Returns:
+            ``others``, 1 or 0.
+
+        Raises:
+            FloatingPointError: names the first such number of every process that has one, and its samples.
+        """
+        checks, self._checks = self._checks, ()
+        flags = [check.finite for check in checks] + list(others)
+        bad = sum((~flag for flag in flags[: len(checks)]), torch.zeros_like(flags[0], dtype=torch.float32))
+        if everywhere:
+            bad = self._over_processes(bad)
+        count, *finite = torch.stack([bad, *[flag.to(bad) for flag in flags]]).tolist()
+        if count:
+            # The first: what comes after it in the step follows from it.
+            wrong = [check for check, good in zip(checks, finite, strict=False) if not good][:1]
+            found = [self._stated(*check[1:]) for check in wrong]
+            if everywhere and self.args.world_size > 1:
+                found = gather_object(found)
             raise FloatingPointError("; ".join(found))
+        return finite[len(checks) :]
+
+    def _stated(self, problem: str, value: torch.Tensor | None, ids: Sequence[str]) -> str:
+        said = problem if value is None else f"{problem} {float(value)}"
+        return f"{said} at step {self.state.global_step}; samples {list(ids)}"
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
-        if norm is not None and not self.args.fp16:
-            self._refuse_norm(norm, "the gradient's norm")
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._norm = None if whole is None else torch.as_tensor(whole, device=self.args.device)
         return norm
 
-    def _refuse_norm(self, norm: torch.Tensor | float, name: str) -> None:
-        """Raise if a norm, which all processes have alike, is no number."""
-        if not torch.isfinite(torch.as_tensor(norm)).all():
-            ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
-            raise FloatingPointError(
-                f"{name} is {float(norm)} at step {self.state.global_step}; samples {ids}"
-            )
-
     def finish_aligner_gradients(self) -> None:
-        """Make the aligner's gradients ready for its step, and stop where they are no numbers.
+        """Stop before the optimizers where the step met a number that is not finite.
+
+        Makes the aligner's gradients ready for its step first.
 
         Raises:
-            FloatingPointError: their norm is NaN or infinite.
+            FloatingPointError: a loss, or the norm of the model's or the aligner's gradient, is not finite.
         """
-        if self._aligner_training is None:
-            return
-        scaler = getattr(self.accelerator, "scaler", None)
-        norm = self._aligner_training.finish_gradients(
-            self.args.world_size, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm
-        )
-        self._aligner_steps = True
+        norms = {} if self._norm is None else {"the gradient's norm is": self._norm}
+        if self._aligner_training is not None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            norms["the norm of the aligner's gradient is"] = self._aligner_training.finish_gradients(
+                self.args.world_size, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm
+            )
+        finite = self._refuse_losses(others=[norm.isfinite().all() for norm in norms.values()])
         if self.args.fp16:
-            # The scaler sees the model's gradients alone and would let the aligner take this step.
-            self._aligner_steps = bool(torch.isfinite(norm))
+            # A scaler of half precision meets infinite gradients in the ordinary course and skips the step.
+            # It sees the model's alone and would let the aligner take this one.
+            self._aligner_steps = all(finite[-1:])
         else:
-            self._refuse_norm(norm, "the norm of the aligner's gradient")
+            for named, good in zip(norms.items(), finite, strict=True):
+                if not good:
+                    # All processes have the norm alike.
+                    ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
+                    raise FloatingPointError(self._stated(*named, ids))
+            self._aligner_steps = True
 
     def step_aligner(self) -> None:
         """Step the aligner, unless the model's optimizer stood still."""
@@ -376,10 +438,10 @@ def _settings(model: Any) -> dict[str, Any]:
     return {} if config is None else vars(config)
 
 
-def _counting_tokens(batch: dict[str, Any]) -> int:
+def _counting_tokens(batch: dict[str, Any]) -> torch.Tensor | int:
     """Answer tokens a batch's loss is the mean of: the first token has nothing before it to follow from."""
     labels = batch.get("labels")
-    return 0 if labels is None else int((labels[..., 1:] != -100).sum())
+    return 0 if labels is None else (labels[..., 1:] != -100).sum()
 
 
 class _StepEnd(TrainerCallback):
@@ -389,7 +451,10 @@ class _StepEnd(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.finish_aligner_gradients()
+        trainer = self.trainer
+        trainer.finish_aligner_gradients()
+        if trainer.online is not None:
+            trainer.online.judge(trainer.total_over_processes)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.step_aligner()

@@ -21,7 +21,7 @@ from motionenhancer.students.keys import implementation_name
 
 __all__ = ["observe_attention"]
 
-Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], None]
+Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ _observer: _Observer | None = None
 
 @contextlib.contextmanager
 def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Iterator[None]:
-    """Call ``callback`` after each attention of ``modules``; others, such as a vision tower's, pass unseen.
+    """Call ``callback`` before each attention of ``modules``; others, such as a vision tower's, pass unseen.
 
     It is given the implementation's name (see ``implementation_name``), the module, query (B, Hq, N, D),
-    key (B, Hkv, N, D), the mask and the keyword arguments. When the context ends, in whatever way, the
-    registry is as it was.
+    key (B, Hkv, N, D), the mask and the keyword arguments, and returns what the attention is given as its
+    query. When the context ends, in whatever way, the registry is as it was.
 
     Raises:
         RuntimeError: another observation is going on.
@@ -152,18 +152,17 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        result = original(module, query, key, value, attention_mask, *args, **kwargs)
         observer = _observer
         if observer is not None and id(module) in observer.modules:
             if args:
                 raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
-            observer.callback(name, module, query, key, attention_mask, kwargs)
+            query = observer.callback(name, module, query, key, attention_mask, kwargs)
             for option in unread.keys() & kwargs.keys():
                 if kwargs[option] is not None and kwargs[option] != unread[option]:
                     raise ValueError(
                         f"{type(module).__name__} gives its attention {option}, which a capture does not read"
                     )
-        return result
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     uncompiled = torch._disable_dynamo(watched)
 

@@ -1,7 +1,8 @@
 """Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
 
 The chosen entries are computed from the very queries and keys of the language model's self-attention: next to
-each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together.
+each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the
+chosen rows are taken out first, and their gradient is added to the one that the attention makes of its query.
 
 Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
 their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
@@ -21,9 +22,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import mekernels
 from mekernels import backends
+from mekernels.attention_rows import picked_rows, share_query
 from mekernels.attention_rows.composite import layer_attention_rows
 from motionenhancer.students.attention_registry import observe_attention
-from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask
+from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask, to_device
 from motionenhancer.students.locate import attention_modules
 
 __all__ = ["CapturedAttention", "capture_attention"]
@@ -52,9 +54,11 @@ def capture_attention(
         model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``. Only its
             language model is read, never a vision tower.
         rows: (B, R) int64, positions of query tokens in the sequence the language model sees; negative
-            entries are padding and give rows of zeros.
-        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros; or a slice of
-            step 1 that all samples share.
+            entries are padding and give rows of zeros. Best on the CPU, wherever the model is: values there
+            are checked. Reading them from another device would wait for it, so there a position beyond the
+            sequence makes every captured entry NaN.
+        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
+            ``rows``; or a slice of step 1 that all samples share.
 
     Yields:
         An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model).
@@ -110,9 +114,11 @@ class CapturedAttention:
         self._repeated = False
         self._sum: torch.Tensor | None = None
         self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
+        self._limits: dict[tuple[int, torch.device], tuple[torch.Tensor, dict[str, Any]]] = {}
         self._pending: dict[_Kind, tuple[VisibleKeys, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._numbers = 0
-        self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor | slice]] = {}
+        self._placed: dict[torch.device, list[Any]] = {}
+        self._beyond: list[torch.Tensor] = []
 
     @property
     def attention(self) -> torch.Tensor:
@@ -126,7 +132,10 @@ class CapturedAttention:
                 f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
                 "capture: did the forward fail, or the attention implementation change?"
             )
-        return self._sum / self.layers
+        mean = self._sum / self.layers
+        for beyond in self._beyond:
+            mean = mean.masked_fill(beyond.to(mean.device), torch.nan)
+        return mean
 
     def _record(
         self,
@@ -136,30 +145,33 @@ class CapturedAttention:
         key: torch.Tensor,
         mask: Any,
         kwargs: dict[str, Any],
-    ) -> None:
+    ) -> torch.Tensor:
         # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
         if torch._C._current_graph_task_id() != -1:
-            return
+            return query
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)
         self._check_call(module, query, key)
         if id(module) in self._seen:
             self._repeated = True
-            return
-        rows, columns = self._positions(query.device)
+            return query
+        rows, columns = self._positions(query.device, query.shape[2])
         call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
         visible = self._visible(implementation, call)
         dtype, scale = _compute_dtype(implementation, module, query), kwargs.get("scaling")
         self._seen.add(id(module))
-        if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
-            self._wait(query, key, visible, scale, dtype)
-        else:
-            query, key = query.to(dtype), key.to(dtype)
-            with _outside_checkpoint(query, rows), torch.autocast(query.device.type, enabled=False):
-                options = visible.options(query.device) | {"softmax_scale": scale}
-                self._add(mekernels.attention_rows(query, key, rows, columns, **options))
+        with _outside_checkpoint(), torch.autocast(query.device.type, enabled=False):
+            query, picked = share_query(query, rows)
+            if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
+                self._wait(picked, key, visible, scale, dtype)
+            else:
+                places, limits = self._of_picked(visible, query.device, query.shape[2])
+                picked, kept = picked.to(dtype), key.to(dtype)
+                read = mekernels.attention_rows(picked, kept, places, columns, softmax_scale=scale, **limits)
+                self._add(read)
         if len(self._seen) == self.layers or self._numbers >= PENDING_NUMBERS:
             self._read_pending()
+        return query
 
     def _wait(
         self,
@@ -179,17 +191,35 @@ class CapturedAttention:
     def _read_pending(self) -> None:
         for kind, (visible, layers) in self._pending.items():
             queries, keys = zip(*layers, strict=True)
-            options = visible.options(kind.device) | {"softmax_scale": kind.scale, "dtype": kind.dtype}
+            length = kind.key[0][2]
+            _, columns = self._positions(kind.device, length)
+            places, limits = self._of_picked(visible, kind.device, length)
+            options = limits | {"softmax_scale": kind.scale, "dtype": kind.dtype}
             with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
-                self._add(layer_attention_rows(queries, keys, *self._positions(kind.device), **options))
+                self._add(layer_attention_rows(queries, keys, places, columns, **options))
         self._pending.clear()
         self._numbers = 0
 
     def _add(self, read: torch.Tensor) -> None:
         self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
 
+    def _of_picked(
+        self, visible: VisibleKeys, device: torch.device, length: int
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Where the chosen rows are among the picked queries, and the keys that they see."""
+        # The masks hold what is visible, so that its id is not used again.
+        kept = (id(visible), device)
+        if kept not in self._limits:
+            options = visible.options(device)
+            causal, ranges = options.pop("causal", False), options.pop("key_range", None)
+            rows, _ = self._positions(device, length)
+            places, limits = picked_rows(rows, length, length, causal=causal, key_range=ranges)
+            self._limits[kept] = places, options | {"key_range": limits}
+        return self._limits[kept]
+
     def _forget(self) -> None:
         self._masks.clear()
+        self._limits.clear()
         self._pending.clear()
 
     def _check_call(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -215,11 +245,19 @@ class CapturedAttention:
                 "non-re-entrant gradient checkpointing without context_fn"
             )
 
-    def _positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | slice]:
+    def _positions(self, device: torch.device, length: int) -> list[Any]:
+        """Rows and columns; of those that the host did not read, what lies beyond the sequence is padding."""
         if device not in self._placed:
-            columns = self.columns
-            moved = columns if isinstance(columns, slice) else columns.to(device)
-            self._placed[device] = (self.rows.to(device), moved)
+            self._placed[device] = []
+            for positions in (self.rows, self.columns):
+                moved: Any = positions
+                if isinstance(positions, torch.Tensor):
+                    moved = to_device(positions, device)
+                if not _read_by_host(positions):
+                    beyond = moved >= length
+                    self._beyond.append(beyond.any())
+                    moved = moved.masked_fill(beyond, -1)
+                self._placed[device].append(moved)
         return self._placed[device]
 
     def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
@@ -231,35 +269,12 @@ class CapturedAttention:
 
 
 @contextlib.contextmanager
-def _outside_checkpoint(
-    query: torch.Tensor | None = None, rows: torch.Tensor | None = None
-) -> Iterator[None]:
-    """Keep what a read saves for backward out of a surrounding checkpoint's list of tensors to recompute.
-
-    Of ``query``, where given, only ``rows`` are kept: the backward of a read uses no others.
-    """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and query is None:
+def _outside_checkpoint() -> Iterator[None]:
+    """Keep what is saved for backward out of a surrounding checkpoint's list of tensors to recompute."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         yield
         return
-    if query is None or rows is None:
-        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
-            yield
-        return
-    index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    address, shape = query.data_ptr(), query.shape
-
-    def pack(tensor: torch.Tensor) -> Any:
-        tensor = tensor.detach()
-        if tensor.data_ptr() == address and tensor.shape == shape:
-            return (tensor.gather(2, index),)
-        return tensor
-
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        return packed[0].new_zeros(shape).scatter_(2, index, packed[0])
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
         yield
 
 
@@ -317,8 +332,15 @@ def _check_positions(rows: Any, columns: Any) -> None:
         raise ValueError(f"columns must be a slice of step 1 with 0 <= start <= stop, got {columns}")
 
 
+def _read_by_host(positions: torch.Tensor | slice) -> bool:
+    """Whether the host looks at positions; on another device that would wait for it."""
+    return isinstance(positions, slice) or positions.device.type == "cpu"
+
+
 def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
-    highest = int(rows.max()) if rows.numel() else -1
-    if isinstance(columns, slice):
-        return max(highest, columns.stop - 1)
-    return max(highest, int(columns.max())) if columns.numel() else highest
+    """The highest position that is known without waiting for a device."""
+    known = [columns.stop - 1] if isinstance(columns, slice) else []
+    for positions in (rows, columns):
+        if isinstance(positions, torch.Tensor) and _read_by_host(positions) and positions.numel():
+            known.append(int(positions.max()))
+    return max(known, default=-1)

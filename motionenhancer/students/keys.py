@@ -20,6 +20,11 @@ __all__ = [
 ]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. From the CPU no one waits: what is to be copied is kept before this returns."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of an attention function for ``rows`` (B, R) of ``length`` tokens, as the model made it."""
@@ -241,7 +246,8 @@ def _documents(call: AttentionCall) -> torch.Tensor | None:
     given = [kwargs.get(n) for n in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     if all(value is not None for value in given):
         starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-        if starts.shape != ends.shape or not torch.equal(starts, ends):
+        # Mostly they are one tensor; to compare two waits for their device.
+        if starts is not ends and (starts.shape != ends.shape or not torch.equal(starts, ends)):
             raise ValueError("cu_seq_lens_q must equal cu_seq_lens_k to capture self-attention")
         flat = torch.arange(batch * call.length, device=call.rows.device)
         numbers = torch.searchsorted(starts.to(flat), flat, right=True)
@@ -251,9 +257,6 @@ def _documents(call: AttentionCall) -> torch.Tensor | None:
         return None
     if position_ids.dim() != 2 or position_ids.shape[-1] != call.length:
         raise ValueError(f"position_ids must be (1, {call.length}), got {tuple(position_ids.shape)}")
-    ascending = torch.arange(call.length, device=position_ids.device) + position_ids.min()
-    if not (ascending - position_ids).any():
-        return None
     return (position_ids == position_ids.min()).long().cumsum(dim=-1).to(call.rows.device)
 
 

@@ -92,7 +92,9 @@ def held(found, warps, capability):
 @compiles
 @pytest.mark.parametrize("capability", [90, 80])
 def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
-    for gate in plan.gates():
+    with launch.planned_for(capability):
+        gates = plan.gates()
+    for gate in gates:
         name = gate.launch.kernel.__name__
         if name not in plan._RESIDENT:
             continue
@@ -108,10 +110,13 @@ def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
 @compiles
 @pytest.mark.parametrize("keys", [2048, 8192, 32768])
 @pytest.mark.parametrize("rows", [16, 64])
-def test_cuts_fill_whole_waves(keys, rows):
-    call = meta_call(keys, rows, 3 * keys // 4)
-    kind = plan.Kind.of(call)
-    for item in launches(call):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cuts_fill_whole_waves(keys, rows, capability):
+    with launch.planned_for(capability):
+        call = meta_call(keys, rows, 3 * keys // 4)
+        kind, planned = plan.Kind.of(call), launches(call)
+    assert kind.target == launch.TARGETS[capability]
+    for item in planned:
         name = item.kernel.__name__
         if name in plan._RESIDENT:
             programs, slots = torch.Size(item.grid).numel(), plan.slots(name, kind)
@@ -173,6 +178,38 @@ def test_later_calls_start_what_the_first_compiled():
     ((grid, arguments),) = compiled
     assert grid == (3, 2)
     assert set(arguments) == {"size", "out", "num_warps"}
+
+
+def test_scratch_is_one_allocation_of_pieces_apart(monkeypatch):
+    started, allocated = [], []
+    program = SimpleNamespace(function="f", packed_metadata="m", run=lambda *args: started.append(args[9:]))
+
+    class Kernel:
+        arg_names = ("one", "two", "out")
+
+        def __getitem__(self, grid):
+            return lambda **arguments: started.append(arguments) or program
+
+    step = launch.Launch(Kernel(), (1,), {name: launch.Place(name) for name in Kernel.arg_names}, {})
+    scratch = {"one": ((3, 5), torch.float32), "two": ((7,), torch.int64)}
+    plan_ = launch.Plan([step], {"out": ((5,), torch.float32)}, scratch)
+    device, empty = torch.device("cpu"), torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **options: allocated.append(empty(*args, **options)) or allocated[-1]
+    )
+    for _ in range(2):
+        plan_.run(device, plan_.tensors(device, {}))
+    first, later = started
+    assert [(first[name].shape, first[name].dtype) for name in scratch] == [*scratch.values()]
+    for out, held, one, two in (
+        (first["out"], allocated[1], first["one"].data_ptr(), first["two"].data_ptr()),
+        (later[2], allocated[3], *later[:2]),
+    ):
+        assert isinstance(out, torch.Tensor)
+        begin, end = held.data_ptr(), held.data_ptr() + held.numel()
+        assert begin <= one < one + 3 * 5 * 4 <= two < two + 7 * 8 <= end
+        assert (one - begin) % 16 == (two - begin) % 16 == 0, "what the first call was compiled for"
+    assert len(allocated) == 4
 
 
 def test_profilers_hear_of_launches():

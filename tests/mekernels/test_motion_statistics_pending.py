@@ -7,7 +7,9 @@ import torch
 from kernel_support import randn
 
 import mekernels
-from mekernels import MotionStatistics, VideoTokens, launch, reference
+from mekernels import MotionStatistics, VideoTokens, backends, launch, reference
+from mekernels.diagonal_attention.call import Call
+from mekernels.motion_statistics.pending import Pending
 from mekernels.motion_statistics.statistics import PENDING_BYTES
 from mekernels.motion_statistics.sums import MAPS, padded
 
@@ -42,6 +44,32 @@ def test_a_cpu_update_keeps_nothing(place):
 def test_bad_bound(value, error, message):
     with pytest.raises(error, match=message):
         MotionStatistics(VIDEO, 2, pending_bytes=value)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_bound_counts_the_memory_that_a_map_holds(batch, monkeypatch):
+    """A map of a batch, as teachers give it, holds the batch: its whole storage counts, once."""
+    flushed = []
+    monkeypatch.setattr(backends, "dispatch", lambda *args: flushed.append(1 + len(args[-1])))
+    query, key = randn(batch, 2, 22, 8), randn(batch, 2, 22, 8, seed=1)
+    lse = reference.logsumexp(query, key)
+    held = sum(item.numel() * item.element_size() for item in (query, key, lse))
+
+    def call():
+        own = (item.clone()[batch - 1 :] for item in (query, key, lse))
+        return Call.of(*own, VIDEO, 1.0, 1)
+
+    pending = Pending(2 * held)
+    for _ in range(2):
+        pending.add({}, call())
+    assert pending.bytes == 2 * held
+    assert flushed == []
+    pending.add({}, call())
+    assert (pending.bytes, flushed) == (0, [3])
+    shared = [item[batch - 1 :] for item in (query, key, lse)]
+    for _ in range(2):
+        pending.add({}, Call.of(*shared, VIDEO, 1.0, 1))
+    assert pending.bytes == held
 
 
 @pytest.mark.parametrize("positions", [9, 32, 33])
