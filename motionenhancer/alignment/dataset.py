@@ -99,8 +99,8 @@ class MotionDataset(Dataset[Item]):
         keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
         requests: sample id → the prior it is to have, made while training; see `online`.
         source: the text the priors were made from: "both", "question" or "answer".
-        fps: frames a second the student sees, thinned to at most `max_frames`. The sample's own row has priority;
-            see `data.Clip`.
+        fps: frames a second the student sees, thinned to at most `max_frames`. The sample's own row has
+            priority; see `data.Clip`.
         num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
         max_pixels: most pixels of a frame; None leaves the processor's own limit.
     """
