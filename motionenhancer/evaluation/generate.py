@@ -17,7 +17,8 @@ from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.students.base import Encoded, StudentFamily
+from motionenhancer.students.family import StudentFamily
+from motionenhancer.students.layout import Encoded
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
 from .videos import Frames, sample_video

@@ -23,7 +23,7 @@ from ..priors.requests import request_priors
 from ..priors.storage import PriorStore, prior_keys
 from ..settings import PriorArguments, StudentArguments, TrainArguments
 from ..students import StudentFamily
-from ..students.base import check_config, unknown_value
+from ..students.load import check_config, unknown_value
 from ..teachers.plan import plan_teacher
 from .lora import plain_name
 
