@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     """Render ``sample`` with the chat template of ``processor``, or with ``template``.
 
     A text part lies where the rendering changes when the part does. An answer begins where the prompt for it
-    ends, or with its own text where the template shows an answer after something else, such as other white space
-    or a block of thoughts. It ends with what the template puts behind the last message of a conversation, white
-    space left out.
+    ends, or with its own text where the template shows an answer after something else, such as other white
+    space or a block of thoughts. It ends with what the template puts behind the last message of a
+    conversation, white space left out.
 
     Raises:
         ValueError: no messages, no assistant message, the first message is the assistant's, or a template
@@ -93,8 +92,8 @@ def _first(spans: _Spans, end: int) -> int:
 def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str, spans: _Spans) -> int:
     """One past the last character in ``text`` of the last of ``messages``, alone rendered as ``part``.
 
-    A template that shows thoughts in the last answer only renders an earlier one differently: it ends there with
-    what ends it here.
+    A template that shows thoughts in the last answer only renders an earlier one differently: it ends there
+    with what ends it here.
     """
     if text.startswith(part):
         return len(part)
@@ -125,7 +124,7 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
             if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
             # A text may hold what the template shows elsewhere, such as thoughts before the mark.
-            start = len(os.path.commonprefix([text, other[:at]]))
+            start = next((k for k in range(at) if text[k] != other[k]), at)
             spans.append((start, len(text) - (len(other) - at - len(mark))))
         found.append(tuple(spans))
     return tuple(found)

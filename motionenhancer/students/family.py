@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ __all__ = ["Grid", "Places", "StudentFamily"]
 
 Grid = tuple[int, int, int]
 Places = Callable[[Any, Video, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
-"""(processor, video, what its video processor made, vision tokens) → grid, and (tokens,) int64: the place of each
-token in raster order t, h, w, or -1 for a token that shows no single place, such as a line break."""
+"""(processor, video, what its video processor made, vision tokens) → grid, and (tokens,) int64: the place of
+each token in raster order t, h, w, or -1 for a token that shows no single place, such as a line break."""
+Inputs = Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]]
 
 _TOWER = re.compile(r"\.(visual|vision_tower|vision_model|video_tower|image_tower)\.")
 _PROJECTOR = re.compile(r"\.(merger|deepstack_merger_list)\.")
@@ -49,8 +51,8 @@ class StudentFamily:
         places: where a video's tokens lie; see :data:`Places`.
         num_frames: how many frames of a clip it is shown by default; None where frames a second are given.
         equal_frames: whether all videos of a batch must have equally many frames.
-        pixels: frames that the processor's (least, most) pixels count together: ``"frame"`` one, ``"clip"`` all,
-            ``"most"`` all in the most and one in the least. None: the size of a frame is not chosen by pixels.
+        pixels: frames that the processor's limits of pixels count together: ``"frame"`` one, ``"clip"`` all,
+            ``"most"`` all in the most and one in the least. None: pixels do not choose the size of a frame.
         image_frames: how many frames an image counts as in those limits.
         token_types: whether the model takes ``mm_token_type_ids``.
         image_options: options that the processor gives its image processor by default.
@@ -192,7 +194,7 @@ class StudentFamily:
                 processor.video_token,
                 self.label(processor, n) + text,
                 self._inputs(processor, video, made),
-                lambda tokens, video=video, made=made: self.places(processor, video, made, tokens),
+                partial(self.places, processor, video, made),
             )
 
     def _images(self, processor: Any, images: Sequence[Any], max_pixels: int | None) -> Iterator[Medium]:

@@ -12,6 +12,7 @@ from students_support import TEXTS, clip, dialogue
 from tiny_students import SAVE, tiny_student
 
 from motionenhancer.data.sample import Sample
+from motionenhancer.students.locate import text_model
 
 
 @pytest.fixture(scope="module", params=list(SAVE))
@@ -129,7 +130,7 @@ def test_a_changed_pixel_changes_the_token_at_its_place(student: Any) -> None:
         batch = family.collate([encoded], pad_token_id=0)
         (layout,) = batch.pop("layouts")
         seen = []
-        handle = model.model.language_model.register_forward_pre_hook(
+        handle = text_model(model).register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 from families_support import VISION, batch_of
 from students_support import (
     TEXTS,
-    assert_keeps_a_third,
     checkpoint_layers,
     clip,
     dialogue,
@@ -24,6 +23,7 @@ from students_support import (
 from tiny_students import SAVE, tiny_student
 
 from motionenhancer.students import capture_attention
+from motionenhancer.students.locate import text_model
 
 
 @pytest.fixture(scope="module", params=list(SAVE))
@@ -77,9 +77,11 @@ def layout_positions(layout: Any, count: int) -> torch.Tensor:
 
 def test_captured_attention_of_lora(student: Any, tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
-    model, processor, family = tiny_student(student[2].name, tmp_path / "student")
+    model, processor, family = tiny_student(student[0].config.model_type, tmp_path / "student")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.[qkv]_proj", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*(language|text)_model.*\.[qkv]_proj", init_lora_weights=False
+    )
     wrapped = peft.get_peft_model(model, config).to(torch.float64)
     batch, _, _ = batch_of((model, processor, family))
     rows, columns = random_rows(batch, 5)
@@ -91,17 +93,12 @@ def test_captured_attention_of_lora(student: Any, tmp_path: Any) -> None:
         if use_checkpoints:
             wrapped.get_base_model().enable_input_require_grads()
             checkpoint_layers(wrapped.get_base_model())
-        with capture_attention(wrapped, rows, columns) as captured:
-            out = wrapped(**batch)
+        with full_precision_softmax():
+            with capture_attention(wrapped, rows, columns) as captured:
+                out = wrapped(**batch)
+            found = gradients(wrapped, captured.attention.square().sum() + out.loss)
         torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
-        found = gradients(wrapped, captured.attention.square().sum() + out.loss)
         assert_same_gradients(found, reference)
-
-
-def test_keeps_a_third_of_what_eager_keeps(student: Any) -> None:
-    model = copy.deepcopy(student[0]).float()
-    model.train()
-    assert_keeps_a_third(model)
 
 
 def double(batch: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def packed(student: Any) -> Any:
         single = double(family.collate([sample], pad_token_id=0))
         del single["layouts"], single["attention_mask"]
         seen: list[torch.Tensor] = []
-        handle = model.model.language_model.register_forward_pre_hook(
+        handle = text_model(model).register_forward_pre_hook(
             lambda _, args, kwargs, seen=seen: seen.append(kwargs["position_ids"]), with_kwargs=True
         )
         with torch.no_grad():
@@ -149,6 +146,8 @@ def packed(student: Any) -> Any:
 def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
     """As eager's, in values and gradients, and as each sample by itself."""
     model = student[0]
+    if model.config.model_type.startswith("qwen3_5"):
+        pytest.skip("linear attention runs over the bounds of packed samples")
     batch, singles = packed(student)
     lengths = [single["input_ids"].shape[1] for single in singles]
     total = sum(lengths)
@@ -180,9 +179,10 @@ def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
     torch.testing.assert_close(captured.attention, apart, rtol=1e-6, atol=1e-8)
 
 
-def test_compiled_students(student: Any) -> None:
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma4"])
+def test_compiled_students(name: str, tmp_path: Path) -> None:
     """On texts, padded: what is compiled of a vision tower is never captured, and takes minutes."""
-    model, processor, family = student
+    model, processor, family = tiny_student(name, tmp_path)
     samples = [family.encode(processor, dialogue(*TEXTS[i], videos=0), []) for i in (0, 2)]
     batch = family.collate(samples, pad_token_id=processor.tokenizer.pad_token_id, padding_side="left")
     del batch["layouts"]

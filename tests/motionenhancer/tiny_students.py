@@ -7,22 +7,41 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from motionenhancer.students import load_student
+from motionenhancer.students.locate import text_model
 from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer
 
-QWEN2_TEXT = {
-    "model_type": "qwen2",
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
+}
+QWEN2_TEXT = {"model_type": "qwen2", **TEXT}
+#: Two layers of linear attention, two that attend to all tokens.
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 
 
@@ -36,6 +55,32 @@ def chat_template(image: str, video: str) -> str:
         "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}"
         "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+
+
+def thinking_template(image: str, video: str) -> str:
+    """As Qwen3.5's: answers behind the last question begin with their thoughts, earlier ones have none."""
+    answer = (
+        "{%- set thoughts = '' -%}{%- if '</think>' in text -%}"
+        "{%- set thoughts = text.split('</think>')[0].split('<think>')[-1] | trim -%}"
+        "{%- set text = text.split('</think>')[-1] | trim -%}{%- endif -%}"
+        "{%- if loop.index0 > last.question -%}"
+        "{{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' -}}{%- endif -%}"
+    )
+    return (
+        "{%- set last = namespace(question=-1) -%}{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}{%- set last.question = loop.index0 -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- set text -%}{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{{- " + repr(image) + " -}}"
+        "{%- elif part['type'] == 'video' -%}{{- " + repr(video) + " -}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endset -%}"
+        "{%- if message['role'] == 'assistant' -%}"
+        + answer
+        + "{{- text -}}{%- else -%}{{- text -}}{%- endif -%}"
+        "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
     )
 
 
@@ -119,46 +164,44 @@ def save_internvl(folder: Path, seed: int = 0, image_size: int = 16) -> Path:
     return _save(folder, InternVLForConditionalGeneration, config, processor, seed)
 
 
-def save_qwen3_vl(folder: Path, seed: int = 0) -> Path:
-    """Qwen3-VL with patches of 4 pixels, 2 x 2 of them and two frames a token."""
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+def save_qwen(folder: Path, seed: int = 0, kind: str = "qwen3_vl") -> Path:
+    """Qwen2-VL to Qwen3.5: patches of 4 pixels, 2 x 2 of them and two frames a token."""
+    import transformers as hf
 
     tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = chat_template(
-        "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-    )
+    media = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+    tokenizer.chat_template = (thinking_template if kind.startswith("qwen3_5") else chat_template)(**media)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL_TOKENS}
-    text = {name: value for name, value in QWEN2_TEXT.items() if name != "model_type"}
-    config = Qwen3VLConfig(
-        text_config={
-            **text,
-            "vocab_size": len(tokenizer),
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
+    names = {"qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+    name = names.get(kind, "Qwen3_5Moe" if kind.endswith("moe") else "Qwen3_5")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+    text: dict[str, Any] = {**TEXT, "vocab_size": len(tokenizer), "head_dim": 16, "rope_parameters": rope}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    if kind == "qwen2_vl":
+        rope["mrope_section"] = [2, 1, 1]
+        del text["head_dim"]
+        vision |= {"embed_dim": 32, "mlp_ratio": 1}
+    else:
+        rope["mrope_interleaved"] = True
+    if kind.startswith("qwen3_5"):
+        text |= HYBRID
+    if kind.endswith("moe"):
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        text |= {"shared_expert_intermediate_size": 16}
+    config = getattr(hf, f"{name}Config")(
+        text_config=text,
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -170,13 +213,16 @@ def save_qwen3_vl(folder: Path, seed: int = 0) -> Path:
         "merge_size": 2,
         "size": {"shortest_edge": 64, "longest_edge": 128 * 128 * 16},
     }
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**shared),
+    generation = "2" if kind == "qwen2_vl" else "3"
+    processor = getattr(hf, f"Qwen{generation}VLProcessor")(
+        image_processor=hf.Qwen2VLImageProcessor(**shared),
         tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(**shared, cap_pixels_per_frame=False),
+        video_processor=getattr(hf, f"Qwen{generation}VLVideoProcessor")(
+            **shared, cap_pixels_per_frame=False
+        ),
         chat_template=tokenizer.chat_template,
     )
-    return _save(folder, Qwen3VLForConditionalGeneration, config, processor, seed)
+    return _save(folder, getattr(hf, f"{name}ForConditionalGeneration"), config, processor, seed)
 
 
 def save_llava_onevision(folder: Path, seed: int = 0) -> Path:
@@ -223,7 +269,9 @@ def save_llava_onevision(folder: Path, seed: int = 0) -> Path:
     return _save(folder, LlavaOnevisionForConditionalGeneration, config, processor, seed)
 
 
-SAVE = {"internvl": save_internvl, "qwen3_vl": save_qwen3_vl, "llava_onevision": save_llava_onevision}
+_QWEN = ("qwen3_vl", "qwen2_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+SAVE: dict[str, Any] = {kind: partial(save_qwen, kind=kind) for kind in _QWEN}
+SAVE |= {"internvl": save_internvl, "llava_onevision": save_llava_onevision}
 
 
 def _save(folder: Path, model_class: Any, config: Any, processor: Any, seed: int) -> Path:
@@ -232,7 +280,7 @@ def _save(folder: Path, model_class: Any, config: Any, processor: Any, seed: int
         model = model_class(config).eval()
     with torch.no_grad():
         # Small random weights attend almost uniformly.
-        for name, parameter in model.model.language_model.named_parameters():
+        for name, parameter in text_model(model).named_parameters():
             if re.search(r"[qk]_proj\.weight", name):
                 parameter *= 12
             if re.search(r"[qk]_norm\.weight", name):
@@ -244,4 +292,7 @@ def _save(folder: Path, model_class: Any, config: Any, processor: Any, seed: int
 
 def tiny_student(name: str, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """Model, processor and family of a student that was saved and loaded again."""
-    return load_student(SAVE[name](folder), dtype=dtype)
+    model, processor, family = load_student(SAVE[name](folder), dtype=dtype)
+    # Grouped products of experts have no double precision.
+    model.set_experts_implementation("eager")
+    return model, processor, family
