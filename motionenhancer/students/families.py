@@ -140,14 +140,15 @@ def _smolvlm_template(processor: Any, sample: Sample) -> str | None:
 
 
 _QWEN: dict[str, Any] = {"places": _patches, "token_types": True}
+_GLM: dict[str, Any] = {**_QWEN, "pixels": "clip", "image_frames": 2, "images_with_videos": False}
 
 _FAMILIES = (
     StudentFamily("qwen2_vl", ("qwen2_vl",), pixels="frame", **_QWEN),
     StudentFamily("qwen2_5_vl", ("qwen2_5_vl",), pixels="frame", inputs=_seconds, **_QWEN),
     StudentFamily("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), pixels="clip", **_QWEN),
     StudentFamily("qwen3_5", ("qwen3_5", "qwen3_5_moe"), pixels="clip", **_QWEN),
-    StudentFamily("glm4v", ("glm4v", "glm4v_moe"), pixels="clip", image_frames=2, **_QWEN),
-    StudentFamily("glm46v", ("glm46v",), pixels="clip", image_frames=2, **_QWEN),
+    StudentFamily("glm4v", ("glm4v", "glm4v_moe"), **_GLM),
+    StudentFamily("glm46v", ("glm46v",), **_GLM),
     StudentFamily("gemma4", ("gemma4",), _pooled, num_frames=32, token_types=True),
     StudentFamily(
         "internvl",
@@ -164,6 +165,24 @@ _FAMILIES = (
         num_frames=32,
         equal_frames=True,
         images_together=True,
+    ),
+    StudentFamily("llava_next_video", ("llava_next_video",), _squares(), num_frames=8, equal_frames=True),
+    StudentFamily("video_llava", ("video_llava",), _squares(before=1), num_frames=8, equal_frames=True),
+    StudentFamily("video_llama_3", ("video_llama_3",), _patches, pixels="most"),
+    StudentFamily(
+        "smolvlm",
+        ("smolvlm",),
+        _squares(),
+        image_options={"return_row_col_info": True},
+        join={"pixel_values": 1, "pixel_attention_mask": 1},
+        template=_smolvlm_template,
+    ),
+    StudentFamily(
+        "minicpmv4_6",
+        ("minicpmv4_6",),
+        _slices,
+        join={"pixel_values": -1, "pixel_values_videos": -1},
+        label=_local_id,
     ),
 )
 

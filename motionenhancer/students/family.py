@@ -51,6 +51,7 @@ class StudentFamily:
         places: where a video's tokens lie; see :data:`Places`.
         num_frames: how many frames of a clip it is shown by default; None where frames a second are given.
         equal_frames: whether all videos of a batch must have equally many frames.
+        images_with_videos: whether a batch may hold both.
         pixels: frames that the processor's limits of pixels count together: ``"frame"`` one, ``"clip"`` all,
             ``"most"`` all in the most and one in the least. None: pixels do not choose the size of a frame.
         image_frames: how many frames an image counts as in those limits.
@@ -68,6 +69,7 @@ class StudentFamily:
     places: Places
     num_frames: int | None = None
     equal_frames: bool = False
+    images_with_videos: bool = True
     pixels: str | None = None
     image_frames: int = 1
     token_types: bool = False
@@ -115,8 +117,7 @@ class StudentFamily:
         images = open_images(sample) if images is None else list(images)
         marks = {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
         check_media(sample, videos, images, sorted(marks))
-        if self.equal_frames:
-            self._check_lengths([len(video.frames) for video in videos])
+        self._check_batch([len(video.frames) for video in videos], len(images))
         rendered = render(processor, sample, self.template(processor, sample))
         tokens = {"video": processor.video_token, "image": processor.image_token}
         shown = {
@@ -151,9 +152,11 @@ class StudentFamily:
         The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must
         be taken out before the batch is given to the model; all other keys are model inputs.
         """
-        if self.equal_frames:
-            given = [sample.vision_inputs.get("pixel_values_videos", ()) for sample in samples]
-            self._check_lengths([len(frames) for videos in given for frames in videos])
+        videos = [
+            video for sample in samples for video in sample.vision_inputs.get("pixel_values_videos", ())
+        ]
+        images = sum("pixel_values" in sample.vision_inputs for sample in samples)
+        self._check_batch([len(video) for video in videos], images)
         return collate(
             samples,
             pad_token_id=pad_token_id,
@@ -162,11 +165,17 @@ class StudentFamily:
             join=self.join,
         )
 
-    def _check_lengths(self, lengths: Sequence[int]) -> None:
-        if len(set(lengths)) > 1:
+    def _check_batch(self, frames: Sequence[int], images: int) -> None:
+        """Refuse videos (their numbers of frames) and images that the model cannot take in one batch."""
+        if self.equal_frames and len(set(frames)) > 1:
             raise ValueError(
                 f"videos must all have equally many frames, as {self.name} runs them as one tensor; got "
-                f"{sorted(set(lengths))}: sample a fixed number of frames"
+                f"{sorted(set(frames))}: sample a fixed number of frames"
+            )
+        if not self.images_with_videos and frames and images:
+            raise ValueError(
+                f"a batch must hold videos or images, as {self.name} uses one token for both; got both: "
+                "leave out the samples with images"
             )
 
     def _videos(
@@ -203,7 +212,7 @@ class StudentFamily:
         if self.pixels is not None:
             options |= frame_size(part, max_pixels, frames=(self.image_frames, self.image_frames))
         for group in [images] if self.images_together else [[image] for image in images]:
-            made = part(images=[group], return_tensors="pt", **options) if group else {}
+            made = part(images=[list(group)], return_tensors="pt", **options) if group else {}
             for i in range(len(group)):
                 text = processor.replace_image_token(
                     made, i, image_token_divisor=_divisor(processor, "image")
