@@ -27,6 +27,7 @@ from .evaluation.videos import Frames, VideoFolder, default_frames
 from .evaluation.write import student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
+from .hub import model_folder
 from .processes import join_processes
 from .report import RunReport
 from .settings import EvalArguments
@@ -153,7 +154,8 @@ def _ask(
     """Answer what is not answered yet → report, outputs of all processes, and the questions that were put."""
     assert arguments.student is not None
     assert arguments.data is not None
-    family = _family(arguments.student)
+    student = model_folder(arguments.student, "--student")
+    family = _family(student)
     frames = _frames(arguments, family, benchmark)
     clips = VideoFolder(arguments.video_root or Path(arguments.data).parent, benchmark.folders)
     prompt = arguments.prompt or benchmark.prompt
@@ -168,7 +170,7 @@ def _ask(
             "video_root": str(clips.root.resolve()),
             "limit": arguments.limit,
             "answer_hidden": arguments.answer_hidden,
-            "student": student_digest(arguments.student),
+            "student": student_digest(student),
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
@@ -185,7 +187,7 @@ def _ask(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     answer_questions(
         lambda: load_student(
-            str(arguments.student),
+            student,
             dtype=None if arguments.dtype == "auto" else arguments.dtype,
             device=state.device,
             attn_implementation=arguments.attn_implementation,
@@ -208,10 +210,12 @@ def _ask(
     return report, {q.id: rows[q.id]["output"] for q in put}, put
 
 
-def _family(student: str) -> StudentFamily:
-    config = Path(student) / "config.json"
+def _family(student: Path) -> StudentFamily:
+    config = student / "config.json"
     if not config.is_file():
-        raise ValueError(f"--student must be a transformers folder with a config.json, got {student}")
+        raise ValueError(
+            f"--student must be a transformers folder with a config.json or a Hub id, got {student}"
+        )
     return student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
 
 

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .evaluation.benchmarks import BENCHMARKS
 from .flags import setting
+from .hub import model_folder
 from .options import (
     WORKS,
     changed_options,
@@ -55,7 +56,9 @@ class PriorArguments:
     """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
 
     teacher: str | None = setting(
-        None, "Diffusers folder of a video diffusion model. Default: the toy teacher."
+        None,
+        "Video diffusion model: a diffusers folder, or a Hub id such as owner/model or owner/model@revision. "
+        "Default: the toy teacher.",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
@@ -76,6 +79,10 @@ class PriorArguments:
     measure_roundtrip: bool = setting(
         False, "Also invert and rebuild one clip without guidance, and report the error."
     )
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            self.teacher = str(model_folder(self.teacher, "--teacher"))
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -219,7 +226,9 @@ class StudentArguments:
     """The model to tune and how strongly it is pulled."""
 
     student: str | None = setting(
-        None, "Transformers folder of a video VLM. Default: the toy student, trained with its recipe."
+        None,
+        "Video VLM: a transformers folder, or a Hub id such as owner/model or owner/model@revision. "
+        "Default: the toy student, trained with its recipe.",
     )
     prior_source: str = setting(
         "hybrid",
@@ -267,6 +276,10 @@ class StudentArguments:
     max_frames: int = setting(64, "Most frames of one clip by rate.")
     max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.")
     attn_implementation: str = setting("sdpa", "The student's attention.")
+
+    def __post_init__(self) -> None:
+        if self.student is not None:
+            self.student = str(model_folder(self.student, "--student"))
 
     @property
     def aligned(self) -> bool:
@@ -426,7 +439,9 @@ class TrainArguments(TrainingArguments):
 class EvalArguments:
     """What is asked, who answers, and how answers are scored."""
 
-    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
+    student: str | None = setting(
+        None, "Video VLM: a transformers folder, or a Hub id. Default: the toy student."
+    )
     predictions: str | None = setting(
         None, "Score these answers, json of question id to output, instead of asking a student."
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from motionenhancer.hub import model_folder
 from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
 
@@ -54,10 +55,11 @@ def load_student(
 ) -> tuple[Any, Any, StudentFamily]:
     """Load a student and its processor from an ordinary transformers folder.
 
-    Nothing is downloaded, no pickle is read and no code of the folder is run.
+    No pickle is read and no code of the folder is run.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and the processor's files.
+        path: a folder with ``config.json``, safetensors weights and the processor's files, or a Hub id; see
+            :func:`motionenhancer.hub.model_folder`.
         dtype: of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; as stored by default.
         device: where to put the model; the CPU by default.
         attn_implementation: as in ``from_pretrained``.
@@ -71,7 +73,7 @@ def load_student(
 
     >>> model, processor, family = load_student("path/to/student")  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder = model_folder(path, "path")
     if not folder.is_dir():
         raise ValueError(f"path must be a folder of a transformers model, got {str(path)!r}")
     family = check_config(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..hub import model_folder
 from .folder import LoadOptions
 from .identity import teacher_id
 from .inversion import Reconstruction, invert, reconstruct, renoise, roundtrip_error
@@ -59,7 +60,8 @@ def load_teacher(
     """Load a frozen teacher from an ordinary diffusers folder.
 
     Args:
-        path: folder with `model_index.json`, as `save_pretrained` writes it. Nothing is downloaded.
+        path: folder with `model_index.json`, as `save_pretrained` writes it, or a Hub id; see
+            `hub.model_folder`.
         device: default the first CUDA device, else the CPU.
         dtype: default bfloat16 on CUDA, float32 on the CPU.
         size: (height, width) in pixels clips are resized to; default what the model was trained on.
@@ -79,6 +81,7 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP
     """
+    path = model_folder(path, "teacher")
     module, cls, parts = read_folder(path)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     family = getattr(importlib.import_module(f".{module}", __package__), cls)
@@ -93,7 +96,7 @@ def load_teacher(
         split_batch,
         text_encoder,
     )
-    return family.from_pretrained(Path(path), options, parts)
+    return family.from_pretrained(path, options, parts)
 
 
 def read_folder(path: str | Path) -> tuple[str, str, Parts]:
