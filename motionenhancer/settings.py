@@ -499,6 +499,9 @@ class EvalArguments:
             raise ValueError("--task goes with --compare")
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other")
+        if self.student is not None:
+            # Seen before anything is made; the run keeps the name, which the scores show.
+            model_folder(self.student, "--student")
         if self.data is None and self.benchmark != "toy":
             wants = {"motionbench": "video_info.meta.jsonl", "favor": "video_perspective.json"}
             if self.compare is None:
