@@ -243,6 +243,17 @@ class StudentArguments:
     vision_learning_rate: float | None = setting(
         None, "Peak learning rate of the vision tower. Default: a fifth of the rest."
     )
+    alignment_layers: list[str] | None = setting(
+        None,
+        "Numbers of the student's layers whose attention is read, from 0, or all. Default: all that attend "
+        "globally, so none with a sliding window.",
+    )
+    alignment_heads: list[int] | None = setting(None, "Numbers of the heads that are read. Default: all.")
+    alignment_reduce: str = setting(
+        "mean",
+        "mean: the mean over layers and heads follows the prior; none: the map of every layer and head does.",
+        choices=["mean", "none"],
+    )
     alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
     aligner: str = setting(
         "mlp",
@@ -286,6 +297,21 @@ class StudentArguments:
         """Whether priors are needed."""
         return self.alignment_weight != 0 or self.measure_alignment
 
+    def attention(self) -> dict[str, Any]:
+        """Which layers and heads are read, as options of `capture_attention`.
+
+        Raises:
+            ValueError: a layer is no number.
+        """
+        layers: Any = self.alignment_layers
+        if layers == ["all"]:
+            layers = "all"
+        elif layers is not None:
+            if not all(layer.isdecimal() for layer in layers):
+                raise ValueError(f"--alignment_layers must be numbers of layers or all, got {layers}")
+            layers = [int(layer) for layer in layers]
+        return {"layers": layers, "heads": self.alignment_heads, "reduce": self.alignment_reduce}
+
     def schedule(self) -> AlignmentSchedule:
         """λ over the run.
 
@@ -303,6 +329,7 @@ class StudentArguments:
             ValueError: names the flag, what it was and what it must be.
         """
         self.schedule()
+        self.attention()
         for name, value, allowed in (
             ("lora_r", self.lora_r, self.lora_r >= 0),
             ("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_alpha > 0),

@@ -208,8 +208,8 @@ def align(
     attention = captured if isinstance(captured, torch.Tensor) else captured.attention
     if attention.dim() not in (3, 5):
         raise ValueError(
-            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; where no mean was "
-            "taken it is (batch, layers, heads, rows, columns)"
+            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; where no mean "
+            "was taken it is (batch, layers, heads, rows, columns)"
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
