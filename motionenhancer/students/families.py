@@ -186,6 +186,18 @@ _FAMILIES = (
     ),
 )
 
+_LATENT = "multi-head latent attention (MLA)"
+_INDEXER = "attention to a few keys that an indexer chooses"
+#: Video models of transformers whose attention no family reads, and what it has.
+_UNREAD = {
+    "dots3_note": f"{_LATENT} and {_INDEXER}",
+    "glm5_next": f"{_LATENT} and {_INDEXER}",
+    "hy_v4_vl": f"{_LATENT}, {_INDEXER}, and attention sinks",
+    "kimi_k25": _LATENT,
+    "minimax_m3_vl": _INDEXER,
+    "qwen4_exp": _INDEXER,
+}
+
 
 @functools.cache
 def known_families() -> dict[str, StudentFamily]:
@@ -207,6 +219,11 @@ def student_family(model_or_config: Any) -> StudentFamily:
         found = getattr(unwrap_model(found), "config", None)
     model_type = found if isinstance(found, str) else getattr(found, "model_type", None)
     families = known_families()
+    if model_type in _UNREAD:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported: its language model has {_UNREAD[model_type]}, "
+            "which is not read"
+        )
     if model_type not in families:
         raise ValueError(f"model_type must be one of {sorted(families)}, got {model_type!r}")
     return families[model_type]

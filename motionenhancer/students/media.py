@@ -149,7 +149,9 @@ def assemble(
         ValueError: a video has other vision tokens than its family says, or ``max_length`` would cut some.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
-    tokenized = processor.tokenizer(text, return_offsets_mapping=True)
+    # As transformers does: what a template begins with is not added by the tokenizer once more.
+    begins = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
+    tokenized = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     ids = torch.tensor(tokenized["input_ids"], dtype=torch.int64)
     offsets = torch.tensor(tokenized["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
     named = (processor.image_token_id, getattr(processor, "video_token_id", None))
