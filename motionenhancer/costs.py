@@ -280,16 +280,30 @@ def parameter_count(parameter: nn.Parameter) -> int:
 
 def _activations(config: Any, tokens: int, width: int, checkpointed: bool) -> int:
     text = config.get_text_config()
-    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    heads = text.num_attention_heads
-    per_head = getattr(text, "head_dim", None) or hidden // heads
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * per_head
-    # What autograd keeps of one layer: both norms' input and output, queries, keys, values, the attention's
-    # output and projection, and the four tensors of a gated feed-forward layer.
-    layer = (6 * hidden + 2 * heads * per_head + 2 * keys + 4 * text.intermediate_size) * width
-    kept = layers * hidden * width + layer if checkpointed else layers * layer
-    logits = vocabulary * (width + 4 + 4)
+    # Heads of one model may differ from layer to layer.
+    each = getattr(text, "per_layer_config", None)
+    layers = [_layer(each[i] if each else text) * width for i in range(text.num_hidden_layers)]
+    kept = len(layers) * text.hidden_size * width + max(layers) if checkpointed else sum(layers)
+    logits = text.vocab_size * (width + 4 + 4)
     return tokens * (kept + logits)
+
+
+def _layer(config: Any) -> int:
+    """Numbers a token that autograd keeps of one layer.
+
+    Both norms' input and output, queries, keys, values, the attention's output and projection, and the four
+    tensors of a gated feed-forward layer, or of those experts that see the token.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    per_head = getattr(config, "head_dim", None) or hidden // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * per_head
+    experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    if experts:
+        wide = experts * config.moe_intermediate_size
+        wide += getattr(config, "shared_expert_intermediate_size", None) or 0
+    else:
+        wide = config.intermediate_size
+    return 6 * hidden + 2 * heads * per_head + 2 * keys + 4 * wide
 
 
 # ---- measured ----

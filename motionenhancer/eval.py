@@ -27,6 +27,7 @@ from .evaluation.videos import VideoFolder
 from .evaluation.write import student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
+from .hub import model_folder
 from .processes import join_processes
 from .report import RunReport
 from .settings import EvalArguments
@@ -147,10 +148,12 @@ def _ask(
     skips: SkipLog,
 ) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
     """Answer what is not answered yet → outputs of all processes, and what could not be put, as `_read`."""
-    student = arguments.student or ""
-    config = Path(student) / "config.json"
+    student = model_folder(arguments.student or "", "--student")
+    config = student / "config.json"
     if not config.is_file():
-        raise ValueError(f"--student must be a transformers folder with a config.json, got {student}")
+        raise ValueError(
+            f"--student must be a transformers folder with a config.json or a Hub id, got {student}"
+        )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
     frames = arguments.frames(family.num_frames)
     data = Path(arguments.data or "")

@@ -19,6 +19,7 @@ from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
 from .evaluation.benchmarks import BENCHMARKS
 from .flags import MAX_SEED, Settings, check_fields, setting
+from .hub import model_folder
 from .options import (
     RANGES,
     WORKS,
@@ -28,7 +29,7 @@ from .options import (
     refuse_options,
 )
 from .priors.engine import ENGINES, Engine, open_engine
-from .students.base import StudentFamily
+from .students import StudentFamily
 from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from .teachers.plan import size_multiple
 from .teachers.text_cache import TextCache, encoder_id
@@ -59,7 +60,10 @@ class DataArguments(Settings):
 class PriorArguments(Settings):
     """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
 
-    teacher: str | None = setting(None, "Diffusers folder of a video model. Default: the toy teacher.")
+    teacher: str | None = setting(
+        None,
+        "Diffusers folder of a video model, or a Hub id (owner/model@revision). Default: the toy.",
+    )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
     teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
@@ -73,6 +77,11 @@ class PriorArguments(Settings):
     compile_teacher: bool = setting(False, "torch.compile the transformer's blocks.")
     split_batch: bool = setting(False, "Evaluate guidance's two texts one after the other.")
     measure_roundtrip: bool = setting(False, "Also invert and rebuild one clip, and report the error.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is not None:
+            self.teacher = str(model_folder(self.teacher, "--teacher"))
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -205,7 +214,10 @@ class AgreementArguments(Settings):
 class ShownArguments(Settings):
     """The student, and which frames it is shown of a clip."""
 
-    student: str | None = setting(None, "Transformers folder of a video VLM. Default: the toy student.")
+    student: str | None = setting(
+        None,
+        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Default: the toy.",
+    )
     num_frames: int | None = setting(
         None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", least=1
     )
@@ -236,6 +248,17 @@ class StudentArguments(ShownArguments):
     vision_learning_rate: float | None = setting(
         None, "The vision tower's. Default: a fifth of --learning_rate.", least=0
     )
+    alignment_layers: list[str] | None = setting(
+        None,
+        "Numbers of the student's layers whose attention is read, from 0, or all. Default: all that attend "
+        "globally, so none with a sliding window.",
+    )
+    alignment_heads: list[int] | None = setting(None, "Numbers of the heads that are read. Default: all.")
+    alignment_reduce: str = setting(
+        "mean",
+        "mean: the mean over layers and heads follows the prior; none: the map of every layer and head does.",
+        choices=["mean", "none"],
+    )
     alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
     aligner: str = setting(
         "mlp", "Module between student and prior, not kept.", choices=["mlp", "identity", "pointwise", "conv"]
@@ -255,6 +278,11 @@ class StudentArguments(ShownArguments):
     lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
     max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student is not None:
+            self.student = str(model_folder(self.student, "--student"))
 
     @property
     def aligned(self) -> bool:
@@ -278,6 +306,21 @@ class StudentArguments(ShownArguments):
             )
         return {"num_frames": count}
 
+    def attention(self) -> dict[str, Any]:
+        """Which layers and heads are read, as options of `capture_attention`.
+
+        Raises:
+            ValueError: a layer is no number.
+        """
+        layers: Any = self.alignment_layers
+        if layers == ["all"]:
+            layers = "all"
+        elif layers is not None:
+            if not all(layer.isdecimal() for layer in layers):
+                raise ValueError(f"--alignment_layers must be numbers of layers or all, got {layers}")
+            layers = [int(layer) for layer in layers]
+        return {"layers": layers, "heads": self.alignment_heads, "reduce": self.alignment_reduce}
+
     def schedule(self) -> AlignmentSchedule:
         """λ over the run.
 
@@ -295,6 +338,7 @@ class StudentArguments(ShownArguments):
             ValueError: names the flag, what it was and what it must be.
         """
         self.schedule()
+        self.attention()
         if not self.lora_r:
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
                 if getattr(self, name) != getattr(StudentArguments, name):
@@ -441,6 +485,9 @@ class EvalArguments(ShownArguments, DataArguments):
             raise ValueError("--task goes with --compare")
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other: give one of them")
+        if self.student is not None:
+            # Seen before anything is made; the run keeps the name, which the scores show.
+            model_folder(self.student, "--student")
         if (self.min_frames or 0) > (most := self.max_frames or 768):
             raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
         if self.data is None and self.compare is None:

@@ -169,6 +169,7 @@ def run(
                 processing_class=processor,
                 alignment_weight=student.schedule(),
                 alignment_loss=student.alignment_loss,
+                attention=student.attention(),
                 aligner=_aligner(student, found.grids, training.seed),
                 prior_temperature=student.prior_temperature,
                 confidence_gate=student.confidence_gate,

@@ -179,7 +179,8 @@ def align(
     averaged over the sample's rows and over the samples that have any.
 
     Args:
-        captured: of :func:`motionenhancer.students.capture.capture_attention`, or its (B, R, C) attention.
+        captured: of :func:`motionenhancer.students.capture.capture_attention`, or its attention: (B, R, C);
+            or (B, L, H, R, C), of which each layer's and head's map is compared and the mean is taken.
         prior: one for all of a batch of one, or a sequence of B; None for a sample that is not aligned.
         grid: (F, H, W) of the student's vision tokens, one for all samples or a sequence of B. A sample's
             columns are the first F * H * W; further ones are padding. By default the prior's own grid, where
@@ -211,13 +212,16 @@ def align(
     0.0
     """
     attention = captured if isinstance(captured, torch.Tensor) else captured.attention
-    if attention.dim() != 3:
-        raise ValueError(f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}")
+    if attention.dim() not in (3, 5):
+        raise ValueError(
+            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; where no mean "
+            "was taken it is (batch, layers, heads, rows, columns)"
+        )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a number above 0, got {temperature}")
-    batch, count, width = attention.shape
+    batch, count, width = attention.shape[0], *attention.shape[-2:]
     priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
     if len(priors) != batch:
         raise ValueError(f"prior must have one entry a sample ({batch}), got {len(priors)}")
@@ -228,11 +232,11 @@ def align(
     if check_finite and not torch.isfinite(attention).all():
         raise ValueError(NOT_FINITE)
     groups: dict[tuple[Grid, Grid], list[_Pair]] = {}
-    for sample in range(batch):
+    for sample, read in ((i, one) for i in range(batch) for one in attention[i].reshape(-1, count, width)):
         teacher, shape = priors[sample], grids[sample]
         if teacher is None or shape is None:
             continue
-        maps = _token_rows(attention[sample, :, : math.prod(shape)], tokens[sample])
+        maps = _token_rows(read[:, : math.prod(shape)], tokens[sample])
         if maps is None:
             continue
         rows, kept = maps

@@ -15,7 +15,8 @@ from ..data.sampling import Frames
 from ..priors.prior import MotionPrior
 from ..priors.requests import PriorRequest
 from ..priors.storage import PriorStore
-from ..students.base import Encoded, StudentFamily, TokenLayout
+from ..students.family import StudentFamily
+from ..students.layout import Encoded, TokenLayout
 from ..students.words import WordMap, map_words
 
 
@@ -172,7 +173,7 @@ def find_words(sample: Sample, prior: MotionPrior, layout: TokenLayout, source: 
     words = map_words(
         prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
     )
-    return words.after(int(layout.videos[0].positions[0]) - layout.start) if layout.videos else words
+    return words.after(layout.videos[0].first - layout.start) if layout.videos else words
 
 
 class MotionCollator:

@@ -57,6 +57,7 @@ class MotionTrainer(Trainer):
         *args, **kwargs: the Trainer's.
         alignment_weight: λ, or an `AlignmentSchedule` of it.
         alignment_loss: "l2", "mse" or "kl".
+        attention: options of `capture_attention`: which layers and heads are read.
         aligner: module applied to the student's maps, or None for the identity. It is trained along by an
             AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
             own.
@@ -82,6 +83,7 @@ class MotionTrainer(Trainer):
         *args: Any,
         alignment_weight: float | AlignmentSchedule = 1.0,
         alignment_loss: str = "l2",
+        attention: Mapping[str, Any] | None = None,
         aligner: nn.Module | None = None,
         prior_temperature: float = 1.0,
         confidence_gate: float = 0.0,
@@ -99,6 +101,7 @@ class MotionTrainer(Trainer):
             alignment_weight = AlignmentSchedule(alignment_weight)
         self.alignment_schedule = alignment_weight
         self.alignment_loss = alignment_loss
+        self.attention = dict(attention or {})
         self.prior_temperature = prior_temperature
         self.confidence_gate = confidence_gate
         self.learning_rates = learning_rates
@@ -161,7 +164,8 @@ class MotionTrainer(Trainer):
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
         aligned = None
         if reads:
-            with capture_attention(model, alignment.rows, alignment.columns) as captured:
+            rows, columns = alignment.rows, alignment.columns
+            with capture_attention(model, rows, columns, **self.attention) as captured:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

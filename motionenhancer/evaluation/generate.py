@@ -19,7 +19,8 @@ from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.sampling import Frames
 from motionenhancer.data.video import Video
-from motionenhancer.students.base import Encoded, StudentFamily
+from motionenhancer.students.family import StudentFamily
+from motionenhancer.students.layout import Encoded
 
 from .answers import answers_file, append_answers, mend_answers, read_answers
 

@@ -1,15 +1,10 @@
 """Students: one file a model family, the capture of their attention, the words among their tokens."""
 
-from motionenhancer.students.base import (
-    Encoded,
-    StudentFamily,
-    TokenLayout,
-    VisionLayout,
-    known_families,
-    load_student,
-    student_family,
-)
 from motionenhancer.students.capture import CapturedAttention, capture_attention
+from motionenhancer.students.families import known_families, student_family
+from motionenhancer.students.family import StudentFamily
+from motionenhancer.students.layout import Encoded, TokenLayout, VisionLayout
+from motionenhancer.students.load import load_student
 from motionenhancer.students.words import WordMap, map_words
 
 __all__ = [

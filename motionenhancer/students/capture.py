@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from mekernels.attention_rows import picked_rows, share_query
 from mekernels.attention_rows.composite import layer_attention_rows
 from motionenhancer.students.attention_registry import observe_attention
 from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask, to_device
-from motionenhancer.students.locate import attention_modules
+from motionenhancer.students.locate import layers_read
 
 __all__ = ["CapturedAttention", "capture_attention"]
 
@@ -41,7 +42,13 @@ _REENTRANT = (
 
 @contextlib.contextmanager
 def capture_attention(
-    model: nn.Module, rows: torch.Tensor, columns: torch.Tensor | slice
+    model: nn.Module,
+    rows: torch.Tensor,
+    columns: torch.Tensor | slice,
+    *,
+    layers: Sequence[int] | str | None = None,
+    heads: Sequence[int] | None = None,
+    reduce: str = "mean",
 ) -> Iterator[CapturedAttention]:
     """Capture the language model's attention during one forward of ``model``, mean over its layers and heads.
 
@@ -59,9 +66,16 @@ def capture_attention(
             sequence makes every captured entry NaN.
         columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
             ``rows``; or a slice of step 1 that all samples share.
+        layers: numbers of the layers to read, counted from 0 over all layers of the language model; ``"all"``
+            with self-attention; by default all that attend globally, see
+            :func:`motionenhancer.students.locate.layers_read`. ``layers`` and ``left_out`` of what is yielded
+            say how many were read and left out.
+        heads: the query heads to read, by default all.
+        reduce: ``"mean"`` over layers and heads, or ``"none"``.
 
     Yields:
-        An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model).
+        An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model);
+        with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order.
         Reading it earlier, after a forward that failed, or after a second forward is a RuntimeError. It
         stays readable, and its graph valid, after the context has ended.
 
@@ -81,10 +95,14 @@ def capture_attention(
     torch.Size([1, 2, 2])
     """
     _check_positions(rows, columns)
-    modules = attention_modules(model)
+    found = layers_read(model, layers)
+    if reduce not in ("mean", "none"):
+        raise ValueError(f'reduce must be "mean" or "none", got {reduce!r}')
+    if heads is not None and (not heads or len(set(heads)) != len(heads) or min(heads) < 0):
+        raise ValueError(f"heads must be different numbers of heads, got {list(heads)}")
     _refuse_reentrant(model)
-    captured = CapturedAttention(rows, columns, len(modules))
-    with observe_attention(modules, captured._record):
+    captured = CapturedAttention(rows, columns, len(found.modules), heads, reduce, found.left_out)
+    with observe_attention(found.modules, captured._record):
         try:
             yield captured
         finally:
@@ -105,10 +123,22 @@ class _Kind(NamedTuple):
 class CapturedAttention:
     """What a capture has seen; made by :func:`capture_attention`."""
 
-    def __init__(self, rows: torch.Tensor, columns: torch.Tensor | slice, layers: int) -> None:
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        columns: torch.Tensor | slice,
+        layers: int,
+        heads: Sequence[int] | None = None,
+        reduce: str = "mean",
+        left_out: int = 0,
+    ) -> None:
         self.rows = rows
         self.columns = columns
         self.layers = layers
+        self.heads = None if heads is None else sorted(heads)
+        self.reduce = reduce
+        self.left_out = left_out
+        self._apart: list[torch.Tensor] = []
         self._highest = _highest_position(rows, columns)
         self._seen: set[int] = set()
         self._repeated = False
@@ -122,20 +152,23 @@ class CapturedAttention:
 
     @property
     def attention(self) -> torch.Tensor:
-        """(B, R, C), mean over all layers and heads; differentiable where the forward was."""
+        """(B, R, C), mean over layers and heads, or (B, L, H, R, C); differentiable where the forward was."""
         if self._repeated:
             raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
         if not self._seen:
             raise RuntimeError("no forward of the captured model has run inside the capture")
-        if len(self._seen) != self.layers or self._sum is None:
+        if len(self._seen) != self.layers or (self._sum is None and not self._apart):
             raise RuntimeError(
                 f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
                 "capture: did the forward fail, or the attention implementation change?"
             )
-        mean = self._sum / self.layers
+        if self._sum is None:
+            attention = torch.stack([read.to(self._apart[0].device) for read in self._apart], 1)
+        else:
+            attention = self._sum / self.layers
         for beyond in self._beyond:
-            mean = mean.masked_fill(beyond.to(mean.device), torch.nan)
-        return mean
+            attention = attention.masked_fill(beyond.to(attention.device), torch.nan)
+        return attention
 
     def _record(
         self,
@@ -162,10 +195,16 @@ class CapturedAttention:
         self._seen.add(id(module))
         with _outside_checkpoint(), torch.autocast(query.device.type, enabled=False):
             query, picked = share_query(query, rows)
+            if self.heads is not None:
+                picked, key = _chosen_heads(module, picked, key, self.heads)
+            places, limits = self._of_picked(visible, query.device, query.shape[2])
+            if self.reduce == "none":
+                read = _each_head(picked.to(dtype), key.to(dtype), places, columns, scale, limits)
+                self._apart.append(read)
+                return query
             if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
                 self._wait(picked, key, visible, scale, dtype)
             else:
-                places, limits = self._of_picked(visible, query.device, query.shape[2])
                 picked, kept = picked.to(dtype), key.to(dtype)
                 read = mekernels.attention_rows(picked, kept, places, columns, softmax_scale=scale, **limits)
                 self._add(read)
@@ -264,8 +303,45 @@ class CapturedAttention:
         # The layers share one mask, so it is examined once; holding it keeps its id from being used again.
         key = (id(call.mask), call.causal, call.kwargs.get("sliding_window"))
         if key not in self._masks:
-            self._masks[key] = (call.mask, read_mask(implementation, call))
+            visible = read_mask(implementation, call)
+            if self.heads is not None and visible.explicit is not None and visible.explicit.shape[1] != 1:
+                visible = replace(visible, explicit=visible.explicit[:, self.heads])
+            self._masks[key] = (call.mask, visible)
         return self._masks[key][1]
+
+
+def _chosen_heads(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, heads: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries of some heads, and for each of them its keys."""
+    count = query.shape[1]
+    if heads[-1] >= count:
+        raise ValueError(f"heads must be below the {count} of {type(module).__name__}, got {heads[-1]}")
+    index = torch.tensor(heads, device=query.device)
+    return query[:, index], key[:, index // (count // key.shape[1])]
+
+
+def _each_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor | slice,
+    scale: float | None,
+    limits: dict[str, Any],
+) -> torch.Tensor:
+    """(B, H, R, C): the rows of one layer, head by head."""
+    options = limits | {"softmax_scale": scale}
+    if "mask" not in limits:
+        return mekernels.attention_rows(query, key, rows, columns, reduce="none", **options)
+    heads = query.shape[1]
+    mask, group = options.pop("mask").expand(-1, heads, -1, -1), heads // key.shape[1]
+    parts = [
+        layer_attention_rows(
+            [query[:, h, None]], [key[:, h // group, None]], rows, columns, mask=mask[:, h, None], **options
+        )
+        for h in range(heads)
+    ]
+    return torch.stack(parts, 1)
 
 
 @contextlib.contextmanager

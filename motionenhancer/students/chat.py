@@ -29,17 +29,17 @@ class Rendered:
     answer_spans: tuple[tuple[int, int], ...]
 
 
-def render(processor: Any, sample: Sample) -> Rendered:
-    """Render ``sample`` with the chat template of ``processor``.
+def render(processor: Any, sample: Sample, template: str | None = None) -> Rendered:
+    """Render ``sample`` with the chat template of ``processor``, or with ``template``.
 
-    An answer begins where the prompt for it ends, or with its own text where the template prompts with other
-    white space, and reaches to the last character that is not white space before the next message; both are
-    found by rendering the conversation up to there. A text part lies where the rendering changes when the
-    part does.
+    A text part lies where the rendering changes when the part does. An answer begins where the prompt for it
+    ends, or with its own text where the template shows an answer after something else, such as other white
+    space or a block of thoughts. It ends with what the template puts behind the last message of a
+    conversation, white space left out.
 
     Raises:
         ValueError: no messages, no assistant message, the first message is the assistant's, or a template
-            that renders earlier messages differently once later ones are added.
+            that renders earlier messages differently once later ones are added, in more than such a block.
     """
     messages = sample.messages
     if not messages:
@@ -49,35 +49,58 @@ def render(processor: Any, sample: Sample) -> Rendered:
         raise ValueError(f"sample {sample.id!r} has no assistant message to train on")
     if roles[0] == "assistant":
         raise ValueError(f"sample {sample.id!r} begins with an assistant message: nothing asks for it")
-    text = _template(processor, messages)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
     if not answers:
         raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")
-    ends = {i: len(_prefix(processor, sample, text, i)) for j in answers for i in (j, j + 1)}
-    text_spans = _text_spans(processor, messages, text)
+    options = {} if template is None else {"chat_template": template}
+
+    def shown(given: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        return processor.apply_chat_template(
+            list(given), tokenize=False, add_generation_prompt=prompt, **options
+        )
+
+    text, parts = shown(messages), {i: shown(messages[: i + 1]) for i in answers}
+    try:
+        text_spans = _text_spans(shown, messages, text)
+        ends = {i: _end(shown, messages[: i + 1], part, text, text_spans[i]) for i, part in parts.items()}
+    except ValueError:
+        changed = next((i for i, part in parts.items() if not text.startswith(part)), None)
+        if changed is None:
+            raise
+        raise _changed(sample, changed + 1) from None
     answer_spans: list[tuple[int, int]] = []
     for i in answers:
-        prompt = _template(processor, messages[:i], True)
-        if text.startswith(prompt):
+        prompt = shown(messages[:i], True)
+        if text.startswith(prompt) and not text[len(prompt) : _first(text_spans[i], ends[i])].strip():
             first = len(prompt)
         elif text_spans[i]:
-            # Some templates prompt for an answer with other white space than they show one with.
             first = text_spans[i][0][0]
         else:
             raise _changed(sample, i)
-        answer_spans.append((first, first + len(text[first : ends[i + 1]].rstrip())))
+        answer_spans.append((first, first + len(text[first : ends[i]].rstrip())))
     return Rendered(text, text_spans, tuple(answer_spans))
 
 
-def _template(processor: Any, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-    return processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+_Shown = Callable[[Sequence[dict[str, Any]]], str]
+_Spans = tuple[tuple[int, int], ...]
 
 
-def _prefix(processor: Any, sample: Sample, text: str, count: int) -> str:
-    part = _template(processor, sample.messages[:count]) if count else ""
-    if not text.startswith(part):
-        raise _changed(sample, count)
-    return part
+def _first(spans: _Spans, end: int) -> int:
+    return spans[0][0] if spans else end
+
+
+def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str, spans: _Spans) -> int:
+    """One past the last character in ``text`` of the last of ``messages``, alone rendered as ``part``.
+
+    A template that shows thoughts in the last answer only renders an earlier one differently: it ends there
+    with what ends it here.
+    """
+    if text.startswith(part):
+        return len(part)
+    behind = part[_text_spans(shown, messages, part)[-1][-1][1] :] if spans else ""
+    if not behind.strip() or not text.startswith(behind.rstrip(), spans[-1][1]):
+        raise ValueError("an earlier message does not end as the last one does")
+    return spans[-1][1] + len(behind)
 
 
 def _changed(sample: Sample, count: int) -> ValueError:
@@ -87,9 +110,7 @@ def _changed(sample: Sample, count: int) -> ValueError:
     )
 
 
-def _text_spans(
-    processor: Any, messages: Sequence[dict[str, Any]], text: str
-) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) -> tuple[_Spans, ...]:
     mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
     found = []
     for i, message in enumerate(messages):
@@ -98,11 +119,13 @@ def _text_spans(
             if part["type"] != "text" or not part["text"].strip():
                 continue
             content = [*message["content"][:j], {**part, "text": mark}, *message["content"][j + 1 :]]
-            other = _template(processor, [*messages[:i], {**message, "content": content}, *messages[i + 1 :]])
-            start = other.find(mark)
-            if start < 0:
+            other = shown([*messages[:i], {**message, "content": content}, *messages[i + 1 :]])
+            at = other.find(mark)
+            if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
-            spans.append((start, len(text) - (len(other) - start - len(mark))))
+            # A text may hold what the template shows elsewhere, such as thoughts before the mark.
+            start = next((k for k in range(at) if text[k] != other[k]), at)
+            spans.append((start, len(text) - (len(other) - at - len(mark))))
         found.append(tuple(spans))
     return tuple(found)
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from motionenhancer.students.base import Encoded
+from motionenhancer.students.layout import Encoded
 
-__all__ = ["collate"]
+__all__ = ["collate", "joined"]
+
+
+def joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate a vision input of several media.
+
+    Images, tiles, channels, height and width: images of fewer tiles get empty ones, which models leave out.
+    """
+    if dim == 0 and tensors[0].dim() == 5:
+        most = max(tensor.shape[1] for tensor in tensors)
+        pads = [(0, 0) * 3 + (0, most - tensor.shape[1]) for tensor in tensors]
+        tensors = [torch.nn.functional.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)]
+    return torch.cat(list(tensors), dim)
 
 
 def collate(
@@ -18,6 +30,7 @@ def collate(
     pad_token_id: int,
     padding_side: str = "right",
     pad_to_multiple_of: int | None = None,
+    join: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Pad token tensors to one length, concatenate vision tensors, and move the layouts along.
 
@@ -26,11 +39,12 @@ def collate(
         pad_token_id: fills ``input_ids``; ``labels`` are filled with -100 and everything else with 0.
         padding_side: ``"right"`` or ``"left"``.
         pad_to_multiple_of: the length is rounded up to a multiple of it.
+        join: the dimension along which a vision input is concatenated, where it is not 0.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` and the samples' token inputs, (B, N) int64; their
         vision inputs, concatenated; ``layouts``, a list of
-        :class:`~motionenhancer.students.base.TokenLayout` in positions of the padded batch.
+        :class:`~motionenhancer.students.layout.TokenLayout` in positions of the padded batch.
 
     Raises:
         ValueError: no samples, a padding side that is neither, or samples with different token inputs.
@@ -62,7 +76,8 @@ def collate(
     for name in samples[0].token_inputs:
         batch[name] = padded([sample.token_inputs[name] for sample in samples], 0)
     for name in dict.fromkeys(name for sample in samples for name in sample.vision_inputs):
-        batch[name] = torch.cat([s.vision_inputs[name] for s in samples if name in s.vision_inputs])
+        given = [sample.vision_inputs[name] for sample in samples if name in sample.vision_inputs]
+        batch[name] = joined(given, (join or {}).get(name, 0))
     batch["layouts"] = [
         sample.layout.shifted(length - len(sample.input_ids) if padding_side == "left" else 0)
         for sample in samples

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["attention_modules", "text_model", "unwrap_model"]
+__all__ = ["LayersRead", "attention_modules", "layers_read", "text_model", "unwrap_model"]
+
+#: Kinds of attention whose rows see a part of the sequence only: a video may lie outside of it.
+_LOCAL = ("sliding_attention", "chunked_attention")
 
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_fsdp_wrapped_module", "module")
 
@@ -81,6 +85,62 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             f"model must have a language model with self-attention, found none in {type(decoder).__name__}"
         )
     return found
+
+
+class LayersRead(NamedTuple):
+    """Which layers of a language model are read.
+
+    modules: their self-attention, first layer first.
+    left_out: other layers with self-attention.
+    without: layers without any, such as those of linear attention.
+    """
+
+    modules: list[nn.Module]
+    left_out: int
+    without: int
+
+    def __str__(self) -> str:
+        others = {"attend to a part of the sequence or are not asked for": self.left_out}
+        others["have no softmax attention"] = self.without
+        total = len(self.modules) + sum(others.values())
+        said = "".join(f"; {count} {what}" for what, count in others.items() if count)
+        return f"attention is read in {len(self.modules)} of {total} layers{said}"
+
+
+def layers_read(model: nn.Module, layers: Sequence[int] | str | None = None) -> LayersRead:
+    """Return the self-attention modules of the language model that are read.
+
+    Args:
+        model: bare or wrapped.
+        layers: numbers of layers, counted over all layers of the language model from 0; ``"all"`` that have
+            self-attention; or None for those that attend globally. Layers with a sliding window, from which a
+            word may not see the video, are then left out, unless the model has no others.
+
+    Raises:
+        ValueError: a layer has no self-attention, is named twice, or there is none.
+    """
+    modules = attention_modules(model)
+    numbers = [int(getattr(module, "layer_idx", None) or 0) for module in modules]
+    if len(set(numbers)) != len(numbers):
+        numbers = list(range(len(modules)))
+    if layers is None:
+        chosen = [
+            module for module in modules if getattr(module, "layer_type", None) not in _LOCAL
+        ] or modules
+    elif isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f'layers must be numbers of layers, "all" or None, got {layers!r}')
+        chosen = modules
+    else:
+        if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(numbers):
+            raise ValueError(
+                f"layers must be different ones of {numbers}, which have self-attention to read, got "
+                f"{list(layers)}"
+            )
+        chosen = [module for module, number in zip(modules, numbers, strict=True) if number in set(layers)]
+    blocks = getattr(text_model(model), "layers", modules)
+    total = max(len(modules), len(blocks) if isinstance(blocks, nn.ModuleList) else 0)
+    return LayersRead(chosen, len(modules) - len(chosen), total - len(modules))
 
 
 def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.students.base import Encoded, TokenLayout, VisionLayout
 from motionenhancer.students.chat import Rendered, answer_labels, expand
+from motionenhancer.students.layout import Encoded, TokenLayout, VisionLayout
 
-__all__ = ["Medium", "assemble", "check_media", "frame_size", "frames_tensor", "media_order", "open_images"]
+__all__ = ["Medium", "assemble", "check_media", "frame_size", "media_order", "open_images"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Medium:
 
     kind: ``"video"`` or ``"image"``.
     placeholder, expansion: what the chat template rendered, and what the model is given for it.
-    tokens: vision tokens in ``expansion``; those of the grid come first.
-    grid: (F, H, W) of a video; None for an image.
+    inputs: the model's inputs of this medium; empty where another has them.
+    places: of a video: number of its vision tokens → its grid and each token's place on it.
     """
 
     kind: str
     placeholder: str
     expansion: str
-    tokens: int
-    grid: tuple[int, int, int] | None = None
+    inputs: dict[str, torch.Tensor]
+    places: Callable[[int], tuple[tuple[int, int, int], torch.Tensor]] | None = None
 
 
 def open_images(sample: Sample) -> list[Any]:
@@ -92,15 +92,15 @@ def media_order(text: str, placeholders: Mapping[str, str]) -> list[str]:
 
 
 def frame_size(
-    part: Any, max_pixels: int | None, videos: Sequence[Any] = (), frames: int = 1
+    part: Any, max_pixels: int | None, videos: Sequence[Any] = (), frames: tuple[int, int] = (1, 1)
 ) -> dict[str, dict[str, int]]:
-    """The limits of a frame's pixels as an option of a Qwen processor of images or videos.
+    """The limits of a frame's pixels as an option of a processor of images or videos.
 
     Args:
         part: the processor; its own limits hold where nothing is said.
         max_pixels: the run's, which are never exceeded.
         videos: a sample's, whose rows may give limits of their own, one for all of them.
-        frames: how many frames the processor's limits count together.
+        frames: how many frames the processor's least and most pixels count together.
 
     Returns:
         `{"size": {"shortest_edge", "longest_edge"}}`, in pixels, or nothing where the processor's own hold.
@@ -117,16 +117,11 @@ def frame_size(
         raise ValueError(f"max_pixels must be at least {smallest}, one token, got {most}")
     low, high = int(part.size["shortest_edge"]), int(part.size["longest_edge"])
     if own.min_pixels is not None:
-        low = own.min_pixels * frames
-        high = max(low, high)
+        low = own.min_pixels * frames[0]
+        high = max(high, own.min_pixels * frames[1])
     if most is not None:
-        high = most * frames if own.max_pixels is not None else min(high, most * frames)
-    return {"size": {"shortest_edge": min(low, high), "longest_edge": high}}
-
-
-def frames_tensor(video: Video) -> torch.Tensor:
-    """Return (F, 3, H, W) uint8 frames, as video processors take them."""
-    return torch.from_numpy(np.ascontiguousarray(video.frames)).permute(0, 3, 1, 2)
+        high = most * frames[1] if own.max_pixels is not None else min(high, most * frames[1])
+    return {"size": {"shortest_edge": min(low, high * frames[0] // frames[1]), "longest_edge": high}}
 
 
 def assemble(
@@ -134,49 +129,50 @@ def assemble(
     sample: Sample,
     rendered: Rendered,
     media: Sequence[Medium],
-    vision_tokens: Mapping[str, int],
     vision_inputs: dict[str, torch.Tensor],
     *,
     token_types: bool = False,
-    expected_ids: torch.Tensor | None = None,
     max_length: int | None = None,
 ) -> Encoded:
     """Expand the placeholders, tokenise, and note where texts, answers and vision tokens lie.
 
     Args:
-        processor: its ``tokenizer`` is used.
+        processor: its ``tokenizer``, and its tokens of images and videos.
         sample: named in errors.
         rendered: the conversation as the chat template gave it.
         media: in the order of the rendered text.
-        vision_tokens: for each kind of medium the id of its vision tokens; kinds may share one.
         vision_inputs: kept as they are.
-        token_types: add ``mm_token_type_ids``, 1 at image tokens and 2 at video tokens.
-        expected_ids: (N,) the ids the family's own processor made, if it was asked.
+        token_types: add ``mm_token_type_ids``.
         max_length: cuts the text, never vision tokens.
 
     Raises:
-        ValueError: the ids are not ``expected_ids``, the vision tokens not those of ``media``, or
-            ``max_length`` would cut some.
+        ValueError: a video has other vision tokens than its family says, or ``max_length`` would cut some.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
-    tokenized = processor.tokenizer(text, return_offsets_mapping=True)
+    # As transformers does: what a template begins with is not added by the tokenizer once more.
+    begins = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
+    tokenized = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     ids = torch.tensor(tokenized["input_ids"], dtype=torch.int64)
-    if expected_ids is not None and not torch.equal(ids, expected_ids):
-        raise ValueError(
-            f"sample {sample.id!r}: {type(processor).__name__} did not expand the videos as expected"
-        )
-    positions = torch.isin(ids, torch.tensor(sorted(set(vision_tokens.values())))).nonzero()[:, 0]
-    if len(positions) != sum(medium.tokens for medium in media):
-        raise ValueError(
-            f"sample {sample.id!r} has {len(positions)} vision tokens, its videos and images need "
-            f"{sum(medium.tokens for medium in media)}"
-        )
-    types, videos = torch.zeros_like(ids), []
-    for medium, part in zip(media, positions.split([medium.tokens for medium in media]), strict=True):
-        types[part] = 1 if medium.grid is None else 2
-        if medium.grid is not None:
-            videos.append(VisionLayout(part[: int(np.prod(medium.grid))], medium.grid))
     offsets = torch.tensor(tokenized["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+    named = (processor.image_token_id, getattr(processor, "video_token_id", None))
+    positions = torch.isin(ids, torch.tensor([i for i in named if i is not None])).nonzero()[:, 0]
+    starts, videos, end = offsets[positions, 0].contiguous(), [], 0
+    for medium in media:
+        # A placeholder is unique in the rendered text, so its expansion is found after the last one.
+        first = text.index(medium.expansion, end)
+        end = first + len(medium.expansion)
+        if medium.places is None:
+            continue
+        part = positions[slice(*torch.searchsorted(starts, torch.tensor([first, end])).tolist())]
+        grid, places = medium.places(len(part))
+        if len(places) != len(part):
+            raise ValueError(
+                f"sample {sample.id!r}: {type(processor).__name__} gave a video {len(part)} vision tokens, "
+                f"{len(places)} were expected"
+            )
+        layout = torch.full((math.prod(grid),), -1)
+        layout[places[places >= 0]] = part[places >= 0]
+        videos.append(VisionLayout(layout, grid))
     labels = answer_labels(ids, offsets, [(moved(a), moved(b)) for a, b in rendered.answer_spans])
     spans = tuple(tuple((moved(a), moved(b)) for a, b in parts) for parts in rendered.text_spans)
     needed = int(positions[-1]) + 1 if len(positions) else 1
@@ -186,11 +182,16 @@ def assemble(
             f"got {max_length}"
         )
     kept = slice(max_length)
+    types = {}
+    if token_types:
+        types = {
+            "mm_token_type_ids": torch.tensor(processor.create_mm_token_type_ids([ids.tolist()])[0])[kept]
+        }
     return Encoded(
         ids[kept],
         torch.ones_like(ids[kept]),
         labels[kept],
         TokenLayout(text, offsets[kept], spans, tuple(videos)),
-        {"mm_token_type_ids": types[kept]} if token_types else {},
+        types,
         vision_inputs,
     )

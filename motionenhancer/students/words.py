@@ -69,7 +69,7 @@ def map_words(
         text: the student's rendered conversation.
         offsets: (N, 2) character ranges of the student's tokens in ``text``, in order.
         message_spans: for each message the (start, end) in ``text`` of its text parts, as in
-            :class:`motionenhancer.students.base.TokenLayout`; the n-th segment of a message is searched in
+            :class:`motionenhancer.students.layout.TokenLayout`; the n-th segment of a message is searched in
             the n-th of them only. Without them segments are searched one after another from the beginning,
             so that an earlier repetition of a text that the teacher was not given is taken for it.
 

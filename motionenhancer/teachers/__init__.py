@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..hub import model_folder
 from .folder import experts, load_pipeline
 from .identity import teacher_id
 from .inversion import invert, reconstruct, renoise, roundtrip_error
@@ -52,7 +53,8 @@ def load_teacher(
     """Load a frozen teacher from an ordinary diffusers folder.
 
     Args:
-        path: folder with `model_index.json`, as `save_pretrained` writes it. Nothing is downloaded.
+        path: folder with `model_index.json`, as `save_pretrained` writes it, or a Hub id; see
+            `hub.model_folder`.
         device: default the first CUDA device, else the CPU.
         dtype: default bfloat16 on CUDA, float32 on the CPU.
         size: (height, width) in pixels clips are resized to; default what the model was trained on.
@@ -73,6 +75,7 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP
     """
+    path = model_folder(path, "teacher")
     family, parts = read_folder(path)
     cls = teacher_class(family)
     plan = cls.sizes(parts).fitted(size, frames)

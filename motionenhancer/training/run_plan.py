@@ -23,7 +23,8 @@ from ..priors.requests import request_priors
 from ..priors.storage import PriorStore, prior_keys
 from ..settings import PriorArguments, StudentArguments, TrainArguments
 from ..students import StudentFamily
-from ..students.base import check_config, unknown_value
+from ..students.load import check_config, unknown_value
+from ..students.locate import layers_read, text_model
 from ..teachers.plan import plan_teacher
 from .lora import plain_name
 
@@ -56,6 +57,7 @@ class RunPlan:
         engine: "plain", "DDP", "FSDP" or "ZeRO-1" to "ZeRO-3".
         schedule: λ in words.
         priors: {"stored", "missing"}, where they were counted.
+        attention: which layers are read, in words; None where nothing is aligned.
     """
 
     parts: list[Part]
@@ -65,6 +67,7 @@ class RunPlan:
     processes: int
     schedule: str
     priors: dict[str, int] | None = None
+    attention: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         plan = asdict(self)
@@ -84,7 +87,7 @@ class RunPlan:
             f"steps: {steps.total:,} of {steps.batch} samples ({steps.an_epoch:,} a pass over "
             f"{steps.samples:,} samples); {self.processes} process{many}, {self.engine}"
         )
-        lines += [f"λ: {self.schedule}", str(self.memory)]
+        lines += [f"λ: {self.schedule}", *filter(None, [self.attention]), str(self.memory)]
         return "\n".join(lines)
 
 
@@ -134,7 +137,21 @@ def plan_run(
     if schedule.warmup:
         words += f", rising over the first {schedule.warmup_steps(steps.total)} steps"
     memory = student_cost(model, training, engine=engine, processes=processes, tokens=tokens, aligner=size)
-    return RunPlan(parts, steps, memory, engine, processes, words, priors)
+    read = _attention(model, student) if student.aligned else None
+    return RunPlan(parts, steps, memory, engine, processes, words, priors, read)
+
+
+def _attention(model: nn.Module, student: StudentArguments) -> str:
+    """Which layers are read, seen to exist before anything is trained."""
+    options = student.attention()
+    config: Any = text_model(model).config
+    heads = config.num_attention_heads
+    if not set(options["heads"] or [0]) <= set(range(heads)):
+        raise ValueError(f"--alignment_heads must be below {heads}, got {options['heads']}")
+    try:
+        return str(layers_read(model, options["layers"]))
+    except ValueError as error:
+        raise ValueError(f"--alignment_{error}") from error
 
 
 def part_of(family: StudentFamily, parameter: str) -> str:

@@ -21,7 +21,7 @@ from motionenhancer.priors.prior import MotionPrior, PriorSettings, read_attenti
 from motionenhancer.priors.storage import PriorStore, prior_key
 from motionenhancer.settings import TrainArguments
 from motionenhancer.students import load_student
-from motionenhancer.students.base import Encoded
+from motionenhancer.students.layout import Encoded
 from motionenhancer.teachers import Teacher, load_teacher
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.world import ToyFolder, draw_clip

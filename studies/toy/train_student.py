@@ -27,8 +27,8 @@ from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
 from motionenhancer.settings import TrainArguments
-from motionenhancer.students.base import Encoded
-from motionenhancer.students.qwen2_5_vl import FAMILY
+from motionenhancer.students import student_family
+from motionenhancer.students.layout import Encoded
 from motionenhancer.toy.accuracy import FRAMES
 from motionenhancer.toy.language import question, still_question
 from motionenhancer.toy.models import make_student
@@ -36,6 +36,7 @@ from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 from studies.toy.masks import looks_prior
 
+FAMILY = student_family("qwen2_5_vl")
 _STREAM = 7_000_202
 FPS = 8.0
 FRAMES_A_TOKEN = 4

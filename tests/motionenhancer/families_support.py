@@ -16,14 +16,15 @@ def picture(height: int, width: int, seed: int = 9) -> Image.Image:
     return Image.fromarray(clip(1, height, width, seed=seed).frames[0])
 
 
-def mixed() -> Sample:
+def mixed(image: bool = True) -> Sample:
     """Two turns, a video and an image between texts, another video in the second turn."""
+    shown = [{"type": "video"}, {"type": "image"}] if image else [{"type": "video"}]
     text = {"type": "text", "text": "What moves, and where?"}
     return Sample(
         "mixed",
         [
             {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-            {"role": "user", "content": [text, {"type": "video"}, {"type": "image"}, text]},
+            {"role": "user", "content": [text, *shown, text]},
             {"role": "assistant", "content": [{"type": "text", "text": "The red one, left."}]},
             {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "And naïve 動く?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "Nothing. 👩‍🚀"}]},
@@ -31,13 +32,18 @@ def mixed() -> Sample:
     )
 
 
+def encode_mixed(student: Any, *videos: Any) -> Any:
+    """`mixed`, encoded, without the image where a family takes none beside a video."""
+    _, processor, family = student
+    images = [picture(30, 50)] if family.images_with_videos else []
+    return family.encode(processor, mixed(bool(images)), videos, images)
+
+
 def batch_of(student: Any, side: str = "right", multiple: int | None = None) -> Any:
     _, processor, family = student
     samples = [
         family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 32, 48)]),
-        family.encode(
-            processor, mixed(), [clip(4, 32, 48, seed=1), clip(4, 16, 24, seed=2)], [picture(30, 50)]
-        ),
+        encode_mixed(student, clip(4, 32, 48, seed=1), clip(4, 16, 24, seed=2)),
         family.encode(processor, dialogue(*TEXTS[2], videos=0), []),
     ]
     batch = family.collate(

@@ -1,17 +1,28 @@
-"""InternVL3, Qwen3-VL and LLaVA-OneVision: tokens as their processors' own, each at its place."""
+"""Every family of students: tokens as its processor's own, each at its place."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families_support import VISION, batch_of, mixed, picture
+from families_support import VISION, batch_of, encode_mixed, mixed, picture
 from students_support import TEXTS, clip, dialogue
-from tiny_students import SAVE, tiny_student
+from tiny_students import SAVE, save_minicpm, tiny_student
+from tokenizers.processors import TemplateProcessing
 
 from motionenhancer.data.sample import Sample
+from motionenhancer.students import capture_attention, load_student
+from motionenhancer.students.locate import text_model
+
+#: What ends an answer, where it is not ``<|im_end|>``; GLM ends it with the next role.
+END = defaultdict(
+    lambda: "<|im_end|>", glm4v="", glm4v_moe="", glm46v="", gemma4="<turn|>", smolvlm="<end_of_utterance>"
+)
 
 
 @pytest.fixture(scope="module", params=list(SAVE))
@@ -45,11 +56,13 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
     """One video and one image: what the family's processor makes of the rendered conversation."""
     _, processor, family = student
+    # SmolVLM's processor loses an image beside a video, GLM's model cannot take both.
+    images = [picture(30, 50)] if family.images_with_videos and family.name != "smolvlm" else []
     messages = [
         {
             "role": "user",
             "content": [
-                {"type": "image"},
+                *[{"type": "image"}] * len(images),
                 {"type": "text", "text": "Left?"},
                 {"type": "video"},
                 {"type": "text", "text": "Or right?"},
@@ -57,17 +70,22 @@ def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
         },
         {"role": "assistant", "content": [{"type": "text", "text": "Left."}]},
     ]
-    video, image = clip(frames, 32, 48, fps=2.0), picture(30, 50)
-    encoded = family.encode(processor, Sample("s", messages), [video], [image])
+    video = clip(frames, 32, 48, fps=2.0)
+    encoded = family.encode(processor, Sample("s", messages), [video], images)
     own = processor(
         text=[processor.apply_chat_template(messages, tokenize=False)],
-        images=[image],
+        images=images or None,
         videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
         return_tensors="pt",
         videos_kwargs={
             "do_sample_frames": False,
             "video_metadata": [
-                {"total_num_frames": frames, "fps": 2.0, "frames_indices": list(range(frames))}
+                {
+                    "total_num_frames": frames,
+                    "fps": 2.0,
+                    "frames_indices": list(range(frames)),
+                    "duration": frames / 2.0,
+                }
             ],
         },
     )
@@ -80,14 +98,14 @@ def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
 
 
 def test_answers_are_trained_and_texts_found(student: Any) -> None:
-    _, processor, family = student
-    videos = [clip(4, 32, 48), clip(4, 16, 24)]
-    encoded = family.encode(processor, mixed(), videos, [picture(30, 50)])
+    model, processor, _ = student
+    encoded = encode_mixed(student, clip(4, 32, 48), clip(4, 16, 24))
     answers = ["The red one, left.", "Nothing. 👩‍🚀"]
     ends = (encoded.labels >= 0).int().diff(prepend=torch.zeros(1, dtype=torch.int32)).eq(1).sum()
     assert int(ends) == 2
     kept = encoded.labels[encoded.labels >= 0]
-    assert processor.tokenizer.decode(kept) == "".join(a + "<|im_end|>" for a in answers)
+    end, lead = END[model.config.model_type], " " if model.config.model_type == "smolvlm" else ""
+    assert processor.tokenizer.decode(kept) == "".join(lead + answer + end for answer in answers)
     assert torch.equal(kept, encoded.input_ids[encoded.labels >= 0])
     layout = encoded.layout
     shown = [[layout.text[a:b] for a, b in parts] for parts in layout.message_spans]
@@ -101,14 +119,14 @@ def test_answers_are_trained_and_texts_found(student: Any) -> None:
 
 def test_no_vision_token_is_lost_or_taken_twice(student: Any) -> None:
     _, processor, family = student
-    videos = [clip(4, 32, 48), clip(4, 16, 24)]
-    encoded = family.encode(processor, mixed(), videos, [picture(30, 50)])
+    encoded = encode_mixed(student, clip(4, 32, 48), clip(4, 16, 24))
     positions = torch.cat([video.positions for video in encoded.layout.videos])
+    positions = positions[positions >= 0]
     assert len(encoded.layout.videos) == 2
     assert len(positions.unique()) == len(positions)
     for video in encoded.layout.videos:
         assert len(video.positions) == np.prod(video.grid)
-        assert len(set(encoded.input_ids[video.positions].tolist())) == 1
+        assert len(set(encoded.input_ids[video.positions[video.positions >= 0]].tolist())) == 1
     with pytest.raises(ValueError, match="must not contain"):
         family.encode(processor, dialogue(f"a {processor.video_token}", "b"), [clip(4, 16, 16)])
     with pytest.raises(ValueError, match="shows 1 videos in its messages, got 0"):
@@ -129,7 +147,7 @@ def test_a_changed_pixel_changes_the_token_at_its_place(student: Any) -> None:
         batch = family.collate([encoded], pad_token_id=0)
         (layout,) = batch.pop("layouts")
         seen = []
-        handle = model.model.language_model.register_forward_pre_hook(
+        handle = text_model(model).register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         with torch.no_grad():
@@ -157,7 +175,7 @@ def test_cut_text(student: Any) -> None:
     _, processor, family = student
     whole = family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 16, 16)])
     ids = whole.input_ids
-    needed = int((ids == ids[whole.layout.videos[0].positions[-1]]).nonzero()[-1]) + 1
+    needed = int((ids == ids[whole.layout.videos[0].first]).nonzero()[-1]) + 1
     cut = family.encode(processor, dialogue(*TEXTS[0]), [clip(4, 16, 16)], max_length=needed + 3)
     assert torch.equal(cut.input_ids, ids[: needed + 3])
     assert len(cut.layout.offsets) == len(cut.labels) == len(cut.attention_mask) == needed + 3
@@ -170,13 +188,16 @@ def test_cut_text(student: Any) -> None:
 def test_padding_changes_no_sample(student: Any, side: str, multiple: int | None) -> None:
     model, _, family = student
     batch, layouts, samples = batch_of(student, side, multiple)
+    if family.name == "gemma4":
+        # It counts padding as positions, whose angles are rounded.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         together = model(**batch).logits
     for i, (sample, layout) in enumerate(zip(samples, layouts, strict=True)):
         own = slice(layout.start, layout.start + len(sample.input_ids))
         assert torch.equal(batch["input_ids"][i, own], sample.input_ids)
         for video, alone in zip(layout.videos, sample.layout.videos, strict=True):
-            assert torch.equal(video.positions, alone.positions + layout.start)
+            assert torch.equal(video.positions, alone.shifted(layout.start).positions)
         single = family.collate([sample], pad_token_id=0)
         del single["layouts"]
         with torch.no_grad():
@@ -270,3 +291,125 @@ def test_llava_onevision_batches_images_of_different_sizes(llava: Any) -> None:
             single["pixel_values"] = single["pixel_values"].double()
             own = together[i, layouts[i].start :][: len(sample.input_ids)]
             torch.testing.assert_close(own, model(**single).logits[0], rtol=1e-5, atol=1e-6)
+
+
+# ---- templates ----
+
+
+@pytest.mark.parametrize("in_template", [True, False])
+def test_a_sequence_begins_once(tmp_path: Path, in_template: bool) -> None:
+    """Whether the template or the tokenizer puts the token there."""
+    _, processor, family = tiny_student("qwen3_vl", tmp_path)
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = "<|box_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|box_start|> $A", special_tokens=[("<|box_start|>", tokenizer.bos_token_id)]
+    )
+    if in_template:
+        processor.chat_template = "{{- '<|box_start|>' -}}" + processor.chat_template
+    encoded = family.encode(processor, dialogue(*TEXTS[0]), [clip(2, 16, 16)])
+    assert (encoded.input_ids == tokenizer.bos_token_id).nonzero()[:, 0].tolist() == [0]
+    assert processor.tokenizer.decode(encoded.labels[encoded.labels >= 0]) == TEXTS[0][1] + "<|im_end|>"
+
+
+def test_thinking_templates(tmp_path: Path) -> None:
+    """The last answer's thoughts are trained where it has some, and no answer's empty block of them."""
+    _, processor, family = tiny_student("qwen3_5", tmp_path)
+
+    def trained(*turns: str) -> str:
+        encoded = family.encode(processor, dialogue(*turns), [clip(2, 16, 16)])
+        shown = [encoded.layout.text[a:b] for parts in encoded.layout.message_spans for a, b in parts]
+        assert shown[0] == turns[0]
+        return processor.tokenizer.decode(encoded.labels[encoded.labels >= 0])
+
+    assert trained("What?", "Red.") == "Red.<|im_end|>"
+    assert trained("What?", "Red.", "And?", "Blue.") == "Red.<|im_end|>Blue.<|im_end|>"
+    thought = "<think>\nIt looks red.\n</think>\n\nRed."
+    assert trained("What?", thought) == "It looks red.\n</think>\n\nRed.<|im_end|>"
+    assert trained("What?", thought, "And?", "Blue.") == "Red.<|im_end|>Blue.<|im_end|>"
+
+
+# ---- places without a token ----
+
+
+def test_dropped_tokens_leave_holes(tmp_path: Path) -> None:
+    """VideoLLaMA3 drops what did not change since the frame before."""
+    model, processor, family = tiny_student("video_llama_3", tmp_path)
+    video = clip(3, 16, 24)
+    video.frames[1] = video.frames[0]
+    video.frames[1, :8, 16:] = 255 - video.frames[0, :8, 16:]
+    video.frames[2] = video.frames[1]
+    encoded = family.encode(processor, dialogue("a", "b"), [video])
+    (layout,) = encoded.layout.videos
+    assert layout.grid == (3, 2, 3)
+    # A frame that did not change at all keeps its first token.
+    kept = [[1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert (layout.positions >= 0).view(3, 6).int().tolist() == kept
+    pads = (encoded.input_ids == processor.video_token_id).nonzero()[:, 0]
+    assert torch.equal(layout.positions[layout.positions >= 0], pads)
+    assert isinstance(layout.columns, torch.Tensor)
+    assert layout.first == int(pads[0])
+    batch = family.collate([encoded], pad_token_id=0, pad_to_multiple_of=64, padding_side="left")
+    (moved,) = batch.pop("layouts")
+    rows = torch.tensor([[batch["input_ids"].shape[1] - 1]])
+    batch["pixel_values_videos"] = batch["pixel_values_videos"].double()
+    with torch.no_grad(), capture_attention(model, rows, moved.videos[0].columns[None]) as captured:
+        model(**batch)
+    assert torch.equal(captured.attention[0, 0] > 0, layout.positions >= 0)
+
+
+@pytest.mark.parametrize(("name", "side"), [("llava_next_video", 3), ("video_llava", 6)])
+@pytest.mark.parametrize("wide", [True, False])
+def test_cropped_edges_leave_holes(tmp_path: Path, name: str, side: int, wide: bool) -> None:
+    """The grid covers the whole frame: a token stands where its pixels are."""
+    _, processor, family = tiny_student(name, tmp_path)
+    video = clip(2, 24, 48) if wide else clip(2, 48, 24)
+    encoded = family.encode(processor, dialogue("a", "b"), [video])
+    (layout,) = encoded.layout.videos
+    margin = round(side / 2)
+    assert layout.grid == ((2, side, side + 2 * margin) if wide else (2, side + 2 * margin, side))
+    shown = (layout.positions >= 0).view(layout.grid)
+    inside = torch.zeros_like(shown)
+    inside.narrow(2 if wide else 1, margin, side).fill_(True)
+    assert torch.equal(shown, inside)
+
+
+def test_minicpm_slices(tmp_path: Path) -> None:
+    """A larger frame is shown small, which has no places, and then in slices, each at its own."""
+    save_minicpm(tmp_path, slices=9)
+    _, processor, family = load_student(tmp_path)
+    encoded = family.encode(processor, dialogue("a", "b", videos=2), [clip(2, 64, 96), clip(1, 32, 32)])
+    wide, small = encoded.layout.videos
+    text = encoded.layout.text
+    assert "<image_id>0</image_id>" in text
+    assert "<image_id>1</image_id>" in text
+    assert small.grid[0] == 1
+    assert bool((small.positions >= 0).all())
+    rows, columns = (text.split("<image_id>1")[0].count(mark) for mark in ("</slice>\n<slice>", "<slice>"))
+    assert columns > 0
+    slices = columns // 2
+    rows = rows // 2 + 1
+    each = text.split("<slice>")[1].count("<|video_pad|>")
+    assert math.prod(wide.grid) == 2 * slices * each
+    assert bool((wide.positions >= 0).all())
+    # The first row of places runs over all slices of the first row.
+    across = wide.positions.view(wide.grid)[0, 0]
+    starts = [int(encoded.layout.offsets[p, 0]) for p in across]
+    assert len({text[:start].count("<slice>") for start in starts}) == slices // rows
+    processor.video_processor.stack_frames = 2
+    with pytest.raises(ValueError, match="stack_frames must be 1 for videos, got 2"):
+        family.places(processor, clip(2, 16, 16), {}, 0)
+
+
+def test_glm_takes_videos_or_images(tmp_path: Path) -> None:
+    _, processor, family = tiny_student("glm4v", tmp_path)
+    with pytest.raises(ValueError, match="a batch must hold videos or images, as glm4v uses one token"):
+        family.encode(processor, mixed(), [clip(2, 16, 16), clip(2, 16, 16)], [picture(16, 16)])
+    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    samples = [
+        family.encode(processor, Sample("s", [shown, answer]), [], [picture(16, 16)]),
+        family.encode(processor, dialogue("a", "b"), [clip(2, 16, 16)]),
+    ]
+    with pytest.raises(ValueError, match="leave out the samples with images"):
+        family.collate(samples, pad_token_id=0)

@@ -52,6 +52,12 @@ def test_not_a_folder(tmp_path: Path) -> None:
         ("[]", "unreadable config.json"),
         ("{}", "without model_type"),
         (
+            json.dumps({"model_type": "kimi_k25"}),
+            r"model_type 'kimi_k25' is not supported: .* multi-head latent attention \(MLA\)",
+        ),
+        (json.dumps({"model_type": "qwen4_exp"}), "keys that an indexer chooses"),
+        (json.dumps({"model_type": "hy_v4_vl"}), "attention sinks"),
+        (
             json.dumps({"model_type": "bert"}),
             r"model_type must be one of \[.*'qwen2_5_vl'.*\], got 'bert'",
         ),

@@ -1,36 +1,21 @@
-"""What a student family is, how one is found, and how a student is loaded from a folder.
-
-A family is one file of this package with an object ``FAMILY``. It says where text and vision tokens lie, on
-which grid, and how a conversation is rendered; everything else is shared.
-"""
+"""Load a student from a folder, and refuse what the installed transformers would compute otherwise."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import json
-import pkgutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.video import Video
+from motionenhancer.hub import model_folder
+from motionenhancer.students.families import student_family
+from motionenhancer.students.family import StudentFamily
 
-__all__ = [
-    "Encoded",
-    "StudentFamily",
-    "TokenLayout",
-    "VisionLayout",
-    "known_families",
-    "load_student",
-    "student_family",
-]
+__all__ = ["check_config", "load_student", "unknown_value"]
 
 
 #: Fields of language models that change attention weights or logits where their class reads them.
@@ -62,155 +47,6 @@ _CHANGES = {
 }
 
 
-@dataclass(frozen=True)
-class VisionLayout:
-    """Where one video's tokens lie among a sample's tokens.
-
-    positions: (F * H * W,) int64 token positions in raster order t, h, w.
-    grid: (F, H, W) after spatial and temporal merging.
-    """
-
-    positions: torch.Tensor
-    grid: tuple[int, int, int]
-
-    @property
-    def columns(self) -> slice | torch.Tensor:
-        """A slice where the tokens are contiguous, their positions where they are not."""
-        first, count = int(self.positions[0]), len(self.positions)
-        contiguous = torch.equal(self.positions, torch.arange(first, first + count))
-        return slice(first, first + count) if contiguous else self.positions
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """Which characters and which pixels the tokens of a sample stand for.
-
-    text: the conversation as rendered by the chat template, placeholders expanded.
-    offsets: (N, 2) int64 character range of each token in ``text``; empty for a token of no characters.
-    message_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
-    videos: one layout a video, in order of appearance.
-    start: padding tokens before the first token; ``videos`` count from the padded beginning, ``offsets`` do
-        not: token i is at position start + i.
-    """
-
-    text: str
-    offsets: torch.Tensor
-    message_spans: tuple[tuple[tuple[int, int], ...], ...]
-    videos: tuple[VisionLayout, ...] = ()
-    start: int = 0
-
-    def shifted(self, count: int) -> TokenLayout:
-        """The same tokens after ``count`` more padding tokens."""
-        videos = tuple(replace(video, positions=video.positions + count) for video in self.videos)
-        return replace(self, videos=videos, start=self.start + count)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One sample as tensors, not padded.
-
-    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers that
-        are to be learnt and the token that ends each.
-    token_inputs: further (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
-    vision_inputs: model inputs whose first dimension counts patches or videos; batches concatenate them.
-    layout: characters and vision tokens.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    layout: TokenLayout
-    token_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class StudentFamily(Protocol):
-    """What a family's file provides."""
-
-    name: str
-    """As in ``student_family(...).name``."""
-    model_types: tuple[str, ...]
-    """The ``model_type`` of the configurations it handles."""
-    num_frames: int | None
-    """How many frames of a clip it is shown by default; None where frames a second are given instead."""
-    equal_frames: bool
-    """Whether all videos of a batch must have equally many frames."""
-
-    def in_vision_tower(self, parameter: str) -> bool:
-        """Whether the parameter of this name belongs to the vision tower, which learns more slowly."""
-        ...
-
-    def encode(
-        self,
-        processor: Any,
-        sample: Sample,
-        videos: Sequence[Video],
-        images: Sequence[Any] | None = None,
-        *,
-        max_pixels: int | None = None,
-        max_length: int | None = None,
-    ) -> Encoded:
-        """Render and tokenise one conversation with its decoded videos.
-
-        ``images`` are decoded images; None opens the sample's own files. ``max_pixels`` caps the pixels of a
-        frame as the model sees it, where its size is not fixed. ``max_length`` cuts the text after so many
-        tokens; vision tokens are never cut.
-
-        Raises:
-            ValueError: videos or images do not fit the conversation, a text contains the placeholder of a
-                video or image, ``max_length`` would cut vision tokens, or the template cannot be followed.
-        """
-        ...
-
-    def collate(
-        self,
-        samples: Sequence[Encoded],
-        *,
-        pad_token_id: int,
-        padding_side: str = "right",
-        pad_to_multiple_of: int | None = None,
-    ) -> dict[str, Any]:
-        """Pad and stack samples to a batch of model inputs.
-
-        The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must
-        be taken out before the batch is given to the model; all other keys are model inputs.
-        """
-        ...
-
-
-@functools.cache
-def known_families() -> dict[str, StudentFamily]:
-    """Return every family of this package by ``model_type``."""
-    package = importlib.import_module(__package__ or "motionenhancer.students")
-    families: dict[str, StudentFamily] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        family = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "FAMILY", None)
-        if family is not None:
-            families.update(dict.fromkeys(family.model_types, family))
-    return families
-
-
-def student_family(model_or_config: Any) -> StudentFamily:
-    """Return the family of a model, wrapped or not, of a configuration, or of a ``model_type``.
-
-    Raises:
-        ValueError: no family handles its ``model_type``; the message lists those that are known.
-
-    >>> student_family("qwen2_5_vl").name
-    'qwen2_5_vl'
-    """
-    from motionenhancer.students.locate import unwrap_model
-
-    found: Any = model_or_config
-    if isinstance(found, torch.nn.Module):
-        found = getattr(unwrap_model(found), "config", None)
-    model_type = found if isinstance(found, str) else getattr(found, "model_type", None)
-    families = known_families()
-    if model_type not in families:
-        raise ValueError(f"model_type must be one of {sorted(families)}, got {model_type!r}")
-    return families[model_type]
-
-
 def load_student(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -219,10 +55,11 @@ def load_student(
 ) -> tuple[Any, Any, StudentFamily]:
     """Load a student and its processor from an ordinary transformers folder.
 
-    Nothing is downloaded, no pickle is read and no code of the folder is run.
+    No pickle is read and no code of the folder is run.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and the processor's files.
+        path: a folder with ``config.json``, safetensors weights and the processor's files, or a Hub id; see
+            :func:`motionenhancer.hub.model_folder`.
         dtype: of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; as stored by default.
         device: where to put the model; the CPU by default.
         attn_implementation: as in ``from_pretrained``.
@@ -236,7 +73,7 @@ def load_student(
 
     >>> model, processor, family = load_student("path/to/student")  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder = model_folder(path, "path")
     if not folder.is_dir():
         raise ValueError(f"path must be a folder of a transformers model, got {str(path)!r}")
     family = check_config(folder)

@@ -1,0 +1,87 @@
+"""Models by their names: a folder, or an id of the Hugging Face Hub with an optional revision."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ["model_folder"]
+
+#: What a model is loaded from: configurations, tokenizers and safetensors. No pickle and no code.
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w(@[\w./-]+)?", re.ASCII)
+
+
+def model_folder(name: str | Path, flag: str) -> Path:
+    """The folder of a model.
+
+    A folder is taken as it is. An id such as ``owner/model`` or ``owner/model@revision`` is looked up in the
+    Hugging Face cache and, unless ``HF_HUB_OFFLINE`` is set, downloaded into it. Only configurations,
+    tokenizers and safetensors are downloaded.
+
+    Args:
+        name: a folder or an id. What is neither, such as a folder that is missing, is returned as it is.
+        flag: names the argument in errors, for instance ``"--student"``.
+
+    Raises:
+        ValueError: the id has no complete model in the cache, and none can be downloaded. The message is one
+            line that says why and how to download it.
+
+    >>> str(model_folder("runs/toy/with/student", "--student"))
+    'runs/toy/with/student'
+    """
+    if Path(name).exists() or not _ID.fullmatch(str(name)):
+        return Path(name)
+    repository, _, revision = str(name).partition("@")
+    try:
+        return _snapshot(repository, revision or None)
+    except RevisionNotFoundError:
+        reason = f"the Hub has no revision {revision!r} of {repository}"
+    except GatedRepoError:
+        reason = f"{repository} is gated: accept its terms on the Hub and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = f"there is no such folder, and the Hub has no model {repository} that you may read"
+    except LocalEntryNotFoundError:
+        reason = "there is no such folder, and the Hugging Face cache has no complete model of this id"
+        if constants.HF_HUB_OFFLINE:
+            reason += "; HF_HUB_OFFLINE is set"
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"the download failed: {' '.join(str(error).split())}"
+    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    raise ValueError(f"{flag} {name}: {reason}; download it with `{command}`")
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        if _complete(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise LocalEntryNotFoundError(repository)
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+    if not any(folder.rglob("*.safetensors")):
+        raise OSError("it has no safetensors weights")
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    """Whether weights are there, and every file that an index of weights names."""
+    named = [
+        index.parent / shard
+        for index in folder.rglob("*.safetensors.index.json")
+        for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    ]
+    return any(folder.rglob("*.safetensors")) and all(file.is_file() for file in named)

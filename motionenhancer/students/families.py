@@ -1,0 +1,229 @@
+"""The families of students, and which one a model belongs to."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from motionenhancer.data.sample import Sample
+from motionenhancer.data.video import Video
+from motionenhancer.students.family import Grid, Places, StudentFamily
+from motionenhancer.students.locate import unwrap_model
+
+__all__ = ["known_families", "student_family"]
+
+
+def _patches(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+    """Patches merged to tokens; a compression mask, if any, says which tokens were kept."""
+    frames, height, width = made["video_grid_thw"][0].tolist()
+    merge = processor.video_processor.merge_size
+    grid = (frames, height // merge, width // merge)
+    kept = made.get("video_compression_mask")
+    return grid, torch.arange(math.prod(grid)) if kept is None else kept.nonzero()[:, 0]
+
+
+def _squares(before: int = 0, after: int = 0) -> Places:
+    """A square of tokens for each frame, ``before`` tokens ahead of each square, ``after`` at the very end.
+
+    A frame whose edges are cropped has places there all the same, without a token.
+    """
+
+    def places(
+        processor: Any, video: Video, made: Mapping[str, Any], tokens: int
+    ) -> tuple[Grid, torch.Tensor]:
+        frames, part = len(video.frames), processor.video_processor
+        side = math.isqrt((tokens - after) // frames - before)
+        margins = [0, 0]
+        if getattr(part, "do_center_crop", False):
+            edges = video.frames.shape[1:3]
+            scale = part.size["shortest_edge"] / min(edges)
+            crops = (part.crop_size["height"], part.crop_size["width"])
+            lost = [(edge * scale - crop) / (2 * crop) for edge, crop in zip(edges, crops, strict=True)]
+            margins = [max(0, round(share * side)) for share in lost]
+        grid = (frames, side + 2 * margins[0], side + 2 * margins[1])
+        shown = (
+            torch.arange(math.prod(grid)).view(grid).narrow(1, margins[0], side).narrow(2, margins[1], side)
+        )
+        shown = torch.nn.functional.pad(shown.flatten(1), (before, 0), value=-1).flatten()
+        return grid, torch.nn.functional.pad(shown, (0, after), value=-1)
+
+    return places
+
+
+def _pooled(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+    """Gemma 4: patches have positions (x, y), of which ``pooling_kernel_size`` squared make a token."""
+    positions = made["video_position_ids"]
+    width, height = (positions.flatten(0, -2).amax(0) + 1) // processor.video_processor.pooling_kernel_size
+    grid = (len(video.frames), int(height), int(width))
+    return grid, torch.arange(math.prod(grid))
+
+
+def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+    """MiniCPM-V: a frame, or a small frame (whose tokens are not read) and then its slices, larger."""
+    if processor.video_processor.stack_frames > 1:
+        raise ValueError(
+            f"stack_frames must be 1 for videos, got {processor.video_processor.stack_frames}: a picture of "
+            "several frames has no place in time"
+        )
+    merge = math.isqrt(processor.video_token_divisor)
+    rows, columns = made["grids_videos"][0].tolist()
+    sizes = [(h // merge, w // merge) for h, w in made["target_sizes_videos"][:2].tolist()]
+    frames = len(video.frames)
+    if not rows * columns:
+        grid = (frames, *sizes[0])
+        return grid, torch.arange(math.prod(grid))
+    height, width = sizes[1]
+    grid = (frames, rows * height, columns * width)
+    each = torch.arange(math.prod(grid)).view(frames, rows, height, columns, width).transpose(2, 3)
+    each = torch.nn.functional.pad(each.reshape(frames, -1), (math.prod(sizes[0]), 0), value=-1)
+    return grid, each.flatten()
+
+
+def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[str, Any]:
+    """Qwen2.5-VL: the seconds between two token frames, from the frames' own time stamps."""
+    if video is None:
+        return made
+    seconds = processor.video_processor.temporal_patch_size * _interval(video)
+    if seconds != round(seconds) and _truncates_seconds():
+        warnings.warn(
+            "transformers before 5.18 truncates the seconds between token frames to whole numbers; upgrade "
+            "it, or sample frames so that two of them are whole seconds apart",
+            stacklevel=3,
+        )
+    return {**made, "second_per_grid_ts": torch.tensor([seconds], dtype=torch.float32)}
+
+
+def _interval(video: Video) -> float:
+    """Mean seconds between two frames; one second for a single frame, where it does not matter.
+
+    The model rounds times down to its own grid, and a decoded frame is only the nearest to its ideal time:
+    what is within 2 % of a whole number of frames a second, or of seconds a frame, is taken for it.
+    """
+    stamps = video.timestamps
+    if len(stamps) < 2 or stamps[-1] <= stamps[0]:
+        return 1.0
+    seconds = float(stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    whole = round(seconds) if seconds >= 1 else 1 / round(1 / seconds)
+    return float(whole) if abs(seconds - whole) <= 0.02 * seconds else seconds
+
+
+def _truncates_seconds() -> bool:
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) < Version("5.18")
+
+
+def _frames_as_images(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[str, Any]:
+    """InternVL: frames and the tiles of images are one tensor."""
+    return {"pixel_values": made["pixel_values"] if video is None else made["pixel_values_videos"][0]}
+
+
+def _local_id(processor: Any, n: int) -> str:
+    """MiniCPM-V: videos and images are numbered, each kind by itself."""
+    if not processor.default_use_image_id:
+        return ""
+    return f"{processor.image_id_start_token}{n}{processor.image_id_end_token}"
+
+
+def _smolvlm_template(processor: Any, sample: Sample) -> str | None:
+    """The template that SmolVLM's processor takes for a conversation with a video, whatever the folder's."""
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    videos = any(part["type"] == "video" for message in sample.messages for part in message["content"])
+    return DEFAULT_CHAT_TEMPLATE if videos else None
+
+
+_QWEN: dict[str, Any] = {"places": _patches, "token_types": True}
+_GLM: dict[str, Any] = {**_QWEN, "pixels": "clip", "image_frames": 2, "images_with_videos": False}
+
+_FAMILIES = (
+    StudentFamily("qwen2_vl", ("qwen2_vl",), pixels="frame", **_QWEN),
+    StudentFamily("qwen2_5_vl", ("qwen2_5_vl",), pixels="frame", inputs=_seconds, **_QWEN),
+    StudentFamily("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), pixels="clip", **_QWEN),
+    StudentFamily("qwen3_5", ("qwen3_5", "qwen3_5_moe"), pixels="clip", **_QWEN),
+    StudentFamily("glm4v", ("glm4v", "glm4v_moe"), **_GLM),
+    StudentFamily("glm46v", ("glm46v",), **_GLM),
+    StudentFamily("gemma4", ("gemma4",), _pooled, num_frames=32, token_types=True),
+    StudentFamily(
+        "internvl",
+        ("internvl",),
+        _squares(),
+        num_frames=8,
+        image_options={"crop_to_patches": True},
+        inputs=_frames_as_images,
+    ),
+    StudentFamily(
+        "llava_onevision",
+        ("llava_onevision",),
+        _squares(after=1),
+        num_frames=32,
+        equal_frames=True,
+        images_together=True,
+    ),
+    StudentFamily("llava_next_video", ("llava_next_video",), _squares(), num_frames=8, equal_frames=True),
+    StudentFamily("video_llava", ("video_llava",), _squares(before=1), num_frames=8, equal_frames=True),
+    StudentFamily("video_llama_3", ("video_llama_3",), _patches, pixels="most"),
+    StudentFamily(
+        "smolvlm",
+        ("smolvlm",),
+        _squares(),
+        image_options={"return_row_col_info": True},
+        join={"pixel_values": 1, "pixel_attention_mask": 1},
+        template=_smolvlm_template,
+    ),
+    StudentFamily(
+        "minicpmv4_6",
+        ("minicpmv4_6",),
+        _slices,
+        join={"pixel_values": -1, "pixel_values_videos": -1},
+        label=_local_id,
+    ),
+)
+
+_LATENT = "multi-head latent attention (MLA)"
+_INDEXER = "attention to a few keys that an indexer chooses"
+#: Video models of transformers whose attention no family reads, and what it has.
+_UNREAD = {
+    "dots3_note": f"{_LATENT} and {_INDEXER}",
+    "glm5_next": f"{_LATENT} and {_INDEXER}",
+    "hy_v4_vl": f"{_LATENT}, {_INDEXER}, and attention sinks",
+    "kimi_k25": _LATENT,
+    "minimax_m3_vl": _INDEXER,
+    "qwen4_exp": _INDEXER,
+}
+
+
+@functools.cache
+def known_families() -> dict[str, StudentFamily]:
+    """Return every family by ``model_type``."""
+    return {model_type: family for family in _FAMILIES for model_type in family.model_types}
+
+
+def student_family(model_or_config: Any) -> StudentFamily:
+    """Return the family of a model, wrapped or not, of a configuration, or of a ``model_type``.
+
+    Raises:
+        ValueError: no family handles its ``model_type``; the message lists those that are known.
+
+    >>> student_family("qwen2_5_vl").name
+    'qwen2_5_vl'
+    """
+    found: Any = model_or_config
+    if isinstance(found, torch.nn.Module):
+        found = getattr(unwrap_model(found), "config", None)
+    model_type = found if isinstance(found, str) else getattr(found, "model_type", None)
+    families = known_families()
+    if model_type in _UNREAD:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported: its language model has {_UNREAD[model_type]}, "
+            "which is not read"
+        )
+    if model_type not in families:
+        raise ValueError(f"model_type must be one of {sorted(families)}, got {model_type!r}")
+    return families[model_type]

@@ -1,0 +1,254 @@
+"""What a student family is: the processors of transformers share one interface, which does nearly all of it.
+
+A processor says what stands for a video in the text (``replace_video_token``) and makes the model's inputs. A
+family adds which place of the video each of those tokens has, and the few things that differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from motionenhancer.data.sample import Sample
+from motionenhancer.data.video import Video
+from motionenhancer.students.chat import render
+from motionenhancer.students.collate import collate, joined
+from motionenhancer.students.layout import Encoded
+from motionenhancer.students.media import (
+    Medium,
+    assemble,
+    check_media,
+    frame_size,
+    media_order,
+    open_images,
+)
+
+__all__ = ["Grid", "Places", "StudentFamily"]
+
+Grid = tuple[int, int, int]
+Places = Callable[[Any, Video, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
+"""(processor, video, what its video processor made, vision tokens) → grid, and (tokens,) int64: the place of
+each token in raster order t, h, w, or -1 for a token that shows no single place, such as a line break."""
+Inputs = Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]]
+
+_TOWER = re.compile(r"\.(visual|vision_tower|vision_model|video_tower|image_tower)\.")
+_PROJECTOR = re.compile(r"\.(merger|deepstack_merger_list)\.")
+
+
+@dataclass(frozen=True)
+class StudentFamily:
+    """Models whose inputs one kind of processor makes.
+
+    Attributes:
+        name: as in ``student_family(...).name``.
+        model_types: the ``model_type`` of the configurations it handles.
+        places: where a video's tokens lie; see :data:`Places`.
+        num_frames: how many frames of a clip it is shown by default; None where frames a second are given.
+        equal_frames: whether all videos of a batch must have equally many frames.
+        images_with_videos: whether a batch may hold both.
+        pixels: frames that the processor's limits of pixels count together: ``"frame"`` one, ``"clip"`` all,
+            ``"most"`` all in the most and one in the least. None: pixels do not choose the size of a frame.
+        image_frames: how many frames an image counts as in those limits.
+        token_types: whether the model takes ``mm_token_type_ids``.
+        image_options: options that the processor gives its image processor by default.
+        images_together: whether an image is processed differently where a sample has several.
+        join: the dimension along which a vision input of several media is concatenated, where it is not 0.
+        inputs: (processor, video or None, what its part made) → inputs under the names that the model takes.
+        label: (processor, n) → text before the n-th video or image of a sample.
+        template: (processor, sample) → chat template, None for the folder's own.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    places: Places
+    num_frames: int | None = None
+    equal_frames: bool = False
+    images_with_videos: bool = True
+    pixels: str | None = None
+    image_frames: int = 1
+    token_types: bool = False
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    images_together: bool = False
+    join: Mapping[str, int] = field(default_factory=dict)
+    inputs: Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]] = lambda processor, video, made: (
+        made
+    )
+    label: Callable[[Any, int], str] = lambda processor, n: ""
+    template: Callable[[Any, Sample], str | None] = lambda processor, sample: None
+
+    def in_vision_tower(self, parameter: str) -> bool:
+        """Whether the parameter of this name belongs to the vision tower, which learns more slowly.
+
+        What projects its output to the language model does not.
+        """
+        name = f".{parameter}"
+        return bool(_TOWER.search(name)) and not _PROJECTOR.search(name)
+
+    def encode(
+        self,
+        processor: Any,
+        sample: Sample,
+        videos: Sequence[Video],
+        images: Sequence[Any] | None = None,
+        *,
+        max_pixels: int | None = None,
+        max_length: int | None = None,
+    ) -> Encoded:
+        """Render and tokenise one conversation with its decoded videos.
+
+        Args:
+            processor: the folder's.
+            sample: the conversation.
+            videos: one for each that it shows. Their frames keep their own time stamps.
+            images: decoded; None opens the sample's own files.
+            max_pixels: cap on the pixels of a frame as the model sees it, where its size is not fixed.
+            max_length: cuts the text after so many tokens; vision tokens are never cut.
+
+        Raises:
+            ValueError: videos or images do not fit the conversation, a text contains a token that stands for
+                vision, ``max_length`` would cut vision tokens, or the template cannot be followed.
+        """
+        images = open_images(sample) if images is None else list(images)
+        marks = {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
+        check_media(sample, videos, images, sorted(marks))
+        self._check_batch([len(video.frames) for video in videos], len(images))
+        rendered = render(processor, sample, self.template(processor, sample))
+        tokens = {"video": processor.video_token, "image": processor.image_token}
+        shown = {
+            "video": self._videos(processor, sample, videos, max_pixels),
+            "image": self._images(processor, images, max_pixels),
+        }
+        media = [next(shown[kind]) for kind in media_order(rendered.text, tokens)]
+        inputs: dict[str, list[torch.Tensor]] = {}
+        for medium in media:
+            for name, value in medium.inputs.items():
+                inputs.setdefault(name, []).append(value)
+        return assemble(
+            processor,
+            sample,
+            rendered,
+            media,
+            {name: joined(values, self.join.get(name, 0)) for name, values in inputs.items()},
+            token_types=self.token_types,
+            max_length=max_length,
+        )
+
+    def collate(
+        self,
+        samples: Sequence[Encoded],
+        *,
+        pad_token_id: int,
+        padding_side: str = "right",
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, Any]:
+        """Pad and stack samples to a batch of model inputs.
+
+        The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must
+        be taken out before the batch is given to the model; all other keys are model inputs.
+        """
+        videos = [
+            video for sample in samples for video in sample.vision_inputs.get("pixel_values_videos", ())
+        ]
+        images = sum("pixel_values" in sample.vision_inputs for sample in samples)
+        self._check_batch([len(video) for video in videos], images)
+        return collate(
+            samples,
+            pad_token_id=pad_token_id,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            join=self.join,
+        )
+
+    def _check_batch(self, frames: Sequence[int], images: int) -> None:
+        """Refuse videos (their numbers of frames) and images that the model cannot take in one batch."""
+        if self.equal_frames and len(set(frames)) > 1:
+            raise ValueError(
+                f"videos must all have equally many frames, as {self.name} runs them as one tensor; got "
+                f"{sorted(set(frames))}: sample a fixed number of frames"
+            )
+        if not self.images_with_videos and frames and images:
+            raise ValueError(
+                f"a batch must hold videos or images, as {self.name} uses one token for both; got both: "
+                "leave out the samples with images"
+            )
+
+    def _videos(
+        self, processor: Any, sample: Sample, videos: Sequence[Video], max_pixels: int | None
+    ) -> Iterator[Medium]:
+        part = processor.video_processor
+        for n, video in enumerate(videos):
+            video = _at_least(video, getattr(part, "temporal_patch_size", None) or 1)
+            count = len(video.frames)
+            options: dict[str, Any] = {}
+            if self.pixels is not None:
+                counted = {"frame": (1, 1), "clip": (count, count), "most": (1, count)}[self.pixels]
+                options = frame_size(part, max_pixels, sample.videos, counted)
+            made = part(
+                videos=[torch.from_numpy(np.ascontiguousarray(video.frames)).permute(0, 3, 1, 2)],
+                video_metadata=[_metadata(video)],
+                do_sample_frames=False,
+                return_metadata=True,
+                return_tensors="pt",
+                **options,
+            )
+            text = processor.replace_video_token(made, 0, video_token_divisor=_divisor(processor, "video"))
+            yield Medium(
+                "video",
+                processor.video_token,
+                self.label(processor, n) + text,
+                self._inputs(processor, video, made),
+                partial(self.places, processor, video, made),
+            )
+
+    def _images(self, processor: Any, images: Sequence[Any], max_pixels: int | None) -> Iterator[Medium]:
+        part, n = processor.image_processor, 0
+        options = dict(self.image_options)
+        if self.pixels is not None:
+            options |= frame_size(part, max_pixels, frames=(self.image_frames, self.image_frames))
+        for group in [images] if self.images_together else [[image] for image in images]:
+            made = part(images=[list(group)], return_tensors="pt", **options) if group else {}
+            for i in range(len(group)):
+                text = processor.replace_image_token(
+                    made, i, image_token_divisor=_divisor(processor, "image")
+                )
+                inputs = self._inputs(processor, None, made) if i == 0 else {}
+                yield Medium("image", processor.image_token, self.label(processor, n) + text, inputs)
+                n += 1
+
+    def _inputs(self, processor: Any, video: Video | None, made: Any) -> dict[str, torch.Tensor]:
+        unused = {*getattr(processor, "unused_input_names", ()), "video_metadata"}
+        kept = {name: value for name, value in made.items() if name not in unused}
+        return {name: torch.as_tensor(v) for name, v in self.inputs(processor, video, kept).items()}
+
+
+def _metadata(video: Video) -> dict[str, Any]:
+    """The frames' own times: at one frame a second the n-th is at n seconds, n being no whole number."""
+    return {
+        "total_num_frames": len(video.frames),
+        "fps": 1.0,
+        "frames_indices": video.timestamps.tolist(),
+        "duration": video.duration,
+    }
+
+
+def _at_least(video: Video, count: int) -> Video:
+    """A clip of fewer frames than make a token shows its last one again."""
+    missing = count - len(video.frames)
+    if missing <= 0:
+        return video
+    return replace(
+        video,
+        frames=np.concatenate([video.frames, np.repeat(video.frames[-1:], missing, 0)]),
+        timestamps=np.concatenate([video.timestamps, np.repeat(video.timestamps[-1:], missing)]),
+    )
+
+
+def _divisor(processor: Any, kind: str) -> int | None:
+    """Patches a token, of a processor that has to be told its own number."""
+    return getattr(processor, f"{kind}_token_divisor", None)

@@ -1,0 +1,80 @@
+"""What a sample's tokens stand for: characters of its text, and places of its videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+__all__ = ["Encoded", "TokenLayout", "VisionLayout"]
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Where one video's tokens lie among a sample's tokens.
+
+    positions: (F * H * W,) int64 token positions in raster order t, h, w; -1 at a place that has no token.
+    grid: (F, H, W) after spatial and temporal merging.
+    """
+
+    positions: torch.Tensor
+    grid: tuple[int, int, int]
+
+    @property
+    def columns(self) -> slice | torch.Tensor:
+        """A slice where the tokens are contiguous and every place has one, else their positions."""
+        first, count = int(self.positions[0]), len(self.positions)
+        contiguous = first >= 0 and torch.equal(self.positions, torch.arange(first, first + count))
+        return slice(first, first + count) if contiguous else self.positions
+
+    @property
+    def first(self) -> int:
+        """Position of the video's first token: no earlier row can see the video."""
+        return int(self.positions[self.positions >= 0].min())
+
+    def shifted(self, count: int) -> VisionLayout:
+        """The same tokens after ``count`` more tokens."""
+        return replace(self, positions=torch.where(self.positions < 0, -1, self.positions + count))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which characters and which pixels the tokens of a sample stand for.
+
+    text: the conversation as rendered by the chat template, placeholders expanded.
+    offsets: (N, 2) int64 character range of each token in ``text``; empty for a token of no characters.
+    message_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
+    videos: one layout a video, in order of appearance.
+    start: padding tokens before the first token; ``videos`` count from the padded beginning, ``offsets`` do
+        not: token i is at position start + i.
+    """
+
+    text: str
+    offsets: torch.Tensor
+    message_spans: tuple[tuple[tuple[int, int], ...], ...]
+    videos: tuple[VisionLayout, ...] = ()
+    start: int = 0
+
+    def shifted(self, count: int) -> TokenLayout:
+        """The same tokens after ``count`` more padding tokens."""
+        videos = tuple(video.shifted(count) for video in self.videos)
+        return replace(self, videos=videos, start=self.start + count)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as tensors, not padded.
+
+    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers that
+        are to be learnt and the token that ends each.
+    token_inputs: further (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
+    vision_inputs: model inputs whose first dimension counts patches or videos; batches concatenate them.
+    layout: characters and vision tokens.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    layout: TokenLayout
+    token_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)

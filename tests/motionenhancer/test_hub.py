@@ -1,0 +1,146 @@
+"""Models named by a folder or by an id of the Hub, in a cache made by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from motionenhancer import eval as evaluation
+from motionenhancer import hub, train
+from motionenhancer.hub import model_folder
+from motionenhancer.settings import PriorArguments, StudentArguments
+from motionenhancer.students import load_student
+from motionenhancer.teachers import load_teacher, teacher_id
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def put(cache: Path, model: Path, name: str, revision: str = "main") -> Path:
+    """A model as the Hub's clients keep it."""
+    home = cache / ("models--" + name.replace("/", "--"))
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    (home / "refs" / revision).write_text(COMMIT)
+    return Path(shutil.copytree(model, home / "snapshots" / COMMIT))
+
+
+def test_a_folder_is_itself(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    assert model_folder("owner/model", "--student") == Path("owner/model")
+    for name in ("none", "/no/such", "a/b/c", "./a", "../a", "a/"):
+        assert model_folder(name, "--student") == Path(name)
+
+
+def test_ids_of_students_and_teachers(cache: Path, student_dir: Path, teacher_dir: Path) -> None:
+    student = put(cache, student_dir, "owner/student")
+    teacher = put(cache, teacher_dir, "owner/teacher", "v1")
+    for name in ("owner/student", "owner/student@main", f"owner/student@{COMMIT}"):
+        assert model_folder(name, "--student") == student
+    assert load_student("owner/student")[2].name == "qwen2_5_vl"
+    assert StudentArguments(student="owner/student").student == str(student)
+    arguments = PriorArguments(teacher="owner/teacher@v1")
+    assert arguments.teacher == str(teacher)
+    found = load_teacher("owner/teacher@v1", "cpu")
+    # A folder and the id of the same model share their priors.
+    assert found.id == load_teacher(teacher_dir, "cpu").id
+    assert arguments.teacher_id("cpu") == teacher_id(teacher_dir, **arguments.identity("cpu"))
+
+
+def status(run: Any, *flags: str) -> int:
+    """What a command ends with; a parser leaves by an exception."""
+    try:
+        return run(list(flags))
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+@pytest.mark.parametrize("name", ["owner/none", "owner/student@v2"])
+def test_what_is_not_in_the_cache(cache: Path, student_dir: Path, capsys: Any, name: str) -> None:
+    put(cache, student_dir, "owner/student")
+    repository, _, revision = name.partition("@")
+    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    for run in (train.main, evaluation.main):
+        assert status(run, "--student", name) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--student {name}: there is no such folder" in said
+        assert "HF_HUB_OFFLINE is set" in said
+        assert said.endswith(f"download it with `{command}`")
+
+
+def test_incomplete_models_are_not_taken(cache: Path, student_dir: Path) -> None:
+    folder = put(cache, student_dir, "owner/student")
+    weights = folder / "model.safetensors"
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no complete model of this id"):
+        model_folder("owner/student", "--student")
+    shutil.copy(weights, folder / "model-00002.safetensors")
+    assert model_folder("owner/student", "--student") == folder
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no complete model of this id"):
+        model_folder("owner/student", "--student")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RepositoryNotFoundError, "the Hub has no model owner/none that you may read"),
+        (GatedRepoError, "owner/none is gated: accept its terms"),
+        (RevisionNotFoundError, "the Hub has no revision 'v1' of owner/none"),
+        (OSError, "the download failed: no route"),
+    ],
+)
+def test_what_the_hub_refuses(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    original = hub.snapshot_download
+
+    def refused(repository: str, **options: Any) -> str:
+        if options.get("local_files_only"):
+            return original(repository, **options)
+        assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in options["allow_patterns"])
+        failure = error.__new__(error)
+        Exception.__init__(failure, "no route")
+        raise failure
+
+    monkeypatch.setattr(hub, "snapshot_download", refused)
+    with pytest.raises(ValueError, match=says) as caught:
+        model_folder("owner/none@v1", "--teacher")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("download it with `hf download owner/none --revision v1`")
+
+
+def test_a_download_takes_the_place_of_an_incomplete_model(
+    cache: Path, tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    folder = put(cache, student_dir, "owner/student")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    original = hub.snapshot_download
+
+    def downloaded(repository: str, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            shutil.copy(tmp_path / "model.safetensors", folder)
+            return str(folder)
+        return original(repository, **options)
+
+    monkeypatch.setattr(hub, "snapshot_download", downloaded)
+    assert load_student("owner/student")[2].name == "qwen2_5_vl"

@@ -1,0 +1,123 @@
+"""What the tiny students share: sizes of their language models, chat templates, a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from motionenhancer.toy.tokenizers import QWEN_SPECIAL_TOKENS, qwen_tokenizer
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+QWEN2_TEXT = {"model_type": "qwen2", **TEXT}
+#: Two layers of linear attention, two that attend to all tokens.
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def chat_template(image: str, video: str) -> str:
+    """ChatML with the given placeholders where the media are."""
+    return (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{{- " + repr(image) + " -}}"
+        "{%- elif part['type'] == 'video' -%}{{- " + repr(video) + " -}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}"
+        "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+
+
+def thinking_template(image: str, video: str) -> str:
+    """As Qwen3.5's: answers behind the last question begin with their thoughts, earlier ones have none."""
+    answer = (
+        "{%- set thoughts = '' -%}{%- if '</think>' in text -%}"
+        "{%- set thoughts = text.split('</think>')[0].split('<think>')[-1] | trim -%}"
+        "{%- set text = text.split('</think>')[-1] | trim -%}{%- endif -%}"
+        "{%- if loop.index0 > last.question -%}"
+        "{{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' -}}{%- endif -%}"
+    )
+    return (
+        "{%- set last = namespace(question=-1) -%}{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}{%- set last.question = loop.index0 -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- set text -%}{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{{- " + repr(image) + " -}}"
+        "{%- elif part['type'] == 'video' -%}{{- " + repr(video) + " -}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endset -%}"
+        "{%- if message['role'] == 'assistant' -%}"
+        + answer
+        + "{{- text -}}{%- else -%}{{- text -}}{%- endif -%}"
+        "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
+    )
+
+
+def media_first_template() -> str:
+    """As LLaVA-OneVision's: a message's images, its videos, then its texts, each on a line of its own.
+
+    A message begins with a space that the prompt for an answer does not have.
+    """
+    loops = [
+        "{%- for part in message['content'] -%}{%- if part['type'] == '" + kind + "' -%}{{- " + shown
+        + " -}}{%- endif -%}{%- endfor -%}"
+        for kind, shown in (("image", "'<image>'"), ("video", "'<video>'"), ("text", "'\\n' + part['text']"))
+    ]  # fmt: skip
+    return (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + ' ' -}}"
+        + "".join(loops)
+        + "{{- '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+
+
+def tokenizer_with(template: str, **named: str) -> Any:
+    """The toy world's Qwen2 tokenizer with further special tokens, each also an attribute by its name."""
+    from transformers import Qwen2Tokenizer
+
+    model = json.loads(qwen_tokenizer().backend_tokenizer.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in model["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=merges,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=[*QWEN_SPECIAL_TOKENS[1:], *named.values()],
+        model_specific_special_tokens=named,
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def glm_template(image: str, video: str) -> str:
+    """As GLM-4.xV's: nothing but the next role ends an answer."""
+    return (
+        "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}{{- '<|' + message['role'] + '|>\\n' -}}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{{- " + repr(image) + " -}}"
+        "{%- elif part['type'] == 'video' -%}{{- " + repr(video) + " -}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+    )
