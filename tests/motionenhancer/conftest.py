@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from tiny_world import World
 
-from motionenhancer.priors import maker as maker_module
-from motionenhancer.priors.storage import PriorStore
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.world import write_world
 
@@ -73,6 +71,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A teacher in this process that reads files of text; no maker of it may be left open."""
     from maker_support import Fake
 
+    from motionenhancer.priors import maker as maker_module
+
     (tmp_path / "clips").mkdir()
     found = Fake(tmp_path / "clips")
     monkeypatch.setattr(maker_module, "read_frames", found.read_frames)
@@ -88,5 +88,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> PriorStore:
+def store(tmp_path: Path) -> Any:
+    from motionenhancer.priors.storage import PriorStore
+
     return PriorStore(tmp_path / "priors")
