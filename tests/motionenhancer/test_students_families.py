@@ -71,11 +71,12 @@ def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "Left."}]},
     ]
     video = clip(frames, 32, 48, fps=2.0)
+    shown = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
     encoded = family.encode(processor, Sample("s", messages), [video], images)
     own = processor(
         text=[processor.apply_chat_template(messages, tokenize=False)],
         images=images or None,
-        videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        videos=[shown] if family.name != "smolvlm" else [[shown]],
         return_tensors="pt",
         videos_kwargs={
             "do_sample_frames": False,
