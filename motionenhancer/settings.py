@@ -282,7 +282,7 @@ class StudentArguments:
     dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
     video_fps: float | None = setting(None, "Frames a second. Default: 1.")
     num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, else by rate."
+        None, "Frames of a clip, evenly. Default: the family's, such as 8 for InternVL, or by rate."
     )
     max_frames: int = setting(64, "Most frames of one clip by rate.")
     max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.")

@@ -179,10 +179,9 @@ def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
     torch.testing.assert_close(captured.attention, apart, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma4"])
-def test_compiled_students(name: str, tmp_path: Path) -> None:
+def test_compiled_student(tmp_path: Path) -> None:
     """On texts, padded: what is compiled of a vision tower is never captured, and takes minutes."""
-    model, processor, family = tiny_student(name, tmp_path)
+    model, processor, family = tiny_student("qwen3_vl", tmp_path)
     samples = [family.encode(processor, dialogue(*TEXTS[i], videos=0), []) for i in (0, 2)]
     batch = family.collate(samples, pad_token_id=processor.tokenizer.pad_token_id, padding_side="left")
     del batch["layouts"]
