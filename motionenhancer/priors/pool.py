@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,28 @@ class AttentionPool:
     Args:
         layout: where self-attention keeps text and vision.
         heads: heads of the self-attention.
-        tokens: real tokens of the prompt, which come first among the text.
+        tokens: real tokens of the prompt.
         settings: which rows are sampled, and how the steps are weighted.
+        rows: their places among the text; by default they come first.
     """
 
     def __init__(
-        self, layout: VideoTokens, heads: int, tokens: int, settings: PriorSettings, device: torch.device
+        self,
+        layout: VideoTokens,
+        heads: int,
+        tokens: int,
+        settings: PriorSettings,
+        device: torch.device,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self.layout, self.tokens, self.settings = layout, tokens, settings
-        first = layout.text_slice.start
+        self.layout, self.settings = layout, settings
+        self._rows = torch.tensor(range(tokens) if rows is None else rows, dtype=torch.long)
         self._joint = layout.text > 0
-        rows = torch.arange(first, first + (tokens if self._joint else 0))
         self._new_sums = partial(
             MotionStatistics,
             layout,
             heads,
-            text_rows=rows,
+            text_rows=layout.text_slice.start + self._rows if self._joint else self._rows[:0],
             sampled_rows=settings.sampled_rows,
             device=device,
         )
@@ -60,7 +67,7 @@ class AttentionPool:
         self._statistics.update(query, key, lse, fold=fold)
 
     def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
-        rows = torch.arange(self.tokens, device=text.device)[None]
+        rows = self._rows.to(text.device)[None]
         read = attention_rows(text, vision, rows, slice(0, self.layout.vision))[0]
         self._words = read if self._words is None else self._words + read
         self._word_updates += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mekernels import select_heads, select_tokens, token_motion_scores
 from ..flags import MAX_SEED, check_fields, setting
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
 from ..teachers.known import boundary_of, read_folder
+from ..teachers.plan import TeacherPlan
 from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps
 from ..teachers.teacher import Teacher
@@ -116,6 +117,11 @@ class PriorSettings:
     def evaluations(self) -> int:
         """The transformer's evaluations for one prior, counted per batch row."""
         return 1 if self.mode == "renoise" else self.steps * (1 + self.rows())
+
+
+def batch_settings(settings: PriorSettings, plan: TeacherPlan) -> PriorSettings:
+    """Settings as the batch of a teacher sees them: guidance that is an input of the model takes no row."""
+    return replace(settings, guidance_scale=1.0) if plan.embedded_guidance else settings
 
 
 def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
@@ -264,6 +270,7 @@ class Reading:
     prompt: TextEncoding
     teacher: str
     settings: PriorSettings
+    evaluations: int
     seconds: dict[str, float]
 
 
@@ -294,7 +301,11 @@ def read_attention(
         raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
-    pool = AttentionPool(video.tokens, teacher.heads, len(prompt.tokens), settings, teacher.device)
+    # Masked padding takes no part in the attention.
+    attended = video.tokens.text if prompt.attended is None else prompt.attended
+    layout = replace(video.tokens, text=attended)
+    count = len(prompt.tokens)
+    pool = AttentionPool(layout, teacher.heads, count, settings, teacher.device, prompt.rows)
     if full:
         empty = teacher.encode_text("").embeds
         with _timed(seconds, "invert", teacher):
@@ -316,7 +327,8 @@ def read_attention(
     else:
         with _timed(seconds, "renoise", teacher):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
-    return Reading(pool, video, prompt, teacher.id, settings, seconds)
+    evaluations = batch_settings(settings, teacher.plan).evaluations
+    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
 
 
 @torch.no_grad()
@@ -360,7 +372,7 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         frames_used=video.frames_used,
         truncated=prompt.truncated,
         unknown=prompt.unknown,
-        evaluations=reading.settings.evaluations,
+        evaluations=reading.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
 

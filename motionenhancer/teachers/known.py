@@ -70,6 +70,15 @@ _T5 = _fields(
     is_decoder=_OFF,
     chunk_size_feed_forward=(0,),
 )
+#: What transformers' own classes of decoders and of CLIP read.
+_TRANSFORMER = _fields(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act "
+    "max_position_embeddings initializer_range attention_dropout pad_token_id bos_token_id eos_token_id "
+    "tie_word_embeddings architectures model_type dtype torch_dtype transformers_version id2label label2id "
+    "problem_type return_dict output_hidden_states is_encoder_decoder use_cache",
+    chunk_size_feed_forward=(0,),
+)
+_DECODER = _fields("num_key_value_heads head_dim rms_norm_eps attention_bias rope_parameters rope_theta")
 
 #: Class → its fields.
 KNOWN: dict[str, Fields] = {
@@ -96,6 +105,23 @@ KNOWN: dict[str, Fields] = {
         image_dim=(None,),
         added_kv_proj_dim=(None,),
         pos_embed_seq_len=(None,),
+    ),
+    "HunyuanVideoPipeline": _fields(
+        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler"
+    ),
+    "HunyuanVideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim num_layers num_single_layers "
+        "num_refiner_layers mlp_ratio patch_size patch_size_t text_embed_dim pooled_projection_dim "
+        "rope_theta rope_axes_dim",
+        qk_norm=("rms_norm",),
+        guidance_embeds=(True, False),
+        image_condition_type=(None,),
+    ),
+    "AutoencoderKLHunyuanVideo": _fields(
+        "out_channels latent_channels down_block_types up_block_types block_out_channels layers_per_block "
+        "act_fn norm_num_groups scaling_factor spatial_compression_ratio temporal_compression_ratio "
+        "mid_block_add_attention",
+        in_channels=(3,),
     ),
     # invert_scale_latents is for the first frame of image-to-video: no text-to-video pipeline reads it.
     "AutoencoderKLCogVideoX": _fields(
@@ -137,22 +163,39 @@ KNOWN: dict[str, Fields] = {
     },
     "T5EncoderModel": _T5,
     "UMT5EncoderModel": _T5,
+    "LlamaModel": {
+        **_TRANSFORMER,
+        **_DECODER,
+        **_fields("pretraining_tp mlp_bias rope_scaling"),
+    },
+    "CLIPTextModel": {
+        **_TRANSFORMER,
+        **_fields("projection_dim layer_norm_eps initializer_factor dropout"),
+    },
 }
 
 #: `_class_name` in model_index.json → family.
 FAMILIES = {
     "CogVideoXPipeline": "cogvideox",
     "CogVideoXVideoToVideoPipeline": "cogvideox",
+    "HunyuanVideoPipeline": "hunyuan_video",
     "WanPipeline": "wan",
 }
 
 #: Family → part of the pipeline → classes that it may have.
-PARTS = {
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "cogvideox": {
         "transformer": ("CogVideoXTransformer3DModel",),
         "vae": ("AutoencoderKLCogVideoX",),
         "text_encoder": ("T5EncoderModel",),
         "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    },
+    "hunyuan_video": {
+        "transformer": ("HunyuanVideoTransformer3DModel",),
+        "vae": ("AutoencoderKLHunyuanVideo",),
+        "text_encoder": ("LlamaModel",),
+        "text_encoder_2": ("CLIPTextModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
     },
     "wan": {
         "transformer": ("WanTransformer3DModel",),
@@ -203,7 +246,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         named = found["pipeline"].get(part)
         if named is None or list(named) == [None, None]:
             continue
-        library = "transformers" if part == "text_encoder" else "diffusers"
+        library = "transformers" if part.startswith("text_encoder") else "diffusers"
         if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
             raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
         if named[1] not in classes:
@@ -213,7 +256,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
         found[part] = _check_fields(config, named[1], _read_json(config))
     for part in PARTS[family]:
-        if part not in found and not part.startswith("transformer"):
+        if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
     _FIT[family](folder, found)
     return family, found
@@ -268,8 +311,6 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _fits_cogvideox(folder: Path, found: Parts) -> None:
-    if "transformer" not in found:
-        raise ValueError(f"{folder / 'model_index.json'}: names no transformer")
     _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
 
 
@@ -299,11 +340,7 @@ def _fits_wan(folder: Path, found: Parts) -> None:
                     f"{config}: {field} is {other!r}, and {value!r} in transformer; both must have one "
                     "shape, as their heads are pooled"
                 )
-    shift = flow_shift(found["scheduler"])
-    if not _is_number(shift) or not shift > 0:
-        file = folder / "scheduler" / "scheduler_config.json"
-        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
-        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
+    _check_shift(folder, found)
     channels = found["vae"]["z_dim"]
     for field in ("latents_mean", "latents_std"):
         values = found["vae"][field]
@@ -312,6 +349,20 @@ def _fits_wan(folder: Path, found: Parts) -> None:
             raise ValueError(
                 f"{file}: {field} must be {channels} numbers, one for each channel of the latents"
             )
+
+
+def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+    _check_text(folder, found, "pooled_projection_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
+def _check_shift(folder: Path, found: Parts) -> None:
+    shift = flow_shift(found["scheduler"])
+    if not _is_number(shift) or not shift > 0:
+        file = folder / "scheduler" / "scheduler_config.json"
+        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:
@@ -341,9 +392,16 @@ def _check_widths(folder: Path, part: str, found: Parts, channels: int, text: st
                 f"{file}: {field} is {config[field]}, the VAE's latents have {channels} channels: "
                 "only text-to-video models are supported"
             )
-    width = found["text_encoder"].get("d_model")
-    if width != config[text]:
-        raise ValueError(f"{file}: {text} is {config[text]}, but the text encoder's d_model is {width}")
+    _check_text(folder, found, text, "text_encoder", part)
 
 
-_FIT = {"cogvideox": _fits_cogvideox, "wan": _fits_wan}
+def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
+    """A model's width for a text is that of the text encoder's hidden states."""
+    name = "d_model" if "d_model" in found[encoder] else "hidden_size"
+    file, width, given = folder / part / "config.json", found[encoder].get(name), found[part][field]
+    if width != given:
+        who = "the text encoder" if encoder == "text_encoder" else encoder
+        raise ValueError(f"{file}: {field} is {given}, but {who}'s {name} is {width}")
+
+
+_FIT = {"cogvideox": _fits_cogvideox, "hunyuan_video": _fits_hunyuan_video, "wan": _fits_wan}

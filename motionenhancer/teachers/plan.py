@@ -14,9 +14,13 @@ from .frames import nearest_valid_count
 from .known import read_folder
 
 #: Parts of a pipeline that have weights.
-MODELS = ("transformer", "transformer_2", "text_encoder", "vae")
+MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "vae")
 #: Family → its class, in the module of the family's name.
-_CLASSES = {"cogvideox": "CogVideoXTeacher", "wan": "WanTeacher"}
+_CLASSES = {
+    "cogvideox": "CogVideoXTeacher",
+    "hunyuan_video": "HunyuanVideoTeacher",
+    "wan": "WanTeacher",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class TeacherPlan:
         joint: text and vision tokens attend to each other in one sequence.
         heads, layers: of one evaluation: of one expert, where there are two.
         width: of a token's hidden state.
+        text_first: in one sequence, text stands before vision.
+        embedded_guidance: guidance is an input of the model: no empty prompt is evaluated beside the text.
         weights: parameters by part of the pipeline. Only `plan_teacher` counts them.
     """
 
@@ -46,6 +52,8 @@ class TeacherPlan:
     heads: int
     layers: int
     width: int
+    text_first: bool = True
+    embedded_guidance: bool = False
     weights: dict[str, int] = field(default_factory=dict)
 
     @property

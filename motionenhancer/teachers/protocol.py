@@ -42,6 +42,8 @@ class TextEncoding:
         text: the prompt.
         words: indices of the real tokens that are neither a bare space nor an unknown piece.
         truncated: how many real tokens did not fit and were cut off.
+        rows: place of each real token among the text tokens of the attention; None: they come first.
+        attended: text tokens that are attended to, where padding is masked; None: all, padding included.
     """
 
     embeds: torch.Tensor
@@ -50,6 +52,8 @@ class TextEncoding:
     text: str
     words: tuple[int, ...]
     truncated: int = 0
+    rows: tuple[int, ...] | None = None
+    attended: int | None = None
 
     @property
     def unknown(self) -> int:

@@ -1,0 +1,98 @@
+"""The teacher's procedure written out: single evaluations, attention materialised in float64, no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+
+class WholeAttention:
+    """Stands in for diffusers' `dispatch_attention_fn`, and keeps the map of the first sample.
+
+    With two samples the second is the reference: the first attends to its keys too. A mask says which keys a
+    sample has.
+    """
+
+    def __init__(self) -> None:
+        self.maps: list[np.ndarray] = []
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        tokens = query.shape[1]
+        q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
+        seen = torch.ones(len(query), tokens, dtype=torch.bool)
+        if attn_mask is not None:
+            # The row of the first query, a vision token, which sees all that is no padding.
+            seen = attn_mask.bool()[:, 0, 0]
+        outs = []
+        for i in range(len(query)):
+            keys, values, there = [k[i]], [v[i]], [seen[i]]
+            if i == 0 and len(query) == 2:
+                keys, values, there = [*k], [*v], [*seen]
+            scores = q[i] @ torch.cat(keys, 1).transpose(1, 2) / q.shape[-1] ** 0.5
+            weights = scores.masked_fill(~torch.cat(there), -torch.inf).softmax(-1)
+            outs.append(weights @ torch.cat(values, 1))
+            if i == 0:
+                self.maps.append(weights.unflatten(-1, (-1, tokens)).sum(-2).numpy())
+        return torch.stack(outs).transpose(1, 2).to(query.dtype)
+
+
+@torch.no_grad()
+def written_out(
+    evaluate: Callable[..., torch.Tensor],
+    latents: torch.Tensor,
+    sigmas: list[float],
+    texts: tuple[Any, Any],
+    *,
+    guidance: float,
+    memory: bool,
+    embedded: bool = False,
+) -> list[np.ndarray]:
+    """Invert a flow and rebuild it; the maps of the conditional evaluations.
+
+    Args:
+        evaluate: (latents, timestep, text, guidance) of a batch whose samples share text and level.
+        latents: (1, ...) clean.
+        sigmas: of levels 0 to K.
+        texts: the empty one and the prompt.
+        guidance: scale of the reconstruction.
+        memory: with a reference stream.
+        embedded: guidance is an input of the model.
+    """
+    from itertools import pairwise
+
+    from diffusers.models.transformers import (
+        transformer_hunyuan_video,
+        transformer_hunyuan_video15,
+    )
+
+    whole = WholeAttention()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (transformer_hunyuan_video, transformer_hunyuan_video15):
+            patch.setattr(module, "dispatch_attention_fn", whole)
+        trajectory = [latents]
+        for below, sigma in pairwise(sigmas):
+            output = evaluate(trajectory[-1], 1000 * sigma, texts[0], 1.0)
+            trajectory.append(trajectory[-1] + (sigma - below) * output)
+        latents, maps = trajectory[-1], []
+        for level in range(len(sigmas) - 1, 0, -1):
+            batch = torch.cat([latents, trajectory[level]]) if memory else latents
+            scale = guidance if embedded else 1.0
+            whole.maps = []
+            output = evaluate(batch, 1000 * sigmas[level], texts[1], scale)[:1]
+            maps += whole.maps
+            if guidance != 1 and not embedded:
+                empty = evaluate(batch, 1000 * sigmas[level], texts[0], scale)[:1]
+                output = empty + guidance * (output - empty)
+            latents = latents + (sigmas[level - 1] - sigmas[level]) * output
+    return maps
