@@ -7,7 +7,7 @@ models take guidance as an input.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def stack_texts(*texts: torch.Tensor) -> torch.Tensor:
 class HunyuanVideoTeacher(Teacher):
     """A frozen HunyuanVideo text-to-video model."""
 
-    pipeline_class = HunyuanVideoPipeline
+    pipeline_class: ClassVar[Any] = HunyuanVideoPipeline
     processor_class = TextLastProcessor
     blocks = "transformer_blocks single_transformer_blocks"
     attentions = ("attn",)

@@ -117,6 +117,27 @@ KNOWN: dict[str, Fields] = {
         guidance_embeds=(True, False),
         image_condition_type=(None,),
     ),
+    "HunyuanVideo15Pipeline": _fields(
+        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler guider"
+    ),
+    # target_size is that of the clips; nothing reads task_type.
+    "HunyuanVideo15Transformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim num_layers num_refiner_layers "
+        "mlp_ratio patch_size patch_size_t text_embed_dim text_embed_2_dim image_embed_dim rope_theta "
+        "rope_axes_dim target_size task_type",
+        qk_norm=("rms_norm",),
+        use_meanflow=_OFF,
+    ),
+    "AutoencoderKLHunyuanVideo15": _fields(
+        "out_channels latent_channels block_out_channels layers_per_block scaling_factor "
+        "spatial_compression_ratio temporal_compression_ratio downsample_match_channel "
+        "upsample_match_channel",
+        in_channels=(3,),
+    ),
+    # The guidance of a prior is its own.
+    "ClassifierFreeGuidance": _fields(
+        "guidance_scale guidance_rescale use_original_formulation start stop enabled"
+    ),
     "AutoencoderKLHunyuanVideo": _fields(
         "out_channels latent_channels down_block_types up_block_types block_out_channels layers_per_block "
         "act_fn norm_num_groups scaling_factor spatial_compression_ratio temporal_compression_ratio "
@@ -168,6 +189,15 @@ KNOWN: dict[str, Fields] = {
         **_DECODER,
         **_fields("pretraining_tp mlp_bias rope_scaling"),
     },
+    # What is of pictures and clips plays no part: the model is given text alone.
+    "Qwen2_5_VLTextModel": {
+        **_TRANSFORMER,
+        **_DECODER,
+        **_fields(
+            "use_sliding_window sliding_window max_window_layers layer_types rope_scaling image_token_id "
+            "video_token_id vision_start_token_id vision_end_token_id vision_token_id"
+        ),
+    },
     "CLIPTextModel": {
         **_TRANSFORMER,
         **_fields("projection_dim layer_norm_eps initializer_factor dropout"),
@@ -178,6 +208,7 @@ KNOWN: dict[str, Fields] = {
 FAMILIES = {
     "CogVideoXPipeline": "cogvideox",
     "CogVideoXVideoToVideoPipeline": "cogvideox",
+    "HunyuanVideo15Pipeline": "hunyuan_video15",
     "HunyuanVideoPipeline": "hunyuan_video",
     "WanPipeline": "wan",
 }
@@ -196,6 +227,14 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder": ("LlamaModel",),
         "text_encoder_2": ("CLIPTextModel",),
         "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    },
+    "hunyuan_video15": {
+        "transformer": ("HunyuanVideo15Transformer3DModel",),
+        "vae": ("AutoencoderKLHunyuanVideo15",),
+        "text_encoder": ("Qwen2_5_VLTextModel",),
+        "text_encoder_2": ("T5EncoderModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+        "guider": ("ClassifierFreeGuidance",),
     },
     "wan": {
         "transformer": ("WanTransformer3DModel",),
@@ -251,7 +290,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
             raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
         if named[1] not in classes:
             raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
-        config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
         found[part] = _check_fields(config, named[1], _read_json(config))
@@ -357,6 +396,14 @@ def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
     _check_shift(folder, found)
 
 
+def _fits_hunyuan_video15(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # Beside the noisy latents stand those of a picture and a mask, zero without one.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels + 1)
+    _check_text(folder, found, "text_embed_2_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
 def _check_shift(folder: Path, found: Parts) -> None:
     shift = flow_shift(found["scheduler"])
     if not _is_number(shift) or not shift > 0:
@@ -383,14 +430,16 @@ def boundary_of(parts: Parts) -> float | None:
     return math.inf if ratio == 1 and "transformer" not in parts else ratio * FLOW_TIMESTEPS
 
 
-def _check_widths(folder: Path, part: str, found: Parts, channels: int, text: str) -> None:
+def _check_widths(
+    folder: Path, part: str, found: Parts, channels: int, text: str, given: int | None = None
+) -> None:
     """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
     file, config = folder / part / "config.json", found[part]
-    for field in ("in_channels", "out_channels"):
-        if config[field] != channels:
+    for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
+        if config[field] != wanted:
             raise ValueError(
-                f"{file}: {field} is {config[field]}, the VAE's latents have {channels} channels: "
-                "only text-to-video models are supported"
+                f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
+                "channels: only text-to-video models are supported"
             )
     _check_text(folder, found, text, "text_encoder", part)
 
@@ -404,4 +453,9 @@ def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str 
         raise ValueError(f"{file}: {field} is {given}, but {who}'s {name} is {width}")
 
 
-_FIT = {"cogvideox": _fits_cogvideox, "hunyuan_video": _fits_hunyuan_video, "wan": _fits_wan}
+_FIT = {
+    "cogvideox": _fits_cogvideox,
+    "hunyuan_video": _fits_hunyuan_video,
+    "hunyuan_video15": _fits_hunyuan_video15,
+    "wan": _fits_wan,
+}

@@ -19,6 +19,7 @@ MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "vae
 _CLASSES = {
     "cogvideox": "CogVideoXTeacher",
     "hunyuan_video": "HunyuanVideoTeacher",
+    "hunyuan_video15": "HunyuanVideo15Teacher",
     "wan": "WanTeacher",
 }
 

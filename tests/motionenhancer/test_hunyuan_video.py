@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from test_prior import independent_prior
 from tiny_hunyuan import save_hunyuan
 from tiny_wan import edit
-from whole_maps import written_out
+from whole_maps import agrees, written_out
 
 from mekernels import VideoTokens
 from motionenhancer.costs import teacher_cost
-from motionenhancer.priors.prior import MotionPrior, PriorSettings, check_settings, extract_prior
+from motionenhancer.priors.prior import PriorSettings, check_settings, extract_prior
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 from motionenhancer.teachers.text_cache import TextCache, encoder_id
@@ -122,21 +121,6 @@ def test_evaluations_are_those_of_the_model(folder: Path, teacher: Any, clip: np
     assert [b.attn.processor for b in teacher.pipeline.transformer.transformer_blocks] == before
 
 
-def agrees(prior: MotionPrior, maps: list[np.ndarray], rows: tuple[int, ...], vision: int) -> None:
-    """Heads, tokens and rows of a prior are those of the mean of whole maps, text after vision."""
-    mean = sum(maps) / len(maps)
-    order = [*(vision + row for row in rows), *range(vision)]
-    mean = mean[:, order][:, :, order]
-    count = len(rows)
-    metrics, composite, heads, scores, kept, attention = independent_prior(mean, prior.grid, count, count)
-    for name, values in {**metrics, "composite": composite}.items():
-        np.testing.assert_allclose(prior.head_scores[name], values, rtol=5e-3, atol=5e-3, err_msg=name)
-    assert prior.heads == heads.tolist()
-    np.testing.assert_allclose(prior.token_scores, scores, rtol=1e-3)
-    assert prior.kept == kept.tolist()
-    np.testing.assert_allclose(prior.attention.double().numpy(), attention, rtol=2e-3, atol=1e-7)
-
-
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "alone"])
 @pytest.mark.parametrize("embedded", [True, False], ids=["distilled", "plain"])
 def test_priors_are_those_of_maps_written_out(
@@ -169,9 +153,9 @@ def test_priors_are_those_of_maps_written_out(
         embedded=embedded,
     )
     assert len(maps) == 2 * 3
-    rows = teacher.encode_text(TEXT).rows
-    assert rows == (0, 1, 2, 3, 4, 5)
-    agrees(prior, maps, rows, 80)
+    encoding = teacher.encode_text(TEXT)
+    assert encoding.rows == (0, 1, 2, 3, 4, 5)
+    agrees(prior, maps, encoding, 80)
     streams = 2 if memory else 1
     assert prior.evaluations == 2 + 2 * streams * (1 if embedded else 2)
 

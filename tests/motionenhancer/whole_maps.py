@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_prior import half_up, independent_prior
+
+from motionenhancer.priors.prior import MotionPrior
+from motionenhancer.teachers import TextEncoding
 
 
 class WholeAttention:
@@ -96,3 +100,22 @@ def written_out(
                 output = empty + guidance * (output - empty)
             latents = latents + (sigmas[level - 1] - sigmas[level]) * output
     return maps
+
+
+def agrees(prior: MotionPrior, maps: list[np.ndarray], encoding: TextEncoding, vision: int) -> None:
+    """Heads, tokens and rows of a prior are those of the mean of whole maps, text after vision."""
+    rows, words = encoding.rows, np.array(encoding.words)
+    assert rows is not None
+    mean = sum(maps) / len(maps)
+    order = [*(vision + row for row in rows), *range(vision)]
+    mean = mean[:, order][:, :, order]
+    count = len(rows)
+    metrics, composite, heads, scores, _, _ = independent_prior(mean, prior.grid, count, count)
+    for name, values in {**metrics, "composite": composite}.items():
+        np.testing.assert_allclose(prior.head_scores[name], values, rtol=5e-3, atol=5e-3, err_msg=name)
+    assert prior.heads == heads.tolist()
+    np.testing.assert_allclose(prior.token_scores, scores, rtol=1e-3)
+    best = np.argsort(-scores[words], kind="stable")[: half_up(0.5, len(words))]
+    assert prior.kept == np.sort(words[best]).tolist()
+    expected = mean[heads][:, prior.kept, count:].mean(0)
+    np.testing.assert_allclose(prior.attention.double().numpy(), expected, rtol=2e-3, atol=1e-7)
