@@ -308,9 +308,9 @@ def read_attention(
     pool = AttentionPool(layout, teacher.heads, count, settings, teacher.device, prompt.rows)
     if full:
         empty = teacher.encode_text("").embeds
-        with _timed(seconds, "invert", teacher):
+        with _timed(seconds, "invert", teacher), teacher.showing(video):
             trajectory = invert(teacher, video.latents, schedule, empty)
-        with _timed(seconds, "reconstruct", teacher):
+        with _timed(seconds, "reconstruct", teacher), teacher.showing(video):
             reconstruct(
                 teacher,
                 trajectory,
@@ -325,7 +325,7 @@ def read_attention(
                 readers=pool.at_level,
             )
     else:
-        with _timed(seconds, "renoise", teacher):
+        with _timed(seconds, "renoise", teacher), teacher.showing(video):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
     evaluations = batch_settings(settings, teacher.plan).evaluations
     return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)

@@ -84,6 +84,7 @@ _DECODER = _fields("num_key_value_heads head_dim rms_norm_eps attention_bias rop
 KNOWN: dict[str, Fields] = {
     "CogVideoXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
     "CogVideoXVideoToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    "CogVideoXImageToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
     "WanPipeline": _fields(
         "tokenizer text_encoder vae transformer transformer_2 scheduler boundary_ratio",
         expand_timesteps=(True, False, None),
@@ -93,10 +94,9 @@ KNOWN: dict[str, Fields] = {
         "time_embed_dim text_embed_dim num_layers dropout attention_bias sample_width sample_height "
         "sample_frames patch_size patch_size_t temporal_compression_ratio max_text_seq_length activation_fn "
         "timestep_activation_fn norm_elementwise_affine norm_eps spatial_interpolation_scale "
-        "temporal_interpolation_scale patch_bias",
+        "temporal_interpolation_scale patch_bias ofs_embed_dim",
         use_rotary_positional_embeddings=(True, False),
         use_learned_positional_embeddings=(True, False),
-        ofs_embed_dim=(None,),
     ),
     "WanTransformer3DModel": _fields(
         "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim freq_dim "
@@ -144,7 +144,7 @@ KNOWN: dict[str, Fields] = {
         "mid_block_add_attention",
         in_channels=(3,),
     ),
-    # invert_scale_latents is for the first frame of image-to-video: no text-to-video pipeline reads it.
+    # invert_scale_latents is of the first frame of image-to-video.
     "AutoencoderKLCogVideoX": _fields(
         "out_channels down_block_types up_block_types block_out_channels latent_channels layers_per_block "
         "act_fn norm_eps norm_num_groups temporal_compression_ratio sample_height sample_width "
@@ -206,6 +206,7 @@ KNOWN: dict[str, Fields] = {
 
 #: `_class_name` in model_index.json → family.
 FAMILIES = {
+    "CogVideoXImageToVideoPipeline": "cogvideox_image",
     "CogVideoXPipeline": "cogvideox",
     "CogVideoXVideoToVideoPipeline": "cogvideox",
     "HunyuanVideo15Pipeline": "hunyuan_video15",
@@ -248,6 +249,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
+PARTS["cogvideox_image"] = PARTS["cogvideox"]
 
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
@@ -350,6 +352,10 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _fits_cogvideox(folder: Path, found: Parts) -> None:
+    offset = found["transformer"]["ofs_embed_dim"]
+    if offset is not None:
+        file = folder / "transformer" / "config.json"
+        raise ValueError(f"{file}: ofs_embed_dim is {offset!r}; supported is None for text to video")
     _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
 
 
@@ -388,6 +394,12 @@ def _fits_wan(folder: Path, found: Parts) -> None:
             raise ValueError(
                 f"{file}: {field} must be {channels} numbers, one for each channel of the latents"
             )
+
+
+def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # The first frame's latents stand beside the noisy ones.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels)
 
 
 def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
@@ -439,7 +451,7 @@ def _check_widths(
         if config[field] != wanted:
             raise ValueError(
                 f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
-                "channels: only text-to-video models are supported"
+                "channels: only text-to-video models and CogVideoX's image-to-video are supported"
             )
     _check_text(folder, found, text, "text_encoder", part)
 
@@ -455,6 +467,7 @@ def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str 
 
 _FIT = {
     "cogvideox": _fits_cogvideox,
+    "cogvideox_image": _fits_cogvideox_image,
     "hunyuan_video": _fits_hunyuan_video,
     "hunyuan_video15": _fits_hunyuan_video15,
     "wan": _fits_wan,

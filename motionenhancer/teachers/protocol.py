@@ -77,9 +77,11 @@ class VideoLatents:
         tokens: where self-attention keeps text and vision; `text` is 0 where it sees vision only.
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
+        picture: latents of the first frame, for a model that starts from one; see `Teacher.showing`.
     """
 
     latents: torch.Tensor
     tokens: VideoTokens
     frames_given: int
     frames_used: int
+    picture: torch.Tensor | None = None

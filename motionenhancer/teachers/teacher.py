@@ -42,6 +42,7 @@ class Teacher(ABC):
         size: (height, width) in pixels clips are resized to.
         max_frames: most video frames it reads of one clip; longer clips are thinned to it.
         guidance: embedded guidance of its evaluations, where the model has such an input; 1 is none.
+        picture: latents of the first frame of the clip that is shown; see `showing`.
         boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
             transformer serves all noise levels.
     """
@@ -70,6 +71,7 @@ class Teacher(ABC):
         self.boundary = boundary_of(parts)
         self._empty: TextEncoding | None = None
         self.guidance = 1.0
+        self.picture: torch.Tensor | None = None
 
     @staticmethod
     @abstractmethod
@@ -156,6 +158,16 @@ class Teacher(ABC):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def showing(self, video: VideoLatents) -> Iterator[None]:
+        """While open, evaluations are of this clip: an image-to-video model is given its first frame."""
+        before = self.picture
+        self.picture = video.picture
+        try:
+            yield
+        finally:
+            self.picture = before
 
     @contextmanager
     def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from tiny_hunyuan import save_hunyuan
 from tiny_wan import edit
-from whole_maps import agrees, written_out
+from whole_maps import agrees, flow, written_out
 
 from mekernels import VideoTokens
 from motionenhancer.costs import teacher_cost
@@ -142,11 +142,10 @@ def test_priors_are_those_of_maps_written_out(
         )[0]
 
     texts = (inputs(teacher, ""), inputs(teacher, TEXT))
-    sigmas = [7 * s / (1 + 6 * s) for s in (0, 0.5, 1)]
     maps = written_out(
         evaluate,
         teacher.encode_video(clip).latents,
-        sigmas,
+        flow([7 * s / (1 + 6 * s) for s in (0, 0.5, 1)]),
         texts,
         guidance=4.0,
         memory=memory,

@@ -13,7 +13,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from tiny_hunyuan import save_hunyuan15
 from tiny_wan import edit
-from whole_maps import agrees, written_out
+from whole_maps import agrees, flow, written_out
 
 from mekernels import VideoTokens
 from motionenhancer.priors.prior import PriorSettings, check_settings, extract_prior
@@ -134,7 +134,7 @@ def test_priors_are_those_of_maps_written_out(
     maps = written_out(
         evaluations(plain),
         teacher.encode_video(clip).latents,
-        [5 * s / (1 + 4 * s) for s in (0, 0.5, 1)],
+        flow([5 * s / (1 + 4 * s) for s in (0, 0.5, 1)]),
         (inputs(teacher, ""), inputs(teacher, text)),
         guidance=4.0,
         memory=memory,

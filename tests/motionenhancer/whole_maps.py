@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers import transformer_hunyuan_video, transformer_hunyuan_video15
 from test_prior import half_up, independent_prior
 
 from motionenhancer.priors.prior import MotionPrior
 from motionenhancer.teachers import TextEncoding
+
+Step = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
 class WholeAttention:
@@ -50,64 +53,82 @@ class WholeAttention:
                 self.maps.append(weights.unflatten(-1, (-1, tokens)).sum(-2).numpy())
         return torch.stack(outs).transpose(1, 2).to(query.dtype)
 
+    def of_heads_first(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> Any:
+        """As torch's own function lays its tensors out."""
+        return self(*(x.transpose(1, 2) for x in (query, key, value)), **options).transpose(1, 2)
+
+
+def flow(sigmas: list[float]) -> tuple[list[float], Step]:
+    """Timesteps of levels 1 to K of a flow, and Euler's step between levels."""
+
+    def step(latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        return latents + (sigmas[target] - sigmas[source]) * output
+
+    return [1000 * sigma for sigma in sigmas[1:]], step
+
 
 @torch.no_grad()
 def written_out(
     evaluate: Callable[..., torch.Tensor],
     latents: torch.Tensor,
-    sigmas: list[float],
+    schedule: tuple[list[float], Step],
     texts: tuple[Any, Any],
     *,
     guidance: float,
     memory: bool,
     embedded: bool = False,
+    sdpa: bool = False,
 ) -> list[np.ndarray]:
-    """Invert a flow and rebuild it; the maps of the conditional evaluations.
+    """Invert a clip and rebuild it; the maps of the conditional evaluations.
 
     Args:
         evaluate: (latents, timestep, text, guidance) of a batch whose samples share text and level.
         latents: (1, ...) clean.
-        sigmas: of levels 0 to K.
+        schedule: timesteps of levels 1 to K, and the step between levels.
         texts: the empty one and the prompt.
         guidance: scale of the reconstruction.
         memory: with a reference stream.
         embedded: guidance is an input of the model.
+        sdpa: the model calls torch's attention itself, not diffusers' choice of one.
     """
-    from itertools import pairwise
-
-    from diffusers.models.transformers import (
-        transformer_hunyuan_video,
-        transformer_hunyuan_video15,
-    )
-
-    whole = WholeAttention()
+    whole, (timesteps, step) = WholeAttention(), schedule
+    steps = len(timesteps)
     with pytest.MonkeyPatch.context() as patch:
+        if sdpa:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", whole.of_heads_first)
         for module in (transformer_hunyuan_video, transformer_hunyuan_video15):
             patch.setattr(module, "dispatch_attention_fn", whole)
         trajectory = [latents]
-        for below, sigma in pairwise(sigmas):
-            output = evaluate(trajectory[-1], 1000 * sigma, texts[0], 1.0)
-            trajectory.append(trajectory[-1] + (sigma - below) * output)
+        for level in range(steps):
+            output = evaluate(trajectory[-1], timesteps[level], texts[0], 1.0)
+            trajectory.append(step(trajectory[-1], output, level, level + 1))
         latents, maps = trajectory[-1], []
-        for level in range(len(sigmas) - 1, 0, -1):
+        for level in range(steps, 0, -1):
             batch = torch.cat([latents, trajectory[level]]) if memory else latents
             scale = guidance if embedded else 1.0
             whole.maps = []
-            output = evaluate(batch, 1000 * sigmas[level], texts[1], scale)[:1]
+            output = evaluate(batch, timesteps[level - 1], texts[1], scale)[:1]
             maps += whole.maps
             if guidance != 1 and not embedded:
-                empty = evaluate(batch, 1000 * sigmas[level], texts[0], scale)[:1]
+                empty = evaluate(batch, timesteps[level - 1], texts[0], scale)[:1]
                 output = empty + guidance * (output - empty)
-            latents = latents + (sigmas[level - 1] - sigmas[level]) * output
+            latents = step(latents, output, level, level - 1)
     return maps
 
 
-def agrees(prior: MotionPrior, maps: list[np.ndarray], encoding: TextEncoding, vision: int) -> None:
-    """Heads, tokens and rows of a prior are those of the mean of whole maps, text after vision."""
-    rows, words = encoding.rows, np.array(encoding.words)
-    assert rows is not None
+def agrees(
+    prior: MotionPrior, maps: list[np.ndarray], encoding: TextEncoding, vision: int, *, text_first: int = 0
+) -> None:
+    """Heads, tokens and rows of a prior are those of the mean of whole maps.
+
+    Text stands after `vision` tokens of vision, or, `text_first` tokens with padding, before them.
+    """
+    rows, words = encoding.rows or tuple(range(len(encoding.tokens))), np.array(encoding.words)
     mean = sum(maps) / len(maps)
-    order = [*(vision + row for row in rows), *range(vision)]
+    start = 0 if text_first else vision
+    order = [*(start + row for row in rows), *range(text_first, text_first + vision)]
     mean = mean[:, order][:, :, order]
     count = len(rows)
     metrics, composite, heads, scores, _, _ = independent_prior(mean, prior.grid, count, count)
