@@ -124,7 +124,7 @@ def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int
         "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.
     """
     video, embeds = teacher.encode_video(frames), teacher.encode_text(text).embeds
-    whole = teacher.schedule(steps)
+    whole = teacher.schedule(steps, video.tokens.vision)
     cut = 0.6 * (whole.timesteps[-1] + 1)
     with teacher.showing(video):
         errors = {"whole_schedule": roundtrip_error(teacher, video.latents, whole, embeds)}

@@ -292,11 +292,12 @@ def read_attention(
         raise PriorError("text is empty")
     check_guidance(settings, teacher.boundary)
     full = settings.mode == "reconstruct"
-    schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
         video = frames if isinstance(frames, VideoLatents) else teacher.encode_video(frames)
         prompt = teacher.encode_text(text)
+    vision = video.tokens.vision
+    schedule = teacher.schedule(settings.steps, vision) if full else teacher.level(settings.noise_level)
     if not prompt.words:
         raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
     if not torch.isfinite(video.latents).all():

@@ -86,6 +86,19 @@ class ReadingProcessor:
         """See `attend`."""
         return attend(query, key, value, self.reader, memory=self.memory, row=self.row)
 
+    def attend_text(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of vision tokens to a text; `mask` is added to the scores."""
+        if self.reader is not None:
+            one = slice(self.row, self.row + 1)
+            self.reader.cross_attention(key[one], query[one])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
     def attend_valid(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:

@@ -87,7 +87,7 @@ class CogVideoXTeacher(Teacher):
         encoder = self.pipeline.text_encoder
         return encoder(encoded["input_ids"].to(encoder.device))[0]
 
-    def schedule(self, steps: int) -> DiffusionSchedule:
+    def schedule(self, steps: int, vision: int | None = None) -> DiffusionSchedule:
         return make_schedule(self.pipeline.scheduler, steps)
 
     def level(self, timestep: int) -> DiffusionSchedule:

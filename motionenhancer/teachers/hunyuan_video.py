@@ -130,7 +130,7 @@ class HunyuanVideoTeacher(Teacher):
         ids, mask = (encoded[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
         return encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
 
-    def schedule(self, steps: int) -> FlowSchedule:
+    def schedule(self, steps: int, vision: int | None = None) -> FlowSchedule:
         return flow_schedule(steps, flow_shift(self.pipeline.scheduler.config))
 
     def level(self, timestep: int) -> FlowSchedule:

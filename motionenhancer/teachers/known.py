@@ -48,6 +48,12 @@ _FLOW = _fields(
     use_beta_sigmas=_OFF,
     shift_terminal=(None,),
 )
+#: What shifts the levels by the clip, of a family that reads it.
+_DYNAMIC = {
+    **_fields("shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal"),
+    "use_dynamic_shifting": (True, False),
+    "time_shift_type": ("exponential",),
+}
 _FLOW_MULTISTEP = {
     **_FLOW,
     **_fields(
@@ -105,6 +111,22 @@ KNOWN: dict[str, Fields] = {
         image_dim=(None,),
         added_kv_proj_dim=(None,),
         pos_embed_seq_len=(None,),
+    ),
+    "LTXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    "LTXVideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim num_layers "
+        "activation_fn norm_elementwise_affine norm_eps caption_channels attention_bias attention_out_bias",
+        patch_size=(1,),
+        patch_size_t=(1,),
+        qk_norm=("rms_norm_across_heads",),
+    ),
+    "AutoencoderKLLTXVideo": _fields(
+        "out_channels latent_channels block_out_channels down_block_types decoder_block_out_channels "
+        "layers_per_block decoder_layers_per_block spatio_temporal_scaling decoder_spatio_temporal_scaling "
+        "decoder_inject_noise downsample_type upsample_residual upsample_factor timestep_conditioning "
+        "patch_size patch_size_t resnet_norm_eps scaling_factor encoder_causal decoder_causal "
+        "spatial_compression_ratio temporal_compression_ratio",
+        in_channels=(3,),
     ),
     "HunyuanVideoPipeline": _fields(
         "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler"
@@ -211,6 +233,7 @@ FAMILIES = {
     "CogVideoXVideoToVideoPipeline": "cogvideox",
     "HunyuanVideo15Pipeline": "hunyuan_video15",
     "HunyuanVideoPipeline": "hunyuan_video",
+    "LTXPipeline": "ltx",
     "WanPipeline": "wan",
 }
 
@@ -237,6 +260,12 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "scheduler": ("FlowMatchEulerDiscreteScheduler",),
         "guider": ("ClassifierFreeGuidance",),
     },
+    "ltx": {
+        "transformer": ("LTXVideoTransformer3DModel",),
+        "vae": ("AutoencoderKLLTXVideo",),
+        "text_encoder": ("T5EncoderModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    },
     "wan": {
         "transformer": ("WanTransformer3DModel",),
         "transformer_2": ("WanTransformer3DModel",),
@@ -250,6 +279,11 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 PARTS["cogvideox_image"] = PARTS["cogvideox"]
+#: Family and part → fields that this family understands beside, or otherwise than, its class's own.
+_MORE: dict[tuple[str, str], Fields] = {
+    ("cogvideox", "transformer"): {"ofs_embed_dim": (None,)},
+    ("ltx", "scheduler"): _DYNAMIC,
+}
 
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
@@ -295,7 +329,8 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
-        found[part] = _check_fields(config, named[1], _read_json(config))
+        more = _MORE.get((family, part), {})
+        found[part] = _check_fields(config, named[1], _read_json(config), more)
     for part in PARTS[family]:
         if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
@@ -313,9 +348,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return given
 
 
-def _check_fields(file: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(
+    file: Path, name: str, given: Mapping[str, Any], more: Fields | None = None
+) -> dict[str, Any]:
     """The fields of a configuration of class `name`, with its defaults; raise where one is not understood."""
-    known, defaults = KNOWN[name], _defaults(name)
+    known, defaults = {**KNOWN[name], **(more or {})}, _defaults(name)
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
         accepted = known.get(field, (defaults.get(field),))
@@ -352,10 +389,6 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _fits_cogvideox(folder: Path, found: Parts) -> None:
-    offset = found["transformer"]["ofs_embed_dim"]
-    if offset is not None:
-        file = folder / "transformer" / "config.json"
-        raise ValueError(f"{file}: ofs_embed_dim is {offset!r}; supported is None for text to video")
     _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
 
 
@@ -400,6 +433,19 @@ def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
     channels = found["vae"]["latent_channels"]
     # The first frame's latents stand beside the noisy ones.
     _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels)
+
+
+def _fits_ltx(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "caption_channels")
+    _check_shift(folder, found)
+    file, scheduler = folder / "scheduler" / "scheduler_config.json", found["scheduler"]
+    terminal = scheduler["shift_terminal"]
+    if terminal is not None and not (_is_number(terminal) and 0 <= terminal < 1):
+        raise ValueError(f"{file}: shift_terminal is {terminal!r}; it must be a number from 0 to below 1")
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    for name in names if scheduler["use_dynamic_shifting"] else ():
+        if not _is_number(scheduler[name]):
+            raise ValueError(f"{file}: {name} is {scheduler[name]!r}; it must be a number")
 
 
 def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
@@ -470,5 +516,6 @@ _FIT = {
     "cogvideox_image": _fits_cogvideox_image,
     "hunyuan_video": _fits_hunyuan_video,
     "hunyuan_video15": _fits_hunyuan_video15,
+    "ltx": _fits_ltx,
     "wan": _fits_wan,
 }

@@ -21,6 +21,7 @@ _CLASSES = {
     "cogvideox_image": "CogVideoXImageTeacher",
     "hunyuan_video": "HunyuanVideoTeacher",
     "hunyuan_video15": "HunyuanVideo15Teacher",
+    "ltx": "LTXTeacher",
     "wan": "WanTeacher",
 }
 

@@ -92,8 +92,11 @@ class Teacher(ABC):
         return replace(tokens, embeds=self.embed(encoded))
 
     @abstractmethod
-    def schedule(self, steps: int) -> Schedule:
-        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels."""
+    def schedule(self, steps: int, vision: int | None = None) -> Schedule:
+        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels.
+
+        Some flows shift them by the clip's number of vision tokens; None is that of the longest clip.
+        """
 
     @abstractmethod
     def level(self, timestep: int) -> Schedule:

@@ -123,7 +123,7 @@ def test_priors_are_those_of_maps_written_out(
         for text in ("", TEXT)
     ]
     with torch.no_grad():
-        maps = written_out(
+        whole = written_out(
             evaluate,
             video.latents,
             ([499, 999], step),
@@ -132,9 +132,9 @@ def test_priors_are_those_of_maps_written_out(
             memory=memory,
             sdpa=True,
         )
-    assert len(maps) == 2 * 2
+    assert len(whole.maps) == 2 * 2
     vision = grid[0] * grid[1] * grid[2]
-    agrees(prior, maps, teacher.encode_text(TEXT), vision, text_first=16)
+    agrees(prior, whole, teacher.encode_text(TEXT), vision, text_first=16)
 
 
 def test_the_first_frame_counts(folders: dict[bool, Path], clip: np.ndarray) -> None:

@@ -142,7 +142,7 @@ def test_priors_are_those_of_maps_written_out(
         )[0]
 
     texts = (inputs(teacher, ""), inputs(teacher, TEXT))
-    maps = written_out(
+    whole = written_out(
         evaluate,
         teacher.encode_video(clip).latents,
         flow([7 * s / (1 + 6 * s) for s in (0, 0.5, 1)]),
@@ -151,10 +151,10 @@ def test_priors_are_those_of_maps_written_out(
         memory=memory,
         embedded=embedded,
     )
-    assert len(maps) == 2 * 3
+    assert len(whole.maps) == 2 * 3
     encoding = teacher.encode_text(TEXT)
     assert encoding.rows == (0, 1, 2, 3, 4, 5)
-    agrees(prior, maps, encoding, 80)
+    agrees(prior, whole, encoding, 80)
     streams = 2 if memory else 1
     assert prior.evaluations == 2 + 2 * streams * (1 if embedded else 2)
 

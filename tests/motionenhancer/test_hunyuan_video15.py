@@ -131,7 +131,7 @@ def test_priors_are_those_of_maps_written_out(
 ) -> None:
     options = {"guidance_scale": 4.0, "memory": memory, "sampled_rows": "all"}
     prior = extract_prior(teacher, clip, text, steps=2, **options)
-    maps = written_out(
+    whole = written_out(
         evaluations(plain),
         teacher.encode_video(clip).latents,
         flow([5 * s / (1 + 4 * s) for s in (0, 0.5, 1)]),
@@ -139,11 +139,11 @@ def test_priors_are_those_of_maps_written_out(
         guidance=4.0,
         memory=memory,
     )
-    assert len(maps) == 2 * 2
+    assert len(whole.maps) == 2 * 2
     encoding = teacher.encode_text(text)
     # The letters of what is quoted stand before the text.
     assert (encoding.rows[0] > 0) == (text == QUOTED)
-    agrees(prior, maps, encoding, 80)
+    agrees(prior, whole, encoding, 80)
     assert prior.evaluations == 2 + 2 * 2 * (2 if memory else 1)
 
 

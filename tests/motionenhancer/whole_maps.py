@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.transformers import transformer_hunyuan_video, transformer_hunyuan_video15
+from diffusers.models.transformers import (
+    transformer_hunyuan_video,
+    transformer_hunyuan_video15,
+    transformer_ltx,
+)
 from test_prior import half_up, independent_prior
 
 from motionenhancer.priors.prior import MotionPrior
@@ -18,7 +22,10 @@ Step = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
 class WholeAttention:
-    """Stands in for diffusers' `dispatch_attention_fn`, and keeps the map of the first sample.
+    """Stands in for diffusers' `dispatch_attention_fn`, and keeps the maps of the first sample.
+
+    `maps` are of self-attention, (heads, tokens, tokens). `words` are of attention to a text, the other way
+    round: (heads, text, vision), the softmax over vision of each text token's scores.
 
     With two samples the second is the reference: the first attends to its keys too. A mask says which keys a
     sample has.
@@ -26,6 +33,7 @@ class WholeAttention:
 
     def __init__(self) -> None:
         self.maps: list[np.ndarray] = []
+        self.words: list[np.ndarray] = []
 
     def __call__(
         self,
@@ -37,6 +45,12 @@ class WholeAttention:
     ) -> torch.Tensor:
         tokens = query.shape[1]
         q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
+        if key.shape[1] != tokens:
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+            self.words.append(scores[0].transpose(1, 2).softmax(-1).numpy())
+            return (
+                ((scores + (0 if attn_mask is None else attn_mask)).softmax(-1) @ v).transpose(1, 2).to(query)
+            )
         seen = torch.ones(len(query), tokens, dtype=torch.bool)
         if attn_mask is not None:
             # The row of the first query, a vision token, which sees all that is no padding.
@@ -80,8 +94,8 @@ def written_out(
     memory: bool,
     embedded: bool = False,
     sdpa: bool = False,
-) -> list[np.ndarray]:
-    """Invert a clip and rebuild it; the maps of the conditional evaluations.
+) -> WholeAttention:
+    """Invert a clip and rebuild it; the attention of the conditional evaluations.
 
     Args:
         evaluate: (latents, timestep, text, guidance) of a batch whose samples share text and level.
@@ -98,35 +112,45 @@ def written_out(
     with pytest.MonkeyPatch.context() as patch:
         if sdpa:
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", whole.of_heads_first)
-        for module in (transformer_hunyuan_video, transformer_hunyuan_video15):
+        for module in (transformer_hunyuan_video, transformer_hunyuan_video15, transformer_ltx):
             patch.setattr(module, "dispatch_attention_fn", whole)
         trajectory = [latents]
         for level in range(steps):
             output = evaluate(trajectory[-1], timesteps[level], texts[0], 1.0)
             trajectory.append(step(trajectory[-1], output, level, level + 1))
-        latents, maps = trajectory[-1], []
+        latents, maps, words = trajectory[-1], [], []
         for level in range(steps, 0, -1):
             batch = torch.cat([latents, trajectory[level]]) if memory else latents
             scale = guidance if embedded else 1.0
-            whole.maps = []
+            whole.maps, whole.words = [], []
             output = evaluate(batch, timesteps[level - 1], texts[1], scale)[:1]
             maps += whole.maps
+            words += whole.words
             if guidance != 1 and not embedded:
                 empty = evaluate(batch, timesteps[level - 1], texts[0], scale)[:1]
                 output = empty + guidance * (output - empty)
             latents = step(latents, output, level, level - 1)
-    return maps
+    whole.maps, whole.words = maps, words
+    return whole
 
 
 def agrees(
-    prior: MotionPrior, maps: list[np.ndarray], encoding: TextEncoding, vision: int, *, text_first: int = 0
+    prior: MotionPrior, whole: WholeAttention, encoding: TextEncoding, vision: int, *, text_first: int = 0
 ) -> None:
     """Heads, tokens and rows of a prior are those of the mean of whole maps.
 
-    Text stands after `vision` tokens of vision, or, `text_first` tokens with padding, before them.
+    Text stands after `vision` tokens of vision, or, `text_first` tokens with padding, before them; or apart,
+    in a cross-attention.
     """
     rows, words = encoding.rows or tuple(range(len(encoding.tokens))), np.array(encoding.words)
-    mean = sum(maps) / len(maps)
+    mean = sum(whole.maps) / len(whole.maps)
+    if whole.words:
+        # Each head of the self-attention has all heads of the cross-attention for its text.
+        text = (sum(whole.words) / len(whole.words)).mean(0)[list(rows)]
+        above = np.concatenate([np.zeros((len(rows), len(rows))), text], axis=1)
+        below = np.concatenate([np.zeros((len(mean), vision, len(rows))), mean], axis=2)
+        mean = np.concatenate([np.broadcast_to(above, (len(mean), *above.shape)), below], axis=1)
+        rows, text_first = tuple(range(len(rows))), len(rows)
     start = 0 if text_first else vision
     order = [*(start + row for row in rows), *range(text_first, text_first + vision)]
     mean = mean[:, order][:, :, order]
