@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from .priors.prior import PriorSettings, batch_settings
-from .teachers.plan import TeacherPlan, plan_teacher
+from .teachers.plan import TEXT_MODELS, TeacherPlan, plan_teacher
 
 BEFORE = "before the first step"
 
@@ -115,7 +115,7 @@ def teacher_cost(
     plan = plan_teacher(teacher, size=size, frames=frames)
     weights, host = {part: count * dtype.itemsize for part, count in plan.weights.items()}, 0
     if text_encoder != "device":
-        encoder = sum(weights.pop(part) for part in list(weights) if part.startswith("text_encoder"))
+        encoder = sum(weights.pop(part) for part in list(weights) if part in TEXT_MODELS)
         host = encoder if text_encoder == "host" else 0
     sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
     rows = plan.text_length if words is None else words

@@ -11,7 +11,7 @@ from .folder import blocks, load_pipeline
 from .identity import teacher_id
 from .inversion import invert, reconstruct, renoise, roundtrip_error
 from .known import read_folder
-from .plan import MODELS, teacher_class
+from .plan import MODELS, TEXT_MODELS, teacher_class
 from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
 from .teacher import Teacher
@@ -82,7 +82,8 @@ def load_teacher(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or teacher_dtype(where)
     unused = {name for name in MODELS if name in parts["pipeline"] and name not in parts}
-    encoders = {name for name in parts if name.startswith("text_encoder")}
+    unused |= cls.unused & set(parts["pipeline"])
+    encoders = set(TEXT_MODELS) & set(parts)
     pipeline = load_pipeline(
         cls.pipeline_class,
         Path(path),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .plan import MODELS
+from .plan import MODELS, TEXT_MODELS
 from .protocol import TextEncoding
 from .whole import whole_weights
 
@@ -30,7 +30,7 @@ def blocks(pipeline: Any, names: str) -> Iterator[Any]:
 
 def text_encoders(pipeline: Any) -> list[str]:
     """Names of the text encoders that a pipeline may have."""
-    return [name for name in pipeline.components if name.startswith("text_encoder")]
+    return [name for name in TEXT_MODELS if name in pipeline.components]
 
 
 def load_pipeline(
@@ -65,6 +65,7 @@ def tokenize(
     template: tuple[str, str] = ("", ""),
     crop: int = 0,
     add_special_tokens: bool = True,
+    padding_side: str | None = None,
 ) -> tuple[Any, TextEncoding]:
     """A prompt padded on the right → the tokenizer's tensors and the encoding, its `embeds` still empty.
 
@@ -75,6 +76,7 @@ def tokenize(
         template: what the model reads before and after the prompt.
         crop: tokens at the start that the model does not keep; they belong to the template.
         add_special_tokens: let the tokenizer add those of its own.
+        padding_side: "right" for a tokenizer that pads on the left, and a model that moves tokens first.
 
     Raises:
         ValueError: the tokenizer pads on the left, or the prompt starts before `crop`.
@@ -85,6 +87,7 @@ def tokenize(
         whole,
         padding="max_length",
         max_length=crop + length,
+        padding_side=padding_side,
         truncation=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
@@ -105,7 +108,7 @@ def tokenize(
     else:
         full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     positions = (real.nonzero()[:, 0] - crop).tolist()
-    if not mask[: int(mask.sum())].all() or (not before and positions != list(range(len(positions)))):
+    if not mask[: int(mask.sum())].all():
         raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
     if positions and positions[0] < 0:
         raise ValueError(
@@ -126,9 +129,8 @@ def tokenize(
         for i, (piece, token, span) in enumerate(zip(pieces, tokens, spans, strict=True))
         if piece not in special and token.replace("▁", " ").strip() and text[slice(*span)].strip()
     )
-    rows = tuple(positions) if before or after else None
     truncated = max(0, full - len(spans))
-    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, words, truncated, rows)
+    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, words, truncated, tuple(positions))
 
 
 @functools.lru_cache(maxsize=4)

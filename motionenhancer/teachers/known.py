@@ -113,6 +113,45 @@ KNOWN: dict[str, Fields] = {
         pos_embed_seq_len=(None,),
     ),
     "LTXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    # What is of sound, of prompts that are rewritten and of a clip's length plays no part in a prior.
+    "LTX2Pipeline": _fields(
+        "tokenizer text_encoder connectors vae transformer scheduler audio_vae vocoder processor "
+        "prompt_enhancer duration_head"
+    ),
+    "LTX2VideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim "
+        "vae_scale_factors pos_embed_max_pos base_height base_width gated_attn cross_attn_mod "
+        "audio_in_channels audio_out_channels audio_patch_size audio_patch_size_t audio_num_attention_heads "
+        "audio_attention_head_dim audio_cross_attention_dim audio_scale_factor audio_pos_embed_max_pos "
+        "audio_sampling_rate audio_hop_length audio_gated_attn audio_cross_attn_mod num_layers "
+        "activation_fn norm_elementwise_affine norm_eps caption_channels attention_bias "
+        "attention_out_bias rope_theta rope_double_precision causal_offset timestep_scale_multiplier "
+        "cross_attn_timestep_scale_multiplier use_prompt_embeddings perturbed_attn ff_bias audio_ff_bias "
+        "use_prompt_adaln_single",
+        patch_size=(1,),
+        patch_size_t=(1,),
+        qk_norm=("rms_norm_across_heads",),
+        rope_type=("interleaved", "split"),
+        use_keyframes_abs_pos_embedding=_OFF,
+    ),
+    "LTX2TextConnectors": _fields(
+        "caption_channels text_proj_in_factor video_connector_num_attention_heads "
+        "video_connector_attention_head_dim video_connector_num_layers "
+        "video_connector_num_learnable_registers video_gated_attn audio_connector_num_attention_heads "
+        "audio_connector_attention_head_dim audio_connector_num_layers "
+        "audio_connector_num_learnable_registers audio_gated_attn connector_rope_base_seq_len rope_theta "
+        "rope_double_precision causal_temporal_positioning rope_type per_modality_projections "
+        "video_hidden_dim audio_hidden_dim proj_bias"
+    ),
+    "AutoencoderKLLTX2Video": _fields(
+        "out_channels latent_channels block_out_channels down_block_types decoder_block_out_channels "
+        "layers_per_block decoder_layers_per_block spatio_temporal_scaling decoder_spatio_temporal_scaling "
+        "decoder_inject_noise downsample_type upsample_type upsample_residual upsample_factor "
+        "timestep_conditioning patch_size patch_size_t resnet_norm_eps scaling_factor encoder_causal "
+        "decoder_causal encoder_spatial_padding_mode decoder_spatial_padding_mode "
+        "spatial_compression_ratio temporal_compression_ratio",
+        in_channels=(3,),
+    ),
     "LTXVideoTransformer3DModel": _fields(
         "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim num_layers "
         "activation_fn norm_elementwise_affine norm_eps caption_channels attention_bias attention_out_bias",
@@ -220,6 +259,13 @@ KNOWN: dict[str, Fields] = {
             "video_token_id vision_start_token_id vision_end_token_id vision_token_id"
         ),
     },
+    # What its two models are of, and what is of pictures.
+    "Gemma3ForConditionalGeneration": {
+        **_TRANSFORMER,
+        **_fields(
+            "text_config vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index"
+        ),
+    },
     "CLIPTextModel": {
         **_TRANSFORMER,
         **_fields("projection_dim layer_norm_eps initializer_factor dropout"),
@@ -233,6 +279,7 @@ FAMILIES = {
     "CogVideoXVideoToVideoPipeline": "cogvideox",
     "HunyuanVideo15Pipeline": "hunyuan_video15",
     "HunyuanVideoPipeline": "hunyuan_video",
+    "LTX2Pipeline": "ltx2",
     "LTXPipeline": "ltx",
     "WanPipeline": "wan",
 }
@@ -266,6 +313,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder": ("T5EncoderModel",),
         "scheduler": ("FlowMatchEulerDiscreteScheduler",),
     },
+    "ltx2": {
+        "transformer": ("LTX2VideoTransformer3DModel",),
+        "vae": ("AutoencoderKLLTX2Video",),
+        "text_encoder": ("Gemma3ForConditionalGeneration",),
+        "connectors": ("LTX2TextConnectors",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    },
     "wan": {
         "transformer": ("WanTransformer3DModel",),
         "transformer_2": ("WanTransformer3DModel",),
@@ -279,10 +333,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 PARTS["cogvideox_image"] = PARTS["cogvideox"]
+#: Part → the library that model_index.json names, where it is not diffusers' or transformers' own.
+_LIBRARIES = {"connectors": "ltx2"}
 #: Family and part → fields that this family understands beside, or otherwise than, its class's own.
 _MORE: dict[tuple[str, str], Fields] = {
     ("cogvideox", "transformer"): {"ofs_embed_dim": (None,)},
     ("ltx", "scheduler"): _DYNAMIC,
+    ("ltx2", "scheduler"): _DYNAMIC,
 }
 
 
@@ -321,7 +378,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         named = found["pipeline"].get(part)
         if named is None or list(named) == [None, None]:
             continue
-        library = "transformers" if part.startswith("text_encoder") else "diffusers"
+        library = "transformers" if part.startswith("text_encoder") else _LIBRARIES.get(part, "diffusers")
         if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
             raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
         if named[1] not in classes:
@@ -382,8 +439,13 @@ def _defaults(name: str) -> dict[str, Any]:
     """What a class assumes for fields that a file leaves out."""
     import diffusers
     import transformers
+    from diffusers.pipelines import ltx2
 
-    cls = getattr(diffusers, name, None) or getattr(transformers, name).config_class
+    cls = (
+        getattr(diffusers, name, None)
+        or getattr(ltx2, name, None)
+        or getattr(transformers, name).config_class
+    )
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -437,6 +499,22 @@ def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
 
 def _fits_ltx(folder: Path, found: Parts) -> None:
     _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "caption_channels")
+    _check_dynamic(folder, found)
+
+
+def _fits_ltx2(folder: Path, found: Parts) -> None:
+    _check_channels(folder, "transformer", found, found["vae"]["latent_channels"])
+    registers = found["connectors"]["video_connector_num_learnable_registers"]
+    if isinstance(registers, bool) or not isinstance(registers, int) or registers < 1 or 1024 % registers:
+        file = folder / "connectors" / "config.json"
+        raise ValueError(
+            f"{file}: video_connector_num_learnable_registers is {registers!r}; it must divide the 1024 "
+            "tokens of a text, whose padding the registers replace"
+        )
+    _check_dynamic(folder, found)
+
+
+def _check_dynamic(folder: Path, found: Parts) -> None:
     _check_shift(folder, found)
     file, scheduler = folder / "scheduler" / "scheduler_config.json", found["scheduler"]
     terminal = scheduler["shift_terminal"]
@@ -491,6 +569,11 @@ def boundary_of(parts: Parts) -> float | None:
 def _check_widths(
     folder: Path, part: str, found: Parts, channels: int, text: str, given: int | None = None
 ) -> None:
+    _check_channels(folder, part, found, channels, given)
+    _check_text(folder, found, text, "text_encoder", part)
+
+
+def _check_channels(folder: Path, part: str, found: Parts, channels: int, given: int | None = None) -> None:
     """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
     file, config = folder / part / "config.json", found[part]
     for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
@@ -499,7 +582,6 @@ def _check_widths(
                 f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
                 "channels: only text-to-video models and CogVideoX's image-to-video are supported"
             )
-    _check_text(folder, found, text, "text_encoder", part)
 
 
 def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
@@ -517,5 +599,6 @@ _FIT = {
     "hunyuan_video": _fits_hunyuan_video,
     "hunyuan_video15": _fits_hunyuan_video15,
     "ltx": _fits_ltx,
+    "ltx2": _fits_ltx2,
     "wan": _fits_wan,
 }

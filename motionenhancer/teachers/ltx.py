@@ -37,7 +37,7 @@ class LTXProcessor(ReadingProcessor):
         states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(states))
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
+            query, key = (self.rotate(attn, x, image_rotary_emb) for x in (query, key))
         query, key, value = (
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(states))
         )
@@ -46,7 +46,17 @@ class LTXProcessor(ReadingProcessor):
         else:
             mask = None if attention_mask is None else attention_mask.unsqueeze(1)
             out = self.attend_text(query, key, value, mask)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+        out = self.gate(attn, hidden_states, out.transpose(1, 2))
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+    def rotate(
+        self, attn: Any, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        return apply_rotary_emb(states, rotary)
+
+    def gate(self, attn: Any, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What a head's output (batch, tokens, heads, width) becomes before the heads are mixed."""
+        return out
 
 
 class LTXTeacher(Teacher):

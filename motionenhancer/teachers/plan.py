@@ -14,7 +14,9 @@ from .frames import nearest_valid_count
 from .known import read_folder
 
 #: Parts of a pipeline that have weights.
-MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "vae")
+MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors", "vae")
+#: Those that make a text's embeddings.
+TEXT_MODELS = ("text_encoder", "text_encoder_2", "connectors")
 #: Family → its class, in the module of the family's name.
 _CLASSES = {
     "cogvideox": "CogVideoXTeacher",
@@ -22,6 +24,7 @@ _CLASSES = {
     "hunyuan_video": "HunyuanVideoTeacher",
     "hunyuan_video15": "HunyuanVideo15Teacher",
     "ltx": "LTXTeacher",
+    "ltx2": "LTX2Teacher",
     "wan": "WanTeacher",
 }
 

@@ -51,6 +51,8 @@ class Teacher(ABC):
     processor_class: ClassVar[type[ReadingProcessor]]
     #: Names of the transformer's lists of blocks, between spaces, and of a block's attention modules.
     blocks: ClassVar[str]
+    #: Parts of the pipeline that are never loaded.
+    unused: ClassVar[frozenset[str]] = frozenset()
     attentions: ClassVar[tuple[str, ...]]
 
     def __init__(

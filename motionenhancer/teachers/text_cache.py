@@ -24,7 +24,7 @@ def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
         FileNotFoundError: the folder has no text encoder or no tokenizer.
     """
     parts = [teacher_id(Path(teacher) / part, dtype=dtype) for part in ("text_encoder", "tokenizer")]
-    second = (Path(teacher) / part for part in ("text_encoder_2", "tokenizer_2"))
+    second = (Path(teacher) / part for part in ("text_encoder_2", "tokenizer_2", "connectors"))
     parts += [teacher_id(part, dtype=dtype) for part in second if part.is_dir()]
     model = (Path(teacher) / "model_index.json").read_bytes()
     return hashlib.sha256("\0".join(parts).encode() + model).hexdigest()[:32]

@@ -12,6 +12,7 @@ from diffusers.models.transformers import (
     transformer_hunyuan_video,
     transformer_hunyuan_video15,
     transformer_ltx,
+    transformer_ltx2,
 )
 from test_prior import half_up, independent_prior
 
@@ -31,7 +32,8 @@ class WholeAttention:
     sample has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int | None = None) -> None:
+        self.tokens = tokens
         self.maps: list[np.ndarray] = []
         self.words: list[np.ndarray] = []
 
@@ -47,7 +49,8 @@ class WholeAttention:
         q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
         if key.shape[1] != tokens:
             scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-            self.words.append(scores[0].transpose(1, 2).softmax(-1).numpy())
+            if self.tokens in (None, tokens):
+                self.words.append(scores[0].transpose(1, 2).softmax(-1).numpy())
             return (
                 ((scores + (0 if attn_mask is None else attn_mask)).softmax(-1) @ v).transpose(1, 2).to(query)
             )
@@ -63,7 +66,7 @@ class WholeAttention:
             scores = q[i] @ torch.cat(keys, 1).transpose(1, 2) / q.shape[-1] ** 0.5
             weights = scores.masked_fill(~torch.cat(there), -torch.inf).softmax(-1)
             outs.append(weights @ torch.cat(values, 1))
-            if i == 0:
+            if i == 0 and self.tokens in (None, tokens):
                 self.maps.append(weights.unflatten(-1, (-1, tokens)).sum(-2).numpy())
         return torch.stack(outs).transpose(1, 2).to(query.dtype)
 
@@ -94,6 +97,7 @@ def written_out(
     memory: bool,
     embedded: bool = False,
     sdpa: bool = False,
+    tokens: int | None = None,
 ) -> WholeAttention:
     """Invert a clip and rebuild it; the attention of the conditional evaluations.
 
@@ -105,14 +109,20 @@ def written_out(
         guidance: scale of the reconstruction.
         memory: with a reference stream.
         embedded: guidance is an input of the model.
+        tokens: attention of other than so many queries is not kept.
         sdpa: the model calls torch's attention itself, not diffusers' choice of one.
     """
-    whole, (timesteps, step) = WholeAttention(), schedule
+    whole, (timesteps, step) = WholeAttention(tokens), schedule
     steps = len(timesteps)
     with pytest.MonkeyPatch.context() as patch:
         if sdpa:
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", whole.of_heads_first)
-        for module in (transformer_hunyuan_video, transformer_hunyuan_video15, transformer_ltx):
+        for module in (
+            transformer_hunyuan_video,
+            transformer_hunyuan_video15,
+            transformer_ltx,
+            transformer_ltx2,
+        ):
             patch.setattr(module, "dispatch_attention_fn", whole)
         trajectory = [latents]
         for level in range(steps):
@@ -142,7 +152,8 @@ def agrees(
     Text stands after `vision` tokens of vision, or, `text_first` tokens with padding, before them; or apart,
     in a cross-attention.
     """
-    rows, words = encoding.rows or tuple(range(len(encoding.tokens))), np.array(encoding.words)
+    rows, words = encoding.rows, np.array(encoding.words)
+    assert rows is not None
     mean = sum(whole.maps) / len(whole.maps)
     if whole.words:
         # Each head of the self-attention has all heads of the cross-attention for its text.
