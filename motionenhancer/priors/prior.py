@@ -21,7 +21,7 @@ from mekernels import select_heads, select_tokens, token_motion_scores
 from ..flags import MAX_SEED, check_fields, setting
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
 from ..teachers.known import boundary_of, read_folder
-from ..teachers.plan import TeacherPlan
+from ..teachers.plan import TeacherPlan, teacher_class
 from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps
 from ..teachers.teacher import Teacher
@@ -30,6 +30,7 @@ from .pool import AttentionPool
 
 MODES = ("reconstruct", "renoise")
 HEAD_SELECTIONS = ("mhs", "off")
+SCORED_HEADS = ("self", "cross")
 TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
@@ -71,6 +72,12 @@ class PriorSettings:
     token_selection: str = setting(
         "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
     )
+    scored_heads: str = setting(
+        "self",
+        "Attention whose heads are scored and chosen: the self-attention, or the cross-attention to the text "
+        "(Wan, LTX).",
+        choices=SCORED_HEADS,
+    )
     guidance_scale_2: float | None = setting(
         None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
     )
@@ -102,6 +109,8 @@ class PriorSettings:
         for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
+        if self.head_selection == "off":
+            object.__setattr__(self, "scored_heads", "self")
         for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
@@ -142,7 +151,8 @@ class MotionPrior:
         spans: T' character ranges in `prompt`.
         prompt: the text given to the teacher.
         grid: (F, H, W) of the vision tokens.
-        heads: indices of the chosen heads, ascending; all of them where none were selected.
+        heads: indices of the chosen heads, ascending; all of them where none were selected. They are of the
+            attention that `settings.scored_heads` names.
         head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
         all_tokens: every real token of the prompt, kept or not.
         all_spans: their character ranges.
@@ -291,6 +301,7 @@ def read_attention(
     if not text.strip():
         raise PriorError("text is empty")
     check_guidance(settings, teacher.boundary)
+    check_scored_heads(settings, teacher.plan.joint)
     full = settings.mode == "reconstruct"
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
@@ -385,7 +396,8 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         ValueError: a field of a configuration is not understood, or the teacher lacks a level or an expert.
         OSError: the folder or its files are missing.
     """
-    _, parts = read_folder(teacher)
+    family, parts = read_folder(teacher)
+    check_scored_heads(settings, teacher_class(family).sizes(parts).joint)
     total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
     check_guidance(settings, boundary)
     if settings.mode == "renoise":
@@ -399,6 +411,15 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         # The noisiest of them; where it has an expert, all have.
         levels = (total,)
     check_experts(levels, boundary, "transformer" in parts)
+
+
+def check_scored_heads(settings: PriorSettings, joint: bool) -> None:
+    """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
+    if settings.scored_heads == "cross" and joint:
+        raise ValueError(
+            "scored_heads='cross' (--scored_heads) is for a teacher with a cross-attention to the text; this one "
+            "has text and vision in one self-attention"
+        )
 
 
 def check_guidance(settings: PriorSettings, boundary: float | None) -> None:

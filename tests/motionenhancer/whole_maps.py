@@ -13,6 +13,7 @@ from diffusers.models.transformers import (
     transformer_hunyuan_video15,
     transformer_ltx,
     transformer_ltx2,
+    transformer_wan,
 )
 from test_prior import half_up, independent_prior
 
@@ -122,6 +123,7 @@ def written_out(
             transformer_hunyuan_video15,
             transformer_ltx,
             transformer_ltx2,
+            transformer_wan,
         ):
             patch.setattr(module, "dispatch_attention_fn", whole)
         trajectory = [latents]
