@@ -417,8 +417,8 @@ def check_scored_heads(settings: PriorSettings, joint: bool) -> None:
     """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
     if settings.scored_heads == "cross" and joint:
         raise ValueError(
-            "scored_heads='cross' (--scored_heads) is for a teacher with a cross-attention to the text; this one "
-            "has text and vision in one self-attention"
+            "scored_heads='cross' (--scored_heads) is for a teacher with a cross-attention to the text; this "
+            "one has text and vision in one self-attention"
         )
 
 
