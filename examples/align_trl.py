@@ -1,8 +1,7 @@
 """Align a student with stored motion priors in TRL's SFTTrainer: python examples/align_trl.py FOLDER OUTPUT
 
-FOLDER is a toy world of `python -m motionenhancer toy --output_dir FOLDER`, with priors in FOLDER/priors:
-`python -m motionenhancer extract --teacher FOLDER/teacher --data FOLDER/train.jsonl --video_root FOLDER/videos
---prior_dir FOLDER/priors`."""
+FOLDER is a toy world of `python -m motionenhancer toy --output_dir FOLDER`, with priors in FOLDER/priors
+as docs/integrations.md makes them."""
 
 import sys
 

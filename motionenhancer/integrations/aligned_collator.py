@@ -11,7 +11,6 @@ import torch
 from ..alignment.dataset import Matched, align_batch, find_words
 from ..data import Sample, SkipLog
 from ..data.conversation import BadSample, convert
-from ..priors.prior import MotionPrior
 from ..students.base import TokenLayout
 from .lookup import PriorLookup
 from .token_layout import read_layout
@@ -57,10 +56,10 @@ class AlignedCollator:
         batch = dict(self.collate(features))
         ids = batch.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != len(features):
+            found = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(
-                f"alignment needs a batch of input_ids with one row for each of {len(features)} samples, got "
-                f"{tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__}: switch packing "
-                "and padding-free batches off"
+                f"alignment needs a batch of input_ids with one row for each of {len(features)} samples, "
+                f"got {found}: switch packing and padding-free batches off"
             )
         matched, layouts, names = [], [], []
         grids = _grids(batch, self.processor)

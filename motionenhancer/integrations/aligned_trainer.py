@@ -52,7 +52,7 @@ class AlignedTrainer(MotionTrainer):
                     "supervised trainer first, or without the plug-in"
                 )
         priors = PriorLookup(prior_dir, grid=aligner != "identity")
-        settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+        settings: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(settings, "gradient_checkpointing", False):
             # Re-entrant checkpointing drops the alignment's gradient, and some frameworks fall back to it.
             given = dict(settings.gradient_checkpointing_kwargs or {})

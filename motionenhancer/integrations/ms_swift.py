@@ -51,8 +51,8 @@ def _keep_rows(dataset: Any) -> None:
         return
     if not isinstance(dataset, LazyLLMDataset):
         raise ValueError(
-            "alignment needs the rows that ms-swift encodes while it trains: leave out --packing, --streaming "
-            "and --truncation_strategy split"
+            "alignment needs the rows that ms-swift encodes while it trains: leave out --packing, "
+            "--streaming and --truncation_strategy split"
         )
     dataset.encode_func = partial(_encode, dataset.encode_func)
 

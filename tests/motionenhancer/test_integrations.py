@@ -52,9 +52,7 @@ def found_rows(sample: Sample, layout: Any) -> tuple[list[int], list[int]]:
     """Rows and tokens of every word of a sample."""
     text, segments = prompt_text(sample)
     spans = [match.span() for match in re.finditer(r"\S+", text)]
-    words = map_words(
-        spans, text, segments, layout.text, layout.offsets, message_spans=layout.message_spans
-    )
+    words = map_words(spans, text, segments, layout.text, layout.offsets, message_spans=layout.message_spans)
     return words.rows, words.row_tokens
 
 
@@ -276,5 +274,3 @@ def test_a_row_that_is_no_conversation_is_left_out(priors: Path, world: World) -
     batch = AlignedCollator(plain, lookup, processor)([{"messages": "?"}, {"text": "a"}])
     assert batch["alignment"] is None
     assert lookup.missing.total() == 2
-
-
