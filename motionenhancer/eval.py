@@ -28,6 +28,7 @@ from .evaluation.write import student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
+from .interrupts import on_interrupt
 from .processes import join_processes
 from .report import RunReport
 from .settings import EvalArguments
@@ -87,6 +88,7 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     report.content["skipped"] = skips.to_json()
     report.content["arguments"] = asdict(arguments) | asdict(rules)
     report.write("finished")
+    on_interrupt(lambda: f"the scores are in {folder}")
     return scores
 
 
@@ -181,6 +183,13 @@ def _ask(
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def kept() -> str:
+        if state.is_main_process:
+            report.write("interrupted")
+        return f"every written answer is kept in {folder}"
+
+    on_interrupt(kept)
     answer_questions(
         lambda: load_student(
             student,

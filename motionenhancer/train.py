@@ -22,9 +22,11 @@ from .alignment.trainer import MotionTrainer
 from .data import SkipLog
 from .data.readers import load_samples
 from .flags import parse_arguments
+from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
 from .priors.storage import PriorStore
+from .processes import from_main
 from .report import RunReport
 from .settings import (
     DataArguments,
@@ -41,7 +43,7 @@ from .toy.world import ToyFolder
 from .training.lora import add_lora, merged, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
 from .training.rehearsal import build_optimizer, rehearse
-from .training.run_identity import aligned_before, checkpoint_to_resume, run_identity
+from .training.run_identity import aligned_before, checkpoint_to_resume, newest_checkpoint, run_identity
 from .training.run_plan import (
     RunPlan,
     count_priors,
@@ -115,11 +117,20 @@ def run(
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
+    if not student.dry_run and training.resume_from_checkpoint is None and from_main(report.finished()):
+        if main_process:
+            print(
+                f"{folder}: this run is finished; nothing is done. For another run give another --output_dir"
+            )
+        return report
     skips = SkipLog()
     samples = load_samples(data.data or "", data.video_root, data.limit, skips)
     if main_process:
         if not student.dry_run:
             report.write("running")
+            on_interrupt(lambda: _interrupted(report, training))
+        if checkpoint is not None:
+            print(f"goes on from {checkpoint}")
         print(f"{len(samples)} samples from {data.data}; student {student.student}; output {report.folder}")
     try:
         if not Path(student.student).is_dir():
@@ -185,8 +196,9 @@ def run(
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
-            report.write("failed")
+            report.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
+    summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])
     if main_process:
         for sample, reason in {k: v for _, skipped in seen for k, v in skipped.items()}.items():
@@ -200,7 +212,17 @@ def run(
         if "evaluation" in report.content:
             print(accuracy_table(report.content["evaluation"]))
         print(f"checkpoint and {report.path.name} in {report.folder}")
+        print(summary)
+    on_interrupt(lambda: f"the run in {folder} had finished")
     return report
+
+
+def _interrupted(report: RunReport, training: TrainArguments) -> str:
+    """Write that the run was interrupted; return what of it is kept."""
+    report.write("interrupted")
+    newest = newest_checkpoint(report.folder)
+    place = "no checkpoint, none was saved yet," if newest is None else str(Path(newest).name)
+    return f"{place} is kept in {training.output_dir}, and every finished prior"
 
 
 def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
