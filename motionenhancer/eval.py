@@ -33,7 +33,7 @@ from .processes import join_processes
 from .report import RunReport
 from .settings import EvalArguments
 from .students import load_student, student_family
-from .toy.defaults import default_toy
+from .toy.defaults import default_toy, require_all
 
 PROG = "python -m motionenhancer.eval"
 #: Flags that change answers and are taken as they are.
@@ -109,13 +109,12 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:
-    answered = arguments.student is not None or arguments.predictions is not None
-    if answered and arguments.data is not None:
-        return
-    toy = default_toy()
+    answers = {"--student": arguments.student, "--predictions": arguments.predictions}
+    who = next((name for name, value in answers.items() if value is not None), "--student")
+    require_all({"--data": arguments.data, who: answers[who]}, {"--video_root": arguments.video_root})
     if arguments.data is None:
+        toy = default_toy()
         arguments.data, arguments.video_root = str(toy.test), str(toy.videos)
-    if not answered:
         arguments.student = str(toy.student)
 
 

@@ -50,7 +50,7 @@ class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
     data: str | None = setting(
-        None, "json or jsonl of samples, or a benchmark's file. Default: the toy world's.", exists="file"
+        None, "json or jsonl of samples, or a benchmark's file.", exists="file"
     )
     video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
     limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
@@ -62,7 +62,7 @@ class PriorArguments(Settings):
 
     teacher: str | None = setting(
         None,
-        "Diffusers folder of a video model, or a Hub id (owner/model@revision). Default: the toy.",
+        "Diffusers folder of a video model, or a Hub id (owner/model@revision).",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
@@ -216,7 +216,7 @@ class ShownArguments(Settings):
 
     student: str | None = setting(
         None,
-        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Default: the toy.",
+        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Nothing given: the toy.",
     )
     num_frames: int | None = setting(
         None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", least=1

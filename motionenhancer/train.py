@@ -38,7 +38,7 @@ from .settings import (
 )
 from .students import StudentFamily, load_student
 from .toy.accuracy import accuracy, accuracy_table
-from .toy.defaults import default_toy, use_toy_defaults
+from .toy.defaults import use_toy_defaults
 from .toy.world import ToyFolder
 from .training.lora import add_lora, merged, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
@@ -100,15 +100,13 @@ def run(
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
     online.check(student.prior_source)
+    toy = use_toy_defaults(data, prior, student)
+    assert student.student is not None
     engine = engine_of(training)
     whole = engine in ("plain", "DDP")  # each process has all weights
     rehearse(training, engine)
     if student.lora_merge and not whole:
         raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
-    toy = use_toy_defaults(data, prior)
-    if student.student is None:
-        toy = toy or default_toy()
-        student.student = str(toy.student)
     if student.aligned:
         assert prior.teacher is not None
         check_settings(settings, prior.teacher)
@@ -131,7 +129,9 @@ def run(
             on_interrupt(lambda: _interrupted(report, training))
         if checkpoint is not None:
             print(f"goes on from {checkpoint}")
-        print(f"{len(samples)} samples from {data.data}; student {student.student}; output {report.folder}")
+        print(f"student {student.student}\ndata {data.data}, {len(samples)} samples\noutput {report.folder}")
+        if student.aligned:
+            print(f"teacher {prior.teacher}\npriors {prior.prior_dir}")
     try:
         if not Path(student.student).is_dir():
             raise ValueError(
@@ -158,7 +158,7 @@ def run(
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = toy if main_process and whole and toy and student.student == str(toy.student) else None
+        tested = toy if main_process and whole else None
         if tested is not None:
             report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
