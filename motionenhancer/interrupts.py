@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["COMMAND_LINE", "on_interrupt", "watch_signals"]
-
 
 def _runs_a_command(argv: list[str]) -> bool:
     """Whether an interpreter's arguments start one of the commands.

@@ -50,6 +50,7 @@ from .training.run_plan import (
     engine_of,
     outline_student,
     plan_run,
+    plan_steps,
     teacher_grid,
     vision_rate,
 )
@@ -123,6 +124,7 @@ def run(
         return report
     skips = SkipLog()
     samples = load_samples(data.data or "", data.video_root, data.limit, skips)
+    training.log_ten_times(plan_steps(len(samples), training).total)
     if main_process:
         if not student.dry_run:
             report.write("running")

@@ -1,4 +1,4 @@
-"""A command that names anything of its own asks for the rest by name; only one that names nothing runs the toy."""
+"""A command that names anything of its own asks for the rest by name; one that names nothing runs the toy."""
 
 from __future__ import annotations
 
