@@ -88,7 +88,7 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     report.content["skipped"] = skips.to_json()
     report.content["arguments"] = asdict(arguments) | asdict(rules)
     report.write("finished")
-    on_interrupt(lambda: f"the scores are in {folder}")
+    on_interrupt(lambda: f"the scores are in {report.folder}")
     return scores
 
 
@@ -111,7 +111,7 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 def _use_toy_defaults(arguments: EvalArguments) -> None:
     answers = {"--student": arguments.student, "--predictions": arguments.predictions}
     who = next((name for name, value in answers.items() if value is not None), "--student")
-    require_all({"--data": arguments.data, who: answers[who]}, {"--video_root": arguments.video_root})
+    require_all({"--data": arguments.data, who: answers[who]})
     if arguments.data is None:
         toy = default_toy()
         arguments.data, arguments.video_root = str(toy.test), str(toy.videos)
@@ -186,7 +186,7 @@ def _ask(
     def kept() -> str:
         if state.is_main_process:
             report.write("interrupted")
-        return f"every written answer is kept in {folder}"
+        return f"every written answer is kept in {report.folder}"
 
     on_interrupt(kept)
     answer_questions(

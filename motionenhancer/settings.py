@@ -49,9 +49,7 @@ _CHECKPOINTING = frozenset(
 class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
-    data: str | None = setting(
-        None, "json or jsonl of samples, or a benchmark's file.", exists="file"
-    )
+    data: str | None = setting(None, "json or jsonl of samples, or a benchmark's file.", exists="file")
     video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
     limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
 

@@ -116,7 +116,8 @@ def run(
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
-    if not student.dry_run and training.resume_from_checkpoint is None and from_main(report.finished()):
+    ended = report.finished() and any(folder.glob("*.safetensors")) and not student.dry_run
+    if from_main(ended) and training.resume_from_checkpoint is None:
         if main_process:
             print(
                 f"{folder}: this run is finished; nothing is done. For another run give another --output_dir"

@@ -21,16 +21,17 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
         student: its `StudentArguments`, if it trains one.
 
     Raises:
-        ValueError: some of student, teacher and data are named and others, which are needed, are not.
+        ValueError: some of student, teacher and data are named and others, which are needed, are not; clips
+            without the file that names them.
     """
+    if data.data is None and data.video_root is not None:
+        raise ValueError(f"--video_root {data.video_root} needs --data, the file that names its clips")
     named = {"data": data.data, "teacher": prior.teacher}
     if student is not None:
         named["student"] = student.student
     aligned = student is None or student.aligned
-    require_all(
-        {f"--{name}": value for name, value in named.items() if aligned or name != "teacher"},
-        {"--video_root": data.video_root, "--teacher": prior.teacher},
-    )
+    needed = {f"--{name}": value for name, value in named.items() if aligned or name != "teacher"}
+    require_all(needed, {"--teacher": prior.teacher})
     if data.data is not None:
         return None
     toy = default_toy()
@@ -40,7 +41,7 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
     return toy
 
 
-def require_all(needed: dict[str, Any], others: dict[str, Any]) -> None:
+def require_all(needed: dict[str, Any], others: dict[str, Any] | None = None) -> None:
     """Refuse flags that name a part of a run and leave the rest to the toy.
 
     Args:
@@ -50,7 +51,7 @@ def require_all(needed: dict[str, Any], others: dict[str, Any]) -> None:
     Raises:
         ValueError: one of either is given and one of `needed` is not.
     """
-    given = [name for name, value in {**needed, **others}.items() if value is not None]
+    given = [name for name, value in {**needed, **(others or {})}.items() if value is not None]
     missing = [name for name, value in needed.items() if value is None]
     if given and missing:
         raise ValueError(

@@ -40,16 +40,6 @@ def test_what_is_missing_is_asked_for_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train", "extract", "eval"])
-def test_videos_alone_ask_for_the_file_that_names_them(
-    command: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert importlib.import_module(f"motionenhancer.{command}").main(["--video_root", str(world.videos)]) == 2
-    said = capsys.readouterr().err
-    assert "--data" in said.partition("must be given with")[0]
-
-
 def test_plain_training_needs_no_teacher_and_the_plan_names_what_is_used(
     world: World, tmp_path: Path, capsys: Any
 ) -> None:
