@@ -1,5 +1,11 @@
 """MotionEnhancer: pull a video VLM's attention toward a video diffusion model's motion prior."""
 
+from . import interrupts
+
+if interrupts.COMMAND_LINE:
+    # Before the seconds that torch takes to load.
+    interrupts.watch_signals()
+
 from .alignment.aligner import align
 from .priors.prior import MotionPrior, extract_prior
 from .students import capture_attention, load_student

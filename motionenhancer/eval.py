@@ -28,11 +28,12 @@ from .evaluation.write import student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
+from .interrupts import on_interrupt
 from .processes import join_processes
 from .report import RunReport
 from .settings import EvalArguments
 from .students import load_student, student_family
-from .toy.defaults import default_toy
+from .toy.defaults import default_toy, require_all
 
 PROG = "python -m motionenhancer.eval"
 #: Flags that change answers and are taken as they are.
@@ -87,6 +88,7 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     report.content["skipped"] = skips.to_json()
     report.content["arguments"] = asdict(arguments) | asdict(rules)
     report.write("finished")
+    on_interrupt(lambda: f"the scores are in {report.folder}")
     return scores
 
 
@@ -107,13 +109,12 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:
-    answered = arguments.student is not None or arguments.predictions is not None
-    if answered and arguments.data is not None:
-        return
-    toy = default_toy()
+    answers = {"--student": arguments.student, "--predictions": arguments.predictions}
+    who = next((name for name, value in answers.items() if value is not None), "--student")
+    require_all({"--data": arguments.data, who: answers[who]})
     if arguments.data is None:
+        toy = default_toy()
         arguments.data, arguments.video_root = str(toy.test), str(toy.videos)
-    if not answered:
         arguments.student = str(toy.student)
 
 
@@ -181,6 +182,13 @@ def _ask(
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def kept() -> str:
+        if state.is_main_process:
+            report.write("interrupted")
+        return f"every written answer is kept in {report.folder}"
+
+    on_interrupt(kept)
     answer_questions(
         lambda: load_student(
             student,

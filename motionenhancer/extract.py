@@ -22,17 +22,16 @@ from .data import Sample, SkipLog
 from .data.readers import read_samples
 from .files import write_json
 from .flags import parse_arguments
+from .interrupts import on_interrupt
 from .priors.digests import DigestCache
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
 from .priors.prior import PARTLY_UNKNOWN, PriorSettings, check_settings
 from .priors.requests import PriorRequest, request_priors
-from .priors.storage import PriorStore, prior_keys
+from .priors.storage import EXTRACTION, PriorStore, prior_keys
 from .processes import from_main, join_processes
 from .report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
-
-REPORT = "extraction.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: start the same command again to go on", file=sys.stderr)
-        return 130
 
 
 def run(
@@ -108,7 +104,14 @@ def run(
             "versions": versions(),
         }
         if state.is_main_process:
-            write_json(store.folder / REPORT, {"status": "running", **report})
+            write_json(store.folder / EXTRACTION, {"status": "running", **report})
+
+        def kept() -> str:
+            if state.is_main_process:
+                write_json(store.folder / EXTRACTION, {"status": "interrupted", **report})
+            return f"every finished prior is kept in {store.folder}"
+
+        on_interrupt(kept)
         maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
         stored = Stored(store, maker, name, strict=True, retry=True)
         counts, roundtrip = _make(requests, Path(data.data), stored, skips)
@@ -124,7 +127,7 @@ def run(
         "seconds": round(time.time() - began, 1),
         "roundtrip": next((found for _, found, _ in everyone if found), None),
     }
-    path = store.folder / REPORT
+    path = store.folder / EXTRACTION
     write_json(path, {"status": "finished", **report, **results, "skipped": total.to_json()})
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
@@ -134,6 +137,7 @@ def run(
     if total.total:
         print(total.summary())
         print(f"all of them: {path}")
+    on_interrupt(lambda: "the extraction had finished")
     return from_main(1 if total.total else 0)
 
 

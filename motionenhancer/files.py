@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .interrupts import UNFINISHED
+
 __all__ = ["whole_file", "write_json", "write_text"]
 
 
@@ -35,11 +37,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not the process id alone: machines that share the folder may have the same.
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    UNFINISHED.add(temporary)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:

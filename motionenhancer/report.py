@@ -48,6 +48,15 @@ class RunReport:
             raise OSError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
         self.check()
 
+    def finished(self) -> bool:
+        """Whether this very run stands in the folder, finished."""
+        try:
+            report = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return False
+        mine = json.loads(json.dumps(self.identity))
+        return report.get("status") == "finished" and report.get("identity") == mine
+
     def check(self) -> None:
         """Whether the folder could be this run's; nothing is written.
 

@@ -49,9 +49,7 @@ _CHECKPOINTING = frozenset(
 class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
-    data: str | None = setting(
-        None, "json or jsonl of samples, or a benchmark's file. Default: the toy world's.", exists="file"
-    )
+    data: str | None = setting(None, "json or jsonl of samples, or a benchmark's file.", exists="file")
     video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
     limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
 
@@ -62,7 +60,7 @@ class PriorArguments(Settings):
 
     teacher: str | None = setting(
         None,
-        "Diffusers folder of a video model, or a Hub id (owner/model@revision). Default: the toy.",
+        "Diffusers folder of a video model, or a Hub id (owner/model@revision).",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
@@ -216,7 +214,7 @@ class ShownArguments(Settings):
 
     student: str | None = setting(
         None,
-        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Default: the toy.",
+        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Nothing given: the toy.",
     )
     num_frames: int | None = setting(
         None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, or by rate.", least=1
@@ -412,7 +410,9 @@ class TrainArguments(TrainingArguments):
     warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", least=0)
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     per_device_train_batch_size: int = setting(1, "Samples a device and step.", least=1)
-    logging_steps: float = setting(10, "Steps between log lines.", above=0)
+    logging_steps: float | None = setting(
+        None, "Steps between log lines. Default: 10, or fewer, so that a run has ten of them.", above=0
+    )
     # HfArgumentParser reads a union of three only with None in front.
     report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
     remove_unused_columns: bool = setting(False, "Must stay false.")
@@ -426,6 +426,10 @@ class TrainArguments(TrainingArguments):
         #: options with another value than their default, before transformers derives others from them
         self.given = changed_options(self)
         refuse_options(self)
+        #: whether `log_ten_times` chooses `logging_steps`
+        self.logging_is_free = self.logging_steps is None
+        if self.logging_steps is None:
+            self.logging_steps = 10
         with naming_options(self.given):
             super().__post_init__()
         refuse_accelerate_options(self)
@@ -450,6 +454,11 @@ class TrainArguments(TrainingArguments):
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
                 if hasattr(self, name):
                     setattr(self, name, options)
+
+    def log_ten_times(self, steps: int) -> None:
+        """Log at least ten times in a run of so many steps, or after each of fewer, unless told how often."""
+        if self.logging_is_free:
+            self.logging_steps = min(10, max(1, steps // 10))
 
 
 @dataclass

@@ -22,9 +22,11 @@ from .alignment.trainer import MotionTrainer
 from .data import SkipLog
 from .data.readers import load_samples
 from .flags import parse_arguments
+from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
 from .priors.storage import PriorStore
+from .processes import from_main
 from .report import RunReport
 from .settings import (
     DataArguments,
@@ -36,18 +38,19 @@ from .settings import (
 )
 from .students import StudentFamily, load_student
 from .toy.accuracy import accuracy, accuracy_table
-from .toy.defaults import default_toy, use_toy_defaults
+from .toy.defaults import use_toy_defaults
 from .toy.world import ToyFolder
 from .training.lora import add_lora, merged, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
 from .training.rehearsal import build_optimizer, rehearse
-from .training.run_identity import aligned_before, checkpoint_to_resume, run_identity
+from .training.run_identity import aligned_before, checkpoint_to_resume, newest_checkpoint, run_identity
 from .training.run_plan import (
     RunPlan,
     count_priors,
     engine_of,
     outline_student,
     plan_run,
+    plan_steps,
     teacher_grid,
     vision_rate,
 )
@@ -98,15 +101,13 @@ def run(
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
     online.check(student.prior_source)
+    toy = use_toy_defaults(data, prior, student)
+    assert student.student is not None
     engine = engine_of(training)
     whole = engine in ("plain", "DDP")  # each process has all weights
     rehearse(training, engine)
     if student.lora_merge and not whole:
         raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
-    toy = use_toy_defaults(data, prior)
-    if student.student is None:
-        toy = toy or default_toy()
-        student.student = str(toy.student)
     if student.aligned:
         assert prior.teacher is not None
         check_settings(settings, prior.teacher)
@@ -115,12 +116,25 @@ def run(
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
+    ended = report.finished() and any(folder.glob("*.safetensors")) and not student.dry_run
+    if from_main(ended) and training.resume_from_checkpoint is None:
+        if main_process:
+            print(
+                f"{folder}: this run is finished; nothing is done. For another run give another --output_dir"
+            )
+        return report
     skips = SkipLog()
     samples = load_samples(data.data or "", data.video_root, data.limit, skips)
+    training.log_ten_times(plan_steps(len(samples), training).total)
     if main_process:
         if not student.dry_run:
             report.write("running")
-        print(f"{len(samples)} samples from {data.data}; student {student.student}; output {report.folder}")
+            on_interrupt(lambda: _interrupted(report, training))
+        if checkpoint is not None:
+            print(f"goes on from {checkpoint}")
+        print(f"student {student.student}\ndata {data.data}, {len(samples)} samples\noutput {report.folder}")
+        if student.aligned:
+            print(f"teacher {prior.teacher}\npriors {prior.prior_dir}")
     try:
         if not Path(student.student).is_dir():
             raise ValueError(
@@ -147,7 +161,7 @@ def run(
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = toy if main_process and whole and toy and student.student == str(toy.student) else None
+        tested = toy if main_process and whole else None
         if tested is not None:
             report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
@@ -185,8 +199,9 @@ def run(
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
-            report.write("failed")
+            report.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
+    summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])
     if main_process:
         for sample, reason in {k: v for _, skipped in seen for k, v in skipped.items()}.items():
@@ -200,7 +215,17 @@ def run(
         if "evaluation" in report.content:
             print(accuracy_table(report.content["evaluation"]))
         print(f"checkpoint and {report.path.name} in {report.folder}")
+        print(summary)
+    on_interrupt(lambda: f"the run in {folder} had finished")
     return report
+
+
+def _interrupted(report: RunReport, training: TrainArguments) -> str:
+    """Write that the run was interrupted; return what of it is kept."""
+    report.write("interrupted")
+    newest = newest_checkpoint(report.folder)
+    place = "no checkpoint, none was saved yet," if newest is None else str(Path(newest).name)
+    return f"{place} is kept in {training.output_dir}, and every finished prior"
 
 
 def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,8 @@ class MotionTrainer(Trainer):
         #: sample id → why it could not be read and another took its place
         self.skipped: dict[str, str] = {}
         #: of all training batches this process saw
-        self.counts = {"samples": 0, "aligned_samples": 0, "words": 0, "mapped_words": 0}
+        names = ("samples", "aligned_samples", "words", "mapped_words", "cut_texts")
+        self.counts = dict.fromkeys(names, 0)
         self.add_callback(_StepEnd(self))
 
     # ---- the loss ----
@@ -162,13 +164,13 @@ class MotionTrainer(Trainer):
         tokens = _counting_tokens(inputs)
         weight = self.alignment_weight
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
-        aligned = None
+        aligned, where = None, nullcontext()
         if reads:
-            rows, columns = alignment.rows, alignment.columns
-            with capture_attention(model, rows, columns, **self.attention) as captured:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        else:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            where = capture_attention(model, alignment.rows, alignment.columns, **self.attention)
+        with where as captured:
+            # Outputs only where they are wanted: some trainers run the model a second time for them.
+            found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = found if return_outputs else (found, None)
         self._expect_finite(ids, loss, "the model's loss is", show=True)
         if reads:
             self._expect_finite(ids, captured.attention, f"alignment failed: {NOT_FINITE}")
@@ -221,6 +223,7 @@ class MotionTrainer(Trainer):
             self.counts["aligned_samples"] += alignment.count
             self.counts["words"] += alignment.words
             self.counts["mapped_words"] += alignment.mapped
+            self.counts["cut_texts"] += sum(p is not None and p.truncated > 0 for p in alignment.priors)
             self._log.add_batch(alignment)
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
@@ -242,6 +245,15 @@ class MotionTrainer(Trainer):
         if self._step_totals is None or self.current_gradient_accumulation_steps * self.args.world_size == 1:
             return mean
         return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
+
+    def summary(self) -> str:
+        """One line on what was aligned in all; every process must call it."""
+        counts = torch.tensor(list(self.counts.values()))
+        samples, aligned, words, found, cut = self.total_over_processes(counts).tolist()
+        return (
+            f"{aligned} of {samples} samples aligned, {found} of {words} words found, "
+            f"{cut} texts cut to the teacher's length"
+        )
 
     def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum of every process's counts."""

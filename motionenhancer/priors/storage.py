@@ -18,6 +18,8 @@ from ..files import whole_file, write_json
 from .prior import FORMAT, MotionPrior, PriorSettings
 
 DEFAULT_DIR = "runs/priors"
+#: Record of the newest extraction into a store, in its folder.
+EXTRACTION = "extraction.json"
 _SUFFIX, DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
 
 

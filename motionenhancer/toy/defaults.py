@@ -1,4 +1,4 @@
-"""The toy world as the default of whatever a command was not given."""
+"""The toy world as the default of a command that names nothing of its own."""
 
 from __future__ import annotations
 
@@ -12,25 +12,52 @@ from .world import ToyFolder, build_toy
 FOLDER = "runs/toy"
 
 
-def use_toy_defaults(data: Any, prior: Any) -> ToyFolder | None:
-    """Fill in the toy world for whatever was left out; return it if any of it is used.
+def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | None:
+    """Fill in the toy world where nothing was named; return it if it is used.
 
     Args:
         data: the command's `DataArguments`.
         prior: its `PriorArguments`.
+        student: its `StudentArguments`, if it trains one.
 
     Raises:
-        ValueError: clips were given without the file that names them.
+        ValueError: some of student, teacher and data are named and others, which are needed, are not; clips
+            without the file that names them.
     """
     if data.data is None and data.video_root is not None:
         raise ValueError(f"--video_root {data.video_root} needs --data, the file that names its clips")
-    if prior.teacher is not None and data.data is not None:
+    named = {"data": data.data, "teacher": prior.teacher}
+    if student is not None:
+        named["student"] = student.student
+    aligned = student is None or student.aligned
+    needed = {f"--{name}": value for name, value in named.items() if aligned or name != "teacher"}
+    require_all(needed, {"--teacher": prior.teacher})
+    if data.data is not None:
         return None
     toy = default_toy()
-    prior.teacher = prior.teacher or str(toy.teacher)
-    if data.data is None:
-        data.data, data.video_root = str(toy.train), str(toy.videos)
+    data.data, data.video_root, prior.teacher = str(toy.train), str(toy.videos), str(toy.teacher)
+    if student is not None:
+        student.student = str(toy.student)
     return toy
+
+
+def require_all(needed: dict[str, Any], others: dict[str, Any] | None = None) -> None:
+    """Refuse flags that name a part of a run and leave the rest to the toy.
+
+    Args:
+        needed: flags that must be given together, each with its value, or None.
+        others: further flags that do not go with the toy.
+
+    Raises:
+        ValueError: one of either is given and one of `needed` is not.
+    """
+    given = [name for name, value in {**needed, **(others or {})}.items() if value is not None]
+    missing = [name for name, value in needed.items() if value is None]
+    if given and missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given with {given[0]}; only a command that names none of "
+            f"{', '.join(needed)} runs the toy"
+        )
 
 
 def default_toy() -> ToyFolder:

@@ -90,7 +90,7 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
     given = training.resume_from_checkpoint
     if given is not None and _state(Path(given)) is None:
         raise ValueError(f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one")
-    chosen = given or _newest(Path(training.output_dir or ""))
+    chosen = given or newest_checkpoint(Path(training.output_dir or ""))
     if chosen is not None and checkpoint_format(engine_of(training), training.world_size) == "whole":
         saved = [(Path(chosen) / name).is_file() for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)]
         if Path(chosen).is_dir() and not any(saved):
@@ -107,7 +107,8 @@ def aligned_before(checkpoint: str | Path) -> bool:
     return any("loss_align" in entry for entry in state.get("log_history", []))
 
 
-def _newest(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a run's folder."""
     numbered = {
         int(f.name[11:]): f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name[11:].isdecimal()
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from motionenhancer import extract
 from motionenhancer.alignment.aligner import align
 from motionenhancer.students import load_student
 from motionenhancer.toy.world import build_toy
@@ -70,6 +71,9 @@ def test_accelerate(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
 
 def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
+    flags = {"teacher": toy / "teacher", "data": toy / "train.jsonl", "video_root": toy / "videos"}
+    flags |= {"prior_dir": toy / "priors", "ddim_steps": 1}
+    assert extract.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)]) == 0
     calls: list[Any] = []
 
     def recorded(captured: Any, priors: Any, **options: Any) -> torch.Tensor:
@@ -78,20 +82,18 @@ def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         calls.append((captured, priors, options, float(value.detach())))
         return value
 
-    monkeypatch.setattr("motionenhancer.alignment.aligner.align", recorded)
+    monkeypatch.setattr("motionenhancer.alignment.trainer.align", recorded)
     monkeypatch.setattr(sys, "argv", ["align_trl.py", str(toy), str(tmp_path / "out")])
     names = runpy.run_path(str(FOLDER / "align_trl.py"))
-    assert len(calls) == 3
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 3
-    assert losses[-1] < losses[0]
-    # The first step, from eager's own maps without TRL; the order of the samples is that of the rows.
+    log = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(log) == len(calls) == 4
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert "8 of 8 samples aligned, " in capsys.readouterr().out
+    # The first step, from eager's own maps without TRL; the order of the samples is that of the priors.
     captured, priors, options, value = calls[0]
-    order = [next(item for item in names["items"] if item.prior is prior) for prior in priors]
-    batch = names["collate"](order)
-    for name in ("alignment", "ids", "skipped"):
-        batch.pop(name)
-    model, _, _ = load_student(toy / "student", attn_implementation="eager")
+    texts = {" ".join(m["content"][-1]["text"] for m in row["messages"]): row for row in names["rows"]}
+    batch = names["collate"]([texts[prior.prompt] for prior in priors])
+    model, _, _ = load_student(toy / "student", attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         out = model(**batch, output_attentions=True)
     maps = torch.stack(out.attentions).mean(dim=(0, 2))
@@ -99,6 +101,8 @@ def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         attention[rows.clamp(min=0)][:, columns.clamp(min=0)] * (rows >= 0)[:, None] * (columns >= 0)
         for attention, rows, columns in zip(maps, captured.rows, captured.columns, strict=True)
     ]
-    expected = float(align(torch.stack(chosen), priors, **options))
+    # The aligner, trained by now, was the identity in that step.
+    expected = float(align(torch.stack(chosen), priors, **{**options, "aligner": None}))
     assert value == pytest.approx(expected, rel=1e-4)
-    assert losses[0] == pytest.approx(float(out.loss) + expected, rel=2e-3)
+    assert log[0]["loss_align"] == pytest.approx(expected, rel=1e-4)
+    assert log[0]["loss"] == pytest.approx(float(out.loss) + expected, rel=2e-3)

@@ -77,4 +77,4 @@ def test_the_page_of_environment_variables_is_whole():
     found = environment_variables()
     assert {"MEKERNELS_CPU_LEVEL", "CXX", "FUZZ_SEED", "ACCELERATE_USE_DEEPSPEED"} <= found.keys()
     assert found.keys() <= listed, {name: found[name] for name in found.keys() - listed}
-    assert listed - found.keys() == {"RANK"}
+    assert listed <= found.keys()

@@ -26,7 +26,7 @@ def stored(folder: Path) -> dict[str, bytes]:
 
 
 def report_in(folder: Path) -> dict:
-    return json.loads((folder / extract.REPORT).read_text())
+    return json.loads((folder / extract.EXTRACTION).read_text())
 
 
 def damaged_world(world: World, folder: Path, clips: int, bad: int) -> tuple[Path, Path]:

@@ -71,7 +71,7 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
         printed = capsys.readouterr().out.splitlines()
         said = [line for line in printed if line.startswith(f"2 {PARTLY_UNKNOWN}")]
         assert len(said) == 1
-        skipped = json.loads((tmp_path / "priors" / extract.REPORT).read_text())["skipped"]
+        skipped = json.loads((tmp_path / "priors" / extract.EXTRACTION).read_text())["skipped"]
         assert skipped["notes"] == {PARTLY_UNKNOWN: 2}
         (entry,) = skipped["entries"]
         assert entry["id"] == rows[0]["id"]
@@ -96,7 +96,7 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
     priors = tmp_path / "priors"
     flags = world.flags(student=None, data=data, prior_dir=priors, ddim_steps=1)
     assert extract.main(flags) == 0
-    report = json.loads((priors / extract.REPORT).read_text())
+    report = json.loads((priors / extract.EXTRACTION).read_text())
     assert (report["samples"], report["made"]) == (5, 4), (
         "how a student samples a segment is not the teacher's"
     )
@@ -115,7 +115,7 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
         kept = PriorStore(priors).read(request.key)
         assert torch.equal(kept.attention, extract_prior(teacher, frames, request.text, steps=1).attention)
     assert extract.main(flags) == 0
-    assert json.loads((priors / extract.REPORT).read_text())["made"] == 0
+    assert json.loads((priors / extract.EXTRACTION).read_text())["made"] == 0
 
 
 def test_names_that_are_no_text_do_not_spoil_the_report(

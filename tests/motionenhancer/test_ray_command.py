@@ -98,7 +98,7 @@ def test_killed_actors_and_drivers_change_nothing(world: World, tmp_path: Path) 
     interrupted.send_signal(signal.SIGINT)
     _, errors = interrupted.communicate(timeout=SECONDS)
     assert interrupted.returncode == 130, errors[-3000:]
-    assert errors.splitlines()[-1] == "interrupted: start the same command again to go on"
+    assert errors.splitlines()[-1].startswith("interrupted: every finished prior is kept in ")
 
     killed = start(len(list(store)) + 1)
     killed.send_signal(signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_killed_actors_and_drivers_change_nothing(world: World, tmp_path: Path) 
     out, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 1, errors[-3000:]
     assert stored(tmp_path / "ray") == whole
-    one, other = (json.loads((tmp_path / name / extract.REPORT).read_text()) for name in ("one", "ray"))
+    one, other = (json.loads((tmp_path / name / extract.EXTRACTION).read_text()) for name in ("one", "ray"))
     assert other["worker_deaths"] == 1
     counts = {"unreadable video": 1, "invalid json": 1}
     assert other["skipped"]["counts"] == one["skipped"]["counts"] == counts
@@ -243,7 +243,7 @@ def test_two_processes_on_one_cluster_make_the_store_of_one(
     given = world.flags(**flags, prior_dir=tmp_path / "two", prior_engine="ray")
     done = launch_two(["-m", "motionenhancer.extract", *given])
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "two" / extract.REPORT).read_text())
+    report = json.loads((tmp_path / "two" / extract.EXTRACTION).read_text())
     assert (report["engine"], report["processes"], report["made"]) == ("ray", 2, 8)
     assert len(report["made_each"]) == 2
     assert min(report["made_each"]) > 0

@@ -15,6 +15,7 @@ from train_support import flags, report_of, shared_priors, without_priors_of
 from motionenhancer import train
 from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.logs import StepLog, Stopwatch
+from motionenhancer.settings import TrainArguments
 
 NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
 
@@ -109,3 +110,14 @@ def test_the_priors_temperature_reaches_the_alignment(
     options = {"prior_dir": shared_priors(world), "max_steps": 1, "prior_temperature": 0.5}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     assert set(given) == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "expected"), [(3, None, 1), (15, None, 1), (25, None, 2), (4000, None, 10), (15, 5, 5)]
+)
+def test_a_run_logs_ten_times_unless_it_is_told_how_often(
+    tmp_path: Path, steps: int, given: int | None, expected: int
+) -> None:
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True, logging_steps=given)
+    training.log_ten_times(steps)
+    assert training.logging_steps == expected

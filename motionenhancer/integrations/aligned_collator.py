@@ -1,0 +1,117 @@
+"""A collator that adds the alignment to the batches of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..alignment.dataset import Matched, align_batch, find_words
+from ..data import Sample, SkipLog
+from ..data.conversation import BadSample, convert
+from ..students.base import TokenLayout
+from .lookup import PriorLookup
+from .token_layout import read_layout
+
+_NOWHERE = TokenLayout("", torch.zeros(0, 2, dtype=torch.int64), ())
+_KEYS = ("messages", "conversations", "videos", "video", "images", "image", "system")
+
+
+class AlignedCollator:
+    """Adds `alignment` and `ids` to what a collator gives, as `MotionTrainer` takes them.
+
+    Args:
+        collate: the framework's own collator: features → `input_ids` (B, N) and whatever else.
+        priors: where the priors are.
+        processor: of the student.
+        row_of: the conversation of a feature, as a row of a data file with `messages` and `videos`, or None;
+            called before `collate`, so that it may take the row out of the feature. By default the feature
+            itself, or its `prompt` and `completion`.
+        root: folder that the rows' videos are relative to.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        priors: PriorLookup,
+        processor: Any,
+        *,
+        row_of: Callable[[Any], Mapping[str, Any] | None] | None = None,
+        root: str | Path = ".",
+    ) -> None:
+        self.collate, self.priors, self.processor = collate, priors, processor
+        self.row_of, self.root = row_of or _row, Path(root)
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        """Collate, and align the samples whose priors are stored.
+
+        Raises:
+            ValueError: the batch does not hold one row a feature, as with packing; none of many samples has
+                a prior; a video's tokens do not fill a grid.
+        """
+        features = list(features)
+        rows = [self.row_of(feature) for feature in features]
+        batch = dict(self.collate(features))
+        ids = batch.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != len(features):
+            found = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(
+                f"alignment needs a batch of input_ids with one row for each of {len(features)} samples, "
+                f"got {found}: switch packing and padding-free batches off"
+            )
+        matched, layouts, names = [], [], []
+        grids = _grids(batch, self.processor)
+        for index, row in enumerate(rows):
+            sample = self._sample(row)
+            prior = None if sample is None else self.priors.of(sample)
+            layout, words = _NOWHERE, None
+            if sample is not None and prior is not None:
+                tokens, start = _unpadded(batch, index)
+                layout = read_layout(tokens, sample, self.processor, grid_thw=grids[index], start=start)
+                words = find_words(sample, prior, layout, self.priors.source)
+            matched.append(Matched(prior, words))
+            layouts.append(layout)
+            names.append("" if sample is None else f"{sample.id} {' '.join(map(str, sample.videos))}".strip())
+        batch["alignment"], batch["ids"] = align_batch(matched, layouts), names
+        return batch
+
+    def _sample(self, row: Mapping[str, Any] | None) -> Sample | None:
+        if row is None:
+            return self.priors.leave_out("its row was not kept", "a sample")
+        given = {name: row[name] for name in _KEYS if row.get(name) is not None}
+        try:
+            return convert(given, 0, self.root, SkipLog(shout=0), require_video=False, check_files=False)
+        except BadSample as bad:
+            return self.priors.leave_out(f"{bad.reason}: {bad.detail}", str(row.get("id", "a sample")))
+
+
+def _row(feature: Any) -> Mapping[str, Any]:
+    if "prompt" in feature and "completion" in feature:
+        return {**feature, "messages": [*feature["prompt"], *feature["completion"]]}
+    return feature
+
+
+def _grids(batch: Mapping[str, Any], processor: Any) -> list[Any]:
+    """The first video's (T, H, W) in patches of each sample, told by its number of video tokens."""
+    ids, grids = batch["input_ids"], batch.get("video_grid_thw")
+    if grids is None:
+        return [None] * len(ids)
+    sizes = (grids.prod(dim=1) // processor.video_processor.merge_size**2).tolist()
+    found, at = [], 0
+    for count in (ids == processor.video_token_id).sum(dim=1).tolist():
+        found.append(grids[at] if count else None)
+        while count > 0 and at < len(sizes):
+            count, at = count - sizes[at], at + 1
+    return found
+
+
+def _unpadded(batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, int]:
+    """The (N,) ids of a sample without padding, and the number of padding tokens before them."""
+    ids, mask = batch["input_ids"][index], batch.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return ids, 0
+    kept = mask[index].nonzero()[:, 0]
+    first, last = int(kept[0]), int(kept[-1])
+    return ids[first : last + 1], first

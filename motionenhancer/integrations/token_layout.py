@@ -1,0 +1,149 @@
+"""What token ids stand for, whoever made them: characters of the conversation, places of the video."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from ..data import Sample
+from ..students.base import TokenLayout, VisionLayout
+
+Grid = tuple[int, int, int]
+
+
+def read_layout(
+    input_ids: torch.Tensor, sample: Sample, processor: Any, *, grid_thw: Any = None, start: int = 0
+) -> TokenLayout:
+    """Read the layout of a sample out of its token ids alone, whichever template they come from.
+
+    A message is searched from the end of the text backward, and where it ends before a special token first:
+    so neither a system prompt nor the name of a role is taken for it.
+
+    Args:
+        input_ids: (N,) int64 without padding. Each video token stands for one place of the grid.
+        sample: the conversation the ids were made of, with one video.
+        processor: of the student, with a fast tokenizer.
+        grid_thw: (T, H, W) of the video in patches, for families whose processors give `video_grid_thw`.
+        start: padding tokens before the first.
+
+    Returns:
+        The layout. A message that the ids do not spell has no characters in it. Of a text that was cut, the
+        part that is there is found.
+
+    Raises:
+        ValueError: a slow tokenizer; video tokens that do not fill a grid; images beside the video in a
+            family that has one token for both.
+    """
+    tokenizer = processor.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; alignment needs a fast one")
+    token = _video_token(processor, sample)
+    positions = (input_ids == token).nonzero()[:, 0]
+    grid = video_grid(processor, len(positions), grid_thw)
+    text, offsets, stops = _spell(input_ids.tolist(), tokenizer, token)
+    text, spans = _message_spans(text, stops, sample)
+    video = VisionLayout(positions[: math.prod(grid)] + start, grid)
+    return TokenLayout(text, torch.tensor(offsets, dtype=torch.int64), spans, (video,), start)
+
+
+def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
+    """(F, H, W) of a video's tokens in a student, after spatial and temporal merging.
+
+    Args:
+        processor: of the student; Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision or InternVL.
+        tokens: of the video.
+        grid_thw: see `read_layout`.
+
+    Raises:
+        ValueError: the tokens do not fill a grid.
+    """
+    extra = 0
+    if grid_thw is not None:
+        frames, high, wide = (int(n) for n in grid_thw)
+        merge = processor.video_processor.merge_size
+        grid = frames, high // merge, wide // merge
+    elif hasattr(processor, "image_seq_length"):  # InternVL
+        side = math.isqrt(processor.image_seq_length)
+        grid = tokens // side**2, side, side
+    elif hasattr(processor, "num_image_tokens"):  # LLaVA-OneVision, with one token at the end of a video
+        side, extra = math.ceil(math.isqrt(processor.num_image_tokens) / 2), 1
+        grid = (tokens - 1) // side**2, side, side
+    else:
+        raise ValueError(f"{type(processor).__name__}: the batch has no video_grid_thw to tell the grid from")
+    if not tokens or math.prod(grid) + extra != tokens:
+        raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {type(processor).__name__}")
+    return grid
+
+
+def _video_token(processor: Any, sample: Sample) -> int:
+    if not hasattr(processor, "image_seq_length"):
+        return int(processor.video_token_id)
+    if sample.images:
+        raise ValueError("images and videos have one token in this family: alignment needs a video alone")
+    return int(processor.image_token_id)
+
+
+def _spell(ids: list[int], tokenizer: Any, video: int) -> tuple[str, list[tuple[int, int]], set[int]]:
+    """The text, the characters of each token, and where special tokens begin; video tokens have no text."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stream, backend = DecodeStream(skip_special_tokens=False), tokenizer.backend_tokenizer
+    text, offsets, waiting = "", [(0, 0)] * len(ids), list[int]()
+    stops: set[int] = set()
+    for at, token in enumerate(ids):
+        if token == video:
+            offsets[at] = (len(text), len(text))
+            stops.add(len(text))
+            continue
+        if token in special:
+            stops.add(len(text))
+        waiting.append(at)
+        piece = stream.step(backend, token)
+        if piece is not None:  # None: a character's bytes are not complete yet
+            for one in waiting:
+                offsets[one] = (len(text), len(text) + len(piece))
+            text += piece
+            waiting.clear()
+    return text, offsets, stops | {len(text)}
+
+
+def _message_spans(
+    text: str, stops: set[int], sample: Sample
+) -> tuple[str, tuple[tuple[tuple[int, int], ...], ...]]:
+    """Where the text parts of each message stand in the text, which may gain what was cut off its end."""
+    found: list[tuple[tuple[int, int], ...]] = []
+    end = len(text)
+    for message in reversed(sample.messages):
+        spans: list[tuple[int, int]] = []
+        for part in reversed(message["content"]):
+            piece = part.get("text", "").strip() if part["type"] == "text" else ""
+            if not piece:
+                continue
+            span = _last(piece, text, end, stops)
+            if span is None and end == len(text) and (cut := _cut(piece, text, stops)) is not None:
+                span, text = (cut, cut + len(piece)), text[:cut] + piece
+            spans.append(span or (end, end))
+            end = spans[-1][0]
+        found.append(tuple(reversed(spans)))
+    return text, tuple(reversed(found))
+
+
+def _last(piece: str, text: str, end: int, stops: set[int]) -> tuple[int, int] | None:
+    pattern = re.compile(r"\s+".join(map(re.escape, piece.split())))
+    spans = [match.span() for match in pattern.finditer(text, 0, end)]
+    whole = [span for span in spans if span[1] + _blank(text, span[1]) in stops]
+    return (whole or spans or [None])[-1]
+
+
+def _blank(text: str, at: int) -> int:
+    return len(text[at:]) - len(text[at:].lstrip())
+
+
+def _cut(piece: str, text: str, stops: set[int]) -> int | None:
+    """Where the text ends with the beginning of `piece`, after its last special token."""
+    after = max((stop for stop in stops if stop < len(text)), default=0)
+    ends = range(max(after, len(text) - len(piece) + 1), len(text))
+    return next((at for at in ends if piece.startswith(text[at:])), None)

@@ -1,0 +1,164 @@
+"""SIGINT and SIGTERM end a command in one line, at any moment; a run is safe to type again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_world import World
+from train_support import flags, report_of, shared_priors
+
+from motionenhancer import eval as evaluation
+from motionenhancer import train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen[str], number: int, when: Callable[[], bool]) -> tuple[int, str]:
+    """Signal a process and all that it started a short while after `when`; its exit code and what it said."""
+    while not when():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.2)
+    assert process.poll() is None, process.communicate()[1][-3000:]
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=100)
+    return process.returncode, errors
+
+
+def check(code: int, errors: str, number: int, kept: str) -> None:
+    assert code == CODES[signal.Signals(number)], errors[-3000:]
+    assert "Traceback" not in errors
+    said = [line for line in errors.splitlines() if line.startswith("interrupted: ")]
+    assert len(said) == 1
+    assert errors.splitlines()[-1] == said[0]
+    assert kept in said[0]
+    assert "go on with: " in said[0]
+
+
+@pytest.mark.parametrize("command", ["train", "extract", "eval"])
+@pytest.mark.parametrize("number", list(CODES))
+def test_while_it_loads(command: str, number: int) -> None:
+    """A command begins with seconds of imports."""
+    begun = time.monotonic() + 0.3
+    process = start("-m", "motionenhancer", command)
+    code, errors = stop(process, number, lambda: time.monotonic() > begun)
+    check(code, errors, number, "nothing was begun")
+    assert errors.strip().endswith(f"go on with: python -m motionenhancer {command}")
+
+
+def checkpointed(out: Path) -> bool:
+    return any(out.glob("checkpoint-*/trainer_state.json"))
+
+
+def long_run(world: World, out: Path, **options: Any) -> list[str]:
+    chosen = {"max_steps": 24, "save_strategy": "steps", "save_steps": 2, "prior_source": "store"}
+    return flags(world, out, prior_dir=shared_priors(world), **{**chosen, **options})
+
+
+@pytest.fixture(scope="module")
+def stored(world: World) -> None:
+    from motionenhancer import extract
+
+    assert extract.main(world.flags(student=None, prior_dir=shared_priors(world), ddim_steps=1)) == 0
+
+
+@pytest.mark.parametrize("number", list(CODES))
+def test_train(world: World, stored: None, tmp_path: Path, number: int, capsys: Any) -> None:
+    out = tmp_path / "out"
+    argv = long_run(world, out)
+    code, errors = stop(start("-m", "motionenhancer.train", *argv), number, lambda: checkpointed(out))
+    check(code, errors, number, f"is kept in {out}")
+    assert report_of(out)["status"] == "interrupted"
+    newest = max(int(state.parent.name[11:]) for state in out.glob("checkpoint-*/trainer_state.json"))
+    assert train.main(argv) == 0
+    assert report_of(out)["resumed_from"].startswith("checkpoint-")
+    said = capsys.readouterr().out
+    assert f"goes on from {out}/{report_of(out)['resumed_from']}" in said
+    assert int(report_of(out)["resumed_from"][11:]) <= newest
+    assert said.splitlines()[-1].endswith("0 texts cut to the teacher's length")
+
+
+def test_train_before_its_first_checkpoint(world: World, stored: None, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("-m", "motionenhancer.train", *long_run(world, out, save_strategy="no"))
+    code, errors = stop(process, signal.SIGTERM, (out / "motion_report.json").is_file)
+    check(code, errors, signal.SIGTERM, "none was saved yet")
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def test_a_finished_run_typed_again_changes_nothing(
+    world: World, stored: None, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    argv = long_run(world, out, max_steps=2, save_strategy="no")
+    assert train.main(argv) == 0
+    before = files(tmp_path)
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert "this run is finished; nothing is done" in capsys.readouterr().out
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", list(CODES))
+def test_train_in_two_processes(world: World, stored: None, tmp_path: Path, number: int) -> None:
+    """The launcher says on its own that it was stopped; the processes say what is kept, once."""
+    out = tmp_path / "out"
+    process = start(*TORCHRUN, "-m", "motionenhancer.train", *long_run(world, out))
+    code, errors = stop(process, number, lambda: checkpointed(out))
+    assert code != 0
+    assert errors.count("interrupted: checkpoint-") == 1
+    assert "go on with: the same launch" in errors
+    assert "motionenhancer/" not in errors.replace(str(tmp_path), "")
+    assert report_of(out)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", list(CODES))
+def test_eval(world: World, tmp_path: Path, number: int) -> None:
+    rows = [json.loads(line) for line in (world.data.parent / "test.jsonl").read_text().splitlines()]
+    data, out = tmp_path / "many.jsonl", tmp_path / "out"
+    data.write_text(
+        "".join(json.dumps({**row, "id": f"{row['id']}-{i}"}) + "\n" for row in rows for i in range(300))
+    )
+    argv = ["--student", world.student, "--benchmark", "toy", "--data", data, "--video_root", world.videos]
+    argv += ["--output_dir", out, "--batch_size", 1, "--bootstrap_samples", 0]
+    process = start("-m", "motionenhancer.eval", *argv)
+    code, errors = stop(process, number, lambda: any(p.stat().st_size for p in out.glob("answers*.jsonl")))
+    check(code, errors, number, f"every written answer is kept in {out}")
+    assert report_of(out)["status"] == "interrupted"
+    answers = sum(len(path.read_text().splitlines()) for path in out.glob("answers*.jsonl"))
+    assert 0 < answers < len(rows) * 300
+    assert evaluation.main([*map(str, argv)]) == 0
+    assert report_of(out)["status"] == "finished"
+
+
+def test_signals_of_other_programs_are_left_alone() -> None:
+    code = "import signal, motionenhancer; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
