@@ -97,7 +97,7 @@ def word_positions(clips: Clips) -> torch.Tensor:
 
 
 class _Targets:
-    """Maps as the alignment wants them: padded rows of words, and one object a clip with what they look at."""
+    """Maps as the alignment wants them: padded rows of words, and one prior a clip."""
 
     def __init__(self, maps: Maps, words: torch.Tensor) -> None:
         self.temperature = maps.temperature

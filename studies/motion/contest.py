@@ -7,7 +7,6 @@ and writes ``results.json``, ``table.md`` and ``plot.png``.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence

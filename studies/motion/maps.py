@@ -18,7 +18,15 @@ from motionenhancer.toy.language import caption
 from studies.motion.clips import draw
 from studies.toy.masks import looks_prior
 
-__all__ = ["MAP_GRID", "Maps", "another_clip", "another_object", "mean_map", "read_teacher", "reversed_frames"]
+__all__ = [
+    "MAP_GRID",
+    "Maps",
+    "another_clip",
+    "another_object",
+    "mean_map",
+    "read_teacher",
+    "reversed_frames",
+]
 
 MAP_GRID = (5, 4, 4)
 """Frames, rows and columns of the toy teacher's tokens, and so of all maps."""
@@ -61,7 +69,9 @@ def true_masks(seed: int, split: str, count: int) -> Maps:
         prior, spans = looks_prior(text, scene, clip.masks, MAP_GRID), words_of(text)
         assert prior is not None
         where = torch.tensor([spans.index(span) for span in prior.spans])
-        rows.append(torch.zeros(len(spans), cells, dtype=torch.float16).index_copy_(0, where, prior.attention))
+        rows.append(
+            torch.zeros(len(spans), cells, dtype=torch.float16).index_copy_(0, where, prior.attention)
+        )
         kept.append(torch.zeros(len(spans), dtype=torch.bool).index_fill_(0, where, True))
     return Maps(torch.stack(rows), torch.stack(kept))
 
