@@ -16,8 +16,7 @@ from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.students.capture import capture_attention
 from motionenhancer.toy.tokenizers import t5_tokenizer
-from studies.motion.clips import GRID, Clips
-from studies.motion.maps import MAP_GRID, Maps, words_of
+from studies.motion.clips import GRID, MAP_GRID, Clips, Maps, words_of
 
 __all__ = ["Captioner", "Regime", "measure", "own_rows", "train"]
 
@@ -136,7 +135,8 @@ def train(clips: Clips, maps: Maps | None, seed: int, regime: Regime) -> Caption
     )
     targets = None if maps is None else _Targets(maps, word_positions(clips))
     weight = AlignmentSchedule(regime.weight, "linear")
-    generator, order = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
     for step in range(regime.steps):
         if len(order) < regime.batch:
             order = torch.randperm(len(clips.tokens), generator=generator).tolist()
@@ -175,16 +175,16 @@ def own_rows(model: Captioner, clips: Clips) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(model: Captioner, clips: Clips, masks: Maps) -> dict[str, float]:
+def measure(model: Captioner, clips: Clips) -> dict[str, float]:
     """How well a captioner says what the first named object does, given its name.
 
     Returns:
         ``right``: percent of the clips in which it says the right words, "moves left" or "stays still".
         ``verb``: percent of the clips with the right verb.
         ``direction``: percent of the moving objects with the right direction, given the verb.
-        ``distance``: of its content words' attention to the true ``masks``, as the alignment measures it.
+        ``distance``: of its content words' attention to the true masks, as the alignment measures it.
     """
-    targets = _Targets(masks, word_positions(clips))
+    targets = _Targets(clips.masks, word_positions(clips))
     found, distances = [], []
     for start in range(0, len(clips.tokens), _PART):
         chosen = list(range(start, min(start + _PART, len(clips.tokens))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +13,31 @@ from motionenhancer.toy.language import caption
 from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import Scene, sample_scene
 from motionenhancer.toy.tokenizers import t5_tokenizer
+from studies.toy.masks import looks_prior
 
-__all__ = ["GRID", "Clips", "draw", "make_clips"]
+__all__ = ["GRID", "MAP_GRID", "Clips", "Maps", "draw", "make_clips", "words_of"]
 
 #: Apart from any stream that draws clips for the toy's own models.
 _STREAM = 7_000_404
 GRID = (2, 4, 4)
 """Frames, rows and columns of the captioner's vision tokens: four frames of 8 x 8 pixels each."""
+MAP_GRID = (5, 4, 4)
+"""Frames, rows and columns of the toy teacher's tokens, and so of all maps."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """One map a word of each caption, and which words are pulled towards theirs.
+
+    Attributes:
+        rows: (N, W, S) float16, not scaled; S counts the cells of MAP_GRID.
+        kept: (N, W) bool.
+        temperature: of `motionenhancer.alignment.aligner.align`.
+    """
+
+    rows: torch.Tensor
+    kept: torch.Tensor
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,12 +49,14 @@ class Clips:
         tokens: (N, T) int64, the captions' tokens. All captions have the same number of words.
         texts: the captions.
         spans: of each caption the T tokens' (start, end) characters; the last token, the end, has none.
+        masks: where the object truly is that each content word speaks of; the other words have no map.
     """
 
     tubes: torch.Tensor
     tokens: torch.Tensor
     texts: list[str]
     spans: list[list[tuple[int, int]]]
+    masks: Maps
 
 
 def draw(seed: int, split: str, index: int) -> tuple[Scene, Clip]:
@@ -57,14 +79,30 @@ def _tubes(frames: np.ndarray) -> np.ndarray:
     return cells.transpose(0, 2, 4, 1, 3, 5, 6).reshape(count * rows * columns, -1)
 
 
+def words_of(text: str) -> list[tuple[int, int]]:
+    """The (start, end) characters of a caption's words."""
+    return [found.span() for found in re.finditer(r"\w+", text)]
+
+
 def make_clips(seed: int, split: str, count: int) -> Clips:
     """Draw ``count`` clips and encode them."""
-    drawn = [draw(seed, split, i) for i in range(count)]
-    texts = [caption(scene) for scene, _ in drawn]
+    tubes, texts, rows, kept = [], [], [], []
+    for i in range(count):
+        scene, clip = draw(seed, split, i)
+        text = caption(scene)
+        prior, words = looks_prior(text, scene, clip.masks, MAP_GRID), words_of(text)
+        assert prior is not None
+        where = torch.tensor([words.index(span) for span in prior.spans])
+        tubes.append(_tubes(clip.frames))
+        texts.append(text)
+        rows.append(torch.zeros(len(words), math.prod(MAP_GRID), dtype=torch.float16))
+        kept.append(torch.zeros(len(words), dtype=torch.bool))
+        rows[-1][where], kept[-1][where] = prior.attention, True
     encoded = t5_tokenizer()(texts, return_offsets_mapping=True)
     return Clips(
-        torch.from_numpy(np.stack([_tubes(clip.frames) for _, clip in drawn])).half() / 127.5 - 1,
+        torch.from_numpy(np.stack(tubes)).half() / 127.5 - 1,
         torch.tensor(encoded["input_ids"]),
         texts,
         encoded["offset_mapping"],
+        Maps(torch.stack(rows), torch.stack(kept)),
     )

@@ -7,6 +7,7 @@ and writes ``results.json``, ``table.md`` and ``plot.png``.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +25,7 @@ from motionenhancer.files import whole_file, write_json
 from motionenhancer.toy.world import WEIGHTS
 from studies.motion import maps as makers
 from studies.motion.captioner import Captioner, Regime, measure, own_rows, train
-from studies.motion.clips import Clips, make_clips
-from studies.motion.maps import Maps
+from studies.motion.clips import Clips, Maps, make_clips
 from studies.motion.outcome import write_outcome
 
 #: Sharpens the teacher's maps, and the captioner's own where so named; the toy study's value.
@@ -37,16 +37,21 @@ class Material:
     """What the arms' maps are made of, made once for a world."""
 
     folder: Path
+    teacher_digest: str
     regime: Regime
     train: Clips
     test: Clips
-    masks: Maps
-    test_masks: Maps
 
     def teacher(self, way: str = "level 200", *, heads: bool = True, words: bool = True) -> Maps:
-        folder, regime = self.folder / "maps", self.regime
+        regime = self.regime
         return makers.teacher_maps(
-            folder, regime.world_seed, regime.clips, way, heads=heads, words=words, temperature=TEMPERATURE
+            _maps(self.folder, self.teacher_digest),
+            regime.world_seed,
+            regime.clips,
+            way,
+            heads=heads,
+            words=words,
+            temperature=TEMPERATURE,
         )
 
     def own(self, seed: int, *, trained: bool, temperature: float = 1.0) -> Maps:
@@ -63,10 +68,12 @@ class Material:
         return self.folder / "plain" / f"{seed}.safetensors"
 
 
+#: Arms that need no teacher.
+_FREE = ("plain", "true masks")
 #: An arm's maps, made from the material and a seed; None is plain training.
 ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "plain": lambda m, seed: None,
-    "true masks": lambda m, seed: m.masks,
+    "true masks": lambda m, seed: m.train.masks,
     "teacher": lambda m, seed: m.teacher(),
     "own, untrained": lambda m, seed: m.own(seed, trained=False),
     "own, untrained, sharpened": lambda m, seed: m.own(seed, trained=False, temperature=TEMPERATURE),
@@ -86,6 +93,15 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
 }
 
 
+def _maps(folder: Path, teacher: str) -> Path:
+    return folder / f"maps-{teacher[:8]}"
+
+
+def _about(arm: str, seed: int, material: Material) -> dict[str, Any]:
+    teacher = None if arm in _FREE else material.teacher_digest
+    return {"arm": arm, "seed": seed, "regime": asdict(material.regime), "teacher": teacher}
+
+
 def run(arm: str, seed: int, material: Material) -> dict[str, Any]:
     """Train and test one captioner."""
     began = time.process_time()
@@ -95,10 +111,10 @@ def run(arm: str, seed: int, material: Material) -> dict[str, Any]:
         material.weights(seed).parent.mkdir(exist_ok=True)
         with whole_file(material.weights(seed)) as temporary:
             save_file(dict(model.state_dict()), temporary)
-    found: dict[str, Any] = {"arm": arm, "seed": seed, "regime": asdict(material.regime)}
-    found["test"] = measure(model, material.test, material.test_masks)
+    found = _about(arm, seed, material)
+    found["test"] = measure(model, material.test)
     if chosen is not None:
-        found["lift"] = makers.lift(chosen, material.masks)
+        found["lift"] = makers.lift(chosen, material.train.masks)
     found["cpu_seconds"] = round(time.process_time() - began, 1)
     return found
 
@@ -122,29 +138,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output_dir
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     ways = {"inverted" if "inverted" in arm else "level 200" for arm in args.arms if arm not in _FREE}
-    makers.read_teacher(args.teacher, folder / "maps", regime.world_seed, regime.clips, sorted(ways))
+    teacher = content_digest(args.teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    makers.read_teacher(args.teacher, _maps(folder, teacher), regime.world_seed, regime.clips, sorted(ways))
     world, sizes = regime.world_seed, {"train": regime.clips, "test": regime.test_clips}
     clips = {split: make_clips(world, split, count) for split, count in sizes.items()}
-    masks = {split: makers.true_masks(world, split, count) for split, count in sizes.items()}
-    material = Material(folder, regime, clips["train"], clips["test"], masks["train"], masks["test"])
+    material = Material(folder, teacher, regime, clips["train"], clips["test"])
     wanted = [(seed, arm) for seed in args.seeds for arm in args.arms]
     for seed, arm in tqdm(wanted, desc="trainings", unit="run"):
         path = folder / "runs" / f"{arm.replace(' ', '_')}-{seed}.json"
         if not path.exists():
             write_json(path, run(arm, seed, material))
-    about = {
-        "teacher": content_digest(args.teacher / "transformer" / "diffusion_pytorch_model.safetensors"),
+            continue
+        held, about = json.loads(path.read_text(encoding="utf-8")), _about(arm, seed, material)
+        if any(held.get(name) != value for name, value in about.items()):
+            parser.error(f"{path} is of another study; name another --output_dir or remove it")
+    versions = {
+        "teacher": teacher,
         "device": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    print(write_outcome(folder, regime, about, list(ARMS)))
+    print(write_outcome(folder, regime, versions, list(ARMS)))
     return 0
 
-
-#: Arms that need no teacher.
-_FREE = ("plain", "true masks")
 
 if __name__ == "__main__":
     raise SystemExit(main())

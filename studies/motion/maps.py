@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,21 +14,10 @@ from motionenhancer.files import whole_file
 from motionenhancer.priors.prior import PriorSettings, read_attention, select_prior
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import caption
-from studies.motion.clips import draw
-from studies.toy.masks import looks_prior
+from studies.motion.clips import MAP_GRID, Maps, draw, words_of
 
-__all__ = [
-    "MAP_GRID",
-    "Maps",
-    "another_clip",
-    "another_object",
-    "mean_map",
-    "read_teacher",
-    "reversed_frames",
-]
+__all__ = ["lift", "read_teacher", "teacher_maps"]
 
-MAP_GRID = (5, 4, 4)
-"""Frames, rows and columns of the toy teacher's tokens, and so of all maps."""
 _PART = 100
 WAYS: dict[str, PriorSettings] = {
     "level 200": PriorSettings(mode="renoise", noise_level=200, sampled_rows="all"),
@@ -37,58 +25,19 @@ WAYS: dict[str, PriorSettings] = {
 }
 
 
-@dataclass(frozen=True)
-class Maps:
-    """One map a word of each caption, and which words are pulled towards theirs.
-
-    Attributes:
-        rows: (N, W, S) float16, not scaled; S counts the cells of MAP_GRID.
-        kept: (N, W) bool.
-        temperature: of `motionenhancer.alignment.aligner.align`.
-    """
-
-    rows: torch.Tensor
-    kept: torch.Tensor
-    temperature: float = 1.0
-
-
-def words_of(text: str) -> list[tuple[int, int]]:
-    """The (start, end) characters of a caption's words."""
-    return [found.span() for found in re.finditer(r"\w+", text)]
-
-
-def true_masks(seed: int, split: str, count: int) -> Maps:
-    """The content words look at the object that each speaks of; the others have no map."""
-    cells = 1
-    for size in MAP_GRID:
-        cells *= size
-    rows, kept = [], []
-    for i in range(count):
-        scene, clip = draw(seed, split, i)
-        text = caption(scene)
-        prior, spans = looks_prior(text, scene, clip.masks, MAP_GRID), words_of(text)
-        assert prior is not None
-        where = torch.tensor([spans.index(span) for span in prior.spans])
-        rows.append(
-            torch.zeros(len(spans), cells, dtype=torch.float16).index_copy_(0, where, prior.attention)
-        )
-        kept.append(torch.zeros(len(spans), dtype=torch.bool).index_fill_(0, where, True))
-    return Maps(torch.stack(rows), torch.stack(kept))
-
-
 def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Sequence[str]) -> None:
     """Read the teacher's maps of the training clips under their captions; goes on where it was stopped.
 
     One file holds a hundred clips read in one way: the rows of all words, and which words token selection
-    keeps, with head selection ("mhs") and without it ("off").
+    keeps, with head selection ("mhs") and without it ("off"). What it keeps of punctuation is left out.
     """
-    loaded = load_teacher(teacher, dtype=torch.float32)
     parts = [(way, start) for way in ways for start in range(0, count, _PART)]
+    missing = [part for part in parts if not _part(folder, seed, *part).exists()]
+    if not missing:
+        return
+    loaded = load_teacher(teacher, dtype=torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    for way, start in tqdm(parts, desc="teacher's maps", unit="part"):
-        path = _part(folder, seed, way, start)
-        if path.exists():
-            continue
+    for way, start in tqdm(missing, desc="teacher's maps", unit="part"):
         found: dict[str, list[torch.Tensor]] = {}
         for i in range(start, min(start + _PART, count)):
             scene, clip = draw(seed, "train", i)
@@ -104,7 +53,7 @@ def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Seque
                 found.setdefault(f"{heads}.kept", []).append(
                     torch.tensor([span in chosen for span in words_of(text)])
                 )
-        with whole_file(path) as temporary:
+        with whole_file(_part(folder, seed, way, start)) as temporary:
             save_file({name: torch.stack(values) for name, values in found.items()}, temporary)
 
 
