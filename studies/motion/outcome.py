@@ -16,7 +16,9 @@ from studies.toy.study_report import finite, interval
 
 __all__ = ["seeds_needed", "summarise", "write_outcome"]
 
-_MEASURES = ("right", "verb", "direction", "distance")
+_MEASURES = ("direction", "verb", "right", "distance")
+#: What is compared seed by seed, the one of table and plot first.
+_COMPARED = ("direction", "right")
 #: What every other arm is compared with, seed by seed.
 _AGAINST = ("plain", "teacher")
 
@@ -26,6 +28,12 @@ def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:
     if len(differences) < 2:
         return None
     return max(2, math.ceil((1.96 * float(np.std(differences, ddof=1)) / half) ** 2))
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    gains = [one - other for one, other in pairs]
+    mean, half = interval(gains)
+    return {"mean": mean, "half": half, "runs": len(gains), "seeds for ±1": seeds_needed(gains)}
 
 
 def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
@@ -47,13 +55,11 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
         for other in _AGAINST:
             shared = sorted(set(seeds) & set(runs.get(other, {})))
             if shared and arm != other:
-                gains = [by_seed[s]["test"]["right"] - runs[other][s]["test"]["right"] for s in shared]
-                mean, half = interval(gains)
                 row[f"over {other}"] = {
-                    "mean": mean,
-                    "half": half,
-                    "seeds": shared,
-                    "seeds for ±1": seeds_needed(gains),
+                    name: _difference(
+                        [(by_seed[s]["test"][name], runs[other][s]["test"][name]) for s in shared]
+                    )
+                    for name in _COMPARED
                 }
         arms[arm] = row
     return {"regime": asdict(regime), "arms": arms}
@@ -68,15 +74,16 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 def table(summary: dict[str, Any], order: Sequence[str]) -> str:
     """Markdown: an arm a row, in ``order``."""
-    head = ["maps", "seeds", "right, %", "over plain", "over the teacher's", "verb", "direction", "lift"]
+    head = ["maps", "seeds", "direction, %", "over plain", "over the teacher's", "verb", "both", "lift"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for arm in order:
         row = summary["arms"].get(arm)
         if row is None:
             continue
-        cells = [arm, str(len(row["seeds"])), _shown(row["right"]), _shown(row.get("over plain"), "+")]
-        cells += [_shown(row.get("over teacher"), "+"), f"{row['verb']['mean']:.1f}"]
-        cells += [f"{row['direction']['mean']:.1f}", f"{row['lift']:.2f}" if "lift" in row else ""]
+        gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in _AGAINST]
+        cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
+        cells += [f"{row[name]['mean']:.1f}" for name in ("verb", "right")]
+        cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -93,14 +100,14 @@ def plot(summary: dict[str, Any], order: Sequence[str], path: Path) -> None:
         1, 2, figsize=(10, 0.3 * len(arms) + 1.2), width_ratios=(3, 2), layout="constrained"
     )
     for i, row in enumerate(arms.values()):
-        gain = row["over plain"]
+        gain = row["over plain"][_COMPARED[0]]
         half = 0.0 if math.isinf(gain["half"]) else gain["half"]
         left.errorbar(gain["mean"], i, xerr=half, fmt="o", color="black", capsize=3)
         right.errorbar(row["lift"], gain["mean"], yerr=half, fmt="o", color="black", markersize=3)
     left.axvline(0.0, color="grey", linewidth=0.8)
     left.set_yticks(range(len(arms)), list(arms))
     left.invert_yaxis()
-    left.set_xlabel("gain over plain training, points, 95 % interval")
+    left.set_xlabel("gain in direction over plain training, points, 95 % interval")
     right.axhline(0.0, color="grey", linewidth=0.8)
     right.set_xlabel("lift of the maps on the objects (1 is blind)")
     right.set_ylabel("gain, points")

@@ -116,7 +116,7 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     def record(arm: str, seed: int, right: float, lift: float) -> dict[str, Any]:
-        test = {"right": right, "verb": 70.0, "direction": 50.0, "distance": 0.3}
+        test = {"right": 5.0, "verb": 70.0, "direction": right, "distance": 0.3}
         return {"arm": arm, "seed": seed, "regime": asdict(TINY), "test": test, "lift": lift}
 
     (tmp_path / "runs").mkdir()
@@ -129,9 +129,9 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     summary = summarise(tmp_path, TINY)
     teacher = summary["arms"]["teacher"]
     assert teacher["seeds"] == [1, 2]
-    assert teacher["over plain"]["mean"] == pytest.approx(10.5)
-    assert teacher["over plain"]["half"] == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert summary["arms"]["uniform"]["over teacher"]["mean"] == pytest.approx(-21.0)
+    assert teacher["over plain"]["direction"]["mean"] == pytest.approx(10.5)
+    assert teacher["over plain"]["direction"]["half"] == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert summary["arms"]["uniform"]["over teacher"]["direction"]["mean"] == pytest.approx(-21.0)
     shown = table(summary, ["plain", "teacher", "never run"]).splitlines()
     assert len(shown) == 4
     assert "| teacher | 2 | 32.0 ± 12.7 | +10.5 ± 6.4 |" in shown[3]
