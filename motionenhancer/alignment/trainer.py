@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -165,7 +165,7 @@ class MotionTrainer(Trainer):
         tokens = _counting_tokens(inputs)
         weight = self.alignment_weight
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
-        aligned, where = None, nullcontext()
+        aligned, where = None, cast(Any, nullcontext())
         if reads:
             where = capture_attention(model, alignment.rows, alignment.columns, **self.attention)
         with where as captured:

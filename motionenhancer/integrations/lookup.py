@@ -80,11 +80,14 @@ class PriorLookup:
         try:
             prior = self._find(sample)
         except (ValueError, OSError) as error:
-            return self.leave_out(str(error), sample.id)
+            self.leave_out(str(error), sample.id)
+            return None
         except KeyError:
-            return self.leave_out("no such prior in the store", sample.id)
+            self.leave_out("no such prior in the store", sample.id)
+            return None
         if self.grid is not None and prior.grid != self.grid:
-            return self.leave_out(f"its grid is {prior.grid}, the aligner's {self.grid}", sample.id)
+            self.leave_out(f"its grid is {prior.grid}, the aligner's {self.grid}", sample.id)
+            return None
         self.found += 1
         return prior
 

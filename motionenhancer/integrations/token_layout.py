@@ -10,7 +10,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from ..data import Sample
-from ..students.base import TokenLayout, VisionLayout
+from ..students.layout import TokenLayout, VisionLayout
 
 Grid = tuple[int, int, int]
 
@@ -135,7 +135,7 @@ def _last(piece: str, text: str, end: int, stops: set[int]) -> tuple[int, int] |
     pattern = re.compile(r"\s+".join(map(re.escape, piece.split())))
     spans = [match.span() for match in pattern.finditer(text, 0, end)]
     whole = [span for span in spans if span[1] + _blank(text, span[1]) in stops]
-    return (whole or spans or [None])[-1]
+    return (whole or spans)[-1] if spans else None
 
 
 def _blank(text: str, at: int) -> int:
