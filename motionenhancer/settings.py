@@ -410,7 +410,7 @@ class TrainArguments(TrainingArguments):
     warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", least=0)
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     per_device_train_batch_size: int = setting(1, "Samples a device and step.", least=1)
-    logging_steps: float | None = setting(
+    logging_steps: float | None = setting(  # type: ignore[assignment]
         None, "Steps between log lines. Default: 10, or fewer, so that a run has ten of them.", above=0
     )
     # HfArgumentParser reads a union of three only with None in front.

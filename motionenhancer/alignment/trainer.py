@@ -164,7 +164,8 @@ class MotionTrainer(Trainer):
         tokens = _counting_tokens(inputs)
         weight = self.alignment_weight
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
-        aligned, where = None, nullcontext()
+        aligned = None
+        where: Any = nullcontext()
         if reads:
             where = capture_attention(model, alignment.rows, alignment.columns, **self.attention)
         with where as captured:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..alignment.dataset import Matched, align_batch, find_words
+from ..alignment.dataset import align_batch, find_words
 from ..data import Sample, SkipLog
-from ..data.conversation import BadSample, convert
-from ..students.base import TokenLayout
+from ..data.conversation import convert
+from ..students.layout import TokenLayout
 from .lookup import PriorLookup
 from .token_layout import read_layout
 
@@ -56,35 +56,38 @@ class AlignedCollator:
         batch = dict(self.collate(features))
         ids = batch.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != len(features):
-            found = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(
                 f"alignment needs a batch of input_ids with one row for each of {len(features)} samples, "
-                f"got {found}: switch packing and padding-free batches off"
+                f"got {shape}: switch packing and padding-free batches off"
             )
-        matched, layouts, names = [], [], []
+        priors, words, layouts, names = [], [], [], []
         grids = _grids(batch, self.processor)
         for index, row in enumerate(rows):
             sample = self._sample(row)
             prior = None if sample is None else self.priors.of(sample)
-            layout, words = _NOWHERE, None
+            layout, found = _NOWHERE, None
             if sample is not None and prior is not None:
                 tokens, start = _unpadded(batch, index)
                 layout = read_layout(tokens, sample, self.processor, grid_thw=grids[index], start=start)
-                words = find_words(sample, prior, layout, self.priors.source)
-            matched.append(Matched(prior, words))
+                found = find_words(sample, prior, layout, self.priors.source)
+            priors.append(prior)
+            words.append(found)
             layouts.append(layout)
             names.append("" if sample is None else f"{sample.id} {' '.join(map(str, sample.videos))}".strip())
-        batch["alignment"], batch["ids"] = align_batch(matched, layouts), names
+        batch["alignment"], batch["ids"] = align_batch(priors, words, layouts), names
         return batch
 
     def _sample(self, row: Mapping[str, Any] | None) -> Sample | None:
         if row is None:
-            return self.priors.leave_out("its row was not kept", "a sample")
+            self.priors.leave_out("its row was not kept", "a sample")
+            return None
         given = {name: row[name] for name in _KEYS if row.get(name) is not None}
-        try:
-            return convert(given, 0, self.root, SkipLog(shout=0), require_video=False, check_files=False)
-        except BadSample as bad:
-            return self.priors.leave_out(f"{bad.reason}: {bad.detail}", str(row.get("id", "a sample")))
+        log = SkipLog(shout=0)
+        sample = convert(given, 0, self.root, log, require_video=False, check_files=False)
+        if sample is None:
+            self.priors.leave_out(log.summary(), str(row.get("id", "a sample")))
+        return sample
 
 
 def _row(feature: Any) -> Mapping[str, Any]:
