@@ -56,26 +56,26 @@ class AlignedCollator:
         batch = dict(self.collate(features))
         ids = batch.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != len(features):
-            found = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(
                 f"alignment needs a batch of input_ids with one row for each of {len(features)} samples, "
-                f"got {found}: switch packing and padding-free batches off"
+                f"got {shape}: switch packing and padding-free batches off"
             )
-        used, matched, layouts, names = [], [], [], []
+        priors, words, layouts, names = [], [], [], []
         grids = _grids(batch, self.processor)
         for index, row in enumerate(rows):
             sample = self._sample(row)
             prior = None if sample is None else self.priors.of(sample)
-            layout, words = _NOWHERE, None
+            layout, found = _NOWHERE, None
             if sample is not None and prior is not None:
                 tokens, start = _unpadded(batch, index)
                 layout = read_layout(tokens, sample, self.processor, grid_thw=grids[index], start=start)
-                words = find_words(sample, prior, layout, self.priors.source)
-            used.append(prior)
-            matched.append(words)
+                found = find_words(sample, prior, layout, self.priors.source)
+            priors.append(prior)
+            words.append(found)
             layouts.append(layout)
             names.append("" if sample is None else f"{sample.id} {' '.join(map(str, sample.videos))}".strip())
-        batch["alignment"], batch["ids"] = align_batch(used, matched, layouts), names
+        batch["alignment"], batch["ids"] = align_batch(priors, words, layouts), names
         return batch
 
     def _sample(self, row: Mapping[str, Any] | None) -> Sample | None:
@@ -85,8 +85,8 @@ class AlignedCollator:
         given = {name: row[name] for name in _KEYS if row.get(name) is not None}
         log = SkipLog(shout=0)
         sample = convert(given, 0, self.root, log, require_video=False, check_files=False)
-        for skip in log.entries:
-            self.priors.leave_out(f"{skip.reason}: {skip.detail}", str(row.get("id", "a sample")))
+        if sample is None:
+            self.priors.leave_out(log.summary(), str(row.get("id", "a sample")))
         return sample
 
 

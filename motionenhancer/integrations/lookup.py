@@ -79,17 +79,16 @@ class PriorLookup:
         """
         try:
             prior = self._find(sample)
+            if self.grid is not None and prior.grid != self.grid:
+                raise ValueError(f"its grid is {prior.grid}, the aligner's {self.grid}")
         except (ValueError, OSError) as error:
             self.leave_out(str(error), sample.id)
-            return None
         except KeyError:
             self.leave_out("no such prior in the store", sample.id)
-            return None
-        if self.grid is not None and prior.grid != self.grid:
-            self.leave_out(f"its grid is {prior.grid}, the aligner's {self.grid}", sample.id)
-            return None
-        self.found += 1
-        return prior
+        else:
+            self.found += 1
+            return prior
+        return None
 
     def leave_out(self, reason: str, name: str) -> None:
         """Count a sample without a prior.

@@ -14,6 +14,15 @@ from ..students.layout import TokenLayout, VisionLayout
 
 Grid = tuple[int, int, int]
 
+#: Processors whose tokens are told apart from their ids alone.
+_READ = (
+    "Qwen2VLProcessor",
+    "Qwen2_5_VLProcessor",
+    "Qwen3VLProcessor",
+    "InternVLProcessor",
+    "LlavaOnevisionProcessor",
+)
+
 
 def read_layout(
     input_ids: torch.Tensor, sample: Sample, processor: Any, *, grid_thw: Any = None, start: int = 0
@@ -54,33 +63,35 @@ def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
     """(F, H, W) of a video's tokens in a student, after spatial and temporal merging.
 
     Args:
-        processor: of the student; Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision or InternVL.
+        processor: of the student; Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision or InternVL.
         tokens: of the video.
         grid_thw: see `read_layout`.
 
     Raises:
-        ValueError: the tokens do not fill a grid.
+        ValueError: another processor; the tokens do not fill a grid.
     """
-    extra = 0
+    extra, name = 0, type(processor).__name__
+    if name not in _READ:
+        raise ValueError(f"{name}: the layout of its tokens is not read; plug-ins support {', '.join(_READ)}")
     if grid_thw is not None:
         frames, high, wide = (int(n) for n in grid_thw)
         merge = processor.video_processor.merge_size
         grid = frames, high // merge, wide // merge
-    elif hasattr(processor, "image_seq_length"):  # InternVL
+    elif name == "InternVLProcessor":
         side = math.isqrt(processor.image_seq_length)
         grid = tokens // side**2, side, side
-    elif hasattr(processor, "num_image_tokens"):  # LLaVA-OneVision, with one token at the end of a video
+    elif name == "LlavaOnevisionProcessor":  # with one token at the end of a video
         side, extra = math.ceil(math.isqrt(processor.num_image_tokens) / 2), 1
         grid = (tokens - 1) // side**2, side, side
     else:
-        raise ValueError(f"{type(processor).__name__}: the batch has no video_grid_thw to tell the grid from")
+        raise ValueError(f"{name}: the batch has no video_grid_thw to tell the grid from")
     if not tokens or math.prod(grid) + extra != tokens:
-        raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {type(processor).__name__}")
+        raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {name}")
     return grid
 
 
 def _video_token(processor: Any, sample: Sample) -> int:
-    if not hasattr(processor, "image_seq_length"):
+    if type(processor).__name__ != "InternVLProcessor":
         return int(processor.video_token_id)
     if sample.images:
         raise ValueError("images and videos have one token in this family: alignment needs a video alone")
@@ -135,7 +146,7 @@ def _last(piece: str, text: str, end: int, stops: set[int]) -> tuple[int, int] |
     pattern = re.compile(r"\s+".join(map(re.escape, piece.split())))
     spans = [match.span() for match in pattern.finditer(text, 0, end)]
     whole = [span for span in spans if span[1] + _blank(text, span[1]) in stops]
-    return (whole or spans)[-1] if spans else None
+    return whole[-1] if whole else spans[-1] if spans else None
 
 
 def _blank(text: str, at: int) -> int:

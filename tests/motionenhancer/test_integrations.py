@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from students_support import clip, dialogue
-from tiny_students import SAVE, tiny_student
+from tiny_students import tiny_student
 from tiny_world import World
 
 from motionenhancer import extract
@@ -23,6 +23,7 @@ from motionenhancer.integrations import AlignedCollator, PriorLookup, read_layou
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import load_student, map_words
 
+READ = ("qwen2_vl", "qwen3_vl", "internvl", "llava_onevision")
 TURNS = [
     ("What moves?", "A green one."),
     ("Which  object\nmoves, naïve 動く 👩‍🚀?", "The red circle 動く left, and é stays."),
@@ -41,7 +42,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", *SAVE])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", *READ])
 def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, student_dir: Path):
     if request.param == "qwen2_5_vl":
         return load_student(student_dir)
@@ -116,8 +117,18 @@ def test_what_tells_no_layout_is_refused(student: Any) -> None:
         sample = Sample("s", dialogue("a", "b").messages, images=(Path("a.png"),))
         with pytest.raises(ValueError, match="one token"):
             read_layout(torch.zeros(3, dtype=torch.int64), sample, processor)
-    with pytest.raises(ValueError, match="video_grid_thw"):
-        video_grid(SimpleNamespace(), 4)
+    if not hasattr(processor, "image_seq_length") and not hasattr(processor, "num_image_tokens"):
+        with pytest.raises(ValueError, match="video_grid_thw"):
+            video_grid(processor, 4)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "video_llama_3"])
+def test_families_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    _, processor, family = tiny_student(name, tmp_path)
+    sample = dialogue("What moves?", "This.")
+    encoded = family.encode(processor, sample, [clip(4, 32, 48)])
+    with pytest.raises(ValueError, match=f"{type(processor).__name__}: the layout of its tokens is not read"):
+        read_layout(encoded.input_ids, sample, processor)
 
 
 # ---- priors ----
