@@ -28,7 +28,7 @@ from .evaluation.write import student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .processes import join_processes
-from .report import RunReport
+from .report.run_report import RunReport
 from .settings import EvalArguments
 from .students import StudentFamily, load_student, student_family
 from .toy.defaults import default_toy

@@ -31,7 +31,7 @@ from .priors.prior import PARTLY_UNKNOWN, PriorError, PriorSettings, check_setti
 from .priors.requests import PriorRequest, request_priors
 from .priors.storage import PriorStore, prior_keys
 from .processes import from_main, join_processes
-from .report import versions
+from .report.run_report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
 

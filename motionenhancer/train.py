@@ -25,7 +25,7 @@ from .flags import parse_arguments
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
 from .priors.storage import PriorStore
-from .report import RunReport
+from .report.run_report import RunReport
 from .settings import (
     DataArguments,
     MakerArguments,
