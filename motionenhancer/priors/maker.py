@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..data.clip import named_by
-from ..data.video import VideoError, content_digest, read_frames
+from ..data.video import Video, VideoError, content_digest, read_frames
 from ..teachers import Teacher, roundtrip_error
 from .prior import MotionPrior, PriorError, PriorSettings, extract_prior
 from .requests import PriorRequest
@@ -103,26 +103,26 @@ class Reader:
     settings: PriorSettings
     roundtrip: bool = False
 
-    def decode(self, request: PriorRequest) -> np.ndarray:
-        """Return the frames of a clip that the teacher reads, (n, h, w, 3) uint8.
+    def decode(self, request: PriorRequest) -> Video:
+        """Return the frames of a clip that the teacher reads.
 
         Raises:
             VideoError: the clip cannot be read, or is a still.
         """
-        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2).frames
+        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2)
 
-    def read(self, request: PriorRequest, frames: np.ndarray) -> Made:
+    def read(self, request: PriorRequest, video: Video) -> Made:
         """Make a prior.
 
         Raises:
             PriorError: the clip and text can give none.
         """
-        settings, began = request.settings or self.settings, perf_counter()
-        prior = extract_prior(self.teacher, frames, request.text, **asdict(settings))
+        settings, began, times = request.settings or self.settings, perf_counter(), video.timestamps
+        prior = extract_prior(self.teacher, video.frames, request.text, times=times, **asdict(settings))
         seconds, errors = perf_counter() - began, None
         if self.roundtrip:
             self.roundtrip = False
-            errors = inversion_errors(self.teacher, frames, request.text, settings.steps)
+            errors = inversion_errors(self.teacher, video.frames, request.text, settings.steps)
         return Made(prior, seconds=seconds, roundtrip=errors)
 
 
@@ -259,7 +259,7 @@ class LocalMaker:
             if (left := self._waiting.get()) is not None:
                 decoding.append(_Job(*left, Future()))
         for job in decoding:
-            job.frames.cancel()
+            job.video.cancel()
             if self._dead is not None and job.answer.set_running_or_notify_cancel():
                 job.answer.set_exception(self._dead)
             else:
@@ -282,15 +282,15 @@ class LocalMaker:
 class _Job(NamedTuple):
     request: PriorRequest
     answer: Future[Made]
-    frames: Future[np.ndarray]
+    video: Future[Video]
 
 
 def _answer(patience: Patience, reader: Reader, job: _Job) -> None:
     if not job.answer.set_running_or_notify_cancel():
-        job.frames.cancel()
+        job.video.cancel()
         return
     try:
-        made = reader.read(job.request, job.frames.result())
+        made = reader.read(job.request, job.video.result())
     except BaseException as error:
         job.answer.set_exception(patience.judge(error))
     else:

@@ -92,7 +92,8 @@ class CogVideoXTeacher:
         posterior = self.pipeline.vae.encode(pixels).latent_dist
         latents = posterior.mode().transpose(1, 2).float() * self.pipeline.vae.config.scaling_factor
         check_latents(latents.shape[-2:], self.size, self.pipeline.vae_scale_factor_spatial)
-        return VideoLatents(latents, self._tokens(latents), given, used, self.size)
+        stride = self.pipeline.vae_scale_factor_temporal * (self.config.patch_size_t or 1)
+        return VideoLatents(latents, self._tokens(latents), given, used, self.size, stride)
 
     def _tokens(self, latents: torch.Tensor) -> VideoTokens:
         _, frames, _, height, width = latents.shape

@@ -78,6 +78,7 @@ class VideoLatents:
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
         size: (height, width) in pixels the frames were resized to.
+        stride: video frames that each frame of the grid stands for, the first aside.
     """
 
     latents: torch.Tensor
@@ -85,6 +86,7 @@ class VideoLatents:
     frames_given: int
     frames_used: int
     size: tuple[int, int]
+    stride: int = 4
 
 
 class Teacher(Protocol):

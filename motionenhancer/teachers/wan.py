@@ -112,7 +112,8 @@ class WanTeacher:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         latents = (latents - mean) / deviation
-        return VideoLatents(latents, self._tokens(latents), given, used, self.size)
+        stride = self.pipeline.vae_scale_factor_temporal * self.config.patch_size[0]
+        return VideoLatents(latents, self._tokens(latents), given, used, self.size, stride)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> TextEncoding:

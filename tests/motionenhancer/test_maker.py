@@ -108,14 +108,17 @@ class Fake:
             self.decoded.append(says)
             self.alive += 1
             self.most = max(self.most, self.alive)
-        return SimpleNamespace(frames=frames)
+        return SimpleNamespace(frames=frames, timestamps=[0.0])
 
     def _gone(self) -> None:
         with self._lock:
             self.alive -= 1
 
-    def extract_prior(self, teacher: Fake, frames: np.ndarray, text: str, **settings: object) -> MotionPrior:
+    def extract_prior(
+        self, teacher: Fake, frames: np.ndarray, text: str, *, times: list[float], **settings: object
+    ) -> MotionPrior:
         assert teacher is self
+        assert times == [0.0]
         says = frames.tobytes().decode()
         self.read.append(says)
         if says in self.gates:
@@ -366,9 +369,9 @@ def test_what_is_on_record_is_tried_again_once_where_that_is_asked_for(
     reads = fake.read_frames
 
     def newer(path: Path, **options: int) -> SimpleNamespace:
-        return (
-            SimpleNamespace(frames=np.zeros(3, np.uint8)) if path == broken.video else reads(path, **options)
-        )
+        if path == broken.video:
+            return SimpleNamespace(frames=np.zeros(3, np.uint8), timestamps=[0.0])
+        return reads(path, **options)
 
     monkeypatch.setattr(maker_module, "read_frames", newer)
     with kept(fake, store, retry=True) as stored:
