@@ -1,7 +1,8 @@
 """Flags of the commands, read from the dataclasses that the code itself uses.
 
 A field's `metadata` holds its help text. Its flag is its name, or `metadata["flag"]` where two dataclasses
-of one command have a field of the same name. `metadata["aliases"]` lists older names.
+of one command have a field of the same name. `metadata["aliases"]` lists older names. A field with
+`metadata["positional"]`, a text or None, is given without a flag.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ class _Parser(HfArgumentParser):
             shown.metadata = MappingProxyType(metadata)
             self.flags.append(_Flag(shown.name, tuple(a.lstrip("-") for a in metadata.get("aliases", ()))))
             group = own if mine or theirs is None else theirs
+            if metadata.get("positional"):
+                group.add_argument(shown.name, nargs="?", metavar=shown.name.upper(), help=metadata["help"])
+                continue
             self._parse_dataclass_field(cast(argparse.ArgumentParser, group), shown)
 
     def format_help(self, everything: bool = False) -> str:

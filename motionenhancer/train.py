@@ -26,11 +26,13 @@ from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
 from .priors.storage import PriorStore
 from .report.run_report import RunReport
+from .report.watch import Watch
 from .settings import (
     DataArguments,
     MakerArguments,
     OnlineArguments,
     PriorArguments,
+    ReportArguments,
     StudentArguments,
     TrainArguments,
 )
@@ -65,14 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         PriorSettings,
         MakerArguments,
         OnlineArguments,
+        ReportArguments,
         TrainArguments,
     )
-    student, data, prior, settings, maker, online, training = parse_arguments(
+    student, data, prior, settings, maker, online, shown, training = parse_arguments(
         classes, arguments, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
         online.check(student.prior_source)
-        run(student, data, prior, settings, training, online, maker)
+        run(student, data, prior, settings, training, online, maker, shown)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,6 +90,7 @@ def run(
     training: TrainArguments,
     online: OnlineArguments | None = None,
     maker: MakerArguments | None = None,
+    shown: ReportArguments | None = None,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -174,9 +178,14 @@ def run(
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
+            watched = (shown or ReportArguments()).report_samples
+            watch = Watch(trainer, watched if main_process and _can_test(training) else 0)
+            watch.read("before")
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
+            watch.read("after")
             _save(trainer, student)
+            watch.keep(report.folder)
             if tested is not None and main_process:
                 report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
     except BaseException as error:
@@ -196,6 +205,7 @@ def run(
             print(skips.summary())
         if "evaluation" in report.content:
             print(accuracy_table(report.content["evaluation"]))
+        watch.write(report.folder)
         print(f"checkpoint and {report.path.name} in {report.folder}")
     return report
 

@@ -24,6 +24,8 @@ _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECAS
 #: The rejected answer of a preference, of which the other one is learnt, as in MotionVid-QA.
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system"}
+#: Keys of a row that say what it is a case of, the first that is there.
+_TASK_KEYS = ("task", "task_type", "question_type", "category")
 _TURN_KEYS = {"from", "value", "role", "content"}
 _PART_KEYS = {"type", "text", "video", "image"}
 _ROLES = {
@@ -300,7 +302,7 @@ def convert(
         row = as_conversation(row) or row
         _check_keys(row, "row", "")
         whole = video_keys(row, row=True)
-        _note_unknown(row, {*_ROW_KEYS, *_REJECTED, *(CLIP_KEYS.keys() - {"fps"})}, "", log)
+        _note_unknown(row, {*_ROW_KEYS, *_TASK_KEYS, *_REJECTED, *(CLIP_KEYS.keys() - {"fps"})}, "", log)
         if any(row.get(key) is not None for key in _REJECTED):
             log.note("rejected answer of a preference not read")
         named: dict[str, list[_File]] = {"video": [], "image": []}
@@ -317,4 +319,5 @@ def convert(
             located[kind] = _locate(kind, files, root, check_files, whole if kind == "video" else {})
     except BadSample as bad:
         raise BadSample(bad.reason, bad.detail, name) from None
-    return Sample(name, messages, located["video"], located["image"], line, offset)
+    task = next((row[key] for key in _TASK_KEYS if isinstance(row.get(key), str)), "")
+    return Sample(name, messages, located["video"], located["image"], line, offset, task)
