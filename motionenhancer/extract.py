@@ -31,11 +31,10 @@ from .priors.prior import PARTLY_UNKNOWN, PriorError, PriorSettings, check_setti
 from .priors.requests import PriorRequest, request_priors
 from .priors.storage import PriorStore, prior_keys
 from .processes import from_main, join_processes
+from .report.run_report import EXTRACTION as REPORT
 from .report.run_report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
-
-REPORT = "extraction.json"
 
 
 @dataclass
@@ -121,6 +120,7 @@ def run(
         report = {
             "teacher": {"path": prior.teacher, "id": teacher_id},
             "data": data.data,
+            "video_root": data.video_root,
             "limit": data.limit,
             "prompt_source": prior.prompt_source,
             "settings": asdict(settings),

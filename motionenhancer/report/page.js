@@ -4,10 +4,10 @@ const $ = (id) => document.getElementById(id);
 const state = { view: null, row: null, frame: 0, playing: false, hidden: false };
 const sources = Object.keys(data.names);
 const STATES = {
-  kept: ["kept", "the teacher keeps it: its map is followed"],
-  missing: ["not found", "kept by the teacher, but not found among the student's tokens: it is not followed"],
-  dropped: ["dropped", "the teacher's map of it moves too little"],
-  cut: ["cut", "behind the last token that fits into the teacher"],
+  kept: ["kept", "the student follows the teacher's map of it"],
+  missing: ["not found", "the teacher keeps it, but it is not among the student's tokens"],
+  dropped: ["dropped", "the teacher's map of it moves less than those of the kept words"],
+  cut: ["cut", "it lies behind the last token that fits into the teacher"],
 };
 
 // Texts come from data files: they only ever become text nodes.
@@ -175,15 +175,18 @@ function chooseWord(row) {
 }
 
 function markWord() {
+  const view = state.view;
   for (const button of $("words").querySelectorAll("button")) {
     button.setAttribute("aria-pressed", Number(button.dataset.row) === state.row);
   }
-  const word = state.view.words.find((one) => one.row === state.row && hasMap(state.view, one));
+  const word = view.words.find((one) => one.row === state.row && hasMap(view, one));
   const kept = STATES[word && word.state];
   $("about").textContent = word
-    ? `“${word.text}”` + (kept ? `: ${kept[0]}; ${kept[1]}.` : ".") +
+    ? `“${word.text}”` + (kept ? ` is ${kept[0]}: ${kept[1]}.` : ".") +
       (word.score === undefined ? "" : ` Motion score ${number(word.score)}.`) +
-      (state.view.timed === false ? " The prior holds no times: its frames are spread evenly over the clip." : "")
+      (data.run && data.run.temperature !== 1 && view.maps.sources.teacher
+        ? ` The run sharpens the teacher's maps (--prior_temperature ${data.run.temperature}); here they are as they were read.` : "") +
+      (view.timed === false ? " The prior holds no times: its frames are spread evenly over the clip." : "")
     : "No word of this sample has a map.";
 }
 
@@ -236,7 +239,9 @@ function paint(source, at, time, peak, top, smooth) {
   const layer = make("canvas", { width, height });
   const picture = new ImageData(width, height);
   cells(source, at, time, peak, smooth).forEach((value, cell) => {
-    picture.data.set([...colour(Math.min(1, value / top)), 255], 4 * cell);
+    // Little attention is also drawn thinly, so that the clip is seen through it.
+    const share = Math.min(1, value / top);
+    picture.data.set([...colour(share), 255 * (0.25 + 0.75 * share)], 4 * cell);
   });
   layer.getContext("2d").putImageData(picture, 0, 0);
   return layer;

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..data.video import Video
 from ..files import write_text
-from .picture import COLOURS, NAMES, scale_of
+from .picture import COLOURS, headings, scale_of
 from .run_report import REPORT
 from .views import KEPT, Maps, View, load_views, read_clip
 
@@ -63,7 +63,7 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
         },
         "evaluation": report.get("evaluation"),
         "settings": _flat({key: report[key] for key in shown if key in report}),
-        "gate": report.get("identity", {}).get("prior_temperature", 1.0),
+        "temperature": report.get("identity", {}).get("prior_temperature", 1.0),
     }
     target = output or folder / PAGE
     write_page(target, views, str(folder), run)
@@ -105,7 +105,7 @@ def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any
     body = {
         "title": title,
         "colours": COLOURS,
-        "names": NAMES,
+        "names": headings({name for sources in maps for name in sources}),
         "run": run,
         "views": [
             {**_about(view), **_frames(clip, budget, entry["sources"]), "maps": entry}

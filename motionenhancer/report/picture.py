@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,17 +12,15 @@ from PIL import Image, ImageDraw
 from ..data import Clip, read_frames
 from ..data.encode import encode_video
 from ..priors.prior import MotionPrior
-from .views import Maps, View, read_clip
+from .views import SOURCES, Maps, View, read_clip
 
-__all__ = ["COLOURS", "NAMES", "contact_sheet", "draw_prior", "scale_of", "write_overlay"]
+__all__ = ["COLOURS", "contact_sheet", "draw_prior", "headings", "scale_of", "write_overlay"]
 
 #: Ten evenly spaced colours of matplotlib's maps that readers with any colour vision can tell apart.
 COLOURS = {
     "viridis": "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725",
     "cividis": "00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838",
 }
-#: How the maps of each source are headed.
-NAMES = {"teacher": "teacher", "before": "student before", "after": "student after"}
 _OPACITY = 0.65
 _BLANK = np.zeros((2, 64, 64, 3), np.uint8)
 
@@ -33,6 +32,17 @@ def scale_of(rows: Sequence[np.ndarray]) -> float:
         rows: the maps of one word, of all sources: one scale serves them all.
     """
     return max((float(np.quantile(row, 0.995)) for row in rows), default=0.0) or 1.0
+
+
+def headings(sources: Iterable[str]) -> dict[str, str]:
+    """Return how the maps of each source are headed, in their order.
+
+    >>> headings(["teacher", "after"])
+    {'teacher': 'teacher', 'after': 'student'}
+    """
+    trained = "before" in sources
+    names = dict(zip(SOURCES, ("teacher", "student before", "student after"), strict=True))
+    return names if trained else {"teacher": "teacher", "after": "student"}
 
 
 def _coloured(values: np.ndarray, colours: str) -> np.ndarray:
@@ -62,9 +72,10 @@ def overlay(
     cells = np.clip(maps.rows[row].reshape(maps.grid)[nearest] / scale, 0, 1)
     way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     size = (frame.shape[1], frame.shape[0])
-    values = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(size, way))
-    mixed = (1 - _OPACITY) * frame + _OPACITY * _coloured(np.clip(values, 0, 1), colours)
-    return mixed.astype(np.uint8)
+    values = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(size, way)).clip(0, 1)
+    # Little attention is also drawn thinly, so that the clip is seen through it.
+    share = _OPACITY * (0.25 + 0.75 * values)[..., None]
+    return ((1 - share) * frame + share * _coloured(values, colours)).astype(np.uint8)
 
 
 def contact_sheet(
@@ -99,7 +110,8 @@ def contact_sheet(
     for row in rows:
         scale = scale_of([maps.rows[row] for maps in sources.values() if row in maps.rows])
         word = view.prompt[slice(*view.spans[row])].strip()
-        lines += [(f"{word}\n{NAMES[name]}", maps, row, scale) for name, maps in sources.items()]
+        names = headings(sources)
+        lines += [(f"{word}\n{names[name]}", maps, row, scale) for name, maps in sources.items()]
     margin, gap = 110, 4
     sheet = Image.new("RGB", (margin + len(chosen) * (width + gap), len(lines) * (height + gap)), "white")
     write = ImageDraw.Draw(sheet)
@@ -152,7 +164,7 @@ def draw_prior(
     prior: MotionPrior,
     video: str | Path | Clip | None = None,
     words: Sequence[str] | None = None,
-    **how: object,
+    **how: Any,
 ) -> Image.Image:
     """Draw a prior as a picture, which a notebook shows by itself.
 

@@ -13,6 +13,8 @@ from typing import Any
 from ..files import write_json
 
 REPORT = "motion_report.json"
+#: What an extraction was, in its folder of priors.
+EXTRACTION = "extraction.json"
 
 
 @dataclass

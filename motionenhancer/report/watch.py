@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..alignment.aligner import align
-from ..alignment.dataset import MotionDataset, Worded, find_words
+from ..alignment.dataset import MotionDataset, find_words
 from ..alignment.trainer import MotionTrainer
 from ..data import Sample, prompt_text
 from ..data.sampling import sample_frames
@@ -24,7 +24,7 @@ from ..students.capture import capture_attention
 from .page import write_run_page
 from .views import Grid, View, save_views, whole_words
 
-__all__ = ["StudentReading", "Watch", "read_student", "task_of"]
+__all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,26 @@ class StudentReading:
     scores: dict[str, Any]
     answer: str
 
-    def words(self, sample: Sample, words_of: Worded, source: str) -> dict[int, torch.Tensor]:
-        """Return the maps of those words that were found: index of the word → (F·H·W,)."""
-        words = find_words(sample, words_of, self.layout, source)
-        place = {row: i for i, row in enumerate(self.rows)}
-        rows: dict[int, list[int]] = {}
-        for row, word in zip(words.rows, words.row_tokens, strict=True):
-            rows.setdefault(word, []).append(place[row])
-        return {word: self.attention[found].mean(dim=0) for word, found in rows.items()}
+
+def add_maps(view: View, when: str, read: StudentReading, sample: Sample, source: str) -> bool:
+    """Add to a view a student's maps of its words; return whether any of them was found.
+
+    Args:
+        view: of the sample; receives the maps.
+        when: "before" or "after".
+        read: of the sample.
+        sample: as it was read.
+        source: the text of it that the view shows: "both", "question" or "answer".
+    """
+    words = find_words(sample, view, read.layout, source)
+    place = {row: i for i, row in enumerate(read.rows)}
+    rows: dict[int, list[int]] = {}
+    for row, word in zip(words.rows, words.row_tokens, strict=True):
+        rows.setdefault(word, []).append(place[row])
+    if rows:
+        view.grid, view.times, view.found = read.grid, read.times, sorted(rows)
+        view.maps[when] = torch.stack([read.attention[rows[word]].mean(dim=0) for word in view.found])
+    return bool(rows)
 
 
 @torch.no_grad()
@@ -183,29 +195,22 @@ class Watch:
         if prior is not None:
             view = View.of_prior(prior, id=sample.id, video=sample.videos[0], task=view.task)
         for when, readings in self.readings.items():
-            read = readings.get(sample.id)
-            if read is None:
+            if (read := readings.get(sample.id)) is None:
                 continue
-            maps = read.words(sample, view, source)
             view.scores[when], view.answer = dict(read.scores), read.answer
-            if not maps:
+            if not add_maps(view, when, read, sample, source) or prior is None:
                 continue
-            view.grid, view.times, view.found = read.grid, read.times, sorted(maps)
-            view.maps[when] = torch.stack([maps[word] for word in view.found])
-            if prior is not None:
+            distance = align(
+                view.maps[when][None].to(trainer.args.device),
+                prior,
+                grid=read.grid,
+                row_tokens=torch.tensor([view.found]),
                 # Before training the aligner is the identity.
-                aligner = trainer.aligner if when == "after" else None
-                view.scores[when]["loss_align"] = float(
-                    align(
-                        view.maps[when][None].to(trainer.args.device),
-                        prior,
-                        grid=read.grid,
-                        row_tokens=torch.tensor([view.found]),
-                        aligner=aligner,
-                        loss=trainer.alignment_loss,
-                        temperature=trainer.prior_temperature,
-                    )
-                )
+                aligner=trainer.aligner if when == "after" else None,
+                loss=trainer.alignment_loss,
+                temperature=trainer.prior_temperature,
+            )
+            view.scores[when]["loss_align"] = float(distance)
         return view
 
     def _prior(self, sample: Sample) -> MotionPrior | None:
