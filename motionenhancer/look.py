@@ -1,6 +1,6 @@
 """See what a teacher and a student attend to, as one html file: of a run, of a folder of priors, of one clip.
 
-`motionenhancer look RUN`, `look --prior_dir DIR`, `look --video FILE --text "..." --teacher DIR --student DIR`
+`motionenhancer look RUN`, `look --prior_dir DIR`, `look --video FILE --text TEXT --teacher DIR --student DIR`
 """
 
 from __future__ import annotations

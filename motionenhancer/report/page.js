@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const state = { view: null, row: null, frame: 0, playing: false, hidden: false };
 const sources = Object.keys(data.names);
 const STATES = {
-  kept: ["kept", "the student follows the teacher's map of it"],
+  kept: ["kept", data.run ? "the student follows the teacher's map of it" : "the prior holds its map"],
   missing: ["not found", "the teacher keeps it, but it is not among the student's tokens"],
   dropped: ["dropped", "the teacher's map of it moves less than those of the kept words"],
   cut: ["cut", "it lies behind the last token that fits into the teacher"],
@@ -102,7 +102,7 @@ function entry(view) {
 
 async function show(view) {
   state.view = view;
-  state.frame = 0;
+  state.frame = view.times.length >> 1;
   list();
   const rows = view.words.filter((word) => hasMap(view, word));
   const best = rows.reduce((top, word) => (top && (top.score ?? 0) >= (word.score ?? 0) ? top : word), null);
@@ -112,6 +112,7 @@ async function show(view) {
   drawFigures();
   drawHeads();
   $("time").max = Math.max(0, view.times.length - 1);
+  $("maps").style.gridTemplateColumns = `repeat(${Object.keys(view.maps.sources).length || 1}, minmax(0, 1fr))`;
   $("maps").replaceChildren(
     ...sources.map((name) =>
       make("figure", { id: `figure-${name}`, hidden: view.maps.sources[name] ? null : "" },
@@ -289,7 +290,7 @@ function step(by) {
 // ---- figures ----
 
 function table(head, rows) {
-  const cell = (tag) => (value, at) => make(tag, { class: at ? "number" : null }, value);
+  const cell = (tag) => (value) => make(tag, { class: /^[-+–\d]/.test(value.textContent ?? value) ? "number" : null }, value);
   return make("table", {},
     make("thead", {}, make("tr", {}, ...head.map(cell("th")))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map(cell("td"))))));
@@ -380,7 +381,7 @@ function drawRun() {
     ? `${data.views.length} samples, read before and after training. Loss of the answer: better for ` +
       `${ways.filter((way) => way === "better").length}, worse for ${ways.filter((way) => way === "worse").length}. ` +
       `Right answers: ${before} before, ${after} after.`
-    : `${data.views.length} clips.`;
+    : `${data.views.length} clip${data.views.length === 1 ? "" : "s"}.`;
   if (!run) return;
   const parts = [];
   const curves = Object.entries(run.curves).filter(([, points]) => points.some((p) => p[1] !== null));
@@ -447,5 +448,6 @@ $("time").addEventListener("input", () => step(Number($("time").value) - state.f
 $("play").addEventListener("click", () => play(!state.playing));
 drawRun();
 list();
+$("layout").classList.toggle("single", data.views.length < 2);
 if (data.views.length) show(data.views[0]);
 else $("viewer").replaceChildren(make("p", {}, "The run kept no samples: train with --report_samples above 0."));

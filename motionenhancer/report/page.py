@@ -54,7 +54,7 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / REPORT}: not a run's report ({error})") from error
     views = pick(load_views(folder), ids, f"{folder / KEPT}")
-    shown = ("status", "error", "identity", "versions", "teacher", "alignment", "resumed_from")
+    shown = ("status", "error", "identity", "plan", "versions", "teacher", "alignment", "resumed_from")
     run = {
         "name": str(folder),
         "curves": {
@@ -150,7 +150,7 @@ def _frames(video: Video | None, budget: int, sources: dict[str, Any]) -> dict[s
         return {"frames": [], "times": times, "duration": max(times, default=0.0), "size": [width, height]}
     encoded: list[bytes] = []
     height, width = video.frames.shape[1:3]
-    for share, quality in ((1.0, 80), (0.8, 70), (0.6, 60), (0.4, 50), (0.25, 40), (0.12, 30)):
+    for share, quality in ((1.0, 90), (1.0, 75), (0.8, 70), (0.6, 60), (0.4, 50), (0.25, 40), (0.12, 30)):
         size = (max(1, round(width * share)), max(1, round(height * share)))
         encoded = [_jpeg(Image.fromarray(frame).resize(size), quality) for frame in video.frames]
         if sum(map(len, encoded)) <= budget:
@@ -165,7 +165,7 @@ def _frames(video: Video | None, budget: int, sources: dict[str, Any]) -> dict[s
 
 def _jpeg(picture: Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
+    picture.save(stream, "JPEG", quality=quality, subsampling=0 if quality > 80 else 2)
     return stream.getvalue()
 
 
