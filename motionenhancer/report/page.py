@@ -190,7 +190,7 @@ def _pack(sources: dict[str, Maps], pool: int) -> dict[str, Any]:
             "grid": maps.grid,
             "times": [round(time, 4) for time in maps.times],
             "rows": list(maps.rows),
-            "data": base64.b64encode(zlib.compress(data, 9)).decode(),
+            "data": base64.b64encode(zlib.compress(data)).decode(),
         }
     return {"sources": found, "peaks": peaks, "tops": tops}
 

@@ -188,8 +188,9 @@ def save_views(folder: Path, views: Sequence[View]) -> Path:
             about["video"] = {"path": str(clip.path.absolute()), "start": clip.start, "end": clip.end}
         if view.prior is not None:
             about["prior"] = text_of_prior(view.prior)
-            tensors[f"{i}.teacher"] = view.prior.attention.half().contiguous()
-        tensors |= {f"{i}.{name}": rows.half().contiguous() for name, rows in view.maps.items()}
+            # A copy: samples of one clip and text share their prior, and files hold no tensor twice.
+            tensors[f"{i}.teacher"] = view.prior.attention.half().clone()
+        tensors |= {f"{i}.{name}": rows.half().clone() for name, rows in view.maps.items()}
         listed.append(about)
     target = folder / KEPT
     with whole_file(target) as temporary:
