@@ -185,8 +185,6 @@ function markWord() {
   $("about").textContent = word
     ? `“${word.text}”` + (kept ? ` is ${kept[0]}: ${kept[1]}.` : ".") +
       (word.score === undefined ? "" : ` Motion score ${number(word.score)}.`) +
-      (data.run && data.run.temperature !== 1 && view.maps.sources.teacher
-        ? ` The run sharpens the teacher's maps (--prior_temperature ${data.run.temperature}); here they are as they were read.` : "") +
       (view.timed === false ? " The prior holds no times: its frames are spread evenly over the clip." : "")
     : "No word of this sample has a map.";
 }
@@ -213,7 +211,8 @@ function draw() {
     canvas.parentNode.lastChild.textContent = data.names[name] + (at < 0 ? ": no map of this word" : "");
     if (at < 0 || state.hidden || !source.bytes) continue;
     const smooth = $("smooth").checked;
-    const layer = paint(source, at, time, view.maps.peaks[state.row], top, smooth);
+    const values = densities(name, source, at, view.maps.peaks[state.row]);
+    const layer = paint(source, values, time, top, smooth);
     context.globalAlpha = Number($("opacity").value);
     context.imageSmoothingEnabled = smooth;
     context.drawImage(layer, 0, 0, canvas.width, canvas.height);
@@ -221,11 +220,21 @@ function draw() {
   }
 }
 
+// A word's map as it was read; of the teacher's, if that is wished, as the run sharpens it before it is followed.
+function densities(name, source, at, peak) {
+  const size = source.grid[0] * source.grid[1] * source.grid[2];
+  const read = Array.from(source.bytes.subarray(at * size, (at + 1) * size), (step) => (step / 255) ** 2 * peak);
+  if (name !== "teacher" || !$("sharpen").checked) return read;
+  const sharp = read.map((value) => (value / peak) ** (1 / data.run.temperature));
+  const mean = sharp.reduce((sum, value) => sum + value, 0) / size;
+  return sharp.map((value) => value / (mean || 1));
+}
+
 // Densities of the grid's cells at a time: of the nearest frame, or between the two around it.
-function cells(source, at, time, peak, smooth) {
+function cells(source, values, time, smooth) {
   const [frames, height, width] = source.grid;
   const size = height * width;
-  const read = (frame, cell) => (source.bytes[(at * frames + frame) * size + cell] / 255) ** 2 * peak;
+  const read = (frame, cell) => values[frame * size + cell];
   let next = source.times.findIndex((one) => one >= time);
   if (next < 0) next = frames - 1;
   const before = Math.max(0, next - 1);
@@ -235,11 +244,11 @@ function cells(source, at, time, peak, smooth) {
   return Array.from({ length: size }, (_, cell) => (1 - share) * read(before, cell) + share * read(next, cell));
 }
 
-function paint(source, at, time, peak, top, smooth) {
+function paint(source, values, time, top, smooth) {
   const [, height, width] = source.grid;
   const layer = make("canvas", { width, height });
   const picture = new ImageData(width, height);
-  cells(source, at, time, peak, smooth).forEach((value, cell) => {
+  cells(source, values, time, smooth).forEach((value, cell) => {
     // Little attention is also drawn thinly, so that the clip is seen through it.
     const share = Math.min(1, value / top);
     picture.data.set([...colour(share), 255 * (0.25 + 0.75 * share)], 4 * cell);
@@ -443,7 +452,8 @@ const tasks = [...new Set(data.views.map((view) => view.task).filter(Boolean))].
 $("task").append(...tasks.map((task) => make("option", { value: task }, task)));
 if (!data.views.some((view) => change(view) !== null)) document.querySelectorAll(".student").forEach((one) => (one.hidden = true));
 for (const id of ["sort", "task", "change", "before", "after", "confidence"]) $(id).addEventListener("input", list);
-for (const id of ["smooth", "opacity", "contrast", "colours"]) $(id).addEventListener("input", draw);
+$("followed").hidden = !data.run || data.run.temperature === 1;
+for (const id of ["smooth", "sharpen", "opacity", "contrast", "colours"]) $(id).addEventListener("input", draw);
 $("time").addEventListener("input", () => step(Number($("time").value) - state.frame));
 $("play").addEventListener("click", () => play(!state.playing));
 drawRun();

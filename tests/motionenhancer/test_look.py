@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from motionenhancer.data import SkipLog, check_video, read_samples
 from motionenhancer.data.encode import encode_video
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.report import page as page_module
+from motionenhancer.report import watch
 from motionenhancer.report.page import write_page, write_run_page
 from motionenhancer.report.picture import contact_sheet, draw_prior
 from motionenhancer.report.run_report import REPORT
 from motionenhancer.report.views import SOURCES, View, load_views, save_views
+from motionenhancer.report.watch import read_student
 from motionenhancer.students import load_student
 
 
@@ -41,9 +44,21 @@ def learn(world: World, out: Path, **options: object) -> Path:
     return out
 
 
+#: A training that depends on the random numbers drawn before it.
+NOISE = {"neftune_noise_alpha": 5.0}
+
+
+def drawing(*given: object) -> watch.StudentReading:
+    """Reads as it should, and draws a random number, which a model with another forward might."""
+    torch.rand(1)
+    return read_student(*given)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
-def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return learn(world, tmp_path_factory.mktemp("shown") / "run")
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "read_student", drawing)
+        yield learn(world, tmp_path_factory.mktemp("shown") / "run", **NOISE)
 
 
 def test_a_run_keeps_what_its_page_needs(run: Path, world: World) -> None:
@@ -92,7 +107,7 @@ def test_before_is_the_student_as_it_was_given(run: Path, world: World) -> None:
 def test_the_page_is_written_and_changes_nothing_of_the_training(
     run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = learn(world, tmp_path / "plain", report_samples=0)
+    plain = learn(world, tmp_path / "plain", report_samples=0, **NOISE)
     assert "page of the run" not in capsys.readouterr().out
     assert not (plain / "report.html").exists()
     assert not (plain / "report").exists()
