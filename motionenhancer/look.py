@@ -76,7 +76,7 @@ def _run(
     if (look.png or look.mp4) and not views:
         raise ValueError(f"{look.run}: the run kept no sample to draw")
     if look.png is not None:
-        contact_sheet(views[0], look.word, smooth=look.smooth).save(look.png, "PNG")
+        contact_sheet(views[0], look.word, smooth=look.smooth).save(look.png, "PNG", optimize=True)
         print(f"{views[0].id}: {look.png}")
     if look.mp4 is not None:
         write_overlay(look.mp4, views[0], look.word, smooth=look.smooth)

@@ -137,7 +137,6 @@ def _about(view: View) -> dict[str, Any]:
         **about,
         "heads": {**heads, "ratio": prior.settings.head_ratio},
         "confidence": prior.confidence,
-        "frames_given": prior.frames_given,
         "timed": bool(prior.times),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,34 +102,31 @@ class View:
         The states: "kept", "dropped" by the teacher's scores, "missing": kept, but not found among the
         student's tokens, "cut": behind the last token that the teacher took, "plain": none of these.
         """
-        spans: list[dict[str, Any]] = []
+        spans: list[tuple[tuple[int, int], dict[str, Any]]] = []
         if self.prior is None:
-            spans = [{"at": at, "state": "plain", "row": row} for row, at in enumerate(self.spans)]
+            spans = [(at, {"state": "plain", "row": row}) for row, at in enumerate(self.spans)]
         else:
+            read = bool(self.maps or self.scores)
             row_of = {token: row for row, token in enumerate(self.prior.kept)}
             for token, at in enumerate(self.prior.all_spans):
                 row, state = row_of.get(token), "dropped"
                 if row is not None:
-                    state = "missing" if self.maps and row not in self.found else "kept"
-                score = self.prior.token_scores[token]
-                spans.append({"at": at, "state": state, "row": row, "score": score})
+                    state = "missing" if read and row not in self.found else "kept"
+                spans.append((at, {"state": state, "row": row, "score": self.prior.token_scores[token]}))
         pieces: list[dict[str, Any]] = []
         end = 0
-        for span in sorted(spans, key=lambda one: one["at"]):
-            start, stop = max(end, span["at"][0]), span["at"][1]
-            if start >= stop:
-                continue
-            pieces += [{"text": self.prompt[end:start], "state": "plain"}] if start > end else []
+        for (start, stop), about in sorted(spans, key=lambda span: span[0]):
             # SentencePiece's pieces begin with the space before them.
-            bare = start + len(self.prompt[start:stop]) - len(self.prompt[start:stop].lstrip())
-            pieces += [{"text": self.prompt[start:bare], "state": "plain"}] if bare > start else []
-            if stop > bare:
-                rest = {key: value for key, value in span.items() if key != "at"}
-                pieces.append({"text": self.prompt[bare:stop], **rest})
+            text = self.prompt[max(end, start) : stop].lstrip()
+            if not text:
+                continue
+            if between := self.prompt[end : stop - len(text)]:
+                pieces.append({"text": between, "state": "plain"})
+            pieces.append({"text": text, **about})
             end = stop
-        if end < len(self.prompt):
+        if rest := self.prompt[end:]:
             cut = self.prior is not None and self.prior.truncated > 0
-            pieces.append({"text": self.prompt[end:], "state": "cut" if cut else "plain"})
+            pieces.append({"text": rest, "state": "cut" if cut else "plain"})
         return pieces
 
     def rows_of(self, words: Sequence[str] | None, most: int = 3) -> list[int]:
@@ -218,13 +215,10 @@ def load_views(folder: Path) -> list[View]:
 def _view(about: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> View:
     prior, clip = about.pop("prior", None), about.pop("video", None)
     view = View(**about)
-    view.spans = [(start, end) for start, end in view.spans]
     if clip is not None:
         path = Path(clip.pop("path"))
         view.video = Clip(path, **clip) if any(value is not None for value in clip.values()) else path
-    if view.grid is not None:
-        view.grid = (view.grid[0], view.grid[1], view.grid[2])
     if prior is not None:
         view.prior = prior_from_text(tensors[f"{name}.teacher"], prior)
-    maps = {when: tensors[f"{name}.{when}"] for when in SOURCES[1:] if f"{name}.{when}" in tensors}
-    return replace(view, maps=maps)
+    view.maps = {when: tensors[f"{name}.{when}"] for when in SOURCES[1:] if f"{name}.{when}" in tensors}
+    return view

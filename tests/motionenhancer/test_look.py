@@ -232,10 +232,26 @@ def test_views_come_back_as_they_went_in(tmp_path: Path) -> None:
     for view, back in zip(views, load_views(tmp_path), strict=True):
         assert back.words() == view.words()
         for name in ("id", "prompt", "video", "task", "spans", "grid", "times", "found", "scores", "answer"):
-            assert getattr(back, name) == getattr(view, name), name
+            kept = getattr(back, name)
+            expected = getattr(view, name)
+            assert kept == (expected if name == "video" else json.loads(json.dumps(expected))), name
     (tmp_path / "report" / "samples.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not what a run keeps"):
         load_views(tmp_path)
+
+
+def test_words_that_no_student_token_stands_for_are_not_found(tmp_path: Path) -> None:
+    view = make_views(tmp_path)[0]
+    assert [(piece["text"], piece["state"]) for piece in replace(view, found=[], maps={}).words()] == [
+        ("the", "dropped"),
+        (" ", "plain"),
+        ("red", "missing"),
+        (" ", "plain"),
+        ("square", "dropped"),
+        (" ", "plain"),
+        ("moves", "missing"),
+        (" — naïve ✓", "cut"),
+    ]
 
 
 def test_a_notebook_shows_a_prior(tmp_path: Path) -> None:
