@@ -178,8 +178,8 @@ def run(
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
-            watched = (shown or ReportArguments()).report_samples
-            watch = Watch(trainer, watched if main_process and _can_test(training) else 0)
+            watched = (shown or ReportArguments()).report_samples if main_process else 0
+            watch = Watch(trainer, watched, whole=_can_test(training))
             watch.read("before")
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)

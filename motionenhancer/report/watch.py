@@ -143,11 +143,13 @@ class Watch:
     Attributes:
         trainer: has the student on its device, and the samples.
         count: samples; 0 reads nothing and writes no page.
+        whole: this process has all weights; otherwise the student is not read, and the page shows priors.
         readings: "before", "after" → sample id → how the student read it.
     """
 
     trainer: MotionTrainer
     count: int
+    whole: bool = True
     readings: dict[str, dict[str, StudentReading]] = field(default_factory=dict)
     failed: bool = False
 
@@ -166,7 +168,8 @@ class Watch:
 
     def read(self, when: str) -> None:
         """Read all samples; `when` is "before" or "after"."""
-        self._try(lambda: self._read(when))
+        if self.whole:
+            self._try(lambda: self._read(when))
 
     def keep(self, folder: Path) -> None:
         """Keep what was read in a run's output folder; the run's teacher must still be there."""
