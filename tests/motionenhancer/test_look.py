@@ -28,7 +28,7 @@ from motionenhancer.report.page import write_page, write_run_page
 from motionenhancer.report.picture import contact_sheet, draw_prior
 from motionenhancer.report.run_report import REPORT
 from motionenhancer.report.views import SOURCES, View, load_views, save_views
-from motionenhancer.report.watch import read_student
+from motionenhancer.report.watch import read_student, task_of
 from motionenhancer.students import load_student
 
 
@@ -252,6 +252,25 @@ def test_words_that_no_student_token_stands_for_are_not_found(tmp_path: Path) ->
         ("moves", "missing"),
         (" — naïve ✓", "cut"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"id": "a-1", "task": "turn"}, "turn"),
+        ({"id": "a-1-MR", "question_type": "camera"}, "camera"),
+        ({"id": "a-1-MR", "task": 3}, "MR"),
+        ({"id": "a-1"}, ""),
+        ({"id": "MR"}, ""),
+    ],
+)
+def test_what_a_sample_is_counted_under(row: dict, task: str, world: World, tmp_path: Path) -> None:
+    given = json.loads(world.data.read_text().splitlines()[0])
+    (tmp_path / "data.jsonl").write_text(json.dumps({**given, **row}) + "\n")
+    skips = SkipLog()
+    (sample,) = read_samples(tmp_path / "data.jsonl", world.videos, skips)
+    assert task_of(sample) == task
+    assert not skips.notes, "no unknown key"
 
 
 def test_a_notebook_shows_a_prior(tmp_path: Path) -> None:
