@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "fine-tune a student with its attention pulled toward the priors",
     "eval": "put a benchmark's questions to a student and score the answers",
     "agreement": "measure how far single-pass priors agree with the full procedure",
+    "look": "write a page that shows a run, a folder of priors, or one clip",
     "store": "list, verify or prune a folder of priors",
 }
 

@@ -30,7 +30,7 @@ from .flags import parse_arguments
 from .hub import model_folder
 from .interrupts import on_interrupt
 from .processes import join_processes
-from .report import RunReport
+from .report.run_report import RunReport
 from .settings import EvalArguments
 from .students import load_student, student_family
 from .toy.defaults import default_toy, require_all

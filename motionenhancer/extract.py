@@ -29,7 +29,7 @@ from .priors.prior import PARTLY_UNKNOWN, PriorSettings, check_settings
 from .priors.requests import PriorRequest, request_priors
 from .priors.storage import EXTRACTION, PriorStore, prior_keys
 from .processes import from_main, join_processes
-from .report import versions
+from .report.run_report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
 
@@ -96,6 +96,7 @@ def run(
         report = {
             "teacher": {"path": prior.teacher, "id": teacher_id},
             "data": data.data,
+            "video_root": data.video_root,
             "limit": data.limit,
             "prompt_source": prior.prompt_source,
             "settings": asdict(settings),

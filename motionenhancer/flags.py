@@ -31,7 +31,7 @@ _BOUNDS = {
     "below": ("below", operator.lt),
 }
 #: Metadata that argparse does not know.
-_OURS = {"flag", "type", "off", "exists", *_BOUNDS}
+_OURS = {"flag", "type", "positional", "off", "exists", *_BOUNDS}
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -41,7 +41,8 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
         default: its value where it is not given.
         help: shown by `--help`.
         metadata: `flag`, where two dataclasses of one command have a field of the same name; `aliases`, older
-            names; `type`, what the command line is read as; and what `check_fields` holds its value to:
+            names; `type`, what the command line is read as; `positional`, whether a text is given without its
+            flag; and what `check_fields` holds its value to:
             `choices`; bounds of a number, `least`, `above`, `most` and `below`, with `off`, a value
             outside of them that switches it off; `exists`, "file" or "folder".
     """
@@ -130,6 +131,9 @@ class _Parser(HfArgumentParser):
             for name in (shown.name, *metadata.get("aliases", ())):
                 self.names[name.lstrip("-")] = shown.name
             group = own if mine or theirs is None else theirs
+            if one.metadata.get("positional"):
+                group.add_argument(shown.name, nargs="?", metavar=shown.name.upper(), help=metadata["help"])
+                continue
             self._parse_dataclass_field(cast(argparse.ArgumentParser, group), shown)
 
     def format_help(self, everything: bool = False) -> str:

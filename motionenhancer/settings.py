@@ -462,6 +462,44 @@ class TrainArguments(TrainingArguments):
 
 
 @dataclass
+class ReportArguments(Settings):
+    """What is shown of clips."""
+
+    report_samples: int = setting(8, "Clips on the page; after a training, 0 writes no page.", least=0)
+
+
+@dataclass
+class LookArguments(Settings):
+    """What is looked at, and where its pictures go."""
+
+    run: str | None = setting(None, "Output folder of a training: its page is written anew.", positional=True)
+    id: list[str] | None = setting(None, "Only these samples, or priors whose key begins like this.")
+    video: str | None = setting(None, "Look at this clip, with --text and a teacher, a student or both.")
+    text: str | None = setting(None, "What happens in the clip.")
+    student: str | None = setting(None, "With --video: transformers folder of a video VLM.")
+    num_frames: int | None = setting(None, "With --student: frames of the clip, evenly.", least=1)
+    output: str | None = setting(
+        None, "The page. Default: report.html in RUN, look.html in --prior_dir or here."
+    )
+    png: str | None = setting(None, "Also draw the first clip's frames and maps to this file.")
+    mp4: str | None = setting(None, "Also write the first clip with its maps over it to this file.")
+    word: list[str] | None = setting(None, "Words of --png and --mp4. Default: those that move most.")
+    smooth: bool = setting(False, "Interpolate --png and --mp4 between the grid's cells.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is not None and self.video is not None:
+            raise ValueError("run and --video exclude each other")
+        if (self.video is None) != (self.text is None):
+            raise ValueError("--video and --text go together")
+        for name in ("student", "num_frames"):
+            if self.video is None and getattr(self, name) is not None:
+                raise ValueError(f"--{name} goes with --video")
+        if self.word is not None and self.png is None and self.mp4 is None:
+            raise ValueError("--word goes with --png or --mp4")
+
+
+@dataclass
 class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 

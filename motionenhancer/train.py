@@ -27,12 +27,14 @@ from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings, check_settings
 from .priors.storage import PriorStore
 from .processes import from_main
-from .report import RunReport
+from .report.run_report import RunReport
+from .report.watch import Watch
 from .settings import (
     DataArguments,
     MakerArguments,
     OnlineArguments,
     PriorArguments,
+    ReportArguments,
     StudentArguments,
     TrainArguments,
 )
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         TrainArguments,
         OnlineArguments,
         MakerArguments,
+        ReportArguments,
     )
     arguments = parse_arguments(
         classes, argv, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
@@ -88,6 +91,7 @@ def run(
     training: TrainArguments,
     online: OnlineArguments,
     maker: MakerArguments,
+    shown: ReportArguments,
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
@@ -191,9 +195,14 @@ def run(
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
+            watched = shown.report_samples if main_process else 0
+            watch = Watch(trainer, watched, whole=whole)
+            watch.read("before")
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
+            watch.read("after")
             _save(trainer, student)
+            watch.keep(report.folder)
             if tested is not None:
                 report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
     except BaseException as error:
@@ -214,6 +223,7 @@ def run(
             print(skips.summary())
         if "evaluation" in report.content:
             print(accuracy_table(report.content["evaluation"]))
+        watch.write(report.folder)
         print(f"checkpoint and {report.path.name} in {report.folder}")
         print(summary)
     on_interrupt(lambda: f"the run in {folder} had finished")

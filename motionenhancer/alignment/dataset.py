@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -164,7 +164,20 @@ class MotionDataset(Dataset[Item]):
         return Item(sample.id, encoded, prior, words, skipped, wanted)
 
 
-def find_words(sample: Sample, prior: MotionPrior, layout: TokenLayout, source: str) -> WordMap:
+class Worded(Protocol):
+    """What has words: a prior, or a text alone.
+
+    spans: character ranges of the words in ``prompt``.
+    """
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+
+def find_words(sample: Sample, prior: Worded, layout: TokenLayout, source: str) -> WordMap:
     """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
 
     Tokens before the video cannot see it, so a word that stands there only is dropped.

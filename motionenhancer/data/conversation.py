@@ -22,9 +22,12 @@ _INDEX = re.compile(r"\[\d+\]")
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 #: The rejected answer of a preference, of which the other one is learnt, as in MotionVid-QA.
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
+#: Keys of a row that say what it is a case of, the first that is there.
+_TASK_KEYS = ("task", "task_type", "question_type", "category")
 #: What a row may say of its one video. Not `fps`: data sets write the file's own rate there.
 _ROW_CLIP_KEYS = tuple(key for key in CLIP_KEYS if key != "fps")
 _ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system", *_REJECTED}
+_ROW_KEYS |= set(_TASK_KEYS)
 _TURN_KEYS = {"from", "value", "role", "content"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -93,7 +96,8 @@ def convert(
     except _BadSample as bad:
         log.add(bad.reason, id=name, line=line, detail=bad.detail)
         return None
-    return Sample(name, messages, videos, images, line, offset)
+    task = next((row[key] for key in _TASK_KEYS if isinstance(row.get(key), str)), "")
+    return Sample(name, messages, videos, images, line, offset, task)
 
 
 def _short(value: Any, limit: int = 60) -> str:

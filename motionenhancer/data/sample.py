@@ -20,6 +20,7 @@ class Sample:
     videos, images: files, in the order of their parts; of a video whose row says which part of it is shown,
         or with which frames, a :class:`Clip`.
     line: 1-based line of the data file where the sample starts; offset: its first byte.
+    task: what the row says that it is a case of, for reports only; may be empty.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Sample:
     images: tuple[Path, ...] = ()
     line: int = 0
     offset: int = 0
+    task: str = ""
 
 
 _ROLES: dict[str, tuple[str, ...]] = {

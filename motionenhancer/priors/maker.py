@@ -17,7 +17,7 @@ import torch
 
 from ..data import Sample, SkipLog
 from ..data.clip import named_by
-from ..data.video import VideoError, content_digest, read_frames
+from ..data.video import Video, VideoError, content_digest, read_frames
 from ..teachers import Teacher, roundtrip_error
 from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError, PriorSettings, extract_prior
 from .requests import PriorRequest
@@ -102,18 +102,18 @@ class Reader:
     settings: PriorSettings
     roundtrip: bool = False
 
-    def decode(self, request: PriorRequest) -> np.ndarray:
-        """The (n, h, w, 3) uint8 frames that the teacher reads; VideoError where a clip cannot be read."""
-        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2).frames
+    def decode(self, request: PriorRequest) -> Video:
+        """The frames that the teacher reads; VideoError where a clip cannot be read."""
+        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2)
 
-    def read(self, request: PriorRequest, frames: np.ndarray) -> Made:
+    def read(self, request: PriorRequest, video: Video) -> Made:
         """Make a prior; PriorError where the clip and text can give none."""
-        settings, began = request.settings or self.settings, perf_counter()
-        prior = extract_prior(self.teacher, frames, request.text, **asdict(settings))
+        settings, began, times = request.settings or self.settings, perf_counter(), video.timestamps
+        prior = extract_prior(self.teacher, video.frames, request.text, times=times, **asdict(settings))
         seconds, errors = perf_counter() - began, None
         if self.roundtrip:
             self.roundtrip = False
-            errors = inversion_errors(self.teacher, frames, request.text, settings.steps)
+            errors = inversion_errors(self.teacher, video.frames, request.text, settings.steps)
         return Made(prior, seconds=seconds, roundtrip=errors)
 
 
@@ -249,10 +249,10 @@ class LocalMaker:
         if self._dead is not None:
             raise self._dead
         assert self._reader is not None
-        assert job.frames is not None
+        assert job.video is not None
         try:
             # No name is bound to the frames: they must be gone when the next clip is decoded.
-            made = self._reader.read(job.request, job.frames.result())
+            made = self._reader.read(job.request, job.video.result())
         except Exception as error:
             judged = self._patience.judge(error)
             raise judged from judged.__cause__
@@ -262,11 +262,11 @@ class LocalMaker:
     def _settled(self, job: _Job) -> None:
         """Forget a job that was answered or given up, and have another one decoded."""
         with self._lock:
-            if job.frames is None:
+            if job.video is None:
                 self._waiting.remove(job)
             else:
-                job.frames.cancel()
-                job.frames = None
+                job.video.cancel()
+                job.video = None
                 self._ahead -= 1
             self._decode_ahead()
 
@@ -274,14 +274,14 @@ class LocalMaker:
         assert self._reader is not None
         while self._waiting and self._ahead < self.capacity and not self._closed:
             job = self._waiting.popleft()
-            job.frames = self._decoders.submit(self._reader.decode, job.request)
+            job.video = self._decoders.submit(self._reader.decode, job.request)
             self._ahead += 1
 
 
 @dataclass(eq=False)
 class _Job:
     request: PriorRequest
-    frames: Future[np.ndarray] | None = None
+    video: Future[Video] | None = None
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import torch
 from mekernels import select_heads, select_tokens, token_motion_scores
 
 from ..flags import MAX_SEED, check_fields, setting
+from ..teachers.frames import grid_times
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
 from ..teachers.known import boundary_of, read_folder
 from ..teachers.plan import TeacherPlan, teacher_class
@@ -167,6 +168,8 @@ class MotionPrior:
         unknown: characters of the text that the teacher's tokenizer has no piece for; see `TextEncoding`.
         evaluations: transformer evaluations spent, counted per batch row.
         seconds: wall time by stage; not part of what is compared or keyed.
+        times: F seconds, when each frame of the grid is, since the clip's first frame; empty where the frames
+            came without their times.
     """
 
     attention: torch.Tensor
@@ -189,6 +192,7 @@ class MotionPrior:
     unknown: int = 0
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    times: list[float] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """Everything but the attention itself, ready for JSON."""
@@ -238,6 +242,8 @@ def extract_prior(
     memory: bool = True,
     head_ratio: float = 0.5,
     token_ratio: float = 0.5,
+    *,
+    times: Sequence[float] | np.ndarray | None = None,
     **options: Any,
 ) -> MotionPrior:
     """Read the motion prior of one clip and text from a frozen teacher.
@@ -251,6 +257,7 @@ def extract_prior(
         frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
         text: what happens in the clip; its tokens are the rows of the prior.
         steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
+        times: (n,) seconds, of the frames; the prior then keeps when each frame of its grid is.
         **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
             head_selection, token_selection, guidance_scale_2.
 
@@ -268,7 +275,12 @@ def extract_prior(
         >>> prior.attention.shape, prior.tokens                                   # doctest: +SKIP
     """
     settings = PriorSettings(steps, guidance_scale, start, memory, head_ratio, token_ratio, **options)
-    return select_prior(read_attention(teacher, frames, text, settings), settings)
+    reading = read_attention(teacher, frames, text, settings)
+    prior = select_prior(reading, settings)
+    if times is None:
+        return prior
+    seen = reading.video
+    return replace(prior, times=grid_times(times, seen.frames_used, prior.grid[0], seen.stride))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,32 @@ def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
         raise ValueError(f"frames must be (n, h, w, 3) uint8, got {frames.shape} {frames.dtype}")
     if len(frames) < 2:
         raise ValueError(f"frames: got {len(frames)} frame(s), motion needs at least 2")
-    if len(frames) == count:
-        return frames
-    return frames[np.round(np.linspace(0, len(frames) - 1, count)).astype(np.int64)]
+    return frames if len(frames) == count else frames[_evenly(len(frames), count)]
+
+
+def _evenly(given: int, count: int) -> np.ndarray:
+    return np.round(np.linspace(0, given - 1, count)).astype(np.int64)
+
+
+def grid_times(times: Sequence[float] | np.ndarray, used: int, grid_frames: int, stride: int) -> list[float]:
+    """Return when each frame of a teacher's grid is: the mean time of the video frames that it was made from.
+
+    The first frame of a grid stands for what its later ones leave, mostly the first video frame alone.
+
+    Args:
+        times: (n,) seconds, of the video frames that the teacher received.
+        used: video frames after `resample_frames`.
+        grid_frames: F, frames of the grid.
+        stride: video frames that each frame of the grid stands for, the first aside.
+
+    Example:
+        >>> grid_times([0.0, 0.5, 1.0, 1.5, 2.0], 5, 2, 4)
+        [0.0, 1.25]
+    """
+    chosen = np.asarray(times, np.float64)[_evenly(len(times), used)]
+    ends = [used - stride * (grid_frames - 1 - frame) for frame in range(grid_frames)]
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    return [float(chosen[max(0, start) : max(1, end)].mean()) for start, end in spans]
 
 
 def to_pixels(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:

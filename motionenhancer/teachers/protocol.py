@@ -78,6 +78,7 @@ class VideoLatents:
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
         picture: latents of the first frame, for a model that starts from one; see `Teacher.showing`.
+        stride: video frames that each frame of the grid stands for, the first aside.
     """
 
     latents: torch.Tensor
@@ -85,3 +86,4 @@ class VideoLatents:
     frames_given: int
     frames_used: int
     picture: torch.Tensor | None = None
+    stride: int = 4

@@ -129,7 +129,8 @@ class Teacher(ABC):
         grid = [n // patch for n, patch in zip(latents.shape[2:], self.plan.patch, strict=True)]
         text = self.plan.text_length if self.plan.joint else 0
         tokens = VideoTokens(grid[0], grid[1], grid[2], text=text, text_first=self.plan.text_first)
-        return VideoLatents(self.scaled(latents), tokens, len(frames), used)
+        stride = self.plan.compression * self.plan.patch[0]
+        return VideoLatents(self.scaled(latents), tokens, len(frames), used, stride=stride)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> TextEncoding:

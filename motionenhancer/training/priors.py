@@ -28,7 +28,7 @@ from ..priors.prior import PriorSettings
 from ..priors.requests import PriorRequest, request_priors
 from ..priors.storage import PriorStore, prior_keys
 from ..processes import from_main
-from ..report import RunReport
+from ..report.run_report import RunReport
 from ..settings import MakerArguments, OnlineArguments, PriorArguments, StudentArguments
 from ..teachers import Teacher
 from ..teachers.plan import plan_teacher

@@ -93,13 +93,16 @@ class Fake:
             self.decoded.append(says)
             self.alive += 1
             self.most = max(self.most, self.alive)
-        return SimpleNamespace(frames=frames)
+        return SimpleNamespace(frames=frames, timestamps=[0.0])
 
     def _gone(self) -> None:
         with self._lock:
             self.alive -= 1
 
-    def extract_prior(self, teacher: Fake, frames: np.ndarray, text: str, **settings: object) -> MotionPrior:
+    def extract_prior(
+        self, teacher: Fake, frames: np.ndarray, text: str, *, times: list[float], **settings: object
+    ) -> MotionPrior:
+        assert times == [0.0]
         assert teacher is self
         says = frames.tobytes().decode()
         self.read.append(says)

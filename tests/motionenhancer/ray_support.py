@@ -100,9 +100,10 @@ class Load:
             raise VideoError(path, "is no video")
         if says.startswith("slow"):
             time.sleep(1)
-        return SimpleNamespace(frames=np.frombuffer(says.encode(), np.uint8))
+        return SimpleNamespace(frames=np.frombuffer(says.encode(), np.uint8), timestamps=[0.0])
 
     def extract_prior(self, teacher: Any, frames: np.ndarray, text: str, **settings: Any) -> MotionPrior:
+        assert settings.pop("times") == [0.0]
         says = frames.tobytes().decode()
         if says.startswith("blank"):
             raise PriorError("it has no word")

@@ -62,3 +62,7 @@ def test_the_console_script_and_the_type_markers_are_installed() -> None:
     for package in ("mekernels", "motionenhancer"):
         assert (ROOT.parent / package / "py.typed").is_file()
         assert "py.typed" in project["tool"]["setuptools"]["package-data"][package]
+    pages = sorted(
+        file.name for file in (ROOT / "report").iterdir() if file.suffix != ".py" and file.is_file()
+    )
+    assert sorted(project["tool"]["setuptools"]["package-data"]["motionenhancer.report"]) == pages

@@ -64,7 +64,9 @@ def test_what_is_on_record_is_tried_again_once_where_that_is_asked_for(
 
     def newer(path: Path, **options: int) -> SimpleNamespace:
         return (
-            SimpleNamespace(frames=np.zeros(3, np.uint8)) if path == broken.video else reads(path, **options)
+            SimpleNamespace(frames=np.zeros(3, np.uint8), timestamps=[0.0])
+            if path == broken.video
+            else reads(path, **options)
         )
 
     monkeypatch.setattr(maker_module, "read_frames", newer)

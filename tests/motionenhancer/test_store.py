@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from motionenhancer import store as cli
+from motionenhancer.priors import storage
 from motionenhancer.priors.prior import MotionPrior, PriorSettings
 from motionenhancer.priors.storage import DamagedPrior, PriorStore, prior_key
 
@@ -41,6 +43,7 @@ def make_prior(seed: int = 0) -> MotionPrior:
         truncated=1,
         evaluations=10,
         seconds={"encode": 0.5},
+        times=[0.0, 1 / 3],
     )
 
 
@@ -55,6 +58,17 @@ def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
     for field in dataclasses.fields(MotionPrior):
         if field.name not in ("attention", "seconds"):
             assert getattr(back, field.name) == getattr(prior, field.name), field.name
+
+
+def test_a_prior_stored_before_times_were_kept_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, prior = PriorStore(tmp_path), make_prior()
+    about = json.loads(storage.text_of_prior(prior))
+    assert about.pop("times") == [0.0, 1 / 3]
+    monkeypatch.setattr(storage, "text_of_prior", lambda _: json.dumps(about, sort_keys=True))
+    store.write(KEY, prior)
+    assert store.read(KEY).times == []
 
 
 def test_writing_is_deterministic_and_leaves_nothing_behind(tmp_path: Path) -> None:

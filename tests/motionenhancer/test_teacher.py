@@ -8,7 +8,7 @@ import torch
 
 from mekernels import VideoTokens
 from motionenhancer.teachers import invert, load_teacher, reconstruct, roundtrip_error, teacher_id
-from motionenhancer.teachers.frames import nearest_valid_count, resample_frames, to_pixels
+from motionenhancer.teachers.frames import grid_times, nearest_valid_count, resample_frames, to_pixels
 from motionenhancer.toy.models import save_teacher
 
 
@@ -237,6 +237,21 @@ def test_frames_are_resampled_to_what_the_model_takes(teacher, clip: np.ndarray)
 
 
 @pytest.mark.parametrize(
+    ("given", "used", "frames", "stride", "expected"),
+    [
+        (17, 17, 5, 4, [0, 2.5, 6.5, 10.5, 14.5]),
+        (13, 13, 2, 8, [2, 8.5]),  # CogVideoX 1.5: the first frame of its grid stands for five
+        (3, 5, 2, 4, [0, 1.25]),  # of times 0, 0, 1, 2, 2: a frame that is shown twice counts twice
+        (2, 1, 1, 4, [0]),
+    ],
+)
+def test_a_grids_frames_are_when_their_video_frames_are(
+    given: int, used: int, frames: int, stride: int, expected: list[float]
+) -> None:
+    assert grid_times(np.arange(given) * 1.0, used, frames, stride) == expected
+
+
+@pytest.mark.parametrize(
     ("frames", "error"),
     [
         (np.zeros((1, 64, 64, 3), np.uint8), ValueError),
@@ -273,6 +288,7 @@ def test_the_other_members_of_the_family(
     teacher = load_teacher(save_teacher(tmp_path, layers=1, **options), device="cpu")
     video = teacher.encode_video(clip)
     assert video.frames_used == frames
+    assert video.stride == 4 * int(options.get("patch_size_t", 1))  # type: ignore[call-overload]
     assert video.tokens.grid == grid
     reader = Maps()
     with teacher.reading(reader, memory=False, row=0):

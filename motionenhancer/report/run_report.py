@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from ..files import write_json
 
 REPORT = "motion_report.json"
 

@@ -1,0 +1,172 @@
+"""See what a teacher and a student attend to, as one html file: of a run, of a folder of priors, of one clip.
+
+`motionenhancer look RUN`, `look --prior_dir DIR`, `look --video FILE --text TEXT --teacher DIR --student DIR`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from .alignment.dataset import MotionDataset
+from .data import Sample, SkipLog, read_frames
+from .data.readers import read_samples
+from .flags import parse_arguments
+from .priors.digests import DigestCache
+from .priors.maker import Reader
+from .priors.prior import PriorSettings, check_settings
+from .priors.requests import PriorRequest, request_priors
+from .priors.storage import EXTRACTION, DamagedPrior, PriorStore, prior_keys
+from .report.page import pick, write_page, write_run_page
+from .report.picture import contact_sheet, write_overlay
+from .report.views import View, load_views, whole_words
+from .report.watch import add_maps, read_student, task_of
+from .settings import DataArguments, LookArguments, PriorArguments, ReportArguments
+from .students import load_student
+from .toy.defaults import default_toy
+
+NAME = "look.html"
+
+
+def main(argv: list[str] | None = None) -> int:
+    look, shown, data, prior, settings = parse_arguments(
+        (LookArguments, ReportArguments, DataArguments, PriorArguments, PriorSettings),
+        argv,
+        prog="python -m motionenhancer.look",
+    )
+    try:
+        _run(look, shown, data, prior, settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(
+    look: LookArguments,
+    shown: ReportArguments,
+    data: DataArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+) -> None:
+    output = None if look.output is None else Path(look.output)
+    if look.run is not None:
+        folder = Path(look.run)
+        path = write_run_page(folder, output, look.id)
+        views = pick(load_views(folder), look.id, str(folder))
+    else:
+        if look.video is not None:
+            views, title, folder = [_view_of_clip(look, prior, settings)], look.video, Path(".")
+        else:
+            folder, title = Path(prior.prior_dir), prior.prior_dir
+            most = len(look.id or ()) or max(1, shown.report_samples)
+            views = list(islice(_views_of_store(look.id or [], data, prior, settings), most))
+            if not views:
+                raise ValueError(f"--prior_dir {folder}: holds no prior{' of --id' if look.id else ''}")
+        path = output or folder / NAME
+        write_page(path, views, title)
+    print(f"{len(views)} clips: {path}")
+    if (look.png or look.mp4) and not views:
+        raise ValueError(f"{look.run}: the run kept no sample to draw")
+    if look.png is not None:
+        contact_sheet(views[0], look.word, smooth=look.smooth).save(look.png, "PNG", optimize=True)
+        print(f"{views[0].id}: {look.png}")
+    if look.mp4 is not None:
+        write_overlay(look.mp4, views[0], look.word, smooth=look.smooth)
+        print(f"{views[0].id}: {look.mp4}")
+
+
+def _view_of_clip(look: LookArguments, prior: PriorArguments, settings: PriorSettings) -> View:
+    """Read one clip by a teacher, a student or both."""
+    assert look.video is not None
+    assert look.text is not None
+    if prior.teacher is None and look.student is None:
+        prior.teacher = str(default_toy().teacher)
+    video, device = Path(look.video), PartialState().device
+    read_frames(video, num_frames=2, min_frames=2)
+    view = View(video.name, look.text.strip(), video, spans=whole_words(look.text.strip()))
+    if prior.teacher is not None:
+        check_settings(settings, prior.teacher)
+        reader, request = Reader(prior.load(device), settings), PriorRequest(video, view.prompt)
+        found = reader.read(request, reader.decode(request)).prior
+        view = View.of_prior(found, id=video.name, video=video)
+    if look.student is not None:
+        model, processor, family = load_student(look.student, device=device)
+        asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": view.prompt}]}
+        # Nothing that comes after a word changes how it attends; a conversation ends with an answer.
+        reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
+        sample = Sample(video.name, [asked, reply], (video,))
+        dataset = MotionDataset(
+            [sample],
+            family,
+            processor,
+            keys={},
+            store=PriorStore(Path(prior.prior_dir)),
+            source="question",
+            num_frames=look.num_frames or family.num_frames,
+        )
+        add_maps(view, "after", read_student(model, dataset, sample), sample, "question")
+    return view
+
+
+def _views_of_store(
+    ids: list[str], data: DataArguments, prior: PriorArguments, settings: PriorSettings
+) -> Iterator[View]:
+    """Yield priors of a folder: those of a data file's samples with their clips, or else by their keys."""
+    store = PriorStore(Path(prior.prior_dir))
+    if not store.folder.is_dir():
+        raise ValueError(f"--prior_dir {store.folder}: no such folder")
+    seen: set[str] = set()
+    for sample, request in _wanted(ids, data, prior, settings, store):
+        if request.key in store and (found := _stored(store, request.key)) is not None:
+            seen |= {request.key, sample.id}
+            yield View.of_prior(found, id=sample.id, video=request.video, task=task_of(sample))
+    for key in [] if seen and not ids else store:
+        wanted = not ids or any(key.startswith(name) for name in ids if name not in seen)
+        if key not in seen and wanted and (found := _stored(store, key)) is not None:
+            yield View.of_prior(found, id=key[:16])
+
+
+def _wanted(
+    ids: list[str], data: DataArguments, prior: PriorArguments, settings: PriorSettings, store: PriorStore
+) -> Iterator[tuple[Sample, PriorRequest]]:
+    """Yield the samples of `--data`, or of the folder's last extraction, with the priors they need."""
+    try:
+        last: dict[str, Any] = json.loads((store.folder / EXTRACTION).read_text("utf-8"))
+    except (OSError, ValueError):
+        last = {}
+    file, root = data.data, data.video_root
+    if file is None and Path(last.get("data") or "").is_file():
+        file, root = last["data"], last.get("video_root")
+    if prior.teacher is not None:
+        name = prior_keys(prior.teacher_id(PartialState().device), settings)
+    elif "settings" in last:
+        name = prior_keys(last["teacher"]["id"], PriorSettings(**last["settings"]))
+    else:
+        file = None
+    if file is None:
+        print("clips are not shown: they need --data, --video_root, --teacher and the settings of the priors")
+        return
+    source, skips = last.get("prompt_source", prior.prompt_source), SkipLog(shout=0)
+    samples = read_samples(file, root, skips, limit=data.limit)
+    chosen = (sample for sample in samples if not ids or sample.id in ids)
+    with DigestCache(store.folder, writes=False) as cache:
+        yield from request_priors(chosen, source, skips, name=name, digest=cache.digest)
+
+
+def _stored(store: PriorStore, key: str) -> Any:
+    try:
+        return store.read(key)
+    except (DamagedPrior, KeyError) as error:
+        print(f"not shown: {error}")
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""A few samples of a run, read from its student before and after training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..alignment.aligner import align
+from ..alignment.dataset import MotionDataset, find_words
+from ..alignment.trainer import MotionTrainer
+from ..data import Sample, prompt_text
+from ..evaluation.judge import same_text
+from ..priors.prior import MotionPrior
+from ..students.capture import capture_attention
+from ..students.layout import TokenLayout
+from .page import write_run_page
+from .views import Grid, View, save_views, whole_words
+
+__all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
+
+
+@dataclass(frozen=True)
+class StudentReading:
+    """A sample as a student read it once.
+
+    Attributes:
+        layout: what its tokens spell.
+        grid, times: (F, H, W) of its vision tokens, and F seconds.
+        rows: positions of the text's tokens that can see the video.
+        attention: (len(rows), F·H·W) float32 on the CPU.
+        scores: {"loss_ar", "right", "said"}.
+        answer: what the labels spell.
+    """
+
+    layout: TokenLayout
+    grid: Grid
+    times: list[float]
+    rows: list[int]
+    attention: torch.Tensor
+    scores: dict[str, Any]
+    answer: str
+
+
+def add_maps(view: View, when: str, read: StudentReading, sample: Sample, source: str) -> bool:
+    """Add to a view a student's maps of its words; return whether any of them was found.
+
+    Args:
+        view: of the sample; receives the maps.
+        when: "before" or "after".
+        read: of the sample.
+        sample: as it was read.
+        source: the text of it that the view shows: "both", "question" or "answer".
+    """
+    words = find_words(sample, view, read.layout, source)
+    place = {row: i for i, row in enumerate(read.rows)}
+    rows: dict[int, list[int]] = {}
+    for row, word in zip(words.rows, words.row_tokens, strict=True):
+        rows.setdefault(word, []).append(place[row])
+    if rows:
+        view.grid, view.times, view.found = read.grid, read.times, sorted(rows)
+        view.maps[when] = torch.stack([read.attention[rows[word]].mean(dim=0) for word in view.found])
+    return bool(rows)
+
+
+@torch.no_grad()
+def read_student(
+    model: Any, dataset: MotionDataset, sample: Sample, autocast: AbstractContextManager[Any] | None = None
+) -> StudentReading:
+    """Run a student over one sample in evaluation mode; no random number is drawn.
+
+    An answer counts as right if the likeliest token at each of its places, given the right ones before it,
+    spells it: if greedy decoding would write it.
+
+    Args:
+        model: of the dataset's family; its mode is restored.
+        dataset: says how clips are shown and texts encoded.
+        sample: with one video.
+        autocast: of the training's mixed precision.
+
+    Raises:
+        ValueError, OSError: the sample cannot be read, or has no single video.
+    """
+    if len(sample.videos) != 1:
+        raise ValueError(f"needs one video, has {len(sample.videos)}")
+    video = dataset.frames.of(sample.videos[0])
+    encoded = dataset.family.encode(dataset.processor, sample, [video], max_pixels=dataset.max_pixels)
+    layout, tokenizer = encoded.layout, dataset.processor.tokenizer
+    prompt, segments = prompt_text(sample, dataset.source)  # type: ignore[arg-type]
+    whole = View("", prompt, spans=[(start, end) for start, end, _ in segments])
+    rows = sorted(set(find_words(sample, whole, layout, dataset.source).rows))
+    vision = layout.videos[0]
+    batch = dataset.family.collate([encoded], pad_token_id=tokenizer.pad_token_id)
+    batch.pop("layouts")
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    was_training, labels = model.training, batch["labels"][0, 1:]
+    try:
+        model.eval()
+        with (
+            autocast or nullcontext(),
+            capture_attention(model, torch.tensor([rows]), vision.positions[None]) as captured,
+        ):
+            out = model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+    learnt = labels != -100
+    likeliest = out.logits[0, :-1][learnt.to(out.logits.device)].argmax(dim=-1)
+    texts = (likeliest, labels[learnt])
+    said, answer = (tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in texts)
+    scores = {"loss_ar": float(out.loss), "right": same_text(said, answer), "said": said}
+    # A frame of the grid stands for as many frames of the clip as each of the others, but for the last.
+    each = math.ceil(len(video.timestamps) / vision.grid[0])
+    shown = [video.timestamps[i * each : (i + 1) * each] for i in range(vision.grid[0])]
+    times = [float(np.mean(part if len(part) else video.timestamps[-1:])) for part in shown]
+    attention = captured.attention[0].float().cpu()
+    return StudentReading(layout, vision.grid, times, rows, attention, scores, answer)
+
+
+def task_of(sample: Sample) -> str:
+    """Return what a sample is counted under: its row's own task, or the letters its id ends in, or nothing.
+
+    >>> task_of(Sample("clip-00012-MR", [])), task_of(Sample("line-7", []))
+    ('MR', '')
+    """
+    last = sample.id.rpartition("-")[2] if "-" in sample.id else ""
+    return sample.task or (last if last.isalpha() else "")
+
+
+@dataclass
+class Watch:
+    """Reads samples of a run before and after training, and keeps and shows what it read.
+
+    It changes nothing of the training, and none of its methods raises: a page is no reason to lose a run.
+
+    Attributes:
+        trainer: has the student on its device, and the samples.
+        count: samples; 0 reads nothing and writes no page.
+        whole: this process has all weights; otherwise the student is not read, and the page shows priors.
+        readings: "before", "after" → sample id → how the student read it.
+    """
+
+    trainer: MotionTrainer
+    count: int
+    whole: bool = True
+    readings: dict[str, dict[str, StudentReading]] = field(default_factory=dict)
+    failed: bool = False
+
+    @property
+    def dataset(self) -> MotionDataset:
+        assert isinstance(self.trainer.train_dataset, MotionDataset)
+        return self.trainer.train_dataset
+
+    def samples(self) -> list[Sample]:
+        """Return the samples to read, spread evenly over those with a prior, or all if there is none."""
+        dataset = self.dataset
+        known = dataset.keys.keys() | dataset.requests.keys()
+        listed = [s for s in dataset.samples if len(s.videos) == 1 and (not known or s.id in known)]
+        chosen = np.linspace(0, len(listed) - 1, min(self.count, len(listed))).round().astype(int)
+        return [listed[i] for i in chosen]
+
+    def read(self, when: str) -> None:
+        """Read all samples; `when` is "before" or "after"."""
+        if self.whole:
+            self._try(lambda: self._read(when))
+
+    def keep(self, folder: Path) -> None:
+        """Keep what was read in a run's output folder; the run's teacher must still be there."""
+        self._try(lambda: save_views(folder, [self._view(sample) for sample in self.samples()]))
+
+    def write(self, folder: Path) -> None:
+        """Write the run's page into its output folder, which holds the run's report."""
+        self._try(lambda: print(f"page of the run: {write_run_page(folder)}"))
+
+    def _read(self, when: str) -> None:
+        model, found = self.trainer.model, self.readings.setdefault(when, {})
+        device = self.trainer.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for sample in self.samples():
+                try:
+                    autocast = self.trainer.accelerator.autocast()
+                    found[sample.id] = read_student(model, self.dataset, sample, autocast)
+                except (ValueError, OSError):
+                    continue  # The training names it too.
+
+    def _view(self, sample: Sample) -> View:
+        trainer, source = self.trainer, self.dataset.source
+        text, _ = prompt_text(sample, source)  # type: ignore[arg-type]
+        prior = self._prior(sample)
+        view = View(sample.id, text, sample.videos[0], task_of(sample), spans=whole_words(text))
+        if prior is not None:
+            view = View.of_prior(prior, id=sample.id, video=sample.videos[0], task=view.task)
+        for when, readings in self.readings.items():
+            if (read := readings.get(sample.id)) is None:
+                continue
+            view.scores[when], view.answer = dict(read.scores), read.answer
+            if not add_maps(view, when, read, sample, source) or prior is None:
+                continue
+            distance = align(
+                view.maps[when][None].to(trainer.args.device),
+                prior,
+                grid=read.grid,
+                row_tokens=torch.tensor([view.found]),
+                # Before training the aligner is the identity.
+                aligner=trainer.aligner if when == "after" else None,
+                loss=trainer.alignment_loss,
+                temperature=trainer.prior_temperature,
+            )
+            view.scores[when]["loss_align"] = float(distance)
+        return view
+
+    def _prior(self, sample: Sample) -> MotionPrior | None:
+        try:
+            if sample.id in self.dataset.keys:
+                return self.dataset.store.read(self.dataset.keys[sample.id])
+            request = self.dataset.requests.get(sample.id)
+            if request is not None and self.trainer.online is not None:
+                return self.trainer.online.maker.submit(request).result().prior
+        except Exception as error:
+            print(f"{sample.id}: the page shows no prior of it ({' '.join(str(error).split())})")
+        return None
+
+    def _try(self, do: Callable[[], Any]) -> None:
+        if self.count == 0 or self.failed:
+            return
+        try:
+            with torch.no_grad():
+                do()
+        except Exception as error:
+            self.failed = True
+            print(f"no page of the run: {' '.join(str(error).split()) or type(error).__name__}")
