@@ -363,6 +363,8 @@ def test_dropped_tokens_leave_holes(tmp_path: Path) -> None:
     assert layout.first == int(pads[0])
     batch = family.collate([encoded], pad_token_id=0, pad_to_multiple_of=64, padding_side="left")
     (moved,) = batch.pop("layouts")
+    assert moved.start > 0
+    assert torch.equal(moved.videos[0].positions < 0, layout.positions < 0)
     rows = torch.tensor([[batch["input_ids"].shape[1] - 1]])
     batch["pixel_values_videos"] = batch["pixel_values_videos"].double()
     with torch.no_grad(), capture_attention(model, rows, moved.videos[0].columns[None]) as captured:
