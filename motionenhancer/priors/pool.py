@@ -46,7 +46,7 @@ class AttentionPool:
             device=device,
         )
         self._statistics = self._new_sums()
-        self._by_head = settings.scored_heads == "cross"
+        self._by_head = settings.head_selection == "cross"
         self._words: torch.Tensor | None = None
         self._word_updates = 0
         self._level: int | None = None

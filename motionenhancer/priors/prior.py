@@ -30,8 +30,7 @@ from .confidence import prior_confidence
 from .pool import AttentionPool
 
 MODES = ("reconstruct", "renoise")
-HEAD_SELECTIONS = ("mhs", "off")
-SCORED_HEADS = ("self", "cross")
+HEAD_SELECTIONS = ("mhs", "cross", "off")
 TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
@@ -68,16 +67,13 @@ class PriorSettings:
         None, "Weights of the steps in the pooled map, noisiest first: 0,0,0,1,1.", type=str
     )
     head_selection: str = setting(
-        "mhs", "Motion-sensitive head selection, or the mean over all heads.", choices=HEAD_SELECTIONS
+        "mhs",
+        "Motion-sensitive head selection, the same among the heads of a cross-attention to the text (Wan, "
+        "LTX), or the mean over all heads.",
+        choices=HEAD_SELECTIONS,
     )
     token_selection: str = setting(
         "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
-    )
-    scored_heads: str = setting(
-        "self",
-        "Attention whose heads are scored and chosen: the self-attention, or the cross-attention to the text "
-        "(Wan, LTX).",
-        choices=SCORED_HEADS,
     )
     guidance_scale_2: float | None = setting(
         None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
@@ -110,8 +106,6 @@ class PriorSettings:
         for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
-        if self.head_selection == "off":
-            object.__setattr__(self, "scored_heads", "self")
         for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
@@ -153,7 +147,7 @@ class MotionPrior:
         prompt: the text given to the teacher.
         grid: (F, H, W) of the vision tokens.
         heads: indices of the chosen heads, ascending; all of them where none were selected. They are of the
-            attention that `settings.scored_heads` names.
+            self-attention, and of the cross-attention with `head_selection="cross"`.
         head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
         all_tokens: every real token of the prompt, kept or not.
         all_spans: their character ranges.
@@ -313,7 +307,7 @@ def read_attention(
     if not text.strip():
         raise PriorError("text is empty")
     check_guidance(settings, teacher.boundary)
-    check_scored_heads(settings, teacher.plan.joint)
+    check_heads(settings, teacher.plan.joint)
     full = settings.mode == "reconstruct"
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
@@ -409,7 +403,7 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         OSError: the folder or its files are missing.
     """
     family, parts = read_folder(teacher)
-    check_scored_heads(settings, teacher_class(family).sizes(parts).joint)
+    check_heads(settings, teacher_class(family).sizes(parts).joint)
     total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
     check_guidance(settings, boundary)
     if settings.mode == "renoise":
@@ -425,12 +419,12 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
     check_experts(levels, boundary, "transformer" in parts)
 
 
-def check_scored_heads(settings: PriorSettings, joint: bool) -> None:
+def check_heads(settings: PriorSettings, joint: bool) -> None:
     """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
-    if settings.scored_heads == "cross" and joint:
+    if settings.head_selection == "cross" and joint:
         raise ValueError(
-            "scored_heads='cross' (--scored_heads) is for a teacher with a cross-attention to the text; this "
-            "one has text and vision in one self-attention"
+            "head_selection='cross' (--head_selection) is for a teacher with a cross-attention to the text; "
+            "this one has text and vision in one self-attention"
         )
 
 

@@ -32,7 +32,7 @@ def test_heads_and_rows_are_those_of_maps_written_out(
     """The product of words at two places is written out, S × S, and scored as a self-attention's map is."""
     teacher: Any = load_teacher(folder, "cpu", size=(64, 64), frames=17)
     prior = extract_prior(
-        teacher, clip, TEXT, steps=2, guidance_scale=1.0, memory=False, scored_heads="cross", **options
+        teacher, clip, TEXT, steps=2, guidance_scale=1.0, memory=False, head_selection="cross", **options
     )
     model = teacher.pipeline.transformer
 
@@ -61,7 +61,7 @@ def test_heads_and_rows_are_those_of_maps_written_out(
     expected = words[heads].mean(0)[prior.kept]
     np.testing.assert_allclose(prior.attention.double().numpy(), expected, rtol=2e-3, atol=1e-6)
     usual = extract_prior(teacher, clip, TEXT, steps=2, guidance_scale=1.0, memory=False, **options)
-    assert usual.settings.scored_heads == "self"
+    assert usual.settings.head_selection == "mhs"
     every = words.mean(0)[usual.kept]
     np.testing.assert_allclose(usual.attention.double().numpy(), every, rtol=2e-3, atol=1e-6)
 
@@ -77,16 +77,10 @@ def test_a_head_whose_words_stay_in_their_place_is_chosen() -> None:
     assert scores.dfc[0] > 10 * scores.dfc[1]
 
 
-def test_where_text_is_in_the_self_attention(
-    teacher_dir: Path, folder: Path, clip: np.ndarray, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = PriorSettings(scored_heads="cross")
+def test_where_text_is_in_the_self_attention(teacher_dir: Path, folder: Path, clip: np.ndarray) -> None:
+    settings = PriorSettings(head_selection="cross")
     check_settings(settings, folder)
-    with pytest.raises(ValueError, match="--scored_heads"):
+    with pytest.raises(ValueError, match="--head_selection"):
         check_settings(settings, teacher_dir)
-    with pytest.raises(ValueError, match="scored_heads='cross'"):
-        extract_prior(load_teacher(teacher_dir, "cpu"), clip, TEXT, scored_heads="cross")
-    with pytest.raises(ValueError, match="scored_heads must be one of"):
-        PriorSettings(scored_heads="both")
-    # Without a selection all heads are taken, whichever are scored.
-    assert PriorSettings(scored_heads="cross", head_selection="off") == PriorSettings(head_selection="off")
+    with pytest.raises(ValueError, match="head_selection='cross'"):
+        extract_prior(load_teacher(teacher_dir, "cpu"), clip, TEXT, head_selection="cross")
