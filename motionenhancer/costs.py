@@ -29,8 +29,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from .priors.prior import PriorSettings
-from .teachers.plan import TeacherPlan, plan_teacher
+from .priors.prior import PriorSettings, batch_settings
+from .teachers.plan import TEXT_MODELS, TeacherPlan, plan_teacher
 
 BEFORE = "before the first step"
 
@@ -115,14 +115,14 @@ def teacher_cost(
     plan = plan_teacher(teacher, size=size, frames=frames)
     weights, host = {part: count * dtype.itemsize for part, count in plan.weights.items()}, 0
     if text_encoder != "device":
-        encoder = weights.pop("text_encoder")
+        encoder = sum(weights.pop(part) for part in list(weights) if part in TEXT_MODELS)
         host = encoder if text_encoder == "host" else 0
     sampled = 0 if settings.sampled_rows == "all" else int(settings.sampled_rows)
     rows = plan.text_length if words is None else words
     sums = 4 * plan.heads * plan.vision * (rows + sampled + plan.grid[0])
     # The stream, its normalised copy, and a feed-forward layer of four times the width.
     length = plan.vision + (plan.text_length if plan.joint else 0)
-    states = 6 * settings.rows(split=split_batch) * length * plan.width * dtype.itemsize
+    states = 6 * batch_settings(settings, plan).rows(split=split_batch) * length * plan.width * dtype.itemsize
     config = json.loads((Path(teacher) / "vae" / "config.json").read_text())
     height, across = (math.ceil(n / 2) if vae_tiling else n for n in plan.size)
     # Video frames that the family's VAE encodes at a time.
@@ -180,7 +180,7 @@ def extraction_cost(
     return ExtractionCost(
         stored=0,
         missing=count,
-        evaluations=count * settings.evaluations,
+        evaluations=count * batch_settings(settings, plan).evaluations,
         prior_bytes=2 * plan.vision * rows,
         teacher=teacher_cost(teacher, settings, words=longest, **options),
     )

@@ -217,7 +217,7 @@ class ShownArguments(Settings):
         "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Nothing given: the toy.",
     )
     num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: 8 for InternVL, else by rate.", least=1
+        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, or by rate.", least=1
     )
     video_fps: float | None = setting(None, "Frames a second. Default: 1, evaluating the toy 8.", above=0)
     max_frames: int | None = setting(None, "Most frames by rate. Default: 64, evaluating 768.", least=1)

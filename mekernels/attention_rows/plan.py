@@ -228,7 +228,7 @@ def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tu
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
     # Partial gradients are whole vectors, which are read again one after the other.
-    beside = 6 if kernel == "query_gradient" else 2
+    beside = 9 if kernel == "query_gradient" else 2
     splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys, beside)
     return tile, splits, span, (blocks * splits, kv_heads, batch)
 

@@ -53,14 +53,19 @@ class StepLog:
 
     def _clear(self) -> None:
         self.steps = 0
-        self._losses = torch.zeros(2, device=self.device)
+        self._losses = torch.zeros(3, device=self.device)
         self._counts = dict.fromkeys(("aligned", "priors", "confidence", "words", "mapped"), 0.0)
 
-    def add_losses(self, model_loss: torch.Tensor, alignment_loss: torch.Tensor | None) -> None:
-        """Add one micro-batch's terms, each its share of the step's."""
+    def add_losses(self, model_loss: torch.Tensor, alignment_losses: torch.Tensor | None) -> None:
+        """Add one micro-batch's terms, each its share of the step's.
+
+        Args:
+            model_loss: a scalar.
+            alignment_losses: (2,), with the aligner and without it; None where nothing was aligned.
+        """
         self._losses[0] += model_loss.detach()
-        if alignment_loss is not None:
-            self._losses[1] += alignment_loss.detach()
+        if alignment_losses is not None:
+            self._losses[1:] += alignment_losses.detach()
             self._counts["aligned"] += 1
 
     def add_batch(self, alignment: Any) -> None:
@@ -75,20 +80,20 @@ class StepLog:
         """What to log, averaged over the steps since the last call; starts anew.
 
         Returns:
-            `loss_ar`; where there was any, `loss_align`, `words_mapped` (share of the priors' words found
-            among the
-            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (a step, in the
-            forward).
+            `loss_ar`; where there was any, `loss_align`, `loss_align_raw` (the same distance without the
+            aligner, which is how far the student itself is from the priors), `words_mapped` (share of the
+            priors' words found among the student's tokens), `confidence` (mean over priors) and
+            `alignment_seconds` (a step, in the forward).
         """
         if not self.steps:
             return {}
         own = torch.tensor([*self._counts.values(), self.stopwatch.seconds()], device=self.device)
         summed = total(torch.cat([self._losses, own])).tolist()
-        losses, seconds = [value / self.steps / processes for value in summed[:2]], summed[-1]
-        counts = dict(zip(self._counts, summed[2:-1], strict=True))
+        losses, seconds = [value / self.steps / processes for value in summed[:3]], summed[-1]
+        counts = dict(zip(self._counts, summed[3:-1], strict=True))
         logs = {"loss_ar": losses[0]}
         if counts["aligned"]:
-            logs["loss_align"] = losses[1]
+            logs["loss_align"], logs["loss_align_raw"] = losses[1:]
             logs["alignment_seconds"] = seconds / self.steps / processes
         if counts["words"]:
             logs["words_mapped"] = counts["mapped"] / counts["words"]

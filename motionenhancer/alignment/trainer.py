@@ -5,10 +5,11 @@ Source: MotionEnhancer (arXiv 2606.06853), section on alignment: L = L_AR + λ·
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -164,8 +165,7 @@ class MotionTrainer(Trainer):
         tokens = _counting_tokens(inputs)
         weight = self.alignment_weight
         reads = alignment is not None and alignment.count > 0 and (weight != 0 or self.measure_alignment)
-        aligned = None
-        where: Any = nullcontext()
+        aligned, where = None, cast(Any, nullcontext())
         if reads:
             where = capture_attention(model, alignment.rows, alignment.columns, **self.attention)
         with where as captured:
@@ -180,7 +180,7 @@ class MotionTrainer(Trainer):
             except ValueError as error:
                 self._expect_finite(ids, torch.tensor(torch.nan), f"alignment failed: {error}")
             else:
-                self._expect_finite(ids, aligned, "the alignment loss is", show=True)
+                self._expect_finite(ids, aligned[0], "the alignment loss is", show=True)
         if not model.training or self._changes_in_backward():
             self._refuse_losses(everywhere=model.training)
         if model.training:
@@ -192,7 +192,7 @@ class MotionTrainer(Trainer):
                 aligned = self._share_of(aligned, alignment.count, which=0, parts=parts)
             self._log.add_losses(loss / parts, None if aligned is None else aligned / parts)
         if aligned is not None and weight != 0:
-            loss = loss + weight * aligned
+            loss = loss + weight * aligned[0]
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -201,22 +201,28 @@ class MotionTrainer(Trainer):
         return self.alignment_schedule.at(self.state.global_step, self.state.max_steps)
 
     def _align(self, captured: Any, alignment: Any, weight: float) -> torch.Tensor:
+        """(2,) distances: what is trained, and the one without the aligner, which is only measured."""
         gates = None
         if self.confidence_gate:
             sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
             gates = [gate_weight(confidence, self.confidence_gate) for confidence in sure]
+        distance = functools.partial(
+            align,
+            captured,
+            alignment.priors,
+            grid=alignment.grids,
+            row_tokens=alignment.row_tokens,
+            loss=self.alignment_loss,
+            weights=gates,
+            temperature=self.prior_temperature,
+            check_finite=False,
+        )
         with self._log.stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            return align(
-                captured,
-                alignment.priors,
-                grid=alignment.grids,
-                row_tokens=alignment.row_tokens,
-                aligner=self.aligner,
-                loss=self.alignment_loss,
-                weights=gates,
-                temperature=self.prior_temperature,
-                check_finite=False,
-            )
+            trained = distance(aligner=self.aligner)
+            plain = self.aligner is None or isinstance(self.aligner, nn.Identity)
+            with torch.no_grad():
+                raw = trained.detach() if plain else distance()
+            return torch.stack([trained, raw])
 
     def _count(self, ids: Sequence[str], alignment: Any) -> None:
         self.counts["samples"] += len(ids)

@@ -123,12 +123,14 @@ def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int
     Returns:
         "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.
     """
-    latents, embeds = teacher.encode_video(frames).latents, teacher.encode_text(text).embeds
-    whole = teacher.schedule(steps)
-    errors = {"whole_schedule": roundtrip_error(teacher, latents, whole, embeds)}
+    video, embeds = teacher.encode_video(frames), teacher.encode_text(text).embeds
+    whole = teacher.schedule(steps, video.tokens.vision)
     cut = 0.6 * (whole.timesteps[-1] + 1)
-    if whole.timesteps[0] < cut:
-        errors["short_of_zero_snr"] = roundtrip_error(teacher, latents, whole.below(int(cut)), embeds)
+    with teacher.showing(video):
+        errors = {"whole_schedule": roundtrip_error(teacher, video.latents, whole, embeds)}
+        if whole.timesteps[0] < cut:
+            below = whole.below(int(cut))
+            errors["short_of_zero_snr"] = roundtrip_error(teacher, video.latents, below, embeds)
     return errors
 
 

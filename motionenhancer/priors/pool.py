@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from mekernels import MotionScores, MotionStatistics, VideoTokens, attention_rows
+from mekernels import MotionScores, MotionStatistics, VideoTokens, attention_rows, motion_scores
 
 if TYPE_CHECKING:
     from .prior import PriorSettings
@@ -19,26 +20,33 @@ class AttentionPool:
     Args:
         layout: where self-attention keeps text and vision.
         heads: heads of the self-attention.
-        tokens: real tokens of the prompt, which come first among the text.
+        tokens: real tokens of the prompt.
         settings: which rows are sampled, and how the steps are weighted.
+        rows: their places among the text; by default they come first.
     """
 
     def __init__(
-        self, layout: VideoTokens, heads: int, tokens: int, settings: PriorSettings, device: torch.device
+        self,
+        layout: VideoTokens,
+        heads: int,
+        tokens: int,
+        settings: PriorSettings,
+        device: torch.device,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self.layout, self.tokens, self.settings = layout, tokens, settings
-        first = layout.text_slice.start
+        self.layout, self.settings = layout, settings
+        self._rows = torch.tensor(range(tokens) if rows is None else rows, dtype=torch.long)
         self._joint = layout.text > 0
-        rows = torch.arange(first, first + (tokens if self._joint else 0))
         self._new_sums = partial(
             MotionStatistics,
             layout,
             heads,
-            text_rows=rows,
+            text_rows=layout.text_slice.start + self._rows if self._joint else self._rows[:0],
             sampled_rows=settings.sampled_rows,
             device=device,
         )
         self._statistics = self._new_sums()
+        self._by_head = settings.scored_heads == "cross"
         self._words: torch.Tensor | None = None
         self._word_updates = 0
         self._level: int | None = None
@@ -57,26 +65,34 @@ class AttentionPool:
         return self if self._weight(level) > 0 else None
 
     def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
-        self._statistics.update(query, key, lse, fold=fold)
+        if not self._by_head:
+            self._statistics.update(query, key, lse, fold=fold)
 
     def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
-        rows = torch.arange(self.tokens, device=text.device)[None]
-        read = attention_rows(text, vision, rows, slice(0, self.layout.vision))[0]
+        rows = self._rows.to(text.device)[None]
+        reduce = "none" if self._by_head else "mean"
+        read = attention_rows(text, vision, rows, slice(0, self.layout.vision), reduce=reduce)[0]
         self._words = read if self._words is None else self._words + read
         self._word_updates += 1
 
     # ---- what was read ----
 
     def scores(self) -> MotionScores:
-        """Motion scores of the self-attention's heads."""
+        """Motion scores of the heads that are chosen among."""
         self._finish()
+        if self._by_head:
+            return word_scores(self._mean_words(), self.layout)
         return self._statistics.scores()
 
     def text_attention(self, heads: torch.Tensor) -> torch.Tensor:
-        """(T, S): each word's row, mean over the chosen heads, or over all heads of a cross-attention."""
+        """(T, S): each word's row, mean over the chosen heads, or over all where none are chosen."""
         self._finish()
         if self._joint:
             return self._statistics.text_attention(heads)
+        words = self._mean_words()
+        return words[heads].mean(0) if self._by_head else words
+
+    def _mean_words(self) -> torch.Tensor:
         if self._words is None:
             raise ValueError("no cross-attention was read")
         return self._words / self._word_updates
@@ -89,7 +105,7 @@ class AttentionPool:
         return weights[self.settings.steps - level] / sum(weights)
 
     def _close_level(self) -> None:
-        if self._level is None or not self._statistics.updates:
+        if self._level is None or not (self._statistics.updates or self._word_updates):
             return
         weight = self._weight(self._level)
         state = dict(self._statistics.state_dict())
@@ -110,3 +126,24 @@ class AttentionPool:
         self._word_updates = 1
         self._statistics.load_state_dict({**self._weighted, "updates": torch.tensor(self._layers)})
         self._weighted, self._level = {}, None
+
+
+def word_scores(words: torch.Tensor, layout: VideoTokens) -> MotionScores:
+    """Motion scores of the heads of a cross-attention, by where their words look over time.
+
+    Two places belong together as far as the same words look at both: in place of a map of self-attention
+    stands the mean over words of the product of a word's masses at the two places. It is not built: its
+    diagonals are F × F products at each position, its squares those of the words' products with each other.
+
+    Args:
+        words: (heads, T, S) rows of text tokens over vision, each summing to one.
+        layout: of the S vision tokens.
+    """
+    diagonal, mean, squares = [], [], []
+    for head in words.double():
+        count = len(head)
+        places = head.unflatten(1, (layout.frames, -1))
+        diagonal.append(torch.einsum("tfp,tgp->fgp", places, places) / count)
+        mean.append(head.sum(1).square().sum() / count / layout.vision**2)
+        squares.append((head @ head.T).square().sum() / count**2)
+    return motion_scores(torch.stack(diagonal), torch.stack(mean), torch.stack(squares))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mekernels import select_heads, select_tokens, token_motion_scores
 from ..flags import MAX_SEED, check_fields, setting
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
 from ..teachers.known import boundary_of, read_folder
+from ..teachers.plan import TeacherPlan, teacher_class
 from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps
 from ..teachers.teacher import Teacher
@@ -29,6 +30,7 @@ from .pool import AttentionPool
 
 MODES = ("reconstruct", "renoise")
 HEAD_SELECTIONS = ("mhs", "off")
+SCORED_HEADS = ("self", "cross")
 TOKEN_SELECTIONS = ("mtti", "off")
 
 #: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
@@ -70,6 +72,12 @@ class PriorSettings:
     token_selection: str = setting(
         "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
     )
+    scored_heads: str = setting(
+        "self",
+        "Attention whose heads are scored and chosen: the self-attention, or the cross-attention to the text "
+        "(Wan, LTX).",
+        choices=SCORED_HEADS,
+    )
     guidance_scale_2: float | None = setting(
         None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
     )
@@ -101,6 +109,8 @@ class PriorSettings:
         for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
+        if self.head_selection == "off":
+            object.__setattr__(self, "scored_heads", "self")
         for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
@@ -116,6 +126,11 @@ class PriorSettings:
     def evaluations(self) -> int:
         """The transformer's evaluations for one prior, counted per batch row."""
         return 1 if self.mode == "renoise" else self.steps * (1 + self.rows())
+
+
+def batch_settings(settings: PriorSettings, plan: TeacherPlan) -> PriorSettings:
+    """Settings as the batch of a teacher sees them: guidance that is an input of the model takes no row."""
+    return replace(settings, guidance_scale=1.0) if plan.embedded_guidance else settings
 
 
 def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
@@ -136,7 +151,8 @@ class MotionPrior:
         spans: T' character ranges in `prompt`.
         prompt: the text given to the teacher.
         grid: (F, H, W) of the vision tokens.
-        heads: indices of the chosen heads, ascending; all of them where none were selected.
+        heads: indices of the chosen heads, ascending; all of them where none were selected. They are of the
+            attention that `settings.scored_heads` names.
         head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
         all_tokens: every real token of the prompt, kept or not.
         all_spans: their character ranges.
@@ -264,6 +280,7 @@ class Reading:
     prompt: TextEncoding
     teacher: str
     settings: PriorSettings
+    evaluations: int
     seconds: dict[str, float]
 
 
@@ -284,22 +301,28 @@ def read_attention(
     if not text.strip():
         raise PriorError("text is empty")
     check_guidance(settings, teacher.boundary)
+    check_scored_heads(settings, teacher.plan.joint)
     full = settings.mode == "reconstruct"
-    schedule = teacher.schedule(settings.steps) if full else teacher.level(settings.noise_level)
     seconds: dict[str, float] = {}
     with _timed(seconds, "encode", teacher):
         video = frames if isinstance(frames, VideoLatents) else teacher.encode_video(frames)
         prompt = teacher.encode_text(text)
+    vision = video.tokens.vision
+    schedule = teacher.schedule(settings.steps, vision) if full else teacher.level(settings.noise_level)
     if not prompt.words:
         raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
-    pool = AttentionPool(video.tokens, teacher.heads, len(prompt.tokens), settings, teacher.device)
+    # Masked padding takes no part in the attention.
+    attended = video.tokens.text if prompt.attended is None else prompt.attended
+    layout = replace(video.tokens, text=attended)
+    count = len(prompt.tokens)
+    pool = AttentionPool(layout, teacher.heads, count, settings, teacher.device, prompt.rows)
     if full:
         empty = teacher.encode_text("").embeds
-        with _timed(seconds, "invert", teacher):
+        with _timed(seconds, "invert", teacher), teacher.showing(video):
             trajectory = invert(teacher, video.latents, schedule, empty)
-        with _timed(seconds, "reconstruct", teacher):
+        with _timed(seconds, "reconstruct", teacher), teacher.showing(video):
             reconstruct(
                 teacher,
                 trajectory,
@@ -314,9 +337,10 @@ def read_attention(
                 readers=pool.at_level,
             )
     else:
-        with _timed(seconds, "renoise", teacher):
+        with _timed(seconds, "renoise", teacher), teacher.showing(video):
             renoise(teacher, video.latents, schedule, prompt.embeds, pool, seed=settings.seed)
-    return Reading(pool, video, prompt, teacher.id, settings, seconds)
+    evaluations = batch_settings(settings, teacher.plan).evaluations
+    return Reading(pool, video, prompt, teacher.id, settings, evaluations, seconds)
 
 
 @torch.no_grad()
@@ -360,7 +384,7 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         frames_used=video.frames_used,
         truncated=prompt.truncated,
         unknown=prompt.unknown,
-        evaluations=reading.settings.evaluations,
+        evaluations=reading.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},
     )
 
@@ -372,7 +396,8 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         ValueError: a field of a configuration is not understood, or the teacher lacks a level or an expert.
         OSError: the folder or its files are missing.
     """
-    _, parts = read_folder(teacher)
+    family, parts = read_folder(teacher)
+    check_scored_heads(settings, teacher_class(family).sizes(parts).joint)
     total, boundary = parts["scheduler"]["num_train_timesteps"], boundary_of(parts)
     check_guidance(settings, boundary)
     if settings.mode == "renoise":
@@ -386,6 +411,15 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         # The noisiest of them; where it has an expert, all have.
         levels = (total,)
     check_experts(levels, boundary, "transformer" in parts)
+
+
+def check_scored_heads(settings: PriorSettings, joint: bool) -> None:
+    """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
+    if settings.scored_heads == "cross" and joint:
+        raise ValueError(
+            "scored_heads='cross' (--scored_heads) is for a teacher with a cross-attention to the text; this "
+            "one has text and vision in one self-attention"
+        )
 
 
 def check_guidance(settings: PriorSettings, boundary: float | None) -> None:

@@ -16,12 +16,19 @@ def joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate a vision input of several media.
 
     Images, tiles, channels, height and width: images of fewer tiles get empty ones, which models leave out.
+
+    Raises:
+        ValueError: the tensors do not fit together.
     """
     if dim == 0 and tensors[0].dim() == 5:
         most = max(tensor.shape[1] for tensor in tensors)
         pads = [(0, 0) * 3 + (0, most - tensor.shape[1]) for tensor in tensors]
         tensors = [torch.nn.functional.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)]
-    return torch.cat(list(tensors), dim)
+    try:
+        return torch.cat(list(tensors), dim)
+    except RuntimeError as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise ValueError(f"videos or images of a batch must be alike, got {shapes}") from error
 
 
 def collate(

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from ..hub import model_folder
-from .folder import experts, load_pipeline
+from .folder import blocks, load_pipeline
 from .identity import teacher_id
 from .inversion import invert, reconstruct, renoise, roundtrip_error
 from .known import read_folder
-from .plan import MODELS, teacher_class
+from .plan import MODELS, TEXT_MODELS, teacher_class
 from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule
 from .teacher import Teacher
@@ -82,19 +82,21 @@ def load_teacher(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or teacher_dtype(where)
     unused = {name for name in MODELS if name in parts["pipeline"] and name not in parts}
+    unused |= cls.unused & set(parts["pipeline"])
+    encoders = set(TEXT_MODELS) & set(parts)
     pipeline = load_pipeline(
         cls.pipeline_class,
         Path(path),
         dtype,
         where,
-        unused=unused if text_encoder else {*unused, "text_encoder"},
-        host={"text_encoder"} if offload_text_encoder else (),
+        unused=unused if text_encoder else unused | encoders,
+        host=encoders if offload_text_encoder else (),
     )
     if vae_tiling:
         pipeline.vae.enable_tiling()
     if compile:
         backend = {"backend": compile} if isinstance(compile, str) else {}
-        for block in (block for model in experts(pipeline) for block in model.get_submodule(cls.blocks)):
+        for block in blocks(pipeline, cls.blocks):
             block.compile(**backend)
     named = teacher_id(path, dtype=dtype, size=size, frames=frames, vae_tiling=vae_tiling)
     return cls(pipeline, parts, plan, named, device=where, dtype=dtype, split_batch=split_batch, texts=texts)

@@ -47,6 +47,35 @@ def attend(
     return out if reference is None else torch.cat([out, reference])
 
 
+@torch.compiler.disable
+def attend_valid(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor,
+    reader: AttentionReader | None,
+    *,
+    memory: bool,
+    row: int,
+) -> torch.Tensor:
+    """`attend` where masked padding ends each sample: it is cut off, one sample after the other.
+
+    Args:
+        query, key, value, reader, memory, row: as for `attend`.
+        valid: (batch,) tokens of each sample before its padding; with memory, alike in both halves.
+
+    Returns:
+        (batch, heads, tokens, width), zero at padding, which nothing attends to.
+    """
+    out = torch.zeros_like(query)
+    half = len(query) // 2 if memory else len(query)
+    for i, length in enumerate(valid.tolist()[:half]):
+        some = (slice(i, None, half), slice(None), slice(length))
+        one = reader if i == row else None
+        out[some] = attend(query[some], key[some], value[some], one, memory=memory, row=0)
+    return out
+
+
 class ReadingProcessor:
     """An attention processor of diffusers that hands what it computes to a reader; see `Teacher.reading`."""
 
@@ -56,3 +85,22 @@ class ReadingProcessor:
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See `attend`."""
         return attend(query, key, value, self.reader, memory=self.memory, row=self.row)
+
+    def attend_text(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of vision tokens to a text; `mask` is added to the scores."""
+        if self.reader is not None:
+            one = slice(self.row, self.row + 1)
+            self.reader.cross_attention(key[one], query[one])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def attend_valid(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """See `attend_valid`."""
+        return attend_valid(query, key, value, valid, self.reader, memory=self.memory, row=self.row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
@@ -47,7 +47,7 @@ class JointProcessor(ReadingProcessor):
 class CogVideoXTeacher(Teacher):
     """A frozen CogVideoX text-to-video model."""
 
-    pipeline_class = CogVideoXPipeline
+    pipeline_class: ClassVar[Any] = CogVideoXPipeline
     processor_class = JointProcessor
     blocks = "transformer_blocks"
     attentions = ("attn1",)
@@ -75,6 +75,8 @@ class CogVideoXTeacher(Teacher):
             heads=config["num_attention_heads"],
             layers=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
+            # Learnt positions are of clips of one size and length.
+            fixed=bool(config["use_learned_positional_embeddings"]),
         )
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class CogVideoXTeacher(Teacher):
         encoder = self.pipeline.text_encoder
         return encoder(encoded["input_ids"].to(encoder.device))[0]
 
-    def schedule(self, steps: int) -> DiffusionSchedule:
+    def schedule(self, steps: int, vision: int | None = None) -> DiffusionSchedule:
         return make_schedule(self.pipeline.scheduler, steps)
 
     def level(self, timestep: int) -> DiffusionSchedule:
@@ -104,6 +106,10 @@ class CogVideoXTeacher(Teacher):
             encoder_hidden_states=embeds,
             timestep=torch.full((batch,), int(timestep), device=self.device, dtype=torch.long),
             image_rotary_emb=rotary,
+            # As the pipeline of the only model that has such an input, 1.5 image-to-video, gives it.
+            ofs=None
+            if self.pipeline.transformer.config.ofs_embed_dim is None
+            else latents.new_full((1,), 2.0),
             return_dict=False,
         )[0].float()
 

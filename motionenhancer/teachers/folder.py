@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .plan import MODELS
+from .plan import MODELS, TEXT_MODELS
 from .protocol import TextEncoding
 from .whole import whole_weights
 
@@ -19,6 +19,18 @@ def experts(pipeline: Any) -> list[Any]:
     """The transformers of a pipeline: one, or one for high and one for low noise levels."""
     named = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
     return [model for model in named if model is not None]
+
+
+def blocks(pipeline: Any, names: str) -> Iterator[Any]:
+    """The blocks in the named lists of a pipeline's transformers; names stand between spaces."""
+    for model in experts(pipeline):
+        for name in names.split():
+            yield from model.get_submodule(name)
+
+
+def text_encoders(pipeline: Any) -> list[str]:
+    """Names of the text encoders that a pipeline may have."""
+    return [name for name in TEXT_MODELS if name in pipeline.components]
 
 
 def load_pipeline(
@@ -45,24 +57,68 @@ def load_pipeline(
     return pipeline
 
 
-def tokenize(tokenizer: Any, text: str, length: int) -> tuple[Any, TextEncoding]:
-    """A prompt padded to `length` → the tokenizer's tensors and the encoding, its `embeds` still empty."""
+def tokenize(
+    tokenizer: Any,
+    text: str,
+    length: int,
+    *,
+    template: tuple[str, str] = ("", ""),
+    crop: int = 0,
+    add_special_tokens: bool = True,
+    padding_side: str | None = None,
+) -> tuple[Any, TextEncoding]:
+    """A prompt padded on the right → the tokenizer's tensors and the encoding, its `embeds` still empty.
+
+    Args:
+        tokenizer: a fast one.
+        text: the prompt.
+        length: tokens to pad and cut to, beside those of `crop`.
+        template: what the model reads before and after the prompt.
+        crop: tokens at the start that the model does not keep; they belong to the template.
+        add_special_tokens: let the tokenizer add those of its own.
+        padding_side: "right" for a tokenizer that pads on the left, and a model that moves tokens first.
+
+    Raises:
+        ValueError: the tokenizer pads on the left, or the prompt starts before `crop`.
+    """
+    before, after = template
+    whole, options = before + text + after, {"add_special_tokens": add_special_tokens}
     encoded = tokenizer(
-        text,
+        whole,
         padding="max_length",
-        max_length=length,
+        max_length=crop + length,
+        padding_side=padding_side,
         truncation=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_tensors="pt",
+        **options,
     )
     ids, mask = encoded["input_ids"][0], encoded["attention_mask"][0].bool()
+    offsets = encoded["offset_mapping"][0]
     real = mask & ~encoded["special_tokens_mask"][0].bool()
-    positions = real.nonzero()[:, 0].tolist()
-    if positions != list(range(len(positions))):
+
+    def inside(start: Any, end: Any) -> Any:
+        return (end > len(before)) & (start < len(before) + len(text))
+
+    if before or after:
+        real &= inside(*offsets.unbind(-1))
+        cut = tokenizer(whole, return_offsets_mapping=True, **options)["offset_mapping"]
+        full = sum(bool(inside(*span)) for span in cut)
+    else:
+        full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    positions = (real.nonzero()[:, 0] - crop).tolist()
+    if not mask[: int(mask.sum())].all():
         raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
-    spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"][0][real].tolist())
-    full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if positions and positions[0] < 0:
+        raise ValueError(
+            f"the teacher's tokenizer makes {positions[0] + crop} tokens of what stands before a prompt, "
+            f"and the model leaves the first {crop} out: it was made for another tokenizer"
+        )
+    spans = tuple(
+        (max(0, int(a) - len(before)), min(len(text), int(b) - len(before)))
+        for a, b in offsets[real].tolist()
+    )
     pieces = ids[real].tolist()
     tokens = tuple(tokenizer.convert_ids_to_tokens(pieces))
     # A special piece in a text is the unknown one, or one whose name is written out. Before a piece that it
@@ -73,7 +129,8 @@ def tokenize(tokenizer: Any, text: str, length: int) -> tuple[Any, TextEncoding]
         for i, (piece, token, span) in enumerate(zip(pieces, tokens, spans, strict=True))
         if piece not in special and token.replace("▁", " ").strip() and text[slice(*span)].strip()
     )
-    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, words, max(0, full - len(spans)))
+    truncated = max(0, full - len(spans))
+    return encoded, TextEncoding(torch.empty(0), tokens, spans, text, words, truncated, tuple(positions))
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,6 +6,7 @@ Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention an
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
@@ -68,7 +69,7 @@ def reconstruct(
         teacher, trajectory, schedule: the model, the K + 1 latents that `invert` returned, and the same
             levels.
         prompt_embeds, empty_embeds: (1, length, width) of the text and of the empty prompt.
-        guidance_scale: classifier-free guidance; 1 switches it off.
+        guidance_scale: classifier-free guidance, or what a model takes as an input in its place; 1 is off.
         guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
         start: "inverted" begins at the inverted noise, "random" at Gaussian noise of `seed`.
         memory: give the generated stream the keys and values of the reference stream.
@@ -84,6 +85,9 @@ def reconstruct(
     latents = trajectory[-1]
     if start == "random":
         latents = gaussian(latents, seed)
+    if teacher.plan.embedded_guidance:
+        teacher = copy(teacher)
+        teacher.guidance, guidance_scale = guidance_scale, 1.0
     guided = guidance_scale != 1.0
     texts = [empty_embeds, prompt_embeds] if guided else [prompt_embeds]
     for level in range(schedule.steps, 0, -1):

@@ -48,6 +48,12 @@ _FLOW = _fields(
     use_beta_sigmas=_OFF,
     shift_terminal=(None,),
 )
+#: What shifts the levels by the clip, of a family that reads it.
+_DYNAMIC = {
+    **_fields("shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal"),
+    "use_dynamic_shifting": (True, False),
+    "time_shift_type": ("exponential",),
+}
 _FLOW_MULTISTEP = {
     **_FLOW,
     **_fields(
@@ -70,11 +76,21 @@ _T5 = _fields(
     is_decoder=_OFF,
     chunk_size_feed_forward=(0,),
 )
+#: What transformers' own classes of decoders and of CLIP read.
+_TRANSFORMER = _fields(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act "
+    "max_position_embeddings initializer_range attention_dropout pad_token_id bos_token_id eos_token_id "
+    "tie_word_embeddings architectures model_type dtype torch_dtype transformers_version id2label label2id "
+    "problem_type return_dict output_hidden_states is_encoder_decoder use_cache",
+    chunk_size_feed_forward=(0,),
+)
+_DECODER = _fields("num_key_value_heads head_dim rms_norm_eps attention_bias rope_parameters rope_theta")
 
 #: Class → its fields.
 KNOWN: dict[str, Fields] = {
     "CogVideoXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
     "CogVideoXVideoToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    "CogVideoXImageToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
     "WanPipeline": _fields(
         "tokenizer text_encoder vae transformer transformer_2 scheduler boundary_ratio",
         expand_timesteps=(True, False, None),
@@ -84,10 +100,9 @@ KNOWN: dict[str, Fields] = {
         "time_embed_dim text_embed_dim num_layers dropout attention_bias sample_width sample_height "
         "sample_frames patch_size patch_size_t temporal_compression_ratio max_text_seq_length activation_fn "
         "timestep_activation_fn norm_elementwise_affine norm_eps spatial_interpolation_scale "
-        "temporal_interpolation_scale patch_bias",
+        "temporal_interpolation_scale patch_bias ofs_embed_dim",
         use_rotary_positional_embeddings=(True, False),
         use_learned_positional_embeddings=(True, False),
-        ofs_embed_dim=(None,),
     ),
     "WanTransformer3DModel": _fields(
         "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim freq_dim "
@@ -97,7 +112,100 @@ KNOWN: dict[str, Fields] = {
         added_kv_proj_dim=(None,),
         pos_embed_seq_len=(None,),
     ),
-    # invert_scale_latents is for the first frame of image-to-video: no text-to-video pipeline reads it.
+    "LTXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
+    # What is of sound, of prompts that are rewritten and of a clip's length plays no part in a prior.
+    "LTX2Pipeline": _fields(
+        "tokenizer text_encoder connectors vae transformer scheduler audio_vae vocoder processor "
+        "prompt_enhancer duration_head"
+    ),
+    "LTX2VideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim "
+        "vae_scale_factors pos_embed_max_pos base_height base_width gated_attn cross_attn_mod "
+        "audio_in_channels audio_out_channels audio_patch_size audio_patch_size_t audio_num_attention_heads "
+        "audio_attention_head_dim audio_cross_attention_dim audio_scale_factor audio_pos_embed_max_pos "
+        "audio_sampling_rate audio_hop_length audio_gated_attn audio_cross_attn_mod num_layers "
+        "activation_fn norm_elementwise_affine norm_eps caption_channels attention_bias "
+        "attention_out_bias rope_theta rope_double_precision causal_offset timestep_scale_multiplier "
+        "cross_attn_timestep_scale_multiplier use_prompt_embeddings perturbed_attn ff_bias audio_ff_bias "
+        "use_prompt_adaln_single",
+        patch_size=(1,),
+        patch_size_t=(1,),
+        qk_norm=("rms_norm_across_heads",),
+        rope_type=("interleaved", "split"),
+        use_keyframes_abs_pos_embedding=_OFF,
+    ),
+    "LTX2TextConnectors": _fields(
+        "caption_channels text_proj_in_factor video_connector_num_attention_heads "
+        "video_connector_attention_head_dim video_connector_num_layers "
+        "video_connector_num_learnable_registers video_gated_attn audio_connector_num_attention_heads "
+        "audio_connector_attention_head_dim audio_connector_num_layers "
+        "audio_connector_num_learnable_registers audio_gated_attn connector_rope_base_seq_len rope_theta "
+        "rope_double_precision causal_temporal_positioning rope_type per_modality_projections "
+        "video_hidden_dim audio_hidden_dim proj_bias"
+    ),
+    "AutoencoderKLLTX2Video": _fields(
+        "out_channels latent_channels block_out_channels down_block_types decoder_block_out_channels "
+        "layers_per_block decoder_layers_per_block spatio_temporal_scaling decoder_spatio_temporal_scaling "
+        "decoder_inject_noise downsample_type upsample_type upsample_residual upsample_factor "
+        "timestep_conditioning patch_size patch_size_t resnet_norm_eps scaling_factor encoder_causal "
+        "decoder_causal encoder_spatial_padding_mode decoder_spatial_padding_mode "
+        "spatial_compression_ratio temporal_compression_ratio",
+        in_channels=(3,),
+    ),
+    "LTXVideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim num_layers "
+        "activation_fn norm_elementwise_affine norm_eps caption_channels attention_bias attention_out_bias",
+        patch_size=(1,),
+        patch_size_t=(1,),
+        qk_norm=("rms_norm_across_heads",),
+    ),
+    "AutoencoderKLLTXVideo": _fields(
+        "out_channels latent_channels block_out_channels down_block_types decoder_block_out_channels "
+        "layers_per_block decoder_layers_per_block spatio_temporal_scaling decoder_spatio_temporal_scaling "
+        "decoder_inject_noise downsample_type upsample_residual upsample_factor timestep_conditioning "
+        "patch_size patch_size_t resnet_norm_eps scaling_factor encoder_causal decoder_causal "
+        "spatial_compression_ratio temporal_compression_ratio",
+        in_channels=(3,),
+    ),
+    "HunyuanVideoPipeline": _fields(
+        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler"
+    ),
+    "HunyuanVideoTransformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim num_layers num_single_layers "
+        "num_refiner_layers mlp_ratio patch_size patch_size_t text_embed_dim pooled_projection_dim "
+        "rope_theta rope_axes_dim",
+        qk_norm=("rms_norm",),
+        guidance_embeds=(True, False),
+        image_condition_type=(None,),
+    ),
+    "HunyuanVideo15Pipeline": _fields(
+        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler guider"
+    ),
+    # target_size is that of the clips; nothing reads task_type.
+    "HunyuanVideo15Transformer3DModel": _fields(
+        "in_channels out_channels num_attention_heads attention_head_dim num_layers num_refiner_layers "
+        "mlp_ratio patch_size patch_size_t text_embed_dim text_embed_2_dim image_embed_dim rope_theta "
+        "rope_axes_dim target_size task_type",
+        qk_norm=("rms_norm",),
+        use_meanflow=_OFF,
+    ),
+    "AutoencoderKLHunyuanVideo15": _fields(
+        "out_channels latent_channels block_out_channels layers_per_block scaling_factor "
+        "spatial_compression_ratio temporal_compression_ratio downsample_match_channel "
+        "upsample_match_channel",
+        in_channels=(3,),
+    ),
+    # The guidance of a prior is its own.
+    "ClassifierFreeGuidance": _fields(
+        "guidance_scale guidance_rescale use_original_formulation start stop enabled"
+    ),
+    "AutoencoderKLHunyuanVideo": _fields(
+        "out_channels latent_channels down_block_types up_block_types block_out_channels layers_per_block "
+        "act_fn norm_num_groups scaling_factor spatial_compression_ratio temporal_compression_ratio "
+        "mid_block_add_attention",
+        in_channels=(3,),
+    ),
+    # invert_scale_latents is of the first frame of image-to-video.
     "AutoencoderKLCogVideoX": _fields(
         "out_channels down_block_types up_block_types block_out_channels latent_channels layers_per_block "
         "act_fn norm_eps norm_num_groups temporal_compression_ratio sample_height sample_width "
@@ -137,22 +245,80 @@ KNOWN: dict[str, Fields] = {
     },
     "T5EncoderModel": _T5,
     "UMT5EncoderModel": _T5,
+    "LlamaModel": {
+        **_TRANSFORMER,
+        **_DECODER,
+        **_fields("pretraining_tp mlp_bias rope_scaling"),
+    },
+    # What is of pictures and clips plays no part: the model is given text alone.
+    "Qwen2_5_VLTextModel": {
+        **_TRANSFORMER,
+        **_DECODER,
+        **_fields(
+            "use_sliding_window sliding_window max_window_layers layer_types rope_scaling image_token_id "
+            "video_token_id vision_start_token_id vision_end_token_id vision_token_id"
+        ),
+    },
+    # What its two models are of, and what is of pictures.
+    "Gemma3ForConditionalGeneration": {
+        **_TRANSFORMER,
+        **_fields(
+            "text_config vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index"
+        ),
+    },
+    "CLIPTextModel": {
+        **_TRANSFORMER,
+        **_fields("projection_dim layer_norm_eps initializer_factor dropout"),
+    },
 }
 
 #: `_class_name` in model_index.json → family.
 FAMILIES = {
+    "CogVideoXImageToVideoPipeline": "cogvideox_image",
     "CogVideoXPipeline": "cogvideox",
     "CogVideoXVideoToVideoPipeline": "cogvideox",
+    "HunyuanVideo15Pipeline": "hunyuan_video15",
+    "HunyuanVideoPipeline": "hunyuan_video",
+    "LTX2Pipeline": "ltx2",
+    "LTXPipeline": "ltx",
     "WanPipeline": "wan",
 }
 
 #: Family → part of the pipeline → classes that it may have.
-PARTS = {
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "cogvideox": {
         "transformer": ("CogVideoXTransformer3DModel",),
         "vae": ("AutoencoderKLCogVideoX",),
         "text_encoder": ("T5EncoderModel",),
         "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    },
+    "hunyuan_video": {
+        "transformer": ("HunyuanVideoTransformer3DModel",),
+        "vae": ("AutoencoderKLHunyuanVideo",),
+        "text_encoder": ("LlamaModel",),
+        "text_encoder_2": ("CLIPTextModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    },
+    "hunyuan_video15": {
+        "transformer": ("HunyuanVideo15Transformer3DModel",),
+        "vae": ("AutoencoderKLHunyuanVideo15",),
+        "text_encoder": ("Qwen2_5_VLTextModel",),
+        "text_encoder_2": ("T5EncoderModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+        "guider": ("ClassifierFreeGuidance",),
+    },
+    "ltx": {
+        "transformer": ("LTXVideoTransformer3DModel",),
+        "vae": ("AutoencoderKLLTXVideo",),
+        "text_encoder": ("T5EncoderModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    },
+    "ltx2": {
+        "transformer": ("LTX2VideoTransformer3DModel",),
+        "vae": ("AutoencoderKLLTX2Video",),
+        "text_encoder": ("Gemma3ForConditionalGeneration",),
+        "connectors": ("LTX2TextConnectors",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
     },
     "wan": {
         "transformer": ("WanTransformer3DModel",),
@@ -165,6 +331,15 @@ PARTS = {
             "FlowMatchEulerDiscreteScheduler",
         ),
     },
+}
+PARTS["cogvideox_image"] = PARTS["cogvideox"]
+#: Part → the library that model_index.json names, where it is not diffusers' or transformers' own.
+_LIBRARIES = {"connectors": "ltx2"}
+#: Family and part → fields that this family understands beside, or otherwise than, its class's own.
+_MORE: dict[tuple[str, str], Fields] = {
+    ("cogvideox", "transformer"): {"ofs_embed_dim": (None,)},
+    ("ltx", "scheduler"): _DYNAMIC,
+    ("ltx2", "scheduler"): _DYNAMIC,
 }
 
 
@@ -203,17 +378,18 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         named = found["pipeline"].get(part)
         if named is None or list(named) == [None, None]:
             continue
-        library = "transformers" if part == "text_encoder" else "diffusers"
+        library = "transformers" if part.startswith("text_encoder") else _LIBRARIES.get(part, "diffusers")
         if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
             raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
         if named[1] not in classes:
             raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
-        config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
-        found[part] = _check_fields(config, named[1], _read_json(config))
+        more = _MORE.get((family, part), {})
+        found[part] = _check_fields(config, named[1], _read_json(config), more)
     for part in PARTS[family]:
-        if part not in found and not part.startswith("transformer"):
+        if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
     _FIT[family](folder, found)
     return family, found
@@ -229,9 +405,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return given
 
 
-def _check_fields(file: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(
+    file: Path, name: str, given: Mapping[str, Any], more: Fields | None = None
+) -> dict[str, Any]:
     """The fields of a configuration of class `name`, with its defaults; raise where one is not understood."""
-    known, defaults = KNOWN[name], _defaults(name)
+    known, defaults = {**KNOWN[name], **(more or {})}, _defaults(name)
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
         accepted = known.get(field, (defaults.get(field),))
@@ -261,15 +439,18 @@ def _defaults(name: str) -> dict[str, Any]:
     """What a class assumes for fields that a file leaves out."""
     import diffusers
     import transformers
+    from diffusers.pipelines import ltx2
 
-    cls = getattr(diffusers, name, None) or getattr(transformers, name).config_class
+    cls = (
+        getattr(diffusers, name, None)
+        or getattr(ltx2, name, None)
+        or getattr(transformers, name).config_class
+    )
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _fits_cogvideox(folder: Path, found: Parts) -> None:
-    if "transformer" not in found:
-        raise ValueError(f"{folder / 'model_index.json'}: names no transformer")
     _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
 
 
@@ -299,11 +480,7 @@ def _fits_wan(folder: Path, found: Parts) -> None:
                     f"{config}: {field} is {other!r}, and {value!r} in transformer; both must have one "
                     "shape, as their heads are pooled"
                 )
-    shift = flow_shift(found["scheduler"])
-    if not _is_number(shift) or not shift > 0:
-        file = folder / "scheduler" / "scheduler_config.json"
-        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
-        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
+    _check_shift(folder, found)
     channels = found["vae"]["z_dim"]
     for field in ("latents_mean", "latents_std"):
         values = found["vae"][field]
@@ -312,6 +489,63 @@ def _fits_wan(folder: Path, found: Parts) -> None:
             raise ValueError(
                 f"{file}: {field} must be {channels} numbers, one for each channel of the latents"
             )
+
+
+def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # The first frame's latents stand beside the noisy ones.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels)
+
+
+def _fits_ltx(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "caption_channels")
+    _check_dynamic(folder, found)
+
+
+def _fits_ltx2(folder: Path, found: Parts) -> None:
+    _check_channels(folder, "transformer", found, found["vae"]["latent_channels"])
+    registers = found["connectors"]["video_connector_num_learnable_registers"]
+    if isinstance(registers, bool) or not isinstance(registers, int) or registers < 1 or 1024 % registers:
+        file = folder / "connectors" / "config.json"
+        raise ValueError(
+            f"{file}: video_connector_num_learnable_registers is {registers!r}; it must divide the 1024 "
+            "tokens of a text, whose padding the registers replace"
+        )
+    _check_dynamic(folder, found)
+
+
+def _check_dynamic(folder: Path, found: Parts) -> None:
+    _check_shift(folder, found)
+    file, scheduler = folder / "scheduler" / "scheduler_config.json", found["scheduler"]
+    terminal = scheduler["shift_terminal"]
+    if terminal is not None and not (_is_number(terminal) and 0 <= terminal < 1):
+        raise ValueError(f"{file}: shift_terminal is {terminal!r}; it must be a number from 0 to below 1")
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    for name in names if scheduler["use_dynamic_shifting"] else ():
+        if not _is_number(scheduler[name]):
+            raise ValueError(f"{file}: {name} is {scheduler[name]!r}; it must be a number")
+
+
+def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+    _check_text(folder, found, "pooled_projection_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
+def _fits_hunyuan_video15(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # Beside the noisy latents stand those of a picture and a mask, zero without one.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels + 1)
+    _check_text(folder, found, "text_embed_2_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
+def _check_shift(folder: Path, found: Parts) -> None:
+    shift = flow_shift(found["scheduler"])
+    if not _is_number(shift) or not shift > 0:
+        file = folder / "scheduler" / "scheduler_config.json"
+        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:
@@ -332,18 +566,39 @@ def boundary_of(parts: Parts) -> float | None:
     return math.inf if ratio == 1 and "transformer" not in parts else ratio * FLOW_TIMESTEPS
 
 
-def _check_widths(folder: Path, part: str, found: Parts, channels: int, text: str) -> None:
+def _check_widths(
+    folder: Path, part: str, found: Parts, channels: int, text: str, given: int | None = None
+) -> None:
+    _check_channels(folder, part, found, channels, given)
+    _check_text(folder, found, text, "text_encoder", part)
+
+
+def _check_channels(folder: Path, part: str, found: Parts, channels: int, given: int | None = None) -> None:
     """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
     file, config = folder / part / "config.json", found[part]
-    for field in ("in_channels", "out_channels"):
-        if config[field] != channels:
+    for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
+        if config[field] != wanted:
             raise ValueError(
-                f"{file}: {field} is {config[field]}, the VAE's latents have {channels} channels: "
-                "only text-to-video models are supported"
+                f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
+                "channels: only text-to-video models and CogVideoX's image-to-video are supported"
             )
-    width = found["text_encoder"].get("d_model")
-    if width != config[text]:
-        raise ValueError(f"{file}: {text} is {config[text]}, but the text encoder's d_model is {width}")
 
 
-_FIT = {"cogvideox": _fits_cogvideox, "wan": _fits_wan}
+def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
+    """A model's width for a text is that of the text encoder's hidden states."""
+    name = "d_model" if "d_model" in found[encoder] else "hidden_size"
+    file, width, given = folder / part / "config.json", found[encoder].get(name), found[part][field]
+    if width != given:
+        who = "the text encoder" if encoder == "text_encoder" else encoder
+        raise ValueError(f"{file}: {field} is {given}, but {who}'s {name} is {width}")
+
+
+_FIT = {
+    "cogvideox": _fits_cogvideox,
+    "cogvideox_image": _fits_cogvideox_image,
+    "hunyuan_video": _fits_hunyuan_video,
+    "hunyuan_video15": _fits_hunyuan_video15,
+    "ltx": _fits_ltx,
+    "ltx2": _fits_ltx2,
+    "wan": _fits_wan,
+}

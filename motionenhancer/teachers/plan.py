@@ -14,9 +14,19 @@ from .frames import nearest_valid_count
 from .known import read_folder
 
 #: Parts of a pipeline that have weights.
-MODELS = ("transformer", "transformer_2", "text_encoder", "vae")
+MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors", "vae")
+#: Those that make a text's embeddings.
+TEXT_MODELS = ("text_encoder", "text_encoder_2", "connectors")
 #: Family → its class, in the module of the family's name.
-_CLASSES = {"cogvideox": "CogVideoXTeacher", "wan": "WanTeacher"}
+_CLASSES = {
+    "cogvideox": "CogVideoXTeacher",
+    "cogvideox_image": "CogVideoXImageTeacher",
+    "hunyuan_video": "HunyuanVideoTeacher",
+    "hunyuan_video15": "HunyuanVideo15Teacher",
+    "ltx": "LTXTeacher",
+    "ltx2": "LTX2Teacher",
+    "wan": "WanTeacher",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,9 @@ class TeacherPlan:
         joint: text and vision tokens attend to each other in one sequence.
         heads, layers: of one evaluation: of one expert, where there are two.
         width: of a token's hidden state.
+        text_first: in one sequence, text stands before vision.
+        fixed: clips have this size and count and no other.
+        embedded_guidance: guidance is an input of the model: no empty prompt is evaluated beside the text.
         weights: parameters by part of the pipeline. Only `plan_teacher` counts them.
     """
 
@@ -46,6 +59,9 @@ class TeacherPlan:
     heads: int
     layers: int
     width: int
+    text_first: bool = True
+    embedded_guidance: bool = False
+    fixed: bool = False
     weights: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -68,6 +84,8 @@ class TeacherPlan:
     def valid_frames(self, count: int) -> int:
         """The nearest number of video frames the model takes: 4m+1, and 8m+5 with a temporal patch of two."""
         patch = self.patch[0]
+        if self.fixed:
+            return self.frames
         return nearest_valid_count(count, self.compression * patch, 1 + self.compression * (patch - 1))
 
     def fitted(self, size: tuple[int, int] | None, frames: int | None) -> TeacherPlan:
@@ -80,6 +98,11 @@ class TeacherPlan:
         step = self.multiple
         if len(size) != 2 or any(not isinstance(n, int) or n < step or n % step for n in size):
             raise ValueError(f"size must be (height, width), multiples of {step} pixels, got {size}")
+        if self.fixed and (size != self.size or frames not in (None, self.frames)):
+            raise ValueError(
+                f"size and frames must be {self.size} and {self.frames}, those that the teacher's learnt "
+                f"positions are of, got {size} and {frames or self.frames}"
+            )
         return replace(self, size=size, frames=self.valid_frames(frames or self.frames))
 
 

@@ -42,6 +42,8 @@ class TextEncoding:
         text: the prompt.
         words: indices of the real tokens that are neither a bare space nor an unknown piece.
         truncated: how many real tokens did not fit and were cut off.
+        rows: place of each real token among the text tokens of the attention; None: they come first.
+        attended: text tokens that are attended to, where padding is masked; None: all, padding included.
     """
 
     embeds: torch.Tensor
@@ -50,6 +52,8 @@ class TextEncoding:
     text: str
     words: tuple[int, ...]
     truncated: int = 0
+    rows: tuple[int, ...] | None = None
+    attended: int | None = None
 
     @property
     def unknown(self) -> int:
@@ -73,9 +77,11 @@ class VideoLatents:
         tokens: where self-attention keeps text and vision; `text` is 0 where it sees vision only.
         frames_given: video frames received.
         frames_used: video frames encoded, after resampling to a count the family accepts.
+        picture: latents of the first frame, for a model that starts from one; see `Teacher.showing`.
     """
 
     latents: torch.Tensor
     tokens: VideoTokens
     frames_given: int
     frames_used: int
+    picture: torch.Tensor | None = None

@@ -90,8 +90,10 @@ class FlowSchedule(Schedule):
         return (1.0 - sigma) * latents + sigma * noise
 
 
-def flow_schedule(steps: int, shift: float) -> FlowSchedule:
+def flow_schedule(steps: int, shift: float, terminal: float | None = None) -> FlowSchedule:
     """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them (1: not).
+
+    The levels above the clean end are stretched down to σ = `terminal`; None or 0 leaves them.
 
     Raises:
         ValueError: steps do not divide the 1000 training timesteps.
@@ -103,6 +105,9 @@ def flow_schedule(steps: int, shift: float) -> FlowSchedule:
     check_steps(steps, FLOW_TIMESTEPS)
     even = [level / steps for level in range(steps + 1)]
     sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in even)
+    if terminal and steps > 1:
+        stretch = (1 - terminal) / (1 - sigmas[1])
+        sigmas = (0.0, *(1 - stretch * (1 - s) for s in sigmas[1:]))
     return FlowSchedule(tuple(FLOW_TIMESTEPS * s for s in sigmas[1:]), sigmas)
 
 

@@ -15,7 +15,7 @@ import torch
 from mekernels import VideoTokens
 
 from .attention import ReadingProcessor
-from .folder import experts, tokenize
+from .folder import blocks, text_encoders, tokenize
 from .frames import resample_frames, to_pixels
 from .known import Parts, boundary_of
 from .plan import TeacherPlan
@@ -41,14 +41,18 @@ class Teacher(ABC):
         heads, layers: of one evaluation: of one expert, where there are two.
         size: (height, width) in pixels clips are resized to.
         max_frames: most video frames it reads of one clip; longer clips are thinned to it.
+        guidance: embedded guidance of its evaluations, where the model has such an input; 1 is none.
+        picture: latents of the first frame of the clip that is shown; see `showing`.
         boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
             transformer serves all noise levels.
     """
 
     pipeline_class: ClassVar[Any]
     processor_class: ClassVar[type[ReadingProcessor]]
-    #: Names of the transformer's list of blocks, and of a block's attention modules.
+    #: Names of the transformer's lists of blocks, between spaces, and of a block's attention modules.
     blocks: ClassVar[str]
+    #: Parts of the pipeline that are never loaded.
+    unused: ClassVar[frozenset[str]] = frozenset()
     attentions: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -68,6 +72,8 @@ class Teacher(ABC):
         self.heads, self.layers, self.size, self.max_frames = plan.heads, plan.layers, plan.size, plan.frames
         self.boundary = boundary_of(parts)
         self._empty: TextEncoding | None = None
+        self.guidance = 1.0
+        self.picture: torch.Tensor | None = None
 
     @staticmethod
     @abstractmethod
@@ -82,9 +88,17 @@ class Teacher(ABC):
     def embed(self, encoded: Any) -> torch.Tensor:
         """(1, length, width) hidden states of what the tokenizer returned."""
 
+    def encode(self, text: str) -> TextEncoding:
+        """The text's tokens and what `embed` makes of them."""
+        encoded, tokens = tokenize(self.pipeline.tokenizer, text, self.plan.text_length)
+        return replace(tokens, embeds=self.embed(encoded))
+
     @abstractmethod
-    def schedule(self, steps: int) -> Schedule:
-        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels."""
+    def schedule(self, steps: int, vision: int | None = None) -> Schedule:
+        """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels.
+
+        Some flows shift them by the clip's number of vision tokens; None is that of the longest clip.
+        """
 
     @abstractmethod
     def level(self, timestep: int) -> Schedule:
@@ -113,7 +127,8 @@ class Teacher(ABC):
                 f"latents, not {wanted}: clips of this size cannot be encoded in tiles"
             )
         grid = [n // patch for n, patch in zip(latents.shape[2:], self.plan.patch, strict=True)]
-        tokens = VideoTokens(grid[0], grid[1], grid[2], text=self.plan.text_length if self.plan.joint else 0)
+        text = self.plan.text_length if self.plan.joint else 0
+        tokens = VideoTokens(grid[0], grid[1], grid[2], text=text, text_first=self.plan.text_first)
         return VideoLatents(self.scaled(latents), tokens, len(frames), used)
 
     @torch.no_grad()
@@ -130,8 +145,8 @@ class Teacher(ABC):
             if self.pipeline.text_encoder is None:
                 kept = "there is no text cache" if self.texts is None else f"not in {self.texts.folder}"
                 raise ValueError(f"text {text[:60]!r}: {kept}, and no encoder is loaded")
-            encoded, tokens = tokenize(self.pipeline.tokenizer, text, self.plan.text_length)
-            found = replace(tokens, embeds=self.embed(encoded).to(self.device, self.dtype))
+            found = self.encode(text)
+            found = replace(found, embeds=found.embeds.to(self.device, self.dtype))
             if self.texts is not None:
                 self.texts.write(found)
         found = replace(found, embeds=found.embeds.to(self.device, self.dtype))
@@ -143,10 +158,21 @@ class Teacher(ABC):
         """Put texts into the cache, then let go of the text encoder and its memory."""
         for text in texts:
             self.encode_text(text)
-        self.pipeline.text_encoder = None
+        for name in text_encoders(self.pipeline):
+            setattr(self.pipeline, name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def showing(self, video: VideoLatents) -> Iterator[None]:
+        """While open, evaluations are of this clip: an image-to-video model is given its first frame."""
+        before = self.picture
+        self.picture = video.picture
+        try:
+            yield
+        finally:
+            self.picture = before
 
     @contextmanager
     def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
@@ -155,8 +181,8 @@ class Teacher(ABC):
         With `memory` the second half of the batch is the reference stream: row i of the first half attends to
         its own keys and to those of row i of the second half, side by side.
         """
-        blocks = (block for model in experts(self.pipeline) for block in model.get_submodule(self.blocks))
-        modules = [getattr(block, name) for block in blocks for name in self.attentions]
+        layers = blocks(self.pipeline, self.blocks)
+        modules = [getattr(block, name) for block in layers for name in self.attentions]
         before = [module.processor for module in modules]
         try:
             for module in modules:

@@ -24,6 +24,8 @@ def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
         FileNotFoundError: the folder has no text encoder or no tokenizer.
     """
     parts = [teacher_id(Path(teacher) / part, dtype=dtype) for part in ("text_encoder", "tokenizer")]
+    second = (Path(teacher) / part for part in ("text_encoder_2", "tokenizer_2", "connectors"))
+    parts += [teacher_id(part, dtype=dtype) for part in second if part.is_dir()]
     model = (Path(teacher) / "model_index.json").read_bytes()
     return hashlib.sha256("\0".join(parts).encode() + model).hexdigest()[:32]
 
@@ -58,7 +60,10 @@ class TextCache:
             spans = tuple((a, b) for a, b in about["spans"])
             embeds = F.pad(embeds, (0, 0, 0, about["length"] - embeds.shape[1]))
             tokens, words = tuple(about["tokens"]), tuple(about["words"])
-            return TextEncoding(embeds, tokens, spans, text, words, about["truncated"])
+            rows = None if about["rows"] is None else tuple(about["rows"])
+            return TextEncoding(
+                embeds, tokens, spans, text, words, about["truncated"], rows, about["attended"]
+            )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
             return None
 
@@ -73,6 +78,8 @@ class TextCache:
             "spans": encoding.spans,
             "truncated": encoding.truncated,
             "words": encoding.words,
+            "rows": encoding.rows,
+            "attended": encoding.attended,
             "length": embeds.shape[1],
         }
         body = save({"embeds": embeds[:, :rows].contiguous()}, {"text_encoding": json.dumps(about)})

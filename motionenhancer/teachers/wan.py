@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanPipeline
 
 from .attention import ReadingProcessor
@@ -48,10 +47,7 @@ class WanProcessor(ReadingProcessor):
         if encoder_hidden_states is None:
             out = self.attend(query, key, value)
         else:
-            out = F.scaled_dot_product_attention(query, key, value)
-            if self.reader is not None:
-                one = slice(self.row, self.row + 1)
-                self.reader.cross_attention(key[one], query[one])
+            out = self.attend_text(query, key, value)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
@@ -95,7 +91,7 @@ class WanTeacher(Teacher):
         # Padding is masked in the encoder and zero in the transformer, where it is still attended to.
         return encoder(ids, mask).last_hidden_state * mask.unsqueeze(-1)
 
-    def schedule(self, steps: int) -> FlowSchedule:
+    def schedule(self, steps: int, vision: int | None = None) -> FlowSchedule:
         return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
 
     def level(self, timestep: int) -> FlowSchedule:

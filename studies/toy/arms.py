@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from motionenhancer.priors.prior import PriorSettings
+from studies.toy.controls import CONTROLS
 
 __all__ = ["ARMS", "BOTH", "LEVEL", "PAIRS", "SWEEPS", "Arm", "Regime"]
 
@@ -17,7 +18,9 @@ class Arm:
         name: in tables.
         weight: λ at the start; 0 is plain fine-tuning.
         schedule: of λ over the run, which a "linear" one takes to 0.
-        prior: "teacher", "masks" for where the objects truly are, "none".
+        prior: "teacher", "masks" for where the objects truly are, "student" for the base student's own
+            maps of the words that the teacher's priors keep, "none".
+        control: name in `controls.CONTROLS` of what takes the place of the teacher's maps; "" is nothing.
         mode, noise_level, steps, head_selection, token_selection, ratio: of the teacher's reading, as in
             `PriorSettings`; ratio is that of heads and of words.
         aligner, loss: of the alignment.
@@ -29,6 +32,7 @@ class Arm:
     weight: float = 1.0
     schedule: str = "linear"
     prior: str = "teacher"
+    control: str = ""
     mode: str = "reconstruct"
     noise_level: int = 200
     steps: int = 5
@@ -102,6 +106,12 @@ SWEEPS: dict[str, tuple[Arm, ...]] = {
         *(replace(LEVEL, name=f"aligner {a}", aligner=a) for a in ("mlp", "pointwise", "conv")),
     ),
 }
+SWEEPS["controls"] = (
+    LEVEL,
+    *(replace(LEVEL, name=name, control=name) for name in CONTROLS),
+    replace(LEVEL, name="own maps", prior="student", temperature=1.0),
+    replace(LEVEL, name="own maps, sharpened", prior="student"),
+)
 #: Which arm is compared with which, seed by seed: each with what it adds to.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("MHS only", "no selection"),
@@ -115,4 +125,5 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("level 200", "level 200, no selection"),
     ("level 200", "level 200, MHS only"),
     ("level 200", "level 200, MTTI only"),
+    *(("level 200", arm.name) for arm in SWEEPS["controls"][1:]),
 )

@@ -26,8 +26,9 @@ from motionenhancer.teachers import Teacher, load_teacher
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.world import ToyFolder, draw_clip
 from studies.toy.arms import Arm, Regime
+from studies.toy.controls import CONTROLS, own_priors
 from studies.toy.masks import mask_prior
-from studies.toy.train_student import Items, narrowed
+from studies.toy.train_student import Items, narrowed, widened
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
@@ -43,7 +44,7 @@ UNSELECTED: dict[str, Any] = {
 def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
     """Which models a result is of: the student's digest and, where it teaches, the teacher's id."""
     found = {"student": content_digest(student / "model.safetensors")}
-    return {"teacher": teacher_name(teacher), **found} if arm.prior == "teacher" else found
+    return {"teacher": teacher_name(teacher), **found} if arm.prior in ("teacher", "student") else found
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +59,7 @@ def _encoded(world: Path, student: Path, shown: str) -> list[tuple[Sample, Encod
 
 
 def _priors(
-    arm: Arm, regime: Regime, folder: Path, teacher: Path, samples: Sequence[Sample]
+    arm: Arm, regime: Regime, seed: int, folder: Path, teacher: Path, samples: Sequence[Sample]
 ) -> list[MotionPrior | None]:
     if arm.prior == "none":
         return [None] * len(samples)
@@ -70,7 +71,11 @@ def _priors(
             found.append(None if camera else mask_prior(prompt_text(sample)[0], clip.masks[0], (5, 4, 4)))
         return found
     store, name, settings = PriorStore(folder / "priors"), teacher_name(teacher), arm.settings()
-    return [store.read(_key(sample, name, settings)) for sample in samples]
+    priors = [store.read(_key(sample, name, settings)) for sample in samples]
+    if not arm.control:
+        return list(priors)
+    maps = CONTROLS[arm.control](priors, torch.Generator().manual_seed(seed))
+    return [replace(prior, attention=rows) for prior, rows in zip(priors, maps, strict=True)]
 
 
 def make_priors(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: range) -> int:
@@ -144,10 +149,16 @@ def fine_tune(
     encoded = _encoded(world, student, arm.shown)
     samples = [sample for sample, _ in encoded]
     items = []
-    for (sample, tokens), prior in zip(encoded, _priors(arm, regime, folder, teacher, samples), strict=True):
+    for (sample, tokens), prior in zip(
+        encoded, _priors(arm, regime, seed, folder, teacher, samples), strict=True
+    ):
         words = None if prior is None else find_words(sample, prior, tokens.layout, "both")
         items.append(Item(sample.id, tokens, prior, words, {}))
     model, processor, family = load_student(student, dtype=torch.float32)
+    if arm.prior == "student":
+        wide = [replace(item, encoded=widened(item.encoded)) for item in items]
+        own = own_priors(model, processor, family, wide)
+        items = [replace(item, prior=prior) for item, prior in zip(items, own, strict=True)]
     with tempfile.TemporaryDirectory() as scratch:
         training = TrainArguments(
             output_dir=scratch,

@@ -78,7 +78,7 @@ def _read(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: r
 
 def wanted_priors(runs: Sequence[Run]) -> list[PriorSettings]:
     """The different ways in which these runs' priors are made."""
-    return list(dict.fromkeys(run.arm.settings() for run in runs if run.arm.prior == "teacher"))
+    return list(dict.fromkeys(run.arm.settings() for run in runs if run.arm.prior in ("teacher", "student")))
 
 
 def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) -> Iterator[Run]:

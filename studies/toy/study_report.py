@@ -14,7 +14,7 @@ import numpy as np
 from motionenhancer.toy.scene import TASKS
 from studies.toy.arms import ARMS, LEVEL, PAIRS, SWEEPS, Regime
 
-__all__ = ["interval", "summarise", "write_report"]
+__all__ = ["finite", "interval", "summarise", "write_report"]
 
 #: Two-sided 95 % quantiles of Student's t, from one degree of freedom on.
 _T = (
@@ -180,10 +180,10 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Put null for the interval of a single run: json has no infinity."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
@@ -193,7 +193,7 @@ def write_report(folder: Path, regime: Regime) -> str:
     Without any result there is nothing to plot, and the tables are empty.
     """
     summary = summarise(folder, regime)
-    (folder / "results.json").write_text(json.dumps(_finite(summary), indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(finite(summary), indent=1) + "\n", encoding="utf-8")
     text = tables(summary)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     try:

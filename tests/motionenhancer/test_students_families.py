@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from students_support import TEXTS, clip, dialogue
 from tiny_students import SAVE, save_minicpm, tiny_student
 from tokenizers.processors import TemplateProcessing
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.sample import Sample
 from motionenhancer.students import capture_attention, load_student
 from motionenhancer.students.locate import text_model
@@ -71,11 +73,12 @@ def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "Left."}]},
     ]
     video = clip(frames, 32, 48, fps=2.0)
+    shown = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
     encoded = family.encode(processor, Sample("s", messages), [video], images)
     own = processor(
         text=[processor.apply_chat_template(messages, tokenize=False)],
         images=images or None,
-        videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        videos=[shown] if family.name != "smolvlm" else [[shown]],
         return_tensors="pt",
         videos_kwargs={
             "do_sample_frames": False,
@@ -240,15 +243,24 @@ def test_qwen3_vl_says_the_time_of_each_pair_of_frames(qwen3_vl: Any) -> None:
     assert expected in encoded.layout.text
 
 
-def test_qwen3_vl_caps_the_pixels_of_each_frame(qwen3_vl: Any) -> None:
-    _, processor, family = qwen3_vl
-    videos = [clip(2, 64, 64), clip(6, 64, 64)]
-    encoded = family.encode(processor, dialogue("a", "b", videos=2), videos, max_pixels=32 * 32)
-    assert [video.grid for video in encoded.layout.videos] == [(1, 4, 4), (3, 4, 4)]
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_pixels_of_a_frame(student: Any, frames: int) -> None:
+    """The run's cap and a row's own least hold for one frame, whatever the processor's limits count."""
+    _, processor, family = student
+    if family.pixels is None:
+        pytest.skip("pixels do not choose the size of a frame")
+    own = dialogue("a", "b")
+    own = dataclasses.replace(own, videos=(Clip(Path("clip.mp4"), min_pixels=96 * 96),))
+    capped = family.encode(processor, dialogue("a", "b"), [clip(frames, 64, 64)], max_pixels=32 * 32)
+    raised = family.encode(processor, own, [clip(frames, 32, 32)])
+    assert [e.layout.videos[0].grid[1:] for e in (capped, raised)] == [(4, 4), (12, 12)]
     with pytest.raises(ValueError, match="max_pixels must be at least 64"):
-        family.encode(processor, dialogue("a", "b"), videos[:1], max_pixels=63)
-    single = family.encode(processor, dialogue("a", "b"), [clip(1, 16, 16)])
-    assert single.layout.videos[0].grid == (1, 2, 2)
+        family.encode(processor, dialogue("a", "b"), [clip(frames, 64, 64)], max_pixels=63)
+    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    sample = Sample("s", [shown, answer])
+    image = family.encode(processor, sample, [], [picture(64, 64)], max_pixels=32 * 32)
+    assert image.vision_inputs["image_grid_thw"].tolist() == [[1, 8, 8]]
 
 
 def test_llava_onevision_has_a_line_break_after_the_grid(llava: Any) -> None:

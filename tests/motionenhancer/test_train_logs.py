@@ -17,7 +17,15 @@ from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.logs import StepLog, Stopwatch
 from motionenhancer.settings import TrainArguments
 
-NAMES = ("loss_ar", "loss_align", "lambda", "words_mapped", "confidence", "alignment_seconds")
+NAMES = (
+    "loss_ar",
+    "loss_align",
+    "loss_align_raw",
+    "lambda",
+    "words_mapped",
+    "confidence",
+    "alignment_seconds",
+)
 
 
 def test_tensorboard_receives_every_number(world: World, tmp_path: Path, monkeypatch) -> None:
@@ -66,7 +74,7 @@ def test_steps_without_a_prior_log_no_alignment(world: World, tmp_path: Path) ->
         assert train.main(flags(world, tmp_path / "out", prior_dir=shared_priors(world), max_steps=1)) == 0
     (entry,) = [e for e in report_of(tmp_path / "out")["training"]["log"] if "loss" in e]
     assert entry["loss"] == pytest.approx(entry["loss_ar"], rel=1e-5)
-    assert not set(entry) & {"loss_align", "lambda", "confidence", "words_mapped"}
+    assert not set(entry) & {"loss_align", "loss_align_raw", "lambda", "confidence", "words_mapped"}
 
 
 def test_numbers_are_means_over_steps_processes_and_priors() -> None:
@@ -74,7 +82,7 @@ def test_numbers_are_means_over_steps_processes_and_priors() -> None:
     assert log.entries(lambda t: t, 1) == {}
     priors = [SimpleNamespace(confidence={"confidence": c}) for c in (0.2, 0.6)]
     for step in range(2):
-        log.add_losses(torch.tensor(4.0), torch.tensor(1.0) if step else None)
+        log.add_losses(torch.tensor(4.0), torch.tensor([1.0, 3.0]) if step else None)
         log.add_batch(SimpleNamespace(priors=[*priors, None], words=4, mapped=3))
         with log.stopwatch:
             sum(range(1000))
@@ -83,7 +91,13 @@ def test_numbers_are_means_over_steps_processes_and_priors() -> None:
     found = log.entries(lambda t: 2 * t, 2)
     seconds = found.pop("alignment_seconds")
     assert found == pytest.approx(
-        {"loss_ar": 4.0, "loss_align": 0.5, "words_mapped": 0.75, "confidence": 0.4}
+        {
+            "loss_ar": 4.0,
+            "loss_align": 0.5,
+            "loss_align_raw": 1.5,
+            "words_mapped": 0.75,
+            "confidence": 0.4,
+        }
     )
     assert 0 < seconds < 1
     assert log.entries(lambda t: t, 1) == {}
@@ -121,3 +135,14 @@ def test_a_run_logs_ten_times_unless_it_is_told_how_often(
     training = TrainArguments(output_dir=str(tmp_path), use_cpu=True, logging_steps=given)
     training.log_ten_times(steps)
     assert training.logging_steps == expected
+
+
+@pytest.mark.parametrize("aligner", ["mlp", "identity"])
+def test_the_raw_distance_is_the_one_without_the_aligner(world: World, tmp_path: Path, aligner: str) -> None:
+    """At the first step an aligner is the identity; later only the distance it is trained on is below."""
+    options = {"prior_dir": shared_priors(world), "max_steps": 4, "aligner": aligner, "warmup_steps": 0}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 0
+    log = [e for e in report_of(tmp_path / "out")["training"]["log"] if "loss_align" in e]
+    assert log[0]["loss_align_raw"] == pytest.approx(log[0]["loss_align"], rel=1e-6)
+    apart = [entry["loss_align_raw"] != pytest.approx(entry["loss_align"], rel=1e-4) for entry in log[1:]]
+    assert apart == [aligner == "mlp"] * 3

@@ -174,10 +174,10 @@ class TestPositionsElsewhere:
 
     ROWS, IDS = torch.tensor([[4, -1]]), torch.arange(7)[None]
 
-    def captured(self, columns: Any, rows: torch.Tensor = ROWS) -> torch.Tensor:
+    def captured(self, columns: Any, rows: torch.Tensor = ROWS, **batch: torch.Tensor) -> torch.Tensor:
         model = sharp_student(layers=2)[0]
         with capture_attention(model, rows, columns) as captured:
-            model(input_ids=self.IDS)
+            model(input_ids=self.IDS, **batch)
         return captured.attention
 
     @pytest.mark.parametrize("columns", [slice(0, 3), torch.tensor([[0, 1, 2]])])
@@ -196,3 +196,6 @@ class TestPositionsElsewhere:
             self.captured(columns, torch.tensor(rows))
         monkeypatch.setattr(capture, "_read_by_host", lambda positions: isinstance(positions, slice))
         assert self.captured(columns, torch.tensor(rows)).isnan().all()
+        # Nor is a mask read beyond its end.
+        padded = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+        assert self.captured(columns, torch.tensor(rows), attention_mask=padded).isnan().all()

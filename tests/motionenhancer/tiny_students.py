@@ -5,6 +5,7 @@ Each function returns a model with peaked attention and its processor, written t
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import partial
 from pathlib import Path
@@ -240,7 +241,7 @@ def save_glm(folder: Path, seed: int = 0, kind: str = "glm4v") -> Path:
 
 
 def save_gemma4(folder: Path, seed: int = 0) -> Path:
-    """Gemma 4 with 3 x 3 patches of 4 pixels a token, and a window of 16 tokens in two of four layers."""
+    """Gemma 4 with 2 x 2 patches of 4 pixels a token, and a window of 16 tokens in two of four layers."""
     import transformers as hf
 
     template = chat_template("<|image|>", "<|video|>")
@@ -251,11 +252,12 @@ def save_gemma4(folder: Path, seed: int = 0) -> Path:
     tokenizer = tokenizer_with(
         template, **{f"{k}_token": v for k, v in names.items()}, turn="<|turn>", turn_end="<turn|>"
     )
+    sizes = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
     processor = hf.Gemma4Processor(
         feature_extractor=hf.Gemma4AudioFeatureExtractor(),
-        image_processor=hf.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70),
+        image_processor=hf.Gemma4ImageProcessor(**sizes),
         tokenizer=tokenizer,
-        video_processor=hf.Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70),
+        video_processor=hf.Gemma4VideoProcessor(**sizes),
         chat_template=template,
     )
     ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
@@ -282,6 +284,7 @@ def save_gemma4(folder: Path, seed: int = 0) -> Path:
             "head_dim": 16,
             "patch_size": 4,
             "position_embedding_size": 64,
+            "pooling_kernel_size": 2,
         },
         video_token_id=processor.video_token_id,
         **ids,
@@ -431,7 +434,9 @@ _QWEN = ("qwen3_vl", "qwen2_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 SAVE: dict[str, Any] = {kind: partial(save_qwen, kind=kind) for kind in _QWEN}
 SAVE |= {kind: partial(save_glm, kind=kind) for kind in ("glm4v", "glm4v_moe", "glm46v")}
 SAVE |= {kind: partial(save_llava_video, kind=kind) for kind in ("llava_next_video", "video_llava")}
-SAVE |= {"video_llama_3": save_video_llama, "smolvlm": save_smolvlm, "minicpmv4_6": save_minicpm}
+SAVE |= {"video_llama_3": save_video_llama, "minicpmv4_6": save_minicpm}
+if importlib.util.find_spec("num2words"):
+    SAVE["smolvlm"] = save_smolvlm
 SAVE |= {"gemma4": save_gemma4, "internvl": save_internvl, "llava_onevision": save_llava_onevision}
 
 

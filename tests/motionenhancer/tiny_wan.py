@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from motionenhancer.priors.prior import PriorSettings, check_settings
+from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.tokenizers import t5_tokenizer
 
 
@@ -99,3 +104,13 @@ def edit(file: Path, **fields: Any) -> None:
         else:
             content[name] = value
     file.write_text(json.dumps(content))
+
+
+def refused(source: Path, copy: Path, file: str, field: str, value: Any, says: str) -> None:
+    """A copy of a teacher's folder that has the value is refused by the names of the file and the field."""
+    shutil.copytree(source, copy)
+    edit(copy / file, **{field: value})
+    match = f"{re.escape(str(copy / file))}: {says if says.startswith('names') else f'{field} .*{says}'}"
+    for use in (lambda: check_settings(PriorSettings(), copy), lambda: load_teacher(copy, "cpu")):
+        with pytest.raises(ValueError, match=match):
+            use()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
+PAGES = ("toy.md", "toy_study.md")
+PAGE = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
 LINES = re.findall(r"^python -m (studies\..+)$", PAGE.replace("\\\n", ""), flags=re.MULTILINE)
 COMMANDS = [shlex.split(line) for line in LINES]
 

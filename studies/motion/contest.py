@@ -1,0 +1,167 @@
+"""Is it the video model? A captioner from scratch, pulled towards the teacher's maps and towards controls.
+
+``python -m studies.motion.contest`` trains a captioner for every arm and seed, goes on where it was stopped,
+and writes ``results.json``, ``table.md`` and ``plot.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from motionenhancer.data import content_digest
+from motionenhancer.files import whole_file, write_json
+from motionenhancer.toy.world import WEIGHTS
+from studies.motion import maps as makers
+from studies.motion.captioner import Captioner, Regime, measure, own_rows, train
+from studies.motion.clips import Clips, Maps, make_clips
+from studies.motion.outcome import write_outcome
+
+#: Sharpens the teacher's maps, and the captioner's own where so named; the toy study's value.
+TEMPERATURE = 0.25
+
+
+@dataclass
+class Material:
+    """What the arms' maps are made of, made once for a world."""
+
+    folder: Path
+    teacher_digest: str
+    regime: Regime
+    train: Clips
+    test: Clips
+
+    def teacher(self, way: str = "level 200", *, heads: bool = True, words: bool = True) -> Maps:
+        regime = self.regime
+        return makers.teacher_maps(
+            _maps(self.folder, self.teacher_digest),
+            regime.world_seed,
+            regime.clips,
+            way,
+            heads=heads,
+            words=words,
+            temperature=TEMPERATURE,
+        )
+
+    def own(self, seed: int, *, trained: bool, temperature: float = 1.0) -> Maps:
+        """The maps of the captioner of this seed, untrained or after plain training; the teacher's words."""
+        regime = self.regime
+        model = Captioner(self.train.tubes.shape[-1], seed, regime.width, regime.layers).eval()
+        if trained:
+            model.load_state_dict(load_file(self.weights(seed)))
+        rows = own_rows(model, self.train)
+        return replace(self.teacher(), rows=rows, temperature=temperature)
+
+    def weights(self, seed: int) -> Path:
+        """Where the captioner that was plainly trained with this seed is kept."""
+        return self.folder / "plain" / f"{seed}.safetensors"
+
+
+#: Arms that need no teacher.
+_FREE = ("plain", "true masks")
+#: An arm's maps, made from the material and a seed; None is plain training.
+ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
+    "plain": lambda m, seed: None,
+    "true masks": lambda m, seed: m.train.masks,
+    "teacher": lambda m, seed: m.teacher(),
+    "own, untrained": lambda m, seed: m.own(seed, trained=False),
+    "own, untrained, sharpened": lambda m, seed: m.own(seed, trained=False, temperature=TEMPERATURE),
+    "own, trained": lambda m, seed: m.own(seed, trained=True),
+    "own, trained, sharpened": lambda m, seed: m.own(seed, trained=True, temperature=TEMPERATURE),
+    "another clip's": lambda m, seed: makers.another_clip(m.teacher(), seed),
+    "another object's": lambda m, seed: makers.another_object(m.teacher()),
+    "frames shuffled": lambda m, seed: makers.shuffled_frames(m.teacher(), seed),
+    "frames reversed": lambda m, seed: makers.reversed_frames(m.teacher()),
+    "mean of all clips": lambda m, seed: makers.mean_map(m.teacher()),
+    "uniform": lambda m, seed: makers.uniform(m.teacher()),
+    "teacher, no selection": lambda m, seed: m.teacher(heads=False, words=False),
+    "teacher, MHS only": lambda m, seed: m.teacher(words=False),
+    "teacher, MTTI only": lambda m, seed: m.teacher(heads=False),
+    "teacher, inverted": lambda m, seed: m.teacher("inverted"),
+    "teacher, inverted, no selection": lambda m, seed: m.teacher("inverted", heads=False, words=False),
+}
+
+
+def _maps(folder: Path, teacher: str) -> Path:
+    return folder / f"maps-{teacher[:8]}"
+
+
+def _about(arm: str, seed: int, material: Material) -> dict[str, Any]:
+    teacher = None if arm in _FREE else material.teacher_digest
+    return {"arm": arm, "seed": seed, "regime": asdict(material.regime), "teacher": teacher}
+
+
+def run(arm: str, seed: int, material: Material) -> dict[str, Any]:
+    """Train and test one captioner."""
+    began = time.process_time()
+    chosen = ARMS[arm](material, seed)
+    model = train(material.train, chosen, seed, material.regime)
+    if arm == "plain":
+        material.weights(seed).parent.mkdir(exist_ok=True)
+        with whole_file(material.weights(seed)) as temporary:
+            save_file(dict(model.state_dict()), temporary)
+    found = _about(arm, seed, material)
+    found["test"] = measure(model, material.test)
+    if chosen is not None:
+        found["lift"] = makers.lift(chosen, material.train.masks)
+    found["cpu_seconds"] = round(time.process_time() - began, 1)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not there yet and write the outcome; 0."""
+    parser = argparse.ArgumentParser(prog="python -m studies.motion.contest", description=__doc__)
+    add, shared = parser.add_argument, Regime()
+    add("--output_dir", type=Path, default=Path("runs/contest"), help="receives everything (%(default)s)")
+    add("--teacher", type=Path, default=WEIGHTS / "teacher", help="a folder of the toy's (the package's)")
+    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="(all)")
+    add("--seeds", type=int, nargs="*", default=list(range(40, 46)), help="of the trainings (%(default)s)")
+    for name, kind in (("clips", int), ("test_clips", int), ("world_seed", int), ("steps", int)):
+        add(f"--{name}", type=kind, default=getattr(shared, name), help="(%(default)s)")
+    add("--weight", type=float, default=shared.weight, help="λ at the start (%(default)s)")
+    args = parser.parse_args(argv)
+    # One thread: sums come in one order, so the same seed gives the same weights.
+    torch.set_num_threads(1)
+    given = {name: getattr(args, name) for name in ("clips", "test_clips", "world_seed", "steps", "weight")}
+    regime = replace(shared, **given)
+    folder = args.output_dir
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    ways = {"inverted" if "inverted" in arm else "level 200" for arm in args.arms if arm not in _FREE}
+    teacher = content_digest(args.teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    makers.read_teacher(args.teacher, _maps(folder, teacher), regime.world_seed, regime.clips, sorted(ways))
+    world, sizes = regime.world_seed, {"train": regime.clips, "test": regime.test_clips}
+    clips = {split: make_clips(world, split, count) for split, count in sizes.items()}
+    material = Material(folder, teacher, regime, clips["train"], clips["test"])
+    wanted = [(seed, arm) for seed in args.seeds for arm in args.arms]
+    for seed, arm in tqdm(wanted, desc="trainings", unit="run"):
+        path = folder / "runs" / f"{arm.replace(' ', '_')}-{seed}.json"
+        if not path.exists():
+            write_json(path, run(arm, seed, material))
+            continue
+        held, about = json.loads(path.read_text(encoding="utf-8")), _about(arm, seed, material)
+        if any(held.get(name) != value for name, value in about.items()):
+            parser.error(f"{path} is of another study; name another --output_dir or remove it")
+    versions = {
+        "teacher": teacher,
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(write_outcome(folder, regime, versions, list(ARMS)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""What a captioner is pulled towards: the teacher's maps, the true masks, and controls made from either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from motionenhancer.files import whole_file
+from motionenhancer.priors.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.teachers import load_teacher
+from motionenhancer.toy.language import caption
+from studies.motion.clips import MAP_GRID, Maps, draw, words_of
+
+__all__ = ["lift", "read_teacher", "teacher_maps"]
+
+_PART = 100
+WAYS: dict[str, PriorSettings] = {
+    "level 200": PriorSettings(mode="renoise", noise_level=200, sampled_rows="all"),
+    "inverted": PriorSettings(steps=5, sampled_rows="all"),
+}
+
+
+def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Sequence[str]) -> None:
+    """Read the teacher's maps of the training clips under their captions; goes on where it was stopped.
+
+    One file holds a hundred clips read in one way: the rows of all words, and which words token selection
+    keeps, with head selection ("mhs") and without it ("off"). What it keeps of punctuation is left out.
+    """
+    parts = [(way, start) for way in ways for start in range(0, count, _PART)]
+    missing = [part for part in parts if not _part(folder, seed, *part).exists()]
+    if not missing:
+        return
+    loaded = load_teacher(teacher, dtype=torch.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    for way, start in tqdm(missing, desc="teacher's maps", unit="part"):
+        found: dict[str, list[torch.Tensor]] = {}
+        for i in range(start, min(start + _PART, count)):
+            scene, clip = draw(seed, "train", i)
+            text = caption(scene)
+            reading = read_attention(loaded, clip.frames, text, WAYS[way])
+            for heads in ("mhs", "off"):
+                settings = replace(WAYS[way], head_selection=heads)
+                every = select_prior(reading, replace(settings, token_selection="off"))
+                spans = {span: k for k, span in enumerate(every.spans)}
+                words = [spans[span] for span in words_of(text)]
+                chosen = set(select_prior(reading, settings).spans)
+                found.setdefault(f"{heads}.rows", []).append(every.attention[words])
+                found.setdefault(f"{heads}.kept", []).append(
+                    torch.tensor([span in chosen for span in words_of(text)])
+                )
+        with whole_file(_part(folder, seed, way, start)) as temporary:
+            save_file({name: torch.stack(values) for name, values in found.items()}, temporary)
+
+
+def _part(folder: Path, seed: int, way: str, start: int) -> Path:
+    return folder / f"{way.replace(' ', '_')}-{seed}-{start:05d}.safetensors"
+
+
+def teacher_maps(
+    folder: Path, seed: int, count: int, way: str, *, heads: bool, words: bool, temperature: float
+) -> Maps:
+    """What :func:`read_teacher` stored, with or without either selection."""
+    parts = [load_file(_part(folder, seed, way, start)) for start in range(0, count, _PART)]
+    name = "mhs" if heads else "off"
+    rows = torch.cat([part[f"{name}.rows"] for part in parts])
+    kept = torch.cat([part[f"{name}.kept"] for part in parts])
+    return Maps(rows, kept if words else torch.ones_like(kept), temperature)
+
+
+# ---- controls: the same words, other maps ----
+
+
+def _frames(maps: Maps) -> torch.Tensor:
+    return maps.rows.unflatten(-1, MAP_GRID)
+
+
+def another_clip(maps: Maps, seed: int) -> Maps:
+    """Each clip has the maps of another, drawn at random, word for word."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(maps.rows), generator=generator)
+    rows = torch.empty_like(maps.rows)
+    rows[order] = maps.rows[order.roll(1)]
+    return replace(maps, rows=rows)
+
+
+def uniform(maps: Maps) -> Maps:
+    return replace(maps, rows=torch.ones_like(maps.rows))
+
+
+def mean_map(maps: Maps) -> Maps:
+    """Each word has the mean of that word's rows over all clips, each scaled to sum to one."""
+    rows = maps.rows.float()
+    mean = (rows / rows.sum(-1, keepdim=True)).mean(0, keepdim=True)
+    return replace(maps, rows=mean.expand_as(rows).half())
+
+
+def shuffled_frames(maps: Maps, seed: int) -> Maps:
+    """Each clip's frames are in an order drawn at random, the same for all its words."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(MAP_GRID[0], generator=generator) for _ in maps.rows]
+    return replace(
+        maps,
+        rows=torch.stack([f[:, order] for f, order in zip(_frames(maps), orders, strict=True)]).flatten(2),
+    )
+
+
+def reversed_frames(maps: Maps) -> Maps:
+    return replace(maps, rows=_frames(maps).flip(2).flatten(2))
+
+
+def another_object(maps: Maps) -> Maps:
+    """Each word has the row of the word in its place in the next object's phrase; "and" has its own."""
+    phrase = 5
+    words = list(range(maps.rows.shape[1]))
+    phrases = [words[0:phrase], words[phrase : 2 * phrase], words[-phrase:]]
+    source = torch.arange(len(words))
+    for mine, theirs in zip(phrases, [*phrases[1:], phrases[0]], strict=True):
+        source[mine] = torch.tensor(theirs)
+    return replace(maps, rows=maps.rows[:, source])
+
+
+def lift(maps: Maps, masks: Maps) -> float:
+    """How many times as dense the maps are on the objects that their words speak of as a uniform map.
+
+    The mean over the content words that are kept, after sharpening.
+    """
+    both = maps.kept & masks.kept
+    rows, where = maps.rows[both].double(), masks.rows[both].double()
+    rows = (rows / rows.amax(-1, keepdim=True)) ** (1 / maps.temperature)
+    share = (rows * where).sum(-1) / rows.sum(-1)
+    return float((share / where.mean(-1)).mean())

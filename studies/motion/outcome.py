@@ -1,0 +1,129 @@
+"""Table and plot of the contest, from the files its runs left."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studies.motion.captioner import Regime
+from studies.toy.study_report import finite, interval
+
+__all__ = ["seeds_needed", "summarise", "write_outcome"]
+
+_MEASURES = ("direction", "verb", "right", "distance")
+#: What is compared seed by seed, the one of table and plot first.
+_COMPARED = ("direction", "right")
+#: What every other arm is compared with, seed by seed.
+_AGAINST = ("plain", "teacher")
+
+
+def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:
+    """How many seeds a 95 % interval of ± ``half`` would take, at the spread of these paired differences."""
+    if len(differences) < 2:
+        return None
+    return max(2, math.ceil((1.96 * float(np.std(differences, ddof=1)) / half) ** 2))
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    gains = [one - other for one, other in pairs]
+    mean, half = interval(gains)
+    return {"mean": mean, "half": half, "runs": len(gains), "seeds for ±1": seeds_needed(gains)}
+
+
+def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
+    """Every run's figures; each arm's means and 95 % intervals; its differences to plain and teacher."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["regime"] == asdict(regime):
+            runs.setdefault(record["arm"], {})[record["seed"]] = record
+    arms: dict[str, Any] = {}
+    for arm, by_seed in runs.items():
+        seeds = sorted(by_seed)
+        row: dict[str, Any] = {"seeds": seeds}
+        for name in _MEASURES:
+            values = [round(by_seed[seed]["test"][name], 4) for seed in seeds]
+            row[name] = dict(zip(("mean", "half"), interval(values), strict=True), values=values)
+        if "lift" in by_seed[seeds[0]]:
+            row["lift"] = float(np.mean([by_seed[seed]["lift"] for seed in seeds]))
+        for other in _AGAINST:
+            shared = sorted(set(seeds) & set(runs.get(other, {})))
+            if shared and arm != other:
+                row[f"over {other}"] = {
+                    name: _difference(
+                        [(by_seed[s]["test"][name], runs[other][s]["test"][name]) for s in shared]
+                    )
+                    for name in _COMPARED
+                }
+        arms[arm] = row
+    return {"regime": asdict(regime), "arms": arms}
+
+
+def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
+    if entry is None:
+        return ""
+    half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
+    return f"{entry['mean']:{sign}.1f}{half}"
+
+
+def table(summary: dict[str, Any], order: Sequence[str]) -> str:
+    """Markdown: an arm a row, in ``order``."""
+    head = ["maps", "seeds", "direction, %", "over plain", "over the teacher's", "verb", "both", "lift"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for arm in order:
+        row = summary["arms"].get(arm)
+        if row is None:
+            continue
+        gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in _AGAINST]
+        cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
+        cells += [f"{row[name]['mean']:.1f}" for name in ("verb", "right")]
+        cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: dict[str, Any], order: Sequence[str], path: Path) -> None:
+    """Draw each arm's gain over plain, and the gain against how much the maps lie on the objects."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = {arm: summary["arms"][arm] for arm in order if "over plain" in summary["arms"].get(arm, {})}
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 0.3 * len(arms) + 1.2), width_ratios=(3, 2), layout="constrained"
+    )
+    for i, row in enumerate(arms.values()):
+        gain = row["over plain"][_COMPARED[0]]
+        half = 0.0 if math.isinf(gain["half"]) else gain["half"]
+        left.errorbar(gain["mean"], i, xerr=half, fmt="o", color="black", capsize=3)
+        right.errorbar(row["lift"], gain["mean"], yerr=half, fmt="o", color="black", markersize=3)
+    left.axvline(0.0, color="grey", linewidth=0.8)
+    left.set_yticks(range(len(arms)), list(arms))
+    left.invert_yaxis()
+    left.set_xlabel("gain in direction over plain training, points, 95 % interval")
+    right.axhline(0.0, color="grey", linewidth=0.8)
+    right.set_xlabel("lift of the maps on the objects (1 is blind)")
+    right.set_ylabel("gain, points")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_outcome(folder: Path, regime: Regime, about: dict[str, str], order: Sequence[str]) -> str:
+    """Write ``results.json``, ``table.md`` and, where matplotlib is, ``plot.png``; returns the table."""
+    summary = {**about, **summarise(folder, regime)}
+    text = json.dumps(finite(summary), indent=1) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    found = table(summary, order)
+    (folder / "table.md").write_text(found, encoding="utf-8")
+    try:
+        plot(summary, order, folder / "plot.png")
+    except ImportError:
+        found += "\nno plot.png: matplotlib is not installed\n"
+    return found

@@ -1,0 +1,143 @@
+"""The captioner learns what it is told to, the same every time; the contest repeats nothing and adds up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from motionenhancer.toy.models import save_teacher
+from motionenhancer.toy.render import FRAMES
+from studies.motion import contest
+from studies.motion.captioner import Captioner, Regime, measure, own_rows, train
+from studies.motion.clips import GRID, MAP_GRID, make_clips, words_of
+from studies.motion.outcome import seeds_needed, summarise, table
+
+TINY = Regime(clips=6, test_clips=6, steps=3, batch=2)
+
+
+class Told(nn.Module):
+    """Says what it is told: the captions with some tokens exchanged."""
+
+    def __init__(self, said: torch.Tensor) -> None:
+        super().__init__()
+        self.said = said
+        self.language = Captioner(768, 0, 16, 1).language
+
+    def forward(self, tubes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        embedded = torch.cat([torch.zeros(len(tokens), 32, 16), torch.zeros(*tokens.shape, 16)], 1)
+        self.language.model(inputs_embeds=embedded, use_cache=False)
+        return nn.functional.one_hot(self.said[:, 1:], 200).float()
+
+
+@pytest.mark.parametrize(("wrong", "right"), [((), 100.0), ((0,), 100 * 5 / 6), ((0, 1, 2), 50.0)])
+def test_a_right_answer_is_the_whole_phrase(wrong: tuple[int, ...], right: float) -> None:
+    clips = make_clips(0, "test", 6)
+    for token, name in ((3, "verb"), (4, "direction")):
+        said = clips.tokens.clone()
+        said[list(wrong), token] = 0
+        found = measure(Told(said), clips)  # type: ignore[arg-type]
+        assert found["right"] == pytest.approx(right)
+        assert found["verb"] == pytest.approx(right if name == "verb" else 100.0)
+    said = clips.tokens.clone()
+    said[:, 9:] = 0  # what it says of the other objects does not count
+    assert measure(Told(said), clips)["right"] == 100.0  # type: ignore[arg-type]
+
+
+def test_own_maps_are_the_models_attention() -> None:
+    clips = make_clips(0, "train", 2)
+    model = Captioner(clips.tubes.shape[-1], 0, 16, 2).eval()
+    model.language.set_attn_implementation("eager")
+    seen: list[torch.Tensor] = []
+    for layer in model.language.model.layers:
+        layer.self_attn.register_forward_hook(lambda *call: seen.append(call[2][1].mean(1)))
+    found = own_rows(model, clips)
+    whole = torch.stack(seen).mean(0)[:, :, :32]
+    for i, text in enumerate(clips.texts):
+        starts = [start for start, _ in clips.spans[i]]
+        at = [32 + starts.index(start) for start, _ in words_of(text)]
+        row = whole[i, at].unflatten(-1, GRID)
+        wanted = (
+            nn.functional.interpolate(row, MAP_GRID, mode="trilinear", align_corners=False)
+            if row.dim() == 5
+            else nn.functional.interpolate(row[:, None], MAP_GRID, mode="trilinear")[:, 0]
+        )
+        wanted = wanted.flatten(1) / wanted.flatten(1).sum(-1, keepdim=True)
+        torch.testing.assert_close(found[i].float(), wanted.detach(), atol=1e-4, rtol=2e-3)
+
+
+def test_a_training_is_the_same_every_time_and_maps_matter() -> None:
+    clips = make_clips(0, "train", 6)
+    plain, again = (train(clips, None, 1, TINY).state_dict() for _ in range(2))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    pulled = train(clips, clips.masks, 1, TINY).state_dict()
+    assert any(not torch.equal(plain[name], pulled[name]) for name in plain)
+    unweighted = train(clips, clips.masks, 1, replace(TINY, weight=0.0)).state_dict()
+    assert all(torch.allclose(plain[name], unweighted[name], atol=1e-6) for name in plain)
+
+
+def test_maps_bring_attention_to_where_they_are() -> None:
+    clips = make_clips(0, "train", 6)
+    regime = replace(TINY, steps=60, batch=6, weight=30.0)
+    near = measure(train(clips, clips.masks, 0, regime), clips)["distance"]
+    far = measure(train(clips, None, 0, regime), clips)["distance"]
+    assert near < 0.9 * far
+
+
+def test_the_contest_runs_every_arm_once_and_adds_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = save_teacher(
+        tmp_path / "teacher", layers=1, frames=FRAMES, height=32, width=32, temporal_compression=2
+    )
+    flags = ["--output_dir", str(tmp_path / "out"), "--teacher", str(teacher), "--seeds", "1"]
+    flags += ["--clips", "4", "--test_clips", "4", "--steps", "2"]
+    assert contest.main(flags) == 0
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")]
+    assert {(r["arm"], r["seed"]) for r in runs} == {(a, s) for a in contest.ARMS for s in (1,)}
+    by_arm = {r["arm"]: r for r in runs if r["seed"] == 1}
+    assert by_arm["uniform"]["lift"] == pytest.approx(1.0)
+    assert by_arm["true masks"]["lift"] > by_arm["own, untrained"]["lift"]
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert summary["regime"]["steps"] == 2
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(contest.ARMS)
+
+    monkeypatch.setattr(contest, "run", lambda *given: pytest.fail("ran again"))
+    assert contest.main(flags) == 0
+    with pytest.raises(SystemExit):
+        contest.main([*flags, "--weight", "1"])
+    assert "of another study" in capsys.readouterr().err
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    def record(arm: str, seed: int, right: float, lift: float) -> dict[str, Any]:
+        test = {"right": 5.0, "verb": 70.0, "direction": right, "distance": 0.3}
+        return {"arm": arm, "seed": seed, "regime": asdict(TINY), "test": test, "lift": lift}
+
+    (tmp_path / "runs").mkdir()
+    rows = [("plain", s, 20.0 + s, 1.0) for s in (1, 2, 3)] + [("teacher", 1, 31.0, 4.0)]
+    rows += [("teacher", 2, 33.0, 4.0), ("uniform", 2, 12.0, 1.0)]
+    for row in rows:
+        (tmp_path / "runs" / f"{row[0]}-{row[1]}.json").write_text(json.dumps(record(*row)))
+    other = record("teacher", 9, 99.0, 1.0) | {"regime": asdict(replace(TINY, steps=9))}
+    (tmp_path / "runs" / "other.json").write_text(json.dumps(other))
+    summary = summarise(tmp_path, TINY)
+    teacher = summary["arms"]["teacher"]
+    assert teacher["seeds"] == [1, 2]
+    assert teacher["over plain"]["direction"]["mean"] == pytest.approx(10.5)
+    assert teacher["over plain"]["direction"]["half"] == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert summary["arms"]["uniform"]["over teacher"]["direction"]["mean"] == pytest.approx(-21.0)
+    shown = table(summary, ["plain", "teacher", "never run"]).splitlines()
+    assert len(shown) == 4
+    assert "| teacher | 2 | 32.0 ± 12.7 | +10.5 ± 6.4 |" in shown[3]
+
+
+def test_the_seeds_an_interval_needs_follow_from_the_spread() -> None:
+    assert seeds_needed([4.0]) is None
+    assert seeds_needed([0.0, 10.0, 20.0]) == 385  # (1.96 · 10)² = 384.2
+    assert seeds_needed([1.0, 1.0, 1.0]) == 2
