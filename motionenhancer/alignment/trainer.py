@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
 from ..students.capture import capture_attention
+from ..weights import load_whole
 from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
@@ -429,7 +430,7 @@ class MotionTrainer(Trainer):
         if isinstance(target, PreTrainedModel) and whole and not sharded:
             # save_pretrained writes the hub's names of weights, which the Trainer's own loader does not know:
             # it would warn and go on from the weights it started with.
-            saved = type(target).from_pretrained(folder, dtype=target.dtype, local_files_only=True)
+            saved = load_whole(type(target), folder, dtype=target.dtype)
             target.load_state_dict(saved.state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

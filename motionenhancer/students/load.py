@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from motionenhancer.hub import model_folder
 from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
+from motionenhancer.weights import load_whole
 
 __all__ = ["check_config", "load_student", "unknown_value"]
 
@@ -68,8 +69,8 @@ def load_student(
         model, processor, family. The model is in evaluation mode.
 
     Raises:
-        ValueError: ``path`` is not a folder, has no readable ``config.json``, weights or processor, or holds
-            a model type that no family handles.
+        ValueError: ``path`` is not a folder, has no readable ``config.json``, weights or processor, holds a
+            model type that no family handles, or lacks weights of the model.
 
     >>> model, processor, family = load_student("path/to/student")  # doctest: +SKIP
     """
@@ -86,12 +87,12 @@ def load_student(
         raise ValueError(f"path {str(path)!r} has no readable processor: {error}") from error
     _check_processor(processor, folder)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = load_whole(
+            AutoModelForImageTextToText,
             folder,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
-            use_safetensors=True,
-            **options,
+            trust_remote_code=False,
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..weights import load_whole
 from .plan import MODELS, TEXT_MODELS
 from .protocol import TextEncoding
 from .whole import whole_weights
@@ -43,9 +45,14 @@ def load_pipeline(
     host: Iterable[str],
 ) -> Any:
     """A frozen diffusers pipeline from a folder, without `unused` parts; `host` parts stay on the CPU."""
+    parts: dict[str, Any] = dict.fromkeys(unused)
+    named = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     with whole_weights():
+        for name in MODELS:
+            if name in named and name not in parts and named[name][1] is not None:
+                parts[name] = load_whole(_class_of(*named[name]), path / name, dtype=dtype)
         pipeline = cls.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, **dict.fromkeys(unused)
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
         )
     pipeline.set_progress_bar_config(disable=True)
     for name in MODELS:
@@ -55,6 +62,12 @@ def load_pipeline(
     if not pipeline.tokenizer.is_fast:
         raise ValueError(f"teacher {path}: its tokenizer gives no character offsets; a fast one is needed")
     return pipeline
+
+
+def _class_of(library: str, name: str) -> Any:
+    """The class of a part, of a library or of a folder of diffusers' pipelines."""
+    own = library not in ("diffusers", "transformers")
+    return getattr(importlib.import_module(f"diffusers.pipelines.{library}" if own else library), name)
 
 
 def tokenize(

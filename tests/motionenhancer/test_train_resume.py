@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_world import World
 from train_support import Died, dying, flags, report_of, shared_priors, weights_of
 
@@ -67,6 +68,20 @@ def test_killed_after_any_step(world: World, whole: Path, tmp_path: Path, step: 
         assert train.main(run_flags(world, out)) == 0
         assert checkpoints(out) == {"checkpoint-5"}
         assert all(torch.equal(weights_of(out)[name], value) for name, value in weights_of(whole).items())
+
+
+def test_a_checkpoint_without_one_of_its_weights_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with dying(3), pytest.raises(Died):
+        train.main(run_flags(world, out))
+    file = out / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    del weights[min(weights)]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert train.main(run_flags(world, out)) == 2
+    assert "checkpoint-2: 1 weight is missing (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "aligner"])

@@ -1,0 +1,72 @@
+"""A folder that lacks weights, or holds others, is refused by their names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import motionenhancer.toy
+from motionenhancer.students import load_student
+from motionenhancer.teachers import load_teacher
+from motionenhancer.weights import check_loaded
+
+SHIPPED = Path(motionenhancer.toy.__file__).parent / "weights"
+
+
+def changed(kind: str, folder: Path, part: str, lost: str | None, added: str | None) -> Path:
+    """A copy of a shipped model without its weight `lost`, and with a weight `added`."""
+    shutil.copytree(SHIPPED / kind, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    if lost is not None:
+        weights.pop(lost)
+    if added is not None:
+        weights[added] = torch.zeros(2)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def first(kind: str, part: str) -> str:
+    (file,) = (SHIPPED / kind / part).glob("*.safetensors")
+    return sorted(load_file(file))[0]
+
+
+def test_a_student_without_one_of_its_weights(tmp_path: Path) -> None:
+    lost = first("student", "")
+    with pytest.raises(ValueError, match=r"copy: 1 weight is missing \(.*\); download or save"):
+        load_student(changed("student", tmp_path / "copy", "", lost, None))
+
+
+def test_a_student_with_a_weight_of_another(tmp_path: Path) -> None:
+    folder = changed("student", tmp_path / "copy", "", None, "model.extra.weight")
+    with pytest.raises(ValueError, match=r"1 weight is not of this model \(.*extra\.weight\)"):
+        load_student(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_teacher_without_one_of_its_weights(tmp_path: Path, part: str) -> None:
+    folder = changed("teacher", tmp_path / "copy", part, first("teacher", part), None)
+    with pytest.raises(ValueError, match=rf"copy/{part}: 1 weight is missing"):
+        load_teacher(folder)
+
+
+def test_a_teacher_with_a_weight_of_another(tmp_path: Path) -> None:
+    folder = changed("teacher", tmp_path / "copy", "transformer", None, "audio.weight")
+    with pytest.raises(
+        ValueError, match=r"copy/transformer: 1 weight is not of this model \(audio\.weight\)"
+    ):
+        load_teacher(folder)
+
+
+def test_buffers_that_are_computed_now_are_no_fault() -> None:
+    check_loaded("m", {"missing_keys": [], "unexpected_keys": ["text.position_ids", "rotary.inv_freq"]})
+
+
+def test_many_weights_are_counted() -> None:
+    info = {"missing_keys": ["d", "b", "a", "c"], "unexpected_keys": ["x"]}
+    with pytest.raises(ValueError, match=r"m: 4 weights are missing \(a, b, c, \.\.\.\) and 1 weight is not"):
+        check_loaded("m", info)
