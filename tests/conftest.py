@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Last in the path, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 MISSING = [name for name in ("av", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
 NEED_ALL = ["examples", "motionenhancer", "studies"]
 collect_ignore = NEED_ALL if MISSING else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process under `pytest -n N --dist loadgroup`, and those of Ray too."""
+    for item in items:
+        ray = "ray" in item.path.stem.split("_")
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
