@@ -176,6 +176,9 @@ def test_every_flag_is_declared_once() -> None:
     assert twice == {
         "dry_run": {"ExtractArguments", "StudentArguments"},
         "max_pixels": {"EvalArguments", "StudentArguments"},
+        # Of one clip that is looked at, without a default.
+        "student": {"LookArguments", "ShownArguments"},
+        "num_frames": {"LookArguments", "ShownArguments"},
     }
 
 
