@@ -108,7 +108,7 @@ def fold(value: object, keys: int) -> int:
 def scale(softmax_scale: object, width: int) -> float:
     """The softmax scale, 1 / sqrt(width) where None was given."""
     if softmax_scale is None:
-        return 1.0 / math.sqrt(width) if width else 1.0
+        return 1.0 / math.sqrt(width)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
         raise TypeError(f"softmax_scale must be a float or None, got {type(softmax_scale).__name__}")
     if not math.isfinite(softmax_scale):
@@ -128,6 +128,8 @@ def query_key(query: object, key: object) -> None:
         raise ValueError(f"key must have the batch size of query ({query.shape[0]}), got {key.shape[0]}")
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"key must have the width of query ({query.shape[3]}), got {key.shape[3]}")
+    if query.shape[3] == 0:
+        raise ValueError("query must have a width of at least 1, got 0")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"key must have a number of heads that divides the heads of query ({query.shape[1]}), "

@@ -297,6 +297,11 @@ def test_no_keys_and_no_rows():
         ({"columns": torch.tensor([[7], [0]])}, ValueError, "columns must lie between .* and 6, got 7"),
         ({"columns": [0]}, TypeError, "columns must be a slice or an int64 torch.Tensor, got list"),
         ({"columns": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, r"columns must have shape \(2, 2\)"),
+        (
+            {"query": torch.zeros(2, 4, 7, 0), "key": torch.zeros(2, 2, 7, 0)},
+            ValueError,
+            "query must have a width of at least 1, got 0",
+        ),
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float or None, got str"),
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite, got nan"),
         ({"causal": 1}, TypeError, "causal must be a bool, got int"),
