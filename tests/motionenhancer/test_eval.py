@@ -426,7 +426,7 @@ def test_no_arguments_use_the_toy_world(
     assert set(scores["tasks"]) == {"MR", "LM", "CM", "MO", "AO", "RC"}
     answers = {r["id"]: r["answer"] for r in results_of(tmp_path / "runs" / "eval").values()}
     given = predict(tmp_path, answers)
-    assert main(tmp_path / "right", predictions=given) == 0
+    assert main(tmp_path / "right", predictions=given, data=toy.test) == 0
     assert scores_of(tmp_path / "right")["overall"] == 100
 
 
