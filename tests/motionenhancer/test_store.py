@@ -151,11 +151,12 @@ def test_reading_again_and_again_keeps_no_memory(tmp_path: Path) -> None:
         store.read(KEY)
     gc.collect()
     before = resident()
-    for _ in range(8000):
+    reads = 24000  # What else a process does may take some hundred KB.
+    for _ in range(reads):
         store.read(KEY)
     gc.collect()
     # As torch tensors from safetensors 0.8 they would have kept 64 bytes each.
-    assert resident() - before < 8000 * 32
+    assert resident() - before < reads * 32
 
 
 def test_missing(tmp_path: Path) -> None:
