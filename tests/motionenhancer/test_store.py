@@ -147,16 +147,16 @@ def test_reading_again_and_again_keeps_no_memory(tmp_path: Path) -> None:
 
     if not Path("/proc/self/statm").is_file():
         pytest.skip("resident memory is read from /proc")
-    for _ in range(1000):
-        store.read(KEY)
-    gc.collect()
-    before = resident()
-    reads = 24000  # What else a process does may take some hundred KB.
-    for _ in range(reads):
-        store.read(KEY)
-    gc.collect()
-    # As torch tensors from safetensors 0.8 they would have kept 64 bytes each.
-    assert resident() - before < reads * 32
+    kept = []
+    for _ in range(4):
+        before = resident()
+        for _ in range(2000):
+            store.read(KEY)
+        gc.collect()
+        kept.append(resident() - before)
+    # As torch tensors from safetensors 0.8 they would have kept 64 bytes each, every time. An allocator takes
+    # a large piece once in a while.
+    assert min(kept) < 2000 * 32
 
 
 def test_missing(tmp_path: Path) -> None:
