@@ -194,7 +194,7 @@ def test_look_at_a_folder_of_priors(world: World, tmp_path: Path, capsys: pytest
 
 
 def test_look_at_one_clip(world: World, tmp_path: Path) -> None:
-    clip = sorted(world.videos.glob("*.mp4"))[0]
+    clip = world.videos / json.loads(world.data.read_text().splitlines()[0])["video"]
     out = tmp_path / "one.html"
     options = ["--video", str(clip), "--text", "a red square moves", "--output", str(out)]
     both = ["--teacher", str(world.teacher), "--student", str(world.student), "--num_frames", "4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_a_step_and_what_is_resumed(world: World, tmp_path: Path, name: str) -> 
     for resume in (None, str(tmp_path / "out" / "checkpoint-1")):
         student = SAVE[name](tmp_path / "student") if resume is None else tmp_path / "student"
         model, dataset, collator = parts(world_with(world, student), tmp_path)
-        dataset.sampling["num_frames"] = 4
+        dataset.frames = replace(dataset.frames, num_frames=4)
         weights = Weights()
         trainer = MotionTrainer(
             model=model,

@@ -35,7 +35,10 @@ def micro_batch(seed: int, device: torch.device = META) -> dict[str, Any]:
     """Two samples, of which one has a prior; token tensors on the device, the alignment on the host."""
     generator = torch.Generator().manual_seed(seed)
     prior = SimpleNamespace(
-        attention=torch.rand(2, 6, generator=generator), grid=(1, 2, 3), confidence={"confidence": 0.5}
+        truncated=0,
+        attention=torch.rand(2, 6, generator=generator),
+        grid=(1, 2, 3),
+        confidence={"confidence": 0.5},
     )
     alignment = Alignment(
         rows=torch.tensor([[7, 8, 9], [-1, -1, -1]]),
