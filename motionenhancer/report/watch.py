@@ -220,7 +220,9 @@ class Watch:
             if sample.id in self.dataset.keys:
                 return self.dataset.store.read(self.dataset.keys[sample.id])
             request = self.dataset.requests.get(sample.id)
-            if request is not None and self.trainer.online is not None:
+            # The training asks for no prior of a clip that the student cannot read; nor does its page.
+            readable = not self.whole or any(sample.id in found for found in self.readings.values())
+            if request is not None and readable and self.trainer.online is not None:
                 return self.trainer.online.maker.submit(request).result().prior
         except Exception as error:
             print(f"{sample.id}: the page shows no prior of it ({' '.join(str(error).split())})")

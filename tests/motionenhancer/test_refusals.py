@@ -298,7 +298,6 @@ def test_hybrid_loads_no_teacher_a_second_time_for_what_it_cannot_read(
     world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**poor, "prior_source": "hybrid", "max_steps": 3, "per_device_train_batch_size": 1}
-    options["report_samples"] = 0  # The page asks the teacher for every clip that it shows.
     assert train.main(flags(world, tmp_path / "first", **options)) == 0
     store = PriorStore(tmp_path / "priors")
     assert (len(list(store)), len(list(store.refusals()))) == (1, 1)
