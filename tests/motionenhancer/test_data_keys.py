@@ -215,6 +215,13 @@ def test_the_rejected_answer_of_a_preference_is_left_out_and_counted(root: Path)
     assert dict(log.notes) == {"rejected answer of a preference not read": 1}
 
 
+@pytest.mark.parametrize("key", ["task", "task_type", "question_type", "category"])
+def test_a_rows_task_is_read_and_no_unknown_key(root: Path, key: str) -> None:
+    (sample,), log = read(root, {**LLAVA, key: "MR"})
+    assert sample.task == "MR"
+    assert not log.notes
+
+
 def test_a_rows_own_frame_rate_says_nothing_of_the_sampling(root: Path) -> None:
     (sample,), log = read(root, {**LLAVA, "fps": 30})
     assert sample.videos == (root / "a.mp4",)
