@@ -78,3 +78,12 @@ def test_the_page_of_environment_variables_is_whole():
     assert {"MEKERNELS_CPU_LEVEL", "CXX", "FUZZ_SEED", "ACCELERATE_USE_DEEPSPEED"} <= found.keys()
     assert found.keys() <= listed, {name: found[name] for name in found.keys() - listed}
     assert listed <= found.keys()
+
+
+def test_every_page_links_to_the_index_and_is_linked_from_it():
+    folder = Path(__file__).parents[2] / "docs"
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    for page in folder.glob("*.md"):
+        if page.name != "index.md":
+            assert f"]({page.name})" in index, f"index.md has no link to {page.name}"
+            assert "](index.md)" in page.read_text(encoding="utf-8"), f"{page.name} has no link to index.md"
