@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .alignment.aligner import LOSSES, check_normalize
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
 from .evaluation.benchmarks import BENCHMARKS
@@ -257,7 +258,14 @@ class StudentArguments(ShownArguments):
         "mean: the mean over layers and heads follows the prior; none: the map of every layer and head does.",
         choices=["mean", "none"],
     )
-    alignment_loss: str = setting("l2", "Distance of two maps.", choices=["l2", "mse", "kl"])
+    alignment_loss: str = setting(
+        "l2",
+        "Distance of two maps: the norm of each row's difference, its square, the mean square, a divergence.",
+        choices=LOSSES,
+    )
+    normalize_rows: bool = setting(
+        True, "Scale the rows of both maps to sum to one; off, the attention mass is compared as it is."
+    )
     aligner: str = setting(
         "mlp", "Module between student and prior, not kept.", choices=["mlp", "identity", "pointwise", "conv"]
     )
@@ -337,6 +345,7 @@ class StudentArguments(ShownArguments):
         """
         self.schedule()
         self.attention()
+        check_normalize(self.normalize_rows, self.alignment_loss, self.prior_temperature)
         if not self.lora_r:
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
                 if getattr(self, name) != getattr(StudentArguments, name):

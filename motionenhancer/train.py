@@ -187,6 +187,7 @@ def run(
                 processing_class=processor,
                 alignment_weight=student.schedule(),
                 alignment_loss=student.alignment_loss,
+                normalize_rows=student.normalize_rows,
                 attention=student.attention(),
                 aligner=_aligner(student, found.grids, training.seed),
                 prior_temperature=student.prior_temperature,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends, checks, reference
 from ..diagonal_attention.call import Call
-from ..diagonal_attention.op import check_side_inputs
+from ..diagonal_attention.op import check_side_inputs, diagonal_attention
 from ..layout import VideoTokens
 from ..motion_scores import MotionScores, energy_ratio, motion_scores
 from . import rows as row_choice
@@ -54,6 +54,10 @@ class MotionStatistics:
             update costs one more flash attention over the video tokens, ``fold * (fold + 1) / 2`` of them
             in general. Its squares off the diagonals are a difference, so in float32 a DFC above about 1e5
             is rounding. Text rows are the same with both.
+        diagonal_width: two places p and p' of the grid, counted in raster order, count as one diagonal where
+            |p - p'| is at most this; the paper names no width. Every further place on
+            either side costs one more :func:`mekernels.diagonal_attention` an update and F * F * P more
+            entries a head. For ``pooling="pooled"`` only.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -85,6 +89,7 @@ class MotionStatistics:
         seed: int = 0,
         pooling: str = "pooled",
         pending_bytes: int = PENDING_BYTES,
+        diagonal_width: int = 0,
     ) -> None:
         checks.video_tokens("video", video)
         if isinstance(heads, bool) or not isinstance(heads, int):
@@ -108,6 +113,12 @@ class MotionStatistics:
             raise TypeError(f"pending_bytes must be an int, got {type(pending_bytes).__name__}")
         if pending_bytes < 0:
             raise ValueError(f"pending_bytes must be at least 0, got {pending_bytes}")
+        if isinstance(diagonal_width, bool) or not isinstance(diagonal_width, int):
+            raise TypeError(f"diagonal_width must be an int, got {type(diagonal_width).__name__}")
+        if diagonal_width < 0 or (diagonal_width and pooling == "per_layer"):
+            wanted = "0 with pooling='per_layer'" if pooling == "per_layer" else "at least 0"
+            raise ValueError(f"diagonal_width must be {wanted}, got {diagonal_width}")
+        self.diagonal_width = min(diagonal_width, video.positions - 1)
         self._pending = Pending(pending_bytes)
         self._device = None if device is None else torch.device(device)
         self._sums: dict[str, Tensor] = {}
@@ -149,6 +160,8 @@ class MotionStatistics:
         else:
             self._flush()
             self._add(self._pooled, call)
+        if self.diagonal_width:
+            self._add_neighbours(held["neighbours"], call)
         self.updates += 1
 
     @property
@@ -176,6 +189,23 @@ class MotionStatistics:
         else:
             motion_statistics_op(sums, call)
 
+    @property
+    def _shifts(self) -> list[int]:
+        width = self.diagonal_width
+        return [shift for shift in range(-width, width + 1) if shift]
+
+    def _add_neighbours(self, held: Tensor, call: Call) -> None:
+        video, part = self.video, self.video.vision_slice
+        for sums, shift in zip(held, self._shifts, strict=True):
+            # The key of place p + shift lies at place p, so that the diagonals hold the neighbour's entries.
+            key = call.key.unflatten(2, (call.fold, video.length)).clone()
+            places = key[..., part, :].unflatten(-2, (video.frames, -1))
+            key[..., part, :] = places.roll(-shift, -2).flatten(-3, -2)
+            options: dict[str, Any] = {"softmax_scale": call.softmax_scale, "fold": call.fold}
+            read = diagonal_attention(call.query, key.flatten(2, 3), call.lse, video, **options)[0]
+            inside = slice(max(0, -shift), video.positions - max(0, shift))
+            sums[..., inside] += read[..., inside]
+
     def _add_scores(self, held: dict[str, Tensor], call: Call) -> None:
         inputs = (call.query, call.key, call.lse, self.video, call.softmax_scale, call.fold)
         squares = backends.exactly(vision_square_sums, *inputs)
@@ -200,11 +230,12 @@ class MotionStatistics:
 
         Raises:
             TypeError: ``other`` is no MotionStatistics, or of another dtype.
-            ValueError: ``other`` has another video, number of heads, pooling, text rows or sampled rows.
+            ValueError: ``other`` has another video, number of heads, pooling, diagonal width, text rows or
+                sampled rows.
         """
         if not isinstance(other, MotionStatistics):
             raise TypeError(f"other must be a MotionStatistics, got {type(other).__name__}")
-        for name in ("video", "heads", "pooling"):
+        for name in ("video", "heads", "pooling", "diagonal_width"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"other must have {name} {getattr(self, name)}, got {getattr(other, name)}")
         for name in ("text_rows", "sampled_rows"):
@@ -238,7 +269,21 @@ class MotionStatistics:
             return MotionScores(*(sums["scores"] / self.updates).to(dtype))
         diagonal = sums["diagonal"] / self.updates
         inside = torch.stack([head.double().square().sum() for head in diagonal])
-        return self._scores(diagonal, sums["vision_mass"] / self.updates, inside, self._outside(sums))
+        mass = sums["vision_mass"] / self.updates
+        if not self.diagonal_width:
+            return self._scores(diagonal, mass, inside, self._outside(sums))
+        near = sums["neighbours"] / self.updates
+        inside += torch.stack([head.double().square().sum() for head in near.unbind(1)])
+        scores = self._scores(diagonal, mass, inside, self._outside(sums))
+        tau = mass.double().sum(1) / self.video.vision**2
+        # Places beyond the grid's ends hold zeros and are no entries.
+        entries = [diagonal] + [
+            one[..., max(0, -shift) : self.video.positions - max(0, shift)]
+            for one, shift in zip(near, self._shifts, strict=True)
+        ]
+        above = torch.stack([(e >= tau.to(e)[:, None, None, None]).sum((1, 2, 3)) for e in entries]).sum(0)
+        dsr = above.double() / sum(e[0].numel() for e in entries)
+        return dataclasses.replace(scores, dsr=dsr.to(scores.dsr))
 
     def text_attention(self, heads: Tensor | Sequence[int]) -> Tensor:
         """Text rows over video columns, mean over the given heads and all updates, (T, S).
@@ -297,10 +342,15 @@ class MotionStatistics:
         else:
             self._sums["diagonal"] = _zero_diagonal(video, heads, rows)
             self._sums["vision_mass"] = rows.new_zeros(heads, video.vision)
+        if self.diagonal_width:
+            shape = (2 * self.diagonal_width, *self._sums["diagonal"].shape)
+            self._sums["neighbours"] = rows.new_zeros(shape)
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return ("rows", "scores") if self.pooling == "per_layer" else ("diagonal", "rows", "vision_mass")
+        if self.pooling == "per_layer":
+            return ("rows", "scores")
+        return ("diagonal", "rows", "vision_mass", *(["neighbours"] if self.diagonal_width else []))
 
     def _read(self, name: str) -> Tensor:
         held = self._sums[name]
@@ -343,8 +393,8 @@ class MotionStatistics:
             for first in range(0, len(rows), step):
                 some = slice(first, first + step)
                 squares = (rows[some].double() / self.updates).square_().unflatten(1, (video.frames, -1))
-                own = place[some, None, None].expand(-1, video.frames, 1)
-                squares.scatter_(2, own, 0)
+                distance = torch.arange(video.positions, device=place.device) - place[some, None]
+                squares.masked_fill_((distance.abs() <= self.diagonal_width)[:, None], 0)
                 total += (squares.sum((1, 2)) * weights[some]).sum()
             totals.append(total)
         return torch.stack(totals)

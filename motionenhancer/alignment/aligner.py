@@ -33,7 +33,7 @@ __all__ = ["ALIGNERS", "LOSSES", "Aligner", "align", "build_aligner", "load_alig
 Grid = tuple[int, int, int]
 
 ALIGNERS = ("mlp", "identity", "pointwise", "conv")
-LOSSES = ("l2", "mse", "kl")
+LOSSES = ("l2", "squared", "mse", "kl")
 NOT_FINITE = "captured attention holds NaN or infinity"
 _METADATA = "motion_aligner"
 
@@ -170,6 +170,7 @@ def align(
     loss: str = "l2",
     weights: Sequence[float] | None = None,
     temperature: float = 1.0,
+    normalize: bool = True,
     check_finite: bool = True,
 ) -> torch.Tensor:
     """Return how far captured attention is from the prior, a scalar to add to the training loss.
@@ -188,13 +189,16 @@ def align(
         row_tokens: (B, R) int64, which kept token of the prior each row belongs to, -1 = padding. By default
             row i is token i, and rows that were captured as padding belong to none.
         aligner: of :func:`build_aligner`; the identity by default.
-        loss: ``"l2"``: the L2 norm of a row's difference; ``"mse"``: its mean square; ``"kl"``: the
-            divergence KL(prior row, student row), the student's entries at least 1e-8 and summing to one.
+        loss: ``"l2"``: the L2 norm of a row's difference, as in eq. 15; ``"squared"``: its square, as in
+            eq. 20; ``"mse"``: its mean square; ``"kl"``: the divergence KL(prior row, student row), the
+            student's entries at least 1e-8 and summing to one.
         weights: factor on each sample's distance, B of them, such as a confidence; the mean is still over
             the number of samples, so that a small weight lowers the loss instead of raising the others'
             share.
         temperature: the prior's rows are raised to one over this before they are scaled: below 1 they become
             sharper, as a mean over many layers and heads is more diffuse than each of them.
+        normalize: whether rows are scaled to sum to one. False compares the attention mass as it is, as in
+            eqs. 22 and 23: then the mass that a word gives to the video is pulled along with its place.
         check_finite: look for NaN and infinity in ``captured``, which waits for its device. Without it,
             entries that are read and not finite make the result NaN or infinite.
 
@@ -204,6 +208,7 @@ def align(
 
     Raises:
         ValueError: a shape, grid, token index or name that does not fit; a temperature that is not above 0;
+            ``normalize=False`` with a temperature or with ``"kl"``;
             NaN or infinity in the captured attention (see ``check_finite``) or in a prior.
 
     >>> from types import SimpleNamespace
@@ -221,6 +226,7 @@ def align(
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a number above 0, got {temperature}")
+    check_normalize(normalize, loss, temperature)
     batch, count, width = attention.shape[0], *attention.shape[-2:]
     priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
     if len(priors) != batch:
@@ -249,10 +255,10 @@ def align(
     plain = aligner is None or isinstance(aligner, nn.Identity)
     terms = []
     for (shape, wanted), pairs in groups.items():
-        if plain and loss == "l2":
+        if plain and loss == "l2" and normalize:
             terms += _unaligned(pairs, shape, wanted)
         else:
-            terms += _aligned(pairs, shape, wanted, aligner, loss)
+            terms += _aligned(pairs, shape, wanted, aligner, loss, normalize)
     return torch.stack(terms).sum() / sum(map(len, groups.values()))
 
 
@@ -277,15 +283,21 @@ def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.
 
 
 def _aligned(
-    pairs: Sequence[_Pair], shape: Grid, wanted: Grid, aligner: nn.Module | None, loss: str
+    pairs: Sequence[_Pair],
+    shape: Grid,
+    wanted: Grid,
+    aligner: nn.Module | None,
+    loss: str,
+    normalize: bool,
 ) -> list[torch.Tensor]:
     """One distance a sample. The aligner sees all rows at once: its weights' gradients are made once."""
     joined = torch.cat([rows for rows, _, _ in pairs])[None]
-    student = mekernels.resample_rows(joined, shape, wanted, normalize=True)
+    student = mekernels.resample_rows(joined, shape, wanted, normalize=normalize)
+    scale = _sum_to_one if normalize else torch.Tensor.float
     student = student if aligner is None else aligner(student)
     parts = student.split([len(rows) for rows, _, _ in pairs], dim=1)
     return [
-        _distance(part, _sum_to_one(target)[None].to(part.dtype), loss) * factor
+        _distance(part, scale(target)[None].to(part.dtype), loss) * factor
         for part, (_, target, factor) in zip(parts, pairs, strict=True)
     ]
 
@@ -390,9 +402,24 @@ def _sum_to_one(rows: torch.Tensor) -> torch.Tensor:
     return rows / torch.where(mass == 0, 1.0, mass)
 
 
+def check_normalize(normalize: bool, loss: str, temperature: float) -> None:
+    """Refuse what needs rows that sum to one.
+
+    Raises:
+        ValueError: names what was given beside ``normalize=False``.
+    """
+    if not normalize and (loss == "kl" or temperature != 1.0):
+        what = "alignment_loss 'kl'" if loss == "kl" else f"prior_temperature {temperature}"
+        raise ValueError(
+            f"normalize_rows must be true with {what}, which needs rows that sum to one; got false"
+        )
+
+
 def _distance(student: torch.Tensor, teacher: torch.Tensor, loss: str) -> torch.Tensor:
     if loss == "l2":
         return mekernels.row_l2_loss(student, teacher)
+    if loss == "squared":
+        return (student - teacher).square().sum(dim=-1).mean()
     if loss == "mse":
         return (student - teacher).square().mean()
     floored = student.clamp(min=1e-8)

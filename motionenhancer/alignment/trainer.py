@@ -59,12 +59,12 @@ class MotionTrainer(Trainer):
     Args:
         *args, **kwargs: the Trainer's.
         alignment_weight: λ, or an `AlignmentSchedule` of it.
-        alignment_loss: "l2", "mse" or "kl".
+        alignment_loss, normalize_rows, prior_temperature: `loss`, `normalize` and `temperature` of
+            `aligner.align`.
         attention: options of `capture_attention`: which layers and heads are read.
         aligner: module applied to the student's maps, or None for the identity. It is trained along by an
             AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
             own.
-        prior_temperature: below 1 sharpens the priors' rows, see `aligner.align`.
         confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
         learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
         measure_alignment: log `loss_align` also when λ is 0.
@@ -86,6 +86,7 @@ class MotionTrainer(Trainer):
         *args: Any,
         alignment_weight: float | AlignmentSchedule = 1.0,
         alignment_loss: str = "l2",
+        normalize_rows: bool = True,
         attention: Mapping[str, Any] | None = None,
         aligner: nn.Module | None = None,
         prior_temperature: float = 1.0,
@@ -104,6 +105,7 @@ class MotionTrainer(Trainer):
             alignment_weight = AlignmentSchedule(alignment_weight)
         self.alignment_schedule = alignment_weight
         self.alignment_loss = alignment_loss
+        self.normalize_rows = normalize_rows
         self.attention = dict(attention or {})
         self.prior_temperature = prior_temperature
         self.confidence_gate = confidence_gate
@@ -216,6 +218,7 @@ class MotionTrainer(Trainer):
             loss=self.alignment_loss,
             weights=gates,
             temperature=self.prior_temperature,
+            normalize=self.normalize_rows,
             check_finite=False,
         )
         with self._log.stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):

@@ -44,6 +44,7 @@ class AttentionPool:
             text_rows=layout.text_slice.start + self._rows if self._joint else self._rows[:0],
             sampled_rows=settings.sampled_rows,
             device=device,
+            diagonal_width=settings.diagonal_width,
         )
         self._statistics = self._new_sums()
         self._by_head = settings.head_selection == "cross"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mekernels import select_heads, select_tokens, token_motion_scores
+from mekernels import select_heads
 
 from ..flags import MAX_SEED, check_fields, setting
 from ..teachers.frames import grid_times
@@ -28,6 +28,7 @@ from ..teachers.schedule import check_experts, check_level, check_steps
 from ..teachers.teacher import Teacher
 from .confidence import prior_confidence
 from .pool import AttentionPool
+from .token_choice import SCORES, UNITS, choose_tokens
 
 MODES = ("reconstruct", "renoise")
 HEAD_SELECTIONS = ("mhs", "cross", "off")
@@ -38,6 +39,8 @@ PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer h
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
 FORMAT = 4
+#: Settings that came after others had stored priors: a default of theirs changes no key.
+_LATER = ("diagonal_width", "token_scores", "token_unit")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,22 @@ class PriorSettings:
     guidance_scale_2: float | None = setting(
         None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
     )
+    diagonal_width: int = setting(
+        0,
+        "Head selection: places of the grid at most this far apart in raster order count as the same.",
+        least=0,
+    )
+    token_scores: str = setting(
+        "raw",
+        "Token selection: mean attention and its change are added as they are, or each standardized over the "
+        "words of the text first.",
+        choices=SCORES,
+    )
+    token_unit: str = setting(
+        "piece",
+        "Token selection keeps pieces of words as the teacher's tokenizer cuts them, or whole words.",
+        choices=UNITS,
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
@@ -103,12 +122,28 @@ class PriorSettings:
         # Neither how a number is written nor a value that plays no part may tell equal priors apart.
         if self.guidance_scale_2 == self.guidance_scale:
             object.__setattr__(self, "guidance_scale_2", None)
+        if self.diagonal_width and self.head_selection != "mhs":
+            raise ValueError(
+                f"diagonal_width {self.diagonal_width} needs head_selection 'mhs', got "
+                f"{self.head_selection!r}"
+            )
+        for name in ("token_scores", "token_unit"):
+            if self.token_selection == "off" and getattr(self, name) != getattr(PriorSettings, name):
+                raise ValueError(f"{name} {getattr(self, name)!r} needs token_selection 'mtti', got 'off'")
         for kind in ("head", "token"):
             if getattr(self, f"{kind}_selection") == "off":
                 object.__setattr__(self, f"{kind}_ratio", 1.0)
         for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
+
+    def key(self) -> dict[str, Any]:
+        """What of these settings belongs to the name of a stored prior, ready for JSON."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER or value != getattr(PriorSettings, name)
+        }
 
     def rows(self, *, split: bool = False) -> int:
         """Batch rows of one evaluation; with `split`, where texts are evaluated one after the other."""
@@ -253,7 +288,7 @@ def extract_prior(
         steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
         times: (n,) seconds, of the frames; the prior then keeps when each frame of its grid is.
         **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
-            head_selection, token_selection, guidance_scale_2.
+            head_selection, token_selection, guidance_scale_2, diagonal_width, token_scores, token_unit.
 
     Returns:
         A `MotionPrior`.
@@ -367,9 +402,9 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         raise PriorError(f"the teacher's attention cannot be scored: {error}") from error
     if not torch.isfinite(text_attention).all():
         raise PriorError("the teacher's attention holds NaN or infinity")
-    token_scores = token_motion_scores(text_attention, video.tokens)
-    eligible = torch.tensor(prompt.words, device=token_scores.device)
-    chosen = eligible[select_tokens(token_scores[eligible], settings.token_ratio)].cpu()
+    token_scores, chosen = choose_tokens(
+        text_attention, prompt, video.tokens, settings.token_ratio, settings.token_scores, settings.token_unit
+    )
     attention, kept = text_attention.cpu()[chosen].half(), chosen.tolist()
     return MotionPrior(
         attention=attention,

@@ -211,6 +211,7 @@ class Watch:
                 aligner=trainer.aligner if when == "after" else None,
                 loss=trainer.alignment_loss,
                 temperature=trainer.prior_temperature,
+                normalize=trainer.normalize_rows,
             )
             view.scores[when]["loss_align"] = float(distance)
         return view

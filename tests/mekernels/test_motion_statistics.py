@@ -43,9 +43,10 @@ def maps(layers, fold=1):
     chunk=st.sampled_from([1, 30, 1 << 20]),
     backend=st.sampled_from(["auto", "reference"]),
     scale=st.sampled_from([1.0, 10.0]),
+    diagonal_width=st.integers(0, 3),
 )
 def test_all_rows_give_the_pooled_map_exactly(
-    seed, heads, grid, text, text_first, fold, updates, chunk, backend, scale
+    seed, heads, grid, text, text_first, fold, updates, chunk, backend, scale, diagonal_width
 ):
     video = VideoTokens(*grid, text=text, text_first=text_first)
     layers = [layer(video, seed + index, heads, fold=fold, scale=scale) for index in range(updates)]
@@ -54,17 +55,21 @@ def test_all_rows_give_the_pooled_map_exactly(
         patch.setattr(motion_statistics, "CHUNK_ELEMENTS", chunk)
         patch.setattr(statistics_update, "CHUNK_ELEMENTS", chunk)
         statistics = pool(
-            video, [(strided(q), strided(k), lse) for q, k, lse in layers], fold, sampled_rows="all"
+            video,
+            [(strided(q), strided(k), lse) for q, k, lse in layers],
+            fold,
+            sampled_rows="all",
+            diagonal_width=diagonal_width,
         )
         scores = statistics.scores()
     block = reference.vision_block(pooled, video)
-    dfc, tcs, dsr = reference.motion_scores_of_map(block, video)
-    if video.positions > 1:
+    dfc, tcs, dsr = reference.motion_scores_of_map(block, video, diagonal_width)
+    if video.positions > 1 + diagonal_width:
         assert_exact(1 / scores.dfc, 1 / dfc, 1e-9)
     else:
         assert torch.equal(scores.dfc, dfc)
     tau = block.mean((1, 2))[:, None, None, None]
-    if ((reference.diagonal(block, video) - tau).abs() > 1e-9 * tau).all():
+    if ((block[:, None] - tau).abs() > 1e-9 * tau).all():
         assert_exact(scores.tcs, tcs)
         assert_exact(scores.dsr, dsr)
     if text:
@@ -149,18 +154,20 @@ def test_padding_tokens_stay_keys_when_they_are_no_rows():
         assert_exact(getattr(whole, name), getattr(some, name))
 
 
-def test_merge_counts_every_update_the_same():
+@pytest.mark.parametrize("width", [0, 2])
+def test_merge_counts_every_update_the_same(width):
     video = VideoTokens(3, 2, 2, text=3)
     layers = [layer(video, index) for index in range(5)]
-    whole, left, right = pool(video, layers), pool(video, layers[:1]), pool(video, layers[1:])
+    parts = layers, layers[:1], layers[1:]
+    whole, left, right = (pool(video, part, diagonal_width=width) for part in parts)
     assert left.merge(right) is left
     assert left.updates == 5
     for name in ("dfc", "tcs", "dsr"):
         assert_exact(getattr(left.scores(), name), getattr(whole.scores(), name))
     assert_exact(left.text_attention([0]), whole.text_attention([0]))
-    empty = MotionStatistics(video, 3)
+    empty, other = (MotionStatistics(video, 3, diagonal_width=width) for _ in range(2))
     assert_exact(empty.merge(whole).text_attention([0]), whole.text_attention([0]))
-    assert whole.merge(MotionStatistics(video, 3)).updates == 5
+    assert whole.merge(other).updates == 5
 
 
 def test_merged_sums_are_not_shared():
@@ -179,6 +186,7 @@ def test_merge_refuses_what_does_not_fit():
         (MotionStatistics(video, 3), "other must have heads 2, got 3"),
         (MotionStatistics(video, 2, text_rows=[0]), "text_rows"),
         (MotionStatistics(video, 2, sampled_rows=5), "sampled_rows"),
+        (MotionStatistics(video, 2, diagonal_width=1), "other must have diagonal_width 0, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             statistics.merge(other)
@@ -190,11 +198,12 @@ def test_merge_refuses_what_does_not_fit():
     assert double.updates == 1
 
 
-def test_state_dict_round_trip():
+@pytest.mark.parametrize("width", [0, 1])
+def test_state_dict_round_trip(width):
     video = VideoTokens(2, 2, 2, text=3)
-    statistics = pool(video, [layer(video, 0), layer(video, 1)])
+    statistics = pool(video, [layer(video, 0), layer(video, 1)], diagonal_width=width)
     state = {name: tensor.clone() for name, tensor in statistics.state_dict().items()}
-    other = MotionStatistics(video, 3)
+    other = MotionStatistics(video, 3, diagonal_width=width)
     other.load_state_dict(state)
     assert other.updates == 2
     assert torch.equal(other.scores().dfc, statistics.scores().dfc)
@@ -204,8 +213,8 @@ def test_state_dict_round_trip():
     with pytest.raises(ValueError, match="state must have the entries"):
         other.load_state_dict({"updates": torch.tensor(1), "rows": state["rows"]})
     with pytest.raises(ValueError, match=r"state\['diagonal'\] must have shape"):
-        MotionStatistics(VideoTokens(2, 4, 1, text=3), 2).load_state_dict(state)
-    fresh = MotionStatistics(video, 3)
+        MotionStatistics(VideoTokens(2, 4, 1, text=3), 2, diagonal_width=width).load_state_dict(state)
+    fresh = MotionStatistics(video, 3, diagonal_width=width)
     other.load_state_dict(fresh.state_dict())
     assert other.updates == 0
 
@@ -257,6 +266,9 @@ def test_reading_before_any_update():
         ({"sampled_rows": 0}, ValueError, "sampled_rows must be at least 1, got 0"),
         ({"sampled_rows": "some"}, ValueError, "sampled_rows must be one of 'all', got 'some'"),
         ({"sampled_rows": 1.5}, TypeError, "sampled_rows must be an int or 'all', got float"),
+        ({"diagonal_width": -1}, ValueError, "diagonal_width must be at least 0, got -1"),
+        ({"diagonal_width": 1.0}, TypeError, "diagonal_width must be an int, got float"),
+        ({"diagonal_width": 1, "pooling": "per_layer"}, ValueError, "diagonal_width must be 0 with pooling"),
         ({"text_rows": [3]}, ValueError, "text_rows must be positions of text tokens, 0 to 2, got"),
         ({"text_rows": [0.5]}, TypeError, "text_rows must be a sequence of integers"),
         ({"text_rows": [[0]]}, TypeError, "text_rows must be a sequence of integers"),

@@ -35,6 +35,7 @@ def independent(
     grids: list[tuple[int, int, int]],
     row_tokens: np.ndarray,
     loss: str,
+    normalize: bool = True,
 ) -> float:
     samples = []
     for maps, prior, grid, tokens in zip(attention, priors, grids, row_tokens, strict=True):
@@ -48,11 +49,13 @@ def independent(
             volume = members.mean(axis=0).reshape(grid)
             for axis, (source, target) in enumerate(zip(grid, prior.grid, strict=True)):
                 volume = np.moveaxis(np.tensordot(axis_weights(source, target), volume, (1, axis)), 0, axis)
-            student = volume.reshape(-1) / volume.sum()
+            student = volume.reshape(-1) / (volume.sum() if normalize else 1)
             teacher = prior.attention[token].double().numpy()
-            teacher = teacher / teacher.sum()
+            teacher = teacher / (teacher.sum() if normalize else 1)
             if loss == "l2":
                 rows.append(np.sqrt(((student - teacher) ** 2).sum()))
+            elif loss == "squared":
+                rows.append(((student - teacher) ** 2).sum())
             elif loss == "mse":
                 rows.append(((student - teacher) ** 2).mean())
             else:
@@ -92,8 +95,9 @@ def cases(draw: Any) -> dict[str, Any]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(cases(), st.sampled_from(LOSSES), st.sampled_from([None, "identity", "mlp"]))
-def test_against_numpy(case: dict[str, Any], loss: str, name: str | None) -> None:
+@given(cases(), st.sampled_from(LOSSES), st.sampled_from([None, "identity", "mlp"]), st.booleans())
+def test_against_numpy(case: dict[str, Any], loss: str, name: str | None, normalize: bool) -> None:
+    normalize |= loss == "kl"
     grids = {prior.grid for prior in case["priors"] if prior is not None}
     aligner = None
     if name == "identity" or (name == "mlp" and len(grids) == 1):
@@ -105,9 +109,15 @@ def test_against_numpy(case: dict[str, Any], loss: str, name: str | None) -> Non
         row_tokens=case["row_tokens"],
         aligner=aligner,
         loss=loss,
+        normalize=normalize,
     )
     expected = independent(
-        case["attention"].numpy(), case["priors"], case["grids"], case["row_tokens"].numpy(), loss
+        case["attention"].numpy(),
+        case["priors"],
+        case["grids"],
+        case["row_tokens"].numpy(),
+        loss,
+        normalize,
     )
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(expected, rel=2e-6, abs=2e-7)
@@ -340,3 +350,10 @@ def test_prior_that_contradicts_its_grid() -> None:
 def test_bad_aligners(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_aligner(*arguments)
+
+
+@pytest.mark.parametrize(("loss", "temperature"), [("kl", 1.0), ("l2", 0.5)])
+def test_mass_as_it_is_has_no_divergence_and_no_temperature(loss: str, temperature: float) -> None:
+    prior = make_prior(2, (1, 2, 2), torch.Generator())
+    with pytest.raises(ValueError, match=r"normalize_rows must be true with .*(kl|0\.5)"):
+        align(torch.rand(1, 2, 4), prior, loss=loss, temperature=temperature, normalize=False)

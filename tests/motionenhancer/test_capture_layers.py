@@ -158,7 +158,7 @@ def test_refused_options(student: Any, options: dict[str, Any], says: str) -> No
         model(input_ids=torch.arange(4)[None])
 
 
-@pytest.mark.parametrize("loss", ["l2", "mse", "kl"])
+@pytest.mark.parametrize("loss", ["l2", "squared", "mse", "kl"])
 def test_the_loss_of_single_maps_is_their_mean(loss: str) -> None:
     from types import SimpleNamespace
 

@@ -67,7 +67,12 @@ def half_up(ratio: float, count: int) -> int:
 
 
 def independent_prior(
-    maps: np.ndarray, grid: tuple[int, int, int], pad: int, tokens: int, ratio: float = 0.5
+    maps: np.ndarray,
+    grid: tuple[int, int, int],
+    pad: int,
+    tokens: int,
+    ratio: float = 0.5,
+    width: int = 0,
 ):
     frames, positions = grid[0], grid[1] * grid[2]
     vision = maps[:, pad:, pad:].reshape(len(maps), frames, positions, frames, positions)
@@ -75,14 +80,19 @@ def independent_prior(
     for block in vision:
         diagonal = np.einsum("fpgp->fgp", block)
         tau = block.mean()
-        on = (diagonal**2).sum()
+        near = [
+            block[:, p, :, q]
+            for p in range(positions)
+            for q in range(max(0, p - width), min(positions, p + width + 1))
+        ]
+        on = sum((entries**2).sum() for entries in near)
         metrics["dfc"].append(on / ((block**2).sum() - on))
         means = []
         for p in range(positions):
             lengths = [n for f in range(frames) for n in runs(diagonal[f, :, p] > tau)]
             means.append(np.mean(lengths) if lengths else 0.0)
         metrics["tcs"].append(np.mean(means))
-        metrics["dsr"].append((diagonal >= tau).mean())
+        metrics["dsr"].append(np.mean([entries >= tau for entries in near]))
     composite = np.zeros(len(maps))
     for values in metrics.values():
         array = np.array(values)
@@ -100,14 +110,17 @@ def independent_prior(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guidance_scale": 1.0}, {"memory": False}, {"start": "random"}],
-    ids=["full", "plain", "alone", "random"],
+    [{}, {"guidance_scale": 1.0}, {"memory": False}, {"start": "random"}, {"diagonal_width": 3}],
+    ids=["full", "plain", "alone", "random", "wide"],
 )
 def test_agrees_with_whole_maps(teacher, clip: np.ndarray, options: dict[str, object]) -> None:
     prior = extract_prior(teacher, clip, TEXT, steps=2, sampled_rows="all", **options)
-    maps = mean_maps(teacher, clip, TEXT, 2, **options)
+    others = {name: value for name, value in options.items() if name != "diagonal_width"}
+    maps = mean_maps(teacher, clip, TEXT, 2, **others)
     count = len(prior.all_tokens)
-    metrics, composite, heads, scores, kept, attention = independent_prior(maps, (5, 8, 8), 48, count)
+    metrics, composite, heads, scores, kept, attention = independent_prior(
+        maps, (5, 8, 8), 48, count, width=options.get("diagonal_width", 0)
+    )
     for name, values in {**metrics, "composite": composite}.items():
         np.testing.assert_allclose(prior.head_scores[name], values, rtol=2e-3, atol=2e-3, err_msg=name)
     assert prior.heads == heads.tolist()
@@ -233,6 +246,10 @@ def test_empty_text(teacher, clip: np.ndarray, text: str) -> None:
         ({"token_selection": "mhs"}, "token_selection"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"sampled_rows": 0}, "sampled_rows"),
+        ({"diagonal_width": -1}, "diagonal_width"),
+        ({"diagonal_width": 1, "head_selection": "off"}, "diagonal_width 1 needs head_selection 'mhs'"),
+        ({"token_scores": "z"}, "token_scores"),
+        ({"token_unit": "word", "token_selection": "off"}, "token_unit 'word' needs token_selection 'mtti'"),
     ],
 )
 def test_settings_out_of_range(teacher, clip: np.ndarray, options: dict[str, object], named: str) -> None:
@@ -251,6 +268,14 @@ def test_nan_in_the_teachers_attention_is_an_error_of_that_clip(teacher_dir: Pat
         broken.pipeline.transformer.transformer_blocks[1].attn1.to_k.weight[0, 0] = float("nan")
     with pytest.raises(PriorError, match=r"NaN|nan|finite"):
         extract_prior(broken, clip, TEXT, steps=1)
+
+
+def test_a_later_setting_at_its_default_changes_no_key() -> None:
+    names = {"diagonal_width", "token_scores", "token_unit"}
+    assert not names & PriorSettings().key().keys()
+    changed = {"diagonal_width": 2, "token_scores": "standardized", "token_unit": "word"}
+    for name, value in changed.items():
+        assert PriorSettings(**{name: value}).key() == PriorSettings().key() | {name: value}
 
 
 def test_settings_are_checked_when_made() -> None:

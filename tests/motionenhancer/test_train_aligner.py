@@ -173,7 +173,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_aligner(fp16: bool) -> N
         assert steps != all(torch.equal(v, before[k]) for k, v in aligner.state_dict().items())
 
 
-@pytest.mark.parametrize("loss", ["l2", "mse", "kl"])
+@pytest.mark.parametrize("loss", ["l2", "squared", "mse", "kl"])
 @pytest.mark.parametrize("kind", ["identity", "conv"])
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 0.2, 1.0]], ids=["even", "gated"])
 def test_a_batch_is_its_samples_one_by_one(loss: str, kind: str, weights: list[float] | None) -> None:

@@ -111,19 +111,27 @@ def test_the_stopwatch_starts_anew_when_it_is_read() -> None:
     assert watch.seconds() == 0
 
 
-def test_the_priors_temperature_reaches_the_alignment(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [
+        ("prior_temperature", 0.5, "temperature"),
+        ("normalize_rows", False, "normalize"),
+        ("alignment_loss", "squared", "loss"),
+    ],
+)
+def test_how_maps_are_compared_reaches_the_alignment(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object, option: str
 ) -> None:
-    given: list[float] = []
+    given: list[object] = []
 
-    def seen(*args: object, temperature: float, **options: object) -> object:
-        given.append(temperature)
+    def seen(*args: object, **options: object) -> object:
+        given.append(options[option])
         return align(*args, **options)
 
     monkeypatch.setattr("motionenhancer.alignment.trainer.align", seen)
-    options = {"prior_dir": shared_priors(world), "max_steps": 1, "prior_temperature": 0.5}
+    options = {"prior_dir": shared_priors(world), "max_steps": 1, name: value}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
-    assert set(given) == {0.5}
+    assert set(given) == {value}
 
 
 @pytest.mark.parametrize(
