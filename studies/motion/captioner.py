@@ -99,7 +99,11 @@ class _Targets:
     """Maps as the alignment wants them: padded rows of words, and one prior a clip."""
 
     def __init__(self, maps: Maps, words: torch.Tensor) -> None:
-        self.temperature = maps.temperature
+        self.options: dict[str, Any] = {
+            "temperature": maps.temperature,
+            "loss": maps.loss,
+            "normalize": maps.normalize,
+        }
         most = int(maps.kept.sum(1).max())
         self.rows = words.new_full((len(words), most), -1)
         self.row_tokens = self.rows.clone()
@@ -116,7 +120,7 @@ class _Targets:
             [self.priors[i] for i in chosen],
             grid=GRID,
             row_tokens=self.row_tokens[chosen],
-            temperature=self.temperature,
+            **self.options,
         )
 
 

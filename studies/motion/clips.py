@@ -32,12 +32,14 @@ class Maps:
     Attributes:
         rows: (N, W, S) float16, not scaled; S counts the cells of MAP_GRID.
         kept: (N, W) bool.
-        temperature: of `motionenhancer.alignment.aligner.align`.
+        temperature, loss, normalize: of `motionenhancer.alignment.aligner.align`.
     """
 
     rows: torch.Tensor
     kept: torch.Tensor
     temperature: float = 1.0
+    loss: str = "l2"
+    normalize: bool = True
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,13 @@ class Material:
         return self.folder / "plain" / f"{seed}.safetensors"
 
 
+#: Arms of maps that are read in another way than at level 200.
+_WAYS = {
+    "teacher, wide diagonal": "wide diagonal",
+    "teacher, standardized scores": "standardized",
+    "teacher, inverted": "inverted",
+    "teacher, inverted, no selection": "inverted",
+}
 #: Arms that need no teacher.
 _FREE = ("plain", "true masks")
 #: An arm's maps, made from the material and a seed; None is plain training.
@@ -88,6 +95,11 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "teacher, no selection": lambda m, seed: m.teacher(heads=False, words=False),
     "teacher, MHS only": lambda m, seed: m.teacher(words=False),
     "teacher, MTTI only": lambda m, seed: m.teacher(heads=False),
+    "teacher, not sharpened": lambda m, seed: replace(m.teacher(), temperature=1.0),
+    "teacher, mass as it is": lambda m, seed: replace(m.teacher(), temperature=1.0, normalize=False),
+    "teacher, squared distance": lambda m, seed: replace(m.teacher(), loss="squared"),
+    "teacher, wide diagonal": lambda m, seed: m.teacher("wide diagonal"),
+    "teacher, standardized scores": lambda m, seed: m.teacher("standardized"),
     "teacher, inverted": lambda m, seed: m.teacher("inverted"),
     "teacher, inverted, no selection": lambda m, seed: m.teacher("inverted", heads=False, words=False),
 }
@@ -137,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     regime = replace(shared, **given)
     folder = args.output_dir
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    ways = {"inverted" if "inverted" in arm else "level 200" for arm in args.arms if arm not in _FREE}
+    ways = {_WAYS.get(arm, "level 200") for arm in args.arms if arm not in _FREE}
     teacher = content_digest(args.teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     makers.read_teacher(args.teacher, _maps(folder, teacher), regime.world_seed, regime.clips, sorted(ways))
     world, sizes = regime.world_seed, {"train": regime.clips, "test": regime.test_clips}

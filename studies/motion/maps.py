@@ -19,8 +19,11 @@ from studies.motion.clips import MAP_GRID, Maps, draw, words_of
 __all__ = ["lift", "read_teacher", "teacher_maps"]
 
 _PART = 100
+_ONCE = PriorSettings(mode="renoise", noise_level=200, sampled_rows="all")
 WAYS: dict[str, PriorSettings] = {
-    "level 200": PriorSettings(mode="renoise", noise_level=200, sampled_rows="all"),
+    "level 200": _ONCE,
+    "wide diagonal": replace(_ONCE, diagonal_width=1),
+    "standardized": replace(_ONCE, token_scores="standardized"),
     "inverted": PriorSettings(steps=5, sampled_rows="all"),
 }
 
@@ -44,8 +47,9 @@ def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Seque
             text = caption(scene)
             reading = read_attention(loaded, clip.frames, text, WAYS[way])
             for heads in ("mhs", "off"):
-                settings = replace(WAYS[way], head_selection=heads)
-                every = select_prior(reading, replace(settings, token_selection="off"))
+                width = WAYS[way].diagonal_width if heads == "mhs" else 0
+                settings = replace(WAYS[way], head_selection=heads, diagonal_width=width)
+                every = select_prior(reading, replace(settings, token_selection="off", token_scores="raw"))
                 spans = {span: k for k, span in enumerate(every.spans)}
                 words = [spans[span] for span in words_of(text)]
                 chosen = set(select_prior(reading, settings).spans)
