@@ -37,7 +37,7 @@ TOKEN_SELECTIONS = ("mtti", "off")
 PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
