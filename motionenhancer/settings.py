@@ -176,10 +176,13 @@ class MakerArguments(Settings):
     ray_address: str | None = setting(None, "Cluster to join. Default: a running one, or a local one.")
     ray_workers: int | None = setting(None, "Teachers. Default: one a GPU, or one in all.", least=1)
     ray_cpus: int | None = setting(None, "CPU cores of a teacher. Default: 1.", least=1)
+    ray_wait: float | None = setting(
+        None, "Seconds without a teacher, or for one prior, that end the run. Default: 3600.", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ray_address", "ray_workers", "ray_cpus"):
+        for name in ("ray_address", "ray_workers", "ray_cpus", "ray_wait"):
             if self.prior_engine != "ray" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
 
@@ -191,6 +194,7 @@ class MakerArguments(Settings):
             address=self.ray_address,
             actors=self.ray_workers,
             cpus=self.ray_cpus,
+            wait=self.ray_wait,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ FORMATS = (
     "gif,apng,gif_pipe,jpeg_pipe,png_pipe,webp_pipe,webp,bmp_pipe,tiff_pipe"
 )
 """The demuxers that may open a clip: each reads one file. No playlist, no image sequence, no device."""
+
+PIXELS, BYTES = "MOTIONENHANCER_FRAME_PIXELS", "MOTIONENHANCER_CLIP_BYTES"
+"""Names of the variables of the environment that limit what is decoded; see :func:`limit`."""
+
+_LIMITS = {PIXELS: 2**26, BYTES: 2**33}
 
 #: Errors of a machine, which say nothing about the file that was to be read. ffmpeg means the file by EIO
 #: and ENOMEM.
@@ -38,6 +44,31 @@ class VideoError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def limit(name: str) -> int:
+    """Return what a machine decodes at most: pixels of a frame (``PIXELS``), bytes of a clip (``BYTES``).
+
+    A file of 300 bytes can show a picture that fills the memory, so it is refused by its size.
+
+    Raises:
+        ValueError: the variable is set to something else than a whole number above 0.
+    """
+    value = os.environ.get(name) or str(_LIMITS[name])
+    if not (value.isascii() and value.isdecimal() and int(value)):
+        raise ValueError(f"the environment variable {name} must be a whole number above 0, got {value!r}")
+    return int(value)
+
+
+def refuse_size(path: Path, size: int, what: str, name: str) -> None:
+    """Refuse a clip that is too large for this machine: it is put on record nowhere, as others may read it.
+
+    Raises:
+        VideoError: ``size`` is above the limit.
+    """
+    if size > (most := limit(name)):
+        said = f"{what}, more than {most:,}; the environment variable {name} sets the limit"
+        raise VideoError(path, said, passing=True)
 
 
 @dataclass
@@ -70,8 +101,11 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         PyAV's container and stream: the one that libav ranks first, never a cover picture.
 
     Raises:
-        VideoError: a missing or empty file, one of a format that is not in ``FORMATS``, or no video stream.
+        VideoError: a missing or empty file, one of a format that is not in ``FORMATS``, no video stream, or
+            frames of more pixels than the ``limit``.
     """
+    # By this ffmpeg itself refuses what has no size yet. It counts a frame's lines longer than they are.
+    largest = {"max_pixels": str(2 * limit(PIXELS) + 2**20)}
     try:
         if not path.exists():
             raise VideoError(path, "does not exist")
@@ -88,7 +122,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         container = av.open(
             f"file:{path}",
             mode="r",
-            options={"protocol_whitelist": "file", "format_whitelist": FORMATS},
+            options={"protocol_whitelist": "file", "format_whitelist": FORMATS, **largest},
             metadata_errors="replace",
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -99,11 +133,18 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise VideoError(path, "has no video stream")
         if stream.codec_context is None:
             raise VideoError(path, "no decoder for its video stream")
+        _refuse_frame(path, stream)
+        stream.codec_context.options = largest
         # A DataLoader already has a process a core; a converter and a decoder take one thread each.
         stream.codec_context.thread_count = 1
         yield container, stream
     finally:
         container.close()
+
+
+def _refuse_frame(path: Path, shown: Any) -> None:
+    pixels = shown.width * shown.height
+    refuse_size(path, pixels, f"its frames have {shown.width}×{shown.height} pixels", PIXELS)
 
 
 def _best_stream(container: Any) -> Any | None:
@@ -149,7 +190,10 @@ def decode(path: Path, progress: Progress) -> Iterator[Any]:
                     raise unreadable(path, error) from None
                 progress.errors += 1
                 progress.last_error = progress.decoded
-                progress.first_error = progress.first_error or f"frame {progress.decoded}: {say(error)}"
+                # What ffmpeg found too large has no size here.
+                large = f"; or it has more than {limit(PIXELS):,} pixels, see {PIXELS}"
+                said = f"frame {progress.decoded}: {say(error)}{'' if stream.width else large}"
+                progress.first_error = progress.first_error or said
                 fruitless += 1
                 if fruitless > 1000:  # A demuxer that fails forever.
                     return
@@ -157,6 +201,7 @@ def decode(path: Path, progress: Progress) -> Iterator[Any]:
             if packet is None:
                 return
             for frame in frames:
+                _refuse_frame(path, frame)
                 fruitless = 0
                 if frame.is_corrupt:
                     progress.corrupt.append(progress.decoded)

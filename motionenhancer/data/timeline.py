@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import Progress, VideoError, av, decode, is_passing, opened, say, unreadable
+from motionenhancer.data.decode import (
+    PIXELS,
+    Progress,
+    VideoError,
+    av,
+    decode,
+    is_passing,
+    opened,
+    say,
+    unreadable,
+)
 from motionenhancer.data.truncation import missing_share
 
 MISSING_SHARE = 0.05
@@ -218,7 +228,8 @@ def judge(path: Path, progress: Progress, whole: bool) -> None:
     """
     decoded, errors, first = progress.decoded, progress.errors, progress.first_error
     if decoded == 0:
-        raise VideoError(path, f"none of its frames can be decoded{f' ({first})' if first else ''}")
+        why = f"none of its frames can be decoded{f' ({first})' if first else ''}"
+        raise VideoError(path, why, passing=PIXELS in first)
     packets = decoded + errors
     if errors > MISSING_SHARE * packets:
         raise VideoError(path, f"damaged: {errors} of {packets} packets fail to decode, first at {first}")

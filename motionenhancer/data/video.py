@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import Progress, VideoError, av, decode, unreadable
+from motionenhancer.data.decode import BYTES, Progress, VideoError, av, decode, refuse_size, unreadable
 from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
 
 TIE = 1e-6
 """Seconds; two frames whose distances to a wanted time differ by less are equally near."""
+
+_LEAST = 16 * 16
+"""Pixels that a frame is counted with before its size is known."""
 
 SKEW = math.tan(math.radians(1))
 """A picture turned by less than one degree off a quarter turn is taken for a quarter turn."""
@@ -181,13 +184,15 @@ def read_frames(
         start, end: read only frames with ``start <= time <= end``, in seconds since the clip's first frame,
             as qwen-vl-utils does. All sampling happens within them.
 
-    Without num_frames, fps and max_frames all frames are returned.
+    Without num_frames, fps and max_frames all frames are returned. A clip is refused if its frames have more
+    pixels than ``MOTIONENHANCER_FRAME_PIXELS``, or take more bytes than ``MOTIONENHANCER_CLIP_BYTES``.
 
     Returns:
         Video: timestamps count from the clip's first frame, also for a segment.
 
     Raises:
-        VideoError: missing, empty, not a video, no video stream, no frames, truncated, damaged, too short.
+        VideoError: missing, empty, not a video, no video stream, no frames, truncated, damaged, too short,
+            too large.
         ValueError, TypeError: an argument out of range, or two that exclude each other.
 
     >>> import tempfile
@@ -212,6 +217,7 @@ def read_frames(
     if isinstance(path, Clip) and start is None and end is None:
         start, end = path.start, path.end
     path = Path(path)
+    _refuse_bytes(path, num_frames or 0, _LEAST)
     for timeline in timelines(path):
         choice = _choose(timeline, num_frames, fps, max_frames, start, end)
         video = _pick(path, timeline, choice, size, max_pixels)
@@ -228,6 +234,12 @@ def read_frames(
     return video
 
 
+def _refuse_bytes(path: Path, frames: int, pixels: int) -> None:
+    """Refuse so many frames of so many pixels, before memory is taken for them; see `refuse_size`."""
+    size = 3 * frames * pixels
+    refuse_size(path, size, f"{frames:,} frames of {pixels:,} pixels take {size:,} bytes", BYTES)
+
+
 def _pick(
     path: Path,
     timeline: Timeline,
@@ -242,7 +254,7 @@ def _pick(
     progress = Progress()
     # One converter a clip, with one thread: setting one up takes longer than converting a small frame.
     converter = av.video.reformatter.VideoReformatter()
-    pictures: dict[int, np.ndarray] = {}
+    pictures = np.empty((0, 0, 0, 3), np.uint8)
     needed = set(chosen.tolist())
     frames = decode(path, progress)
     try:
@@ -253,8 +265,12 @@ def _pick(
                 break
             if index in needed:
                 turn = _turn(path, frame)
-                size = size or _below(*turn.shown(frame.height, frame.width), max_pixels)
-                pictures[index] = _to_array(converter, frame, turn, size)
+                if not len(pictures):
+                    size = size or _below(*turn.shown(frame.height, frame.width), max_pixels)
+                    _refuse_bytes(path, len(chosen), size[0] * size[1])
+                    pictures = np.empty((len(chosen), *size, 3), np.uint8)
+                first, behind = np.searchsorted(chosen, [index, index + 1])
+                pictures[first:behind] = _to_array(converter, frame, turn, pictures.shape[1:])
     except VideoError:
         raise
     except (av.error.FFmpegError, MemoryError, ValueError) as error:
@@ -265,7 +281,7 @@ def _pick(
         return None
     judge(path, progress, timeline.whole or stop < len(timeline.stamps))
     return Video(
-        frames=np.stack([pictures[index] for index in chosen.tolist()]),
+        frames=pictures,
         timestamps=timeline.times[chosen] - timeline.times[0],
         fps=timeline.fps,
         duration=choice.duration,
@@ -275,15 +291,15 @@ def _pick(
     )
 
 
-def _to_array(converter: Any, frame: Any, turn: _Turn, shape: tuple[int, int]) -> np.ndarray:
-    height, width = turn.shown(*shape)
+def _to_array(converter: Any, frame: Any, turn: _Turn, shape: tuple[int, ...]) -> np.ndarray:
+    height, width = turn.shown(*shape[:2])
     converted = converter.reformat(
         frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
     )
     picture = converted.to_ndarray()
     if turn.transposed:
         picture = picture.swapaxes(0, 1)
-    return np.ascontiguousarray(picture[:: -1 if turn.upside_down else 1, :: -1 if turn.mirrored else 1])
+    return picture[:: -1 if turn.upside_down else 1, :: -1 if turn.mirrored else 1]
 
 
 def check_video(path: str | Path) -> VideoInfo:

@@ -47,6 +47,7 @@ def open_engine(
     address: str | None = None,
     actors: int | None = None,
     cpus: int | None = None,
+    wait: float | None = None,
 ) -> Iterator[Engine]:
     """Open an engine for as long as the context lasts.
 
@@ -57,6 +58,7 @@ def open_engine(
             one. Several processes join one cluster and share its GPUs.
         actors: teachers of this process; None is this process's share of the cluster's GPUs, at least one.
         cpus: cores that each actor reserves and computes with; None is 1.
+        wait: seconds without a teacher, or for one prior, after which the run stops; None is an hour.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster.
@@ -76,7 +78,7 @@ def open_engine(
         yield Engine(state.device, 1, local)
         return
     try:
-        from .ray_maker import RayMaker, open_cluster
+        from .ray_maker import WAIT, RayMaker, open_cluster
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
@@ -84,5 +86,5 @@ def open_engine(
     if state.num_processes > 1:
         # Each process would start a cluster of its own on the same GPUs.
         address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    with open_cluster(address, actors, cpus or 1, state.num_processes) as cluster:
+    with open_cluster(address, actors, cpus or 1, state.num_processes, wait or WAIT) as cluster:
         yield Engine(cluster.device, cluster.teachers, partial(RayMaker, cluster))

@@ -104,7 +104,9 @@ class Reader:
 
     def decode(self, request: PriorRequest) -> Video:
         """The frames that the teacher reads; VideoError where a clip cannot be read."""
-        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2)
+        # At the teacher's own size: a clip of large frames would otherwise fill the memory.
+        size = self.teacher.size
+        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2, size=size)
 
     def read(self, request: PriorRequest, video: Video) -> Made:
         """Make a prior; PriorError where the clip and text can give none."""

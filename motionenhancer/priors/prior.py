@@ -38,9 +38,7 @@ TOKEN_SELECTIONS = ("mtti", "off")
 PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
-FORMAT = 4
-#: Settings that came after others had stored priors: a default of theirs changes no key.
-_LATER = ("diagonal_width", "token_scores", "token_unit")
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,6 @@ class PriorSettings:
         for name in ("guidance_scale", "guidance_scale_2", "head_ratio", "token_ratio"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
-
-    def key(self) -> dict[str, Any]:
-        """What of these settings belongs to the name of a stored prior, ready for JSON."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in _LATER or value != getattr(PriorSettings, name)
-        }
 
     def rows(self, *, split: bool = False) -> int:
         """Batch rows of one evaluation; with `split`, where texts are evaluated one after the other."""

@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition, Thread
+from time import monotonic
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from ..data.video import VideoError, content_digest
 from ..teachers import Teacher
@@ -35,6 +36,9 @@ DEATHS = 12
 
 SLOW = 60
 """Seconds after which an actor that has not started is a warning."""
+
+WAIT = 3600
+"""Seconds that the run goes on without any teacher, or that an actor takes for one prior."""
 
 SAME_FILES = "with Ray all nodes need the same files at the same paths"
 
@@ -102,12 +106,16 @@ class _Job:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A process's share of a Ray cluster: teachers, and the cores and share of a GPU that each reserves."""
+    """A process's share of a Ray cluster: teachers, and the cores and share of a GPU that each reserves.
+
+    `wait` is in seconds; see `RayMaker`.
+    """
 
     device: torch.device
     teachers: int
     cpus: int
     share: float
+    wait: float = WAIT
 
 
 class RayMaker:
@@ -116,6 +124,9 @@ class RayMaker:
     A request is given to an actor that has its teacher, so no request waits for an actor that finds no place
     in the cluster while others work, and no clip is blamed for a death while a teacher was loaded. A clip
     whose actor dies is tried once more on a new one and then refused (`KillerClip`).
+
+    Every wait ends: the teacher is taken for dead after `cluster.wait` seconds in which no actor had one, or
+    in which an actor did not answer one request.
 
     Args:
         cluster: where the actors find their places.
@@ -149,6 +160,9 @@ class RayMaker:
         }
         self._jobs: deque[_Job] = deque()
         self._closing = False
+        #: actors that have a teacher, and since when there is none
+        self._teachers, self._alone_since = 0, monotonic()
+        self._wait = cluster.wait
         #: Guards all of the above that changes, and says when a job came or the maker is closed.
         self._changed = Condition()
         self._hands = [Thread(target=self._serve, daemon=True) for _ in range(self.capacity)]
@@ -191,9 +205,22 @@ class RayMaker:
                 job = None if actor is None and self._dead is None else self._jobs.popleft()
             if job is None:
                 actor = self._hire()
+                if actor is not None:
+                    self._count_teachers(1)
             elif not self._answer(actor, job):
                 actor = None
+                self._count_teachers(-1)
         _dismiss(actor)
+
+    def _count_teachers(self, change: int) -> None:
+        with self._changed:
+            self._teachers += change
+            self._alone_since = monotonic()
+
+    def _needs(self) -> str:
+        """What an actor needs of the cluster, and what there is."""
+        held = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+        return f"it needs {self._options['num_cpus']} cores and {self._options['num_gpus']} GPUs of {held}"
 
     def _hire(self) -> Any:
         """Return a new actor with its teacher; None where it died, or the maker is closed meanwhile."""
@@ -204,17 +231,15 @@ class RayMaker:
             actor = ray.remote(_Actor).options(**self._options).remote(*self._arguments)
             opening = actor.open.remote()
             while not ray.wait([opening], timeout=1)[0]:
-                if self._closing:
+                if self._closing or self._dead is not None:
                     _dismiss(actor)
                     return None
                 waited += 1
                 if waited == SLOW:
-                    logger.warning(
-                        "a Ray actor has not started for %d s: it needs %s cores and %s GPUs of %s",
-                        waited,
-                        self._options["num_cpus"],
-                        self._options["num_gpus"],
-                        {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")},
+                    logger.warning("a Ray actor has not started for %d s: %s", waited, self._needs())
+                if self._teachers == 0 and monotonic() - self._alone_since > self._wait:
+                    raise DeadTeacher(
+                        f"no Ray actor had its teacher for {self._wait:g} s (--ray_wait): {self._needs()}"
                     )
             ray.get(opening)
             return actor
@@ -234,9 +259,15 @@ class RayMaker:
         try:
             if self._dead is not None:
                 raise self._dead
-            made = ray.get(actor.make.remote(job.request))
+            made = ray.get(actor.make.remote(job.request), timeout=self._wait)
         except RayTaskError as error:
             self._failed(job, error.cause)
+        except GetTimeoutError:
+            _dismiss(actor)
+            late = f"a Ray actor gave no prior of {job.request.video} for {self._wait:g} s (--ray_wait)"
+            self._end(DeadTeacher(late))
+            job.answer.set_exception(self._dead)
+            return False
         except RayError as error:
             _dismiss(actor)
             self._count_death(error)
@@ -247,7 +278,8 @@ class RayMaker:
                     self._jobs.appendleft(job)
                     self._changed.notify()
             if job.deaths >= TRIES:
-                killer = KillerClip(Path(job.request.video), f"{TRIES} actors died while they read it")
+                said, passing = f"{TRIES} actors died while they read it", is_machines(error)
+                killer = KillerClip(Path(job.request.video), said, passing=passing)
                 job.answer.set_exception(self._dead or killer)
             elif not again:
                 _give_up(job)
@@ -293,6 +325,16 @@ class RayMaker:
         job.answer.set_exception(judged)
 
 
+def is_machines(error: RayError) -> bool:
+    """Whether Ray blames an actor's death on the machine: its node is gone, or Ray ended it to free memory.
+
+    >>> is_machines(RayError("The actor died because its node has died. Node Id: 1"))
+    True
+    """
+    said = ("its node has died", "low on memory")
+    return isinstance(error, NodeDiedError | OutOfMemoryError) or any(part in str(error) for part in said)
+
+
 def _give_up(job: _Job) -> None:
     if not job.answer.cancel():
         # It was begun, and its actor died.
@@ -306,7 +348,9 @@ def _dismiss(actor: Any) -> None:
 
 
 @contextmanager
-def open_cluster(address: str | None, actors: int | None, cpus: int, processes: int) -> Iterator[Cluster]:
+def open_cluster(
+    address: str | None, actors: int | None, cpus: int, processes: int, wait: float = WAIT
+) -> Iterator[Cluster]:
     """Join a Ray cluster, or start one on this machine that ends with the context; see `open_engine`.
 
     Raises:
@@ -326,7 +370,7 @@ def open_cluster(address: str | None, actors: int | None, cpus: int, processes: 
         gpus = int(ray.cluster_resources().get("GPU", 0))
         mine = actors or max(1, gpus // processes)
         device = torch.device("cuda" if gpus else "cpu")
-        yield Cluster(device, mine, cpus, gpu_share(gpus, mine * processes))
+        yield Cluster(device, mine, cpus, gpu_share(gpus, mine * processes), wait)
     finally:
         if not joined:
             ray.shutdown()

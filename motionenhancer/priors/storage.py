@@ -51,7 +51,7 @@ def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSetting
 
 def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], str]:
     """`prior_key` of one teacher and its settings, as a function of clip and text: quick for millions."""
-    parts = {"format": FORMAT, "settings": settings.key(), "teacher": teacher}
+    parts = {"format": FORMAT, "settings": asdict(settings), "teacher": teacher}
     head = json.dumps(parts, sort_keys=True).removesuffix("}")
 
     def key(video_digest: str, text: str) -> str:

@@ -51,7 +51,7 @@ def run_identity(
         "data_digest": content_digest(data.data or "") if Path(data.data or "").is_file() else None,
         "video_root": data.video_root,
         "limit": data.limit,
-        "prior": settings.key(),
+        "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
         "teacher_options": {k: str(v) for k, v in prior.identity(PartialState().device).items()},
         **{k: v for k, v in asdict(student).items() if k not in _NOT_LEARNT},

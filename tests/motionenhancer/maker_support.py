@@ -65,6 +65,7 @@ class Fake:
     most: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_frames: int = 17
+    size: tuple[int, int] = (16, 24)
     id: str = "t"
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -80,8 +81,10 @@ class Fake:
     def requests(self, *says: str) -> list[PriorRequest]:
         return [self.request(one) for one in says]
 
-    def read_frames(self, path: Path, *, num_frames: int, min_frames: int) -> SimpleNamespace:
-        assert (num_frames, min_frames) == (self.max_frames, 2)
+    def read_frames(
+        self, path: Path, *, num_frames: int, min_frames: int, size: tuple[int, int]
+    ) -> SimpleNamespace:
+        assert (num_frames, min_frames, size) == (self.max_frames, 2, self.size)
         says = path.read_text()
         if says.startswith("broken"):
             raise VideoError(path, "is no video")

@@ -85,9 +85,9 @@ class Load:
         maker_module.extract_prior = self.extract_prior  # type: ignore[assignment]
         exists, unseen = Path.exists, self.unseen
         Path.exists = lambda path: path.name != unseen and exists(path)  # type: ignore[assignment, method-assign]
-        return SimpleNamespace(id=self.id, device=device, max_frames=17)
+        return SimpleNamespace(id=self.id, device=device, max_frames=17, size=(16, 24))
 
-    def read_frames(self, path: Path, **options: int) -> SimpleNamespace:
+    def read_frames(self, path: Path, **options: Any) -> SimpleNamespace:
         says = path.read_text()
         if says.startswith("kill"):
             os._exit(1)
@@ -100,6 +100,8 @@ class Load:
             raise VideoError(path, "is no video")
         if says.startswith("slow"):
             time.sleep(1)
+        if says.startswith("asleep"):
+            time.sleep(SECONDS)
         return SimpleNamespace(frames=np.frombuffer(says.encode(), np.uint8), timestamps=[0.0])
 
     def extract_prior(self, teacher: Any, frames: np.ndarray, text: str, **settings: Any) -> MotionPrior:
@@ -110,13 +112,14 @@ class Load:
         if says.startswith("cuda"):
             raise RuntimeError("CUDA error: an illegal memory access")
         made = make_prior(sum(frames.tolist()))
-        return replace(made, prompt=f"{says}: {text}", settings=PriorSettings(**settings))
+        return replace(made, prompt=text, teacher=self.id, settings=PriorSettings(**settings))
 
 
 def request(folder: Path, says: str, **options: Any) -> PriorRequest:
     clip = folder / f"{says}.mp4"
     clip.write_text(says)
-    return PriorRequest(clip, "text", NAME(content_digest(clip), "text"), **options)
+    text = f"{says}: text"
+    return PriorRequest(clip, text, NAME(content_digest(clip), text), **options)
 
 
 def ray_on(engine: Cluster, folder: Path, teachers: int = 1, cpus: int = 1, **load: Any) -> RayMaker:

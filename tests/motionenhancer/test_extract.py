@@ -111,7 +111,7 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
     assert requests[2].video == requests[3].video == Clip(world.videos / row["video"], 0.5)
     teacher = load_teacher(world.teacher, "cpu")
     for request in requests:
-        frames = read_frames(request.video, num_frames=teacher.max_frames).frames
+        frames = read_frames(request.video, num_frames=teacher.max_frames, size=teacher.size).frames
         kept = PriorStore(priors).read(request.key)
         assert torch.equal(kept.attention, extract_prior(teacher, frames, request.text, steps=1).attention)
     assert extract.main(flags) == 0

@@ -178,7 +178,7 @@ def test_what_a_teacher_draws_is_its_own_and_knows_no_order(world: World, device
     teacher = PriorArguments(teacher=str(world.teacher)).load(device)
     expected = []
     for request in requests:
-        frames = read_frames(request.video, num_frames=17, min_frames=2).frames
+        frames = read_frames(request.video, num_frames=17, size=teacher.size).frames
         expected.append(extract_prior(teacher, frames, request.text, steps=1, start="random"))
     before = (random.getstate(), repr(np.random.get_state()), torch.get_rng_state())  # noqa: NPY002
     for turned in (False, True):

@@ -270,14 +270,6 @@ def test_nan_in_the_teachers_attention_is_an_error_of_that_clip(teacher_dir: Pat
         extract_prior(broken, clip, TEXT, steps=1)
 
 
-def test_a_later_setting_at_its_default_changes_no_key() -> None:
-    names = {"diagonal_width", "token_scores", "token_unit"}
-    assert not names & PriorSettings().key().keys()
-    changed = {"diagonal_width": 2, "token_scores": "standardized", "token_unit": "word"}
-    for name, value in changed.items():
-        assert PriorSettings(**{name: value}).key() == PriorSettings().key() | {name: value}
-
-
 def test_settings_are_checked_when_made() -> None:
     assert PriorSettings().sampled_rows == 64
     with pytest.raises(ValueError, match="steps"):

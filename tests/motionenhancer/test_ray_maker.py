@@ -49,6 +49,24 @@ def test_a_clip_that_kills_its_actor_is_tried_once_more_and_then_recorded(
     assert again.deaths == 0
 
 
+def test_a_machine_without_memory_is_never_on_record_against_a_clip(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, said = PriorStore(tmp_path / "priors"), "Task was killed due to the node running low on memory."
+    real = ray.get
+
+    def get(reference: Any, timeout: float | None = None) -> Any:
+        if timeout is not None:
+            raise ray.exceptions.OutOfMemoryError(said)
+        return real(reference)
+
+    monkeypatch.setattr(ray, "get", get)
+    with closing(Stored(store, ray_on(cluster, tmp_path), NAME, strict=True)) as keeps:
+        found = made_of(keeps, tmp_path, "good")
+    assert [type(one) for one in found] == [KillerClip]
+    assert not list(store.refusals())
+
+
 def test_deaths_in_a_row_end_the_run(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from ray_support import NAME, SECONDS, answer, ray, ray_on, request
 
 from motionenhancer.priors import ray_maker
-from motionenhancer.priors.maker import Made, Stored
+from motionenhancer.priors.maker import DeadTeacher, Made, Stored
 from motionenhancer.priors.ray_maker import Cluster, gpu_share, open_cluster
 from motionenhancer.priors.storage import PriorStore
 
@@ -49,6 +49,34 @@ def test_without_any_place_it_says_so_and_can_be_closed(
     assert "it needs 100 cores and 0.0 GPUs of {'CPU': 2.0, 'GPU': 0}" in caplog.records[0].getMessage()
     keeps.close()
     assert all(isinstance(answer(future), CancelledError | RuntimeError) for future in asked)
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_a_wait_for_a_place_ends(
+    cluster: Cluster, tmp_path: Path, died: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the death of the only node with a GPU: nothing is left that could make a prior."""
+    maker = ray_on(cluster, tmp_path)
+    with closing(maker):
+        if died:
+            assert isinstance(answer(maker.submit(request(tmp_path, "good"))), Made)
+        maker._wait = 3.0
+        monkeypatch.setitem(maker._options, "num_cpus", 100)
+        found = [answer(maker.submit(request(tmp_path, one))) for one in ("kill", "good")]
+    assert [type(one) for one in found] == [DeadTeacher, DeadTeacher]
+    assert "no Ray actor had its teacher for 3 s (--ray_wait): it needs 100 cores" in str(found[0])
+
+
+def test_a_wait_for_one_prior_ends(cluster: Cluster, tmp_path: Path) -> None:
+    store = PriorStore(tmp_path / "priors")
+    maker = ray_on(cluster, tmp_path)
+    with closing(Stored(store, maker, NAME, strict=True)) as keeps:
+        assert isinstance(answer(keeps.submit(request(tmp_path, "good"))), Made)
+        maker._wait = 2.0
+        found = answer(keeps.submit(request(tmp_path, "asleep")))
+    assert isinstance(found, DeadTeacher)
+    assert "asleep.mp4 for 2 s (--ray_wait)" in str(found)
+    assert not list(store.refusals()), "the clip is not to blame"
 
 
 @pytest.mark.parametrize(

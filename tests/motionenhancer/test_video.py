@@ -9,8 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from motionenhancer.data import VideoError, check_video, content_digest, read_frames
+from motionenhancer.data.decode import BYTES, PIXELS
 from motionenhancer.data.encode import encode_video
 
 
@@ -219,6 +221,58 @@ def test_memory_stays_with_the_wanted_frames(clips):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 * 720 * 1280 * 3
+
+
+def test_a_clip_is_held_once(tmp_path):
+    write_lossless(tmp_path / "a.mkv", np.zeros((40, 240, 320, 3), np.uint8))
+    tracemalloc.start()
+    held = read_frames(tmp_path / "a.mkv").frames.nbytes
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * held
+
+
+def write_gif(path, height, width):
+    first, second = Image.new("P", (width, height)), Image.new("P", (width, height), 1)
+    first.save(path, "gif", save_all=True, append_images=[second])
+
+
+@pytest.mark.parametrize("format", ["gif", "matroska"])
+def test_a_frame_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, format):
+    if format == "gif":
+        write_gif(tmp_path / "a", 120, 160)
+    else:
+        write_lossless(tmp_path / "a", shaded(3, 120, 160))
+    monkeypatch.setenv(PIXELS, "19200")
+    assert read_frames(tmp_path / "a").frames.shape[1:] == (120, 160, 3)
+    monkeypatch.setenv(PIXELS, "19199")
+    for read in (read_frames, check_video):
+        with pytest.raises(VideoError, match=rf"have 160×120 pixels, more than 19,199.*{PIXELS}") as caught:
+            read(tmp_path / "a")
+        assert caught.value.passing, "another machine may read it"
+    monkeypatch.setenv(PIXELS, "many")
+    with pytest.raises(ValueError, match=f"{PIXELS} must be a whole number"):
+        read_frames(tmp_path / "a")
+
+
+def test_a_frame_that_ffmpeg_finds_too_large_names_the_limit(tmp_path, monkeypatch):
+    write_gif(tmp_path / "a.gif", 1500, 1500)
+    monkeypatch.setenv(PIXELS, "100")
+    with pytest.raises(VideoError, match=rf"more than 100 pixels, see {PIXELS}") as caught:
+        read_frames(tmp_path / "a.gif")
+    assert caught.value.passing
+
+
+def test_a_clip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    write_lossless(tmp_path / "a.mkv", shaded(3))
+    monkeypatch.setenv(BYTES, str(3 * 24 * 32 * 3))
+    assert len(read_frames(tmp_path / "a.mkv").frames) == 3
+    with pytest.raises(VideoError, match=rf"4 frames of 768 pixels take 9,216 bytes.*{BYTES}") as caught:
+        read_frames(tmp_path / "a.mkv", num_frames=4)
+    assert caught.value.passing
+    assert len(read_frames(tmp_path / "a.mkv", num_frames=4, size=(12, 16)).frames) == 4
+    with pytest.raises(VideoError, match=f"1,000,000,000,000 frames .*{BYTES}"):
+        read_frames(tmp_path / "a.mkv", num_frames=10**12)
 
 
 @pytest.mark.parametrize("seed", range(12))
