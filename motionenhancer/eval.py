@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,23 @@ from .data.video import content_digest
 from .evaluation.answers import read_answers, read_predictions
 from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
 from .evaluation.compare import compare_runs, read_results
-from .evaluation.generate import Asked, answer_questions
+from .evaluation.generate import Asked, answer_questions, unanswered
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
-from .evaluation.write import student_digest, write_scores
+from .evaluation.write import SCORES, student_digest, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
 from .interrupts import on_interrupt
-from .processes import join_processes
+from .processes import from_main, join_processes
 from .report.run_report import RunReport
 from .settings import EvalArguments
 from .students import load_student, student_family
 from .toy.defaults import default_toy, require_all
 
 PROG = "python -m motionenhancer.eval"
+#: Outputs, and ids of questions that could not be put, with reason and detail.
+Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
 #: Flags that change answers and are taken as they are.
 _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
 
@@ -68,9 +70,16 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     hidden = arguments.answer_hidden or arguments.predictions is not None
     questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
     answers = _ask if arguments.predictions is None else _read
-    outputs, gone = answers(arguments, benchmark, questions, report, skips)
+    files = {"data": arguments.data, "predictions": arguments.predictions}
+    report.content["arguments"] = asdict(replace(arguments, output_dir=None)) | asdict(rules)
+    report.content["digests"] = {name: content_digest(path) for name, path in files.items() if path}
+    found = answers(arguments, benchmark, questions, report, skips)
     if not PartialState().is_main_process:
         return {}
+    if found is None:
+        print(f"{report.folder}: this evaluation is finished; nothing is done")
+        return json.loads((report.folder / SCORES).read_text(encoding="utf-8"))
+    outputs, gone = found
     for q in questions:
         if q.id in gone and q.answer is not None:  # The others are counted already.
             reason, detail = gone[q.id]
@@ -86,7 +95,6 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
         **arguments.bootstrap(),
     )
     report.content["skipped"] = skips.to_json()
-    report.content["arguments"] = asdict(arguments) | asdict(rules)
     report.write("finished")
     on_interrupt(lambda: f"the scores are in {report.folder}")
     return scores
@@ -124,8 +132,8 @@ def _read(
     questions: list[Question],
     report: RunReport,
     skips: SkipLog,
-) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """Answers made elsewhere → outputs, and ids of questions that could not be put, with reason and detail.
+) -> Answers | None:
+    """Answers made elsewhere; None where this very run has finished.
 
     A question without an answer is wrong, unless `--video_root` shows that its clip is missing.
     """
@@ -137,7 +145,9 @@ def _read(
     if arguments.video_root is not None:
         clips = VideoFolder(arguments.video_root, benchmark.folders)
         gone = _missing([Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs])
-    _claim(report, {"command": "eval", "answers": "predictions"})
+    report.content["missing"] = sorted(gone)
+    if _claim(report, {"command": "eval", "answers": "predictions"}, "no answer is lost"):
+        return None
     return outputs, gone
 
 
@@ -147,8 +157,8 @@ def _ask(
     questions: list[Question],
     report: RunReport,
     skips: SkipLog,
-) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """Answer what is not answered yet → outputs of all processes, and what could not be put, as `_read`."""
+) -> Answers | None:
+    """Answer what is not answered yet; of all processes. None where this very run has finished."""
     student = model_folder(arguments.student or "", "--student")
     config = student / "config.json"
     if not config.is_file():
@@ -161,7 +171,8 @@ def _ask(
     clips = VideoFolder(arguments.video_root or data.parent, benchmark.folders)
     prompt = arguments.prompt or benchmark.prompt
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
-    _claim(
+    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    finished = _claim(
         report,
         {
             "command": "eval",
@@ -175,20 +186,17 @@ def _ask(
             "max_new_tokens": max_new_tokens,
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
+        f"every written answer is kept in {report.folder}",
+        answered=not any(unanswered(asked, report.folder, arguments.batch_size)),
     )
-    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    if finished:
+        return None
     gone = _missing(asked)
     state = PartialState()
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def kept() -> str:
-        if state.is_main_process:
-            report.write("interrupted")
-        return f"every written answer is kept in {report.folder}"
-
-    on_interrupt(kept)
     answer_questions(
         lambda: load_student(
             student,
@@ -217,10 +225,27 @@ def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _claim(report: RunReport, identity: dict[str, Any]) -> None:
-    """Make the report's folder this run's, or go on in it; a folder of another run is refused."""
+def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: bool = True) -> bool:
+    """Make the report's folder this run's, or go on in it; a folder of another run is refused.
+
+    Args:
+        kept: what is, when the run is interrupted.
+        answered: no question is left to ask.
+
+    Returns:
+        Whether this very run has finished there, of the same files and with the same rules.
+    """
     report.identity = identity
     state = PartialState()
+    settled = answered and (report.folder / SCORES).is_file() and report.finished()
+    if from_main(settled):
+        return True
+
+    def interrupted() -> str:
+        if state.is_main_process:
+            report.write("interrupted")
+        return kept
+
     if state.is_main_process:
         if not report.path.is_file() and any(report.folder.glob("answers*.jsonl")):
             raise ValueError(
@@ -229,7 +254,9 @@ def _claim(report: RunReport, identity: dict[str, Any]) -> None:
         if report.path.is_file():
             report.claim()
         report.write("running")
+    on_interrupt(interrupted)
     state.wait_for_everyone()
+    return False
 
 
 if __name__ == "__main__":

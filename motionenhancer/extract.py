@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -104,18 +106,20 @@ def run(
             "processes": state.num_processes * engine.teachers,
             "versions": versions(),
         }
-        if state.is_main_process:
-            write_json(store.folder / EXTRACTION, {"status": "running", **report})
+        path, before = store.folder / EXTRACTION, _finished(store.folder / EXTRACTION, report)
+        if state.is_main_process and before is None:
+            write_json(path, {"status": "running", **report})
+        counts = dict.fromkeys(("samples", "stored", "made"), 0)
 
         def kept() -> str:
-            if state.is_main_process:
-                write_json(store.folder / EXTRACTION, {"status": "interrupted", **report})
+            if state.is_main_process and (before is None or counts["made"]):
+                write_json(path, {"status": "interrupted", **report})
             return f"every finished prior is kept in {store.folder}"
 
         on_interrupt(kept)
         maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
         stored = Stored(store, maker, name, strict=True, retry=True)
-        counts, roundtrip = _make(requests, Path(data.data), stored, skips)
+        roundtrip = _make(requests, Path(data.data), stored, counts, skips)
         counts["worker_deaths"] = getattr(maker, "deaths", 0)
     everyone = gather_object([(counts, roundtrip, skips)])
     if not state.is_main_process:
@@ -128,8 +132,11 @@ def run(
         "seconds": round(time.time() - began, 1),
         "roundtrip": next((found for _, found, _ in everyone if found), None),
     }
-    path = store.folder / EXTRACTION
-    write_json(path, {"status": "finished", **report, **results, "skipped": total.to_json()})
+    found = json.loads(json.dumps({"samples": results["samples"], "skipped": total.to_json()}))
+    if before is not None and not results["made"] and found.items() <= before.items():
+        print("this extraction is finished; nothing is done")
+    else:
+        write_json(path, {"status": "finished", **report, **results, **found})
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
         print(f"{unknown} {PARTLY_UNKNOWN}: such characters are never words")
@@ -142,11 +149,24 @@ def run(
     return from_main(1 if total.total else 0)
 
 
+def _finished(path: Path, report: dict[str, Any]) -> dict[str, Any] | None:
+    """What the same extraction wrote when it had finished; None where it has not."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = {"status": "finished", **json.loads(json.dumps(report))}
+    return before if all(name in before and before[name] == value for name, value in same.items()) else None
+
+
 def _make(
-    requests: Iterator[tuple[Sample, PriorRequest]], data: Path, stored: Stored, skips: SkipLog
-) -> tuple[dict[str, int], dict[str, float] | None]:
-    """Make what is missing, with a bar over the bytes of the data file; return counts and inversion error."""
-    counts = {"samples": 0, "stored": 0, "made": 0}
+    requests: Iterator[tuple[Sample, PriorRequest]],
+    data: Path,
+    stored: Stored,
+    counts: dict[str, int],
+    skips: SkipLog,
+) -> dict[str, float] | None:
+    """Make what is missing, with a bar over the bytes of the data file; count, return the inversion error."""
     roundtrip = None
     size, hidden = data.stat().st_size, not PartialState().is_main_process
     bar = tqdm(desc="priors", total=size, unit="B", unit_scale=True, disable=hidden)
@@ -166,7 +186,7 @@ def _make(
             done = {name: counts[name] for name in ("stored", "made")}
             bar.set_postfix({**done, **({"left out": skips.total} if skips.total else {})}, refresh=False)
         bar.update(size - bar.n)
-    return counts, roundtrip
+    return roundtrip
 
 
 def _forecast(

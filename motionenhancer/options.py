@@ -30,6 +30,8 @@ WORKS = frozenset(
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
     resume_from_checkpoint restore_callback_states_from_checkpoint
+    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+    load_best_model_at_end metric_for_best_model greater_is_better
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context train_sampling_strategy
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
@@ -37,7 +39,19 @@ WORKS = frozenset(
     """)
 )
 
-_EVALUATION = "nothing is evaluated while training; score a checkpoint with python -m motionenhancer.eval"
+#: Options that do nothing without data to evaluate.
+EVALUATES = frozenset(
+    str.split("""
+    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
+    metric_for_best_model
+    """)
+)
+#: What an evaluation logs, and `--metric_for_best_model` may name.
+METRICS = ("loss", "loss_ar", "loss_align", "loss_align_raw")
+
+_PREDICTIONS = "an evaluation keeps losses alone; score answers with python -m motionenhancer.eval"
+_CASTS = "transformers casts only a model that is not in training; a run evaluates with the weights it trains"
+_ALIGNER = "the aligner has an optimizer of its own, which follows schedules of steps alone"
 _UPLOAD = "nothing is uploaded; when the run has finished, upload its folder with hf upload"
 _LENGTHS = "lengths are known only when a clip has been decoded; use random or sequential"
 _IN_BACKWARD = (
@@ -54,21 +68,22 @@ _ORDER = "the order of the samples must not depend on chance, so that a stopped 
 REFUSED: Mapping[str, str | Mapping[str, str]] = {
     **dict.fromkeys(
         str.split("""
-        eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object
-        eval_accumulation_steps per_device_eval_batch_size prediction_loss_only include_for_metrics
-        batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model
-        greater_is_better do_eval do_predict
+        eval_do_concat_batches eval_use_gather_object eval_accumulation_steps prediction_loss_only
+        include_for_metrics batch_eval_metrics do_predict
         """),
-        _EVALUATION,
+        _PREDICTIONS,
     ),
+    "bf16_full_eval": _CASTS,
+    "fp16_full_eval": _CASTS,
+    "do_eval": "give --eval_data, which is evaluated",
+    "greater_is_better": {"True": "every metric is a loss"},
     **dict.fromkeys(
         str.split("""
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
         """),
         _UPLOAD,
     ),
-    "save_strategy": {"best": _EVALUATION},
-    "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _EVALUATION),
+    "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _ALIGNER),
     "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
     "length_column_name": _LENGTHS,
     "optim": {
@@ -103,6 +118,8 @@ RANGES: Mapping[str, Mapping[str, float]] = {
     "adam_epsilon": {"least": 0},
     "max_grad_norm": {"least": 0},
     "neftune_noise_alpha": {"least": 0},
+    "eval_steps": {"above": 0},
+    "eval_delay": {"least": 0},
     "save_steps": {"above": 0},
     "save_total_limit": {"least": 1},
     "torch_empty_cache_steps": {"least": 1},

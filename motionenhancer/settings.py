@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .alignment.aligner import LOSSES, check_normalize
 from .alignment.weight import SCHEDULES, AlignmentSchedule
@@ -22,6 +23,8 @@ from .evaluation.benchmarks import BENCHMARKS
 from .flags import MAX_SEED, Settings, check_fields, setting
 from .hub import model_folder
 from .options import (
+    EVALUATES,
+    METRICS,
     RANGES,
     WORKS,
     changed_options,
@@ -427,6 +430,14 @@ class TrainArguments(TrainingArguments):
         None, "Steps between log lines. Default: 10, or fewer, so that a run has ten of them.", above=0
     )
     # HfArgumentParser reads a union of three only with None in front.
+    per_device_eval_batch_size: int | None = setting(  # type: ignore[assignment]
+        None, "Samples a device evaluates at once. Default: --per_device_train_batch_size.", least=1
+    )
+    metric_for_best_model: str | None = setting(
+        None,
+        "With --load_best_model_at_end: the loss to go by. Default: loss, the sum of both.",
+        choices=[*METRICS, *(f"eval_{name}" for name in METRICS)],
+    )
     report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
     remove_unused_columns: bool = setting(False, "Must stay false.")
 
@@ -443,9 +454,14 @@ class TrainArguments(TrainingArguments):
         self.logging_is_free = self.logging_steps is None
         if self.logging_steps is None:
             self.logging_steps = 10
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         with naming_options(self.given):
             super().__post_init__()
         refuse_accelerate_options(self)
+        if self.metric_for_best_model is not None:
+            # transformers takes a name that does not end in "loss" for a score.
+            self.greater_is_better = False
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("--fp16 needs a GPU: on a CPU accelerate would leave it out; use --bf16")
         if self.n_gpu > 1:
@@ -472,6 +488,53 @@ class TrainArguments(TrainingArguments):
         """Log at least ten times in a run of so many steps, or after each of fewer, unless told how often."""
         if self.logging_is_free:
             self.logging_steps = min(10, max(1, steps // 10))
+
+
+@dataclass
+class ValidationArguments(Settings):
+    """Samples that are not trained on, and when a run stops by their losses."""
+
+    eval_data: str | None = setting(
+        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch.", exists="file"
+    )
+    eval_video_root: str | None = setting(
+        None, "Folder of their clips. Default: the data file's.", exists="folder"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a new best --metric_for_best_model.", least=1
+    )
+
+    def check(self, training: TrainArguments, *, data: str | None, aligned: bool) -> None:
+        """Refuse what cannot work, and evaluate after each epoch unless told when.
+
+        Args:
+            data: that is trained on, if it is not the toy's.
+            aligned: whether `loss_align` is known.
+
+        Raises:
+            ValueError: names the flag, and what it needs.
+        """
+        asked = [name for name in training.given if name in EVALUATES]
+        asked += [name for name in ("eval_video_root", "early_stopping_patience") if getattr(self, name)]
+        asked += ["save_strategy best"] * (training.save_strategy == SaveStrategy.BEST)
+        if self.eval_data is None:
+            if asked:
+                raise ValueError(f"--{asked[0]} needs --eval_data, the samples to evaluate")
+            return
+        if data is None:
+            raise ValueError("--eval_data needs --data, the samples to train on")
+        if self.early_stopping_patience is not None and not training.load_best_model_at_end:
+            raise ValueError(
+                "--early_stopping_patience needs --load_best_model_at_end true: the weights of the last "
+                "step are not the best ones"
+            )
+        if "loss_align" in (training.metric_for_best_model or "") and not aligned:
+            raise ValueError(
+                f"--metric_for_best_model {training.metric_for_best_model}: nothing is aligned; use loss_ar, "
+                "or --measure_alignment true"
+            )
+        if training.eval_strategy == IntervalStrategy.NO:
+            training.eval_strategy, training.do_eval = IntervalStrategy.EPOCH, True
 
 
 @dataclass

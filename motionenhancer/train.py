@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback
 
 from .alignment.aligner import build_aligner, save_aligner
 from .alignment.dataset import MotionCollator, MotionDataset
 from .alignment.trainer import MotionTrainer
-from .data import SkipLog
+from .data import Sample, SkipLog
 from .data.readers import load_samples
 from .flags import parse_arguments
 from .interrupts import on_interrupt
@@ -37,6 +39,7 @@ from .settings import (
     ReportArguments,
     StudentArguments,
     TrainArguments,
+    ValidationArguments,
 )
 from .students import StudentFamily, load_student
 from .toy.accuracy import accuracy, accuracy_table
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PriorArguments,
         PriorSettings,
         TrainArguments,
+        ValidationArguments,
         OnlineArguments,
         MakerArguments,
         ReportArguments,
@@ -89,6 +93,7 @@ def run(
     prior: PriorArguments,
     settings: PriorSettings,
     training: TrainArguments,
+    validation: ValidationArguments,
     online: OnlineArguments,
     maker: MakerArguments,
     shown: ReportArguments,
@@ -105,6 +110,7 @@ def run(
     folder = Path(training.output_dir or "runs/train")
     student.check(folder)
     online.check(student.prior_source)
+    validation.check(training, data=data.data, aligned=student.aligned)
     toy = use_toy_defaults(data, prior, student)
     assert student.student is not None
     engine = engine_of(training)
@@ -116,7 +122,7 @@ def run(
         assert prior.teacher is not None
         check_settings(settings, prior.teacher)
     checkpoint = checkpoint_to_resume(training)
-    report = RunReport(folder, identity=run_identity(student, data, prior, settings, training))
+    report = RunReport(folder, identity=run_identity(student, data, prior, settings, training, validation))
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
@@ -129,6 +135,7 @@ def run(
         return report
     skips = SkipLog()
     samples = load_samples(data.data or "", data.video_root, data.limit, skips)
+    tested = _eval_samples(validation, skips)
     training.log_ten_times(plan_steps(len(samples), training).total)
     if main_process:
         if not student.dry_run:
@@ -137,6 +144,8 @@ def run(
         if checkpoint is not None:
             print(f"goes on from {checkpoint}")
         print(f"student {student.student}\ndata {data.data}, {len(samples)} samples\noutput {report.folder}")
+        if tested:
+            print(f"eval data {validation.eval_data}, {len(tested)} samples")
         if student.aligned:
             print(f"teacher {prior.teacher}\npriors {prior.prior_dir}")
     try:
@@ -155,7 +164,7 @@ def run(
         }
         if main_process:
             plain = MotionDataset(samples, family, processor, keys={}, **options)
-            plan = _plan(model, plain, student, prior, settings, training)
+            plan = _plan(model, plain, tested, student, prior, settings, training)
             report.content["plan"] = plan.to_json()
             print(plan)
             teacher = plan_memory(student, prior, settings, online)
@@ -165,24 +174,26 @@ def run(
                 print(f"teacher, {place}: {cost}")
         if student.dry_run:
             return report
-        tested = toy if main_process and whole else None
-        if tested is not None:
-            report.content["evaluation"] = {"before": _test(model, processor, family, tested)}
+        asked = toy if main_process and whole else None
+        if asked is not None:
+            report.content["evaluation"] = {"before": _test(model, processor, family, asked)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
-            priors = open_priors(samples, student, prior, settings, skips, report, online, maker)
+            priors = open_priors([*samples, *tested], student, prior, settings, skips, report, online, maker)
         rate = vision_rate(student, training)
         with priors as found:
             if checkpoint is not None:
                 report.content["resumed_from"] = Path(checkpoint).name
                 if found.online is not None:
                     found.online.settled = aligned_before(checkpoint)
+            _refuse_metric(training, tested, found)
+            options |= {"keys": found.keys, "requests": found.requests}
             trainer = MotionTrainer(
                 model=model,
                 args=training,
-                train_dataset=MotionDataset(
-                    found.samples, family, processor, keys=found.keys, requests=found.requests, **options
-                ),
+                train_dataset=MotionDataset(samples, family, processor, **options),
+                eval_dataset=MotionDataset(tested, family, processor, **options) if tested else None,
+                callbacks=_early_stopping(validation),
                 data_collator=MotionCollator(family, processor, source=prior.prompt_source),
                 processing_class=processor,
                 alignment_weight=student.schedule(),
@@ -204,8 +215,8 @@ def run(
             watch.read("after")
             _save(trainer, student)
             watch.keep(report.folder)
-            if tested is not None:
-                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, tested)
+            if asked is not None:
+                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, asked)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
@@ -239,6 +250,28 @@ def _interrupted(report: RunReport, training: TrainArguments) -> str:
     return f"{place} is kept in {training.output_dir}, and every finished prior"
 
 
+def _eval_samples(validation: ValidationArguments, skips: SkipLog) -> list[Sample]:
+    """The samples of `--eval_data`, with ids that no sample of `--data` has."""
+    if validation.eval_data is None:
+        return []
+    samples = load_samples(validation.eval_data, validation.eval_video_root, None, skips)
+    return [replace(sample, id=f"eval/{sample.id}") for sample in samples]
+
+
+def _refuse_metric(training: TrainArguments, tested: Sequence[Sample], found: RunPriors) -> None:
+    if "loss_align" in (training.metric_for_best_model or "") and not any(
+        sample.id in found.keys or sample.id in found.requests for sample in tested
+    ):
+        raise ValueError(
+            f"--metric_for_best_model {training.metric_for_best_model}: no sample of --eval_data has a prior"
+        )
+
+
+def _early_stopping(validation: ValidationArguments) -> list[EarlyStoppingCallback]:
+    patience = validation.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
 def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
@@ -269,6 +302,7 @@ def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, 
 def _plan(
     model: Any,
     dataset: MotionDataset,
+    tested: Sequence[Sample],
     student: StudentArguments,
     prior: PriorArguments,
     settings: PriorSettings,
@@ -276,7 +310,7 @@ def _plan(
 ) -> RunPlan:
     # A run counts its priors when it collects them, so that clips are read once.
     counts = student.aligned and student.dry_run and student.prior_source != "online"
-    counted = count_priors(dataset.samples, prior, settings) if counts else None
+    counted = count_priors([*dataset.samples, *tested], prior, settings) if counts else None
     try:
         tokens = len(dataset[0].encoded.input_ids)
     except ValueError:

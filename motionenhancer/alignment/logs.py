@@ -43,6 +43,59 @@ class Stopwatch:
         return total
 
 
+class EvaluationLog:
+    """Sums over the batches of one evaluation, on one process.
+
+    Args:
+        device: of the losses.
+        counted: how many batches count, the first ones; None: all.
+    """
+
+    def __init__(self, device: torch.device, counted: int | None = None) -> None:
+        self._left, self._weight = counted, 0.0
+        self._sums = torch.zeros(5, device=device)
+
+    def add(
+        self,
+        model_loss: torch.Tensor,
+        tokens: torch.Tensor | int,
+        alignment_losses: torch.Tensor | None,
+        aligned: int,
+        weight: float,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            model_loss: a scalar, the mean over `tokens`.
+            alignment_losses: as `StepLog.add_losses` takes them, means over `aligned` samples.
+            weight: λ.
+        """
+        self._weight = weight
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                return
+        self._sums[0] += model_loss.detach() * tokens
+        self._sums[1] += tokens
+        if alignment_losses is not None:
+            self._sums[2:4] += alignment_losses.detach() * aligned
+            self._sums[4] += aligned
+
+    def entries(self, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`loss_ar`, the mean over all answer tokens, and `loss`, the sum of both terms.
+
+        Where a sample was aligned also `loss_align` and `loss_align_raw`, means over the aligned samples.
+        """
+        losses, tokens, align, raw, aligned = total(self._sums).tolist()
+        if not tokens:
+            return {}
+        found = {"loss": losses / tokens, "loss_ar": losses / tokens}
+        if aligned:
+            found |= {"loss_align": align / aligned, "loss_align_raw": raw / aligned}
+            found["loss"] += self._weight * found["loss_align"]
+        return found
+
+
 class StepLog:
     """Sums over the micro-batches between two log lines, on one process."""
 

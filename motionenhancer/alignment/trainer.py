@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -27,6 +27,7 @@ from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
 from .logs import StepLog
 from .online import OnlinePriors
+from .validation import ValidatedTrainer
 from .weight import AlignmentSchedule
 
 
@@ -43,7 +44,7 @@ class _Check(NamedTuple):
     """The samples."""
 
 
-class MotionTrainer(Trainer):
+class MotionTrainer(ValidatedTrainer):
     """`transformers.Trainer` whose loss is the model's own plus λ times the alignment to a motion prior.
 
     A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the
@@ -194,6 +195,8 @@ class MotionTrainer(Trainer):
             if aligned is not None:
                 aligned = self._share_of(aligned, alignment.count, which=0, parts=parts)
             self._log.add_losses(loss / parts, None if aligned is None else aligned / parts)
+        elif self._evaluation is not None:
+            self._evaluation.add(loss, tokens, aligned, alignment.count if reads else 0, weight)
         if aligned is not None and weight != 0:
             loss = loss + weight * aligned[0]
         return (loss, outputs) if return_outputs else loss
@@ -265,13 +268,6 @@ class MotionTrainer(Trainer):
             f"{aligned} of {samples} samples aligned, {found} of {words} words found, "
             f"{cut} texts cut to the teacher's length"
         )
-
-    def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of every process's counts."""
-        return self._over_processes(counts.to(self.args.device)) if self.args.world_size > 1 else counts
-
-    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -437,6 +433,15 @@ class MotionTrainer(Trainer):
             target.load_state_dict(saved.state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(best)
+        if self._aligner_training is not None:
+            self._aligner_training.load(Path(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

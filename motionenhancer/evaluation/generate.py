@@ -152,14 +152,8 @@ def answer_questions(
         workers: processes that decode clips ahead; 0 decodes in this one.
     """
     state = PartialState()
-    # What was skipped is tried again: the clip may have been on its way.
-    done = {id for id, row in read_answers(folder).items() if "output" in row}
+    pending = unanswered(asked, folder, batch_size)
     state.wait_for_everyone()
-    batches = [
-        [item for item in asked[start : start + batch_size] if item.video is not None]
-        for start in range(0, len(asked), batch_size)
-    ]
-    pending = [batch for batch in batches if any(item.question.id not in done for item in batch)]
     mine = pending[state.process_index :: state.num_processes]
     if mine:
         model, processor, family = load()
@@ -183,6 +177,17 @@ def answer_questions(
                 append_answers(file, rows)
                 progress.update(len(rows))
     state.wait_for_everyone()
+
+
+def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[list[Asked]]:
+    """The batches with a question that has a clip and no answer in ``folder`` yet."""
+    # What was skipped is tried again: the clip may have been on its way.
+    done = {id for id, row in read_answers(folder).items() if "output" in row}
+    batches = [
+        [item for item in asked[start : start + batch_size] if item.video is not None]
+        for start in range(0, len(asked), batch_size)
+    ]
+    return [batch for batch in batches if any(item.question.id not in done for item in batch)]
 
 
 def encode_batch(

@@ -18,6 +18,7 @@ from .benchmarks import READINGS, Benchmark, Rules
 from .scores import judge_answers, score
 from .table import score_table
 
+SCORES = "scores.json"
 _PIECES, _PIECE = 64, 64 << 10
 
 
@@ -53,7 +54,7 @@ def write_scores(
     write_text(folder / "results.jsonl", "".join(json.dumps(asdict(j)) + "\n" for j in judged))
     submission, content = benchmark.submission(questions, outputs, rules)
     write_text(folder / submission, content)
-    write_json(folder / "scores.json", scores)
+    write_json(folder / SCORES, scores)
     print(score_table(benchmark.title, name, scores, benchmark.tasks, benchmark.name))
     if scores["unanswered"]:
         print(f"{scores['unanswered']} questions have no answer and count as wrong")

@@ -49,13 +49,13 @@ class RunReport:
         self.check()
 
     def finished(self) -> bool:
-        """Whether this very run stands in the folder, finished."""
+        """Whether this very run stands in the folder, finished, with all that `content` holds by now."""
         try:
             report = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return False
-        mine = json.loads(json.dumps(self.identity))
-        return report.get("status") == "finished" and report.get("identity") == mine
+        mine = json.loads(json.dumps({"identity": self.identity, **self.content}))
+        return report.get("status") == "finished" and mine.items() <= report.items()
 
     def check(self) -> None:
         """Whether the folder could be this run's; nothing is written.

@@ -189,9 +189,15 @@ def open_priors(
             refused = f", {none - missing} on record as without a prior" if none > missing else ""
             print(f"teacher {prior.teacher}: {len(pairs) - none} priors stored, {missing} to make{refused}")
         if source == "store" and missing:
+            given = report.identity
+            commands = "\n  ".join(
+                extract_command(prior, settings, {"data": given[data], "video_root": given.get(root)})
+                for data, root in (("data", "video_root"), ("eval_data", "eval_video_root"))
+                if given.get(data) is not None
+            )
             raise ValueError(
                 f"--prior_source store: {missing} of {len(pairs)} priors are missing in {prior.prior_dir}; "
-                f"make them with\n  {extract_command(prior, settings, report.identity)}\n"
+                f"make them with\n  {commands}\n"
                 "or use --prior_source hybrid"
             )
         if missing and not how.priors_first:

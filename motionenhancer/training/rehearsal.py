@@ -49,6 +49,7 @@ def rehearse(training: TrainArguments, engine: str) -> None:
     copied = copy.copy(training)
     copied.accelerator_config = copy.deepcopy(training.accelerator_config)
     copied.report_to, copied.save_strategy = [], "no"
+    copied.eval_strategy, copied.eval_on_start, copied.load_best_model_at_end = "no", False, False
     if training.optim_target_modules is not None:
         copied.optim_target_modules = "all-linear"
     build_optimizer(copied, model)

@@ -12,7 +12,13 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STA
 
 from ..data import content_digest
 from ..priors.prior import PriorSettings
-from ..settings import DataArguments, PriorArguments, StudentArguments, TrainArguments
+from ..settings import (
+    DataArguments,
+    PriorArguments,
+    StudentArguments,
+    TrainArguments,
+    ValidationArguments,
+)
 from .run_plan import engine_of, global_batch
 
 #: Training arguments that change what is learnt, however the work is spread over processes.
@@ -24,6 +30,8 @@ _RECIPE = str.split("""
 """)
 #: Of accelerate's options, those that decide which samples a step is made of.
 _BATCHES = ("even_batches", "use_seedable_sampler")
+#: Those that decide which step's weights are kept.
+_BEST = str.split("load_best_model_at_end metric_for_best_model eval_strategy eval_steps eval_delay")
 #: Flags of the student that change nothing of it.
 _NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
@@ -34,6 +42,7 @@ def run_identity(
     prior: PriorArguments,
     settings: PriorSettings,
     training: TrainArguments,
+    validation: ValidationArguments | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run: change any of it and the output folder belongs to another.
 
@@ -60,6 +69,10 @@ def run_identity(
         "global_batch_size": global_batch(training),
         "checkpoints": checkpoint_format(engine_of(training), training.world_size),
     }
+    if validation is not None and validation.eval_data is not None:
+        identity |= asdict(validation) | {"eval_data_digest": content_digest(validation.eval_data)}
+        if training.load_best_model_at_end:
+            identity |= {name: _plain(getattr(training, name)) for name in _BEST}
     if training.dataloader_drop_last:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"):
             identity[name] = getattr(training, name)

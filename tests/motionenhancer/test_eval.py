@@ -18,6 +18,7 @@ import torch
 from students_support import clip, sharp_student
 
 from motionenhancer import eval as evaluate
+from motionenhancer import interrupts
 from motionenhancer.data import read_frames, read_samples
 from motionenhancer.data.sampling import Frames
 from motionenhancer.evaluation import generate
@@ -265,8 +266,51 @@ def test_a_finished_run_is_scored_again_without_its_model(
 ) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
     monkeypatch.setattr(evaluate, "load_student", lambda *args, **kwargs: pytest.fail("loaded"))
-    assert main(out, **student_flags(student_dir, toy)) == 0
-    assert files_of(out) == files_of(whole)
+    assert main(out, **student_flags(student_dir, toy), bootstrap_samples=0) == 0
+    assert files_of(out)["results.jsonl"] == files_of(whole)["results.jsonl"]
+    assert "intervals" not in scores_of(out)
+
+
+@pytest.mark.parametrize("who", ["student", "predictions"])
+def test_a_finished_run_typed_again_changes_nothing(
+    who: str, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, capsys: Any
+) -> None:
+    out, flags = tmp_path / "out", student_flags(student_dir, toy)
+    if who == "student":
+        shutil.copytree(whole, out)
+    else:
+        flags = {"benchmark": "favor", "data": FAVOR, "predictions": predict(tmp_path, {})}
+        assert main(out, **flags) == 0
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    capsys.readouterr()
+    assert main(out, **flags) == 0
+    assert capsys.readouterr().out == f"{out}: this evaluation is finished; nothing is done\n"
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    if who == "predictions":
+        flags["predictions"].write_text("{}\n")
+        assert main(out, **flags) == 0
+        assert "nothing is done" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["load_student", "write_scores"])
+def test_stopped_outside_of_asking_it_says_so(
+    where: str, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    said = []
+
+    def stop(*args: Any, **options: Any) -> None:
+        said.append(interrupts._kept())
+        raise KeyboardInterrupt
+
+    if where == "write_scores":
+        shutil.copytree(whole, out)
+        (out / "scores.json").unlink()
+    monkeypatch.setattr(evaluate, where, stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(out, **student_flags(student_dir, toy))
+    assert said == [f"every written answer is kept in {out}"]
+    assert json.loads((out / "motion_report.json").read_text())["status"] == "interrupted"
 
 
 def test_other_settings_are_refused_in_the_same_folder(

@@ -55,6 +55,33 @@ def test_what_is_left_out_is_listed_in_a_file_and_in_the_exit_code(
     assert not [path for path in priors.iterdir() if path.name.endswith(".tmp")]
 
 
+def test_a_finished_extraction_typed_again_changes_nothing(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, priors = tmp_path / "data.jsonl", tmp_path / "priors"
+    data.write_text("".join(world.data.read_text().splitlines(keepends=True)[:3]) + "{not json\n")
+    flags = world.flags(student=None, data=data, prior_dir=priors, ddim_steps=1)
+    assert extract.main(flags) == 1
+    before, path = report_in(priors), priors / extract.EXTRACTION
+    written = path.stat().st_mtime_ns
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(PriorArguments, "load", lambda *args, **options: pytest.fail("loaded"))
+        assert extract.main(flags) == 1
+    said = capsys.readouterr().out
+    assert "this extraction is finished; nothing is done" in said
+    assert "3 samples have their prior" in said
+    assert report_in(priors) == before
+    assert path.stat().st_mtime_ns == written
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    assert extract.main(flags) == 0
+    assert "nothing is done" not in capsys.readouterr().out
+    assert report_in(priors)["samples"] == 2
+    next(priors.rglob("*.safetensors")).unlink()
+    assert extract.main(flags) == 0
+    assert (report_in(priors)["status"], report_in(priors)["made"]) == ("finished", 1)
+
+
 def test_texts_that_the_teacher_knows_in_part_are_counted(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +106,9 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
     assert len(list(PriorStore(tmp_path / "priors"))) == 3
 
 
-def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: Path) -> None:
+def test_segments_of_one_clip_have_priors_of_their_own(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = json.loads(world.data.read_text().splitlines()[0])
     segments = [
         {},
@@ -114,8 +143,9 @@ def test_segments_of_one_clip_have_priors_of_their_own(world: World, tmp_path: P
         frames = read_frames(request.video, num_frames=teacher.max_frames, size=teacher.size).frames
         kept = PriorStore(priors).read(request.key)
         assert torch.equal(kept.attention, extract_prior(teacher, frames, request.text, steps=1).attention)
+    capsys.readouterr()
     assert extract.main(flags) == 0
-    assert json.loads((priors / extract.EXTRACTION).read_text())["made"] == 0
+    assert "(0 made now)" in capsys.readouterr().out
 
 
 def test_names_that_are_no_text_do_not_spoil_the_report(

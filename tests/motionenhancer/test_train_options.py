@@ -31,7 +31,7 @@ REFUSED_VALUES = [
 
 def another_value(name: str) -> Any:
     """A value that the field can have and that is not its default."""
-    given = {"eval_strategy": "steps", "hub_strategy": "end", "include_for_metrics": ["loss"]}
+    given = {"hub_strategy": "end", "include_for_metrics": ["loss"]}
     default = next(one.default for one in fields(TrainArguments) if one.name == name)
     if name in given:
         return given[name]
@@ -216,6 +216,8 @@ SAME = [
     {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
     {"include_num_input_tokens_seen": True, "logging_first_step": True},
     {"report_to": "tensorboard"},
+    {"eval_data": "DATA", "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
+    {"eval_data": "DATA", "per_device_eval_batch_size": 3, "eval_delay": 1},
     {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "enable_jit_checkpoint": True},
 ]
 #: Options that do change it.
@@ -243,6 +245,8 @@ def plain(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 
 def losses(world: World, out: Path, options: dict[str, object]) -> list[dict[str, float]]:
     """Both terms at each of two steps."""
+    if "eval_data" in options:
+        options = {**options, "eval_data": world.data, "eval_video_root": world.videos}
     assert train.main(flags(world, out, prior_dir=shared_priors(world), **options)) == 0
     log = [entry for entry in report_of(out)["training"]["log"] if "loss_ar" in entry]
     return [{name: entry[name] for name in ("loss_ar", "loss_align")} for entry in log]
