@@ -42,6 +42,7 @@ def measure(
     Raises:
         ValueError: a level that the teacher does not have; no clip could be read.
     """
+    prior.find()
     use_toy_defaults(data, prior)
     assert data.data is not None
     assert prior.teacher is not None

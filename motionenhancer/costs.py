@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from .files import readable
 from .priors.prior import PriorSettings, batch_settings
 from .teachers.plan import TEXT_MODELS, TeacherPlan, plan_teacher
 
@@ -36,19 +37,6 @@ BEFORE = "before the first step"
 
 #: Bytes of optimizer state a trained parameter; other optimizers are counted like AdamW.
 _STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_32bit": 4}
-
-
-def readable(size: float) -> str:
-    """Return bytes for people.
-
-    >>> readable(1536)
-    '1.5 KB'
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
 
 
 # ---- the teacher ----

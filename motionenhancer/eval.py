@@ -166,7 +166,7 @@ def _ask(
             f"--student must be a transformers folder with a config.json or a Hub id, got {student}"
         )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    frames = arguments.frames(family.num_frames)
+    frames = replace(arguments.frames(family.num_frames), max_pixels=arguments.pixels(family))
     data = Path(arguments.data or "")
     clips = VideoFolder(arguments.video_root or data.parent, benchmark.folders)
     prompt = arguments.prompt or benchmark.prompt

@@ -68,6 +68,7 @@ def run(
     """
     state = join_processes()
     began = time.time()
+    prior.find(dry_run=dry_run)
     use_toy_defaults(data, prior)
     assert data.data is not None
     assert prior.teacher is not None

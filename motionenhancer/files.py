@@ -1,4 +1,4 @@
-"""Files that appear whole, by rename, or not at all."""
+"""Files that appear whole, by rename, or not at all; and how their sizes are said."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .interrupts import UNFINISHED
 
-__all__ = ["whole_file", "write_json", "write_text"]
+__all__ = ["readable", "whole_file", "write_json", "write_text"]
 
 
 @contextmanager
@@ -55,3 +55,16 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, body: Any) -> None:
     """Write a json file whole; see `write_text`."""
     write_text(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+
+
+def readable(size: float) -> str:
+    """Return bytes for people.
+
+    >>> readable(1536)
+    '1.5 KB'
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"

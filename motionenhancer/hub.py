@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .files import readable
+
 __all__ = ["model_folder"]
 
 #: What a model is loaded from: configurations, tokenizers and safetensors. No pickle and no code.
@@ -23,7 +25,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w(@[\w./-]+)?", re.ASCII)
 
 
-def model_folder(name: str | Path, flag: str) -> Path:
+def model_folder(name: str | Path, flag: str, *, dry_run: bool = False) -> Path:
     """The folder of a model.
 
     A folder is taken as it is. An id such as ``owner/model`` or ``owner/model@revision`` is looked up in the
@@ -33,10 +35,11 @@ def model_folder(name: str | Path, flag: str) -> Path:
     Args:
         name: a folder or an id. What is neither, such as a folder that is missing, is returned as it is.
         flag: names the argument in errors, for instance ``"--student"``.
+        dry_run: download nothing.
 
     Raises:
         ValueError: the id has no complete model in the cache, and none can be downloaded. The message is one
-            line that says why and how to download it.
+            line that says why and how to download it; of a dry run, how much a run would download.
 
     >>> str(model_folder("runs/toy/with/student", "--student"))
     'runs/toy/with/student'
@@ -45,7 +48,10 @@ def model_folder(name: str | Path, flag: str) -> Path:
         return Path(name)
     repository, _, revision = str(name).partition("@")
     try:
-        return _snapshot(repository, revision or None)
+        found = _snapshot(repository, revision or None, dry_run)
+        if isinstance(found, Path):
+            return found
+        reason = f"not in the Hugging Face cache: {found}, and a dry run downloads nothing"
     except RevisionNotFoundError:
         reason = f"the Hub has no revision {revision!r} of {repository}"
     except GatedRepoError:
@@ -62,7 +68,8 @@ def model_folder(name: str | Path, flag: str) -> Path:
     raise ValueError(f"{flag} {name}: {reason}; download it with `{command}`")
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, dry_run: bool) -> Path | str:
+    """The folder of a model; of a dry run, what is to be downloaded if it is not in the cache."""
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         if _complete(folder):
@@ -71,6 +78,10 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         pass
     if constants.HF_HUB_OFFLINE:
         raise LocalEntryNotFoundError(repository)
+    if dry_run:
+        listed = snapshot_download(repository, revision=revision, allow_patterns=list(FILES), dry_run=True)
+        missing = [file.file_size or 0 for file in listed if file.will_download]
+        return f"a run would download {len(missing)} files, {readable(sum(missing))}"
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     if not any(folder.rglob("*.safetensors")):
         raise OSError("it has no safetensors weights")

@@ -55,6 +55,7 @@ def _run(
     prior: PriorArguments,
     settings: PriorSettings,
 ) -> None:
+    prior.find()
     output = None if look.output is None else Path(look.output)
     if look.run is not None:
         folder = Path(look.run)

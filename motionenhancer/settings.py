@@ -49,6 +49,16 @@ _CHECKPOINTING = frozenset(
 )
 
 
+def _checked_pixels(most: int | None, family: StudentFamily) -> int | None:
+    """Refuse a cap on pixels of a family whose frames have one size."""
+    if most is not None and not family.sized:
+        raise ValueError(
+            f"--max_pixels {most} does nothing with {family.name}, whose processor gives all frames one "
+            "size; leave it out"
+        )
+    return most
+
+
 @dataclass
 class DataArguments(Settings):
     """Where the clips and their conversations are."""
@@ -80,10 +90,10 @@ class PriorArguments(Settings):
     split_batch: bool = setting(False, "Evaluate guidance's two texts one after the other.")
     measure_roundtrip: bool = setting(False, "Also invert and rebuild one clip, and report the error.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def find(self, *, dry_run: bool = False) -> None:
+        """Replace an id of the Hub by its folder; a dry run downloads nothing (see `model_folder`)."""
         if self.teacher is not None:
-            self.teacher = str(model_folder(self.teacher, "--teacher"))
+            self.teacher = str(model_folder(self.teacher, "--teacher", dry_run=dry_run))
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
         """The options of `load_teacher` that change what is computed, and so the teacher's id.
@@ -295,7 +305,7 @@ class StudentArguments(ShownArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student is not None:
-            self.student = str(model_folder(self.student, "--student"))
+            self.student = str(model_folder(self.student, "--student", dry_run=self.dry_run))
 
     @property
     def aligned(self) -> bool:
@@ -303,21 +313,22 @@ class StudentArguments(ShownArguments):
         return self.alignment_weight != 0 or self.measure_alignment
 
     def frames(self, family: StudentFamily) -> dict[str, Any]:
-        """How many frames of a clip a student is shown, as options of `MotionDataset`.
+        """How many frames of a clip a student is shown, and how large, as options of `MotionDataset`.
 
         Raises:
-            ValueError: --max_frames would do nothing.
+            ValueError: --max_frames or --max_pixels would do nothing.
         """
+        size = {"max_pixels": _checked_pixels(self.max_pixels, family)}
         count = self.num_frames or (family.num_frames if self.video_fps is None else None)
         if count is None:
-            return {"fps": self.video_fps or 1.0, "max_frames": self.max_frames or MAX_FRAMES}
+            return {**size, "fps": self.video_fps or 1.0, "max_frames": self.max_frames or MAX_FRAMES}
         if self.max_frames not in (None, MAX_FRAMES):
             why = "--num_frames" if self.num_frames else f"{family.name} by default"
             raise ValueError(
                 f"--max_frames {self.max_frames} does nothing where {count} frames of each clip are shown "
                 f"({why}); leave it out, or give --video_fps alone"
             )
-        return {"num_frames": count}
+        return {**size, "num_frames": count}
 
     def attention(self) -> dict[str, Any]:
         """Which layers and heads are read, as options of `capture_attention`.
@@ -353,6 +364,12 @@ class StudentArguments(ShownArguments):
         self.schedule()
         self.attention()
         check_normalize(self.normalize_rows, self.alignment_loss, self.prior_temperature)
+        for name in ("alignment_layers", "alignment_heads", "alignment_reduce"):
+            if not self.aligned and getattr(self, name) != getattr(StudentArguments, name):
+                raise ValueError(
+                    f"--{name} does nothing with --alignment_weight 0, as no attention is read; leave it "
+                    "out, or give --measure_alignment"
+                )
         if not self.lora_r:
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
                 if getattr(self, name) != getattr(StudentArguments, name):
@@ -639,6 +656,16 @@ class EvalArguments(ShownArguments, DataArguments):
             max_frames=most,
             max_pixels=self.max_pixels or None,
         )
+
+    def pixels(self, family: StudentFamily) -> int | None:
+        """Most pixels of a frame; the default holds for families whose processor takes any limit only.
+
+        Raises:
+            ValueError: --max_pixels would do nothing.
+        """
+        if self.max_pixels != EvalArguments.max_pixels:
+            return _checked_pixels(self.max_pixels or None, family)
+        return None if family.shrink is not None else self.max_pixels
 
     def bootstrap(self) -> dict[str, Any]:
         """How intervals are drawn, as options of `score` and `compare_runs`."""

@@ -42,6 +42,7 @@ from .settings import (
     ValidationArguments,
 )
 from .students import StudentFamily, load_student
+from .students.load import check_config
 from .toy.accuracy import accuracy, accuracy_table
 from .toy.defaults import use_toy_defaults
 from .toy.world import ToyFolder
@@ -111,8 +112,16 @@ def run(
     student.check(folder)
     online.check(student.prior_source)
     validation.check(training, data=data.data, aligned=student.aligned)
+    prior.find(dry_run=student.dry_run)
     toy = use_toy_defaults(data, prior, student)
     assert student.student is not None
+    if not Path(student.student).is_dir():
+        raise ValueError(f"--student {student.student}: no such folder; give a transformers folder on disk")
+    options: dict[str, Any] = {
+        "store": PriorStore(Path(prior.prior_dir)),
+        "source": prior.prompt_source,
+        **student.frames(check_config(Path(student.student))),
+    }
     engine = engine_of(training)
     whole = engine in ("plain", "DDP")  # each process has all weights
     rehearse(training, engine)
@@ -149,19 +158,9 @@ def run(
         if student.aligned:
             print(f"teacher {prior.teacher}\npriors {prior.prior_dir}")
     try:
-        if not Path(student.student).is_dir():
-            raise ValueError(
-                f"--student {student.student}: no such folder; give a transformers folder on disk"
-            )
         model, processor, family = _student(student, training)
         if training.optim_target_modules is not None:
             build_optimizer(training, model)
-        options: dict[str, Any] = {
-            "store": PriorStore(Path(prior.prior_dir)),
-            "source": prior.prompt_source,
-            **student.frames(family),
-            "max_pixels": student.max_pixels,
-        }
         if main_process:
             plain = MotionDataset(samples, family, processor, keys={}, **options)
             plan = _plan(model, plain, tested, student, prior, settings, training)

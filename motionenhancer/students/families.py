@@ -84,6 +84,37 @@ def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) 
     return grid, each.flatten()
 
 
+#: Most tokens of a frame that Gemma 4's processors can be told.
+_GEMMA_TOKENS = (70, 140, 280, 560, 1120)
+
+
+def _fewer_tokens(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Gemma 4: a frame gets at most ``max_soft_tokens`` tokens, one of a few numbers."""
+    token = (part.pooling_kernel_size * part.patch_size) ** 2
+    fitting = [n for n in _GEMMA_TOKENS if n * token <= most]
+    if not fitting:
+        least = _GEMMA_TOKENS[0]
+        raise ValueError(f"max_pixels must be at least {least * token}, {least} tokens, got {most}")
+    return {"max_soft_tokens": min(part.max_soft_tokens, fitting[-1])}
+
+
+def _fewer_slices(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]:
+    """MiniCPM-V: fewer slices of a frame, or one that is smaller."""
+    own, mode = part.scale_resolution, part.downsample_mode
+    token = part.patch_size * (2 if mode == "4x" else 4)
+    options: dict[str, Any] = {"patch_size": part.patch_size, "downsample_mode": mode, "allow_upscale": True}
+    fewer = [(slices, own) for slices in range(part.max_slice_nums, 0, -1)]
+    for slices, scale in [*fewer, *((1, smaller) for smaller in range(own - own % token, 0, -token))]:
+        grid = part.get_sliced_grid(size, slices, scale) if part.slice_mode else None
+        if grid is None:
+            height, width = part.find_best_resize(size, scale, **options)
+        else:
+            height, width = part.get_refine_size(size, grid, scale, **options)
+        if height * width <= most:
+            return {"max_slice_nums": slices, "scale_resolution": scale}
+    raise ValueError(f"max_pixels must be at least {height * width} for a frame of {size}, got {most}")
+
+
 def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[str, Any]:
     """Qwen2.5-VL: the seconds between two token frames, from the frames' own time stamps."""
     if video is None:
@@ -149,7 +180,7 @@ _FAMILIES = (
     StudentFamily("qwen3_5", ("qwen3_5", "qwen3_5_moe"), pixels="clip", **_QWEN),
     StudentFamily("glm4v", ("glm4v", "glm4v_moe"), **_GLM),
     StudentFamily("glm46v", ("glm46v",), **_GLM),
-    StudentFamily("gemma4", ("gemma4",), _pooled, num_frames=32, token_types=True),
+    StudentFamily("gemma4", ("gemma4",), _pooled, num_frames=32, token_types=True, shrink=_fewer_tokens),
     StudentFamily(
         "internvl",
         ("internvl",),
@@ -183,6 +214,7 @@ _FAMILIES = (
         _slices,
         join={"pixel_values": -1, "pixel_values_videos": -1},
         label=_local_id,
+        shrink=_fewer_slices,
     ),
 )
 

@@ -53,7 +53,9 @@ class StudentFamily:
         equal_frames: whether all videos of a batch must have equally many frames.
         images_with_videos: whether a batch may hold both.
         pixels: frames that the processor's limits of pixels count together: ``"frame"`` one, ``"clip"`` all,
-            ``"most"`` all in the most and one in the least. None: pixels do not choose the size of a frame.
+            ``"most"`` all in the most and one in the least. None: no such limits choose the size of a frame.
+        shrink: (processor of videos or images, most pixels, (height, width) of a frame) → options of that
+            processor under which a frame has no more pixels. None: its own options choose no size either.
         image_frames: how many frames an image counts as in those limits.
         token_types: whether the model takes ``mm_token_type_ids``.
         image_options: options that the processor gives its image processor by default.
@@ -71,6 +73,7 @@ class StudentFamily:
     equal_frames: bool = False
     images_with_videos: bool = True
     pixels: str | None = None
+    shrink: Callable[[Any, int, tuple[int, int]], dict[str, Any]] | None = None
     image_frames: int = 1
     token_types: bool = False
     image_options: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +84,11 @@ class StudentFamily:
     )
     label: Callable[[Any, int], str] = lambda processor, n: ""
     template: Callable[[Any, Sample], str | None] = lambda processor, sample: None
+
+    @property
+    def sized(self) -> bool:
+        """Whether a cap on pixels can change the size of a frame."""
+        return self.pixels is not None or self.shrink is not None
 
     def in_vision_tower(self, parameter: str) -> bool:
         """Whether the parameter of this name belongs to the vision tower, which learns more slowly.
@@ -107,7 +115,7 @@ class StudentFamily:
             sample: the conversation.
             videos: one for each that it shows. Their frames keep their own time stamps.
             images: decoded; None opens the sample's own files.
-            max_pixels: cap on the pixels of a frame as the model sees it, where its size is not fixed.
+            max_pixels: cap on the pixels of a frame as the model sees it, where the family is ``sized``.
             max_length: cuts the text after so many tokens; vision tokens are never cut.
 
         Raises:
@@ -189,6 +197,8 @@ class StudentFamily:
             if self.pixels is not None:
                 counted = {"frame": (1, 1), "clip": (count, count), "most": (1, count)}[self.pixels]
                 options = frame_size(part, max_pixels, sample.videos, counted)
+            elif self.shrink is not None and max_pixels is not None:
+                options = self.shrink(part, max_pixels, video.frames.shape[1:3])
             made = part(
                 videos=[torch.from_numpy(np.ascontiguousarray(video.frames)).permute(0, 3, 1, 2)],
                 video_metadata=[_metadata(video)],
@@ -212,6 +222,8 @@ class StudentFamily:
         if self.pixels is not None:
             options |= frame_size(part, max_pixels, frames=(self.image_frames, self.image_frames))
         for group in [images] if self.images_together else [[image] for image in images]:
+            if self.shrink is not None and max_pixels is not None and group:
+                options = {**options, **self.shrink(part, max_pixels, group[0].size[::-1])}
             made = part(images=[list(group)], return_tensors="pt", **options) if group else {}
             for i in range(len(group)):
                 text = processor.replace_image_token(

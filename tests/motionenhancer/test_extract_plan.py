@@ -13,8 +13,9 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.costs import extraction_cost, readable
+from motionenhancer.costs import extraction_cost
 from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.files import readable
 from motionenhancer.priors import maker
 from motionenhancer.priors.prior import PriorSettings
 from motionenhancer.priors.requests import request_priors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from motionenhancer import eval as evaluation
-from motionenhancer import hub, train
+from motionenhancer import extract, hub, train
 from motionenhancer.hub import model_folder
 from motionenhancer.settings import PriorArguments, StudentArguments
 from motionenhancer.students import load_student
@@ -54,6 +55,7 @@ def test_ids_of_students_and_teachers(cache: Path, student_dir: Path, teacher_di
     assert load_student("owner/student")[2].name == "qwen2_5_vl"
     assert StudentArguments(student="owner/student").student == str(student)
     arguments = PriorArguments(teacher="owner/teacher@v1")
+    arguments.find()
     assert arguments.teacher == str(teacher)
     found = load_teacher("owner/teacher@v1", "cpu")
     # A folder and the id of the same model share their priors.
@@ -126,6 +128,32 @@ def test_what_the_hub_refuses(
         model_folder("owner/none@v1", "--teacher")
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("download it with `hf download owner/none --revision v1`")
+
+
+def test_a_dry_run_downloads_nothing(
+    cache: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    original = hub.snapshot_download
+
+    def listed(repository: str, **options: Any) -> Any:
+        if options.get("local_files_only"):
+            return original(repository, **options)
+        assert options["dry_run"], "a download"
+        sizes = {"config.json": 900, "model.safetensors": 3 << 30, "vae/model.safetensors": 1 << 30}
+        return [SimpleNamespace(file_size=size, will_download=size > 1000) for size in sizes.values()]
+
+    monkeypatch.setattr(hub, "snapshot_download", listed)
+    says = "a run would download 2 files, 4.0 GB, and a dry run downloads nothing"
+    data = tmp_path / "train.jsonl"
+    data.touch()
+    for run, flag in ((train.main, "--student"), (train.main, "--teacher"), (extract.main, "--teacher")):
+        assert status(run, flag, "owner/large", "--data", str(data), "--dry_run", "true") == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{flag} owner/large: not in the Hugging Face cache: {says}; download it with" in said
+    put(cache, student_dir, "owner/student")
+    # What is in the cache is planned as ever.
+    assert model_folder("owner/student", "--student", dry_run=True).is_dir()
 
 
 def test_a_download_takes_the_place_of_an_incomplete_model(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families_support import VISION, batch_of, encode_mixed, mixed, picture
 from students_support import TEXTS, clip, dialogue
-from tiny_students import SAVE, save_minicpm, tiny_student
+from tiny_students import SAVE, save_gemma4, save_minicpm, tiny_student
 from tokenizers.processors import TemplateProcessing
 
 from motionenhancer.data.clip import Clip
@@ -261,6 +261,32 @@ def test_pixels_of_a_frame(student: Any, frames: int) -> None:
     sample = Sample("s", [shown, answer])
     image = family.encode(processor, sample, [], [picture(64, 64)], max_pixels=32 * 32)
     assert image.vision_inputs["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_cap_makes_the_frames_of_minicpm_fewer_slices_or_smaller(tmp_path: Path, slices: int) -> None:
+    _, processor, family = load_student(save_minicpm(tmp_path / "student", slices=slices))
+    sizes = {}
+    for cap in (None, 96 * 96, 48 * 48, 32 * 32, 16 * 16):
+        encoded = family.encode(processor, dialogue("a", "b"), [clip(2, 96, 96)], max_pixels=cap)
+        _, height, width = encoded.layout.videos[0].grid
+        sizes[cap] = (16 * height, 16 * width)
+        assert cap is None or 256 * height * width <= cap
+    whole = {1: (48, 48), 4: (96, 96)}[slices]
+    assert sizes == {None: whole, 9216: whole, 2304: (48, 48), 1024: (32, 32), 256: (16, 16)}
+    with pytest.raises(ValueError, match=r"at least 256 for a frame of \(96, 96\), got 255"):
+        family.encode(processor, dialogue("a", "b"), [clip(2, 96, 96)], max_pixels=255)
+
+
+def test_a_cap_lowers_the_tokens_of_gemma(tmp_path: Path) -> None:
+    _, processor, family = load_student(save_gemma4(tmp_path / "student"))
+    processor.video_processor.max_soft_tokens = processor.image_processor.max_soft_tokens = 280
+    for cap, most in ((None, 280), (10**9, 280), (140 * 64, 140), (140 * 64 - 1, 70)):
+        encoded = family.encode(processor, dialogue("a", "b"), [clip(2, 64, 64)], max_pixels=cap)
+        _, height, width = encoded.layout.videos[0].grid
+        assert height == width == math.isqrt(most)
+    with pytest.raises(ValueError, match="max_pixels must be at least 4480, 70 tokens, got 4479"):
+        family.encode(processor, dialogue("a", "b"), [clip(2, 64, 64)], max_pixels=4479)
 
 
 def test_llava_onevision_has_a_line_break_after_the_grid(llava: Any) -> None:

@@ -10,7 +10,7 @@ from train_support import flags, shared_priors
 
 from motionenhancer import train
 from motionenhancer.alignment.trainer import refuse_deepspeed_sections
-from motionenhancer.settings import StudentArguments
+from motionenhancer.settings import EvalArguments, StudentArguments
 from motionenhancer.students import student_family
 
 
@@ -123,10 +123,46 @@ def test_a_number_out_of_range_is_refused_before_any_work(
 def test_how_many_frames_are_shown(options: dict, family: str, found: dict | str) -> None:
     student = StudentArguments(**options)
     if isinstance(found, dict):
-        assert student.frames(student_family(family)) == found
+        assert student.frames(student_family(family)) == {"max_pixels": None, **found}
     else:
         with pytest.raises(ValueError, match=f"^{found}"):
             student.frames(student_family(family))
+
+
+def test_a_cap_on_pixels_that_changes_no_frame_is_refused() -> None:
+    student = StudentArguments(max_pixels=9000)
+    for sized in ("qwen2_5_vl", "gemma4", "minicpmv4_6"):
+        assert student.frames(student_family(sized))["max_pixels"] == 9000
+        assert EvalArguments(max_pixels=9000).pixels(student_family(sized)) == 9000
+    for fixed in ("internvl", "llava_onevision", "smolvlm"):
+        for said in (student.frames, EvalArguments(max_pixels=9000).pixels):
+            with pytest.raises(ValueError, match=f"^--max_pixels 9000 does nothing with {fixed}"):
+                said(student_family(fixed))
+    # The evaluation's default is no wish of the user's.
+    assert EvalArguments().pixels(student_family("internvl")) == 360 * 420
+    assert EvalArguments().pixels(student_family("gemma4")) is None
+    assert EvalArguments(max_pixels=0).pixels(student_family("internvl")) is None
+
+
+def test_max_pixels_is_refused_before_the_weights_are_read(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "internvl"}')
+    assert train.main(flags(world, tmp_path / "out", student=folder, max_pixels=9000)) == 2
+    assert "error: --max_pixels 9000 does nothing with internvl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("alignment_layers", "1"), ("alignment_heads", "0"), ("alignment_reduce", "none")]
+)
+def test_what_is_read_of_no_attention_is_refused(
+    world: World, tmp_path: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags(world, tmp_path / "out", alignment_weight=0, **{flag: value})) == 2
+    assert f"error: --{flag} does nothing with --alignment_weight 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_frames_and_rate_exclude_each_other(
