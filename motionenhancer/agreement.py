@@ -53,7 +53,7 @@ def measure(
     samples = load_samples(data.data, data.video_root, data.limit, skips)
     pairs = list(request_priors(samples, prior.prompt_source, skips))
     if not pairs:
-        raise ValueError(f"no sample has a text and one video that is there. {skips.summary()}")
+        raise ValueError(f"no sample has a text and exactly one video that exists. {skips.summary()}")
     found = []
     with closing(LocalMaker(partial(prior.load, PartialState().device), full)) as maker:
         for pair in tqdm(pairs, desc="agreement", unit="clip"):
@@ -68,7 +68,7 @@ def _levels(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--noise_levels must be whole numbers between commas, got {text!r}") from None
+        raise ValueError(f"--noise_levels must be whole numbers separated by commas, got {text!r}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

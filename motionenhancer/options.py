@@ -59,10 +59,10 @@ _IN_BACKWARD = (
     "an optimizer that takes a step of its own"
 )
 _AVERAGED = (
-    "it trains other weights than the averaged ones to keep, and the Trainer saves the former; use an "
+    "the weights to keep are averages of the trained ones, but the Trainer saves the trained ones; use an "
     "optimizer with one set of weights"
 )
-_ORDER = "the order of the samples must not depend on chance, so that a stopped run can go on"
+_ORDER = "the order of the samples must not depend on chance, so that a stopped run can continue"
 
 #: Options that are refused if they are changed, or at some of their values: name → reason, or value → reason.
 REFUSED: Mapping[str, str | Mapping[str, str]] = {
@@ -102,10 +102,10 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     "remove_unused_columns": "samples carry their priors",
     "label_names": "the labels are those that the student's own processor makes",
     "auto_find_batch_size": (
-        "the Trainer would start again with a smaller batch and with the weights as they are by then; give "
+        "the Trainer would start again with a smaller batch, but with weights that are already trained; give "
         "--per_device_train_batch_size and --gradient_accumulation_steps"
     ),
-    "ignore_data_skip": "a run that goes on must not see the samples again that it has seen",
+    "ignore_data_skip": "a continued run must not see the same samples again",
     "dataloader_in_order": _ORDER,
     "parallelism_config": "tensor, context and sequence parallelism do not work; use DDP, FSDP2 or ZeRO",
 }
@@ -131,8 +131,8 @@ RANGES: Mapping[str, Mapping[str, float]] = {
 }
 #: Keys of `--accelerator_config` that are refused if they are set.
 REFUSED_OF_ACCELERATE: Mapping[str, str] = {
-    "dispatch_batches": "batches carry priors, which one process cannot deal out to the others",
-    "split_batches": "give --per_device_train_batch_size, the samples of one process",
+    "dispatch_batches": "batches carry priors, which one process cannot send to the others",
+    "split_batches": "give --per_device_train_batch_size, the number of samples per process",
     "gradient_accumulation_kwargs": "give --gradient_accumulation_steps",
 }
 
@@ -146,7 +146,9 @@ def refuse_options(training: TrainingArguments) -> None:
     """
     defaults = {one.name: one.default for one in fields(training)}
     for name, value in changed_options(training).items():
-        reason = REFUSED.get(name, None if name in WORKS else "whether it works here is not known")
+        reason = REFUSED.get(
+            name, None if name in WORKS else "it is not known whether this option works here"
+        )
         if isinstance(reason, Mapping):
             if (plain := str(_plain(value))) in reason:
                 raise ValueError(f"--{name} {plain}: {reason[plain]}")

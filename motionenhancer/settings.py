@@ -61,34 +61,34 @@ def _checked_pixels(most: int | None, family: StudentFamily) -> int | None:
 
 @dataclass
 class DataArguments(Settings):
-    """Where the clips and their conversations are."""
+    """Samples and clips."""
 
-    data: str | None = setting(None, "json or jsonl of samples, or a benchmark's file.", exists="file")
-    video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
-    limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
+    data: str | None = setting(None, "File of samples (json, jsonl) or of a benchmark.", exists="file")
+    video_root: str | None = setting(None, "Folder of clips. Default: that of --data.", exists="folder")
+    limit: int | None = setting(None, "Use the first N samples or questions only.", least=1)
 
 
 @dataclass
 class PriorArguments(Settings):
-    """Which teacher reads the clips, how it is loaded, and where its priors are kept."""
+    """The teacher, and the folder of its priors."""
 
     teacher: str | None = setting(
         None,
         "Diffusers folder of a video model, or a Hub id (owner/model@revision).",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
-    prompt_source: str = setting("both", "Text given to the teacher.", choices=["both", "question", "answer"])
+    prompt_source: str = setting("both", "Text for the teacher.", choices=["both", "question", "answer"])
     teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
-    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of the clips. Default: the model's.")
+    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of its clips. Default: as it was trained.")
     teacher_frames: int | None = setting(
-        None, "Most frames of a clip. Default: the model's.", least=1, most=1000
+        None, "Maximum number of frames of its clips. Default: as it was trained.", least=1, most=1000
     )
-    vae_tiling: bool = setting(False, "Encode in tiles: less memory, other latents.")
-    offload_text_encoder: bool = setting(False, "Leave the text encoder on the CPU.")
-    text_cache: str | None = setting(None, "Folder that keeps text embeddings for this and later runs.")
-    compile_teacher: bool = setting(False, "torch.compile the transformer's blocks.")
-    split_batch: bool = setting(False, "Evaluate guidance's two texts one after the other.")
-    measure_roundtrip: bool = setting(False, "Also invert and rebuild one clip, and report the error.")
+    vae_tiling: bool = setting(False, "Encode clips in tiles: less memory, slightly other latents.")
+    offload_text_encoder: bool = setting(False, "Keep the text encoder on the CPU.")
+    text_cache: str | None = setting(None, "Folder that keeps text embeddings, for later runs too.")
+    compile_teacher: bool = setting(False, "Compile the transformer's blocks with torch.compile.")
+    split_batch: bool = setting(False, "Evaluate the two texts of guidance one after the other.")
+    measure_roundtrip: bool = setting(False, "Also invert and rebuild the first clip, and report the error.")
 
     def find(self, *, dry_run: bool = False) -> None:
         """Replace an id of the Hub by its folder; a dry run downloads nothing (see `model_folder`)."""
@@ -172,25 +172,25 @@ class PriorArguments(Settings):
 
 @dataclass
 class MakerArguments(Settings):
-    """Where priors are made; none of it changes a prior."""
+    """Where priors are made. This does not change a prior."""
 
     prior_engine: str = setting(
         "local",
-        "local: a teacher in each process. ray: teachers on a Ray cluster's GPUs.",
+        "local: one teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
         choices=ENGINES,
         aliases=["--engine"],
     )
     prior_workers: int = setting(
         2,
-        "Threads that decode clips ahead of the teacher.",
+        "Number of threads that decode clips ahead of the teacher.",
         aliases=["--decode_workers", "--decode-workers"],
         least=1,
     )
-    ray_address: str | None = setting(None, "Cluster to join. Default: a running one, or a local one.")
-    ray_workers: int | None = setting(None, "Teachers. Default: one a GPU, or one in all.", least=1)
-    ray_cpus: int | None = setting(None, "CPU cores of a teacher. Default: 1.", least=1)
+    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, or a new one.")
+    ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
+    ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     ray_wait: float | None = setting(
-        None, "Seconds without a teacher, or for one prior, that end the run. Default: 3600.", above=0
+        None, "Seconds without a teacher, or for one prior, after which the run stops. Default: 3600.", above=0
     )
 
     def __post_init__(self) -> None:
@@ -215,31 +215,31 @@ class MakerArguments(Settings):
 class ExtractArguments(Settings):
     """How the command runs."""
 
-    dry_run: bool = setting(False, "Print evaluations, bytes and memory, and load no model.")
+    dry_run: bool = setting(False, "Print evaluations, disk space and memory, and load no model.")
 
 
 @dataclass
 class AgreementArguments(Settings):
     """What is compared."""
 
-    noise_levels: str = setting("50,100,200,400,600,800", "Training timesteps of the single evaluations.")
+    noise_levels: str = setting("50,100,200,400,600,800", "Noise levels to compare, separated by commas.")
     report: str | None = setting(None, "Also write the table as json to this file.")
 
 
 @dataclass
 class ShownArguments(Settings):
-    """The student, and which frames it is shown of a clip."""
+    """The student, and the frames that it sees."""
 
     student: str | None = setting(
         None,
-        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Nothing given: the toy.",
+        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Without --data: the toy's.",
     )
     num_frames: int | None = setting(
-        None, "Frames of a clip, evenly. Default: the family's, 8 for InternVL, or by rate.", least=1
+        None, "Number of frames, evenly spaced. Default: the family's (InternVL: 8), or by rate.", least=1
     )
-    video_fps: float | None = setting(None, "Frames a second. Default: 1, evaluating the toy 8.", above=0)
-    max_frames: int | None = setting(None, "Most frames by rate. Default: 64, evaluating 768.", least=1)
-    attn_implementation: str = setting("sdpa", "The student's attention.")
+    video_fps: float | None = setting(None, "Frames per second. Default: 1; toy evaluation: 8.", above=0)
+    max_frames: int | None = setting(None, "Most frames by rate. Default: 64; evaluation: 768.", least=1)
+    attn_implementation: str = setting("sdpa", "Attention implementation of the student.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,30 +249,30 @@ class ShownArguments(Settings):
 
 @dataclass
 class StudentArguments(ShownArguments):
-    """The model to tune and how strongly it is pulled."""
+    """The student, and how it is aligned."""
 
     prior_source: str = setting(
         "hybrid",
-        "store: every prior must be in --prior_dir; online: all are made while training, none "
-        "is kept; hybrid: what --prior_dir lacks is made while training and kept there.",
+        "store: every prior must be in --prior_dir; online: all priors are made while training and "
+        "not kept; hybrid: missing priors are made while training and kept in --prior_dir.",
         choices=SOURCES,
     )
-    alignment_weight: float = setting(1.0, "λ; 0 is plain fine-tuning.", least=0)
-    alignment_schedule: str = setting("constant", "λ over the run.", choices=SCHEDULES)
-    alignment_warmup: float = setting(0.0, "Steps over which λ rises; below 1, a share of all.", least=0)
-    alignment_end_weight: float = setting(0.0, "λ where a linear or cosine schedule ends.", least=0)
+    alignment_weight: float = setting(1.0, "λ, the weight of alignment; 0 is plain fine-tuning.", least=0)
+    alignment_schedule: str = setting("constant", "How λ changes over the run.", choices=SCHEDULES)
+    alignment_warmup: float = setting(0.0, "Steps in which λ rises; below 1: a share of all.", least=0)
+    alignment_end_weight: float = setting(0.0, "λ at the end of a linear or cosine schedule.", least=0)
     vision_learning_rate: float | None = setting(
-        None, "The vision tower's. Default: a fifth of --learning_rate.", least=0
+        None, "Learning rate of the vision tower. Default: a fifth of --learning_rate.", least=0
     )
     alignment_layers: list[str] | None = setting(
         None,
-        "Numbers of the student's layers whose attention is read, from 0, or all. Default: all that attend "
-        "globally, so none with a sliding window.",
+        "Layers whose attention is read: numbers from 0, or all. Default: all that attend globally, so "
+        "none with a sliding window.",
     )
-    alignment_heads: list[int] | None = setting(None, "Numbers of the heads that are read. Default: all.")
+    alignment_heads: list[int] | None = setting(None, "Heads that are read: numbers from 0. Default: all.")
     alignment_reduce: str = setting(
         "mean",
-        "mean: the mean over layers and heads follows the prior; none: the map of every layer and head does.",
+        "mean: the mean over layers and heads is aligned; none: the map of every layer and head is aligned.",
         choices=["mean", "none"],
     )
     alignment_loss: str = setting(
@@ -284,23 +284,25 @@ class StudentArguments(ShownArguments):
         True, "Scale the rows of both maps to sum to one; off, the attention mass is compared as it is."
     )
     aligner: str = setting(
-        "mlp", "Module between student and prior, not kept.", choices=["mlp", "identity", "pointwise", "conv"]
+        "mlp",
+        "Module between student and prior; not saved.",
+        choices=["mlp", "identity", "pointwise", "conv"],
     )
-    save_aligner: str | None = setting(None, "Safetensors file that receives the trained aligner.")
-    prior_temperature: float = setting(1.0, "Below 1 it sharpens the prior's rows.", above=0)
-    confidence_gate: float = setting(0.0, "Follow priors less confident than this less; 0: no gate.", least=0)
-    measure_alignment: bool = setting(False, "Log loss_align also when λ is 0.")
-    lora_r: int = setting(0, "Rank of adapters trained instead of all weights; 0: none.", least=0)
-    lora_alpha: int | None = setting(None, "Scale times rank. Default: twice the rank.", least=1)
+    save_aligner: str | None = setting(None, "Safetensors file to which the trained aligner is written.")
+    prior_temperature: float = setting(1.0, "Below 1 it makes the prior's rows sharper.", above=0)
+    confidence_gate: float = setting(0.0, "Priors of less confidence are followed less; 0: off.", least=0)
+    measure_alignment: bool = setting(False, "Log loss_align even if λ is 0.")
+    lora_r: int = setting(0, "Rank of adapters, trained instead of all weights; 0: none.", least=0)
+    lora_alpha: int | None = setting(None, "Adapters' scale × rank. Default: twice the rank.", least=1)
     lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
-        "Layers with adapters: all linear ones of the language model, all of the model, or "
-        "names between commas, or those after the last dot of a name: q_proj,v_proj.",
+        "Linear layers with adapters. language: all of the language model; all: all of the model; or "
+        "names or last parts of names, separated by commas: q_proj,v_proj.",
     )
-    lora_merge: bool = setting(False, "Save the whole model, adapters added into it, and no adapter.")
-    dry_run: bool = setting(False, "Say what the run would do, and stop: no weights are read.")
-    max_pixels: int | None = setting(None, "Most pixels of a frame, before patching.", least=1)
+    lora_merge: bool = setting(False, "Merge the adapters into the model, and save the whole model only.")
+    dry_run: bool = setting(False, "Print what the run would do, and stop. No weights are read.")
+    max_pixels: int | None = setting(None, "Maximum number of pixels of a frame, before patching.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -325,8 +327,8 @@ class StudentArguments(ShownArguments):
         if self.max_frames not in (None, MAX_FRAMES):
             why = "--num_frames" if self.num_frames else f"{family.name} by default"
             raise ValueError(
-                f"--max_frames {self.max_frames} does nothing where {count} frames of each clip are shown "
-                f"({why}); leave it out, or give --video_fps alone"
+                f"--max_frames {self.max_frames} has no effect: the student gets {count} frames of each clip "
+                f"({why}); leave it out, or give --video_fps without --num_frames"
             )
         return {**size, "num_frames": count}
 
@@ -341,7 +343,7 @@ class StudentArguments(ShownArguments):
             layers = "all"
         elif layers is not None:
             if not all(layer.isdecimal() for layer in layers):
-                raise ValueError(f"--alignment_layers must be numbers of layers or all, got {layers}")
+                raise ValueError(f"--alignment_layers must be layer numbers or all, got {layers}")
             layers = [int(layer) for layer in layers]
         return {"layers": layers, "heads": self.alignment_heads, "reduce": self.alignment_reduce}
 
@@ -373,7 +375,7 @@ class StudentArguments(ShownArguments):
         if not self.lora_r:
             for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_merge"):
                 if getattr(self, name) != getattr(StudentArguments, name):
-                    raise ValueError(f"--{name} needs --lora_r, the adapters' rank")
+                    raise ValueError(f"--{name} needs --lora_r, the rank of the adapters")
         if self.save_aligner is None:
             return
         file = Path(self.save_aligner)
@@ -393,18 +395,18 @@ class StudentArguments(ShownArguments):
 
 @dataclass
 class OnlineArguments(Settings):
-    """When a training's priors are made."""
+    """When the priors of a training are made."""
 
     priors_first: bool = setting(
         False,
-        "hybrid: make what is missing before training and let the teacher go, where teacher "
-        "and student do not fit into memory together.",
+        "hybrid: make missing priors before training, then free the teacher, if teacher and "
+        "student do not fit into memory together.",
     )
-    prior_prefetch: int = setting(1, "Steps that the teacher reads ahead; 0 waits at each.", least=0)
+    prior_prefetch: int = setting(1, "Steps that the teacher reads ahead; 0: none.", least=0)
     agreement_clips: int = setting(
         4,
-        "renoise: read this many clips by the full procedure too, at the start, and print how "
-        "far both agree; 0 leaves it out.",
+        "renoise: number of clips that are read by the full procedure too, at the start, to print "
+        "how well both agree; 0 skips this.",
         least=0,
     )
 
@@ -436,15 +438,15 @@ class TrainArguments(TrainingArguments):
     works: ClassVar[frozenset[str]] = WORKS
     ranges: ClassVar[Mapping[str, Mapping[str, float]]] = RANGES
 
-    output_dir: str | None = setting("runs/train", "Receives the checkpoint and motion_report.json.")
+    output_dir: str | None = setting("runs/train", "Folder for the checkpoint and motion_report.json.")
     learning_rate: float = setting(1e-05, "AdamW's peak learning rate.", least=0)
     weight_decay: float = setting(0.1, "AdamW's weight decay.", least=0)
     lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
-    warmup_steps: float = setting(0.03, "Steps of warm-up, or below 1 their share of all steps.", least=0)
-    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
-    per_device_train_batch_size: int = setting(1, "Samples a device and step.", least=1)
+    warmup_steps: float = setting(0.03, "Number of warm-up steps; below 1: a share of all steps.", least=0)
+    num_train_epochs: float = setting(1.0, "Number of passes over the data.", above=0)
+    per_device_train_batch_size: int = setting(1, "Samples per device and step.", least=1)
     logging_steps: float | None = setting(  # type: ignore[assignment]
-        None, "Steps between log lines. Default: 10, or fewer, so that a run has ten of them.", above=0
+        None, "Steps between log lines. Default: 10, or a tenth of a shorter run.", above=0
     )
     # HfArgumentParser reads a union of three only with None in front.
     per_device_eval_batch_size: int | None = setting(  # type: ignore[assignment]
@@ -452,10 +454,10 @@ class TrainArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = setting(
         None,
-        "With --load_best_model_at_end: the loss to go by. Default: loss, the sum of both.",
+        "With --load_best_model_at_end: the loss that decides. Default: loss, the sum of both.",
         choices=[*METRICS, *(f"eval_{name}" for name in METRICS)],
     )
-    report_to: None | str | list[str] = setting("none", "tensorboard, wandb, none ...")  # noqa: RUF036
+    report_to: None | str | list[str] = setting("none", "Trackers: tensorboard, wandb, none ...")  # noqa: RUF036
     remove_unused_columns: bool = setting(False, "Must stay false.")
 
     def __post_init__(self) -> None:
@@ -480,7 +482,7 @@ class TrainArguments(TrainingArguments):
             # transformers takes a name that does not end in "loss" for a score.
             self.greater_is_better = False
         if self.fp16 and self.device.type == "cpu":
-            raise ValueError("--fp16 needs a GPU: on a CPU accelerate would leave it out; use --bf16")
+            raise ValueError("--fp16 needs a GPU: on a CPU accelerate would ignore it; use --bf16")
         if self.n_gpu > 1:
             # One process would split each batch over model copies, out of the capture's reach.
             print("one process trains on one GPU; start torchrun or accelerate launch to use all of them")
@@ -556,40 +558,40 @@ class ValidationArguments(Settings):
 
 @dataclass
 class ReportArguments(Settings):
-    """What is shown of clips."""
+    """The page of the run."""
 
     report_samples: int = setting(8, "Clips on the page; after a training, 0 writes no page.", least=0)
 
 
 @dataclass
 class LookArguments(Settings):
-    """What is looked at, and where its pictures go."""
+    """What is shown, and the files that are written."""
 
-    run: str | None = setting(None, "Output folder of a training: its page is written anew.", positional=True)
-    id: list[str] | None = setting(None, "Only these samples, or priors whose key begins like this.")
-    video: str | None = setting(None, "Look at this clip, with --text and a teacher, a student or both.")
-    text: str | None = setting(None, "What happens in the clip.")
+    run: str | None = setting(None, "Output folder of a training. Its page is rewritten.", positional=True)
+    id: list[str] | None = setting(None, "Only these samples, or priors whose keys begin so.")
+    video: str | None = setting(None, "Show this clip with --text, read by --teacher, --student or both.")
+    text: str | None = setting(None, "With --video: text about the clip.")
     student: str | None = setting(None, "With --video: transformers folder of a video VLM.")
-    num_frames: int | None = setting(None, "With --student: frames of the clip, evenly.", least=1)
+    num_frames: int | None = setting(None, "With --student: number of frames, evenly spaced.", least=1)
     output: str | None = setting(
-        None, "The page. Default: report.html in RUN, look.html in --prior_dir or here."
+        None, "File of the page. Default: report.html in RUN, look.html in --prior_dir or in this folder."
     )
-    png: str | None = setting(None, "Also draw the first clip's frames and maps to this file.")
-    mp4: str | None = setting(None, "Also write the first clip with its maps over it to this file.")
-    word: list[str] | None = setting(None, "Words of --png and --mp4. Default: those that move most.")
-    smooth: bool = setting(False, "Interpolate --png and --mp4 between the grid's cells.")
+    png: str | None = setting(None, "Also draw frames and maps of the first clip to this file.")
+    mp4: str | None = setting(None, "Also write the first clip, overlaid with its maps, to this file.")
+    word: list[str] | None = setting(None, "Words for --png and --mp4. Default: the words that move most.")
+    smooth: bool = setting(False, "Interpolate the maps of --png and --mp4 between the grid's cells.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.run is not None and self.video is not None:
-            raise ValueError("run and --video exclude each other")
+            raise ValueError("give RUN or --video, not both")
         if (self.video is None) != (self.text is None):
-            raise ValueError("--video and --text go together")
+            raise ValueError("--video needs --text, and --text needs --video")
         for name in ("student", "num_frames"):
             if self.video is None and getattr(self, name) is not None:
-                raise ValueError(f"--{name} goes with --video")
+                raise ValueError(f"--{name} needs --video")
         if self.word is not None and self.png is None and self.mp4 is None:
-            raise ValueError("--word goes with --png or --mp4")
+            raise ValueError("--word needs --png or --mp4")
 
 
 @dataclass
@@ -597,32 +599,32 @@ class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 
     predictions: str | None = setting(
-        None, "Score these answers, json of id to output, and ask no student.", exists="file"
+        None, "json file, question id to output: score these answers, and ask no student.", exists="file"
     )
-    benchmark: str = setting("toy", "Whose questions and rules.", choices=list(BENCHMARKS))
-    output_dir: str | None = setting(None, "Receives answers, scores, a submission. Default: runs/eval.")
-    prompt: str | None = setting(None, "Own request, with {question} and {options}.")
-    answer_hidden: bool = setting(False, "Also ask, for the submission, what has no public answer.")
-    min_frames: int | None = setting(None, "Fewest frames by rate. Default: 4.", least=1)
-    max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's.", least=0)
-    batch_size: int = setting(4, "Questions a process answers at once.", least=1)
+    benchmark: str = setting("toy", "Benchmark whose questions and rules are used.", choices=list(BENCHMARKS))
+    output_dir: str | None = setting(None, "Folder for answers and scores. Default: runs/eval.")
+    prompt: str | None = setting(None, "Your own prompt, with {question} and {options}.")
+    answer_hidden: bool = setting(False, "For the submission: ask also without a public answer.")
+    min_frames: int | None = setting(None, "Minimum number of frames by rate. Default: 4.", least=1)
+    max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's limit.", least=0)
+    batch_size: int = setting(4, "Number of questions that a process answers at once.", least=1)
     max_new_tokens: int | None = setting(
-        None, "Of an answer. Default: MotionBench 16, FAVOR-Bench 256.", least=1
+        None, "Most tokens of an answer. Default: MotionBench 16, FAVOR-Bench 256.", least=1
     )
-    dtype: str = setting("auto", "Weights; auto: as stored.", choices=DTYPES)
-    workers: int = setting(0, "Processes that decode clips ahead.", least=0)
-    bootstrap_samples: int = setting(10000, "Resamples; 0: no intervals.", least=0)
-    bootstrap_unit: str = setting("question", "What is resampled.", choices=["question", "video"])
+    dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
+    workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)
+    bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
+    bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
-    compare: list[str] | None = setting(None, "Two scored runs, A and B: compare them and do nothing else.")
-    task: str | None = setting(None, "With --compare: only this task.")
+    compare: list[str] | None = setting(None, "Compare two scored runs, A and B, and do nothing else.")
+    task: str | None = setting(None, "With --compare: compare this task only.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compare is not None and len(self.compare) != 2:
             raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
         if self.task is not None and self.compare is None:
-            raise ValueError("--task goes with --compare")
+            raise ValueError("--task needs --compare")
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other: give one of them")
         if self.student is not None:
@@ -633,10 +635,10 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.data is None and self.compare is None:
             if self.benchmark != "toy":
                 file = BENCHMARKS[self.benchmark].file
-                raise ValueError(f"--benchmark {self.benchmark} needs --data, its {file}")
+                raise ValueError(f"--benchmark {self.benchmark} needs --data, the benchmark's {file}")
             if self.video_root is not None:
                 raise ValueError(
-                    f"--video_root {self.video_root} needs --data, the questions about its clips"
+                    f"--video_root {self.video_root} needs --data, the file of questions about its clips"
                 )
 
     def frames(self, family: int | None) -> Frames:

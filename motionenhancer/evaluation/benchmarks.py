@@ -43,13 +43,13 @@ class Rules(Settings):
 
     letter: str = setting(
         "published",
-        "MotionBench: the authors' reading of a letter, or a stricter one.",
+        "MotionBench. published: the authors' rule to find the letter; lone: a stricter rule.",
         flag="letter_rule",
         choices=READINGS["letter"],
     )
     option: str = setting(
         "caseless",
-        "FAVOR-Bench: published minds case where one option contains another.",
+        "FAVOR-Bench. published: case matters if one option contains another; caseless: it never does.",
         flag="option_rule",
         choices=READINGS["option"],
     )

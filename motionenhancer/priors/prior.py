@@ -43,41 +43,41 @@ FORMAT = 5
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Every choice that changes a prior's values, the teacher's own options aside."""
+    """How a prior is read: every choice that changes its values, except the teacher's own options."""
 
     steps: int = setting(
         5, "DDIM steps each way; must divide the teacher's training timesteps.", flag="ddim_steps", least=1
     )
-    guidance_scale: float = setting(6.0, "Classifier-free guidance; 1 is off.", least=0)
-    start: str = setting("inverted", "Where reconstruction starts.", choices=STARTS)
-    memory: bool = setting(True, "Attend to the inverted clip's keys and values too.")
+    guidance_scale: float = setting(6.0, "Scale of classifier-free guidance; 1 switches it off.", least=0)
+    start: str = setting("inverted", "Latent from which the reconstruction starts.", choices=STARTS)
+    memory: bool = setting(True, "Reconstruction also attends to the inverted clip's keys and values.")
     head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.", above=0, most=1)
     token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.", above=0, most=1)
-    sampled_rows: int | str = setting(64, 'Rows read for a head\'s square sum, or "all".', type=str)
+    sampled_rows: int | str = setting(64, 'Rows that estimate a head\'s square sum, or "all".', type=str)
     seed: int = setting(
         0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
     )
     mode: str = setting(
         "reconstruct",
-        "The paper's inversion and reconstruction, or one evaluation of the noised latent.",
+        "reconstruct: inversion and reconstruction, as in the paper; renoise: one noised evaluation.",
         flag="prior_mode",
         choices=MODES,
     )
-    noise_level: int = setting(200, "Training timestep of renoise, 0 to 999.")
+    noise_level: int = setting(200, "Noise level of renoise: a training timestep, 0 to 999.")
     step_weights: tuple[float, ...] | None = setting(
-        None, "Weights of the steps in the pooled map, noisiest first: 0,0,0,1,1.", type=str
+        None, "Weights of the steps in the pooled map, noisiest step first: 0,0,0,1,1.", type=str
     )
     head_selection: str = setting(
         "mhs",
-        "Motion-sensitive head selection, the same among the heads of a cross-attention to the text (Wan, "
-        "LTX), or the mean over all heads.",
+        "mhs: motion-sensitive head selection; cross: the same for heads of a cross-attention to the text "
+        "(Wan, LTX); off: the mean over all heads.",
         choices=HEAD_SELECTIONS,
     )
     token_selection: str = setting(
-        "mtti", "Motion-salient token identification, or all words kept.", choices=TOKEN_SELECTIONS
+        "mtti", "mtti: motion-salient token identification; off: keep all words.", choices=TOKEN_SELECTIONS
     )
     guidance_scale_2: float | None = setting(
-        None, "Guidance of a second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
+        None, "Guidance of the second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
     )
     diagonal_width: int = setting(
         0,
@@ -102,7 +102,7 @@ class PriorSettings:
         check_fields(self)
         if self.guidance_scale == 1.0 and self.guidance_scale_2 not in (None, 1.0):
             raise ValueError(
-                f"guidance_scale_2 must be left out where guidance_scale is 1, which switches guidance off, "
+                f"guidance_scale_2 must not be given if guidance_scale is 1, which switches guidance off, "
                 f"got {self.guidance_scale_2}"
             )
         if isinstance(self.sampled_rows, str) and self.sampled_rows.isdecimal():
@@ -113,7 +113,7 @@ class PriorSettings:
             weights = _numbers(self.step_weights)
             if len(weights) != self.steps or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
                 raise ValueError(
-                    f"step_weights must be {self.steps} weights >= 0, one a step and not all zero, "
+                    f"step_weights must be {self.steps} weights >= 0, one per step and not all zero, "
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
@@ -157,7 +157,7 @@ def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in (given.split(",") if isinstance(given, str) else given))
     except (ValueError, TypeError):
-        raise ValueError(f"step_weights must be numbers between commas, got {given!r}") from None
+        raise ValueError(f"step_weights must be numbers separated by commas, got {given!r}") from None
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def test_a_list_in_yaml_is_what_commas_are_in_a_flag(tmp_path: Path) -> None:
 def test_weights_that_are_no_numbers_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--step_weights", "1,x")
-    assert capsys.readouterr().err.endswith("--step_weights must be numbers between commas, got '1,x'\n")
+    assert capsys.readouterr().err.endswith("--step_weights must be numbers separated by commas, got '1,x'\n")
 
 
 def test_a_field_may_have_a_flag_of_another_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_help_shows_our_groups_and_hides_transformers(capsys: pytest.CaptureFixt
         assert stop.value.code == 0
         shown[option] = capsys.readouterr().out
     for text in shown.values():
-        assert "The model to tune and how strongly it is pulled:" in text
+        assert "The student, and how it is aligned:" in text
         assert "--alignment_weight" in text
         assert "--learning_rate" in text
         assert "--push_to_hub" not in text, "an option that is refused is not offered"

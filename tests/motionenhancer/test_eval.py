@@ -477,13 +477,13 @@ def test_no_arguments_use_the_toy_world(
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        ({"benchmark": "favor"}, "needs --data, its video_perspective.json"),
+        ({"benchmark": "favor"}, "needs --data, the benchmark's video_perspective.json"),
         ({"benchmark": "mvbench"}, "invalid choice"),
         ({"student": "a", "predictions": FAVOR}, "exclude each other"),
         ({"compare": ("a",)}, "must name two runs"),
         ({"predictions": "none.json"}, "--predictions must be a file that exists, got none.json"),
         ({"student": "s", "data": "none.json"}, "--data must be a file that exists, got none.json"),
-        ({"task": "AS"}, "--task goes with --compare"),
+        ({"task": "AS"}, "--task needs --compare"),
         ({"video_root": "."}, "--video_root . needs --data"),
         ({"video_root": "none"}, "--video_root must be a folder that exists, got none"),
         ({"num_frames": 3, "video_fps": 1}, "--num_frames and --video_fps exclude each other"),

@@ -211,10 +211,10 @@ def test_look_at_one_clip(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["run", "--video", "a.mp4", "--text", "it"], "run and --video exclude each other"),
-        (["--video", "a.mp4"], "--video and --text go together"),
-        (["--student", "s"], "--student goes with --video"),
-        (["--word", "it"], "--word goes with --png or --mp4"),
+        (["run", "--video", "a.mp4", "--text", "it"], "give RUN or --video, not both"),
+        (["--video", "a.mp4"], "--video needs --text"),
+        (["--student", "s"], "--student needs --video"),
+        (["--word", "it"], "--word needs --png or --mp4"),
         (["--report_samples", "-1"], "--report_samples must be at least 0, got -1"),
     ],
 )

@@ -258,7 +258,9 @@ def test_the_command_reports_agreement_and_cost(
     assert agreement.main([*chosen, "--noise_levels", "5000"]) == 2
     assert "noise_level=5000" in capsys.readouterr().err
     assert agreement.main([*chosen, "--noise_levels", "100;200"]) == 2
-    assert "--noise_levels must be whole numbers between commas, got '100;200'" in capsys.readouterr().err
+    assert (
+        "--noise_levels must be whole numbers separated by commas, got '100;200'" in capsys.readouterr().err
+    )
 
 
 def test_the_command_names_samples_that_it_cannot_compare(
@@ -282,4 +284,4 @@ def test_the_command_names_samples_that_it_cannot_compare(
     assert "1 no prior: alignment needs one video (line 1, id two clips: has 2)" in printed
     assert "1 empty text (line 2, id no words" in printed
     assert compare(two) == 2
-    assert "no sample has a text and one video that is there" in capsys.readouterr().err
+    assert "no sample has a text and exactly one video that exists" in capsys.readouterr().err

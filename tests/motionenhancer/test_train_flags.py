@@ -116,8 +116,12 @@ def test_a_number_out_of_range_is_refused_before_any_work(
         ({}, "internvl", {"num_frames": 8}),
         ({"max_frames": 9}, "qwen2_5_vl", {"fps": 1.0, "max_frames": 9}),
         ({"max_frames": 9, "video_fps": 2.0}, "internvl", {"fps": 2.0, "max_frames": 9}),
-        ({"num_frames": 4, "max_frames": 9}, "qwen2_5_vl", "--max_frames 9 does nothing where 4 frames"),
-        ({"max_frames": 9}, "internvl", r"--max_frames 9 does nothing where 8 frames .*internvl by default"),
+        (
+            {"num_frames": 4, "max_frames": 9},
+            "qwen2_5_vl",
+            "--max_frames 9 has no effect: the student gets 4 frames",
+        ),
+        ({"max_frames": 9}, "internvl", r"--max_frames 9 has no effect: .* 8 frames .*internvl by default"),
     ],
 )
 def test_how_many_frames_are_shown(options: dict, family: str, found: dict | str) -> None:
