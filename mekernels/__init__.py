@@ -19,6 +19,7 @@ calls the compiled library, and ``resources`` states what every kernel costs.
 
 from . import reference
 from .align_rows import align_rows
+from .attention_entries import attention_columns, attention_sums
 from .attention_rows import attention_rows
 from .backends import BackendError, use_backend
 from .diagonal_attention import diagonal_attention
@@ -39,7 +40,9 @@ __all__ = [
     "MotionStatistics",
     "VideoTokens",
     "align_rows",
+    "attention_columns",
     "attention_rows",
+    "attention_sums",
     "diagonal_attention",
     "flash_attention",
     "motion_scores",

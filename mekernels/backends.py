@@ -312,6 +312,16 @@ def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return function(*args, **options)
 
 
+def meet_in_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast rotary embeddings may leave one of the two in float32: meet in the autocast dtype."""
+    device = query.device.type
+    if query.dtype != key.dtype and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if query.is_floating_point() and key.is_floating_point():
+            return query.to(dtype), key.to(dtype)
+    return query, key
+
+
 def by_reference(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a reference function, in float32 for half types: it would round every step of its maps."""
     wide = [

@@ -137,6 +137,61 @@ def query_key(query: object, key: object) -> None:
         )
 
 
+def columns(value: object, query: Tensor, own: int) -> tuple[Tensor | None, int, int]:
+    """Require chosen key positions, a (B, C) int64 tensor or a slice of ``own`` keys.
+
+    Returns:
+        The tensor, or None with the first position and one past the last.
+    """
+    if isinstance(value, slice):
+        start, stop, step = value.indices(own)
+        stop = max(start, stop) if step > 0 else min(start, stop)
+        if step == 1:
+            return None, start, stop
+        index = torch.arange(start, stop, step, device=query.device)
+        return index.expand(query.shape[0], -1), 0, 0
+    if not isinstance(value, Tensor):
+        raise TypeError(f"columns must be a slice or an int64 torch.Tensor, got {type(value).__name__}")
+    index_tensor("columns", value, 2, layout="(batch, columns)")
+    same_device("columns", value, "query", query)
+    shape("columns", value, (query.shape[0], value.shape[1]), meaning="(the batch of query, any number)")
+    return value, 0, 0
+
+
+def window(name: str, value: object, length: int) -> slice:
+    """Require a slice of step 1, or None for all; returns it with both ends."""
+    if value is None:
+        return slice(0, length)
+    if not isinstance(value, slice):
+        raise TypeError(f"{name} must be a slice or None, got {type(value).__name__}")
+    start, stop, step = value.indices(length)
+    if step != 1:
+        raise ValueError(f"{name} must be a slice of step 1, got a step of {step}")
+    return slice(start, max(start, stop))
+
+
+def key_mask(value: object, key: Tensor) -> None:
+    """Require a (B, Nk) bool tensor, or None."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"key_mask must be a bool torch.Tensor, got {kind}")
+    shape("key_mask", value, (key.shape[0], key.shape[2]), meaning="(batch, keys)")
+    same_device("key_mask", value, "query", key)
+
+
+def logsumexp(value: object, query: Tensor) -> None:
+    """Require the (B, Hq, Nq) logsumexp of the rows in the dtype that it is computed in."""
+    tensor("lse", value, 3, layout="(batch, heads, tokens)")
+    assert isinstance(value, Tensor)
+    shape("lse", value, query.shape[:3], meaning="(batch, heads, tokens)")
+    same_device("lse", value, "query", query)
+    wanted = accumulate_dtype(query.dtype)
+    if value.dtype != wanted:
+        raise TypeError(f"lse must have dtype {wanted}: half precision rounds it too far; got {value.dtype}")
+
+
 def index_values(name: str, value: Tensor, limit: int) -> None:
     """Require -1 <= value < limit. Only on the CPU: elsewhere reading the values would stall the device."""
     if value.device.type != "cpu" or not value.numel():

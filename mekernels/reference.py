@@ -19,6 +19,21 @@ from .layout import VideoTokens
 Grid = tuple[int, int, int]
 
 
+def hidden_keys(
+    query: Tensor, key: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, fold: int = 1
+) -> Tensor:
+    """Where a row may not see a key, (B or 1, 1, Nq, Nk) bool; the options of :func:`attention_scores`."""
+    queries, keys = query.shape[2], key.shape[2] // fold
+    hidden = torch.zeros(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
+    if causal:
+        row = torch.arange(queries, device=query.device)[:, None]
+        column = torch.arange(keys, device=query.device).repeat(fold)
+        hidden = hidden | (column > row + keys - queries)
+    if key_mask is not None:
+        hidden = hidden | ~key_mask[:, None, None, :]
+    return hidden
+
+
 def attention_scores(
     query: Tensor,
     key: Tensor,
@@ -35,14 +50,7 @@ def attention_scores(
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = scale * (query @ key.transpose(-1, -2))
-    if causal:
-        queries, keys = query.shape[2], key.shape[2] // fold
-        row = torch.arange(queries, device=query.device)[:, None]
-        column = torch.arange(keys, device=query.device).repeat(fold)
-        scores = scores.masked_fill(column > row + keys - queries, -math.inf)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-    return scores
+    return scores.masked_fill(hidden_keys(query, key, causal=causal, key_mask=key_mask, fold=fold), -math.inf)
 
 
 def attention_map(query: Tensor, key: Tensor, **options) -> Tensor:
@@ -62,6 +70,60 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tup
     """Attention output (B, Hq, Nq, Dv) and natural-log logsumexp (B, Hq, Nq)."""
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return attention_map(query, key, **options) @ value, logsumexp(query, key, **options)
+
+
+def attention_entries(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention (B, Hq, Nq, Nk) from a given (B, Hq, Nq) logsumexp; 0 where a key is not allowed.
+
+    Differentiable in all three, each taken as a variable of its own.
+    """
+    exponents = attention_scores(query, key, softmax_scale=softmax_scale) - lse[..., None]
+    hidden = hidden_keys(query, key, causal=causal, key_mask=key_mask)
+    return exponents.masked_fill(hidden, -math.inf).exp()
+
+
+def attention_columns(
+    query: Tensor, key: Tensor, lse: Tensor, columns: Tensor | slice, *, reduce: str = "mean", **options
+) -> Tensor:
+    """Chosen columns of all rows: (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``."""
+    attention = attention_entries(query, key, lse, **options)
+    if isinstance(columns, slice):
+        columns = torch.arange(key.shape[2], device=query.device)[columns].expand(len(query), -1)
+    picked = [
+        torch.where(column >= 0, item[..., column.clamp(min=0)], 0)
+        for item, column in zip(attention, columns, strict=True)
+    ]
+    result = torch.stack(picked)
+    return result.mean(1) if reduce == "mean" else result
+
+
+def attention_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    over: str,
+    reduce: str = "sum",
+    rows: slice | None = None,
+    columns: slice | None = None,
+    **options,
+) -> Tensor:
+    """Sum, mean or largest entry over the rows (B, Hq, C) or the columns (B, Hq, R) of a window."""
+    attention = attention_entries(query, key, lse, **options)
+    attention = attention[:, :, rows or slice(None), columns or slice(None)]
+    axis = -2 if over == "rows" else -1
+    if reduce == "max":
+        # At least 0, which is what a hidden key has.
+        return torch.nn.functional.pad(attention, (0, 0, 0, 1) if over == "rows" else (0, 1)).amax(axis)
+    return attention.sum(axis) / (max(1, attention.shape[axis]) if reduce == "mean" else 1)
 
 
 def fold_keys(attention: Tensor, fold: int) -> Tensor:

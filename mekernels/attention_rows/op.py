@@ -75,20 +75,15 @@ def attention_rows(
         [7, 9]
     """
     if isinstance(query, Tensor) and isinstance(key, Tensor):
-        query, key = _autocast(query, key)
+        query, key = backends.meet_in_autocast(query, key)
     checks.query_key(query, key)
     own = checks.fold(fold, key.shape[2])
     checks.index_tensor("rows", rows, 2, layout="(batch, rows)")
     checks.same_device("rows", rows, "query", query)
     checks.shape("rows", rows, (query.shape[0], rows.shape[1]), meaning="(the batch of query, any number)")
-    index, start, stop = _columns(columns, query, own)
+    index, start, stop = checks.columns(columns, query, own)
     checks.boolean("causal", causal)
-    if key_mask is not None:
-        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-            kind = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-            raise TypeError(f"key_mask must be a bool torch.Tensor, got {kind}")
-        checks.shape("key_mask", key_mask, (key.shape[0], key.shape[2]), meaning="(batch, keys)")
-        checks.same_device("key_mask", key_mask, "query", query)
+    checks.key_mask(key_mask, key)
     if key_range is not None:
         checks.index_tensor("key_range", key_range, 3, layout="(batch, rows, first and end)")
         checks.shape("key_range", key_range, (*rows.shape, 2), meaning="(batch, rows, first and end)")
@@ -115,33 +110,6 @@ def attention_rows(
         )
         return result.to(checks.accumulate_dtype(query.dtype))
     return attention_rows_op(call)[0]
-
-
-def _autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast rotary embeddings may leave one of the two in float32: meet in the autocast dtype."""
-    device = query.device.type
-    if query.dtype != key.dtype and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if query.is_floating_point() and key.is_floating_point():
-            return query.to(dtype), key.to(dtype)
-    return query, key
-
-
-def _columns(columns: Tensor | slice, query: Tensor, own: int) -> tuple[Tensor | None, int, int]:
-    """Columns as an index tensor, or as None with start and stop."""
-    if isinstance(columns, slice):
-        start, stop, step = columns.indices(own)
-        if step == 1:
-            return None, start, max(start, stop)
-        index = torch.arange(start, stop, step, device=query.device)
-        return index.expand(query.shape[0], -1), 0, 0
-    if not isinstance(columns, Tensor):
-        raise TypeError(f"columns must be a slice or an int64 torch.Tensor, got {type(columns).__name__}")
-    checks.index_tensor("columns", columns, 2, layout="(batch, columns)")
-    checks.same_device("columns", columns, "query", query)
-    meaning = "(the batch of query, any number)"
-    checks.shape("columns", columns, (query.shape[0], columns.shape[1]), meaning=meaning)
-    return columns, 0, 0
 
 
 def _index_values(call: Call) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .. import backends, checks, reference
+from ..attention_entries import differentiable_lse
 from . import composite, kernels, packages
 from .call import Call
 
@@ -36,8 +38,9 @@ def flash_attention(
 
     Returns:
         out (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value, and lse
-        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, not differentiable;
-        -inf for a row that sees nothing.
+        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, differentiable in
+        query and key; -inf for a row that sees nothing. A gradient that reaches lse costs one more attention,
+        with the keys as values, whichever backend ran.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -66,12 +69,15 @@ def flash_attention(
         out, lse = backends.by_reference(
             reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
         )
-        return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype)).detach()
+        return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype))
     call = Call(query, key, value, scale, causal)
     if backend == "auto" and kernels.prefers_cudnn(call):
         backend = "cudnn"
     out, lse = backends.dispatch("flash_attention", backend, call)
-    return out, lse.detach()
+    lse = lse.detach()
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        lse = differentiable_lse(query, key, lse, scale, causal)
+    return out, lse
 
 
 def _package(name: str) -> Callable[[], list[str]]:

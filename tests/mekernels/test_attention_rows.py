@@ -112,6 +112,12 @@ def test_error_rule(dtype, seed):
         assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
 
 
+@pytest.mark.parametrize("columns", [slice(1, -6, 2), slice(5, 2, 3), slice(2, 5, -1)])
+def test_a_slice_of_no_columns(columns):
+    query, key = case()
+    assert mekernels.attention_rows(query, key, torch.tensor([[0], [1]]), columns).shape == (2, 1, 0)
+
+
 def test_gradcheck():
     query, key = (tensor.requires_grad_() for tensor in case(queries=4, keys=8, width=3))
     rows, columns = torch.tensor([[0, 3, 3], [2, -1, 1]]), torch.tensor([[1, 1, 0], [3, -1, 2]])

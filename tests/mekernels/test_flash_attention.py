@@ -86,11 +86,49 @@ def test_logsumexp_is_the_natural_logarithm(backend):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_logsumexp_has_no_gradient(backend):
-    inputs = [tensor.requires_grad_() for tensor in case()]
-    out, lse = flash_attention(*inputs, backend=backend)
-    assert out.requires_grad
-    assert not lse.requires_grad
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_logsumexp_and_output_together(backend, causal):
+    inputs = [tensor.requires_grad_() for tensor in case(width=8)]
+    found = []
+    for name in (backend, "reference"):
+        out, lse = flash_attention(*inputs, causal=causal, softmax_scale=0.4, backend=name)
+        weights = randn(*out.shape, seed=5), randn(*lse.shape, seed=6)
+        found.append(torch.autograd.grad((out, lse), inputs, weights))
+        alone = torch.autograd.grad(flash_attention(*inputs, backend=name)[1], inputs[:2], weights[1])
+        found[-1] += alone
+    for actual, expected in zip(*found, strict=True):
+        assert_exact(actual, expected, 1e-11)
+
+
+def test_gradcheck_of_the_logsumexp():
+    query, key, value = case(queries=5, keys=3, width=2)
+    inputs = query.requires_grad_(), key.requires_grad_()
+    # Two rows see nothing and have no logsumexp to differentiate.
+    assert torch.autograd.gradcheck(
+        lambda *pair: flash_attention(*pair, value, causal=True)[1][:, :, 2:], inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_error_rule_of_the_gradient_of_logsumexp(dtype):
+    inputs = case(3, queries=45, keys=45, width=32, dtype=dtype)
+    runs = []
+    for options, tensors in (
+        ({}, [tensor.clone().requires_grad_() for tensor in inputs]),
+        ({"backend": "reference"}, [tensor.double().requires_grad_() for tensor in inputs]),
+        ({"backend": "reference"}, [tensor.clone().requires_grad_() for tensor in inputs]),
+    ):
+        _, lse = flash_attention(*tensors, causal=True, **options)
+        runs.append(gradients(lse, tensors[:2]))
+    for actual, exact, plain in zip(*runs, strict=True):
+        assert_error_rule(actual, exact, plain, factor=3.0)
+
+
+def test_logsumexp_needs_no_gradient_where_none_is_wanted():
+    query, key, value = case()
+    assert not flash_attention(query, key, value.requires_grad_())[1].requires_grad
+    with torch.no_grad():
+        assert not flash_attention(query.requires_grad_(), key, value)[1].requires_grad
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

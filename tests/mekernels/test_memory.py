@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 import mekernels
 from mekernels import VideoTokens, backends
+from mekernels.attention_entries import composite as entries_composite
+from mekernels.attention_entries.call import Call as EntriesCall
 from mekernels.attention_rows import composite as rows_composite
 from mekernels.attention_rows.call import Call
 from mekernels.diagonal_attention.call import Call as SideCall
@@ -37,7 +39,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (rows_composite, flash_attention, motion_statistics, statistics_update):
+    for module in (rows_composite, entries_composite, flash_attention, motion_statistics, statistics_update):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", MAP // 64)
 
 
@@ -114,6 +116,16 @@ def test_all_rows_of_a_few_columns_are_swept():
     out, *row_sums = run("attention_rows", call)
     grad = rand(*out.shape, dtype=torch.float32)
     assert largest(run, "attention_rows_backward", grad, *row_sums, call) <= MAP // 32
+
+
+@pytest.mark.parametrize("over_rows", [False, True])
+def test_sums_of_entries_and_their_gradient(over_rows):
+    query, key = query_key()
+    lse = torch.full(query.shape[:3], 10.0)
+    call = EntriesCall(query, key, lse, None, 0, 0, 0.3, True)
+    assert largest(run, "attention_sums", call, over_rows, False) <= MAP // 32
+    given = lse[:, :, None] if over_rows else lse[..., None]
+    assert largest(run, "attention_entries_backward", given.expand(call.map_shape), call) <= MAP // 32
 
 
 def test_flash_attention():

@@ -37,6 +37,13 @@ def rows_arguments(dtype, grad, index):
     )
 
 
+def entries_arguments(dtype, grad=False):
+    query, key = query_key(dtype)
+    lse = reference.logsumexp(query.double(), key.double()).to(mekernels.checks.accumulate_dtype(dtype))
+    places = torch.tensor([[0, 1, -1, 3, 4, 5, 6, 7]]).expand(2, -1).contiguous()
+    return (*(item.requires_grad_(grad) for item in (query, key, lse)), places, 0, 0, 0.4, True)
+
+
 def statistics_arguments(dtype):
     query, key = randn(1, 2, 11, 6, dtype=dtype), randn(1, 2, 11, 6, seed=1, dtype=dtype)
     wide = mekernels.checks.accumulate_dtype(dtype)
@@ -60,6 +67,13 @@ def cases(dtype):
         "flash_attention_backward": (torch.ones_like(out), query, key, key, out, total, 0.4, True),
         "attention_rows": rows_arguments(dtype, True, True),
         "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *row_sums, *chosen),
+        "attention_columns": (*entries_arguments(dtype, True), True),
+        "attention_sums": (*entries_arguments(dtype, True), True, False),
+        "attention_lse": entries_arguments(dtype, True),
+        "attention_entries_backward": (
+            rand(2, 4, 1, 8, dtype=wide).expand(-1, -1, 8, -1),
+            *entries_arguments(dtype),
+        ),
         "diagonal_attention": (query, torch.cat([key, key], 1), lse, 2, 4, 0, 0, 0, 0.4, 1),
         "motion_statistics_update": statistics_arguments(dtype),
         "motion_scores": (rand(2, 3, 3, 5, dtype=dtype), *rand(2, 2, dtype=dtype)),

@@ -1,0 +1,119 @@
+"""Entries and their sums in plain torch, a few rows at a time: any dtype, width and length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .call import Call
+
+CHUNK_ELEMENTS = 1 << 20
+"""Entries held at a time, where one row of the heads that share a key head allows it."""
+
+
+class _Block(NamedTuple):
+    """Some rows of the query heads that share a key head, and the keys that any of them may see."""
+
+    sample: int
+    group: int
+    heads: slice
+    rows: slice
+    keys: slice
+    query: Tensor
+    """(G, r, D), scaled."""
+    key: Tensor
+    """(c, D), zero where no row sees it."""
+    seen: Tensor | None
+    """(1 or r, c), None where every row sees every key."""
+    entries: Tensor
+    """(G, r, c)."""
+
+
+def _blocks(call: Call) -> Iterator[_Block]:
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    batch, _, rows, width = call.query.shape
+    keys, device = call.key.shape[2], call.query.device
+    step = max(1, CHUNK_ELEMENTS // max(1, call.groups * keys))
+    for sample in range(batch):
+        places = (
+            call.start + torch.arange(keys, device=device) if call.places is None else call.places[sample]
+        )
+        for group in range(call.key.shape[1]):
+            heads = slice(group * call.groups, (group + 1) * call.groups)
+            whole = call.key[sample, group].to(dtype)
+            if call.places is not None:
+                # Zero times NaN would be NaN in the gradient of a query.
+                whole = whole.masked_fill(places[:, None] < 0, 0)
+            for begin in range(0, rows, step):
+                part = slice(begin, min(begin + step, rows))
+                end = keys
+                if call.causal and call.places is None:
+                    end = max(0, min(keys, part.stop + call.shift - call.start))
+                if not end:
+                    continue
+                query = call.query[sample, heads, part].to(dtype) * call.softmax_scale
+                scores = query.reshape(-1, width) @ whole[:end].T
+                scores = scores.view(*query.shape[:2], end).sub_(call.lse[sample, heads, part, None])
+                seen = _seen(call, places[:end], part)
+                entries = scores.exp_()
+                if seen is not None:
+                    entries.masked_fill_(~seen, 0)
+                yield _Block(sample, group, heads, part, slice(0, end), query, whole[:end], seen, entries)
+
+
+def _seen(call: Call, places: Tensor, rows: slice) -> Tensor | None:
+    seen = None if call.places is None else places[None] >= 0
+    if call.causal:
+        row = torch.arange(rows.start, rows.stop, device=places.device) + call.shift
+        early = places[None] <= row[:, None]
+        seen = early if seen is None else seen & early
+    return seen
+
+
+def columns(call: Call, mean: bool) -> Tensor:
+    """All entries: (B, R, C) mean over the heads, or (B, Hq, R, C)."""
+    batch, heads, *size = call.map_shape
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    out = call.query.new_zeros((batch, 1 if mean else heads, *size), dtype=dtype)
+    for block in _blocks(call):
+        if mean:
+            out[block.sample, 0, block.rows, block.keys] += block.entries.sum(0)
+        else:
+            out[block.sample, block.heads, block.rows, block.keys] = block.entries
+    return out[:, 0] / heads if mean else out
+
+
+def sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
+    """Sums, or the largest, of the entries over the rows (B, Hq, C), or over the keys (B, Hq, R)."""
+    batch, heads, rows, keys = call.map_shape
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    out = call.query.new_zeros((batch, heads, keys if over_rows else rows), dtype=dtype)
+    for sample, _, group, part, seen_keys, *_, entries in _blocks(call):
+        target = out[sample, group, seen_keys if over_rows else part]
+        axis = 1 if over_rows else 2
+        if largest:
+            torch.maximum(target, entries.amax(axis), out=target)
+        else:
+            target += entries.sum(axis)
+    return out
+
+
+def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and logsumexp, given (B, Hq, R, C) for the entries."""
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    grad_query, grad_key, grad_lse = (
+        torch.zeros(item.shape, dtype=dtype, device=item.device) for item in call[:3]
+    )
+    for block in _blocks(call):
+        place = block.sample, block.heads, block.rows
+        change = block.entries.mul_(grad[*place, block.keys])
+        if block.seen is not None:
+            change.masked_fill_(~block.seen, 0)
+        grad_query[place] = (change.flatten(0, 1) @ block.key).view(block.query.shape) * call.softmax_scale
+        grad_key[block.sample, block.group, block.keys] += change.flatten(0, 1).T @ block.query.flatten(0, 1)
+        grad_lse[place] = -change.sum(-1)
+    return grad_query.to(call.query.dtype), grad_key.to(call.key.dtype), grad_lse

@@ -1,0 +1,315 @@
+"""Entries of an attention map and sums of them, from query, key and the rows' logsumexp, without the map."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, launch, reference
+from . import composite
+from .call import Call
+
+
+def attention_columns(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    columns: Tensor | slice,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    reduce: str = "mean",
+) -> Tensor:
+    """Chosen columns of an attention map: how much every row looks at a few keys.
+
+    An entry is exp(score - logsumexp of its row), which no other key is needed for. So a column costs as much
+    as one key of the attention.
+
+    Args:
+        query: (B, Hq, Nq, D), floating point, any strides.
+        key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
+        lse: (B, Hq, Nq) natural-log logsumexp of the rows as :func:`mekernels.flash_attention` returns it,
+            float64 for float64 input and float32 otherwise. It must be that of the same attention: the same
+            scale, mask and keys.
+        columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. Values are checked on
+            the CPU only: elsewhere a position out of range counts as padding.
+        softmax_scale: factor on the scores, 1 / sqrt(D) by default.
+        causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A key that a row does not see gives 0.
+        key_mask: (B, Nk) bool, True where a key may be seen.
+        reduce: ``"mean"`` over the heads, or ``"none"``.
+
+    Returns:
+        (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
+        Differentiable in query, key and lse, once: for the gradient of the softmax itself give it an lse that
+        is differentiable, as :func:`mekernels.flash_attention` returns it. The backward recomputes the
+        entries, and is the same from run to run.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
+
+    Source: the logsumexp every flash attention keeps for its backward (Dao et al., FlashAttention, 2022).
+
+    Example:
+        >>> import torch, mekernels
+        >>> query, key = torch.randn(1, 8, 10, 16), torch.randn(1, 2, 10, 16)
+        >>> _, lse = mekernels.flash_attention(query, key, key, causal=True)
+        >>> mekernels.attention_columns(query, key, lse, torch.tensor([[0, 3]]), causal=True).shape
+        torch.Size([1, 10, 2])
+    """
+    query, key, scale = _inputs("attention_columns", query, key, lse, softmax_scale, causal, key_mask)
+    index, start, stop = checks.columns(columns, query, key.shape[2])
+    checks.choice("reduce", reduce, ("mean", "none"))
+    if index is not None:
+        checks.index_values("columns", index, key.shape[2])
+    if backends.active() == "reference":
+        options = {"softmax_scale": scale, "causal": causal, "key_mask": key_mask, "reduce": reduce}
+        chosen = slice(start, stop) if index is None else index
+        found = backends.by_reference(reference.attention_columns, query, key, lse, chosen, **options)
+        return found.to(checks.accumulate_dtype(query.dtype))
+    if index is None:
+        part = _part(query, key, lse, slice(0, query.shape[2]), slice(start, stop), scale, causal, key_mask)
+    else:
+        index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
+        place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
+        if not key.shape[2]:
+            key = key.new_zeros((*key.shape[:2], 1, key.shape[3]))
+        if key_mask is not None and key_mask.shape[1]:
+            index = index.masked_fill(~key_mask[sample, place], -1)
+        # Indexed like this, the gradients of equal columns are added in a fixed order.
+        picked = key.transpose(1, 2)[sample, place].transpose(1, 2)
+        part = Call(query, picked, lse, index, 0, key.shape[2] - query.shape[2], scale, causal)
+    return attention_columns_op(part, reduce == "mean")
+
+
+def attention_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    over: str,
+    reduce: str = "sum",
+    rows: slice | None = None,
+    columns: slice | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Sums of an attention map over its rows or its columns: how much attention each key receives.
+
+    Memory is that of the result: no entry is written.
+
+    Args:
+        query, key, lse, softmax_scale, causal, key_mask: as in :func:`mekernels.attention_columns`.
+        over: ``"rows"``: of each key, over the rows that look at it. ``"columns"``: of each row, over the
+            keys that it looks at; the sum over all keys is 1.
+        reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``.
+        rows: the window of rows, a slice of step 1, such as ``slice(-32, None)``; all by default.
+        columns: the window of keys, likewise.
+
+    Returns:
+        (B, Hq, C) for the keys of the window with ``over="rows"``, (B, Hq, R) for its rows with
+        ``over="columns"``; float64 for float64 input and float32 otherwise. Sum and mean are differentiable
+        in query, key and lse, once; see :func:`mekernels.attention_columns`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. ``reduce="max"`` has no
+            gradient, and is refused where one is wanted.
+        BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
+
+    Source: the accumulated attention of H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048), and over the last
+    rows the score of SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469).
+
+    Example:
+        >>> import torch, mekernels
+        >>> query, key = torch.randn(1, 8, 10, 16), torch.randn(1, 2, 10, 16)
+        >>> _, lse = mekernels.flash_attention(query, key, key, causal=True)
+        >>> received = mekernels.attention_sums(query, key, lse, over="rows", causal=True)
+        >>> received.shape, round(float(received.sum()), 3)
+        (torch.Size([1, 8, 10]), 80.0)
+    """
+    query, key, scale = _inputs("attention_sums", query, key, lse, softmax_scale, causal, key_mask)
+    checks.choice("over", over, ("rows", "columns"))
+    checks.choice("reduce", reduce, ("sum", "mean", "max"))
+    windows = {
+        "rows": checks.window("rows", rows, query.shape[2]),
+        "columns": checks.window("columns", columns, key.shape[2]),
+    }
+    wanted = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, lse))
+    if reduce == "max" and wanted:
+        raise ValueError(
+            "reduce='max' has no gradient, and query, key or lse requires one: use 'sum' or 'mean', "
+            "or call it under torch.no_grad()"
+        )
+    if backends.active() == "reference":
+        options = {"softmax_scale": scale, "causal": causal, "key_mask": key_mask}
+        found = backends.by_reference(
+            reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **options
+        )
+        return found.to(checks.accumulate_dtype(query.dtype))
+    part = _part(query, key, lse, windows["rows"], windows["columns"], scale, causal, key_mask)
+    found = attention_sums_op(part, over == "rows", reduce == "max")
+    length = windows[over].stop - windows[over].start
+    return found / max(1, length) if reduce == "mean" else found
+
+
+def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    """The same logsumexp, differentiable in query and key, whichever attention has computed it.
+
+    Its gradient is one more attention with the keys as values: d lse / d score is the attention itself. That
+    is computed only where a gradient reaches it.
+    """
+    rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
+    return attention_lse_op(_part(query, key, lse, rows, columns, softmax_scale, causal, None))
+
+
+def _inputs(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Checks what the ops have in common; returns query and key in one dtype, and the scale."""
+    if isinstance(query, Tensor) and isinstance(key, Tensor):
+        query, key = backends.meet_in_autocast(query, key)
+    checks.query_key(query, key)
+    checks.logsumexp(lse, query)
+    checks.boolean("causal", causal)
+    checks.key_mask(key_mask, key)
+    checks.no_functorch(op)
+    return query, key, checks.scale(softmax_scale, query.shape[3])
+
+
+def _part(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    rows: slice,
+    columns: slice,
+    scale: float,
+    causal: bool,
+    key_mask: Tensor | None,
+) -> Call:
+    """A window of the map."""
+    places = None
+    if key_mask is not None:
+        position = torch.arange(columns.start, columns.stop, device=key.device)
+        places = torch.where(key_mask[:, columns], position, -1)
+    shift = key.shape[2] - query.shape[2] + rows.start
+    window = query[:, :, rows], key[:, :, columns], lse[:, :, rows]
+    return Call(*window, places, columns.start, shift, scale, causal)
+
+
+def _fake_columns(call: Call, mean: bool) -> Tensor:
+    batch, heads, *size = call.map_shape
+    shape = (batch, *size) if mean else (batch, heads, *size)
+    return call.query.new_empty(shape, dtype=checks.accumulate_dtype(call.query.dtype))
+
+
+def _fake_sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
+    batch, heads, rows, keys = call.map_shape
+    dtype = checks.accumulate_dtype(call.query.dtype)
+    return call.query.new_empty((batch, heads, keys if over_rows else rows), dtype=dtype)
+
+
+def _fake_lse(call: Call) -> Tensor:
+    return torch.empty_like(call.lse, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, lse = (item.new_empty(item.shape) for item in call[:3])
+    return query, key, lse
+
+
+attention_columns_op = backends.Op("attention_columns", _fake_columns)
+"""(B, R, C) mean over the heads, or (B, Hq, R, C)."""
+
+attention_sums_op = backends.Op("attention_sums", _fake_sums)
+"""Sum, or the largest, over the rows (B, Hq, C) or over the keys (B, Hq, R)."""
+
+attention_lse_op = backends.Op("attention_lse", _fake_lse)
+"""A copy of the logsumexp that has a gradient."""
+
+attention_entries_backward_op = backends.Op("attention_entries_backward", _fake_backward)
+"""Gradients of query, key and logsumexp from those of the entries, (B, Hq, R, C), which may be expanded."""
+
+
+def _save(ctx: Any, call: Call, *rest: Any) -> None:
+    ctx.options, ctx.rest = call[4:], rest[:-1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*call[:4])
+
+
+def _backward(ctx: Any, grad: Tensor | None, spread: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    call = Call._make((*ctx.saved_tensors, *ctx.options))
+    given = spread(grad, call, *ctx.rest).expand(call.map_shape)
+    return attention_entries_backward_op(given, call, backend=ctx.backend)
+
+
+def _of_columns(grad: Tensor, call: Call, mean: bool) -> Tensor:
+    return grad[:, None] / call.query.shape[1] if mean else grad
+
+
+def _of_sums(grad: Tensor, call: Call, over_rows: bool, largest: bool) -> Tensor:
+    return grad[:, :, None] if over_rows else grad[..., None]
+
+
+def _of_lse(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The logsumexp itself is the entries' argument: its own gradient is none of the op's.
+    return (*_backward(ctx, grad, lambda grad, call: grad[..., None])[:2], None)
+
+
+def _refuse_second_backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise RuntimeError("mekernels.attention_columns and attention_sums can be differentiated once, not twice")
+
+
+attention_columns_op.differentiable(_save, functools.partial(_backward, spread=_of_columns))
+attention_sums_op.differentiable(_save, functools.partial(_backward, spread=_of_sums))
+attention_lse_op.differentiable(_save, _of_lse)
+attention_entries_backward_op.differentiable(lambda *_: None, _refuse_second_backward)
+
+
+@functools.cache
+def _plan() -> Any:
+    from . import plan
+
+    return plan
+
+
+def _triton_columns(call: Call, mean: bool) -> Tensor:
+    return _plan().columns(call, mean)
+
+
+def _triton_sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
+    return _plan().sums(call, over_rows, largest)
+
+
+def _triton_backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    return _plan().backward(grad, call)
+
+
+def _copied_lse(call: Call) -> Tensor:
+    return call.lse.clone(memory_format=torch.contiguous_format)
+
+
+def _triton_reasons(*args: Any) -> list[str]:
+    return launch.reasons(next(item for item in args if isinstance(item, Call)).query)
+
+
+for name, kernels, plain in (
+    ("attention_columns", _triton_columns, composite.columns),
+    ("attention_sums", _triton_sums, composite.sums),
+    ("attention_lse", _copied_lse, _copied_lse),
+    ("attention_entries_backward", _triton_backward, composite.backward),
+):
+    backends.register(name, "triton", kernels, reasons=_triton_reasons, machine=launch.machine)
+    backends.register(name, "torch", plain)

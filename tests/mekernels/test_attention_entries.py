@@ -1,0 +1,341 @@
+"""``attention_columns`` and ``attention_sums`` against the reference, on the backends that run on a CPU."""
+
+import math
+
+import nonfinite
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
+from test_attention_rows import pick
+
+import mekernels
+from mekernels import BackendError, attention_columns, attention_sums, flash_attention, reference
+from mekernels.attention_entries import composite
+
+
+def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=9, width=5, dtype=torch.float64, scale=1.0):
+    query = randn(batch, heads * groups, queries, width, seed=seed, dtype=dtype, scale=scale)
+    key = randn(batch, heads, keys, width, seed=seed + 1, dtype=dtype, scale=scale)
+    return strided(query), strided(key)
+
+
+def logsumexp(query, key, **options):
+    found = reference.logsumexp(query.double(), key.double(), **options)
+    return found.to(mekernels.checks.accumulate_dtype(query.dtype))
+
+
+def graded(function, inputs, *arguments, **options):
+    """Values and gradients under fixed random weights."""
+    inputs = [item.detach().clone().requires_grad_() for item in inputs]
+    result = function(*inputs, *arguments, **options)
+    weights = randn(*result.shape, seed=7).to(result)
+    return result.detach(), *torch.autograd.grad(result, inputs, weights, materialize_grads=True)
+
+
+def compare(functions, inputs, *arguments, **options):
+    actual, expected = (graded(function, inputs, *arguments, **options) for function in functions)
+    for one, other in zip(actual, expected, strict=True):
+        assert_exact(one, other, 1e-11)
+
+
+SHAPES = {
+    "seed": st.integers(0, 99),
+    "batch": st.integers(1, 3),
+    "heads": st.integers(1, 3),
+    "groups": st.integers(1, 3),
+    "queries": st.integers(1, 9),
+    "keys": st.integers(1, 9),
+    "width": st.integers(1, 9),
+    "causal": st.booleans(),
+    "masked": st.booleans(),
+    "chunk": st.sampled_from([1, 40, 1 << 20]),
+}
+
+
+@given(
+    **SHAPES,
+    columns=st.one_of(st.integers(0, 4), st.slices(9)),
+    reduce=st.sampled_from(["mean", "none"]),
+)
+def test_columns_against_the_reference(
+    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, columns, reduce
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    column = columns if isinstance(columns, slice) else pick(batch, columns, keys, seed)
+    if isinstance(column, slice) and (column.step or 1) < 0:
+        # torch has no negative steps, so the reference cannot be asked.
+        column = slice(column.start, column.stop)
+    mask = randn(batch, keys, seed=seed) > 0 if masked else None
+    options = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
+    lse = logsumexp(query, key, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        compare(
+            (attention_columns, reference.attention_columns),
+            (query, key, lse),
+            column,
+            reduce=reduce,
+            **options,
+        )
+
+
+@given(
+    **SHAPES,
+    over=st.sampled_from(["rows", "columns"]),
+    reduce=st.sampled_from(["sum", "mean", "max"]),
+    rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
+    columns=st.sampled_from([None, slice(1, 5), slice(-2, None)]),
+)
+def test_sums_against_the_reference(
+    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, over, reduce, rows, columns
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    mask = randn(batch, keys, seed=seed) > 0 if masked else None
+    limits = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
+    lse = logsumexp(query, key, **limits)
+    options = {"over": over, "reduce": reduce, "rows": rows, "columns": columns, **limits}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        if reduce == "max":
+            expected = reference.attention_sums(query, key, lse, **options)
+            assert_exact(attention_sums(query, key, lse, **options), expected)
+        else:
+            compare((attention_sums, reference.attention_sums), (query, key, lse), **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("call", ["columns", "over rows", "over columns"])
+def test_error_rule(dtype, seed, call):
+    query, key = case(seed, queries=43, keys=66, width=24, dtype=dtype, scale=1.5)
+    lse = logsumexp(query, key, causal=True)
+    if call == "columns":
+        functions, arguments = (attention_columns, reference.attention_columns), (pick(2, 13, 66, seed),)
+        options = {"reduce": "none", "causal": True}
+    else:
+        functions, arguments = (attention_sums, reference.attention_sums), ()
+        options = {"over": call[5:], "columns": slice(3, 50), "causal": True}
+    wide = [item.double() for item in (query, key, lse)]
+    actual = graded(functions[0], (query, key, lse), *arguments, **options)
+    exact = graded(functions[1], wide, *arguments, **options)
+    plain = graded(functions[1], (query, key, lse), *arguments, **options)
+    assert [item.dtype for item in actual] == [torch.float32, dtype, dtype, torch.float32]
+    for place, (one, wanted, rough) in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_error_rule(one, wanted, rough, factor=3.0 if place else 2.0)
+
+
+def test_gradcheck():
+    query, key = case(queries=4, keys=6, width=3)
+    options = {"causal": True, "key_mask": randn(2, 6) > -1}
+    lse = logsumexp(query, key, **options)
+    # A row that sees nothing has no logsumexp to vary.
+    lse = lse.masked_fill(lse == -math.inf, 0)
+    inputs = [item.detach().requires_grad_() for item in (query, key, lse)]
+    columns = torch.tensor([[1, 1, 0, -1], [3, -1, 2, 5]])
+    for reduce in ("mean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda *t, reduce=reduce: attention_columns(*t, columns, reduce=reduce, **options), inputs
+        )
+    for over in ("rows", "columns"):
+        assert torch.autograd.gradcheck(
+            lambda *t, over=over: attention_sums(*t, over=over, reduce="mean", rows=slice(1, 4), **options),
+            inputs,
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_the_logsumexp_of_flash_attention_the_gradient_is_that_of_the_softmax(causal):
+    query, key = (item.requires_grad_() for item in case(queries=9))
+    _, lse = flash_attention(query, key, key, causal=causal)
+    columns = torch.tensor([[2, 8], [0, -1]])
+    read = attention_columns(query, key, lse, columns, causal=causal)
+    whole = reference.attention_map(query, key, causal=causal).mean(1)
+    expected = torch.stack(
+        [item[:, column.clamp(min=0)] for item, column in zip(whole, columns, strict=True)]
+    )
+    expected = expected * (columns >= 0)[:, None]
+    assert_exact(read, expected)
+    weights = randn(*read.shape, seed=5)
+    wanted = torch.autograd.grad(expected, (query, key), weights)
+    for one, other in zip(torch.autograd.grad(read, (query, key), weights), wanted, strict=True):
+        assert_exact(one, other, 1e-11)
+
+
+def test_all_the_attention_of_a_row_sums_to_one():
+    query, key = case()
+    _, lse = flash_attention(query, key, key)
+    assert_exact(attention_sums(query, key, lse, over="columns"), torch.ones(2, 6, 7, dtype=torch.float64))
+
+
+def test_rows_that_see_nothing_are_zero_with_zero_gradients():
+    query, key = case(queries=9, keys=4)
+    lse = logsumexp(query, key, causal=True)
+    assert (lse[:, :, :5] == -math.inf).all()
+    for function, options in (
+        (attention_columns, {"columns": slice(None)}),
+        (attention_sums, {"over": "columns"}),
+        (attention_sums, {"over": "rows"}),
+    ):
+        value, grad_query, grad_key, grad_lse = graded(
+            lambda *t, function=function, options=options: function(*t, causal=True, **options),
+            (query, key, lse),
+        )
+        assert (grad_query[:, :, :5] == 0).all()
+        assert (grad_lse[:, :, :5] == 0).all()
+        assert value.isfinite().all()
+        assert grad_key.isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [0, 3])
+def test_no_keys_and_no_rows(queries):
+    query, key = case(queries=queries, keys=0)
+    lse = torch.full((2, 6, queries), -math.inf, dtype=torch.float64)
+    assert attention_sums(query, key, lse, over="rows").shape == (2, 6, 0)
+    assert (attention_sums(query, key, lse, over="columns", reduce="mean") == 0).all()
+    padding = torch.full((2, 3), -1)
+    assert (attention_columns(query, key, lse, padding) == 0).all()
+    assert attention_columns(query, key, lse, padding).shape == (2, queries, 3)
+    assert attention_columns(query, key, lse, slice(None), reduce="none").shape == (2, 6, queries, 0)
+
+
+def test_padding_ignores_what_flows_back_to_it():
+    query, key = (item.requires_grad_() for item in case())
+    lse = logsumexp(query, key).detach().requires_grad_()
+    result = attention_columns(query, key, lse, torch.tensor([[0, -1], [1, 2]]))
+    above = torch.ones_like(result)
+    above[0, :, 1] = math.nan
+    for gradient in torch.autograd.grad(result, (query, key, lse), above):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("value", nonfinite.VALUES)
+@pytest.mark.parametrize("where", ["query", "key", "hidden key", "lse"])
+@pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
+def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
+    entry_nonfinite(value, where, call, "torch", "cpu")
+
+
+def entry_nonfinite(value, where, call, backend, device):
+    """NaN and infinity are where the reference has them, and other values are the same."""
+    query, key = randn(1, 4, 9, 16, dtype=torch.float32), randn(1, 2, 9, 16, seed=1, dtype=torch.float32)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    mask[0, 4] = False
+    lse = logsumexp(query, key, causal=True, key_mask=mask)
+    if where == "lse":
+        lse[0, 1, 5] = value
+    else:
+        target, place = (query, 5) if where == "query" else (key, 4 if where == "hidden key" else 3)
+        target[0, 1, place, 2] = value
+    options = {"causal": True, "key_mask": mask}
+    found = []
+    for name in (backend, "reference"):
+        inputs = [item.to(device) for item in (query, key, lse)]
+        moved = options | {"key_mask": mask.to(device)}
+        with mekernels.use_backend(name):
+            if call == "columns":
+                found.append(attention_columns(*inputs, slice(2, 9), reduce="none", **moved))
+            elif call == "largest":
+                found.append(attention_sums(*inputs, over="rows", reduce="max", **moved))
+            else:
+                found.append(attention_sums(*inputs, over=call[5:], **moved))
+    torch.testing.assert_close(*found, equal_nan=True, rtol=1e-4, atol=1e-5)
+    changed = not found[0].isfinite().all()
+    if where == "hidden key":
+        assert not changed
+    elif math.isnan(value):
+        assert changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_meets_in_one_dtype(dtype):
+    query, key = case(dtype=torch.float32)
+    half = query.to(dtype)
+    with torch.autocast("cpu", dtype):
+        _, lse = flash_attention(half, key.to(dtype), key.to(dtype))
+        assert attention_columns(half, key, lse, slice(0, 3)).shape == (2, 7, 3)
+
+
+def sums_of(**change):
+    query, key = case()
+    arguments = {"query": query, "key": key, "lse": logsumexp(query, key), "over": "rows"}
+    return attention_sums(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lse": torch.zeros(2, 6, 8, dtype=torch.float64)}, ValueError, r"lse must have shape \(2, 6, 7\)"),
+        ({"lse": torch.zeros(2, 6, 7)}, TypeError, r"lse must have dtype torch\.float64"),
+        ({"lse": None}, TypeError, r"lse must be a torch\.Tensor, got NoneType"),
+        ({"over": "heads"}, ValueError, "over must be one of 'rows', 'columns', got 'heads'"),
+        ({"reduce": "none"}, ValueError, "reduce must be one of 'sum', 'mean', 'max'"),
+        ({"rows": slice(0, 6, 2)}, ValueError, "rows must be a slice of step 1, got a step of 2"),
+        ({"columns": [1]}, TypeError, "columns must be a slice or None, got list"),
+        ({"causal": 1}, TypeError, "causal must be a bool, got int"),
+        ({"key_mask": torch.ones(2, 9)}, TypeError, r"key_mask must be a bool torch\.Tensor"),
+        ({"key_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, r"key_mask must have shape \(2, 9\)"),
+    ],
+)
+def test_bad_arguments_of_sums(change, error, message):
+    with pytest.raises(error, match=message):
+        sums_of(**change)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        (torch.tensor([[0, 9], [0, 0]]), ValueError, r"columns must lie between -1 \(padding\) and 8, got 9"),
+        (torch.tensor([[0]]), ValueError, r"columns must have shape \(2, 1\)"),
+        ([1, 2], TypeError, "columns must be a slice or an int64"),
+    ],
+)
+def test_bad_columns(columns, error, message):
+    query, key = case()
+    for backend in ("torch", "reference"):
+        with pytest.raises(error, match=message), mekernels.use_backend(backend):
+            attention_columns(query, key, logsumexp(query, key), columns)
+
+
+def test_the_largest_entry_has_no_gradient():
+    query, key = case()
+    lse = logsumexp(query, key)
+    with pytest.raises(ValueError, match="reduce='max' has no gradient"):
+        attention_sums(query.requires_grad_(), key, lse, over="rows", reduce="max")
+    with torch.no_grad():
+        assert attention_sums(query, key, lse, over="rows", reduce="max").shape == (2, 6, 9)
+
+
+def test_it_is_differentiated_once():
+    inputs = [item.requires_grad_() for item in case()]
+    lse = logsumexp(*inputs).detach()
+    (grad,) = torch.autograd.grad(
+        attention_sums(*inputs, lse, over="rows").square().sum(), inputs[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"does not support torch\.func"):
+        torch.func.grad(lambda query: attention_sums(query, inputs[1], lse, over="rows").sum())(inputs[0])
+
+
+def test_a_backend_that_cannot_says_so():
+    query, key = case()
+    with mekernels.use_backend("native"), pytest.raises(BackendError, match="no such implementation"):
+        attention_sums(query, key, logsumexp(query, key), over="rows")
+
+
+def test_it_compiles_in_one_graph():
+    def read(query, key):
+        _, lse = flash_attention(query, key, key, causal=True, backend="torch")
+        received = attention_sums(query, key, lse, over="rows", causal=True)
+        return received.square().sum() + attention_columns(query, key, lse, slice(0, 3), causal=True).sum()
+
+    inputs = [item.requires_grad_() for item in case()]
+    actual = torch.compile(read, fullgraph=True, backend="aot_eager")(*inputs)
+    expected = read(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(
+        torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,177 @@
+"""The Triton kernels that read entries against float64, in triton's interpreter or on a GPU.
+
+Without either, ``test_triton_interpreter.py`` runs this file in a process of its own.
+"""
+
+import math
+
+import nonfinite
+import pytest
+import torch
+from kernel_support import assert_error_rule, randn, strided
+from test_attention_entries import entry_nonfinite, logsumexp
+from test_attention_rows import pick
+
+import mekernels
+from mekernels import attention_columns, attention_sums, reference
+from mekernels import launch as common
+
+DEVICE = "cpu" if common.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if common.interpreted() else [torch.bfloat16])
+
+pytestmark = [
+    pytest.mark.skipif(bool(common.machine()), reason="; ".join(common.machine())),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def inputs(seed, batch, heads, groups, queries, keys, width, dtype, masked=False, causal=False):
+    query = strided(randn(batch, heads * groups, queries, width, seed=seed, dtype=dtype))
+    key = strided(randn(batch, heads, keys, width, seed=seed + 1, dtype=dtype))
+    options = {"causal": causal, "key_mask": randn(batch, keys, seed=seed) > -1 if masked else None}
+    return (query, key, logsumexp(query, key, **options)), options
+
+
+def run(function, tensors, *arguments, device="cpu", dtype=None, **options):
+    """Values and gradients under fixed random weights; values alone where there are no gradients."""
+    wide = options.get("reduce") != "max"
+    tensors = [item.to(device, dtype or item.dtype).detach().requires_grad_(wide) for item in tensors]
+    arguments = [item.to(device) if isinstance(item, torch.Tensor) else item for item in arguments]
+    options = {k: item.to(device) if isinstance(item, torch.Tensor) else item for k, item in options.items()}
+    result = function(*tensors, *arguments, **options)
+    weights = randn(*result.shape, seed=7).to(result)
+    gradients = torch.autograd.grad(result, tensors, weights, materialize_grads=True) if wide else ()
+    return [item.detach().cpu() for item in (result, *gradients)]
+
+
+def compare(name, tensors, *arguments, **options):
+    """The error rule for values and gradients, and the same bits twice."""
+    ours, plainly = getattr(mekernels, name), getattr(reference, name)
+    with mekernels.use_backend("triton"):
+        actual = run(ours, tensors, *arguments, device=DEVICE, **options)
+        again = run(ours, tensors, *arguments, device=DEVICE, **options)
+    exact = run(plainly, tensors, *arguments, dtype=torch.float64, **options)
+    plain = run(plainly, tensors, *arguments, **options)
+    assert actual[0].dtype == torch.float32
+    assert [item.dtype for item in actual[1:]] == [item.dtype for item in tensors[: len(actual) - 1]]
+    for place, (one, two, wanted, rough) in enumerate(zip(actual, again, exact, plain, strict=True)):
+        assert torch.equal(one, two)
+        assert_error_rule(one, wanted, rough, factor=3.0 if place else 2.0)
+    return actual
+
+
+# batch, heads, groups, queries, keys, width, columns, causal, masked, reduce
+COLUMNS = [
+    (1, 1, 1, 1, 1, 16, slice(None), False, False, "mean"),
+    (2, 1, 2, 70, 80, 40, slice(3, 70), True, True, "mean"),
+    (1, 1, 2, 70, 41, 80, 37, True, False, "none"),
+    (1, 2, 1, 20, 30, 256, 5, False, True, "mean"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(len(COLUMNS)))
+def test_columns(number, dtype):
+    *shape, columns, causal, masked, reduce = COLUMNS[number]
+    tensors, options = inputs(10 * number, *shape, dtype, masked, causal)
+    column = columns if isinstance(columns, slice) else pick(shape[0], columns, shape[4], number)
+    compare("attention_columns", tensors, column, reduce=reduce, **options)
+
+
+# batch, heads, groups, queries, keys, width, over, reduce, rows, columns, causal, masked
+SUMS = [
+    (1, 1, 1, 1, 1, 16, "rows", "sum", None, None, False, False),
+    (1, 1, 3, 70, 75, 24, "rows", "mean", slice(2, 69), slice(1, 70), True, False),
+    (1, 2, 2, 50, 40, 80, "rows", "sum", None, None, True, True),
+    (2, 1, 1, 70, 75, 96, "columns", "sum", slice(3, 70), slice(5, 72), True, False),
+    (1, 1, 2, 33, 75, 256, "columns", "mean", None, slice(5, 72), True, True),
+    (1, 1, 2, 70, 75, 24, "rows", "max", None, None, True, True),
+    (1, 1, 2, 70, 75, 24, "columns", "max", None, None, True, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(len(SUMS)))
+def test_sums(number, dtype):
+    *shape, over, reduce, rows, columns, causal, masked = SUMS[number]
+    tensors, options = inputs(10 * number, *shape, dtype, masked, causal)
+    window = {"over": over, "reduce": reduce, "rows": rows, "columns": columns}
+    compare("attention_sums", tensors, **window, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_logsumexp(dtype):
+    (query, key, lse), _ = inputs(3, 1, 2, 2, 40, 50, 24, dtype, causal=True)
+    found = []
+    for backend, kind in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
+        pair = [item.to(DEVICE, kind).requires_grad_() for item in (query, key)]
+        if backend == "triton":
+            with mekernels.use_backend("triton"):
+                read = mekernels.attention_entries.differentiable_lse(
+                    *pair, lse.to(DEVICE), query.shape[3] ** -0.5, True
+                )
+        else:
+            read = reference.logsumexp(*pair, causal=True)
+        above = randn(*read.shape, seed=5).to(read)
+        found.append([item.cpu() for item in torch.autograd.grad(read, pair, above)])
+    for one, exact, plain in zip(*found, strict=True):
+        assert_error_rule(one, exact, plain, factor=3.0)
+
+
+@pytest.mark.parametrize("value", nonfinite.VALUES)
+@pytest.mark.parametrize("where", ["query", "key", "hidden key", "lse"])
+@pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
+def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
+    entry_nonfinite(value, where, call, "triton", DEVICE)
+
+
+def test_padding_ignores_what_flows_back_to_it():
+    tensors, _ = inputs(0, 1, 1, 2, 9, 20, 16, torch.float32)
+    tensors = [item.to(DEVICE).requires_grad_() for item in tensors]
+    with mekernels.use_backend("triton"):
+        result = attention_columns(*tensors, torch.tensor([[0, -1]], device=DEVICE))
+    above = torch.ones_like(result)
+    above[:, :, 1] = math.nan
+    for gradient in torch.autograd.grad(result, tensors, above):
+        assert gradient.isfinite().all()
+
+
+def test_small_gradients_survive_half_precision():
+    tensors, _ = inputs(1, 1, 1, 2, 50, 40, 32, torch.float16)
+    pair = [item.to(DEVICE).requires_grad_() for item in tensors]
+    grads = []
+    for factor in (1.0, 2.0**-12):
+        with mekernels.use_backend("triton"):
+            result = attention_columns(*pair, slice(0, 40))
+        weights = randn(*result.shape, seed=3).to(result) * 64 * factor
+        grads.append([item.double() / factor for item in torch.autograd.grad(result, pair, weights)])
+    for one, small in zip(*grads, strict=True):
+        # They lose digits only where they are stored, the smallest number there being 6e-8.
+        assert (one - small).abs().max() <= 2.0**-24 * 2.0**12 + 2.0**-10 * one.abs().max()
+        assert one.abs().max() > 0.05
+
+
+def test_memory_that_is_read_beyond_the_tokens_does_not_count():
+    (query, key, lse), _ = inputs(3, 1, 1, 2, 20, 30, 24, torch.float16)
+    padded = torch.full((1, 1, 70, 40), math.nan, dtype=torch.float16)
+    padded[:, :, 11:41, 5:29] = key
+    for over in ("rows", "columns"):
+        with mekernels.use_backend("triton"):
+            wanted = run(attention_sums, (query, key, lse), device=DEVICE, over=over)
+            found = run(attention_sums, (query, padded[:, :, 11:41, 5:29], lse), device=DEVICE, over=over)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_operator_checks():
+    tensors, _ = inputs(3, 1, 2, 2, 9, 20, 16, torch.float32)
+    tensors = [item.to(DEVICE).requires_grad_() for item in tensors]
+    ops, rest = torch.ops.mekernels, (None, 0, 11, 0.3, True)
+    torch.library.opcheck(ops.attention_columns_triton.default, (*tensors, *rest, True))
+    torch.library.opcheck(ops.attention_sums_triton.default, (*tensors, *rest, True, False))
+
+
+def test_what_it_cannot_run_is_refused():
+    tensors, _ = inputs(3, 1, 2, 2, 9, 20, 16, torch.float64)
+    with mekernels.use_backend("triton"), pytest.raises(mekernels.BackendError, match=r"got torch\.float64"):
+        attention_sums(*(item.to(DEVICE) for item in tensors), over="rows")
