@@ -331,6 +331,7 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     if trainer.is_fsdp_enabled:
         # Checkpoints to resume from stay in shards; the result is for everyone to read.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.refuse_weights()
     if student.lora_merge:
         trainer.model = merged(trainer.model)
     trainer.save_model()

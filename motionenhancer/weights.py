@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_loaded", "load_whole"]
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+
+__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "trained_weights"]
 
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
@@ -21,12 +25,58 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
         **options: others of `from_pretrained`.
 
     Raises:
-        ValueError: see `check_loaded`.
+        ValueError: see `check_loaded`; a file of weights is damaged, or a weight is NaN or infinite.
     """
     options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    model, info = model_class.from_pretrained(folder, **options)
+    try:
+        model, info = model_class.from_pretrained(folder, **options)
+    except (SafetensorError, OSError):
+        # Neither library names the file that is damaged.
+        for _ in read_weights(folder, content=False):
+            pass
+        raise
     check_loaded(folder, info)
+    if wrong := not_finite(model.named_parameters()):
+        raise ValueError(f"{folder}: the weight {wrong} is NaN or infinite; download or save the model again")
     return model
+
+
+def read_weights(folder: str | Path, *, content: bool = True) -> Iterable[tuple[str, torch.Tensor]]:
+    """The names and tensors of a folder's safetensors files; with `content` false, none of a readable file.
+
+    Raises:
+        ValueError: names the file that cannot be read.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys() if content else ():
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def trained_weights(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """The names of a model's trained weights, and what this process holds of them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            held = getattr(parameter, "ds_tensor", parameter).detach()
+            yield name, held.to_local() if isinstance(held, DTensor) else held
+
+
+def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The name of the first weight that holds NaN or infinity; empty if there is none.
+
+    >>> not_finite([("a", torch.zeros(2)), ("b", torch.tensor([0.0, torch.nan]))])
+    'b'
+    """
+    for name, weight in weights:
+        # No mask of the whole weight is built: a model's largest one has billions of entries.
+        if weight.is_floating_point() and weight.element_size() > 1 and weight.numel() and not weight.is_meta:
+            low, high = weight.detach().aminmax()
+            if not bool((low.isfinite() & high.isfinite()).all()):
+                return name
+    return ""
 
 
 def check_loaded(folder: str | Path, info: Mapping[str, Any]) -> None:
