@@ -190,7 +190,9 @@ class MakerArguments(Settings):
     ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     ray_wait: float | None = setting(
-        None, "Seconds without a teacher, or for one prior, after which the run stops. Default: 3600.", above=0
+        None,
+        "The run stops after so many seconds without a teacher, or for one prior. Default: 3600.",
+        above=0,
     )
 
     def __post_init__(self) -> None:

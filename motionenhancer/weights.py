@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
-__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "trained_weights"]
+__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "refuse_weights"]
 
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
@@ -56,12 +57,31 @@ def read_weights(folder: str | Path, *, content: bool = True) -> Iterable[tuple[
             raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
-def trained_weights(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """The names of a model's trained weights, and what this process holds of them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            held = getattr(parameter, "ds_tensor", parameter).detach()
-            yield name, held.to_local() if isinstance(held, DTensor) else held
+def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processes: int) -> None:
+    """Stop a run before it saves weights that are not finite; every process must call this.
+
+    Args:
+        models: of a run, after `step` steps.
+        processes: of the run.
+
+    Raises:
+        FloatingPointError: in all processes; names the first such weight.
+    """
+    # A process looks at what it holds: DeepSpeed and FSDP2 share weights out.
+    held = (
+        (name, getattr(parameter, "ds_tensor", parameter).detach())
+        for model in models
+        if model is not None
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
+    wrong = not_finite((name, w.to_local() if isinstance(w, DTensor) else w) for name, w in held)
+    found = [name for name in (gather_object([wrong]) if processes > 1 else [wrong]) if name]
+    if found:
+        raise FloatingPointError(
+            f"the weight {found[0]} is NaN or infinite after step {step}; it is not saved. A smaller "
+            "--learning_rate may help"
+        )
 
 
 def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
 from ..students.capture import capture_attention
-from ..weights import load_whole, not_finite, trained_weights
+from ..weights import load_whole, refuse_weights
 from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
@@ -402,21 +402,6 @@ class MotionTrainer(ValidatedTrainer):
 
     # ---- checkpoints ----
 
-    def refuse_weights(self) -> None:
-        """Raise in all processes where a trained weight is not finite: such weights must not be saved.
-
-        Raises:
-            FloatingPointError: names the first such weight.
-        """
-        models = [model for model in (self.model, self.aligner) if model is not None]
-        wrong = next(filter(None, (not_finite(trained_weights(model)) for model in models)), "")
-        found = gather_object([wrong]) if self.args.world_size > 1 else [wrong]
-        if any(found):
-            raise FloatingPointError(
-                f"the weight {next(filter(None, found))} is NaN or infinite after step "
-                f"{self.state.global_step}; it is not saved. A smaller --learning_rate may help"
-            )
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         settings = _settings(self.model)
         # The Trainer sets use_cache to false for its own steps; what is loaded later is to generate with it.
@@ -431,7 +416,7 @@ class MotionTrainer(ValidatedTrainer):
             (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.refuse_weights()
+        refuse_weights([self.model, self.aligner], self.state.global_step, self.args.world_size)
         # Before the Trainer's own files: the last of those marks the checkpoint as whole.
         if self._aligner_training is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
