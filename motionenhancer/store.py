@@ -60,9 +60,13 @@ def _verify(store: PriorStore) -> int:
             good += 1
         elif isinstance(found, DamagedPrior):
             bad += 1
-            print(f"damaged, set aside: {found}")
-            with suppress(FileNotFoundError):
+            try:
                 store.set_aside(key)
+                print(f"damaged, set aside: {found}")
+            except FileNotFoundError:
+                print(f"damaged, gone meanwhile: {found}")
+            except OSError as error:
+                print(f"damaged, cannot be set aside ({error.strerror}): {found}")
         else:
             unread += 1
             print(f"cannot be read, left as it is: {found}")

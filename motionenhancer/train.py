@@ -60,6 +60,7 @@ from .training.run_plan import (
     teacher_grid,
     vision_rate,
 )
+from .weights import refuse_weights
 
 PROG = "python -m motionenhancer.train"
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
@@ -331,6 +332,7 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     if trainer.is_fsdp_enabled:
         # Checkpoints to resume from stay in shards; the result is for everyone to read.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    refuse_weights([trainer.model, trainer.aligner], trainer.state.global_step, trainer.args.world_size)
     if student.lora_merge:
         trainer.model = merged(trainer.model)
     trainer.save_model()

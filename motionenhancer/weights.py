@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_loaded", "load_whole"]
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+
+__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "refuse_weights"]
 
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
@@ -21,12 +26,77 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
         **options: others of `from_pretrained`.
 
     Raises:
-        ValueError: see `check_loaded`.
+        ValueError: see `check_loaded`; a file of weights is damaged, or a weight is NaN or infinite.
     """
     options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    model, info = model_class.from_pretrained(folder, **options)
+    try:
+        model, info = model_class.from_pretrained(folder, **options)
+    except (SafetensorError, OSError):
+        # Neither library names the file that is damaged.
+        for _ in read_weights(folder, content=False):
+            pass
+        raise
     check_loaded(folder, info)
+    if wrong := not_finite(model.named_parameters()):
+        raise ValueError(f"{folder}: the weight {wrong} is NaN or infinite; download or save the model again")
     return model
+
+
+def read_weights(folder: str | Path, *, content: bool = True) -> Iterable[tuple[str, torch.Tensor]]:
+    """The names and tensors of a folder's safetensors files; with `content` false, none of a readable file.
+
+    Raises:
+        ValueError: names the file that cannot be read.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys() if content else ():
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processes: int) -> None:
+    """Stop a run before it saves weights that are not finite; every process must call this.
+
+    Args:
+        models: of a run, after `step` steps.
+        processes: of the run.
+
+    Raises:
+        FloatingPointError: in all processes; names the first such weight.
+    """
+    # A process looks at what it holds: DeepSpeed and FSDP2 share weights out.
+    held = (
+        (name, getattr(parameter, "ds_tensor", parameter).detach())
+        for model in models
+        if model is not None
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
+    wrong = not_finite((name, w.to_local() if isinstance(w, DTensor) else w) for name, w in held)
+    found = [name for name in (gather_object([wrong]) if processes > 1 else [wrong]) if name]
+    if found:
+        raise FloatingPointError(
+            f"the weight {found[0]} is NaN or infinite after step {step}; it is not saved. A smaller "
+            "--learning_rate may help"
+        )
+
+
+def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The name of the first weight that holds NaN or infinity; empty if there is none.
+
+    >>> not_finite([("a", torch.zeros(2)), ("b", torch.tensor([0.0, torch.nan]))])
+    'b'
+    """
+    for name, weight in weights:
+        # No mask of the whole weight is built: a model's largest one has billions of entries.
+        if weight.is_floating_point() and weight.element_size() > 1 and weight.numel() and not weight.is_meta:
+            low, high = weight.detach().aminmax()
+            if not bool((low.isfinite() & high.isfinite()).all()):
+                return name
+    return ""
 
 
 def check_loaded(folder: str | Path, info: Mapping[str, Any]) -> None:

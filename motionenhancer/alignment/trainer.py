@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
 from ..students.capture import capture_attention
-from ..weights import load_whole
+from ..weights import load_whole, refuse_weights
 from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
@@ -416,6 +416,7 @@ class MotionTrainer(ValidatedTrainer):
             (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        refuse_weights([self.model, self.aligner], self.state.global_step, self.args.world_size)
         # Before the Trainer's own files: the last of those marks the checkpoint as whole.
         if self._aligner_training is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"

@@ -374,7 +374,7 @@ class Stored:
             raise
         lost = ""
         try:
-            self._check_clip(request)
+            made = replace(made, prior=replace(made.prior, clip=self._check_clip(request)))
             self.store.write(request.key, made.prior)
         except VideoError as error:
             if self.strict:
@@ -399,7 +399,8 @@ class Stored:
         except KeyError:
             pass
         except DamagedPrior as error:
-            with contextlib.suppress(FileNotFoundError):
+            # Where it cannot be renamed it cannot be written anew either, and the store says so then.
+            with contextlib.suppress(OSError):
                 self.store.set_aside(key)
             return None, str(error)
         refusal = self.store.refusal(key)
@@ -410,11 +411,12 @@ class Stored:
             )
         return None, ""
 
-    def _check_clip(self, request: PriorRequest) -> None:
-        """Raise `VideoError` unless a clip is still the one its key was made of: hours may lie between."""
+    def _check_clip(self, request: PriorRequest) -> str:
+        """Return the clip's name in its key; `VideoError` if it is another now: hours may lie between."""
         digest = named_by(content_digest(request.video), request.video)
         if self._name(digest, request.text) != request.key:
             raise VideoError(Path(request.video), "changed while the run was going on, start again")
+        return digest
 
     def _put_on_record(self, request: PriorRequest, error: VideoError | PriorError) -> None:
         # Without a record the clip is tried again, no more: an unwritable store stops nothing here.

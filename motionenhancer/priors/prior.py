@@ -189,6 +189,7 @@ class MotionPrior:
         seconds: wall time by stage; not part of what is compared or keyed.
         times: F seconds, when each frame of the grid is, since the clip's first frame; empty where the frames
             came without their times.
+        clip: digest of the clip's file and its segment, as in the prior's key; empty where no store keeps it.
     """
 
     attention: torch.Tensor
@@ -212,6 +213,7 @@ class MotionPrior:
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     times: list[float] = field(default_factory=list)
+    clip: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Everything but the attention itself, ready for JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -97,7 +98,7 @@ class PriorStore:
         attention = prior.attention.to(torch.float16).contiguous()
         text = text_of_prior(prior)
         # One entry only: safetensors writes several in an order that changes from process to process.
-        metadata = {"motion_prior": f"{_digest(attention, text)} {text}"}
+        metadata = {"motion_prior": f"{_digest(key, attention, text)} {text}"}
         target = self.path(key)
         with whole_file(target) as temporary:
             temporary.write_bytes(save({"attention": attention}, metadata))
@@ -147,12 +148,17 @@ class PriorStore:
             with safe_open(path, framework="np") as file:
                 metadata, attention = file.metadata() or {}, torch.from_numpy(file.get_tensor("attention"))
             digest, _, text = metadata["motion_prior"].partition(" ")
-            if attention.dtype != torch.float16 or digest != _digest(attention, text):
-                raise DamagedPrior(f"{path}: content does not match its digest")
-            return prior_from_text(attention, text)
-        except DamagedPrior:
-            raise
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            if attention.dtype != torch.float16 or digest != _digest(key, attention, text):
+                raise ValueError("content does not match its digest and its name")
+            prior = prior_from_text(attention, text)
+            if wrong := _out_of_range(prior):
+                raise ValueError(f"{wrong} must be what a teacher can give")
+            if prior.clip and key != prior_key(prior.clip, prior.prompt, prior.teacher, prior.settings):
+                raise ValueError(
+                    "it was made from another clip, text, teacher or settings than its name says"
+                )
+            return prior
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DamagedPrior(f"{path}: {error}") from error
 
     def set_aside(self, key: str) -> Path:
@@ -185,6 +191,34 @@ def prior_from_text(attention: torch.Tensor, text: str) -> MotionPrior:
     return MotionPrior(attention=attention, settings=settings, **about)
 
 
-def _digest(attention: torch.Tensor, text: str) -> str:
+def _out_of_range(prior: MotionPrior) -> str:
+    """Name the first thing of a prior that no maker gives, or nothing."""
+    words, all_words, scores = len(prior.kept), len(prior.all_tokens), prior.head_scores
+    heads, length = {len(values) for values in scores.values()}, len(prior.prompt)
+    spans, all_spans = ((0 <= a <= b <= length for a, b in s) for s in (prior.spans, prior.all_spans))
+    shape = (words, math.prod(prior.grid))
+    right = {
+        "grid": len(prior.grid) == 3 and all(isinstance(n, int) and n > 0 for n in prior.grid),
+        "attention": prior.attention.shape == shape and _finite(prior.attention),
+        "kept": _ascending(prior.kept, all_words) and len(prior.tokens) == words,
+        "spans": len(prior.spans) == words and all(spans),
+        "all_spans": len(prior.all_spans) == len(prior.token_scores) == all_words and all(all_spans),
+        "heads": len(heads) == 1 and _ascending(prior.heads, *heads),
+        "confidence": all(0 <= value <= 1 for value in prior.confidence.values()),
+    }
+    return next((name for name, fine in right.items() if not fine), "")
+
+
+def _finite(attention: torch.Tensor) -> bool:
+    return bool((attention.isfinite() & (attention >= 0)).all())
+
+
+def _ascending(places: list[int], count: int) -> bool:
+    """Whether these are distinct places among `count`, in order, and at least one."""
+    inside = all(isinstance(place, int) and 0 <= place < count for place in places)
+    return bool(places) and inside and sorted(set(places)) == places
+
+
+def _digest(key: str, attention: torch.Tensor, text: str) -> str:
     body = attention.contiguous().view(torch.uint8).numpy().tobytes() if attention.numel() else b""
-    return hashlib.sha256(f"{tuple(attention.shape)}\0{text}\0".encode() + body).hexdigest()
+    return hashlib.sha256(f"{key}\0{tuple(attention.shape)}\0{text}\0".encode() + body).hexdigest()

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
+from ..alignment.aligner_training import FOLDER as ALIGNER
 from ..data import content_digest
 from ..priors.prior import PriorSettings
+from ..processes import from_main
 from ..settings import (
     DataArguments,
     PriorArguments,
@@ -19,6 +27,7 @@ from ..settings import (
     TrainArguments,
     ValidationArguments,
 )
+from ..weights import not_finite, read_weights
 from .run_plan import engine_of, global_batch
 
 #: Training arguments that change what is learnt, however the work is spread over processes.
@@ -32,6 +41,8 @@ _RECIPE = str.split("""
 _BATCHES = ("even_batches", "use_seedable_sampler")
 #: Those that decide which step's weights are kept.
 _BEST = str.split("load_best_model_at_end metric_for_best_model eval_strategy eval_steps eval_delay")
+#: Files that hold a state that a run goes on from.
+_STATES = {"optimizer": (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN), "schedule": (SCHEDULER_NAME,)}
 #: Flags of the student that change nothing of it.
 _NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
@@ -95,23 +106,62 @@ def checkpoint_format(engine: str, processes: int) -> str:
 
 
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
-    """The checkpoint named by `--resume_from_checkpoint`, else the newest whole one of the output folder.
+    """The checkpoint named by `--resume_from_checkpoint`, else the newest good one of the output folder.
+
+    A damaged one of the output folder is passed over and named. One process looks; all processes call this.
 
     Raises:
-        ValueError: the one that is named is none, or has no optimizer's state to go on from.
+        ValueError: the one that is named is none, or is damaged; or all of the output folder's are.
     """
+    found = from_main(_to_resume(training) if PartialState().is_main_process else ("", None))
+    if found[0]:
+        raise ValueError(found[0])
+    return found[1]
+
+
+def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
+    """What is wrong with the checkpoints, or the one to go on from."""
     given = training.resume_from_checkpoint
     if given is not None and _state(Path(given)) is None:
-        raise ValueError(f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one")
-    chosen = given or newest_checkpoint(Path(training.output_dir or ""))
-    if chosen is not None and checkpoint_format(engine_of(training), training.world_size) == "whole":
-        saved = [(Path(chosen) / name).is_file() for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)]
-        if Path(chosen).is_dir() and not any(saved):
-            raise ValueError(
-                f"{chosen}: holds no optimizer's state ({OPTIMIZER_NAME}), so no run can go on from it: it "
-                "was saved with --save_only_model, or under another engine; give another --output_dir"
+        return f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one", None
+    whole = checkpoint_format(engine_of(training), training.world_size) == "whole"
+    flaw = ""
+    for folder in _newest_first(Path(training.output_dir or "")) if given is None else [Path(given)]:
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            continue  # the run was killed while it saved
+        problem = _flaw(folder, whole)
+        if not problem:
+            if flaw:
+                print(f"{flaw}; {folder.name} is taken instead", file=sys.stderr)
+            return "", str(folder)
+        flaw = flaw or problem
+    return flaw and f"{flaw}; no other checkpoint is there to go on from, give another --output_dir", None
+
+
+def _flaw(folder: Path, whole: bool) -> str:
+    """What keeps a run from going on from a checkpoint, or nothing; only one in one piece is looked into."""
+    if _state(folder) is None:
+        return f"{folder / TRAINER_STATE_NAME}: damaged"
+    if not whole:
+        return ""
+    for what, names in _STATES.items():
+        if not any((folder / name).is_file() for name in names):
+            return (
+                f"{folder}: holds no {what}'s state ({names[0]}), so no run can go on from it: it was saved "
+                "with --save_only_model, or under another engine"
             )
-    return chosen
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            # torch raises errors of many types, with advice that does not fit here.
+            return f"{file}: damaged ({type(error).__name__})"
+    try:
+        wrong = not_finite(chain(read_weights(folder), read_weights(folder / ALIGNER)))
+    except ValueError as error:
+        return str(error)
+    return f"{folder}: the weight {wrong} is NaN or infinite" if wrong else ""
 
 
 def aligned_before(checkpoint: str | Path) -> bool:
@@ -122,19 +172,26 @@ def aligned_before(checkpoint: str | Path) -> bool:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a run's folder."""
+    return next((str(found) for found in _newest_first(folder) if _state(found) is not None), None)
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    """A run's checkpoints, whole or not."""
     numbered = {
         int(f.name[11:]): f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name[11:].isdecimal()
     }
-    return next(
-        (str(numbered[n]) for n in sorted(numbered, reverse=True) if _state(numbered[n]) is not None), None
-    )
+    return (numbered[n] for n in sorted(numbered, reverse=True))
 
 
 def _state(checkpoint: Path) -> Any:
-    """The Trainer's state, which it writes last: None where the run was killed while it saved."""
+    """The Trainer's state as json, which it writes last: None where the run was killed while it saved."""
     try:
-        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        right = isinstance(state["global_step"], int) and all(
+            "step" in entry for entry in state["log_history"]
+        )
+        return state if right and TrainerState(**state) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

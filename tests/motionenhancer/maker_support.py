@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from test_store import make_prior
+from test_store import made_for
 
 from motionenhancer.data import content_digest
 from motionenhancer.data.video import VideoError
@@ -117,8 +117,7 @@ class Fake:
         fault = MACHINE_FAULTS.get(says.partition(" ")[0])
         if fault is not None:
             raise fault
-        made = make_prior(seed=sum(frames.tolist()))
-        return replace(made, prompt=text, settings=PriorSettings(**settings))  # type: ignore[arg-type]
+        return made_for(text, PriorSettings(**settings), seed=sum(frames.tolist()))  # type: ignore[arg-type]
 
     def hold(self, says: str) -> Callable[[], None]:
         """Let a clip wait; returns what lets it go on."""

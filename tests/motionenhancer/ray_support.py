@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_store import make_prior
+from test_store import made_for
 
 from motionenhancer.data import content_digest
 from motionenhancer.data.video import VideoError
@@ -53,7 +53,7 @@ def small_cluster() -> Iterator[Cluster]:
                 # Ray gives a node 30 seconds to start, which is not always enough beside other work.
                 if tries == 2 or "timed out during startup" not in str(error):
                     raise
-        for module in (sys.modules[__name__], sys.modules[make_prior.__module__]):
+        for module in (sys.modules[__name__], sys.modules[made_for.__module__]):
             ray.cloudpickle.register_pickle_by_value(module)
             stack.callback(ray.cloudpickle.unregister_pickle_by_value, module)
         yield engine
@@ -111,8 +111,7 @@ class Load:
             raise PriorError("it has no word")
         if says.startswith("cuda"):
             raise RuntimeError("CUDA error: an illegal memory access")
-        made = make_prior(sum(frames.tolist()))
-        return replace(made, prompt=text, teacher=self.id, settings=PriorSettings(**settings))
+        return made_for(text, PriorSettings(**settings), sum(frames.tolist()))
 
 
 def request(folder: Path, says: str, **options: Any) -> PriorRequest:

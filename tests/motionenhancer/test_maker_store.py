@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from maker_support import MACHINE_FAULTS, SECONDS, SETTINGS, Fake, answer, files, kept
 
+from motionenhancer import store as cli
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import maker as maker_module
 from motionenhancer.priors.maker import (
@@ -143,6 +144,38 @@ def test_a_store_that_cannot_be_written(
             found.lost == "priors used, but not kept: the store cannot be written (No space left on device)"
         )
         assert found.prior.prompt == "it moves"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_damaged_file_in_a_store_that_is_only_read(
+    fake: Fake,
+    store: PriorStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    strict: bool,
+) -> None:
+    request = fake.request("good")
+    with kept(fake, store) as stored:
+        path = store.path(stored.submit(request).result(SECONDS) and request.key)
+    path.write_bytes(b"damaged")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with kept(fake, store, strict=strict) as stored:
+        found = answer(stored.submit(request))
+    said = f"{store.folder} cannot be written (Read-only file system)"
+    if strict:
+        assert isinstance(found, DeadTeacher)
+        assert said in str(found)
+    else:
+        assert isinstance(found, Made)
+        assert str(path) in found.damaged
+        assert "cannot be written" in found.lost
+    assert cli.main(["verify", "--prior_dir", str(store.folder)]) == 1
+    assert "damaged, cannot be set aside (Read-only file system)" in capsys.readouterr().out
+    assert path.read_bytes() == b"damaged"
 
 
 def test_a_stored_prior_that_cannot_be_read_just_now_is_left_as_it_is(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from motionenhancer import store as cli
-from motionenhancer.priors import storage
 from motionenhancer.priors.prior import MotionPrior, PriorSettings
 from motionenhancer.priors.storage import DamagedPrior, PriorStore, prior_key
 
@@ -30,7 +28,12 @@ def make_prior(seed: int = 0) -> MotionPrior:
         prompt="the red square moves — naïve ✓",
         grid=(2, 3, 4),
         heads=[0, 3],
-        head_scores={"dfc": [0.1, 0.2], "tcs": [1.0, 2.0], "dsr": [0.5, 0.25], "composite": [0.1, -0.1]},
+        head_scores={
+            "dfc": [0.1, 0.2, 0.1, 0.3],
+            "tcs": [1.0, 2.0, 1.0, 1.0],
+            "dsr": [0.5, 0.25, 0.25, 0.75],
+            "composite": [0.1, -0.1, -0.2, 0.2],
+        },
         all_tokens=["▁the", "▁red", "▁square", "▁moves"],
         all_spans=[(0, 3), (4, 7), (8, 14), (15, 20)],
         token_scores=[0.1, 0.3, 0.1, 1 / 3],
@@ -47,6 +50,13 @@ def make_prior(seed: int = 0) -> MotionPrior:
     )
 
 
+def made_for(text: str, settings: PriorSettings, seed: int = 0) -> MotionPrior:
+    """What a teacher called "t" makes of a text of at least four characters."""
+    places = [(i, i + 1) for i in range(4)]
+    given = {"prompt": text, "teacher": "t", "settings": settings, "spans": places[1::2], "all_spans": places}
+    return dataclasses.replace(make_prior(seed), **given)
+
+
 def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
     store, prior = PriorStore(tmp_path), make_prior()
     assert KEY not in store
@@ -58,17 +68,6 @@ def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
     for field in dataclasses.fields(MotionPrior):
         if field.name not in ("attention", "seconds"):
             assert getattr(back, field.name) == getattr(prior, field.name), field.name
-
-
-def test_a_prior_stored_before_times_were_kept_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, prior = PriorStore(tmp_path), make_prior()
-    about = json.loads(storage.text_of_prior(prior))
-    assert about.pop("times") == [0.0, 1 / 3]
-    monkeypatch.setattr(storage, "text_of_prior", lambda _: json.dumps(about, sort_keys=True))
-    store.write(KEY, prior)
-    assert store.read(KEY).times == []
 
 
 def test_writing_is_deterministic_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -120,6 +119,59 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, harm: str) -> None:
     aside = store.set_aside(KEY)
     assert KEY not in store
     assert aside.read_bytes() == damaged
+
+
+def test_files_that_were_exchanged_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, other = PriorStore(tmp_path), "cd" + "1" * 62
+    mine, theirs = store.write(KEY, make_prior()), store.write(other, make_prior(1))
+    body = mine.read_bytes()
+    mine.write_bytes(theirs.read_bytes())
+    theirs.write_bytes(body)
+    for key in (KEY, other):
+        with pytest.raises(DamagedPrior, match="its name"):
+            store.read(key)
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
+    assert "0 good, 2 damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"clip": "w" * 64}, {"prompt": "the red square moves — naive ✓"}, {"teacher": "u" * 32}]
+)
+def test_a_prior_under_the_name_of_another_is_noticed(tmp_path: Path, changed: dict[str, str]) -> None:
+    store, prior = PriorStore(tmp_path), dataclasses.replace(make_prior(), clip="v" * 64)
+    key = prior_key(prior.clip, prior.prompt, prior.teacher, prior.settings)
+    store.write(key, dataclasses.replace(prior, **changed))
+    if not changed:
+        assert store.read(key).clip == prior.clip
+        return
+    with pytest.raises(DamagedPrior, match="another clip, text, teacher or settings"):
+        store.read(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention", -torch.ones(2, 24).half()),
+        ("attention", torch.full((2, 24), torch.inf).half()),
+        ("attention", torch.full((2, 24), torch.nan).half()),
+        ("attention", torch.ones(2, 23).half()),
+        ("grid", (2, 3, -4)),
+        ("kept", [1, 4]),
+        ("kept", [3, 1]),
+        ("kept", [-1, 3]),
+        ("spans", [(4, 7), (15, 99)]),
+        ("spans", [(7, 4), (15, 20)]),
+        ("all_spans", [(0, 3)]),
+        ("heads", [0, 4]),
+        ("heads", [-1]),
+        ("confidence", {"confidence": 1.5}),
+    ],
+)
+def test_what_no_teacher_gives_is_damage(tmp_path: Path, name: str, value: object) -> None:
+    store = PriorStore(tmp_path)
+    store.write(KEY, dataclasses.replace(make_prior(), **{name: value}))
+    with pytest.raises(DamagedPrior, match=f"{name} must be what a teacher can give"):
+        store.read(KEY)
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:

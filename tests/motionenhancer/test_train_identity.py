@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_world import World
 from train_support import flags
 
@@ -131,11 +133,48 @@ def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
     for number in (2, 10):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-10: holds no optimizer's state.*--save_only_model"):
-        checkpoint_to_resume(training())
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {number}, "log_history": []}}')
+    for name in ("optimizer", "schedule"):
+        with pytest.raises(ValueError, match=rf"checkpoint-10: holds no {name}'s state.*--save_only_model"):
+            checkpoint_to_resume(training())
+        for number in (2, 10):
+            torch.save({}, tmp_path / f"checkpoint-{number}" / f"{name.replace('schedule', 'scheduler')}.pt")
+    assert checkpoint_to_resume(training()) == str(tmp_path / "checkpoint-10")
     chosen = str(tmp_path / "checkpoint-2")
     assert checkpoint_to_resume(training(resume_from_checkpoint=chosen)) == chosen
-    (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
-    assert checkpoint_to_resume(training()) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "no scheduler", "weights", "nan"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    for number in (2, 10):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {number}, "log_history": []}}')
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.zeros(99)}, folder / name)
+        save_file({"a.weight": torch.ones(9)}, folder / "model.safetensors")
+    assert checkpoint_to_resume(training) == str(folder)
+    named = f"{folder / harm}: damaged"
+    if harm == "no scheduler":
+        (folder / "scheduler.pt").unlink()
+        named = f"{folder}: holds no schedule's state (scheduler.pt)"
+    elif harm == "nan":
+        save_file({"a.weight": torch.tensor([1.0, torch.nan])}, folder / "model.safetensors")
+        named = f"{folder}: the weight a.weight is NaN or infinite"
+    else:
+        file = folder / ("model.safetensors" if harm == "weights" else harm)
+        named = f"{file}: cannot be read" if harm == "weights" else named
+        file.write_bytes(file.read_bytes()[:-30])
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-2")
+    said = capsys.readouterr().err
+    assert said.startswith(named)
+    assert "checkpoint-2 is taken instead" in said
+    training.resume_from_checkpoint = str(folder)
+    with pytest.raises(ValueError, match=r"checkpoint-10"):
+        checkpoint_to_resume(training)

@@ -117,6 +117,27 @@ def test_bad_numbers_keep_the_last_good_checkpoint(
     assert state["global_step"] == 3
 
 
+@pytest.mark.parametrize("step", [4, 5])
+def test_weights_that_a_step_spoiled_are_never_saved(
+    world: World, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Nothing looks at what the last step left but what saves it."""
+    original = MotionTrainer.step_aligner
+
+    def spoiled(self: MotionTrainer) -> None:
+        original(self)
+        if self.state.global_step == step - 1:
+            self.model.lm_head.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(MotionTrainer, "step_aligner", spoiled)
+    out = tmp_path / "out"
+    assert train.main(run_flags(world, out, save_strategy="no" if step == 5 else "steps")) == 2
+    assert f"weight lm_head.weight is NaN or infinite after step {step}" in capsys.readouterr().err
+    assert report_of(out)["status"] == "failed"
+    assert checkpoints(out) == (set() if step == 5 else {"checkpoint-2"})
+    assert not list(out.glob("*.safetensors"))
+
+
 def test_the_checkpoint_holds_nothing_but_the_familys_files(
     whole: Path, world: World, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,31 @@ def test_a_teacher_with_a_weight_of_another(tmp_path: Path) -> None:
         ValueError, match=r"copy/transformer: 1 weight is not of this model \(audio\.weight\)"
     ):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("student", ""), ("teacher", "vae"), ("teacher", "text_encoder")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, kind: str, part: str, value: float) -> None:
+    shutil.copytree(SHIPPED / kind, tmp_path / "copy")
+    (file,) = (tmp_path / "copy" / part).glob("*.safetensors")
+    weights, name = load_file(file), first(kind, part)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    load = load_student if kind == "student" else load_teacher
+    with pytest.raises(ValueError, match=rf"copy.*the weight .*{name.split('.')[-2]}.* is NaN or infinite"):
+        load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("student", ""), ("teacher", "vae"), ("teacher", "transformer"), ("teacher", "text_encoder")],
+)
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, kind: str, part: str) -> None:
+    shutil.copytree(SHIPPED / kind, tmp_path / "copy")
+    (file,) = (tmp_path / "copy" / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=re.escape(f"{file}: cannot be read")):
+        (load_student if kind == "student" else load_teacher)(tmp_path / "copy")
 
 
 def test_buffers_that_are_computed_now_are_no_fault() -> None:
