@@ -45,6 +45,7 @@ from .students import StudentFamily, load_student
 from .students.load import check_config
 from .toy.accuracy import accuracy, accuracy_table
 from .toy.defaults import use_toy_defaults
+from .toy.gaze import attention_on_objects
 from .toy.world import ToyFolder
 from .training.lora import add_lora, merged, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
@@ -276,6 +277,7 @@ def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> 
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
     found = accuracy(model.eval(), processor, family, toy.root)
+    found["gaze"] = attention_on_objects(model, processor, family, toy.root)
     model.train(was_training)
     return found
 

@@ -68,9 +68,16 @@ def accuracy(model: Any, processor: Any, family: Any, world: Path, *, shown: str
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
-    """Lines of figures, one for each of ``found``: name → what :func:`accuracy` returned."""
-    rows = [" " * 8 + "".join(f"{name:>9s}" for name in ("Overall", *TASKS))]
+    """Lines of figures, one for each of ``found``: name → what :func:`accuracy` returned.
+
+    With "gaze", from `motionenhancer.toy.gaze.attention_on_objects`, the last column says how much of the
+    attention of objects' names lies on these objects.
+    """
+    gaze = all("gaze" in one for one in found.values())
+    names = ("Overall", *TASKS, *(["on object"] if gaze else []))
+    rows = [" " * 8 + "".join(f"{name:>10s}" for name in names)]
     for name, one in found.items():
-        values = (one["overall"], *(one["tasks"][task] for task in TASKS))
-        rows.append(f"{name:8s}" + "".join(f"{value:8.1f}%" for value in values))
+        values = [one["overall"], *(one["tasks"][task] for task in TASKS)]
+        values += [one["gaze"]["share"]] if gaze else []
+        rows.append(f"{name:8s}" + "".join(f"{value:9.1f}%" for value in values))
     return "\n".join(rows)
