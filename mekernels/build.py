@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mekernels.build", description="Rebuild the native libraries."
     )
-    parser.add_argument("--clean", action="store_true", help="forget earlier objects first")
+    parser.add_argument("--clean", action="store_true", help="delete earlier objects first")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every command")
     options = parser.parse_args(arguments)
     if options.clean:

@@ -1,4 +1,4 @@
-"""How far priors read in one evaluation agree with the paper's full procedure, on the user's own clips.
+"""Compare priors of one evaluation with those of the paper's full procedure, on the user's own clips.
 
 `python -m motionenhancer.agreement --teacher DIR --data FILE --video_root DIR --noise_levels 100,200,400`
 """

@@ -1,4 +1,4 @@
-"""What a run costs, before it starts: weights, gradients, optimizer, priors, evaluations.
+"""Estimate a run's cost before it starts: weights, gradients, optimizer, priors, evaluations.
 
 The one place for such figures. No weight is read: parameters are counted on the meta device or from the
 headers of safetensors files, sizes come from configuration files.
@@ -60,7 +60,7 @@ class TeacherCost:
 
     @property
     def total(self) -> int:
-        """At least; clips are encoded and read one after the other."""
+        """Lower bound of the total; clips are encoded and read one after the other."""
         return sum(self.weights.values()) + max(self.reading, self.encoding)
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ def teacher_cost(
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What making the missing priors costs: evaluations by batch row, most bytes in the store."""
+    """Cost of the missing priors: evaluations per batch row, and an upper bound of bytes in the store."""
 
     stored: int
     missing: int
@@ -262,7 +262,7 @@ def student_cost(
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """Return the numbers in a parameter, also where DeepSpeed left only a part of it here."""
+    """Return the size of a parameter, also if DeepSpeed holds only a part of it here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -277,7 +277,7 @@ def _activations(config: Any, tokens: int, width: int, checkpointed: bool) -> in
 
 
 def _layer(config: Any) -> int:
-    """Numbers a token that autograd keeps of one layer.
+    """Numbers per token that autograd keeps of one layer.
 
     Both norms' input and output, queries, keys, values, the attention's output and projection, and the four
     tensors of a gated feed-forward layer, or of those experts that see the token.
@@ -298,7 +298,7 @@ def _layer(config: Any) -> int:
 
 
 def measured_memory() -> dict[str, Any]:
-    """Return the most memory this process has held so far: of its GPU's allocator, else of the process."""
+    """Return the peak memory of this process so far: of its GPU's allocator, else of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

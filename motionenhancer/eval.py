@@ -36,9 +36,9 @@ from .students import load_student, student_family
 from .toy.defaults import default_toy, require_all
 
 PROG = "python -m motionenhancer.eval"
-#: Outputs, and ids of questions that could not be put, with reason and detail.
+#: Outputs, and ids of skipped questions with reason and detail.
 Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
-#: Flags that change answers and are taken as they are.
+#: Flags that change answers.
 _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
 
 
@@ -81,7 +81,7 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
         return json.loads((report.folder / SCORES).read_text(encoding="utf-8"))
     outputs, gone = found
     for q in questions:
-        if q.id in gone and q.answer is not None:  # The others are counted already.
+        if q.id in gone and q.answer is not None:  # The other questions are already counted.
             reason, detail = gone[q.id]
             skips.add(reason, id=q.id, line=q.line, detail=detail)
     scores = write_scores(
@@ -133,7 +133,7 @@ def _read(
     report: RunReport,
     skips: SkipLog,
 ) -> Answers | None:
-    """Answers made elsewhere; None where this very run has finished.
+    """Read answers made elsewhere; None if this same run has finished.
 
     A question without an answer is wrong, unless `--video_root` shows that its clip is missing.
     """
@@ -158,7 +158,7 @@ def _ask(
     report: RunReport,
     skips: SkipLog,
 ) -> Answers | None:
-    """Answer what is not answered yet; of all processes. None where this very run has finished."""
+    """Answer the open questions; returns those of all processes, None if this same run has finished."""
     student = model_folder(arguments.student or "", "--student")
     config = student / "config.json"
     if not config.is_file():
@@ -226,14 +226,14 @@ def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:
 
 
 def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: bool = True) -> bool:
-    """Make the report's folder this run's, or go on in it; a folder of another run is refused.
+    """Create the report's folder, or continue in it; a folder of another run is refused.
 
     Args:
-        kept: what is, when the run is interrupted.
+        kept: the line that says what is kept if the run is interrupted.
         answered: no question is left to ask.
 
     Returns:
-        Whether this very run has finished there, of the same files and with the same rules.
+        Whether this same run has finished there, with the same files and rules.
     """
     report.identity = identity
     state = PartialState()

@@ -145,7 +145,7 @@ def run(
         print(f"inversion error of the first clip: {results['roundtrip']}")
     if total.total:
         print(total.summary())
-        print(f"all of them: {path}")
+        print(f"the whole list: {path}")
     on_interrupt(lambda: "the extraction had finished")
     return from_main(1 if total.total else 0)
 
@@ -181,7 +181,7 @@ def _make(
                 if found.damaged:
                     tqdm.write(f"damaged prior set aside, made anew: {found.damaged}")
             else:
-                # What is not the clip's fault is tried again when the command is typed again.
+                # A failure without the clip's fault is no record: the next run tries the clip again.
                 count_failed(sample, found, skips)
             bar.update(max(0, sample.offset - bar.n))
             done = {name: counts[name] for name in ("stored", "made")}

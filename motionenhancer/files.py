@@ -47,7 +47,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, as utf-8. Bytes of a file name that are no text become escapes."""
+    """Write a text file whole, as utf-8. Bytes of a file name that are not text become escapes."""
     with whole_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 
-#: Metadata of a number → how it is said, and what it asks.
+#: Metadata of a number → its words in an error, and its test.
 _BOUNDS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -55,7 +55,7 @@ def flag_of(one: Field[Any]) -> str:
 
 
 def check_fields(settings: Any) -> None:
-    """Hold each field of a dataclass to what `setting` declares of it; to be called when one is made.
+    """Check each field of a dataclass against its `setting`; call it in `__post_init__`.
 
     Args:
         settings: the dataclass. Its `ranges`, field → metadata, declare bounds of fields that it inherits.
@@ -72,14 +72,14 @@ def check_fields(settings: Any) -> None:
 
 
 class Settings:
-    """What a dataclass of flags inherits to have its fields checked when it is made."""
+    """Base of dataclasses of flags: checks the fields when an object is made."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
-    """Say what a value must be, if it is not."""
+    """Return what a value must be; empty if the value is right."""
     bounds = [(*_BOUNDS[name], rules[name]) for name in _BOUNDS if name in rules]
     if bounds and value != rules.get("off"):
         finite = [] if math.isfinite(value) else ["finite"]
@@ -103,7 +103,7 @@ class _Parser(HfArgumentParser):
         self.names: dict[str, str] = {}
         self.behind: list[Any] = []
         super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False)
-        # The list of all options is a page long: errors should not drown in it.
+        # The list of all options is a page long and would hide an error.
         self.usage = "%(prog)s [--option value ...], with --help for all options"
         self.add_argument("--config", default=None, help="yaml file of these same options; flags override it")
         self.add_argument("-h", "--help", action=_Help, help="show these options")
@@ -239,13 +239,13 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
 
 
 def _as_flag(action: argparse.Action, value: Any, key: str) -> Any:
-    """Return the value as it would stand on the command line: argparse converts such defaults only."""
+    """Return the value in the form of the command line: argparse converts only such defaults."""
     if value is None and action.default is not None:
         raise ValueError(f"{key} must have a value")
     if isinstance(value, dict) and action.type in (int, float):
         raise ValueError(f"{key} must be a number, got {value}")
     if isinstance(value, list) and action.nargs is None:
-        value = ",".join(map(str, value))  # As the flag itself takes several.
+        value = ",".join(map(str, value))  # The flag takes several values in this form.
     if not isinstance(value, str | int | float):
         return value
     allowed = None if action.choices is None else [str(choice) for choice in action.choices]

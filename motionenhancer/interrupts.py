@@ -59,7 +59,7 @@ def watch_signals() -> None:
 
 
 def on_interrupt(kept: Callable[[], str]) -> None:
-    """Have `kept` called at a signal from now on.
+    """Register `kept`, which is called at a signal from now on.
 
     Args:
         kept: writes what the run leaves behind and returns what is kept, in words. It runs between any two
@@ -75,5 +75,5 @@ def _say(kept: str) -> None:
     again = shlex.join(["python", *sys.orig_argv[1:]])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         again = "the same launch"
-    # Not print: its lock may be held by what was interrupted.
+    # Not print: the interrupted code may hold its lock.
     os.write(2, f"\ninterrupted: {kept}; go on with: {again}\n".encode(errors="backslashreplace"))

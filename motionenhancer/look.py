@@ -100,7 +100,7 @@ def _view_of_clip(look: LookArguments, prior: PriorArguments, settings: PriorSet
     if look.student is not None:
         model, processor, family = load_student(look.student, device=device)
         asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": view.prompt}]}
-        # Nothing that comes after a word changes how it attends; a conversation ends with an answer.
+        # Later text does not change how a word attends, and a conversation must end with an answer.
         reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
         sample = Sample(video.name, [asked, reply], (video,))
         dataset = MotionDataset(
@@ -137,7 +137,7 @@ def _views_of_store(
 def _wanted(
     ids: list[str], data: DataArguments, prior: PriorArguments, settings: PriorSettings, store: PriorStore
 ) -> Iterator[tuple[Sample, PriorRequest]]:
-    """Yield the samples of `--data`, or of the folder's last extraction, with the priors they need."""
+    """Yield the samples of `--data`, or of the folder's last extraction, with their requests."""
     try:
         last: dict[str, Any] = json.loads((store.folder / EXTRACTION).read_text("utf-8"))
     except (OSError, ValueError):

@@ -176,7 +176,7 @@ def changed_options(training: TrainingArguments) -> dict[str, Any]:
     for one in fields(training):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(training, one.name)
-        # The command line has several words for nothing.
+        # The command line has several values that mean "nothing".
         nothing = not value and default in (None, "", "no", False, 0)
         if one.init and not nothing and _plain(value) != _plain(default):
             changed[one.name] = value
@@ -185,7 +185,7 @@ def changed_options(training: TrainingArguments) -> dict[str, Any]:
 
 @contextmanager
 def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
-    """Turn whatever is raised inside into a ValueError that names the options at fault.
+    """Turn any error inside into a ValueError that names the options at fault.
 
     Args:
         given: options that may be at fault: name → value.

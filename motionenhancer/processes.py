@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 def join_processes() -> PartialState:
-    """This process's place among those of `accelerate launch` or `torchrun`, also where there is no GPU.
+    """Join the processes of `accelerate launch` or `torchrun`, with or without a GPU.
 
     accelerate on its own stays alone there unless it is told to use the CPU.
     """
@@ -27,7 +27,7 @@ def join_processes() -> PartialState:
 
 
 def from_main(value: Value) -> Value:
-    """The main process's value, in every process: what is decided once cannot be decided differently.
+    """Return the main process's value in every process, so that all decide alike.
 
     >>> from_main({"missing": 3})
     {'missing': 3}

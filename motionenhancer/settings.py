@@ -43,7 +43,7 @@ MAX_FRAMES = 64
 SOURCES = ("store", "online", "hybrid")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: Keys that torch's checkpointing and transformers read. Layers would be handed any other, and ignore it.
+#: Keys that torch's checkpointing and transformers read. Any other would go to the layers, which ignore it.
 _CHECKPOINTING = frozenset(
     str.split("use_reentrant preserve_rng_state determinism_check debug early_stop every_n_layers offload")
 )
@@ -110,7 +110,7 @@ class PriorArguments(Settings):
                 )
             size = (int(height), int(width))
             multiple = 1
-            # A folder that does not say is refused in words of its own once it is to be used.
+            # A folder that does not say gets an error of its own when it is used.
             with suppress(OSError, ValueError):
                 multiple = size_multiple(self.teacher or "")
             if any(n < multiple or n % multiple for n in size):
@@ -134,7 +134,7 @@ class PriorArguments(Settings):
         return {**self.identity(device), "split_batch": self.split_batch, "text_encoder": encoder}
 
     def teacher_id(self, device: torch.device | str) -> str:
-        """The id `load` will give, without loading anything."""
+        """The id of the teacher that `load` returns; nothing is loaded."""
         assert self.teacher is not None
         return teacher_id(self.teacher, **self.identity(device))
 
@@ -162,7 +162,7 @@ class PriorArguments(Settings):
         return replace(self, **{name: os.path.abspath(value) for name, value in paths.items()})
 
     def texts(self, device: torch.device | str) -> TextCache | None:
-        """The cache of text embeddings, if there is to be one."""
+        """The cache of text embeddings, or None without `--text_cache`."""
         if self.text_cache is None:
             return None
         assert self.teacher is not None
@@ -315,7 +315,7 @@ class StudentArguments(ShownArguments):
         return self.alignment_weight != 0 or self.measure_alignment
 
     def frames(self, family: StudentFamily) -> dict[str, Any]:
-        """How many frames of a clip a student is shown, and how large, as options of `MotionDataset`.
+        """How many frames of a clip a student sees, and their size, as options of `MotionDataset`.
 
         Raises:
             ValueError: --max_frames or --max_pixels would do nothing.
@@ -504,7 +504,7 @@ class TrainArguments(TrainingArguments):
                     setattr(self, name, options)
 
     def log_ten_times(self, steps: int) -> None:
-        """Log at least ten times in a run of so many steps, or after each of fewer, unless told how often."""
+        """Log at least ten times in a run of `steps` steps, or after each step of a shorter one."""
         if self.logging_is_free:
             self.logging_steps = min(10, max(1, steps // 10))
 
@@ -628,7 +628,7 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other: give one of them")
         if self.student is not None:
-            # Seen before anything is made; the run keeps the name, which the scores show.
+            # Checked first; the run keeps the name, which the scores show.
             model_folder(self.student, "--student")
         if (self.min_frames or 0) > (most := self.max_frames or 768):
             raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
@@ -642,7 +642,7 @@ class EvalArguments(ShownArguments, DataArguments):
                 )
 
     def frames(self, family: int | None) -> Frames:
-        """How clips are shown: what the flags say, else as in the paper's experiments.
+        """How clips are shown: as the flags say, by default as in the paper.
 
         The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
         script and of the sampler it calls.

@@ -15,12 +15,12 @@ from pathlib import Path
 from .priors.prior import MotionPrior
 from .priors.storage import DAMAGED, DEFAULT_DIR, DamagedPrior, PriorStore
 
-#: Seconds after which a temporary file is taken for one of a run that died.
+#: Age in seconds from which a temporary file is assumed to be of a run that died.
 _ABANDONED = 600
 
 
 def _each(store: PriorStore) -> Iterator[tuple[str, int, MotionPrior | Exception]]:
-    """Every stored prior's key and bytes, and the prior or why it cannot be read."""
+    """Yield every stored prior's key and bytes, and the prior or the reason why it cannot be read."""
     for key in store:
         size = 0
         try:

@@ -153,7 +153,7 @@ def run(
             report.write("running")
             on_interrupt(lambda: _interrupted(report, training))
         if checkpoint is not None:
-            print(f"goes on from {checkpoint}")
+            print(f"continues from {checkpoint}")
         print(f"student {student.student}\ndata {data.data}, {len(samples)} samples\noutput {report.folder}")
         if tested:
             print(f"eval data {validation.eval_data}, {len(tested)} samples")
@@ -244,7 +244,7 @@ def run(
 
 
 def _interrupted(report: RunReport, training: TrainArguments) -> str:
-    """Write that the run was interrupted; return what of it is kept."""
+    """Write that the run was interrupted; return what is kept of it."""
     report.write("interrupted")
     newest = newest_checkpoint(report.folder)
     place = "no checkpoint, none was saved yet," if newest is None else str(Path(newest).name)
@@ -283,7 +283,7 @@ def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> 
 
 
 def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, Any, StudentFamily]:
-    """The student to train, with its adapters; in outline only where it will not be trained."""
+    """The student to train, with its adapters; without weights if it will not be trained."""
     assert student.student is not None
     # Mixed precision keeps trained weights in float32 and casts as it computes; frozen ones can stay narrow.
     dtype = torch.bfloat16 if student.lora_r and training.bf16 else torch.float32

@@ -62,9 +62,9 @@ class Pending:
             for name, old, new in zip(TENSORS, before, _versions(call), strict=True):
                 if old != new:
                     raise RuntimeError(
-                        f"{name} of the update {len(self._calls) - place} before was overwritten in place "
-                        "while MotionStatistics still held it to add several maps at once: pass a copy, or "
-                        "make MotionStatistics with pending_bytes=0"
+                        f"{name} of an update ({len(self._calls) - place} updates ago) was overwritten in "
+                        "place, but MotionStatistics had not added it yet: pass a copy, or make "
+                        "MotionStatistics with pending_bytes=0"
                     )
 
     def flush(self, sums: Sums) -> None:

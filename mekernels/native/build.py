@@ -60,7 +60,7 @@ def switch(name: str) -> str:
     """The value of a tri-state environment variable: auto, 0 or 1."""
     value = os.environ.get(name, "").strip().lower() or "auto"
     if value not in ("auto", "0", "1"):
-        raise BuildError(f"{name} is {value!r}, it must be auto, 0 or 1")
+        raise BuildError(f"{name} must be auto, 0 or 1, got {value!r}")
     return value
 
 
@@ -131,7 +131,7 @@ def gencode(architectures: str) -> list[str]:
     """nvcc's flags for machine code of every architecture and PTX of the newest."""
     numbers = [part for part in re.split(r"[;,\s]+", architectures) if part]
     if not numbers or not all(re.fullmatch(r"\d+[af]?", number) for number in numbers):
-        raise BuildError(f'MEKERNELS_CUDA_ARCHS is {architectures!r}, it must be numbers such as "80;90"')
+        raise BuildError(f'MEKERNELS_CUDA_ARCHS must be numbers such as "80;90", got {architectures!r}')
     flags = []
     for number in numbers:
         code = f"[sm_{number},compute_{number}]" if number == numbers[-1] else f"sm_{number}"

@@ -198,8 +198,8 @@ def _cpu() -> Library | str:
             library.call("mek_cpu_set_level", level.encode())
         except NativeError as error:
             raise ValueError(
-                f"MEKERNELS_CPU_LEVEL is {level!r}, it must be auto, baseline, avx2 or avx512, "
-                "be built in and run on this machine"
+                "MEKERNELS_CPU_LEVEL must be auto, or baseline, avx2 or avx512 if it is built and runs on "
+                f"this machine, got {level!r}"
             ) from error
     return library
 

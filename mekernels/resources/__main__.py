@@ -89,11 +89,9 @@ def write(folder: Path, gate: Gate, capability: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Print or write what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m mekernels.resources", description=__doc__)
-    parser.add_argument("part", nargs="*", help="only kernels whose name has this in it")
+    parser.add_argument("part", nargs="*", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print everything as JSON; times are predictions")
-    parser.add_argument(
-        "--dump", type=Path, metavar="DIR", help="write every cubin with its launch beside it"
-    )
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write every cubin and its launch to DIR")
     options = parser.parse_args(argv)
     part = " ".join(options.part)
     if options.dump is not None:

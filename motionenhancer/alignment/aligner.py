@@ -39,7 +39,7 @@ _METADATA = "motion_aligner"
 
 
 class Aligner(nn.Module):
-    """A residual map of attention rows; with its last layer at zero, as it is made, it is the identity.
+    """A residual map of attention rows; it begins as the identity, as its last layer begins at zero.
 
     Rows are handed to ``body`` in units of the uniform row 1/S, and what it gives is taken in the same units,
     so that one learning rate suits every grid.
@@ -155,7 +155,7 @@ def load_aligner(path: str | Path) -> Aligner:
         aligner = build_aligner(about["name"], tuple(about["grid"]), about["width"])
         aligner.load_state_dict(weights)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"aligner {path}: not a file of save_aligner ({error})") from error
+        raise ValueError(f"aligner {path}: not a file that save_aligner wrote ({error})") from error
     assert isinstance(aligner, Aligner)
     return aligner
 
@@ -219,8 +219,8 @@ def align(
     attention = captured if isinstance(captured, torch.Tensor) else captured.attention
     if attention.dim() not in (3, 5):
         raise ValueError(
-            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; where no mean "
-            "was taken it is (batch, layers, heads, rows, columns)"
+            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; without a "
+            "mean it is (batch, layers, heads, rows, columns)"
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
@@ -230,9 +230,9 @@ def align(
     batch, count, width = attention.shape[0], *attention.shape[-2:]
     priors: list[MotionPrior | None] = list(prior) if isinstance(prior, Sequence) else [prior]
     if len(priors) != batch:
-        raise ValueError(f"prior must have one entry a sample ({batch}), got {len(priors)}")
+        raise ValueError(f"prior must have one entry per sample ({batch}), got {len(priors)}")
     if weights is not None and len(weights) != batch:
-        raise ValueError(f"weights must have one entry a sample ({batch}), got {len(weights)}")
+        raise ValueError(f"weights must have one entry per sample ({batch}), got {len(weights)}")
     grids = _grids(grid, priors, width)
     tokens = _row_tokens(captured, row_tokens, priors, batch, count)
     if check_finite and not torch.isfinite(attention).all():
@@ -290,7 +290,7 @@ def _aligned(
     loss: str,
     normalize: bool,
 ) -> list[torch.Tensor]:
-    """One distance a sample. The aligner sees all rows at once: its weights' gradients are made once."""
+    """One distance per sample. The aligner sees all rows at once, so its gradients are computed once."""
     joined = torch.cat([rows for rows, _, _ in pairs])[None]
     student = mekernels.resample_rows(joined, shape, wanted, normalize=normalize)
     scale = _sum_to_one if normalize else torch.Tensor.float
@@ -317,13 +317,13 @@ def _grids(
         for teacher in priors:
             if teacher is not None and teacher.attention.shape[1] != width:
                 raise ValueError(
-                    f"captured attention has {width} columns, the prior {teacher.attention.shape[1]}: pass "
-                    "grid=, the student's (frames, height, width)"
+                    f"captured attention has {width} columns, but the prior {teacher.attention.shape[1]}: "
+                    "pass the student's grid=(frames, height, width)"
                 )
         return [None if teacher is None else _checked_grid("prior.grid", teacher.grid) for teacher in priors]
     each: list[Any] = [grid] * len(priors) if _is_grid(grid) else list(grid)
     if len(each) != len(priors):
-        raise ValueError(f"grid must be one grid or one a sample ({len(priors)}), got {len(each)}")
+        raise ValueError(f"grid must be one grid or one per sample ({len(priors)}), got {len(each)}")
     shapes = [None if t is None else _checked_grid("grid", g) for g, t in zip(each, priors, strict=True)]
     for shape in shapes:
         if shape is not None and math.prod(shape) > width:
@@ -344,7 +344,7 @@ def _row_tokens(
     batch: int,
     count: int,
 ) -> list[list[int]]:
-    """Of each sample and row the prior's token, -1 where there is none."""
+    """The prior's token of each sample and row, -1 where there is none."""
     if row_tokens is None:
         rows = getattr(captured, "rows", None)
         places = [[0] * count] * batch if rows is None else rows.tolist()

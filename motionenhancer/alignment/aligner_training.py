@@ -42,7 +42,7 @@ class AlignerTraining:
     def finish_gradients(
         self, processes: int, loss_scale: float = 1.0, max_norm: float = 0.0
     ) -> torch.Tensor:
-        """Average the accumulated gradients over processes, take a scaler's factor off them, and clip them.
+        """Average the accumulated gradients over processes, undo a scaler's factor, and clip them.
 
         They are clipped by themselves: engines clip the model's on their own, where these are out of reach. A
         `max_norm` of 0 leaves them as they are.
@@ -83,18 +83,18 @@ class AlignerTraining:
         save_file(moments, folder / _OPTIMIZER)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what `save` wrote.
+        """Continue from the files that `save` wrote.
 
         Raises:
             ValueError: the checkpoint has no aligner, or another.
         """
         folder = checkpoint / FOLDER
         if not (folder / _OPTIMIZER).is_file():
-            raise ValueError(f"{checkpoint}: a checkpoint without the aligner that this run trains")
+            raise ValueError(f"{checkpoint}: this checkpoint has no aligner, but the run trains one")
         try:
             self.module.load_state_dict(load_file(folder / _WEIGHTS))
         except RuntimeError as error:
-            raise ValueError(f"{folder}: another aligner than this run's: {error}") from error
+            raise ValueError(f"{folder}: not the aligner of this run: {error}") from error
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in load_file(folder / _OPTIMIZER).items():
             index, _, field = name.partition(".")

@@ -48,7 +48,7 @@ class Alignment:
 
 
 class Wanted(NamedTuple):
-    """A sample and the prior that it is to have."""
+    """A sample and the request of its prior."""
 
     sample: Sample
     request: PriorRequest
@@ -56,10 +56,10 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class PendingAlignment:
-    """What a batch's `Alignment` will be made from once its priors are there.
+    """A batch's `Alignment` before its priors are made.
 
     Attributes:
-        wanted: each sample and the prior that it is to have; None where it has none.
+        wanted: each sample and the request of its prior; None where it has none.
         layouts: where each sample's tokens lie in the padded batch.
         source: the text the priors are made from.
     """
@@ -69,7 +69,7 @@ class PendingAlignment:
     source: str
 
     def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
-        """The alignment of these priors, one a sample."""
+        """The alignment with these priors, one per sample."""
         words = [
             find_words(wanted.sample, prior, layout, self.source) if wanted and prior else None
             for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True)
@@ -147,8 +147,8 @@ class MotionDataset(Dataset[Item]):
         run = self.frames.num_frames
         if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
             raise ValueError(
-                f"its row asks for {max(own)} frames; {self.family.name} needs the same number of frames in "
-                f"all clips, {run} in this run"
+                f"its row asks for {max(own)} frames, but {self.family.name} needs the same number in all "
+                f"clips, which is {run} in this run"
             )
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None
@@ -165,7 +165,7 @@ class MotionDataset(Dataset[Item]):
 
 
 class Worded(Protocol):
-    """What has words: a prior, or a text alone.
+    """Anything that has words: a prior, or a text alone.
 
     spans: character ranges of the words in ``prompt``.
     """

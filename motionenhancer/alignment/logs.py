@@ -34,7 +34,7 @@ class Stopwatch:
             self._total += time.perf_counter() - self._began
 
     def seconds(self) -> float:
-        """The time since the last call of this."""
+        """The time since its last call."""
         total, self._total = self._total, 0.0
         for begin, end in self._events:
             end.synchronize()
@@ -110,7 +110,7 @@ class StepLog:
         self._counts = dict.fromkeys(("aligned", "priors", "confidence", "words", "mapped"), 0.0)
 
     def add_losses(self, model_loss: torch.Tensor, alignment_losses: torch.Tensor | None) -> None:
-        """Add one micro-batch's terms, each its share of the step's.
+        """Add the terms of one micro-batch, each as a share of the step's term.
 
         Args:
             model_loss: a scalar.
@@ -130,7 +130,7 @@ class StepLog:
         self._counts["mapped"] += alignment.mapped
 
     def entries(self, total: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict[str, float]:
-        """What to log, averaged over the steps since the last call; starts anew.
+        """Return what to log, averaged over the steps since the last call, and start again at zero.
 
         Returns:
             `loss_ar`; where there was any, `loss_align`, `loss_align_raw` (the same distance without the

@@ -1,4 +1,4 @@
-"""Priors made while a student trains: asked for batches ahead, waited for when their batch's turn comes.
+"""Priors made while a student trains: requested some batches ahead, awaited when their batch is used.
 
 Source of the priors: MotionEnhancer (CVPR 2026, arXiv 2606.06853); reading them during training is our own.
 """
@@ -27,12 +27,12 @@ Answers = dict[tuple[Path | Clip, str], Future[Made]]
 
 
 class NoPriorError(ValueError):
-    """The teacher failed on every clip it was given, or it does from some clip on; the message says why."""
+    """The teacher failed on every clip, or on every clip from some point on; the message says why."""
 
 
 @dataclass
 class OnlineCounts:
-    """What a process's priors were, of the batches that it trained on; failed samples count every time.
+    """Counts of a process's priors, over the batches that it trained on; failed samples count every time.
 
     Attributes:
         busy_seconds: wall time the teacher spent on those made.
@@ -94,14 +94,14 @@ class OnlinePriors:
             raise ValueError(f"--prior_prefetch must be at least 0, got {self.prefetch}")
 
     def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
-        """The same batches, `accumulation` a step, aligned; called again with one iterator it goes on."""
+        """Yield the batches aligned, `accumulation` per step; a second call with an iterator continues it."""
         if self._feed is None or self._batches is not batches:
             self._drop()
             self._batches, self._feed = batches, self._aligned(batches, self.prefetch * accumulation)
         return self._feed
 
     def _aligned(self, batches: Iterator[Batch], depth: int) -> Generator[Batch]:
-        """Batches in order, `depth` of them asked for beyond the one handed out."""
+        """Yield batches in order, with the priors of `depth` later batches requested."""
         ahead: deque[tuple[Batch, Answers]] = deque()
         try:
             while True:
@@ -120,7 +120,7 @@ class OnlinePriors:
                     answer.cancel()
 
     def ask(self, pending: PendingAlignment) -> Answers:
-        """Ask for all priors of a batch, one for samples of the same clip and text."""
+        """Request all priors of a batch; samples of the same clip and text share one."""
         answers: Answers = {}
         for wanted in pending.wanted:
             if wanted is not None and (place := _place(wanted)) not in answers:
@@ -128,7 +128,7 @@ class OnlinePriors:
         return answers
 
     def complete(self, pending: PendingAlignment, answers: Answers | None = None) -> Alignment | None:
-        """Wait for the priors of a batch and align it; samples that got none go without."""
+        """Wait for the priors of a batch and align it; a sample without a prior is not aligned."""
         if answers is None:
             answers = self.ask(pending)
         counted: set[tuple[Path | Clip, str]] = set()
@@ -145,7 +145,7 @@ class OnlinePriors:
         try:
             found = answer.result()
             if self.grid is not None and found.prior.grid != self.grid:
-                raise ValueError(f"its prior has grid {found.prior.grid}, the aligner {self.grid}")
+                raise ValueError(f"its prior has grid {found.prior.grid}, but the aligner {self.grid}")
         except Exception as error:
             self._fail(wanted, error)
             return None
@@ -193,14 +193,14 @@ class OnlinePriors:
             if sums[2] > 0 and not final:
                 raise NoPriorError(
                     f"{self._dead or 'the teacher of another process fails on one clip after another'}. "
-                    "The run stops, as no more would be aligned; started again it goes on from its newest "
-                    "checkpoint"
+                    "The run stops, because no more samples would be aligned. The same command continues "
+                    "from the newest checkpoint"
                 )
             return
         reason = next((f"{k}: {v}" for k, v in self._failures.items()), "on other processes")
         raise NoPriorError(
-            f"the teacher failed on all {failed} clips it was given, so nothing would be aligned; use "
-            f"--alignment_weight 0 for plain fine-tuning. The first: {reason}"
+            f"the teacher failed on all {failed} clips, so no sample would be aligned; for plain "
+            f"fine-tuning use --alignment_weight 0. The first failure: {reason}"
         )
 
     def close(self) -> None:
@@ -215,5 +215,5 @@ class OnlinePriors:
 
 
 def _place(wanted: Wanted) -> tuple[Path | Clip, str]:
-    """Return what samples of one prior have in common."""
+    """Return what samples of one prior share: the video and the text."""
     return wanted.request.video, wanted.request.text

@@ -32,7 +32,7 @@ from .weight import AlignmentSchedule
 
 
 class _Check(NamedTuple):
-    """A value of the current step that must be finite; the device is asked once a step."""
+    """A value of the current step that must be finite; the device is read once per step."""
 
     finite: torch.Tensor
     """() bool."""
@@ -100,7 +100,7 @@ class MotionTrainer(ValidatedTrainer):
         model = kwargs.get("model", args[0] if args else None)
         self._use_cache = {k: v for k, v in _settings(model).items() if k == "use_cache"}
         super().__init__(*args, **kwargs)
-        # A loss that is not finite stops the run, so nothing is left to filter, and to look would wait.
+        # A non-finite loss stops the run, so there is nothing to filter; that would wait for the device.
         self.args.logging_nan_inf_filter = False
         if not isinstance(alignment_weight, AlignmentSchedule):
             alignment_weight = AlignmentSchedule(alignment_weight)
@@ -120,7 +120,7 @@ class MotionTrainer(ValidatedTrainer):
             refuse_deepspeed_sections(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if self.aligner is not None and any(p.requires_grad for p in self.aligner.parameters()):
             if self.is_deepspeed_enabled and self.args.fp16:
-                raise ValueError("fp16 under DeepSpeed needs --aligner identity; or use bf16")
+                raise ValueError("fp16 under DeepSpeed works with --aligner identity only; use bf16")
             self._aligner_training = AlignerTraining(self.aligner, self.args)
         self._log = StepLog(self.args.device)
         #: of the global batch: samples with an alignment, and tokens that count
@@ -160,7 +160,7 @@ class MotionTrainer(ValidatedTrainer):
         alignment = inputs.pop("alignment", None)
         if isinstance(alignment, PendingAlignment):
             if self.online is None:
-                raise ValueError("the batch's priors are still to be made: give MotionTrainer online=")
+                raise ValueError("the batch has requests, not priors: give MotionTrainer the argument online")
             alignment = self.online.complete(alignment)
         ids = inputs.pop("ids", [])
         self.skipped.update(inputs.pop("skipped", {}))
@@ -173,7 +173,7 @@ class MotionTrainer(ValidatedTrainer):
         if reads:
             where = capture_attention(model, alignment.rows, alignment.columns, **self.attention)
         with where as captured:
-            # Outputs only where they are wanted: some trainers run the model a second time for them.
+            # Only if the outputs are wanted: some trainers run the model a second time for them.
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = found if return_outputs else (found, None)
         self._expect_finite(ids, loss, "the model's loss is", show=True)
@@ -207,7 +207,7 @@ class MotionTrainer(ValidatedTrainer):
         return self.alignment_schedule.at(self.state.global_step, self.state.max_steps)
 
     def _align(self, captured: Any, alignment: Any, weight: float) -> torch.Tensor:
-        """(2,) distances: what is trained, and the one without the aligner, which is only measured."""
+        """Return (2,) distances: the trained one, and the one without the aligner, which is only measured."""
         gates = None
         if self.confidence_gate:
             sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
@@ -261,7 +261,7 @@ class MotionTrainer(ValidatedTrainer):
         return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
 
     def summary(self) -> str:
-        """One line on what was aligned in all; every process must call it."""
+        """Return one line with the totals of alignment; every process must call it."""
         counts = torch.tensor(list(self.counts.values()))
         samples, aligned, words, found, cut = self.total_over_processes(counts).tolist()
         return (
@@ -271,29 +271,29 @@ class MotionTrainer(ValidatedTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # Resumed at its end. The Trainer would take a step before it looks.
+            # Resumed at its end: the Trainer would take one more step before it checks.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
-    # ---- stopping at numbers that are not finite ----
+    # ---- stopping at non-finite numbers ----
 
     def _expect_finite(
         self, ids: Sequence[str], value: torch.Tensor, problem: str, *, show: bool = False
     ) -> None:
-        """Look at a value of these samples with the others of the step."""
+        """Check a value of these samples together with the other values of the step."""
         value = value.detach()
         finite = value.isfinite().all().to(self.args.device, non_blocking=value.device.type == "cpu")
         self._checks = (*self._checks, _Check(finite, problem, value.mean() if show else None, ids))
 
     def _changes_in_backward(self) -> bool:
-        """Whether the backward changes weights, as DeepSpeed's does and that of a layerwise optimizer."""
+        """Whether the backward pass changes weights, as with DeepSpeed or a layerwise optimizer."""
         if self.is_deepspeed_enabled:
             return self.accelerator.sync_gradients
         return any(kind in self.args.optim for kind in ("lomo", "layerwise"))
 
     def _refuse_losses(self, *, everywhere: bool = True, others: Sequence[torch.Tensor] = ()) -> list[float]:
-        """Raise in all processes if one met a number that is not finite: one alone leaves the others waiting.
+        """Raise in all processes if one met a non-finite number; if only one raised, the others would wait.
 
         Args:
             everywhere: all processes call this, and stop together.
@@ -312,7 +312,7 @@ class MotionTrainer(ValidatedTrainer):
             bad = self._over_processes(bad)
         count, *finite = torch.stack([bad, *[flag.to(bad) for flag in flags]]).tolist()
         if count:
-            # The first: what comes after it in the step follows from it.
+            # Only the first: later ones in the step are its consequences.
             wrong = [check for check, good in zip(checks, finite, strict=False) if not good][:1]
             found = [self._stated(*check[1:]) for check in wrong]
             if everywhere and self.args.world_size > 1:
@@ -331,7 +331,7 @@ class MotionTrainer(ValidatedTrainer):
         return norm
 
     def finish_aligner_gradients(self) -> None:
-        """Stop before the optimizers where the step met a number that is not finite.
+        """Stop before the optimizers if the step met a non-finite number.
 
         Makes the aligner's gradients ready for its step first.
 
@@ -352,13 +352,13 @@ class MotionTrainer(ValidatedTrainer):
         else:
             for named, good in zip(norms.items(), finite, strict=True):
                 if not good:
-                    # All processes have the norm alike.
+                    # The norm is the same in all processes.
                     ids = gather_object(self._step_ids) if self.args.world_size > 1 else self._step_ids
                     raise FloatingPointError(self._stated(*named, ids))
             self._aligner_steps = True
 
     def step_aligner(self) -> None:
-        """Step the aligner, unless the model's optimizer stood still."""
+        """Step the aligner, unless the model's optimizer skipped the step."""
         skipped = self.accelerator.optimizer_step_was_skipped or not self._aligner_steps
         if self._aligner_training is not None and not skipped:
             self._aligner_training.step(self._rate_share())
@@ -390,11 +390,11 @@ class MotionTrainer(ValidatedTrainer):
                 group["params"] = [p for p in group["params"] if own[id(p)] != rate]
                 options = {k: v for k, v in group.items() if k not in ("params", "lr")}
                 optimizer.add_param_group({**options, "params": chosen, "lr": rate})
-        # DeepSpeed flattens every group and cannot flatten nothing.
+        # DeepSpeed flattens every group, and cannot flatten an empty one.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
     def _rate_share(self) -> float:
-        """The learning rate in force over its peak: the same for all groups, as all share one schedule."""
+        """The current learning rate over its peak; all groups share it, as they share one schedule."""
         assert self.optimizer is not None
         group = self.optimizer.param_groups[0]
         peak = group.get("initial_lr") or group["lr"]
@@ -404,14 +404,14 @@ class MotionTrainer(ValidatedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         settings = _settings(self.model)
-        # The Trainer sets use_cache to false for its own steps; what is loaded later is to generate with it.
+        # The Trainer sets use_cache to false for training; a loaded checkpoint must generate with the cache.
         while_training = settings.pop("use_cache", False)
         settings.update(self._use_cache)
         try:
             super()._save(output_dir, state_dict)
         finally:
             settings["use_cache"] = while_training
-        # The Trainer pickles its arguments beside the weights; the checkpoint is to be the family's own.
+        # The Trainer pickles its arguments beside the weights; a checkpoint has only the family's files.
         if self.args.should_save:
             (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -472,7 +472,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _counting_tokens(batch: dict[str, Any]) -> torch.Tensor | int:
-    """Answer tokens a batch's loss is the mean of: the first token has nothing before it to follow from."""
+    """Count the answer tokens in a batch's loss; the first token of a sequence is not predicted."""
     labels = batch.get("labels")
     return 0 if labels is None else (labels[..., 1:] != -100).sum()
 

@@ -54,7 +54,7 @@ class AlignmentSchedule:
             )
 
     def warmup_steps(self, total: int) -> int:
-        """Steps until λ has risen to `weight`, of `total`."""
+        """Number of steps, of `total`, in which λ rises to `weight`."""
         return math.ceil(self.warmup * total) if self.warmup < 1 else int(self.warmup)
 
     def at(self, step: int, total: int) -> float:

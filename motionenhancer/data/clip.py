@@ -1,4 +1,4 @@
-"""A video as a row of a data file names it: the file, which part of it is shown, and with which frames."""
+"""A video as a row of a data file names it: the file, the part that is shown, and its frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLIP_KEYS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and what its row says of how it is shown. It can be opened like a path.
+    """A video file and how its row wants it shown. It can be opened like a path.
 
     A video of which the row says nothing more is a plain `Path`.
 
@@ -52,7 +52,7 @@ class Clip:
         return os.fspath(self.path)
 
     def absolute(self) -> Clip:
-        """Return the same clip by an absolute path."""
+        """Return the same clip with an absolute path."""
         return replace(self, path=self.path.absolute())
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Clip:
 
 
 def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
-    """A video with what its row says of it.
+    """Return a video with the keys of its row.
 
     Args:
         path: the file.
@@ -91,7 +91,7 @@ def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
     if (end := given.get("video_end", math.inf)) <= start:
         raise ValueError(f"'video_end' must be after 'video_start', got {end:g} and {start:g} seconds")
     if start == 0:
-        given.pop("video_start", None)  # a segment from the first frame on is no other one without it
+        given.pop("video_start", None)  # A segment that starts at the first frame equals one without a start.
     return Clip(path, **{CLIP_KEYS[key]: value for key, value in given.items()}) if given else path
 
 
@@ -109,7 +109,7 @@ def _number(key: str, value: Any) -> Any:
 
 
 def segment_of(video: Path | Clip) -> Path | Clip:
-    """What a teacher is shown of a video: its segment; how a student samples it does not matter."""
+    """The part of a video that a teacher sees: its segment. The student's sampling has no effect."""
     if not isinstance(video, Clip) or (video.start is None and video.end is None):
         return Path(video)
     return Clip(video.path, video.start, video.end)
@@ -122,7 +122,7 @@ def named_by(digest: str, video: Path | Clip) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; a name that no file can have is none."""
+    """Whether a file exists; False for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a null in it

@@ -16,15 +16,15 @@ from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
 
 _TAG = re.compile(r"<(video|image)>")
-#: Tags of ms-swift that stand for what is not shown here.
+#: Tags of ms-swift for media that are not shown here.
 _FOREIGN_TAG = re.compile(r"<(?:audio|bbox|ref-object)>")
 _INDEX = re.compile(r"\[\d+\]")
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 #: The rejected answer of a preference, of which the other one is learnt, as in MotionVid-QA.
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
-#: Keys of a row that say what it is a case of, the first that is there.
+#: Keys of a row that may name its task; the first one present counts.
 _TASK_KEYS = ("task", "task_type", "question_type", "category")
-#: What a row may say of its one video. Not `fps`: data sets write the file's own rate there.
+#: Keys of a row's one video that the row may hold. Not `fps`: data sets write the file's own rate there.
 _ROW_CLIP_KEYS = tuple(key for key in CLIP_KEYS if key != "fps")
 _ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system", *_REJECTED}
 _ROW_KEYS |= set(_TASK_KEYS)
@@ -41,7 +41,7 @@ class _BadSample(Exception):
 
 
 class _File(NamedTuple):
-    """A file as a row names it, and what it says of how the file is shown (see `CLIP_KEYS`)."""
+    """A file as a row names it, and its keys that say how it is shown (see `CLIP_KEYS`)."""
 
     name: str
     said: dict[str, Any]
@@ -165,7 +165,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
             raise _BadSample("missing fields", f"{where} must have {who!r} and {what!r}, got {_short(turn)}")
         role = _ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
-            raise _BadSample("wrong roles", f"{where} is from {_short(turn[who])}")
+            raise _BadSample("wrong roles", f"{where} has the unknown role {_short(turn[who])}")
         known = {*_TURN_KEYS, *(TRAINED_KEYS if role == "assistant" else ())}
         _check_keys(turn, "turn", known, (), f"{where}.", log)
         message: dict[str, Any] = {
@@ -174,7 +174,9 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
         }
         trained = _is_trained(turn, where)
         if trained and role != "assistant":
-            raise _BadSample("unsupported key", f"{where}: only answers are trained on, this is the {role}'s")
+            raise _BadSample(
+                "unsupported key", f"{where}: only answers are trained, this is the {role}'s turn"
+            )
         if trained is False and role == "assistant":
             message["loss"] = False
         messages.append(message)
@@ -182,7 +184,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
 
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool | None:
-    """Whether a turn says that it is trained on; None where it says nothing."""
+    """Whether a turn is marked as trained or not; None without a mark."""
     said = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (int, float)) or value not in (0, 1):
@@ -205,7 +207,7 @@ def _parts(content: Any, inline: dict[str, list[_File]], where: str, log: SkipLo
             part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("video", "image") and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise _BadSample("missing fields", f"{where} holds a part of no known type: {_short(part)}")
+            raise _BadSample("missing fields", f"{where} has a part of unknown type: {_short(part)}")
         said = _check_keys(part, kind, {"type", "text", "video", "image"}, _clip_keys(kind), "content.", log)
         if kind == "text":
             parts += _split(part["text"])
@@ -216,7 +218,7 @@ def _parts(content: Any, inline: dict[str, list[_File]], where: str, log: SkipLo
                 raise _BadSample("missing fields", f"{where}: {kind} must be a file name, got {_short(part)}")
             inline[kind].append(_File(part[kind], said))
         elif said:
-            raise _BadSample("unsupported key", f"{where}: {min(said)!r} stands in a part without its video")
+            raise _BadSample("unsupported key", f"{where}: {min(said)!r} is in a part that names no video")
     return parts
 
 
@@ -227,7 +229,7 @@ def _split(text: str) -> list[dict[str, Any]]:
     except UnicodeEncodeError as error:
         raise _BadSample("invalid text", f"half a surrogate pair at character {error.start}") from None
     if foreign := _FOREIGN_TAG.search(text):
-        raise _BadSample("unsupported tag", f"{foreign.group()} stands for nothing that is shown here")
+        raise _BadSample("unsupported tag", f"{foreign.group()}: only images and videos are shown")
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(_TAG.split(text)):
         if i % 2:
@@ -256,7 +258,7 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
 
 def _check_tags(kind: str, tags: int, files: int) -> None:
     if tags == 0 < files and kind == "video":
-        raise _BadSample("no <video> tag", f"{files} video(s) given")
+        raise _BadSample("no <video> tag", f"{files} video(s), but no <video> in the messages")
     if tags != files:
         raise _BadSample("tag count differs", f"{tags} <{kind}> tag(s) for {files} {kind}(s)")
 
@@ -264,9 +266,9 @@ def _check_tags(kind: str, tags: int, files: int) -> None:
 def _locate(
     kind: str, files: list[_File], root: Path, check: bool, whole: Mapping[str, Any]
 ) -> tuple[Path | Clip, ...]:
-    """Find files below the root; `whole` is what the row itself says of its one video."""
+    """Find files below the root; `whole` holds the video keys of the row itself."""
     if whole and len(files) != 1:
-        raise _BadSample("unsupported key", f"{min(whole)!r} of a row with {len(files)} videos")
+        raise _BadSample("unsupported key", f"{min(whole)!r} is given for a row with {len(files)} videos")
     located: list[Path | Clip] = []
     for name, said in files:
         if address := _FILE_ADDRESS.match(name):
@@ -280,7 +282,7 @@ def _locate(
         if check and not is_file(path):
             raise _BadSample(f"missing {kind} file", _short(str(path), 200))
         if both := [key for key in whole if said.get(key, whole[key]) != whole[key]]:
-            raise _BadSample("unsupported key", f"{both[0]!r} of the row and of its video differ")
+            raise _BadSample("unsupported key", f"{both[0]!r} of the row differs from that of its video")
         try:
             located.append(clip_of(path, {**whole, **said}))
         except ValueError as error:

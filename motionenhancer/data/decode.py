@@ -1,4 +1,4 @@
-"""Opening a video file and decoding it as a stream, with every way it can fail named."""
+"""Open a video file and decode it as a stream; every kind of failure is named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 try:
     import av
-except ImportError:  # Only reading a clip needs it.
+except ImportError:  # Only needed to read a clip.
     av = None  # type: ignore[assignment]
 
 FORMATS = (
@@ -159,7 +159,7 @@ def _best_stream(container: Any) -> Any | None:
 
 
 def unreadable(path: str | Path, error: BaseException, what: str = "cannot be read") -> VideoError:
-    """Return what to raise for a file that an error kept from being read."""
+    """Return the error to raise for a file that could not be read."""
     return VideoError(path, f"{what} ({say(error)})", is_passing(error))
 
 
@@ -169,7 +169,7 @@ def say(error: BaseException) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error is the machine's alone: no memory, too many open files, a share out of reach."""
+    """Whether the machine caused an error, not the file: no memory, too many open files, no network share."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 

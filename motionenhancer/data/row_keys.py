@@ -60,7 +60,7 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
 
 
 def refusal(found: Mapping[str, Any], where: str) -> str:
-    """Why a row, turn or part must be refused; empty where nothing speaks against it.
+    """Return why a row, turn or part must be refused; empty if it is fine.
 
     Args:
         found: its keys and values. None and empty values count as not given.

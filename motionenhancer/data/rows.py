@@ -99,7 +99,7 @@ class _Text:
         self.done = False
 
     def grow(self) -> bool:
-        """Take in more of the file, as much again as there is; False at its end."""
+        """Read more of the file, which doubles the window; False at the end of the file."""
         if self.done:
             return False
         size = max(self.piece, len(self.text) - self.at)
@@ -116,7 +116,7 @@ class _Text:
         self.at = to
 
     def next(self) -> str:
-        """The next character that is no space, which stays; empty at the end."""
+        """Return the next character that is not a space, without passing it; empty at the end."""
         while True:
             to = self.at
             while to < len(self.text) and self.text[to] in _SPACE:
@@ -141,7 +141,7 @@ class _Text:
                 if not cut or not self.grow():
                     raise
                 continue
-            # A number at the window's edge may go on behind it.
+            # A number at the window's edge may continue beyond it.
             if end < len(self.text) or not self.grow():
                 break
         try:

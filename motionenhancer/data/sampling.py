@@ -1,4 +1,4 @@
-"""Which frames of a video a student is shown, in training and in evaluation alike."""
+"""Which frames of a video a student sees, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Frames:
     max_pixels: int | None = None
 
     def of(self, video: Path | Clip) -> Video:
-        """Decode the frames of a video that are shown; what its own row says (see `Clip`) comes first.
+        """Decode the frames of a video that are shown; the keys of its row (see `Clip`) override the run's.
 
         Raises:
             VideoError: it cannot be read.

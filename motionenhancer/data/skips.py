@@ -23,7 +23,7 @@ class Skip(NamedTuple):
         return self.said(self.reason)
 
     def said(self, reason: str = "") -> str:
-        """Where it was and why: ``"line 3, id a: reason: detail"``, without what is not known."""
+        """Where it was and why: ``"line 3, id a: reason: detail"``, without unknown parts."""
         place = [f"line {self.line}"] * bool(self.line) + [f"id {self.id}"] * bool(self.id)
         return ": ".join(part for part in (", ".join(place), reason, self.detail) if part)
 
@@ -92,7 +92,7 @@ class SkipLog:
             listed = "; ".join(filter(None, first))
             parts.append(f"{count} {reason}" + (f" ({listed})" if listed else ""))
         said = f"{self.total} skipped: " + ", ".join(parts)
-        # Names of files may hold bytes that are no text, which cannot be printed.
+        # File names may hold bytes that are not text and cannot be printed.
         return said.encode("utf-8", "backslashreplace").decode()
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When each frame of a clip is shown: foretold from its packets, measured from what decodes."""
+"""When each frame of a clip is shown: predicted from its packets, and measured from decoded frames."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Timeline:
 
 
 def timelines(path: Path) -> Iterator[Timeline]:
-    """The timeline that a clip's packets promise, if they do, and then the one of what decodes.
+    """Yield the timeline that a clip's packets announce, if any, and then that of the decoded frames.
 
     Raises:
         VideoError: as :func:`foretell` and :func:`measure`.
@@ -65,7 +65,7 @@ def timelines(path: Path) -> Iterator[Timeline]:
 
 
 def _clock(stream: Any) -> tuple[float, float]:
-    """Seconds a unit of a stream's time stamps, and its frames a second; 0 for what it does not say."""
+    """Seconds per unit of a stream's time stamps, and its frames per second; 0 where it does not say."""
     return float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
 
 
@@ -126,7 +126,7 @@ def _cut_reason(missing: float, count: int) -> str:
 
 
 def measure(path: Path, whole: bool, progress: Progress) -> Timeline:
-    """Decode a clip, keep no frame, and return the timeline of what comes out.
+    """Decode a clip, keep no frame, and return the timeline of the decoded frames.
 
     Args:
         whole: as :func:`foretell` returned it.
@@ -154,7 +154,7 @@ def _timeline(
     base, rate = clock
     times = np.asarray(shown, np.float64) * (base or 1.0)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else (1.0 / rate if rate else 0.0)
-    # A last packet may carry a nonsense duration; nothing is shown for longer than it took so far.
+    # A last packet may carry a nonsense duration: the last frame lasts no longer than all before it.
     length = min(last_length * base, float(times[-1] - times[0]) + gap) if last_length and base else gap
     duration = float(times[-1] - times[0]) + length
     return Timeline(stamps, times, duration, len(times) / duration if duration > 0 else rate, whole)
@@ -196,7 +196,7 @@ def _usual(stamps: np.ndarray, step: float) -> float:
 
 
 def _joined(stamps: np.ndarray, step: float) -> np.ndarray:
-    """Let each clip of a joined file go on where the one before ended."""
+    """Let each clip of a joined file begin where the clip before it ended."""
     step = _usual(stamps, step)
     result, offset, latest = stamps.copy(), 0.0, stamps[0]
     for i in range(1, len(stamps)):

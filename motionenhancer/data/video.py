@@ -80,12 +80,12 @@ def _turn(path: Path, frame: Any) -> _Turn:
     transposed = abs(b) + abs(c) > abs(a) + abs(d)
     kept, other = ((c, b), (a, d)) if transposed else ((a, d), (b, c))
     if max(map(abs, other)) > SKEW * min(map(abs, kept)):
-        raise VideoError(path, "is shown turned by an angle other than a multiple of 90 degrees")
+        raise VideoError(path, "has a display rotation that is not a multiple of 90 degrees")
     return _Turn(transposed, upside_down=kept[1] < 0, mirrored=kept[0] < 0)
 
 
 def _below(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
-    """A size of at most so many pixels, the shape kept as far as whole numbers allow."""
+    """Return a size of at most `max_pixels` pixels, with the aspect ratio kept as far as integers allow."""
     if max_pixels is None or height * width <= max_pixels:
         return height, width
     scale = math.sqrt(max_pixels / (height * width))
@@ -209,7 +209,7 @@ def read_frames(
     _check_numbers(num_frames=num_frames, max_frames=max_frames, min_frames=min_frames, fps=fps)
     _check_numbers(start=start, end=end, max_pixels=max_pixels, **sides)
     if end is not None and end <= (start or 0):
-        raise ValueError(f"end must lie behind start, got start {start!r} and end {end!r}")
+        raise ValueError(f"end must be after start, got start {start!r} and end {end!r}")
     if num_frames is not None and fps is not None:
         raise ValueError(f"num_frames and fps exclude each other, got {num_frames} and {fps}")
     if size is not None and max_pixels is not None:
@@ -225,7 +225,7 @@ def read_frames(
             break
     else:
         if len(choice.indices):
-            raise VideoError(path, "gives other frames each time it is decoded")
+            raise VideoError(path, "decodes to different frames each time")
         until = f" until {end:g} s" if end is not None else ""
         lasts = f"it lasts {timeline.duration:.3g} s"
         raise VideoError(path, f"has no frames from {start or 0:g} s on{until}; {lasts}")

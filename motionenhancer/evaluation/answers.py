@@ -1,4 +1,4 @@
-"""Answers on disk: appended as they come, read back after a kill, or made elsewhere."""
+"""Answers on disk: appended one by one, read again after a kill, or made elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mend_answers(path: Path) -> None:
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read every process's answers, id to row; half-written and unreadable lines are as if never written.
+    """Read every process's answers, id to row; half-written and unreadable lines are ignored.
 
     A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. Of an id, an output replaces what was
     skipped, and else a later row an earlier one.

@@ -35,7 +35,7 @@ READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")
 
 @dataclass(frozen=True)
 class Rules(Settings):
-    """Which reading of a benchmark's rule judges an answer.
+    """Which form of a benchmark's rule judges an answer.
 
     letter: :func:`first_letter` or :func:`lone_letter`, for MotionBench.
     option: "published" where the authors' code differs (see :func:`names_option`), for FAVOR-Bench.

@@ -44,7 +44,7 @@ class Comparison:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of the exact test: is a flip as likely either way?
+    """Two-sided p-value of McNemar's exact test, whose hypothesis is that both flips are equally likely.
 
     >>> mcnemar(0, 0), mcnemar(1, 9)
     (1.0, 0.021484375)

@@ -69,7 +69,7 @@ def encode_request(
     encoded = family.encode(processor, sample, [video], max_pixels=max_pixels)
     trained = (encoded.labels != -100).nonzero()[:, 0]
     if not len(trained):
-        raise ValueError(f"question {id!r}: the chat template leaves no place for an answer")
+        raise ValueError(f"question {id!r}: the chat template has no place for an answer")
     cut = slice(0, int(trained[0]))
     return replace(
         encoded,
@@ -133,7 +133,7 @@ def answer_questions(
     batch_size: int = 4,
     workers: int = 0,
 ) -> None:
-    """Answer every question that ``folder`` holds no answer of yet, under one process or several.
+    """Answer every question without an answer in ``folder``, with one process or several.
 
     Batches are cut from the whole list, whatever is answered already and however many processes there are,
     and a batch that was not finished is asked again as a whole: padding and thereby rounding are the same in
@@ -181,7 +181,7 @@ def answer_questions(
 
 def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[list[Asked]]:
     """The batches with a question that has a clip and no answer in ``folder`` yet."""
-    # What was skipped is tried again: the clip may have been on its way.
+    # Skipped questions are tried again: the clip may have been copied meanwhile.
     done = {id for id, row in read_answers(folder).items() if "output" in row}
     batches = [
         [item for item in asked[start : start + batch_size] if item.video is not None]
@@ -193,7 +193,7 @@ def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[li
 def encode_batch(
     batch: Sequence[Asked], family: StudentFamily, processor: Any, frames: Frames
 ) -> tuple[list[dict[str, str]], list[Encoded]]:
-    """A row for each question of a batch, with the reason if it cannot be put, and the others' requests."""
+    """Return a row per question of a batch, with the reason if it is skipped, and the others' requests."""
     rows: list[dict[str, str]] = []
     requests: list[Encoded] = []
     clip, video = None, None
@@ -201,7 +201,7 @@ def encode_batch(
         assert item.video is not None
         row = {"id": item.question.id}
         try:
-            # Questions of one clip stand together in the files.
+            # Questions of one clip follow each other in the files.
             if video is None or clip != item.video:
                 clip, video = item.video, frames.of(item.video)
             options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}

@@ -1,4 +1,4 @@
-"""When an answer is right: each benchmark's published rule, and a stricter or fuller reading beside it."""
+"""When an answer is right: each benchmark's published rule, and a second rule beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores as text: one table beside the paper's rows, and a comparison for people."""
+"""Scores as text: one table with the paper's rows, and a comparison."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class VideoFolder:
         self._stems: dict[str, list[Path]] | None = None
 
     def find(self, name: str | Clip) -> Path | Clip | None:
-        """Return the clip's file, shown as ``name`` says; None where there is none, or more than one."""
+        """Return the file of the clip ``name``; None if no file fits, or more than one."""
         if isinstance(name, Clip):
             found = self.find(fspath(name))
             return None if found is None else replace(name, path=Path(found))

@@ -20,7 +20,7 @@ _KEYS = ("messages", "conversations", "videos", "video", "images", "image", "sys
 
 
 class AlignedCollator:
-    """Adds `alignment` and `ids` to what a collator gives, as `MotionTrainer` takes them.
+    """Adds `alignment` and `ids`, which `MotionTrainer` reads, to the batches of a collator.
 
     Args:
         collate: the framework's own collator: features → `input_ids` (B, N) and whatever else.

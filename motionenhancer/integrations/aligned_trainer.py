@@ -48,7 +48,7 @@ class AlignedTrainer(MotionTrainer):
         for base in type(self).__mro__:
             if _OTHER_LOSS.search(base.__name__):
                 raise ValueError(
-                    f"{base.__name__}: alignment runs beside supervised fine-tuning only; train with the "
+                    f"{base.__name__}: alignment works with supervised fine-tuning only; train with the "
                     "supervised trainer first, or without the plug-in"
                 )
         priors = PriorLookup(prior_dir, grid=aligner != "identity")
@@ -82,8 +82,8 @@ class AlignedTrainer(MotionTrainer):
         """
         if "labels" not in inputs:
             raise ValueError(
-                f"{type(self).__name__}: alignment runs beside supervised fine-tuning only, whose batches "
-                f"have labels; this one has {', '.join(inputs)}"
+                f"{type(self).__name__}: alignment works with supervised fine-tuning only, whose batches "
+                f"have labels; this batch has {', '.join(inputs)}"
             )
         return super().compute_loss(model, inputs, *args, **kwargs)
 

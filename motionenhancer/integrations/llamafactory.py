@@ -43,9 +43,9 @@ def register(prior_dir: str | Path, **options: Any) -> None:
         wrong = {name: getattr(tuning, name, None) for name in ("use_hyper_parallel", "use_mca")}
         wrong |= {name: getattr(data, name) for name in ("packing", "neat_packing", "tokenized_path")}
         if tuning.stage != "sft":
-            raise ValueError(f"stage {tuning.stage}: alignment runs beside sft only; leave its plug-in out")
+            raise ValueError(f"stage {tuning.stage}: alignment works with sft only; remove the plug-in")
         if any(wrong.values()):
-            raise ValueError(f"alignment cannot run with {', '.join(n for n, v in wrong.items() if v)}")
+            raise ValueError(f"alignment does not work with {', '.join(n for n, v in wrong.items() if v)}")
         return parsed
 
     tuner.get_train_args = get_train_args

@@ -14,7 +14,7 @@ from ..priors.digests import DigestCache
 from ..priors.prior import MotionPrior, PriorSettings
 from ..priors.storage import EXTRACTION, PriorStore, prior_keys
 
-#: Samples that may all be without a prior before this counts as a mistake of the settings.
+#: Number of first samples without any prior that counts as a mistake of the settings.
 PATIENCE = 32
 
 

@@ -40,7 +40,7 @@ def register(prior_dir: str | Path, **options: Any) -> None:
     def get_cls(args: Any, mapping: dict[str, str]) -> Any:
         loss = getattr(args, "rlhf_type", args.task_type)
         if loss != "causal_lm":
-            raise ValueError(f"{loss}: alignment runs beside swift sft only; leave its plug-in out")
+            raise ValueError(f"{loss}: alignment works with swift sft only; remove the plug-in")
         return AlignedSwiftTrainer if mapping is TrainerFactory.TRAINER_MAPPING else found(args, mapping)
 
     TrainerFactory.get_cls = staticmethod(get_cls)

@@ -1,4 +1,4 @@
-"""What token ids stand for, whoever made them: characters of the conversation, places of the video."""
+"""What token ids stand for, from any template: characters of the conversation, places of the video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..students.layout import TokenLayout, VisionLayout
 
 Grid = tuple[int, int, int]
 
-#: Processors whose tokens are told apart from their ids alone.
+#: Processors whose layout can be read from token ids alone.
 _READ = (
     "Qwen2VLProcessor",
     "Qwen2_5_VLProcessor",
@@ -72,7 +72,7 @@ def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
     """
     extra, name = 0, type(processor).__name__
     if name not in _READ:
-        raise ValueError(f"{name}: the layout of its tokens is not read; plug-ins support {', '.join(_READ)}")
+        raise ValueError(f"{name}: its token layout is not supported; plug-ins support {', '.join(_READ)}")
     if grid_thw is not None:
         frames, high, wide = (int(n) for n in grid_thw)
         merge = processor.video_processor.merge_size
@@ -84,7 +84,7 @@ def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
         side, extra = math.ceil(math.isqrt(processor.num_image_tokens) / 2), 1
         grid = (tokens - 1) // side**2, side, side
     else:
-        raise ValueError(f"{name}: the batch has no video_grid_thw to tell the grid from")
+        raise ValueError(f"{name}: the batch has no video_grid_thw, which gives the grid")
     if not tokens or math.prod(grid) + extra != tokens:
         raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {name}")
     return grid
@@ -94,7 +94,7 @@ def _video_token(processor: Any, sample: Sample) -> int:
     if type(processor).__name__ != "InternVLProcessor":
         return int(processor.video_token_id)
     if sample.images:
-        raise ValueError("images and videos have one token in this family: alignment needs a video alone")
+        raise ValueError("images and videos share a token in this family: leave out samples with images")
     return int(processor.image_token_id)
 
 
@@ -124,7 +124,7 @@ def _spell(ids: list[int], tokenizer: Any, video: int) -> tuple[str, list[tuple[
 def _message_spans(
     text: str, stops: set[int], sample: Sample
 ) -> tuple[str, tuple[tuple[tuple[int, int], ...], ...]]:
-    """Where the text parts of each message stand in the text, which may gain what was cut off its end."""
+    """Find the parts of each message in the text; a part that was cut at the end is completed."""
     found: list[tuple[tuple[int, int], ...]] = []
     end = len(text)
     for message in reversed(sample.messages):

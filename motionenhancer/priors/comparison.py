@@ -29,7 +29,7 @@ def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
         ValueError: priors of different prompts or grids.
     """
     if one.prompt != other.prompt or one.grid != other.grid:
-        raise ValueError("priors must be of one prompt and one grid to be compared")
+        raise ValueError("priors must have the same prompt and the same grid to be compared")
     shared = [i for i in one.kept if i in other.kept]
     mine, theirs = (p.attention[[p.kept.index(i) for i in shared]].double() for p in (one, other))
     cosine = torch.nn.functional.cosine_similarity(mine, theirs).mean() if shared else float("nan")
@@ -135,7 +135,7 @@ def measure_agreement(
 
 
 def say_agreement(found: dict[str, float] | None, settings: PriorSettings) -> str:
-    """Return a line for people."""
+    """Return the agreement as one line of text."""
     if found is None:
         return "agreement of single-pass priors: no clip could be read"
     return (

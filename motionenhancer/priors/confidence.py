@@ -1,4 +1,4 @@
-"""How much a motion prior says: how concentrated it is, and how it changes over time.
+"""How informative a motion prior is: how concentrated it is, and how much it changes over time.
 
 The paper names diffuse priors of large static subjects as a limit and gating by confidence as a remedy.
 """
@@ -52,7 +52,7 @@ def prior_confidence(attention: torch.Tensor, grid: tuple[int, int, int]) -> dic
 
 
 def gate_weight(confidence: float, gate: float) -> float:
-    """The share of λ that a prior of this confidence gets: all from `gate` on, less below; 0 is no gate.
+    """The share of λ for a prior of this confidence: 1 from `gate` on, less below; 0 is no gate.
 
     Example:
         >>> gate_weight(0.1, 0.2), gate_weight(0.3, 0.2), gate_weight(0.1, 0.0)

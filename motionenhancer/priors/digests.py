@@ -1,4 +1,4 @@
-"""Digests of clips from one run to the next: a file that nobody touched is not read again for its name."""
+"""Digests of clips, kept between runs: an unchanged file is not read again to make its key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.video import content_digest
 FOLDER = ".digests"
 #: A digest: a hash of its file's path, size and times; the sha256 of the file's bytes; a check of both.
 RECORD = np.dtype([("file", "<u8", 2), ("digest", "u1", 32), ("check", "<u8")])
-#: Nanoseconds that a file must have rested: one written twice in a tick of its clock would look untouched.
+#: Minimum age of a file in ns: two writes within one tick of its clock would look like none.
 REST = 2_000_000_000
 
 
@@ -94,7 +94,7 @@ class DigestCache:
 
 
 def _look(video: Path) -> tuple[bytes, int] | None:
-    """Name of a file as it is now, and when it was last touched; None where it cannot be seen."""
+    """Return an id of a file's present state, and when it last changed; None if it cannot be read."""
     try:
         found = os.stat(video)
     except OSError:

@@ -22,7 +22,7 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True)
 class Engine:
-    """Hires teachers.
+    """Starts teachers.
 
     Attributes:
         device: what a teacher runs on.

@@ -32,11 +32,11 @@ Item = TypeVar("Item")
 
 
 class DeadTeacher(RuntimeError):
-    """No prior can be made any more, and the message says why: the run must stop."""
+    """No prior can be made any more, so the run must stop; the message says why."""
 
 
 class RefusedClip(ValueError):
-    """The store has on record that this clip and text can give no prior: `refusal` says why."""
+    """The store has a record that this clip and text give no prior; `refusal` says why."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -67,7 +67,7 @@ class Made:
     roundtrip: dict[str, float] | None = None
 
     def describe(self, sample: Sample, request: PriorRequest) -> dict[str, Any]:
-        """What a run's report says of a sample's prior, ready for JSON."""
+        """Return the entry of a sample's prior in a run's report, ready for JSON."""
         about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
         return {**about, "made_now": self.fresh, **self.prior.describe()}
 
@@ -138,7 +138,7 @@ def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int
 
 @dataclass
 class Patience:
-    """Takes a teacher for dead after `PATIENCE` failures in a row that no clip is to blame for."""
+    """Declares a teacher dead after `PATIENCE` failures in a row that no clip caused."""
 
     failures: int = 0
 
@@ -253,7 +253,7 @@ class LocalMaker:
         assert self._reader is not None
         assert job.video is not None
         try:
-            # No name is bound to the frames: they must be gone when the next clip is decoded.
+            # No name is bound to the frames: they must be freed when the next clip is decoded.
             made = self._reader.read(job.request, job.video.result())
         except Exception as error:
             judged = self._patience.judge(error)
@@ -262,7 +262,7 @@ class LocalMaker:
         return made
 
     def _settled(self, job: _Job) -> None:
-        """Forget a job that was answered or given up, and have another one decoded."""
+        """Forget a job that was answered or cancelled, and decode another one."""
         with self._lock:
             if job.video is None:
                 self._waiting.remove(job)
@@ -287,7 +287,7 @@ class _Job:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error in one line for people, with its type where the message alone says little."""
+    """Return an error as one line of text, with its type if the message alone says little."""
     said = " ".join(str(error).split())
     return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
@@ -302,7 +302,7 @@ def _use_own_stream(device: torch.device) -> None:
 
 
 class Stored:
-    """Looks in a store first, has what is missing made, and writes it to the store.
+    """Looks in a store first; missing priors are made and written to the store.
 
     A damaged file is set aside and its prior made anew. A clip and text that can give no prior are put on
     record, and not tried again; a fault of the machine never is. Requests of one key that are open at once
@@ -328,7 +328,7 @@ class Stored:
     ) -> None:
         self.store, self.maker, self.strict = store, maker, strict
         self._retried_before = time() if retry else 0.0
-        # Threads wait for the maker and have the next stored priors read meanwhile.
+        # Several threads: while some wait for the maker, others read stored priors.
         self.capacity = maker.capacity + 2
         self._name, self._lock, self._closed = name, RLock(), False
         self._pool = ThreadPoolExecutor(self.capacity, thread_name_prefix="store")
@@ -355,10 +355,10 @@ class Stored:
 
     def close(self) -> None:
         """See `PriorMaker`."""
-        # Nobody may wait for the pool with the lock held: what is given up needs the lock to be forgotten.
+        # Do not wait for the pool with the lock held: a cancelled job takes the lock to be forgotten.
         with self._lock:
             self._closed = True
-        # Cancelled first: what the maker cancels then must not be made by a thread that has not begun.
+        # Cancel first: a thread that has not begun must not make what the maker cancels.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.maker.close()
         self._pool.shutdown()
@@ -412,14 +412,14 @@ class Stored:
         return None, ""
 
     def _check_clip(self, request: PriorRequest) -> str:
-        """Return the clip's name in its key; `VideoError` if it is another now: hours may lie between."""
+        """Return the clip's name in its key; `VideoError` if it changed since, which may be hours ago."""
         digest = named_by(content_digest(request.video), request.video)
         if self._name(digest, request.text) != request.key:
-            raise VideoError(Path(request.video), "changed while the run was going on, start again")
+            raise VideoError(Path(request.video), "changed during the run; start again")
         return digest
 
     def _put_on_record(self, request: PriorRequest, error: VideoError | PriorError) -> None:
-        # Without a record the clip is tried again, no more: an unwritable store stops nothing here.
+        # Without a record the clip is only tried again, so an unwritable store does not stop the run.
         with contextlib.suppress(VideoError, OSError):
             refusal = refusal_of(error)
             if not refusal.passing:
@@ -428,7 +428,7 @@ class Stored:
 
 
 def _shared(first: Future[Made]) -> Future[Made]:
-    """Return a future of what another one gives; to cancel it leaves the other as it is."""
+    """Return a future with the result of another; cancelling it does not cancel the other."""
     answer: Future[Made] = Future()
 
     def pass_on(done: Future[Made]) -> None:
@@ -444,7 +444,7 @@ def _shared(first: Future[Made]) -> Future[Made]:
 
 
 def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
-    """Return why a request has no prior, as it is put on record."""
+    """Return the record of why a request has no prior."""
     if isinstance(error, RefusedClip):
         return error.refusal
     if isinstance(error, VideoError):
@@ -454,7 +454,7 @@ def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
 
 
 def count_made(made: Made, skips: SkipLog) -> None:
-    """Note what is odd about a prior that is used all the same."""
+    """Note what is unusual about a prior that is used."""
     if made.damaged:
         skips.note("damaged priors made anew")
     if made.lost:
@@ -464,7 +464,7 @@ def count_made(made: Made, skips: SkipLog) -> None:
 
 
 def count_failed(sample: Sample, error: Exception, skips: SkipLog) -> None:
-    """Count a sample that goes without its prior, under the clip's own reason if it has one."""
+    """Count a sample without a prior, under the clip's own reason if there is one."""
     reason, detail = "no prior: the teacher failed on it", f"{type(error).__name__}: {error}"
     if isinstance(error, VideoError | PriorError | RefusedClip):
         refusal = refusal_of(error)
@@ -475,7 +475,7 @@ def count_failed(sample: Sample, error: Exception, skips: SkipLog) -> None:
 def make_all(
     requests: Iterable[tuple[Item, PriorRequest]], maker: PriorMaker
 ) -> Iterator[tuple[Item, PriorRequest, Made | Exception]]:
-    """Submit requests a bounded number ahead and give out what came of each, in order.
+    """Submit requests, a bounded number ahead, and yield the result of each, in order.
 
     Args:
         requests: each with whatever its caller wants back beside it; read only as far ahead as needed.

@@ -79,7 +79,7 @@ class AttentionPool:
     # ---- what was read ----
 
     def scores(self) -> MotionScores:
-        """Motion scores of the heads that are chosen among."""
+        """Motion scores of the heads from which some are chosen."""
         self._finish()
         if self._by_head:
             return word_scores(self._mean_words(), self.layout)

@@ -34,7 +34,7 @@ MODES = ("reconstruct", "renoise")
 HEAD_SELECTIONS = ("mhs", "cross", "off")
 TOKEN_SELECTIONS = ("mtti", "off")
 
-#: Note of a prior some of whose text is none of its words; see `MotionPrior.unknown`.
+#: Note of a prior whose text has characters that are in none of its words; see `MotionPrior.unknown`.
 PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
@@ -117,7 +117,7 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
-        # Neither how a number is written nor a value that plays no part may tell equal priors apart.
+        # The spelling of a number, or a value without effect, must not make two keys of one prior.
         if self.guidance_scale_2 == self.guidance_scale:
             object.__setattr__(self, "guidance_scale_2", None)
         if self.diagonal_width and self.head_selection != "mhs":
@@ -306,7 +306,7 @@ def extract_prior(
 
 @dataclass(frozen=True)
 class Reading:
-    """A clip's attention under a text, read once; what is kept of it is chosen by `select_prior`."""
+    """A clip's attention under a text, read once; `select_prior` chooses what is kept."""
 
     pool: AttentionPool
     video: VideoLatents
@@ -343,7 +343,7 @@ def read_attention(
     vision = video.tokens.vision
     schedule = teacher.schedule(settings.steps, vision) if full else teacher.level(settings.noise_level)
     if not prompt.words:
-        raise PriorError(f"text {text[:60]!r} holds no word that the teacher's tokenizer has pieces for")
+        raise PriorError(f"text {text[:60]!r} has no word that the teacher's tokenizer knows")
     if not torch.isfinite(video.latents).all():
         raise PriorError("the encoded video holds NaN or infinity")
     # Masked padding takes no part in the attention.
@@ -441,7 +441,7 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
         levels: Sequence[float] = (settings.noise_level,)
     else:
         check_steps(settings.steps, total)
-        # The noisiest of them; where it has an expert, all have.
+        # If the noisiest level has an expert, all levels have one.
         levels = (total,)
     check_experts(levels, boundary, "transformer" in parts)
 
@@ -450,8 +450,8 @@ def check_heads(settings: PriorSettings, joint: bool) -> None:
     """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
     if settings.head_selection == "cross" and joint:
         raise ValueError(
-            "head_selection='cross' (--head_selection) is for a teacher with a cross-attention to the text; "
-            "this one has text and vision in one self-attention"
+            "head_selection='cross' (--head_selection) needs a teacher with a cross-attention to the text; "
+            "this teacher has text and vision in one self-attention"
         )
 
 
@@ -459,8 +459,8 @@ def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
     """Raise where settings name a guidance for a second expert that the teacher does not have."""
     if settings.guidance_scale_2 is not None and boundary is None:
         raise ValueError(
-            f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) is for a teacher with a "
-            "second expert for low noise levels, and this one has none"
+            f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) needs a teacher with a "
+            "second expert for low noise levels; this teacher has none"
         )
 
 

@@ -55,7 +55,7 @@ class UnseenFile(RuntimeError):
 
 
 class KillerClip(VideoError):
-    """A clip that ends the process of whoever reads it."""
+    """A clip that kills the process that reads it."""
 
     refusal = "no prior: its clip kills the worker"
 
@@ -82,7 +82,7 @@ class _Actor:
         try:
             teacher = self.load(self.device)
         except Exception as error:
-            # Not chained: an error of a library may not survive the way to the driver.
+            # Not chained: a library's error may not survive pickling on its way to the driver.
             raise DeadTeacher(
                 f"an actor on node {node} cannot load the teacher: {reason_of(error)}; {SAME_FILES}"
             ) from None
@@ -160,10 +160,10 @@ class RayMaker:
         }
         self._jobs: deque[_Job] = deque()
         self._closing = False
-        #: actors that have a teacher, and since when there is none
+        #: number of actors with a teacher, and since when there is none
         self._teachers, self._alone_since = 0, monotonic()
         self._wait = cluster.wait
-        #: Guards all of the above that changes, and says when a job came or the maker is closed.
+        #: Guards the mutable state above, and notifies when a job arrives or the maker is closed.
         self._changed = Condition()
         self._hands = [Thread(target=self._serve, daemon=True) for _ in range(self.capacity)]
         for hand in self._hands:
@@ -188,14 +188,14 @@ class RayMaker:
             given_up = [*self._jobs]
             self._jobs.clear()
             self._changed.notify_all()
-        # Before waiting, which a user's second Ctrl-C ends: those who wait for an answer must not wait on.
+        # Before the wait, which a second Ctrl-C may end: callers must not wait for an answer forever.
         for job in given_up:
             _give_up(job)
         for hand in self._hands:
             hand.join()
 
     def _serve(self) -> None:
-        """Give jobs to one actor, one at a time; hire another when it died."""
+        """Give jobs to one actor, one at a time; start another if it died."""
         actor = None
         while True:
             with self._changed:
@@ -253,7 +253,7 @@ class RayMaker:
         return None
 
     def _answer(self, actor: Any, job: _Job) -> bool:
-        """Have a job done; return whether the actor is still there."""
+        """Let the actor do a job; return whether the actor is still alive."""
         if not (job.answer.running() or job.answer.set_running_or_notify_cancel()):
             return True
         try:
@@ -306,7 +306,7 @@ class RayMaker:
             self._dead = error if isinstance(error, DeadTeacher) else DeadTeacher(reason_of(error))
 
     def _failed(self, job: _Job, error: Exception) -> None:
-        """Answer with an error; take the teacher for dead where it says so."""
+        """Answer with an error; mark the teacher as dead if the error says so."""
         if isinstance(error, UnseenFile):
             try:
                 content_digest(job.request.video)
@@ -337,7 +337,7 @@ def is_machines(error: RayError) -> bool:
 
 def _give_up(job: _Job) -> None:
     if not job.answer.cancel():
-        # It was begun, and its actor died.
+        # Its actor died after it began.
         job.answer.set_exception(CancelledError())
 
 
@@ -377,7 +377,7 @@ def open_cluster(
 
 
 def gpu_share(gpus: int, actors: int) -> float:
-    """Return the share of a GPU that each of all processes' actors reserves, so that they all find a place.
+    """Return the share of a GPU that each actor reserves, so that the actors of all processes fit.
 
     >>> gpu_share(2, 3)  # as two on one GPU: an actor does not spread over two
     0.5

@@ -18,13 +18,13 @@ from .prior import PriorSettings
 
 NO_INPUT = "no prior: no text or no video file"
 
-#: Clips whose digests are remembered: samples of one clip mostly stand near each other in a data file.
+#: Number of clips whose digests are remembered: a data file mostly has a clip's samples near each other.
 _REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
 class PriorRequest:
-    """A prior that somebody wants.
+    """A request of a prior.
 
     Attributes:
         video: the clip, or the segment of it that is shown.
@@ -119,7 +119,7 @@ def _look(video: Path) -> str:
 
 
 def _owner(sample: Sample, parts: int) -> int:
-    """Return which part has a sample; the first has those without a single video."""
+    """Return the part of a sample; the first part has the samples without a video."""
     if not sample.videos:
         return 0
     # Not a checksum: names that differ in a digit alone often have the same last bit.

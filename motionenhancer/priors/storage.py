@@ -51,7 +51,7 @@ def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSetting
 
 
 def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], str]:
-    """`prior_key` of one teacher and its settings, as a function of clip and text: quick for millions."""
+    """Return `prior_key` for one teacher and its settings, as a fast function of clip and text."""
     parts = {"format": FORMAT, "settings": asdict(settings), "teacher": teacher}
     head = json.dumps(parts, sort_keys=True).removesuffix("}")
 
@@ -106,24 +106,24 @@ class PriorStore:
         return target
 
     def refuse(self, key: str, refusal: Refusal) -> Path:
-        """Put on record, as json, that there can be no prior of this key."""
+        """Record, as json, that this key can have no prior."""
         about = {name: value for name, value in asdict(refusal).items() if name != "passing"}
         write_json(self.refusal_path(key), about)
         return self.refusal_path(key)
 
     def refusal(self, key: str) -> Refusal | None:
-        """Why there can be no prior of a key; None where that is not on record, or not readably so."""
+        """Return why a key can have no prior; None without a readable record."""
         try:
             return Refusal(**json.loads(self.refusal_path(key).read_text("utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def settled(self, key: str) -> bool:
-        """Whether there is nothing to make: the prior is stored, or on record as one that cannot be."""
+        """Whether there is nothing to make: the prior is stored, or recorded as impossible."""
         return key in self or self.refusal(key) is not None
 
     def refusals(self) -> Iterator[tuple[str, Refusal]]:
-        """All keys that are on record as without a prior, and why."""
+        """Yield all keys that are recorded as without a prior, and why."""
         for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_REFUSED}"):
             key = path.name[: -len(_REFUSED)]
             if (found := self.refusal(key)) is not None:

@@ -26,7 +26,7 @@ from .views import KEPT, Maps, View, load_views, read_clip
 __all__ = ["PAGE", "write_page", "write_run_page"]
 
 PAGE = "report.html"
-#: Bytes of all clips and of all maps of a page, before base64 makes a third more of them.
+#: Maximum bytes of all clips, and of all maps, of a page, before base64 adds a third.
 CLIP_BYTES, MAP_BYTES = 5_500_000, 4_500_000
 _CURVES = ("loss_ar", "loss_align", "lambda", "learning_rate", "words_mapped", "confidence", "grad_norm")
 
@@ -50,7 +50,7 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
         report = json.loads((folder / REPORT).read_text("utf-8"))
         log = report.get("training", {}).get("log", [])
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no folder of a training run, as it has no {REPORT}") from None
+        raise ValueError(f"{folder}: not the folder of a training run, as it has no {REPORT}") from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / REPORT}: not a run's report ({error})") from error
     views = pick(load_views(folder), ids, f"{folder / KEPT}")
@@ -86,7 +86,7 @@ def pick(views: Sequence[View], ids: Sequence[str] | None, where: str) -> list[V
 
 
 def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any] | None = None) -> None:
-    """Write a page of clips; with `run`, what there is to say of the run they are from.
+    """Write a page of clips; with `run`, also the facts about their run.
 
     Raises:
         OSError: the file cannot be written.
@@ -217,7 +217,7 @@ def _flat(value: Any, name: str = "") -> list[list[str]]:
 
 
 def _plain(value: Any) -> Any:
-    """The same for any reader of json, which knows neither NaN nor infinity: those become null."""
+    """The same with null for NaN and infinity, which json does not know."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -35,7 +35,7 @@ def scale_of(rows: Sequence[np.ndarray]) -> float:
 
 
 def headings(sources: Iterable[str]) -> dict[str, str]:
-    """Return how the maps of each source are headed, in their order.
+    """Return the headings of the sources' maps, in their order.
 
     >>> headings(["teacher", "after"])
     {'teacher': 'teacher', 'after': 'student'}
@@ -73,7 +73,7 @@ def overlay(
     way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     size = (frame.shape[1], frame.shape[0])
     values = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(size, way)).clip(0, 1)
-    # Little attention is also drawn thinly, so that the clip is seen through it.
+    # Little attention is drawn more transparent, so that the clip is visible.
     share = _OPACITY * (0.25 + 0.75 * values)[..., None]
     return ((1 - share) * frame + share * _coloured(values, colours)).astype(np.uint8)
 
@@ -143,7 +143,7 @@ def write_overlay(
     """
     video = read_clip(view)
     if video is None:
-        raise ValueError(f"{view.id}: an mp4 needs its clip")
+        raise ValueError(f"{view.id}: its clip is not shown, so there is no mp4")
     sources, rows = view.sources(video.duration), view.rows_of(words, most=1)
     shown = []
     for frame, time in zip(video.frames, video.timestamps, strict=True):

@@ -33,7 +33,7 @@ class RunReport:
         return self.folder / REPORT
 
     def claim(self) -> None:
-        """Make the folder this run's.
+        """Create the folder for this run, or continue in it.
 
         Raises:
             ValueError: it holds another run, or files that are no run of ours.
@@ -49,7 +49,7 @@ class RunReport:
         self.check()
 
     def finished(self) -> bool:
-        """Whether this very run stands in the folder, finished, with all that `content` holds by now."""
+        """Whether the folder holds this same run, finished, with all that `content` holds now."""
         try:
             report = json.loads(self.path.read_text())
         except (OSError, ValueError):

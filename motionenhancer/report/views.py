@@ -22,7 +22,7 @@ from ..priors.storage import prior_from_text, text_of_prior
 
 __all__ = ["SOURCES", "Maps", "View", "load_views", "read_clip", "save_views"]
 
-#: Whose maps a page shows, in its order.
+#: Sources of the maps on a page, in their order.
 SOURCES = ("teacher", "before", "after")
 KEPT = Path("report") / "samples.safetensors"
 MOST_FRAMES = 49
@@ -80,7 +80,7 @@ class View:
         return cls(**{"id": "prior", "prompt": prior.prompt, "prior": prior, "spans": prior.spans, **known})
 
     def sources(self, duration: float) -> dict[str, Maps]:
-        """Return the maps of each of `SOURCES` that there are.
+        """Return the maps of every source that exists.
 
         Args:
             duration: seconds of the clip; frames of a prior without times are spread evenly over it.
@@ -143,7 +143,7 @@ class View:
         for word in words:
             if word.lower() not in known:
                 names = ", ".join(piece["text"] for piece in listed)
-                raise ValueError(f"--word {word}: no word of {self.id} with a map; it has {names or 'none'}")
+                raise ValueError(f"--word {word}: {self.id} has no map of it, only of {names or 'no word'}")
         return [known[word.lower()] for word in words]
 
 
@@ -175,7 +175,7 @@ def read_clip(view: View, max_pixels: int = 480 * 320) -> Video | None:
 
 
 def save_views(folder: Path, views: Sequence[View]) -> Path:
-    """Keep a run's views in its output folder: maps in half precision, all else as json beside them."""
+    """Save a run's views in its output folder: maps in half precision, the rest as json."""
     tensors: dict[str, torch.Tensor] = {}
     listed = []
     for i, view in enumerate(views):
@@ -209,7 +209,7 @@ def load_views(folder: Path) -> list[View]:
             listed = json.loads((file.metadata() or {})["views"])
         return [_view(about, tensors, str(i)) for i, about in enumerate(listed)]
     except Exception as error:
-        raise ValueError(f"{folder / KEPT}: not what a run keeps for its page ({error})") from error
+        raise ValueError(f"{folder / KEPT}: not a file that a run wrote for its page ({error})") from error
 
 
 def _view(about: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> View:

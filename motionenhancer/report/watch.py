@@ -28,7 +28,7 @@ __all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
 
 @dataclass(frozen=True)
 class StudentReading:
-    """A sample as a student read it once.
+    """One reading of a sample by a student.
 
     Attributes:
         layout: what its tokens spell.
@@ -115,7 +115,7 @@ def read_student(
     texts = (likeliest, labels[learnt])
     said, answer = (tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in texts)
     scores = {"loss_ar": float(out.loss), "right": same_text(said, answer), "said": said}
-    # A frame of the grid stands for as many frames of the clip as each of the others, but for the last.
+    # Each frame of the grid stands for the same number of the clip's frames, except the last.
     each = math.ceil(len(video.timestamps) / vision.grid[0])
     shown = [video.timestamps[i * each : (i + 1) * each] for i in range(vision.grid[0])]
     times = [float(np.mean(part if len(part) else video.timestamps[-1:])) for part in shown]
@@ -124,7 +124,7 @@ def read_student(
 
 
 def task_of(sample: Sample) -> str:
-    """Return what a sample is counted under: its row's own task, or the letters its id ends in, or nothing.
+    """Return a sample's task: its row's own, or the letters at the end of its id, or "".
 
     >>> task_of(Sample("clip-00012-MR", [])), task_of(Sample("line-7", []))
     ('MR', '')
@@ -171,7 +171,7 @@ class Watch:
             self._try(lambda: self._read(when))
 
     def keep(self, folder: Path) -> None:
-        """Keep what was read in a run's output folder; the run's teacher must still be there."""
+        """Save the readings in a run's output folder; the run's teacher must still exist."""
         self._try(lambda: save_views(folder, [self._view(sample) for sample in self.samples()]))
 
     def write(self, folder: Path) -> None:
@@ -187,7 +187,7 @@ class Watch:
                     autocast = self.trainer.accelerator.autocast()
                     found[sample.id] = read_student(model, self.dataset, sample, autocast)
                 except (ValueError, OSError):
-                    continue  # The training names it too.
+                    continue  # The training reports it too.
 
     def _view(self, sample: Sample) -> View:
         trainer, source = self.trainer, self.dataset.source
@@ -221,12 +221,12 @@ class Watch:
             if sample.id in self.dataset.keys:
                 return self.dataset.store.read(self.dataset.keys[sample.id])
             request = self.dataset.requests.get(sample.id)
-            # The training asks for no prior of a clip that the student cannot read; nor does its page.
+            # The training requests no prior for a clip that the student cannot read; nor does the page.
             readable = not self.whole or any(sample.id in found for found in self.readings.values())
             if request is not None and readable and self.trainer.online is not None:
                 return self.trainer.online.maker.submit(request).result().prior
         except Exception as error:
-            print(f"{sample.id}: the page shows no prior of it ({' '.join(str(error).split())})")
+            print(f"{sample.id}: the page does not show its prior ({' '.join(str(error).split())})")
         return None
 
     def _try(self, do: Callable[[], Any]) -> None:
@@ -237,4 +237,4 @@ class Watch:
                 do()
         except Exception as error:
             self.failed = True
-            print(f"no page of the run: {' '.join(str(error).split()) or type(error).__name__}")
+            print(f"page of the run not written: {' '.join(str(error).split()) or type(error).__name__}")

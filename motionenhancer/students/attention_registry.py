@@ -1,4 +1,4 @@
-"""Watch calls of transformers' attention functions, where they are registered, for a limited time.
+"""Watch calls of transformers' attention functions for a limited time, by patches of their registry.
 
 A function is wrapped under its own name: a model looks up its mask by that name, and a new one would silently
 get no mask at all.
@@ -97,7 +97,7 @@ def _patched_entry(registry: Any, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # What was registered meanwhile is another's, and the wrapper inside it is inert from now on.
+        # A function registered meanwhile is not ours; the wrapper inside it does nothing from now on.
         if local.get(name) is wrapper:
             if was_local:
                 registry[name] = before
@@ -168,7 +168,7 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def attention_function(*args: Any, **kwargs: Any) -> Any:
-        # What breaks the graph of a compiled model costs more than all the rest where nothing is compiled.
+        # The wrapper that breaks a compiled graph is slow, so only compiled code runs it.
         if torch.compiler.is_dynamo_compiling():
             return uncompiled(*args, **kwargs)
         return watched(*args, **kwargs)

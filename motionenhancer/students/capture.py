@@ -110,7 +110,7 @@ def capture_attention(
 
 
 class _Kind(NamedTuple):
-    """What layers must have in common to be read together."""
+    """What layers must share to be read together."""
 
     device: torch.device
     query: tuple[torch.Size, torch.dtype]
@@ -121,7 +121,7 @@ class _Kind(NamedTuple):
 
 
 class CapturedAttention:
-    """What a capture has seen; made by :func:`capture_attention`."""
+    """The result of a capture; made by :func:`capture_attention`."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class CapturedAttention:
             query.device, (query.shape, query.dtype), (key.shape, key.dtype), id(visible), scale, dtype
         )
         self._pending.setdefault(kind, (visible, []))[1].append((query, key))
-        # What is not on a CPU gains nothing from waiting.
+        # Only layers on a CPU gain from waiting.
         self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
 
     def _read_pending(self) -> None:
@@ -246,7 +246,7 @@ class CapturedAttention:
         self, visible: VisibleKeys, device: torch.device, length: int
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Where the chosen rows are among the picked queries, and the keys that they see."""
-        # The masks hold what is visible, so that its id is not used again.
+        # The masks hold what is visible, so its id is not used again.
         kept = (id(visible), device)
         if kept not in self._limits:
             options = visible.options(device)
@@ -269,7 +269,7 @@ class CapturedAttention:
                 f"{key.shape[2]} keys: run the model without earlier tokens in its key-value cache"
             )
         if batch != self.rows.shape[0]:
-            raise ValueError(f"rows must have one entry a sample ({batch}), got {self.rows.shape[0]}")
+            raise ValueError(f"rows must have one entry per sample ({batch}), got {self.rows.shape[0]}")
         if self._highest >= length:
             raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
         expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
@@ -285,7 +285,7 @@ class CapturedAttention:
             )
 
     def _positions(self, device: torch.device, length: int) -> list[Any]:
-        """Rows and columns; of those that the host did not read, what lies beyond the sequence is padding."""
+        """Rows and columns; positions beyond the sequence that the host did not check become padding."""
         if device not in self._placed:
             self._placed[device] = []
             for positions in (self.rows, self.columns):
@@ -355,7 +355,7 @@ def _outside_checkpoint() -> Iterator[None]:
 
 
 def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
-    """What the attention function rounds queries and keys to before it multiplies them."""
+    """The dtype to which the attention function rounds queries and keys."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -366,7 +366,7 @@ def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) 
 
 def _refuse_reentrant(model: nn.Module) -> None:
     for module in model.modules():
-        # The class's own default is False, and asking a module for what it lacks is slow.
+        # The class's default is False; a look-up of a missing attribute of a module is slow.
         if vars(module).get("gradient_checkpointing") is True and module.training:
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant") is True:
@@ -400,7 +400,7 @@ def _check_positions(rows: Any, columns: Any) -> None:
     if not isinstance(columns, slice):
         if columns.shape[0] != rows.shape[0]:
             raise ValueError(
-                f"columns must have one entry a sample ({rows.shape[0]}), got {columns.shape[0]}"
+                f"columns must have one entry per sample ({rows.shape[0]}), got {columns.shape[0]}"
             )
         return
     start, stop = columns.start or 0, columns.stop
@@ -409,12 +409,12 @@ def _check_positions(rows: Any, columns: Any) -> None:
 
 
 def _read_by_host(positions: torch.Tensor | slice) -> bool:
-    """Whether the host looks at positions; on another device that would wait for it."""
+    """Whether the host checks positions; on another device a check would wait for the device."""
     return isinstance(positions, slice) or positions.device.type == "cpu"
 
 
 def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
-    """The highest position that is known without waiting for a device."""
+    """The highest position that is known without a wait for a device."""
     known = [columns.stop - 1] if isinstance(columns, slice) else []
     for positions in (rows, columns):
         if isinstance(positions, torch.Tensor) and _read_by_host(positions) and positions.numel():

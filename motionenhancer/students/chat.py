@@ -1,4 +1,4 @@
-"""Render a conversation with the processor's own chat template, and find its messages and answers in it."""
+"""Render a conversation with the processor's chat template, and find messages and answers in the text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     if "assistant" not in roles:
         raise ValueError(f"sample {sample.id!r} has no assistant message to train on")
     if roles[0] == "assistant":
-        raise ValueError(f"sample {sample.id!r} begins with an assistant message: nothing asks for it")
+        raise ValueError(f"sample {sample.id!r} begins with an assistant message, so without a question")
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
     if not answers:
         raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")
@@ -90,16 +90,16 @@ def _first(spans: _Spans, end: int) -> int:
 
 
 def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str, spans: _Spans) -> int:
-    """One past the last character in ``text`` of the last of ``messages``, alone rendered as ``part``.
+    """Return the end of the last of ``messages`` in ``text``; ``part`` is that message rendered alone.
 
-    A template that shows thoughts in the last answer only renders an earlier one differently: it ends there
-    with what ends it here.
+    A template that shows thoughts in the last answer only renders an earlier one differently, but ends it in
+    the same way.
     """
     if text.startswith(part):
         return len(part)
     behind = part[_text_spans(shown, messages, part)[-1][-1][1] :] if spans else ""
     if not behind.strip() or not text.startswith(behind.rstrip(), spans[-1][1]):
-        raise ValueError("an earlier message does not end as the last one does")
+        raise ValueError("an earlier answer does not end like the last one")
     return spans[-1][1] + len(behind)
 
 
@@ -123,7 +123,7 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
             at = other.find(mark)
             if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
-            # A text may hold what the template shows elsewhere, such as thoughts before the mark.
+            # The template may show a part of the text elsewhere, such as thoughts before the mark.
             start = next((k for k in range(at) if text[k] != other[k]), at)
             spans.append((start, len(text) - (len(other) - at - len(mark))))
         found.append(tuple(spans))

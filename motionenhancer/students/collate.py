@@ -28,7 +28,7 @@ def joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
         return torch.cat(list(tensors), dim)
     except RuntimeError as error:
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise ValueError(f"videos or images of a batch must be alike, got {shapes}") from error
+        raise ValueError(f"videos or images of a batch must have the same shape, got {shapes}") from error
 
 
 def collate(
@@ -57,7 +57,7 @@ def collate(
         ValueError: no samples, a padding side that is neither, or samples with different token inputs.
     """
     if not samples:
-        raise ValueError("samples must have at least one sample, got none")
+        raise ValueError("samples must not be empty")
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:

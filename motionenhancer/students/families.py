@@ -56,7 +56,7 @@ def _squares(before: int = 0, after: int = 0) -> Places:
 
 
 def _pooled(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
-    """Gemma 4: patches have positions (x, y), of which ``pooling_kernel_size`` squared make a token."""
+    """Gemma 4: patches have positions (x, y), and ``pooling_kernel_size`` squared of them make a token."""
     positions = made["video_position_ids"]
     width, height = (positions.flatten(0, -2).amax(0) + 1) // processor.video_processor.pooling_kernel_size
     grid = (len(video.frames), int(height), int(width))
@@ -67,8 +67,8 @@ def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) 
     """MiniCPM-V: a frame, or a small frame (whose tokens are not read) and then its slices, larger."""
     if processor.video_processor.stack_frames > 1:
         raise ValueError(
-            f"stack_frames must be 1 for videos, got {processor.video_processor.stack_frames}: a picture of "
-            "several frames has no place in time"
+            f"stack_frames must be 1 for videos, got {processor.video_processor.stack_frames}: a stack of "
+            "frames has no single time"
         )
     merge = math.isqrt(processor.video_token_divisor)
     rows, columns = made["grids_videos"][0].tolist()
@@ -163,7 +163,7 @@ def _local_id(processor: Any, n: int) -> str:
 
 
 def _smolvlm_template(processor: Any, sample: Sample) -> str | None:
-    """The template that SmolVLM's processor takes for a conversation with a video, whatever the folder's."""
+    """The template that SmolVLM's processor uses for a video, instead of the folder's."""
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
     videos = any(part["type"] == "video" for message in sample.messages for part in message["content"])
@@ -220,7 +220,7 @@ _FAMILIES = (
 
 _LATENT = "multi-head latent attention (MLA)"
 _INDEXER = "attention to a few keys that an indexer chooses"
-#: Video models of transformers whose attention no family reads, and what it has.
+#: Video models of transformers whose attention cannot be read, and why.
 _UNREAD = {
     "dots3_note": f"{_LATENT} and {_INDEXER}",
     "glm5_next": f"{_LATENT} and {_INDEXER}",
@@ -254,7 +254,7 @@ def student_family(model_or_config: Any) -> StudentFamily:
     if model_type in _UNREAD:
         raise ValueError(
             f"model_type {model_type!r} is not supported: its language model has {_UNREAD[model_type]}, "
-            "which is not read"
+            "which cannot be read"
         )
     if model_type not in families:
         raise ValueError(f"model_type must be one of {sorted(families)}, got {model_type!r}")

@@ -177,7 +177,7 @@ class StudentFamily:
         """Refuse videos (their numbers of frames) and images that the model cannot take in one batch."""
         if self.equal_frames and len(set(frames)) > 1:
             raise ValueError(
-                f"videos must all have equally many frames, as {self.name} runs them as one tensor; got "
+                f"videos must have the same number of frames, as {self.name} runs them as one tensor; got "
                 f"{sorted(set(frames))}: sample a fixed number of frames"
             )
         if not self.images_with_videos and frames and images:
@@ -240,7 +240,7 @@ class StudentFamily:
 
 
 def _metadata(video: Video) -> dict[str, Any]:
-    """The frames' own times: at one frame a second the n-th is at n seconds, n being no whole number."""
+    """Give the frames' own times, by fractional indices at one frame per second: frame n is at n seconds."""
     return {
         "total_num_frames": len(video.frames),
         "fps": 1.0,
@@ -250,7 +250,7 @@ def _metadata(video: Video) -> dict[str, Any]:
 
 
 def _at_least(video: Video, count: int) -> Video:
-    """A clip of fewer frames than make a token shows its last one again."""
+    """Repeat the last frame of a clip that has fewer frames than a token needs."""
     missing = count - len(video.frames)
     if missing <= 0:
         return video
@@ -262,5 +262,5 @@ def _at_least(video: Video, count: int) -> Video:
 
 
 def _divisor(processor: Any, kind: str) -> int | None:
-    """Patches a token, of a processor that has to be told its own number."""
+    """Patches per token, for a processor that must be given its own number."""
     return getattr(processor, f"{kind}_token_divisor", None)

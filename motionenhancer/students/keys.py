@@ -21,7 +21,7 @@ __all__ = [
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. From the CPU no one waits: what is to be copied is kept before this returns."""
+    """Copy a tensor to a device, from the CPU without a wait: the source is kept until it is copied."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
@@ -38,7 +38,7 @@ class AttentionCall:
 
     @property
     def causal(self) -> bool:
-        """What the implementation takes for its causal flag."""
+        """The causal flag that the implementation uses."""
         flag = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
 
@@ -59,7 +59,7 @@ class VisibleKeys:
     explicit: torch.Tensor | None = None
 
     def options(self, device: torch.device) -> dict[str, Any]:
-        """What they are to :func:`mekernels.attention_rows`, and where explicit to its reading of layers."""
+        """The keys as arguments of :func:`mekernels.attention_rows`, or of its reading of layers."""
         if self.explicit is not None:
             return {"mask": self.explicit.to(device)}
         key_mask = None if self.key_mask is None else self.key_mask.to(device)
@@ -104,7 +104,7 @@ def register_mask_reader(name: str) -> Callable[[MaskReader], MaskReader]:
 
 
 def implementation_name(name: str, function: Callable[..., Any]) -> str:
-    """Return the implementation that ``function``, registered as ``name``, is: the one its masks are read by.
+    """Return the implementation by which the masks of ``function``, registered as ``name``, are read.
 
     With the package ``kernels`` transformers replaces ``flash_attention_2`` by the name of a repository. The
     name may carry a revision and a function. What is registered under it is transformers' own function for
@@ -170,7 +170,7 @@ def _dense(call: AttentionCall) -> VisibleKeys:
 
 
 def _simplify(explicit: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
-    """Use key ranges, and a key mask, where they say all that ``explicit`` (B, 1, R, N) says."""
+    """Use key ranges and a key mask if they say the same as ``explicit`` (B, 1, R, N)."""
     biased = torch.zeros((), dtype=torch.bool, device=explicit.device)
     allowed = explicit
     if explicit.dtype != torch.bool:
@@ -246,7 +246,7 @@ def _documents(call: AttentionCall) -> torch.Tensor | None:
     given = [kwargs.get(n) for n in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     if all(value is not None for value in given):
         starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-        # Mostly they are one tensor; to compare two waits for their device.
+        # Mostly both are one tensor; a comparison of two would wait for their device.
         if starts is not ends and (starts.shape != ends.shape or not torch.equal(starts, ends)):
             raise ValueError("cu_seq_lens_q must equal cu_seq_lens_k to capture self-attention")
         flat = torch.arange(batch * call.length, device=call.rows.device)

@@ -1,4 +1,4 @@
-"""Load a student from a folder, and refuse what the installed transformers would compute otherwise."""
+"""Load a student from a folder; refuse models that the installed transformers would compute wrongly."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _model_type(folder: Path) -> str:
 
 
 def check_config(folder: Path) -> StudentFamily:
-    """See that a student's class knows the fields of ``config.json`` that change attention or logits.
+    """Check that a student's class reads the fields of ``config.json`` that change attention or logits.
 
     transformers keeps a field that a class does not read, and computes as if it were not there.
 

@@ -33,7 +33,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if isinstance(current, nn.DataParallel) and len(current.device_ids) > 1:
             raise ValueError(
                 f"model must not be a torch.nn.DataParallel over {len(current.device_ids)} devices, whose "
-                "replicas cannot be followed; use DistributedDataParallel, or one visible device a process"
+                "replicas cannot be followed; use DistributedDataParallel, or one visible device per process"
             )
         inner = next(
             (
@@ -134,7 +134,7 @@ def layers_read(model: nn.Module, layers: Sequence[int] | str | None = None) -> 
     else:
         if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(numbers):
             raise ValueError(
-                f"layers must be different ones of {numbers}, which have self-attention to read, got "
+                f"layers must be different numbers of {numbers}, the layers with self-attention to read, got "
                 f"{list(layers)}"
             )
         chosen = [module for module, number in zip(modules, numbers, strict=True) if number in set(layers)]

@@ -22,7 +22,7 @@ __all__ = ["Medium", "assemble", "check_media", "frame_size", "media_order", "op
 
 @dataclass(frozen=True)
 class Medium:
-    """What stands for one video or image.
+    """The tokens and the layout of one video or image.
 
     kind: ``"video"`` or ``"image"``.
     placeholder, expansion: what the chat template rendered, and what the model is given for it.
@@ -114,7 +114,7 @@ def frame_size(
         return {}
     smallest = (part.patch_size * part.merge_size) ** 2
     if most is not None and most < smallest:
-        raise ValueError(f"max_pixels must be at least {smallest}, one token, got {most}")
+        raise ValueError(f"max_pixels must be at least {smallest} (one token), got {most}")
     low, high = int(part.size["shortest_edge"]), int(part.size["longest_edge"])
     if own.min_pixels is not None:
         low = own.min_pixels * frames[0]
@@ -149,7 +149,7 @@ def assemble(
         ValueError: a video has other vision tokens than its family says, or ``max_length`` would cut some.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
-    # As transformers does: what a template begins with is not added by the tokenizer once more.
+    # As transformers does: the tokenizer must not repeat a token with which the template begins.
     begins = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
     tokenized = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
     ids = torch.tensor(tokenized["input_ids"], dtype=torch.int64)
@@ -167,8 +167,8 @@ def assemble(
         grid, places = medium.places(len(part))
         if len(places) != len(part):
             raise ValueError(
-                f"sample {sample.id!r}: {type(processor).__name__} gave a video {len(part)} vision tokens, "
-                f"{len(places)} were expected"
+                f"sample {sample.id!r}: {type(processor).__name__} made {len(part)} vision tokens of a "
+                f"video, expected {len(places)}"
             )
         layout = torch.full((math.prod(grid),), -1)
         layout[places[places >= 0]] = part[places >= 0]

@@ -34,7 +34,7 @@ class WordMap:
         return self.count - len(self.dropped)
 
     def after(self, row: int) -> WordMap:
-        """What is left without the student tokens before ``row``, such as those that cannot see the video.
+        """Return the mapping without student tokens before ``row``, such as those that cannot see the video.
 
         >>> WordMap([1, 4, 5], [0, 0, 1], [2], 3).after(5)
         WordMap(rows=[5], row_tokens=[1], dropped=[0, 2], count=3)

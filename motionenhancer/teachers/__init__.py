@@ -103,5 +103,5 @@ def load_teacher(
 
 
 def teacher_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype a teacher runs in when none is named."""
+    """The default dtype of a teacher."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

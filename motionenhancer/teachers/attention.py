@@ -58,7 +58,7 @@ def attend_valid(
     memory: bool,
     row: int,
 ) -> torch.Tensor:
-    """`attend` where masked padding ends each sample: it is cut off, one sample after the other.
+    """`attend` for samples that end with masked padding, which is cut off, one sample after the other.
 
     Args:
         query, key, value, reader, memory, row: as for `attend`.
@@ -77,7 +77,7 @@ def attend_valid(
 
 
 class ReadingProcessor:
-    """An attention processor of diffusers that hands what it computes to a reader; see `Teacher.reading`."""
+    """An attention processor of diffusers that passes its attention to a reader; see `Teacher.reading`."""
 
     def __init__(self, reader: AttentionReader | None, *, memory: bool, row: int) -> None:
         self.reader, self.memory, self.row = reader, memory, row

@@ -75,7 +75,7 @@ class CogVideoXTeacher(Teacher):
             heads=config["num_attention_heads"],
             layers=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
-            # Learnt positions are of clips of one size and length.
+            # Learnt positions are for clips of one size and length.
             fixed=bool(config["use_learned_positional_embeddings"]),
         )
 

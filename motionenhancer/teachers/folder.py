@@ -24,7 +24,7 @@ def experts(pipeline: Any) -> list[Any]:
 
 
 def blocks(pipeline: Any, names: str) -> Iterator[Any]:
-    """The blocks in the named lists of a pipeline's transformers; names stand between spaces."""
+    """The blocks in the named lists of a pipeline's transformers; names are separated by spaces."""
     for model in experts(pipeline):
         for name in names.split():
             yield from model.get_submodule(name)
@@ -125,8 +125,8 @@ def tokenize(
         raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")
     if positions and positions[0] < 0:
         raise ValueError(
-            f"the teacher's tokenizer makes {positions[0] + crop} tokens of what stands before a prompt, "
-            f"and the model leaves the first {crop} out: it was made for another tokenizer"
+            f"the teacher's tokenizer makes {positions[0] + crop} tokens of the template before a prompt, "
+            f"but the model skips the first {crop}: the model was made for another tokenizer"
         )
     spans = tuple(
         (max(0, int(a) - len(before)), min(len(text), int(b) - len(before)))

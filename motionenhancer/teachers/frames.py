@@ -1,4 +1,4 @@
-"""Bringing a clip to the frame count and size a teacher takes."""
+"""Bring a clip to the frame count and the size that a teacher takes."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class HunyuanVideo15Teacher(HunyuanVideoTeacher):
         # The pipeline gives an empty prompt as a space.
         prompt = text or " "
         if rendered(prompt) != before + prompt + after:
-            raise ValueError("the chat template of the teacher's tokenizer changes the text it is given")
+            raise ValueError("the chat template of the teacher's tokenizer changes the text of the prompt")
         encoded, tokens = tokenize(
             pipeline.tokenizer,
             prompt,
@@ -91,7 +91,7 @@ class HunyuanVideo15Teacher(HunyuanVideoTeacher):
         latents = latents.to(self.device, self.dtype)
         quoted = embeds[:, :QUOTED_LENGTH, : config.text_embed_2_dim]
         text = embeds[:, QUOTED_LENGTH:, : config.text_embed_dim]
-        # No picture to start from, whose latents and mask stand beside the noisy ones; and none to look at.
+        # There is no picture: its latents and mask beside the noisy ones are zero, and so are its tokens.
         picture = torch.zeros_like(torch.cat([latents, latents[:, :1]], dim=1))
         return self.pipeline.transformer(
             hidden_states=torch.cat([latents, picture], dim=1),

@@ -16,7 +16,7 @@ from .teacher import Teacher
 
 STARTS = ("inverted", "random")
 
-#: From a level (1 = cleanest, K = noisiest) to what reads that level's evaluation; None leaves it unread.
+#: Level (1 = cleanest, K = noisiest) → reader of its evaluation; None: not read.
 LevelReader = Callable[[int], AttentionReader | None]
 
 

@@ -48,7 +48,7 @@ _FLOW = _fields(
     use_beta_sigmas=_OFF,
     shift_terminal=(None,),
 )
-#: What shifts the levels by the clip, of a family that reads it.
+#: Fields that shift the levels by the clip, for a family that reads them.
 _DYNAMIC = {
     **_fields("shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal"),
     "use_dynamic_shifting": (True, False),
@@ -76,7 +76,7 @@ _T5 = _fields(
     is_decoder=_OFF,
     chunk_size_feed_forward=(0,),
 )
-#: What transformers' own classes of decoders and of CLIP read.
+#: Fields that transformers' classes of decoders and of CLIP read.
 _TRANSFORMER = _fields(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act "
     "max_position_embeddings initializer_range attention_dropout pad_token_id bos_token_id eos_token_id "
@@ -113,7 +113,7 @@ KNOWN: dict[str, Fields] = {
         pos_embed_seq_len=(None,),
     ),
     "LTXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
-    # What is of sound, of prompts that are rewritten and of a clip's length plays no part in a prior.
+    # Fields of sound, of rewritten prompts and of a clip's length do not change a prior.
     "LTX2Pipeline": _fields(
         "tokenizer text_encoder connectors vae transformer scheduler audio_vae vocoder processor "
         "prompt_enhancer duration_head"
@@ -195,7 +195,7 @@ KNOWN: dict[str, Fields] = {
         "upsample_match_channel",
         in_channels=(3,),
     ),
-    # The guidance of a prior is its own.
+    # A prior has a guidance setting of its own.
     "ClassifierFreeGuidance": _fields(
         "guidance_scale guidance_rescale use_original_formulation start stop enabled"
     ),
@@ -205,7 +205,7 @@ KNOWN: dict[str, Fields] = {
         "mid_block_add_attention",
         in_channels=(3,),
     ),
-    # invert_scale_latents is of the first frame of image-to-video.
+    # invert_scale_latents is for the first frame of image-to-video.
     "AutoencoderKLCogVideoX": _fields(
         "out_channels down_block_types up_block_types block_out_channels latent_channels layers_per_block "
         "act_fn norm_eps norm_num_groups temporal_compression_ratio sample_height sample_width "
@@ -250,7 +250,7 @@ KNOWN: dict[str, Fields] = {
         **_DECODER,
         **_fields("pretraining_tp mlp_bias rope_scaling"),
     },
-    # What is of pictures and clips plays no part: the model is given text alone.
+    # Fields of pictures and clips have no effect: the model reads text only.
     "Qwen2_5_VLTextModel": {
         **_TRANSFORMER,
         **_DECODER,
@@ -380,7 +380,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
             continue
         library = "transformers" if part.startswith("text_encoder") else _LIBRARIES.get(part, "diffusers")
         if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
-            raise ValueError(f"{file}: {part} is {named!r}; a class of {library} is supported only")
+            raise ValueError(f"{file}: {part} is {named!r}; only a class of {library} is supported")
         if named[1] not in classes:
             raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
         config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
@@ -457,7 +457,7 @@ def _fits_cogvideox(folder: Path, found: Parts) -> None:
 def _fits_wan(folder: Path, found: Parts) -> None:
     file, ratio = folder / "model_index.json", found["pipeline"]["boundary_ratio"]
     if ratio is None:
-        # Without a boundary a pipeline never comes to its second transformer.
+        # Without a boundary a pipeline never uses its second transformer.
         found.pop("transformer_2", None)
         if "transformer" not in found:
             raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
@@ -477,8 +477,8 @@ def _fits_wan(folder: Path, found: Parts) -> None:
             other = found[part].get(field)
             if not _same(value, other):
                 raise ValueError(
-                    f"{config}: {field} is {other!r}, and {value!r} in transformer; both must have one "
-                    "shape, as their heads are pooled"
+                    f"{config}: {field} is {other!r}, but {value!r} in transformer; both must have the "
+                    "same shape, as their heads are pooled"
                 )
     _check_shift(folder, found)
     channels = found["vae"]["z_dim"]

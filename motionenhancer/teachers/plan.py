@@ -15,7 +15,7 @@ from .known import read_folder
 
 #: Parts of a pipeline that have weights.
 MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors", "vae")
-#: Those that make a text's embeddings.
+#: The parts that make a text's embeddings.
 TEXT_MODELS = ("text_encoder", "text_encoder_2", "connectors")
 #: Family → its class, in the module of the family's name.
 _CLASSES = {
@@ -100,8 +100,8 @@ class TeacherPlan:
             raise ValueError(f"size must be (height, width), multiples of {step} pixels, got {size}")
         if self.fixed and (size != self.size or frames not in (None, self.frames)):
             raise ValueError(
-                f"size and frames must be {self.size} and {self.frames}, those that the teacher's learnt "
-                f"positions are of, got {size} and {frames or self.frames}"
+                f"size and frames must be {self.size} and {self.frames}, as the teacher's learnt positions "
+                f"have this size, got {size} and {frames or self.frames}"
             )
         return replace(self, size=size, frames=self.valid_frames(frames or self.frames))
 
@@ -143,7 +143,7 @@ def size_multiple(path: str | Path) -> int:
 
 
 def _parameters(folder: Path) -> int:
-    """Numbers in a part's safetensors files, from their headers; other variants of the weights left out."""
+    """Count the numbers in a part's safetensors files, from their headers; other variants do not count."""
     count, files = 0, sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no safetensors weights in it")

@@ -1,4 +1,4 @@
-"""What passes between a teacher and those who read it."""
+"""The data that a teacher and its readers exchange."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TextEncoding:
 
     @property
     def unknown(self) -> int:
-        """How many letters, digits, signs and marks of the text, short of where it was cut, are in no word.
+        """Number of letters, digits, signs and marks of the text, up to its cut, that are in no word.
 
         They belong to unknown pieces, or the tokenizer dropped them.
         """

@@ -39,7 +39,7 @@ class Schedule(ABC):
         """Clean latents brought to `level` with the given Gaussian noise."""
 
     def below(self, timestep: float) -> Self:
-        """The levels under `timestep` only, for a run that stops short of the noisy end.
+        """Only the levels under `timestep`, for a run that stops before the noisy end.
 
         Raises:
             ValueError: there is none.
@@ -91,7 +91,7 @@ class FlowSchedule(Schedule):
 
 
 def flow_schedule(steps: int, shift: float, terminal: float | None = None) -> FlowSchedule:
-    """K evenly spaced levels of a flow, shifted to its noisy end as its scheduler shifts them (1: not).
+    """K evenly spaced levels of a flow, shifted by its scheduler's `shift` toward noise (1: no shift).
 
     The levels above the clean end are stretched down to σ = `terminal`; None or 0 leaves them.
 
@@ -140,8 +140,8 @@ def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool
     lacking = [] if high else [t for t in timesteps if not is_low_noise(t, boundary)]
     if lacking:
         raise ValueError(
-            f"the teacher has no transformer for timestep {lacking[-1]:g}: its folder holds transformer_2 "
-            f"alone, for those below {boundary:g}; read single levels below that "
+            f"the teacher has no transformer for timestep {lacking[-1]:g}: its folder holds only "
+            f"transformer_2, for timesteps below {boundary:g}; read single levels below {boundary:g} "
             "(--prior_mode renoise --noise_level)"
         )
 

@@ -49,7 +49,7 @@ class Teacher(ABC):
 
     pipeline_class: ClassVar[Any]
     processor_class: ClassVar[type[ReadingProcessor]]
-    #: Names of the transformer's lists of blocks, between spaces, and of a block's attention modules.
+    #: Names of the transformer's lists of blocks, separated by spaces, and of a block's attention modules.
     blocks: ClassVar[str]
     #: Parts of the pipeline that are never loaded.
     unused: ClassVar[frozenset[str]] = frozenset()
@@ -121,7 +121,7 @@ class Teacher(ABC):
         latents = self.pipeline.vae.encode(pixels).latent_dist.mode().float()
         wanted = tuple(pixels // self.plan.scale for pixels in self.size)
         if tuple(latents.shape[-2:]) != wanted:
-            # In tiles that do not match the clip.
+            # The tiles do not match the clip.
             raise ValueError(
                 f"the VAE turned {self.size[0]}x{self.size[1]} pixels into {tuple(latents.shape[-2:])} "
                 f"latents, not {wanted}: clips of this size cannot be encoded in tiles"
@@ -145,7 +145,7 @@ class Teacher(ABC):
         if found is None:
             if self.pipeline.text_encoder is None:
                 kept = "there is no text cache" if self.texts is None else f"not in {self.texts.folder}"
-                raise ValueError(f"text {text[:60]!r}: {kept}, and no encoder is loaded")
+                raise ValueError(f"text {text[:60]!r}: {kept}, and no text encoder is loaded")
             found = self.encode(text)
             found = replace(found, embeds=found.embeds.to(self.device, self.dtype))
             if self.texts is not None:
@@ -156,7 +156,7 @@ class Teacher(ABC):
         return found
 
     def drop_encoder(self, texts: Iterable[str] = ()) -> None:
-        """Put texts into the cache, then let go of the text encoder and its memory."""
+        """Put texts into the cache, then free the text encoder."""
         for text in texts:
             self.encode_text(text)
         for name in text_encoders(self.pipeline):
@@ -167,7 +167,7 @@ class Teacher(ABC):
 
     @contextmanager
     def showing(self, video: VideoLatents) -> Iterator[None]:
-        """While open, evaluations are of this clip: an image-to-video model is given its first frame."""
+        """While open, evaluations are of this clip: an image-to-video model gets its first frame."""
         before = self.picture
         self.picture = video.picture
         try:
@@ -177,7 +177,7 @@ class Teacher(ABC):
 
     @contextmanager
     def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
-        """While open, evaluations hand `reader` the attention of batch row `row`.
+        """While open, evaluations pass the attention of batch row `row` to `reader`.
 
         With `memory` the second half of the batch is the reference stream: row i of the first half attends to
         its own keys and to those of row i of the second half, side by side.

@@ -1,4 +1,4 @@
-"""Loading a model whole, whatever engine shards the one that is trained."""
+"""Load a model whole, even if an engine shards the trained one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SWITCH = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-#: What is switched belongs to the whole process: one at a time.
+#: The switch is global to the process: one load at a time.
 _lock = threading.RLock()
 
 

@@ -1,4 +1,4 @@
-"""The toy world as the default of a command that names nothing of its own."""
+"""The toy world as the default of a command without data and models of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "runs/toy"
 
 
 def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | None:
-    """Fill in the toy world where nothing was named; return it if it is used.
+    """Fill in the toy world if no data and models were named; return it if it is used.
 
     Args:
         data: the command's `DataArguments`.

@@ -50,7 +50,7 @@ HOP = 0.20
 PAN = 0.34
 """How far the camera goes."""
 MOST_HOPS = 3
-#: How far what moves in a task's scenes goes from its middle, to either side.
+#: How far a moving object in a task's scenes goes from its middle, to either side.
 _MARGIN = {
     "MR": TRAVEL / 2,
     "LM": TRAVEL / 2,
@@ -186,7 +186,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
             hops = act["motion"] == "hop"
             for _ in range(20):
                 radius = float(rng.uniform(0.115, 0.13))
-                # The same margin for all that moves: the place at the middle says nothing of the motion.
+                # All moving objects have the same margin, so the middle place does not reveal the motion.
                 moves = task == "CM" or act["motion"] != "still"
                 edge = radius + 0.01 + (_MARGIN[task] if moves else 0.0)
                 x, y = rng.uniform((edge, edge + HOP * hops), (1.0 - edge, 1.0 - edge))

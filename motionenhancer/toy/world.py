@@ -129,7 +129,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _claim(folder: ToyFolder, settings: _Settings) -> None:
-    """Make the folder, or check that what is in it is this very world, begun or finished."""
+    """Create the folder, or check that it holds this same world, begun or finished."""
     if folder.root.exists() and not folder.root.is_dir():
         raise ValueError(f"output_dir must be a folder, {folder.root} is a file")
     marker = folder.root / "world.json"

@@ -56,7 +56,7 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
 
 
 def _tied_targets(model: nn.Module) -> list[str]:
-    """Layers with adapters whose weight is another layer's too, by their plain names."""
+    """Return the names of layers with adapters that share their weight with another layer."""
     owners = Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
     )
@@ -78,7 +78,7 @@ def _language_layers(model: nn.Module) -> str:
 
 
 def plain_name(parameter: str) -> str:
-    """A parameter's name without what PEFT puts before it.
+    """A parameter's name without PEFT's prefix.
 
     >>> plain_name("base_model.model.model.visual.patch_embed.proj.weight")
     'model.visual.patch_embed.proj.weight'
@@ -87,5 +87,5 @@ def plain_name(parameter: str) -> str:
 
 
 def merged(model: Any) -> Any:
-    """The plain model of a `peft.PeftModel`, which is taken apart, adapters added into its weights."""
+    """Merge the adapters of a `peft.PeftModel` into its weights, and return the plain model."""
     return model.merge_and_unload()

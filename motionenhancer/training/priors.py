@@ -36,7 +36,7 @@ from ..teachers.plan import plan_teacher
 
 @dataclass(frozen=True)
 class RunPriors:
-    """What a run knows of its priors.
+    """The state of a run's priors.
 
     Attributes:
         samples: all that are trained on, with a prior or without.
@@ -53,13 +53,13 @@ class RunPriors:
 
     @property
     def any(self) -> bool:
-        """Whether a sample has a prior, or is to have one."""
+        """Whether a sample has a prior, or a request of one."""
         return bool(self.keys or self.requests)
 
     def finish(
         self, report: RunReport, skips: SkipLog, total: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Put what was made while training into the report; all processes call it after the last step.
+        """Report the priors made while training; all processes call it after the last step.
 
         Raises:
             NoPriorError: priors were to be made while training, and none ever was.
@@ -131,7 +131,7 @@ class _Run:
         """Raise where there is nothing to align."""
         if not found and self.student.alignment_weight != 0:
             raise ValueError(
-                f"none of the {len(self.samples)} samples has a prior, so nothing would be aligned; "
+                f"none of the {len(self.samples)} samples has a prior, so no sample would be aligned; "
                 f"use --alignment_weight 0 for plain fine-tuning. {self.skips.summary()}"
             )
 
@@ -168,17 +168,17 @@ def open_priors(
         if source == "online":
             pairs = list(request_priors(samples, prior.prompt_source, skips))
             if main:
-                print(f"teacher {prior.teacher}: reads {len(pairs)} clips while training, keeps no prior")
+                print(f"teacher {prior.teacher}: reads {len(pairs)} clips while training and keeps no prior")
             yield _while_training(run, pairs, None, stack)
             return
         store = PriorStore(Path(prior.prior_dir))
         report.content["teacher"]["id"] = run.teacher_id
-        # A folder that is only read from is not made here.
+        # A folder that is only read is not created.
         writes = main and (source != "store" or store.folder.is_dir())
         with DigestCache(store.folder, writes=writes) as cache:
             name = prior_keys(run.teacher_id, settings)
             pairs = list(request_priors(samples, prior.prompt_source, skips, name=name, digest=cache.digest))
-        # A process that looked later might find priors that another has made since.
+        # A process that looks later might find priors that another process made meanwhile.
         missing, none = from_main(
             [
                 sum(not store.settled(request.key) for _, request in pairs),
@@ -223,7 +223,7 @@ def plan_memory(
 
 
 def _beforehand(run: _Run, pairs: list[tuple[Sample, PriorRequest]], store: PriorStore) -> RunPriors:
-    """Check what is stored, make what is missing, and let the teacher go.
+    """Check the stored priors, make the missing ones, and free the teacher.
 
     As while training, a sample without its prior stays: whether and in which order clips are trained on must
     not depend on when priors are made, or on λ.
@@ -280,12 +280,12 @@ def _while_training(
 
 
 def _ready(prior: PriorArguments, texts: list[str], device: torch.device) -> Teacher:
-    """Load a teacher; if there is a cache of its texts, fill it and let the text encoder go."""
+    """Load a teacher; with a cache of its texts, fill it and free the text encoder."""
     cache = prior.texts(device)
     if cache is None:
         return prior.load(device)
     state = PartialState()
-    # Shared out before looking: a process that looks later finds what another has written since.
+    # Divide the texts first: a process that looks later finds what another has written meanwhile.
     mine = [*texts, ""][state.process_index :: state.num_processes]
     missing = [text for text in mine if cache.read(text) is None]
     teacher = prior.load(device, text_encoder=bool(missing))

@@ -1,4 +1,4 @@
-"""A rehearsal of a run's options: what they need is known to be there before a model is loaded."""
+"""A rehearsal of a run's options: a missing package or device is found before a model is loaded."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class _OneStep(TrainerCallback):
 
 
 def _steps(training: TrainArguments) -> int:
-    """Steps of a run that does not say how many it takes: those of a long one."""
+    """Number of steps of a run that does not name it: that of a long run."""
     return training.max_steps if training.max_steps > 0 else 1000
 
 

@@ -1,4 +1,4 @@
-"""What makes a training run this run and no other, and where it goes on after a kill."""
+"""What identifies a training run, and where it continues after a kill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..settings import (
 from ..weights import not_finite, read_weights
 from .run_plan import engine_of, global_batch
 
-#: Training arguments that change what is learnt, however the work is spread over processes.
+#: Training arguments that change the result, however the work is split over processes.
 _RECIPE = str.split("""
     learning_rate num_train_epochs max_steps seed data_seed train_sampling_strategy dataloader_drop_last
     average_tokens_across_devices neftune_noise_alpha weight_decay adam_beta1 adam_beta2 adam_epsilon
@@ -39,11 +39,11 @@ _RECIPE = str.split("""
 """)
 #: Of accelerate's options, those that decide which samples a step is made of.
 _BATCHES = ("even_batches", "use_seedable_sampler")
-#: Those that decide which step's weights are kept.
+#: Options that decide which step's weights are kept.
 _BEST = str.split("load_best_model_at_end metric_for_best_model eval_strategy eval_steps eval_delay")
-#: Files that hold a state that a run goes on from.
+#: Files with the state from which a run continues.
 _STATES = {"optimizer": (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN), "schedule": (SCHEDULER_NAME,)}
-#: Flags of the student that change nothing of it.
+#: Flags of the student that do not change the result.
 _NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
 
@@ -55,7 +55,7 @@ def run_identity(
     training: TrainArguments,
     validation: ValidationArguments | None = None,
 ) -> dict[str, Any]:
-    """What makes a run this run: change any of it and the output folder belongs to another.
+    """Return a run's identity: with any change the output folder belongs to another run.
 
     Of processes, samples a device and accumulated micro-batches only the product counts, the global batch: a
     run
@@ -91,7 +91,7 @@ def run_identity(
 
 
 def checkpoint_format(engine: str, processes: int) -> str:
-    """How checkpoints are split: under another format than they were saved in they cannot be loaded.
+    """How checkpoints are split: they can be loaded only in the format in which they were saved.
 
     Example:
         >>> checkpoint_format("plain", 1) == checkpoint_format("DDP", 8)
@@ -100,7 +100,7 @@ def checkpoint_format(engine: str, processes: int) -> str:
         'ZeRO-2 on 8 processes'
     """
     if engine.startswith("ZeRO"):
-        # DeepSpeed cannot deal the optimizer's parts out to another number of processes.
+        # DeepSpeed cannot split the optimizer's state over another number of processes.
         return f"{engine} on {processes} processes"
     return "FSDP" if engine == "FSDP" else "whole"
 
@@ -120,10 +120,10 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
 
 
 def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
-    """What is wrong with the checkpoints, or the one to go on from."""
+    """Return what is wrong with the checkpoints, or the one to continue from."""
     given = training.resume_from_checkpoint
     if given is not None and _state(Path(given)) is None:
-        return f"--resume_from_checkpoint {given}: no folder of a checkpoint, or not a whole one", None
+        return f"--resume_from_checkpoint {given}: not the folder of a whole checkpoint", None
     whole = checkpoint_format(engine_of(training), training.world_size) == "whole"
     flaw = ""
     for folder in _newest_first(Path(training.output_dir or "")) if given is None else [Path(given)]:
@@ -135,11 +135,11 @@ def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
                 print(f"{flaw}; {folder.name} is taken instead", file=sys.stderr)
             return "", str(folder)
         flaw = flaw or problem
-    return flaw and f"{flaw}; no other checkpoint is there to go on from, give another --output_dir", None
+    return flaw and f"{flaw}; there is no other checkpoint to continue from: give another --output_dir", None
 
 
 def _flaw(folder: Path, whole: bool) -> str:
-    """What keeps a run from going on from a checkpoint, or nothing; only one in one piece is looked into."""
+    """Return why a run cannot continue from a checkpoint; empty if it can. Only an unsharded one is read."""
     if _state(folder) is None:
         return f"{folder / TRAINER_STATE_NAME}: damaged"
     if not whole:
@@ -147,7 +147,7 @@ def _flaw(folder: Path, whole: bool) -> str:
     for what, names in _STATES.items():
         if not any((folder / name).is_file() for name in names):
             return (
-                f"{folder}: holds no {what}'s state ({names[0]}), so no run can go on from it: it was saved "
+                f"{folder}: has no {what} state ({names[0]}), so no run can continue from it: it was saved "
                 "with --save_only_model, or under another engine"
             )
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
@@ -165,7 +165,7 @@ def _flaw(folder: Path, whole: bool) -> str:
 
 
 def aligned_before(checkpoint: str | Path) -> bool:
-    """Whether a prior was followed on the way to a checkpoint, as far as its log says."""
+    """Whether the log of a checkpoint shows that a prior was followed."""
     state = _state(Path(checkpoint)) or {}
     return any("loss_align" in entry for entry in state.get("log_history", []))
 

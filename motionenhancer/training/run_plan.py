@@ -31,7 +31,7 @@ from .lora import plain_name
 
 @dataclass(frozen=True)
 class Part:
-    """A part of what is trained: parameters in all, how many of them are trained, and their peak rate."""
+    """A part of the student: its parameters, how many are trained, and their peak learning rate."""
 
     name: str
     parameters: int
@@ -102,7 +102,7 @@ def plan_run(
     tokens: int | None,
     priors: dict[str, int] | None = None,
 ) -> RunPlan:
-    """What training a student, with its adapters if it has any, would do.
+    """Return the plan of training a student, with its adapters if it has any.
 
     Args:
         model, family, student, training: the student, on any device, and the run's settings.
@@ -142,7 +142,7 @@ def plan_run(
 
 
 def _attention(model: nn.Module, student: StudentArguments) -> str:
-    """Which layers are read, seen to exist before anything is trained."""
+    """Return the layers that are read, and check that they exist."""
     options = student.attention()
     config: Any = text_model(model).config
     heads = config.num_attention_heads
@@ -171,7 +171,7 @@ def vision_rate(student: StudentArguments, training: TrainArguments) -> float:
 
 
 def engine_of(training: TrainArguments) -> str:
-    """What shares the model among the processes."""
+    """Name the engine that splits the model over the processes."""
     plugin = getattr(training, "deepspeed_plugin", None)
     if plugin is not None:
         return f"ZeRO-{plugin.zero_stage}"

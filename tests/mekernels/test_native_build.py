@@ -93,7 +93,7 @@ def test_switches(monkeypatch, tmp_path, name, part):
         build.build(tmp_path, tmp_path)
     assert not report_of(tmp_path)[part]["built"]
     monkeypatch.setenv(name, "yes")
-    with pytest.raises(build.BuildError, match=f"{name} is 'yes', it must be auto, 0 or 1"):
+    with pytest.raises(build.BuildError, match=f"{name} must be auto, 0 or 1, got 'yes'"):
         build.build(tmp_path, tmp_path)
 
 

@@ -380,7 +380,7 @@ def test_overwriting_what_is_kept_is_refused_by_name(place, read):
         }
         name = ("query", "key", "lse")[place]
         with pytest.raises(
-            RuntimeError, match=f"{name} of the update 2 before was overwritten.*pending_bytes=0"
+            RuntimeError, match=rf"{name} of an update \(2 updates ago\) was overwritten.*pending_bytes=0"
         ):
             reads[read]()
     assert statistics.updates == 2

@@ -266,7 +266,7 @@ def test_data_parallel(model: Any) -> None:
         (ROWS.int(), COLUMNS, ValueError, r"rows must be \(batch, count\) int64, got \(1, 2\) torch.int32"),
         (ROWS[0], COLUMNS, ValueError, "rows must be"),
         (ROWS, ROWS.float(), ValueError, "columns must be"),
-        (ROWS, ROWS.repeat(2, 1), ValueError, r"columns must have one entry a sample \(1\), got 2"),
+        (ROWS, ROWS.repeat(2, 1), ValueError, r"columns must have one entry per sample \(1\), got 2"),
         (ROWS, slice(0, 8, 2), ValueError, "slice of step 1"),
         (ROWS, slice(3, None), ValueError, "0 <= start <= stop"),
         (ROWS, slice(3, 2), ValueError, "0 <= start <= stop"),
@@ -281,7 +281,7 @@ def test_bad_positions(model: Any, rows: Any, columns: Any, error: type[Exceptio
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        (ROWS.repeat(2, 1), COLUMNS, r"one entry a sample \(1\), got 2"),
+        (ROWS.repeat(2, 1), COLUMNS, r"one entry per sample \(1\), got 2"),
         (torch.tensor([[7]]), COLUMNS, "below the 7 tokens, got 7"),
         (ROWS, slice(0, 8), "below the 7 tokens, got 7"),
         (ROWS, torch.tensor([[9]]), "below the 7 tokens, got 9"),

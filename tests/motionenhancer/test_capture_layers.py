@@ -132,14 +132,14 @@ def test_layers_that_attend_globally_are_read(
         assert (captured.layers, captured.left_out) == (4, 0)
         torch.testing.assert_close(captured.attention, maps.mean((1, 2)), rtol=1e-9, atol=1e-12)
     else:
-        with pytest.raises(ValueError, match=r"layers must be different ones of \[1, 3\], .*, got \[0\]"):
+        with pytest.raises(ValueError, match=r"layers must be different numbers of \[1, 3\], .*, got \[0\]"):
             layers_read(model, [0])
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"layers": [3]}, r"layers must be different ones of \[0, 1, 2\], which have self-attention"),
+        ({"layers": [3]}, r"layers must be different numbers of \[0, 1, 2\], the layers with self-attention"),
         ({"layers": []}, "layers must be different"),
         ({"layers": [1, 1]}, "layers must be different"),
         ({"layers": "most"}, "layers must be numbers of layers, \"all\" or None, got 'most'"),

@@ -128,21 +128,21 @@ REFUSED = [
     ({**LLAVA, "video_start": 1, "video": ["a.mp4", "a.mp4"]}, "tag(s) for 2 video(s)"),
     (
         {**LLAVA, "video_start": 1, "video": ["a.mp4"] * 2, "conversations": turns("<video><video>x", "y")},
-        "'video_start' of a row with 2 videos",
+        "'video_start' is given for a row with 2 videos",
     ),
     ({**LLAVA, "system": 3}, "system must be a text"),
     (with_turn(1, tool_calls=[{"name": "f"}]), "messages[1].'tool_calls': tools are not shown"),
     (with_turn(1, loss=0.5), "messages[1]: 'loss' must be true or false"),
     (with_turn(1, weight=2), "messages[1]: 'weight' must be true or false"),
     (with_turn(1, loss=True, weight=0), "'loss' and 'weight' contradict"),
-    (with_turn(0, loss=True), "messages[0]: only answers are trained on, this is the user's"),
+    (with_turn(0, loss=True), "messages[0]: only answers are trained, this is the user's turn"),
     (with_turn(1, reasoning_content="Hm."), "'reasoning_content'"),
     (with_turn(0, images=["i.png"]), "'images': a turn's files belong"),
-    (with_turn(1, role="tool"), "messages[1] is from 'tool'"),
-    (with_turn(2, role="tool_response"), "messages[2] is from 'tool_response'"),
+    (with_turn(1, role="tool"), "messages[1] has the unknown role 'tool'"),
+    (with_turn(2, role="tool_response"), "messages[2] has the unknown role 'tool_response'"),
     (chat("<video>x", "y", loss=False), "every answer is left out of the loss"),
-    (chat("<video><audio>x", "y"), "<audio> stands for nothing"),
-    (chat("<video>x", "at <bbox>"), "<bbox> stands for nothing"),
+    (chat("<video><audio>x", "y"), "<audio>: only images and videos are shown"),
+    (chat("<video>x", "at <bbox>"), "<bbox>: only images and videos are shown"),
     (part(resized_height=280, resized_width=280), "'resized_height': give min_pixels"),
     (part(start=1), "content.'start': give video_start"),
     (part(video_start="1"), "'video_start' must be a number of seconds, got '1'"),
@@ -158,10 +158,10 @@ REFUSED = [
     (part(nframes=4, max_frames=2), "'nframes' and 'max_frames' exclude each other"),
     (part(min_pixels=4000, max_pixels=3000), "'min_pixels' must be at most 'max_pixels', got 4000 and 3000"),
     (part(min_frames=9, max_frames=3), "'min_frames' must be at most 'max_frames'"),
-    ({**part(video_end=1), "video_end": 2}, "'video_end' of the row and of its video differ"),
+    ({**part(video_end=1), "video_end": 2}, "'video_end' of the row differs from that of its video"),
     (
         {**chat([{"type": "video", "fps": 2}, {"type": "text", "text": "x"}], "y")},  # type: ignore[arg-type, dict-item]
-        "'fps' stands in a part without its video",
+        "'fps' is in a part that names no video",
     ),
 ]
 
@@ -457,7 +457,9 @@ def test_a_family_that_needs_equal_frames_leaves_out_a_row_with_others(
     dataset = MotionDataset([one, other], family, processor, keys={}, store=PriorStore(root), num_frames=4)
     item = dataset[0]
     assert item.id == "run"
-    assert item.skipped["own"].startswith("its row asks for 2 frames; llava_onevision needs the same number")
+    assert item.skipped["own"].startswith(
+        "its row asks for 2 frames, but llava_onevision needs the same number"
+    )
 
 
 # ---- pixels ----
@@ -499,5 +501,5 @@ def test_a_rows_pixels_come_before_the_processors(
 def test_a_rows_pixels_below_one_token_are_refused(root: Path, student: tuple[Any, Any]) -> None:
     processor, family = student
     (sample,), _ = read(root, part(max_pixels=63))
-    with pytest.raises(ValueError, match="max_pixels must be at least 64, one token, got 63"):
+    with pytest.raises(ValueError, match=r"max_pixels must be at least 64 \(one token\), got 63"):
         family.encode(processor, sample, [clip(4, 64, 64)])

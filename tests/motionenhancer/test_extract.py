@@ -102,7 +102,7 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
         assert skipped["notes"] == {PARTLY_UNKNOWN: 2}
         (entry,) = skipped["entries"]
         assert entry["id"] == rows[0]["id"]
-        assert "'红色' holds no word that the teacher's tokenizer has pieces for" in entry["detail"]
+        assert "'红色' has no word that the teacher's tokenizer knows" in entry["detail"]
     assert len(list(PriorStore(tmp_path / "priors"))) == 3
 
 

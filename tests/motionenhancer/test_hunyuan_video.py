@@ -200,7 +200,7 @@ def test_a_tokenizer_that_the_model_was_not_made_for(folder: Path, tmp_path: Pat
     path = Path(shutil.copytree(folder, tmp_path / "teacher"))
     file = path / "tokenizer" / "tokenizer.json"
     edit(file, post_processor=None)
-    with pytest.raises(ValueError, match=re.escape("makes 94 tokens of what stands before a prompt")):
+    with pytest.raises(ValueError, match=re.escape("makes 94 tokens of the template before a prompt")):
         load_teacher(path, "cpu", **SMALL).encode_text(TEXT)
 
 

@@ -115,7 +115,7 @@ def test_what_tells_no_layout_is_refused(student: Any) -> None:
         read_layout(torch.zeros(3, dtype=torch.int64), dialogue("a", "b"), slow)
     if hasattr(processor, "image_seq_length"):
         sample = Sample("s", dialogue("a", "b").messages, images=(Path("a.png"),))
-        with pytest.raises(ValueError, match="one token"):
+        with pytest.raises(ValueError, match="share a token"):
             read_layout(torch.zeros(3, dtype=torch.int64), sample, processor)
     if not hasattr(processor, "image_seq_length") and not hasattr(processor, "num_image_tokens"):
         with pytest.raises(ValueError, match="video_grid_thw"):
@@ -127,7 +127,7 @@ def test_families_that_are_not_read_are_refused_by_name(tmp_path: Path, name: st
     _, processor, family = tiny_student(name, tmp_path)
     sample = dialogue("What moves?", "This.")
     encoded = family.encode(processor, sample, [clip(4, 32, 48)])
-    with pytest.raises(ValueError, match=f"{type(processor).__name__}: the layout of its tokens is not read"):
+    with pytest.raises(ValueError, match=f"{type(processor).__name__}: its token layout is not supported"):
         read_layout(encoded.input_ids, sample, processor)
 
 

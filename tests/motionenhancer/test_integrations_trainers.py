@@ -136,7 +136,7 @@ def test_other_losses_of_trl_are_refused_by_name(name: str, priors: Path) -> Non
     from motionenhancer.integrations.aligned_trainer import AlignedTrainer
 
     base = getattr(trl, name)
-    with pytest.raises(ValueError, match=f"{name}: alignment runs beside supervised fine-tuning only"):
+    with pytest.raises(ValueError, match=f"{name}: alignment works with supervised fine-tuning only"):
         type("Mine", (AlignedTrainer, base), {})(prior_dir=priors)
 
 
@@ -144,7 +144,7 @@ def test_a_batch_without_labels_is_refused(priors: Path) -> None:
     from motionenhancer.integrations.aligned_trainer import AlignedTrainer
 
     bare = object.__new__(AlignedTrainer)
-    with pytest.raises(ValueError, match="whose batches have labels; this one has prompts"):
+    with pytest.raises(ValueError, match="whose batches have labels; this batch has prompts"):
         bare.compute_loss(None, {"prompts": []})
 
 
@@ -237,7 +237,7 @@ def test_other_losses_of_ms_swift_are_refused_by_name(
 ) -> None:
     require("swift")
     said = swift(tmp_path, world, priors, rlhf_type=loss)
-    assert f"ValueError: {loss}: alignment runs beside swift sft only" in said, said[-3000:]
+    assert f"ValueError: {loss}: alignment works with swift sft only" in said, said[-3000:]
     assert "exit code 1" in said
 
 
@@ -299,9 +299,9 @@ def test_llamafactory(world: World, priors: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": "dpo"}, "stage dpo: alignment runs beside sft only"),
-        ({"stage": "kto"}, "stage kto: alignment runs beside sft only"),
-        ({"packing": True}, "alignment cannot run with packing"),
+        ({"stage": "dpo"}, "stage dpo: alignment works with sft only"),
+        ({"stage": "kto"}, "stage kto: alignment works with sft only"),
+        ({"packing": True}, "alignment does not work with packing"),
     ],
 )
 def test_what_llamafactory_cannot_align_is_refused(

@@ -96,7 +96,7 @@ def test_train(world: World, stored: None, tmp_path: Path, number: int, capsys: 
     assert train.main(argv) == 0
     assert report_of(out)["resumed_from"].startswith("checkpoint-")
     said = capsys.readouterr().out
-    assert f"goes on from {out}/{report_of(out)['resumed_from']}" in said
+    assert f"continues from {out}/{report_of(out)['resumed_from']}" in said
     assert int(report_of(out)["resumed_from"][11:]) <= newest
     assert said.splitlines()[-1].endswith("0 texts cut to the teacher's length")
 

@@ -129,7 +129,7 @@ def test_a_page_that_fails_is_one_line_and_the_checkpoint_stands(
 
     monkeypatch.setattr("motionenhancer.report.watch.write_run_page", fail)
     out = learn(world, tmp_path / "out", prior_source="online", prior_dir=tmp_path / "none")
-    assert "no page of the run: no space left\n" in capsys.readouterr().out
+    assert "page of the run not written: no space left\n" in capsys.readouterr().out
     assert (out / "model.safetensors").is_file()
     assert json.loads((out / REPORT).read_text())["status"] == "finished"
     assert all(view.prior is not None for view in load_views(out)), "made anew: online keeps none"
@@ -164,9 +164,9 @@ def test_look_at_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert look.main([str(run), "--id", "none"]) == 2
     assert f"error: --id none: not in {run / 'report'}" in capsys.readouterr().err
     assert look.main([str(run), "--png", str(files[1]), "--word", "zebra"]) == 2
-    assert "--word zebra: no word of" in capsys.readouterr().err
+    assert " has no map of it, only of " in capsys.readouterr().err
     assert look.main([str(tmp_path)]) == 2
-    assert f"error: {tmp_path}: no folder of a training run" in capsys.readouterr().err
+    assert f"error: {tmp_path}: not the folder of a training run" in capsys.readouterr().err
 
 
 def test_look_at_a_folder_of_priors(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,7 @@ def test_views_come_back_as_they_went_in(tmp_path: Path) -> None:
             expected = getattr(view, name)
             assert kept == (expected if name == "video" else json.loads(json.dumps(expected))), name
     (tmp_path / "report" / "samples.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not what a run keeps"):
+    with pytest.raises(ValueError, match="not a file that a run wrote"):
         load_views(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_a_clip_that_changes_after_its_key_was_made_gives_no_stored_prior(
         found = answer(stored.submit(request))
     if strict:
         assert isinstance(found, VideoError)
-        assert "changed while the run was going on" in str(found)
+        assert "changed during the run" in str(found)
     else:
         assert isinstance(found, Made)
         assert found.fresh

@@ -43,7 +43,7 @@ def test_a_teacher_without_its_encoder_reads_the_same_prior(
         prior = extract_prior(teacher, clip, TEXT, steps=1)
         assert torch.equal(prior.attention, plain.attention)
         assert (prior.tokens, prior.spans, prior.kept) == (plain.tokens, plain.spans, plain.kept)
-    with pytest.raises(ValueError, match=r"'something else'.*no encoder is loaded"):
+    with pytest.raises(ValueError, match=r"'something else'.*no text encoder is loaded"):
         bare.encode_text("something else")
     first.drop_encoder()
     assert first.encode_text(TEXT).tokens == bare.encode_text(TEXT).tokens
@@ -106,7 +106,7 @@ def test_another_encoder_or_dtype_has_texts_of_its_own(teacher_dir: Path, tmp_pa
 
 
 def test_a_teacher_without_encoder_and_cache_says_so(teacher_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"'red': there is no text cache, and no encoder is loaded"):
+    with pytest.raises(ValueError, match=r"'red': there is no text cache, and no text encoder is loaded"):
         load_teacher(teacher_dir, "cpu", text_encoder=False).encode_text("red")
 
 

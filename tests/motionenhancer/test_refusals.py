@@ -150,7 +150,7 @@ def test_a_clip_that_changes_after_planning_gives_no_prior_and_no_record(
     encode_video(moved, np.zeros((17, 64, 64, 3), np.uint8), fps=8)
     (error,) = make(world, store, [changed])
     assert isinstance(error, VideoError)
-    assert "changed while the run was going on" in str(error)
+    assert "changed during the run" in str(error)
     (error,) = make(world, store, [broken])
     assert isinstance(error, VideoError)
     # A training step takes what it gets, and keeps nothing of it.

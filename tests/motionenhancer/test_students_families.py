@@ -301,10 +301,10 @@ def test_llava_onevision_has_a_line_break_after_the_grid(llava: Any) -> None:
 def test_llava_onevision_refuses_videos_of_different_lengths(llava: Any) -> None:
     _, processor, family = llava
     videos = [clip(2, 16, 16), clip(3, 16, 16)]
-    with pytest.raises(ValueError, match=r"equally many frames.*got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"the same number of frames.*got \[2, 3\]"):
         family.encode(processor, dialogue("a", "b", videos=2), videos)
     samples = [family.encode(processor, dialogue("a", "b"), [video]) for video in videos]
-    with pytest.raises(ValueError, match="equally many frames"):
+    with pytest.raises(ValueError, match="the same number of frames"):
         family.collate(samples, pad_token_id=0)
 
 

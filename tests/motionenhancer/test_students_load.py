@@ -53,7 +53,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
         ("{}", "without model_type"),
         (
             json.dumps({"model_type": "kimi_k25"}),
-            r"model_type 'kimi_k25' is not supported: .* latent attention \(MLA\), which is not read",
+            r"model_type 'kimi_k25' is not supported: .* latent attention \(MLA\), which cannot be read",
         ),
         (json.dumps({"model_type": "qwen4_exp"}), "keys that an indexer chooses"),
         (json.dumps({"model_type": "hy_v4_vl"}), "attention sinks"),

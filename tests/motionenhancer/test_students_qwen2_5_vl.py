@@ -193,7 +193,7 @@ def test_padding_changes_no_sample(student: Any, side: str, multiple: int | None
 
 def test_collate_refuses(processor: Any) -> None:
     encoded = FAMILY.encode(processor, dialogue("a", "b", videos=0), [])
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="samples must not be empty"):
         FAMILY.collate([], pad_token_id=0)
     with pytest.raises(ValueError, match="padding_side must be 'right' or 'left', got 'up'"):
         FAMILY.collate([encoded], pad_token_id=0, padding_side="up")

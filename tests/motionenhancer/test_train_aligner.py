@@ -39,7 +39,7 @@ def test_files_that_are_no_aligner(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     for name in ("model", "broken"):
-        with pytest.raises(ValueError, match="not a file of save_aligner"):
+        with pytest.raises(ValueError, match="not a file that save_aligner wrote"):
             load_aligner(tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match="Identity"):
         save_aligner(build_aligner("identity", (2, 3, 4)), tmp_path / "a.safetensors")
@@ -79,9 +79,9 @@ def test_it_goes_on_from_its_files(tmp_path: Path) -> None:
         step(late, seed)
     for mine, theirs in zip(late.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    with pytest.raises(ValueError, match="another aligner"):
+    with pytest.raises(ValueError, match="not the aligner of this run"):
         AlignerTraining(build_aligner("conv", (2, 3, 4)), SETTINGS).load(tmp_path)
-    with pytest.raises(ValueError, match="without the aligner"):
+    with pytest.raises(ValueError, match="this checkpoint has no aligner"):
         late.load(tmp_path / "elsewhere")
 
 

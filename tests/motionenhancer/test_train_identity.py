@@ -135,7 +135,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "trainer_state.json").write_text(f'{{"global_step": {number}, "log_history": []}}')
     for name in ("optimizer", "schedule"):
-        with pytest.raises(ValueError, match=rf"checkpoint-10: holds no {name}'s state.*--save_only_model"):
+        with pytest.raises(ValueError, match=rf"checkpoint-10: has no {name} state.*--save_only_model"):
             checkpoint_to_resume(training())
         for number in (2, 10):
             torch.save({}, tmp_path / f"checkpoint-{number}" / f"{name.replace('schedule', 'scheduler')}.pt")
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     named = f"{folder / harm}: damaged"
     if harm == "no scheduler":
         (folder / "scheduler.pt").unlink()
-        named = f"{folder}: holds no schedule's state (scheduler.pt)"
+        named = f"{folder}: has no schedule state (scheduler.pt)"
     elif harm == "nan":
         save_file({"a.weight": torch.tensor([1.0, torch.nan])}, folder / "model.safetensors")
         named = f"{folder}: the weight a.weight is NaN or infinite"

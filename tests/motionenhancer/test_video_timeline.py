@@ -222,7 +222,7 @@ def test_a_segment_without_frames_is_refused(tmp_path):
     path = write(tmp_path / "clip.mp4")
     with pytest.raises(VideoError, match=r"has no frames from 2 s on until 3 s; it lasts 1.6 s"):
         read_frames(path, start=2, end=3)
-    with pytest.raises(ValueError, match="end must lie behind start, got start 2 and end 1"):
+    with pytest.raises(ValueError, match="end must be after start, got start 2 and end 1"):
         read_frames(path, start=2, end=1)
     with pytest.raises(ValueError, match="start must be positive"):
         read_frames(path, start=-1.0)
@@ -273,7 +273,7 @@ def test_a_slanted_picture_is_refused(tmp_path):
     entries = (np.array([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)]) * 65536).astype(int)
     with_matrix(tmp_path / "slanted.mp4", *entries.tolist())
     for read in (read_frames, check_video):
-        with pytest.raises(VideoError, match="angle other than a multiple of 90 degrees"):
+        with pytest.raises(VideoError, match="not a multiple of 90 degrees"):
             read(tmp_path / "slanted.mp4")
 
 
