@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
-FIRST = ("teacher_layer", "student_rows", "student", "teacher_step", "scores", "alignment")
+FIRST = ("teacher_layer", "student_rows", "student_entries", "student", "teacher_step", "scores", "alignment")
 """Order of the files: what matters most is measured before a deadline."""
 
 

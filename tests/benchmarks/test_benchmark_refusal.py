@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import alignment, device, scores, student_layer, student_rows, teacher_layer
+from measure import alignment, device, scores, student_entries, student_layer, student_rows, teacher_layer
 from measure.dispatch import chosen, others
 from measure.sampler import verify
 from report import main as report
@@ -27,6 +27,9 @@ BREAKS = [
     (student_rows.plans, "attention_rows", 0),
     (student_rows.plans, "attention_rows_backward", 0),
     (student_rows.plans, "attention_rows_backward", 1),
+    (student_entries.column_plans, "attention_columns", None),
+    (student_entries.sum_plans, "attention_sums", None),
+    (student_entries.sum_plans, "attention_entries_backward", 1),
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),
