@@ -263,6 +263,7 @@ class Op:
         flat: list[Any] = []
         for value, (kind, _, _) in zip(args, self._parts, strict=True):
             flat += (value,) if kind is None else value
+        checks.no_tangents(self.name, flat)
         choice = active() if backend is None else backend
         if choice not in self._direct or _observed(flat):
             return self._twins[choice](*flat)

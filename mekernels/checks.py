@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .layout import VideoTokens
 
@@ -206,6 +208,18 @@ def no_functorch(op: str) -> None:
     """Refuse torch.func transforms, which the gradients of these ops do not support."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"mekernels.{op} does not support torch.func transforms; use torch.autograd")
+
+
+def no_tangents(op: str, values: Iterable[Any]) -> None:
+    """Refuse forward-mode derivatives: where no gradient is recorded they would be dropped without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for value in values:
+        for tensor in value if isinstance(value, list) else (value,):
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"mekernels.{op} does not support forward-mode derivatives; use torch.autograd"
+                )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -38,6 +39,8 @@ from .toy.defaults import default_toy, require_all
 PROG = "python -m motionenhancer.eval"
 #: Outputs, and ids of skipped questions with reason and detail.
 Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
+#: Names of what an evaluation writes, and of what makes a folder a model's.
+_FOREIGN = re.compile(r"(answers.*|results|submission)\.jsonl?|scores\.json|config\.json|.*\.safetensors")
 #: Flags that change answers.
 _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
 
@@ -146,7 +149,8 @@ def _read(
         clips = VideoFolder(arguments.video_root, benchmark.folders)
         gone = _missing([Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs])
     report.content["missing"] = sorted(gone)
-    if _claim(report, {"command": "eval", "answers": "predictions"}, "no answer is lost"):
+    about = {"command": "eval", "answers": "predictions", "benchmark": benchmark.name}
+    if _claim(report, about | report.content["digests"], "no answer is lost"):
         return None
     return outputs, gone
 
@@ -247,12 +251,13 @@ def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: 
         return kept
 
     if state.is_main_process:
-        if not report.path.is_file() and any(report.folder.glob("answers*.jsonl")):
-            raise ValueError(
-                f"--output_dir {report.folder}: holds answers of an unknown run; give another folder"
-            )
         if report.path.is_file():
             report.claim()
+        elif held := sorted(path.name for path in report.folder.glob("*") if _FOREIGN.fullmatch(path.name)):
+            raise ValueError(
+                f"--output_dir {report.folder}: holds {', '.join(held[:3])} of something else, and no report "
+                "of an evaluation; give another folder"
+            )
         report.write("running")
     on_interrupt(interrupted)
     state.wait_for_everyone()

@@ -70,6 +70,7 @@ def flash_attention(
             reference.flash_attention, query, key, value, softmax_scale=scale, causal=causal
         )
         return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype))
+    checks.no_tangents("flash_attention", (query, key, value))
     call = Call(query, key, value, scale, causal)
     if backend == "auto" and kernels.prefers_cudnn(call):
         backend = "cudnn"

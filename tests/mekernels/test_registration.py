@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_support import rand, randn
+from torch.autograd import forward_ad
 
 import mekernels
 from mekernels import VideoTokens, backends, reference
@@ -198,3 +199,25 @@ def test_a_compiled_function_follows_use_backend():
         compiled(student, teacher)
     compiled(student, teacher).backward()
     assert student.grad.isfinite().all()
+
+
+FORWARD = {
+    "attention_rows": lambda x: mekernels.attention_rows(x, x, torch.tensor([[1, 2]]), slice(0, 4)),
+    "flash_attention": lambda x: mekernels.flash_attention(x, x, x)[0],
+    "resample_rows": lambda x: mekernels.resample_rows(x[0], (2, 2, 2), (2, 2, 1)),
+    "row_l2_loss": lambda x: mekernels.row_l2_loss(x[0], x[0] + 1),
+    "align_rows": lambda x: mekernels.align_rows(x[0], x[0] + 1, (2, 2, 2), (2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("op", FORWARD)
+def test_forward_mode_derivatives_are_refused(op, backend, grad):
+    """Where no gradient is recorded they would be dropped without a word."""
+    query = torch.rand(1, 2, 6, 8)
+    with forward_ad.dual_level(), mekernels.use_backend(backend), torch.set_grad_enabled(grad):
+        assert torch.isfinite(FORWARD[op](query)).all(), "a tensor without a tangent is taken"
+        dual = forward_ad.make_dual(query, torch.rand_like(query))
+        with pytest.raises(RuntimeError, match=f"mekernels.{op} does not support forward-mode derivatives"):
+            FORWARD[op](dual)

@@ -288,8 +288,22 @@ def test_a_finished_run_typed_again_changes_nothing(
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
     if who == "predictions":
         flags["predictions"].write_text("{}\n")
-        assert main(out, **flags) == 0
-        assert "nothing is done" not in capsys.readouterr().out
+        assert main(out, **flags) == 2
+        assert "already holds a different run (predictions: " in capsys.readouterr().err
+        after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+        assert after == before, "scores of other answers are kept"
+
+
+@pytest.mark.parametrize("held", ["scores.json", "submission.json", "results.jsonl", "config.json"])
+def test_files_of_others_are_never_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held: str
+) -> None:
+    (tmp_path / held).write_text("mine")
+    given = predict(tmp_path, {"mr_0": "B"})
+    assert main(tmp_path, benchmark="motionbench", data=MOTIONBENCH, predictions=given) == 2
+    assert f"--output_dir {tmp_path}: holds {held} of something else" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {held, given.name}
+    assert (tmp_path / held).read_text() == "mine"
 
 
 @pytest.mark.parametrize("where", ["load_student", "write_scores"])
