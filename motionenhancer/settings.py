@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from .alignment.aligner import LOSSES, check_normalize
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
+from .data.sources import check_source
 from .evaluation.benchmarks import BENCHMARKS
 from .flags import MAX_SEED, Settings, check_fields, setting
 from .hub import model_folder
@@ -53,9 +54,16 @@ _CHECKPOINTING = frozenset(
 class DataArguments(Settings):
     """Where the clips and their conversations are."""
 
-    data: str | None = setting(None, "json or jsonl of samples, or a benchmark's file.", exists="file")
+    data: str | None = setting(
+        None, "json, jsonl or parquet of samples, an id of the Hub, or a benchmark's file; see docs/data.md."
+    )
     video_root: str | None = setting(None, "Folder of the clips. Default: the data file's.", exists="folder")
     limit: int | None = setting(None, "Use only this many of the first samples or questions.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is not None:
+            check_source(self.data, "--data")
 
 
 @dataclass
@@ -491,7 +499,7 @@ class ValidationArguments(Settings):
     """Samples that are not trained on, and when a run stops by their losses."""
 
     eval_data: str | None = setting(
-        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch.", exists="file"
+        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch."
     )
     eval_video_root: str | None = setting(
         None, "Folder of their clips. Default: the data file's.", exists="folder"
@@ -499,6 +507,11 @@ class ValidationArguments(Settings):
     early_stopping_patience: int | None = setting(
         None, "Stop after so many evaluations without a new best --metric_for_best_model.", least=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_data is not None:
+            check_source(self.eval_data, "--eval_data")
 
     def check(self, training: TrainArguments, *, data: str | None, aligned: bool) -> None:
         """Refuse what cannot work, and evaluate after each epoch unless told when.
