@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from .data.question import Question
 from .data.skips import SkipLog
+from .data.sources import open_source
 from .data.video import content_digest
 from .evaluation.answers import read_answers, read_predictions
 from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
@@ -73,9 +74,10 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     hidden = arguments.answer_hidden or arguments.predictions is not None
     questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
     answers = _ask if arguments.predictions is None else _read
-    files = {"data": arguments.data, "predictions": arguments.predictions}
     report.content["arguments"] = asdict(replace(arguments, output_dir=None)) | asdict(rules)
-    report.content["digests"] = {name: content_digest(path) for name, path in files.items() if path}
+    report.content["digests"] = {"data": open_source(arguments.data).digest()}
+    if arguments.predictions is not None:
+        report.content["digests"]["predictions"] = content_digest(arguments.predictions)
     found = answers(arguments, benchmark, questions, report, skips)
     if not PartialState().is_main_process:
         return {}
@@ -171,8 +173,8 @@ def _ask(
         )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
     frames = replace(arguments.frames(family.num_frames), max_pixels=arguments.pixels(family))
-    data = Path(arguments.data or "")
-    clips = VideoFolder(arguments.video_root or data.parent, benchmark.folders)
+    source = open_source(arguments.data)
+    clips = VideoFolder(arguments.video_root or source.root, benchmark.folders)
     prompt = arguments.prompt or benchmark.prompt
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
@@ -182,7 +184,7 @@ def _ask(
             "command": "eval",
             "answers": "student",
             "benchmark": benchmark.name,
-            "data": content_digest(data),
+            "data": source.digest(),
             "video_root": str(clips.root.resolve()),
             "student": student_digest(student),
             "prompt": prompt,

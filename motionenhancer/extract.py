@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
 from .data.readers import read_samples
+from .data.sources import open_source
 from .files import write_json
 from .flags import parse_arguments
 from .interrupts import on_interrupt
@@ -73,6 +74,7 @@ def run(
     assert data.data is not None
     assert prior.teacher is not None
     check_settings(settings, prior.teacher)
+    source = open_source(data.data)
     prior.identity(state.device)  # Raises for a size that the teacher does not take.
     store, skips = PriorStore(Path(prior.prior_dir)), SkipLog()
     # Every process meets the same bad lines: one of them counts them.
@@ -98,7 +100,7 @@ def run(
             return from_main(1 if skips.total else 0)
         report = {
             "teacher": {"path": prior.teacher, "id": teacher_id},
-            "data": data.data,
+            "data": source.name,
             "video_root": data.video_root,
             "limit": data.limit,
             "prompt_source": prior.prompt_source,
@@ -120,7 +122,7 @@ def run(
         on_interrupt(kept)
         maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
         stored = Stored(store, maker, name, strict=True, retry=True)
-        roundtrip = _make(requests, Path(data.data), stored, counts, skips)
+        roundtrip = _make(requests, source.file, stored, counts, skips)
         counts["worker_deaths"] = getattr(maker, "deaths", 0)
     everyone = gather_object([(counts, roundtrip, skips)])
     if not state.is_main_process:
@@ -162,14 +164,14 @@ def _finished(path: Path, report: dict[str, Any]) -> dict[str, Any] | None:
 
 def _make(
     requests: Iterator[tuple[Sample, PriorRequest]],
-    data: Path,
+    data: Path | None,
     stored: Stored,
     counts: dict[str, int],
     skips: SkipLog,
 ) -> dict[str, float] | None:
     """Make what is missing, with a bar over the bytes of the data file; count, return the inversion error."""
     roundtrip = None
-    size, hidden = data.stat().st_size, not PartialState().is_main_process
+    size, hidden = 0 if data is None else data.stat().st_size, not PartialState().is_main_process
     bar = tqdm(desc="priors", total=size, unit="B", unit_scale=True, disable=hidden)
     with closing(stored), bar:
         for sample, _, found in make_all(requests, stored):

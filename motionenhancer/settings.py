@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from .alignment.aligner import LOSSES, check_normalize
 from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
+from .data.sources import check_source
 from .evaluation.benchmarks import BENCHMARKS
 from .flags import MAX_SEED, Settings, check_fields, setting
 from .hub import model_folder
@@ -63,9 +64,16 @@ def _checked_pixels(most: int | None, family: StudentFamily) -> int | None:
 class DataArguments(Settings):
     """Samples and clips."""
 
-    data: str | None = setting(None, "File of samples (json, jsonl) or of a benchmark.", exists="file")
+    data: str | None = setting(
+        None, "File of samples (json, jsonl, parquet), Hub id, or a benchmark's file; see docs/data.md."
+    )
     video_root: str | None = setting(None, "Folder of clips. Default: that of --data.", exists="folder")
     limit: int | None = setting(None, "Use the first N samples or questions only.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is not None:
+            check_source(self.data, "--data")
 
 
 @dataclass
@@ -514,7 +522,7 @@ class ValidationArguments(Settings):
     """Samples that are not trained on, and when a run stops by their losses."""
 
     eval_data: str | None = setting(
-        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch.", exists="file"
+        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch."
     )
     eval_video_root: str | None = setting(
         None, "Folder of their clips. Default: the data file's.", exists="folder"
@@ -522,6 +530,11 @@ class ValidationArguments(Settings):
     early_stopping_patience: int | None = setting(
         None, "Stop after so many evaluations without a new best --metric_for_best_model.", least=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_data is not None:
+            check_source(self.eval_data, "--eval_data")
 
     def check(self, training: TrainArguments, *, data: str | None, aligned: bool) -> None:
         """Refuse what cannot work, and evaluate after each epoch unless told when.

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from motionenhancer.data.llama_factory import alpaca_messages
+
 CAPTION_QUESTION = "Describe the motion in this video in detail."
 """What is asked where a data set has captions and no questions."""
 
 
+_ALPACA_FORMS = (
+    {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    {"prompt": "query", "response": "response", "history": "history"},
+)
+
+
 def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of MotionBench-Train, MotionVid-QA or VideoChat2-IT as a row with ``conversations``; else None.
+    """A row of another form as one with ``conversations`` or ``messages``; None for one that has them.
 
     - MotionBench-Train (MotionBench, arXiv 2501.02955; ``MotionBenchCaption-train/train.jsonl`` of its data
       set): ``{"video_path", "motion_caption"}``. It has no questions: ``CAPTION_QUESTION`` is asked.
@@ -19,6 +27,9 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
     - VideoChat2-IT (MVBench, arXiv 2311.17005, and ``it_dataset.py`` of its repository): ``{"video", "QA":
       [{"i", "q", "a"}], "start"?, "end"?}``. The first instruction "i" is the system's text; where captions
       have no question, it is the question. Start and end are seconds.
+
+    - the alpaca form, as LLaMA-Factory reads it: ``{"instruction", "input"?, "output", "history"?}``; and as
+      ms-swift does: ``{"query", "response", "history"?}``.
 
     Values are passed on as they are: whether they are usable is for the reader of conversations to say.
 
@@ -30,6 +41,10 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if "QA" in row:
         return _from_qa(row)
+    for form in _ALPACA_FORMS:
+        if form["prompt"] in row and form["response"] in row:
+            rest = {key: value for key, value in row.items() if key not in form.values()}
+            return {**rest, "messages": alpaca_messages(row, form)}
     if "motion_caption" in row:
         video, question, answer = "video_path", CAPTION_QUESTION, "motion_caption"
     elif "question" in row and ("chosen" in row or "answer" in row):

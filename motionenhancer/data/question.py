@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.conversation import convert
 from motionenhancer.data.motion_sets import tagged
-from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.skips import SkipLog
+from motionenhancer.data.sources import open_source
 
 MOTIONBENCH_TASKS: dict[str, str] = {
     "Motion Recognition": "MR",
@@ -169,7 +169,7 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
 
 def _objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a json or jsonl file with their lines; whatever is not one is counted in ``log``."""
-    for line, _, value, problem in stream_rows(path):
+    for line, _, value, problem in open_source(path).rows():
         if problem:
             log.add("invalid json", line=line, detail=problem)
         elif not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Stream samples from json and jsonl files, in every form that `read_samples` lists."""
+"""Stream samples from data sets, in every form that `read_samples` lists."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from motionenhancer.data.conversation import convert
-from motionenhancer.data.rows import stream_rows
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.skips import SkipLog
+from motionenhancer.data.sources import open_source
 
 
 def read_samples(
-    path: str | Path,
+    path: Any,
     video_root: str | Path | None = None,
     on_skip: SkipLog | None = None,
     *,
     require_video: bool = True,
     limit: int | None = None,
 ) -> Iterator[Sample]:
-    """Stream the samples of a data file; count and report those that cannot be used.
+    """Stream the samples of a data set; count and report those that cannot be used.
 
-    Five forms, told apart by their keys, line by line:
+    Six forms, told apart by their keys, line by line:
 
     - LLaVA: ``{"id", "video": str or list, "image"?, "conversations": [{"from": "human" | "gpt" | "system",
       "value": "<video>\\n..."}]}``
@@ -34,12 +35,14 @@ def read_samples(
     - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, of which the rejected answer is left out,
       or ``{"video", "question", "answer"}``
     - VideoChat2-IT: ``{"video", "QA": [{"i", "q", "a"}], "start"?, "end"?}``
+    - alpaca: ``{"instruction", "input"?, "output", "history"?, "videos"}``, or ``{"query", "response",
+      "history"?, "videos"}``
 
     Keys that change what is learnt are honoured, or the row is skipped as ``unsupported key``; see
     ``docs/data.md``. Neither a jsonl file nor one that is a json array is ever held in memory.
 
     Args:
-        path: the data file, utf-8.
+        path: the data file, utf-8; or anything else that `sources.open_source` takes.
         video_root: what relative paths of videos and images are relative to; the data file's folder by
             default.
         on_skip: where skipped lines are counted, by line, id and reason; unknown keys are counted in its
@@ -60,8 +63,8 @@ def read_samples(
     ...     [sample.id for sample in read_samples(data)]
     ['first']
     """
-    rows = stream_rows(Path(path))
-    root = Path(path).parent if video_root is None else Path(video_root)
+    source = open_source(path)
+    root = source.root if video_root is None else Path(video_root)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"video_root must be a folder, {root} {what}")
@@ -69,7 +72,7 @@ def read_samples(
 
     def samples() -> Iterator[Sample]:
         usable = 0
-        for line, offset, value, problem in rows:
+        for line, offset, value, problem in source.rows():
             if problem:
                 log.add("invalid json", line=line, detail=problem)
                 continue
@@ -80,14 +83,12 @@ def read_samples(
         if not usable:
             first = "\n".join(f"  {entry}" for entry in log.entries[:5]) or "  the file holds no sample"
             reasons = f"{log.summary(examples=0)}; the first reasons:\n{first}"
-            raise ValueError(f"no usable sample in {path}; {reasons}")
+            raise ValueError(f"no usable sample in {source.name}; {reasons}")
 
     return islice(samples(), limit)
 
 
-def load_samples(
-    path: str | Path, video_root: str | Path | None, limit: int | None, skips: SkipLog
-) -> list[Sample]:
+def load_samples(path: Any, video_root: str | Path | None, limit: int | None, skips: SkipLog) -> list[Sample]:
     """Return the samples of a data file as a list; an id that occurs again gets a number.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_N
 from transformers.trainer_pt_utils import safe_globals
 
 from ..alignment.aligner_training import FOLDER as ALIGNER
-from ..data import content_digest
+from ..data.sources import open_source
 from ..priors.prior import PriorSettings
 from ..processes import from_main
 from ..settings import (
@@ -63,12 +63,13 @@ def run_identity(
     split,
     and, where incomplete batches are dropped, the batch of each process.
     """
+    trained = open_source(data.data)
     batches = getattr(training, "accelerator_config", None)
     identity = {
         "student": student.student,
         "teacher": prior.teacher,
-        "data": data.data,
-        "data_digest": content_digest(data.data or "") if Path(data.data or "").is_file() else None,
+        "data": trained.name,
+        "data_digest": trained.digest(),
         "video_root": data.video_root,
         "limit": data.limit,
         "prior": asdict(settings),
@@ -81,7 +82,9 @@ def run_identity(
         "checkpoints": checkpoint_format(engine_of(training), training.world_size),
     }
     if validation is not None and validation.eval_data is not None:
-        identity |= asdict(validation) | {"eval_data_digest": content_digest(validation.eval_data)}
+        source = open_source(validation.eval_data)
+        identity |= asdict(replace(validation, eval_data=None))
+        identity |= {"eval_data": source.name, "eval_data_digest": source.digest()}
         if training.load_best_model_at_end:
             identity |= {name: _plain(getattr(training, name)) for name in _BEST}
     if training.dataloader_drop_last:
