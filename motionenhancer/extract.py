@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
+from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sources import open_source
 from .files import write_json
 from .flags import parse_arguments
 from .interrupts import on_interrupt
-from .priors.digests import DigestCache
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
 from .priors.prior import PARTLY_UNKNOWN, PriorSettings, check_settings
 from .priors.requests import PriorRequest, request_priors

@@ -16,9 +16,9 @@ from accelerate import PartialState
 
 from .alignment.dataset import MotionDataset
 from .data import Sample, SkipLog, read_frames
+from .data.digests import DigestCache
 from .data.readers import read_samples
 from .flags import parse_arguments
-from .priors.digests import DigestCache
 from .priors.maker import Reader
 from .priors.prior import PriorSettings, check_settings
 from .priors.requests import PriorRequest, request_priors

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data import Clip, Sample, prompt_text
 from ..data.clip import named_by, segment_of
-from ..priors.digests import DigestCache
+from ..data.digests import DigestCache
 from ..priors.prior import MotionPrior, PriorSettings
 from ..priors.storage import EXTRACTION, PriorStore, prior_keys
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from ..alignment.online import OnlineCounts, OnlinePriors
 from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost
 from ..data import Sample, SkipLog
+from ..data.digests import DigestCache
 from ..flags import flag_of
 from ..priors.comparison import measure_agreement, say_agreement
-from ..priors.digests import DigestCache
 from ..priors.engine import Engine
 from ..priors.maker import LocalMaker, Made, PriorMaker, Stored, count_failed, count_made, make_all
 from ..priors.prior import PriorSettings

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from ..alignment.aligner import build_aligner
 from ..costs import StudentCost, parameter_count, student_cost
 from ..data import Sample, SkipLog
-from ..priors.digests import DigestCache
+from ..data.digests import DigestCache
 from ..priors.prior import PriorSettings
 from ..priors.requests import request_priors
 from ..priors.storage import PriorStore, prior_keys

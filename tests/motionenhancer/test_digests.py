@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from motionenhancer.data import VideoError, content_digest
-from motionenhancer.priors import digests
-from motionenhancer.priors.digests import RECORD, REST, DigestCache
+from motionenhancer.data import VideoError, content_digest, digests
+from motionenhancer.data.digests import RECORD, REST, DigestCache
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from train_support import flags, parts, report_of, weights_of
 
 from motionenhancer import train
 from motionenhancer.alignment.dataset import align_batch, find_words
+from motionenhancer.data import digests
 from motionenhancer.data.video import content_digest
-from motionenhancer.priors import digests
 from motionenhancer.priors import maker as priors_maker
 
 #: More than a pass over the data: whatever is left out changes the order of the rest.
