@@ -198,7 +198,7 @@ class MakerArguments(Settings):
     ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     ray_wait: float | None = setting(
-        None, "Seconds without a teacher, or for one prior, that stop the run. Default: 3600.", above=0
+        None, "Stop the run after N seconds without a teacher, or on one prior. Default: 3600.", above=0
     )
 
     def __post_init__(self) -> None:
@@ -285,11 +285,11 @@ class StudentArguments(ShownArguments):
     )
     alignment_loss: str = setting(
         "l2",
-        "Distance of two maps: the norm of each row's difference, its square, the mean square, a divergence.",
+        "Distance of two maps: norm of each row's difference, its square, its mean square, or KL divergence.",
         choices=LOSSES,
     )
     normalize_rows: bool = setting(
-        True, "Scale the rows of both maps to sum to one; off, the attention mass is compared as it is."
+        True, "Scale the rows of both maps to sum to one; false: compare the attention mass as it is."
     )
     aligner: str = setting(
         "mlp",
@@ -458,7 +458,7 @@ class TrainArguments(TrainingArguments):
     )
     # HfArgumentParser reads a union of three only with None in front.
     per_device_eval_batch_size: int | None = setting(  # type: ignore[assignment]
-        None, "Samples a device evaluates at once. Default: --per_device_train_batch_size.", least=1
+        None, "Samples per device in evaluation. Default: --per_device_train_batch_size.", least=1
     )
     metric_for_best_model: str | None = setting(
         None,
@@ -522,13 +522,13 @@ class ValidationArguments(Settings):
     """Samples that are not trained on, and when a run stops by their losses."""
 
     eval_data: str | None = setting(
-        None, "Samples whose eval_loss_ar and eval_loss_align are logged. Default: each epoch."
+        None, "Validation samples (file or Hub id), whose losses are logged. Default: after each epoch."
     )
     eval_video_root: str | None = setting(
-        None, "Folder of their clips. Default: the data file's.", exists="folder"
+        None, "Folder of the validation clips. Default: that of --eval_data.", exists="folder"
     )
     early_stopping_patience: int | None = setting(
-        None, "Stop after so many evaluations without a new best --metric_for_best_model.", least=1
+        None, "Stop after N evaluations without a new best --metric_for_best_model.", least=1
     )
 
     def __post_init__(self) -> None:
@@ -581,7 +581,7 @@ class LookArguments(Settings):
     """What is shown, and the files that are written."""
 
     run: str | None = setting(None, "Output folder of a training. Its page is rewritten.", positional=True)
-    id: list[str] | None = setting(None, "Only these samples, or priors whose keys begin so.")
+    id: list[str] | None = setting(None, "Only these ids, or priors whose keys begin with these.")
     video: str | None = setting(None, "Show this clip with --text, read by --teacher, --student or both.")
     text: str | None = setting(None, "With --video: text about the clip.")
     student: str | None = setting(None, "With --video: transformers folder of a video VLM.")
@@ -617,7 +617,7 @@ class EvalArguments(ShownArguments, DataArguments):
     benchmark: str = setting("toy", "Benchmark whose questions and rules are used.", choices=list(BENCHMARKS))
     output_dir: str | None = setting(None, "Folder for answers and scores. Default: runs/eval.")
     prompt: str | None = setting(None, "Your own prompt, with {question} and {options}.")
-    answer_hidden: bool = setting(False, "For the submission: ask also without a public answer.")
+    answer_hidden: bool = setting(False, "Also ask questions that have no public answer.")
     min_frames: int | None = setting(None, "Minimum number of frames by rate. Default: 4.", least=1)
     max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's limit.", least=0)
     batch_size: int = setting(4, "Number of questions that a process answers at once.", least=1)

@@ -81,18 +81,18 @@ class PriorSettings:
     )
     diagonal_width: int = setting(
         0,
-        "Head selection: places of the grid at most this far apart in raster order count as the same.",
+        "Head selection: places of the grid up to this distance in raster order count as the same place.",
         least=0,
     )
     token_scores: str = setting(
         "raw",
-        "Token selection: mean attention and its change are added as they are, or each standardized over the "
-        "words of the text first.",
+        "How token selection adds mean attention and its change: raw, or each standardized over the words of "
+        "the text first.",
         choices=SCORES,
     )
     token_unit: str = setting(
         "piece",
-        "Token selection keeps pieces of words as the teacher's tokenizer cuts them, or whole words.",
+        "Unit of token selection: the tokenizer's pieces of words, or whole words.",
         choices=UNITS,
     )
 

@@ -239,7 +239,7 @@ class RayMaker:
                     logger.warning("a Ray actor has not started for %d s: %s", waited, self._needs())
                 if self._teachers == 0 and monotonic() - self._alone_since > self._wait:
                     raise DeadTeacher(
-                        f"no Ray actor had its teacher for {self._wait:g} s (--ray_wait): {self._needs()}"
+                        f"no Ray actor has a teacher after {self._wait:g} s (--ray_wait): {self._needs()}"
                     )
             ray.get(opening)
             return actor

@@ -152,7 +152,7 @@ class PriorStore:
                 raise ValueError("content does not match its digest and its name")
             prior = prior_from_text(attention, text)
             if wrong := _out_of_range(prior):
-                raise ValueError(f"{wrong} must be what a teacher can give")
+                raise ValueError(f"{wrong} is out of the range of a teacher's priors")
             if prior.clip and key != prior_key(prior.clip, prior.prompt, prior.teacher, prior.settings):
                 raise ValueError(
                     "it was made from another clip, text, teacher or settings than its name says"

@@ -170,7 +170,7 @@ def test_a_prior_under_the_name_of_another_is_noticed(tmp_path: Path, changed: d
 def test_what_no_teacher_gives_is_damage(tmp_path: Path, name: str, value: object) -> None:
     store = PriorStore(tmp_path)
     store.write(KEY, dataclasses.replace(make_prior(), **{name: value}))
-    with pytest.raises(DamagedPrior, match=f"{name} must be what a teacher can give"):
+    with pytest.raises(DamagedPrior, match=f"{name} is out of the range of a teacher"):
         store.read(KEY)
 
 
