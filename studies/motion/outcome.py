@@ -14,7 +14,7 @@ import numpy as np
 from studies.motion.captioner import Regime
 from studies.toy.study_report import finite, interval
 
-__all__ = ["seeds_needed", "summarise", "write_outcome"]
+__all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
 _MEASURES = ("direction", "verb", "right", "distance")
 #: What is compared seed by seed, the one of table and plot first.
@@ -28,6 +28,40 @@ def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:
     if len(differences) < 2:
         return None
     return max(2, math.ceil((1.96 * float(np.std(differences, ddof=1)) / half) ** 2))
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Spearman's rank correlation of pairs, with the 95 % interval of 10,000 bootstrap draws of the pairs.
+
+    Returns:
+        "mean", "low", "high" and "pairs". A draw whose ranks are all equal on one side counts as 0.
+    """
+    x, y = np.asarray(one, float), np.asarray(other, float)
+    chosen = np.random.default_rng(0).integers(0, len(x), (10_000, len(x)))
+    drawn = np.array([_spearman(x[some], y[some]) for some in chosen])
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"mean": _spearman(x, y), "low": float(low), "high": float(high), "pairs": len(x)}
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    ranks = [(v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1) for v in (x, y)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _foretelling(arms: dict[str, Any]) -> dict[str, Any]:
+    """How well the lift of an arm's maps foretells its gain, over all maps but the true masks."""
+    found = {}
+    for name, prefix in (("all maps", ""), ("readings of the teacher", "teacher")):
+        known = [
+            (row["lift"], row["over plain"][_COMPARED[0]]["mean"])
+            for arm, row in arms.items()
+            if arm.startswith(prefix) and arm != "true masks" and "lift" in row and "over plain" in row
+        ]
+        if len(known) > 2:
+            found[name] = rank_correlation(*zip(*known, strict=True))
+    return found
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -62,7 +96,7 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
                     for name in _COMPARED
                 }
         arms[arm] = row
-    return {"regime": asdict(regime), "arms": arms}
+    return {"regime": asdict(regime), "arms": arms, "lift against gain, ranks": _foretelling(arms)}
 
 
 def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:

@@ -16,7 +16,7 @@ from motionenhancer.toy.render import FRAMES
 from studies.motion import contest
 from studies.motion.captioner import Captioner, Regime, measure, own_rows, train
 from studies.motion.clips import GRID, MAP_GRID, make_clips, words_of
-from studies.motion.outcome import seeds_needed, summarise, table
+from studies.motion.outcome import rank_correlation, seeds_needed, summarise, table
 
 TINY = Regime(clips=6, test_clips=6, steps=3, batch=2)
 
@@ -141,3 +141,31 @@ def test_the_seeds_an_interval_needs_follow_from_the_spread() -> None:
     assert seeds_needed([4.0]) is None
     assert seeds_needed([0.0, 10.0, 20.0]) == 385  # (1.96 · 10)² = 384.2
     assert seeds_needed([1.0, 1.0, 1.0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "mean"),
+    # By hand: 1 - 6 * (1 + 1) / (5 * 24); with a tie the correlation of the ranks 1, 2.5, 2.5, 4, 5.
+    [([1, 2, 3, 4, 5], 1.0), ([9, 7, 5, 3, -1], -1.0), ([2, 1, 3, 4, 5], 0.9), ([1, 2, 2, 4, 5], 0.9747)],
+)
+def test_a_rank_correlation_and_its_interval(other: list[float], mean: float) -> None:
+    found = rank_correlation([10.0, 20.0, 30.0, 40.0, 50.0], other)
+    assert found["mean"] == pytest.approx(mean, abs=1e-4)
+    assert found["low"] <= found["mean"] <= found["high"]
+    assert found["pairs"] == 5
+
+
+def test_lift_is_set_against_the_gain_of_all_maps_but_the_true_ones(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for arm, right, lift in (
+        *(("plain", 10.0, None), ("true masks", 5.0, 9.0), ("teacher", 30.0, 3.0)),
+        *(("teacher, inverted", 40.0, 4.0), ("teacher, no selection", 20.0, 2.0), ("uniform", 90.0, 1.0)),
+    ):
+        test = dict.fromkeys(("direction", "verb", "right", "distance"), right)
+        record = {"arm": arm, "seed": 1, "regime": asdict(TINY), "test": test}
+        record |= {} if lift is None else {"lift": lift}
+        (tmp_path / "runs" / f"{arm}.json").write_text(json.dumps(record))
+    found = summarise(tmp_path, TINY)["lift against gain, ranks"]
+    assert found["readings of the teacher"]["mean"] == pytest.approx(1.0)
+    assert found["all maps"]["mean"] == pytest.approx(-0.2)
+    assert found["all maps"]["pairs"] == 4
