@@ -45,7 +45,7 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
     assert "memory per device: about" in said
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
     assert train.main(flags(world, out, student=student, prior_dir=shared_priors(world))) == 2
-    assert "no readable weights" in capsys.readouterr().err
+    assert "model.safetensors: cannot be read" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_plan_of_the_toy(
