@@ -138,8 +138,8 @@ class ExtractionCost:
             f"priors: {self.stored} stored, {self.missing} to make; "
             f"clips of up to {self.teacher.plan.frames} frames become a grid of {grid}\n"
             f"evaluations of the transformer: {self.evaluations:,}\n"
-            f"disk: at most {readable(self.prior_bytes)} of attention, a few KB a prior for the rest\n"
-            f"memory a process: {self.teacher}"
+            f"disk: at most {readable(self.prior_bytes)} of attention, a few KB per prior for the rest\n"
+            f"memory per process: {self.teacher}"
         )
 
 
@@ -207,9 +207,9 @@ class StudentCost:
             parts["copies in half precision"] = self.copies
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
         if self.activations is None:
-            return f"memory a device: {listed}, and activations"
+            return f"memory per device: {listed}, and activations"
         return (
-            f"memory a device: about {readable(self.total)} ({listed}, activations about "
+            f"memory per device: about {readable(self.total)} ({listed}, activations about "
             f"{readable(self.activations)} at {self.tokens:,} tokens, as the first sample has)"
         )
 

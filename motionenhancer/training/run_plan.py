@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a run is: optimizer steps a pass over `samples` and in all, of `batch` samples each."""
+    """How long a run is: optimizer steps per pass over `samples` and in all, each of `batch` samples."""
 
     samples: int
     batch: int
@@ -84,7 +84,7 @@ class RunPlan:
             lines.append(f"priors: {self.priors['stored']} stored, {self.priors['missing']} missing")
         steps, many = self.steps, "es" if self.processes > 1 else ""
         lines.append(
-            f"steps: {steps.total:,} of {steps.batch} samples ({steps.an_epoch:,} a pass over "
+            f"steps: {steps.total:,} of {steps.batch} samples ({steps.an_epoch:,} per pass over "
             f"{steps.samples:,} samples); {self.processes} process{many}, {self.engine}"
         )
         lines += [f"λ: {self.schedule}", *filter(None, [self.attention]), str(self.memory)]

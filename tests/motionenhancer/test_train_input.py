@@ -275,7 +275,7 @@ def test_truncated_weights_of_the_student_are_one_clear_error(
     file = student / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert train.main(flags(world, tmp_path / "out", student=student)) == 2
-    assert "no readable weights" in capsys.readouterr().err
+    assert "model.safetensors: cannot be read" in capsys.readouterr().err
 
 
 def test_the_command_that_makes_missing_priors_can_be_pasted(

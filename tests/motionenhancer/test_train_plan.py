@@ -40,12 +40,12 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
     assert lines["vision tower"].endswith("learning rate 0.0003")
     assert lines["language model"].endswith("learning rate 0.001")
     assert "priors: 0 stored, 8 missing" in said
-    assert "steps: 5 of 2 samples (4 a pass over 8 samples); 1 process, plain" in said
+    assert "steps: 5 of 2 samples (4 per pass over 8 samples); 1 process, plain" in said
     assert "λ: 2, linear to 0, rising over the first 1 steps" in said
-    assert "memory a device: about" in said
+    assert "memory per device: about" in said
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
     assert train.main(flags(world, out, student=student, prior_dir=shared_priors(world))) == 2
-    assert "no readable weights" in capsys.readouterr().err
+    assert "model.safetensors: cannot be read" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_plan_of_the_toy(
