@@ -75,7 +75,7 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
     answers = _ask if arguments.predictions is None else _read
     report.content["arguments"] = asdict(replace(arguments, output_dir=None)) | asdict(rules)
-    report.content["digests"] = {"data": open_source(arguments.data).digest()}
+    report.content["digests"] = {"data": open_source(arguments.data, folder=True).digest()}
     if arguments.predictions is not None:
         report.content["digests"]["predictions"] = content_digest(arguments.predictions)
     found = answers(arguments, benchmark, questions, report, skips)
@@ -148,7 +148,7 @@ def _read(
         skips.note("prediction for no question of this run")
     gone = {}
     if arguments.video_root is not None:
-        clips = VideoFolder(arguments.video_root, benchmark.folders)
+        clips = VideoFolder(arguments.video_root, benchmark.folders, benchmark.renamed)
         gone = _missing([Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs])
     report.content["missing"] = sorted(gone)
     about = {"command": "eval", "answers": "predictions", "benchmark": benchmark.name}
@@ -173,8 +173,8 @@ def _ask(
         )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
     frames = replace(arguments.frames(family.num_frames), max_pixels=arguments.pixels(family))
-    source = open_source(arguments.data)
-    clips = VideoFolder(arguments.video_root or source.root, benchmark.folders)
+    source = open_source(arguments.data, folder=True)
+    clips = VideoFolder(arguments.video_root or source.root, benchmark.folders, benchmark.renamed)
     prompt = arguments.prompt or benchmark.prompt
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]

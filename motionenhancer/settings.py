@@ -70,10 +70,13 @@ class DataArguments(Settings):
     video_root: str | None = setting(None, "Folder of clips. Default: that of --data.", exists="folder")
     limit: int | None = setting(None, "Use the first N samples or questions only.", least=1)
 
+    #: Whether --data may be a folder of json files.
+    data_folder: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data is not None:
-            check_source(self.data, "--data")
+            check_source(self.data, "--data", folder=self.data_folder)
 
 
 @dataclass
@@ -611,6 +614,9 @@ class LookArguments(Settings):
 class EvalArguments(ShownArguments, DataArguments):
     """What is asked, who answers, and how answers are scored."""
 
+    #: MVBench is a folder of files.
+    data_folder: ClassVar[bool] = True
+
     predictions: str | None = setting(
         None, "json file, question id to output: score these answers, and ask no student.", exists="file"
     )
@@ -622,7 +628,7 @@ class EvalArguments(ShownArguments, DataArguments):
     max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's limit.", least=0)
     batch_size: int = setting(4, "Number of questions that a process answers at once.", least=1)
     max_new_tokens: int | None = setting(
-        None, "Most tokens of an answer. Default: MotionBench 16, FAVOR-Bench 256.", least=1
+        None, "Most tokens of an answer. Default: the benchmark's, see docs/evaluation.md.", least=1
     )
     dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
     workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)

@@ -80,8 +80,8 @@ def read_motionbench(path: Path, log: SkipLog) -> Iterator[Question]:
     Raises:
         ValueError: there is no such file.
     """
-    for line, row in _objects(path, log):
-        video = next((row[k] for k in ("video_path", "key") if _filled(row.get(k))), None)
+    for line, row in read_objects(path, log):
+        video = next((row[k] for k in ("video_path", "key") if filled(row.get(k))), None)
         if video is None or not isinstance(row.get("qa"), list):
             log.add("missing fields", line=line, detail="needs 'video_path' and a list 'qa'")
             continue
@@ -89,10 +89,10 @@ def read_motionbench(path: Path, log: SkipLog) -> Iterator[Question]:
             entry = entry if isinstance(entry, dict) else {}
             uid = entry.get("uid")
             uid = "" if uid is None or isinstance(uid, (bool, list, dict)) else str(uid).strip()
-            if not uid or not _filled(entry.get("question")):
+            if not uid or not filled(entry.get("question")):
                 log.add("missing fields", id=uid, line=line, detail="a question needs 'uid' and 'question'")
                 continue
-            answer = entry["answer"].strip() if _filled(entry.get("answer")) else "NA"
+            answer = entry["answer"].strip() if filled(entry.get("answer")) else "NA"
             types = entry.get("question_type") or row.get("question_type")
             types = types if isinstance(types, list) else [types]
             codes = dict.fromkeys(_task(one, _MOTIONBENCH_CODES, log) for one in types)
@@ -109,15 +109,15 @@ def read_favor(path: Path, log: SkipLog) -> Iterator[Question]:
 
     Args, Raises: as :func:`read_motionbench`.
     """
-    for line, row in _objects(path, log):
+    for line, row in read_objects(path, log):
         video, questions = row.get("video_name"), row.get("questions")
-        if not _filled(video) or not isinstance(questions, list):
+        if not filled(video) or not isinstance(questions, list):
             log.add("missing fields", line=line, detail="needs 'video_name' and a list 'questions'")
             continue
         for index, entry in enumerate(questions):
             id = f"{video_stem(video)}#{index}"
             entry = entry if isinstance(entry, dict) else {}
-            missing = [key for key in ("question", "correct_answer") if not _filled(entry.get(key))]
+            missing = [key for key in ("question", "correct_answer") if not filled(entry.get(key))]
             options = entry.get("options")
             if not isinstance(options, list) or not options or not all(isinstance(o, str) for o in options):
                 missing.append("options")
@@ -134,16 +134,11 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
 
     Args, Raises: as :func:`read_motionbench`.
     """
-    for line, row in _objects(path, log):
+    for line, row in read_objects(path, log):
         turns, id = row.get("conversations"), row.get("id")
         turns = turns if isinstance(turns, list) else []
         texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-        if (
-            not _filled(id)
-            or not _filled(row.get("video"))
-            or len(texts) != 2
-            or not all(map(_filled, texts))
-        ):
+        if not filled(id) or not filled(row.get("video")) or len(texts) != 2 or not all(map(filled, texts)):
             detail = "needs id, video, question and answer"
             log.add("missing fields", id=str(id or ""), line=line, detail=detail)
             continue
@@ -167,8 +162,8 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
         )
 
 
-def _objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a json or jsonl file with their lines; whatever is not one is counted in ``log``."""
+def read_objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a data set with their lines; whatever is not one is counted in ``log``."""
     for line, _, value, problem in open_source(path).rows():
         if problem:
             log.add("invalid json", line=line, detail=problem)
@@ -178,7 +173,8 @@ def _objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, value
 
 
-def _filled(value: Any) -> TypeGuard[str]:
+def filled(value: Any) -> TypeGuard[str]:
+    """Whether a value is a text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 

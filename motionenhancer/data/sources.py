@@ -47,12 +47,13 @@ class Source:
         return found.hexdigest()
 
 
-def check_source(data: Any, flag: str) -> None:
+def check_source(data: Any, flag: str, *, folder: bool = False) -> None:
     """Refuse what is no data, and what needs a package that is not installed; nothing is read.
 
     Args:
         data: see `open_source`.
         flag: names it in errors, for instance ``"--data"``.
+        folder: whether it may be a folder of json files.
 
     Raises:
         ValueError: names the flag, and what would be right.
@@ -62,22 +63,28 @@ def check_source(data: Any, flag: str) -> None:
             raise ValueError(f"{flag} must be one datasets.Dataset, got {type(data).__name__}")
         return
     name, path = str(data), _file(data)
+    if folder and path.is_dir():
+        if not any(path.glob("*.json")):
+            raise ValueError(f"{flag} must be a file or a folder with json files, {name} holds none")
+        return
     needed = "pyarrow" if path.suffix == ".parquet" else None
     if not path.is_file():
         if not _is_id(name):
-            raise ValueError(f"{flag} must be a file that exists, got {name}")
+            kind = "file or folder" if folder else "file"
+            raise ValueError(f"{flag} must be a {kind} that exists, got {name}")
         needed = "datasets"
     if needed is not None and importlib.util.find_spec(needed) is None:
         raise ValueError(f"{flag} {name} needs {needed}: pip install {needed}")
 
 
-def open_source(data: Any) -> Source:
+def open_source(data: Any, *, folder: bool = False) -> Source:
     """The rows of a data set.
 
     Args:
         data: a json, jsonl or parquet file; `dataset_info.json:NAME`, an entry of LLaMA-Factory's list; a
             data set of the Hub, `owner/name`, `owner/name@revision` or `owner/name:split`; or a
             `datasets.Dataset`.
+        folder: whether it may be a folder; its rows are those of its json files, in the order of their names.
 
     Raises:
         ValueError: it cannot be read, or needs a package that is not installed.
@@ -86,6 +93,9 @@ def open_source(data: Any) -> Source:
         check_source(data, "data")
         return Source(f"datasets.Dataset of {len(data)} rows", lambda: _dataset_rows(data), Path())
     name, path = str(data), _file(data)
+    if folder and path.is_dir():
+        files = sorted(path.glob("*.json"))
+        return Source(name, lambda: (row for file in files for row in stream_rows(file)), path.parent)
     if path.name == INFO:
         entry = read_entry(path, name.rpartition(INFO)[2].removeprefix(":"))
         inner = open_source(entry.data)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.general_sets import (
+    MVBENCH_FOLDERS,
+    MVBENCH_TASKS,
+    SEEDBENCH_TASKS,
+    TEMPCOMPASS_ASPECTS,
+    VIDEOMME_DURATIONS,
+    read_mvbench,
+    read_seedbench,
+    read_tempcompass,
+    read_videomme,
+)
 from motionenhancer.data.question import (
     FAVOR_TASKS,
     MOTIONBENCH_TASKS,
@@ -21,14 +33,35 @@ from motionenhancer.data.question import (
 from motionenhancer.data.skips import SkipLog
 
 from ..flags import Settings, setting
-from .judge import first_letter, lone_letter, names_option, same_text
+from .judge import (
+    first_letter,
+    lone_letter,
+    matched_caption,
+    mvbench_letter,
+    names_option,
+    same_text,
+    tempcompass_letter,
+    videomme_letter,
+    yes_or_no,
+)
 
-MOTIONBENCH_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
+LETTER_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
     "Carefully watch the video and pay attention to temporal dynamics in this video, focusing on the camera "
     "motions, actions, activities, and interactions. Based on your observations, select the best option that "
     "accurately addresses the question.\n{question}\nYou can only response with the answer among {options}"
 )
+VIDEOMME_PROMPT = (
+    "Select the best answer to the following multiple-choice question based on the video. Respond with only "
+    "the letter (A, B, C, or D) of the correct option.\n{question}\nThe best answer is:"
+)
+MVBENCH_PROMPT = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the best "
+    "option that accurately addresses the question.\n{question}\nOnly give the best option."
+)
+TEMPCOMPASS_CHOICE_PROMPT = "{question}\nPlease directly give the best option:"
+TEMPCOMPASS_YES_NO_PROMPT = "{question}\nPlease answer yes or no:"
 READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")}
 """Rule → its two readings, the default first."""
 
@@ -37,13 +70,13 @@ READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")
 class Rules(Settings):
     """Which form of a benchmark's rule judges an answer.
 
-    letter: :func:`first_letter` or :func:`lone_letter`, for MotionBench.
+    letter: the authors' own, such as :func:`first_letter` for MotionBench, or :func:`lone_letter`.
     option: "published" where the authors' code differs (see :func:`names_option`), for FAVOR-Bench.
     """
 
     letter: str = setting(
         "published",
-        "MotionBench. published: the authors' rule to find the letter; lone: a stricter rule.",
+        "Answers by letter. published: the authors' rule to find the letter; lone: a stricter rule.",
         flag="letter_rule",
         choices=READINGS["letter"],
     )
@@ -70,6 +103,7 @@ class Benchmark:
     rule: which of ``READINGS`` decides; empty where there is only one reading.
     submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
     folders: below the video root, where the published archive keeps its clips.
+    renamed: where the folder of a clip is part of its name, folder to its name in later archives; else None.
     fps: frames a second that a student without a number of frames of its own is shown.
     """
 
@@ -85,6 +119,7 @@ class Benchmark:
     submission: Callable[[Sequence[Question], dict[str, str], Rules], tuple[str, str]]
     rule: str = ""
     folders: tuple[str, ...] = ()
+    renamed: Mapping[str, str] | None = None
     fps: float = 1.0
 
 
@@ -128,8 +163,21 @@ def render_prompt(template: str, question: Question) -> str:
     return re.sub(r"\{question\}|\{options\}", lambda match: parts[match.group()], template)
 
 
-def _letter(output: str, rules: Rules) -> str:
-    return first_letter(output) if rules.letter == "published" else lone_letter(output)
+def _by_letter(published: Callable[[str], str]) -> dict[str, Any]:
+    """The fields of a benchmark whose answers are letters, or options that begin with one."""
+
+    def letter(output: str, rules: Rules) -> str:
+        return published(output) if rules.letter == "published" else lone_letter(output)
+
+    def right(question: Question, output: str, rules: Rules) -> bool:
+        return letter(output, rules) == (question.answer or "")[:1]
+
+    def letters(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
+        """One json object, id to letter: what MotionBench's leaderboard takes."""
+        found = {q.id: letter(outputs[q.id], rules) for q in questions if q.id in outputs}
+        return "submission.json", json.dumps(found, indent=4) + "\n"
+
+    return {"parse": letter, "right": right, "rule": "letter", "submission": letters}
 
 
 def _text(output: str, rules: Rules) -> str:
@@ -139,12 +187,6 @@ def _text(output: str, rules: Rules) -> str:
 def _favor_right(question: Question, output: str, rules: Rules) -> bool:
     match_case = rules.option == "published"
     return names_option(output, question.answer or "", question.options, match_case=match_case)
-
-
-def _letters(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
-    """One json object, uid to letter: what the leaderboard takes."""
-    letters = {q.id: _letter(outputs[q.id], rules) for q in questions if q.id in outputs}
-    return "submission.json", json.dumps(letters, indent=4) + "\n"
 
 
 def _texts(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
@@ -168,6 +210,24 @@ def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: R
     return "submission.jsonl", "".join(lines)
 
 
+def _aspects(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
+    """Clip to aspect to its answers: what TempCompass's `eval_*.py` read."""
+    clips: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for q in questions:
+        said = {"question": q.text, "answer": q.answer, "prediction": outputs.get(q.id)}
+        clips.setdefault(str(q.video), {}).setdefault(q.tasks[0], []).append(said)
+    return "submission.json", json.dumps(clips, indent=4) + "\n"
+
+
+def _ranked(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
+    """One line a question: what SEED-Bench's leaderboard takes."""
+    parse = BENCHMARKS["seedbench"].parse
+    rows = [
+        {"question_id": q.id, "prediction": parse(outputs[q.id], rules)} for q in questions if q.id in outputs
+    ]
+    return "submission.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+
+
 _ALL = (
     Benchmark(
         name="motionbench",
@@ -175,12 +235,9 @@ _ALL = (
         file="video_info.meta.jsonl",
         tasks=tuple(MOTIONBENCH_TASKS.values()),
         read=read_motionbench,
-        prompt=MOTIONBENCH_PROMPT,
-        parse=_letter,
-        right=lambda question, output, rules: _letter(output, rules) == question.answer,
+        prompt=LETTER_PROMPT,
         max_new_tokens=16,
-        submission=_letters,
-        rule="letter",
+        **_by_letter(first_letter),
         folders=("self-collected", "public-dataset", "videos"),
     ),
     Benchmark(
@@ -196,6 +253,76 @@ _ALL = (
         submission=_judgements,
         rule="option",
         folders=("FAVOR-Bench", "videos", "videos/FAVOR-Bench"),
+    ),
+    Benchmark(
+        name="videomme",
+        title="Video-MME",
+        file="test-00000-of-00001.parquet",
+        tasks=VIDEOMME_DURATIONS,
+        read=read_videomme,
+        prompt=VIDEOMME_PROMPT,
+        max_new_tokens=16,
+        folders=("data", "videos"),
+        **_by_letter(videomme_letter),
+    ),
+    Benchmark(
+        name="mvbench",
+        title="MVBench",
+        file="folder json",
+        tasks=tuple(code for code, _ in MVBENCH_TASKS.values()),
+        read=read_mvbench,
+        prompt=MVBENCH_PROMPT,
+        max_new_tokens=100,
+        renamed=MVBENCH_FOLDERS,
+        **_by_letter(mvbench_letter),
+    ),
+    Benchmark(
+        name="tempcompass_multi_choice",
+        title="TempCompass multi-choice",
+        file="multi-choice.json",
+        tasks=TEMPCOMPASS_ASPECTS,
+        read=partial(read_tempcompass, form="multi-choice"),
+        prompt=TEMPCOMPASS_CHOICE_PROMPT,
+        max_new_tokens=128,
+        folders=("videos",),
+        **_by_letter(tempcompass_letter) | {"submission": _aspects},
+    ),
+    Benchmark(
+        name="tempcompass_yes_no",
+        title="TempCompass yes/no",
+        file="yes_no.json",
+        tasks=TEMPCOMPASS_ASPECTS,
+        read=partial(read_tempcompass, form="yes_no"),
+        prompt=TEMPCOMPASS_YES_NO_PROMPT,
+        parse=lambda output, rules: yes_or_no(output),
+        right=lambda question, output, rules: yes_or_no(output) == question.answer,
+        max_new_tokens=128,
+        submission=_aspects,
+        folders=("videos",),
+    ),
+    Benchmark(
+        name="tempcompass_caption_matching",
+        title="TempCompass caption matching",
+        file="caption_matching.json",
+        tasks=TEMPCOMPASS_ASPECTS,
+        read=partial(read_tempcompass, form="caption_matching"),
+        prompt=TEMPCOMPASS_CHOICE_PROMPT,
+        parse=_text,
+        right=lambda question, output, rules: matched_caption(output, question.options) == question.answer,
+        max_new_tokens=128,
+        submission=_aspects,
+        folders=("videos",),
+    ),
+    Benchmark(
+        name="seedbench",
+        title="SEED-Bench video",
+        file="SEED-Bench.json",
+        tasks=tuple(SEEDBENCH_TASKS.values()),
+        read=read_seedbench,
+        prompt=LETTER_PROMPT,  # the one that lmms-eval asks SEED-Bench with
+        max_new_tokens=16,
+        renamed={},
+        **_by_letter(lambda output: output.strip()[:1]) | {"submission": _ranked},
     ),
     Benchmark(
         name="toy",

@@ -75,6 +75,86 @@ def lone_letter(output: str) -> str:
     return found.pop() if found else ""
 
 
+def videomme_letter(output: str) -> str:
+    """Read an option letter as Video-MME's authors do (``eval_your_results.py``).
+
+    Their openings of a sentence are struck out; of what is left, the first capital A to D counts, even inside
+    a word.
+
+    >>> [videomme_letter(s) for s in ("B. left", "The best answer is: (C)", "A D", "b", "Best option: C")]
+    ['B', 'C', 'A', '', 'B']
+    """
+    for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        output = output.replace(opening, "")
+    found = re.search("[ABCD]", output)
+    return found[0] if found else ""
+
+
+def mvbench_letter(output: str) -> str:
+    """Read an option letter as MVBench's authors do (``check_ans`` of their notebook), in any case.
+
+    The first word of the first line counts: a letter with or without brackets or dots, or a word that holds
+    one in brackets. Their code begins every answer with "Best option:(" and takes a word without any letter
+    for right; here it is wrong.
+
+    >>> [mvbench_letter(s) for s in ("(B) left", "b.", "B) left", "(b)left", "B: left", "It is B", "(")]
+    ['B', 'B', 'B', 'B', '', '', '']
+    """
+    word = output.strip().split("\n")[0].split(" ")[0].lower()
+    found = re.search(r"\(([a-z])\)", word) or re.fullmatch(r"\(?([a-z])\)?", word.replace(".", ""))
+    return found[1].upper() if found else ""
+
+
+def tempcompass_letter(output: str) -> str:
+    """Read an option letter as TempCompass's authors do (``eval_multi-choice.py``).
+
+    A letter A to D counts alone, or at the start before a dot or a closing bracket.
+
+    >>> [tempcompass_letter(s) for s in ("B", "B. left", "B) left", "(B) left", "b", "B left")]
+    ['B', 'B', 'B', '', '', '']
+    """
+    found = re.match(r"([ABCD])(?:[.)]|$)", _said(output))
+    return found[1] if found else ""
+
+
+def yes_or_no(output: str) -> str:
+    """Read the "yes" or "no" that an answer starts with, as TempCompass's authors do (``eval_yes_no.py``).
+
+    >>> [yes_or_no(s) for s in ("Yes.", "no, he sits", "Not sure", "It is")]
+    ['yes', 'no', 'no', '']
+    """
+    said = _said(output).lower()
+    return next((word for word in ("yes", "no") if said.startswith(word)), "")
+
+
+def matched_caption(output: str, options: Sequence[str]) -> str:
+    """Find the option that an answer is, as TempCompass's authors do (``eval_caption_matching.py``).
+
+    An answer is the whole option, its sentence (alone or after a bracket), its name, or the last word of its
+    name; nothing may be added but dots to a name.
+
+    >>> options = ["Caption A: It turns.", "Caption B: It stays."]
+    >>> said = options[1], "It stays.", "(B) It stays.", "Caption B.", "B"
+    >>> [matched_caption(s, options)[:9] for s in said]
+    ['Caption B', 'Caption B', 'Caption B', 'Caption B', 'Caption B']
+    >>> [matched_caption(s, options) for s in ("b", "It stays", "B. It stays.")]
+    ['', '', '']
+    """
+    said = _said(output)
+    behind = said.split(") ")[1] if ") " in said else said
+    found = ""
+    for option in options:
+        name, _, sentence = option.partition(": ")
+        whole = said in (option, sentence) or behind == sentence
+        if whole or {said, said.replace(".", "")} & {name, name.rpartition(" ")[2]}:
+            found = option
+    return found
+
+
+def _said(output: str) -> str:
+    return output.replace("</s>", "").strip()
+
+
 def names_option(output: str, answer: str, options: Sequence[str], *, match_case: bool = False) -> bool:
     """Tell whether an output names the right option, as FAVOR-Bench's authors do (``inference_qa_qwen.py``).
 

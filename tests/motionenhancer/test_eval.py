@@ -492,11 +492,11 @@ def test_no_arguments_use_the_toy_world(
     ("flags", "why"),
     [
         ({"benchmark": "favor"}, "needs --data, the benchmark's video_perspective.json"),
-        ({"benchmark": "mvbench"}, "invalid choice"),
+        ({"benchmark": "tempcompass_captioning"}, "invalid choice"),
         ({"student": "a", "predictions": FAVOR}, "exclude each other"),
         ({"compare": ("a",)}, "must name two runs"),
         ({"predictions": "none.json"}, "--predictions must be a file that exists, got none.json"),
-        ({"student": "s", "data": "none.json"}, "--data must be a file that exists, got none.json"),
+        ({"student": "s", "data": "none.json"}, "--data must be a file or folder that exists, got none.json"),
         ({"task": "AS"}, "--task needs --compare"),
         ({"video_root": "."}, "--video_root . needs --data"),
         ({"video_root": "none"}, "--video_root must be a folder that exists, got none"),
