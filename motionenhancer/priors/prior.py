@@ -19,9 +19,9 @@ import torch
 from mekernels import select_heads
 
 from ..flags import MAX_SEED, check_fields, setting
+from ..teachers.config import boundary_of, read_folder
 from ..teachers.frames import grid_times
 from ..teachers.inversion import STARTS, invert, reconstruct, renoise
-from ..teachers.known import boundary_of, read_folder
 from ..teachers.plan import TeacherPlan, teacher_class
 from ..teachers.protocol import TextEncoding, VideoLatents
 from ..teachers.schedule import check_experts, check_level, check_steps

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from ..hub import model_folder
+from .config import read_folder
 from .folder import blocks, load_pipeline
 from .identity import teacher_id
 from .inversion import invert, reconstruct, renoise, roundtrip_error
-from .known import read_folder
 from .plan import MODELS, TEXT_MODELS, teacher_class
 from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import DiffusionSchedule, FlowSchedule, Schedule, make_schedule

@@ -9,7 +9,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 
 from .attention import ReadingProcessor
-from .known import Parts
+from .config import Parts
 from .plan import TeacherPlan
 from .schedule import DiffusionSchedule, make_schedule, one_level
 from .teacher import Teacher

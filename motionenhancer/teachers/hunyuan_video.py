@@ -16,8 +16,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from .attention import ReadingProcessor
+from .config import Parts, flow_shift
 from .folder import blocks, tokenize
-from .known import Parts, flow_shift
 from .plan import TeacherPlan
 from .protocol import TextEncoding
 from .schedule import FlowSchedule, flow_level, flow_schedule

@@ -12,9 +12,9 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
+from .config import Parts
 from .folder import tokenize
 from .hunyuan_video import HunyuanVideoTeacher, stack_texts
-from .known import Parts
 from .plan import TeacherPlan
 from .protocol import TextEncoding
 

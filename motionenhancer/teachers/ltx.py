@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
 from .attention import ReadingProcessor
-from .known import Parts
+from .config import Parts
 from .plan import TeacherPlan
 from .schedule import FlowSchedule, flow_level, flow_schedule
 from .teacher import Teacher

@@ -15,8 +15,8 @@ import torch
 from diffusers import LTX2Pipeline
 from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 
+from .config import Parts
 from .folder import tokenize
-from .known import Parts
 from .ltx import LTXProcessor, LTXTeacher
 from .plan import TeacherPlan
 from .protocol import TextEncoding

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .config import read_folder
 from .frames import nearest_valid_count
-from .known import read_folder
 
 #: Parts of a pipeline that have weights.
 MODELS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors", "vae")

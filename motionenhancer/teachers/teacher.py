@@ -15,9 +15,9 @@ import torch
 from mekernels import VideoTokens
 
 from .attention import ReadingProcessor
+from .config import Parts, boundary_of
 from .folder import blocks, text_encoders, tokenize
 from .frames import resample_frames, to_pixels
-from .known import Parts, boundary_of
 from .plan import TeacherPlan
 from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import Schedule

@@ -16,7 +16,7 @@ import torch
 from diffusers import WanPipeline
 
 from .attention import ReadingProcessor
-from .known import Parts, flow_shift
+from .config import Parts, flow_shift
 from .plan import TeacherPlan
 from .schedule import FlowSchedule, check_experts, flow_level, flow_schedule, is_low_noise
 from .teacher import Teacher

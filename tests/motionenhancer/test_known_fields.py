@@ -17,7 +17,7 @@ from train_support import flags
 
 from motionenhancer import extract, train
 from motionenhancer.priors.prior import PriorSettings, check_settings
-from motionenhancer.teachers import known, load_teacher
+from motionenhancer.teachers import config, load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
@@ -194,8 +194,8 @@ def test_what_says_nothing_is_let_pass(folder: Path, monkeypatch: pytest.MonkeyP
     edit(folder / TRANSFORMER, _name_or_path="x", _diffusers_version="9.9", feature_of_tomorrow=None)
     edit(folder / TEXT, output_past=True, scalable_attention=True, torch_dtype="float32", n_positions=512)
     load_teacher(folder, "cpu")
-    defaults = known._defaults
-    monkeypatch.setattr(known, "_defaults", lambda name: {**defaults(name), "new_field": 1})
+    defaults = config._defaults
+    monkeypatch.setattr(config, "_defaults", lambda name: {**defaults(name), "new_field": 1})
     edit(folder / TRANSFORMER, new_field=1)
     plan_teacher(folder)
     edit(folder / TRANSFORMER, new_field=2)

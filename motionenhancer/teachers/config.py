@@ -1,0 +1,277 @@
+"""Reading a teacher's configuration files, and refusing by name what is not understood or does not fit."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .known import FAMILIES, KNOWN, LIBRARIES, MORE, PARTS, Fields
+from .schedule import FLOW_TIMESTEPS
+
+#: Fields of the parts of a teacher, by the part's name.
+Parts = dict[str, dict[str, Any]]
+
+
+def read_folder(path: str | Path) -> tuple[str, Parts]:
+    """Read the configurations of a teacher's parts; refuse what is not understood.
+
+    Args:
+        path: a diffusers folder.
+
+    Returns:
+        The family, and the fields of each part that a pipeline would use, by the part's name, defaults filled
+        in. "pipeline" holds those of `model_index.json`.
+
+    Raises:
+        FileNotFoundError: the folder or one of its configurations is missing.
+        ValueError: the pipeline class is not a supported family, a class or a field is not understood, or
+            parts do not fit together. The message names the file and the field.
+    """
+    folder, file = Path(path), Path(path, "model_index.json")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"teacher {folder}: no such folder; give a diffusers folder on disk")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"teacher {folder}: no model_index.json in it; give the folder that save_pretrained wrote"
+        )
+    index = _read_json(file)
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"teacher {path}: pipeline class {name!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[name]
+    found = {"pipeline": _check_fields(file, name, index)}
+    for part, classes in PARTS[family].items():
+        named = found["pipeline"].get(part)
+        if named is None or list(named) == [None, None]:
+            continue
+        library = "transformers" if part.startswith("text_encoder") else LIBRARIES.get(part, "diffusers")
+        if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
+            raise ValueError(f"{file}: {part} is {named!r}; only a class of {library} is supported")
+        if named[1] not in classes:
+            raise ValueError(f"{file}: {part} is {named[1]!r}; supported are {', '.join(classes)}")
+        config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
+        if not config.is_file():
+            raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
+        more = MORE.get((family, part), {})
+        found[part] = _check_fields(config, named[1], _read_json(config), more)
+    for part in PARTS[family]:
+        if part not in found and (family != "wan" or not part.startswith("transformer")):
+            raise ValueError(f"{file}: names no {part}")
+    _FIT[family](folder, found)
+    return family, found
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return given
+
+
+def _check_fields(
+    file: Path, name: str, given: Mapping[str, Any], more: Fields | None = None
+) -> dict[str, Any]:
+    """The fields of a configuration of class `name`, with its defaults; raise where one is not understood."""
+    known, defaults = {**KNOWN[name], **(more or {})}, _defaults(name)
+    fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
+    for field, value in fields.items():
+        accepted = known.get(field, (defaults.get(field),))
+        if accepted is None or any(_same(value, one) for one in accepted):
+            continue
+        why = (
+            f"supported is {' or '.join(map(repr, accepted))}"
+            if field in known
+            else "this field is not understood, and may change what the model computes"
+        )
+        raise ValueError(f"{file}: {field} is {value!r}; {why}")
+    return fields
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, lists and tuples alike; 1 is not True."""
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return len(value) == len(other) and all(map(_same, value, other))
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What a class assumes for fields that a file leaves out."""
+    import diffusers
+    import transformers
+    from diffusers.pipelines import ltx2
+
+    cls = (
+        getattr(diffusers, name, None)
+        or getattr(ltx2, name, None)
+        or getattr(transformers, name).config_class
+    )
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _fits_cogvideox(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+
+
+def _fits_wan(folder: Path, found: Parts) -> None:
+    file, ratio = folder / "model_index.json", found["pipeline"]["boundary_ratio"]
+    if ratio is None:
+        # Without a boundary a pipeline never uses its second transformer.
+        found.pop("transformer_2", None)
+        if "transformer" not in found:
+            raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
+    elif not _is_number(ratio) or not 0 <= ratio <= 1:
+        raise ValueError(f"{file}: boundary_ratio is {ratio!r}; it must be a number from 0 to 1")
+    elif "transformer_2" not in found:
+        raise ValueError(
+            f"{file}: boundary_ratio is {ratio}, but there is no transformer_2 for the noise levels below it"
+        )
+    experts = [part for part in ("transformer", "transformer_2") if part in found]
+    for part in experts:
+        config, patch = folder / part / "config.json", found[part]["patch_size"]
+        if len(patch) != 3 or patch[0] != 1:
+            raise ValueError(f"{config}: patch_size is {patch!r}; supported is [1, height, width]")
+        _check_widths(folder, part, found, found["vae"]["z_dim"], "text_dim")
+        for field, value in found[experts[0]].items():
+            other = found[part].get(field)
+            if not _same(value, other):
+                raise ValueError(
+                    f"{config}: {field} is {other!r}, but {value!r} in transformer; both must have the "
+                    "same shape, as their heads are pooled"
+                )
+    _check_shift(folder, found)
+    channels = found["vae"]["z_dim"]
+    for field in ("latents_mean", "latents_std"):
+        values = found["vae"][field]
+        if not isinstance(values, list | tuple) or len(values) != channels:
+            file = folder / "vae" / "config.json"
+            raise ValueError(
+                f"{file}: {field} must be {channels} numbers, one for each channel of the latents"
+            )
+
+
+def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # The first frame's latents stand beside the noisy ones.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels)
+
+
+def _fits_ltx(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "caption_channels")
+    _check_dynamic(folder, found)
+
+
+def _fits_ltx2(folder: Path, found: Parts) -> None:
+    _check_channels(folder, "transformer", found, found["vae"]["latent_channels"])
+    registers = found["connectors"]["video_connector_num_learnable_registers"]
+    if isinstance(registers, bool) or not isinstance(registers, int) or registers < 1 or 1024 % registers:
+        file = folder / "connectors" / "config.json"
+        raise ValueError(
+            f"{file}: video_connector_num_learnable_registers is {registers!r}; it must divide the 1024 "
+            "tokens of a text, whose padding the registers replace"
+        )
+    _check_dynamic(folder, found)
+
+
+def _check_dynamic(folder: Path, found: Parts) -> None:
+    _check_shift(folder, found)
+    file, scheduler = folder / "scheduler" / "scheduler_config.json", found["scheduler"]
+    terminal = scheduler["shift_terminal"]
+    if terminal is not None and not (_is_number(terminal) and 0 <= terminal < 1):
+        raise ValueError(f"{file}: shift_terminal is {terminal!r}; it must be a number from 0 to below 1")
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    for name in names if scheduler["use_dynamic_shifting"] else ():
+        if not _is_number(scheduler[name]):
+            raise ValueError(f"{file}: {name} is {scheduler[name]!r}; it must be a number")
+
+
+def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
+    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+    _check_text(folder, found, "pooled_projection_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
+def _fits_hunyuan_video15(folder: Path, found: Parts) -> None:
+    channels = found["vae"]["latent_channels"]
+    # Beside the noisy latents stand those of a picture and a mask, zero without one.
+    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels + 1)
+    _check_text(folder, found, "text_embed_2_dim", "text_encoder_2")
+    _check_shift(folder, found)
+
+
+def _check_shift(folder: Path, found: Parts) -> None:
+    shift = flow_shift(found["scheduler"])
+    if not _is_number(shift) or not shift > 0:
+        file = folder / "scheduler" / "scheduler_config.json"
+        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
+
+
+def flow_shift(scheduler: Mapping[str, Any]) -> float:
+    """The shift of a flow's noise levels, as its scheduler's configuration gives it."""
+    return scheduler["flow_shift"] if "flow_shift" in scheduler else scheduler["shift"]
+
+
+def boundary_of(parts: Parts) -> float | None:
+    """The timestep below which `transformer_2` serves; None where there is one transformer for all.
+
+    Args:
+        parts: from `check_folder`.
+    """
+    ratio = parts["pipeline"].get("boundary_ratio")
+    if ratio is None:
+        return None
+    # At a ratio of 1 a pipeline, whose first step is a little below the last timestep, needs no other.
+    return math.inf if ratio == 1 and "transformer" not in parts else ratio * FLOW_TIMESTEPS
+
+
+def _check_widths(
+    folder: Path, part: str, found: Parts, channels: int, text: str, given: int | None = None
+) -> None:
+    _check_channels(folder, part, found, channels, given)
+    _check_text(folder, found, text, "text_encoder", part)
+
+
+def _check_channels(folder: Path, part: str, found: Parts, channels: int, given: int | None = None) -> None:
+    """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
+    file, config = folder / part / "config.json", found[part]
+    for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
+        if config[field] != wanted:
+            raise ValueError(
+                f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
+                "channels: only text-to-video models and CogVideoX's image-to-video are supported"
+            )
+
+
+def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
+    """A model's width for a text is that of the text encoder's hidden states."""
+    name = "d_model" if "d_model" in found[encoder] else "hidden_size"
+    file, width, given = folder / part / "config.json", found[encoder].get(name), found[part][field]
+    if width != given:
+        who = "the text encoder" if encoder == "text_encoder" else encoder
+        raise ValueError(f"{file}: {field} is {given}, but {who}'s {name} is {width}")
+
+
+_FIT = {
+    "cogvideox": _fits_cogvideox,
+    "cogvideox_image": _fits_cogvideox_image,
+    "hunyuan_video": _fits_hunyuan_video,
+    "hunyuan_video15": _fits_hunyuan_video15,
+    "ltx": _fits_ltx,
+    "ltx2": _fits_ltx2,
+    "wan": _fits_wan,
+}
