@@ -1,10 +1,11 @@
-"""Digests of clips, kept between runs: an unchanged file is not read again to make its key."""
+"""Digests of files, kept between runs: an unchanged file is not read again to make its key."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -12,13 +13,39 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..data.video import content_digest
+from motionenhancer.data.video import VideoError, content_digest
 
 FOLDER = ".digests"
+#: Bytes of a model's file whose digest is worth keeping.
+LARGE = 4 << 20
 #: A digest: a hash of its file's path, size and times; the sha256 of the file's bytes; a check of both.
 RECORD = np.dtype([("file", "<u8", 2), ("digest", "u1", 32), ("check", "<u8")])
 #: Minimum age of a file in ns: two writes within one tick of its clock would look like none.
 REST = 2_000_000_000
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of all bytes of a model's file, in hex.
+
+    That of a large file that nobody touched is kept in the user's cache folder, and not computed again.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    seen = _look(path)
+    try:
+        if seen is None or path.stat().st_size < LARGE or time.time_ns() - seen[1] <= REST:
+            return content_digest(path)
+        return _remembered(path, seen)
+    except VideoError as error:
+        raise OSError(str(error)) from error
+
+
+@lru_cache(maxsize=4096)
+def _remembered(path: Path, seen: tuple[bytes, int]) -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    with DigestCache(Path(home) / "motionenhancer") as cache:
+        return cache.digest(path)
 
 
 class DigestCache:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.digests import file_digest
 from motionenhancer.data.question import Question
 from motionenhancer.data.skips import SkipLog
 
@@ -19,7 +20,6 @@ from .scores import judge_answers, score
 from .table import score_table
 
 SCORES = "scores.json"
-_PIECES, _PIECE = 64, 64 << 10
 
 
 def write_scores(
@@ -86,20 +86,12 @@ def student_digest(folder: str | Path) -> str:
     """Name a student's weights and settings: 32 hexadecimal digits.
 
     Only the files a checkpoint consists of are read, in the folder itself: runs kept below it, and reports
-    beside it, change nothing. Of a large file, its size and evenly spaced pieces are read.
+    beside it, change nothing.
     """
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
         parts = file.suffix in (".json", ".safetensors", ".jinja", ".txt") and file.is_file()
         if not parts or file.name in ("motion_report.json", "trainer_state.json"):
             continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= _PIECES * _PIECE:
-                digest.update(stream.read())
-                continue
-            for piece in range(_PIECES):
-                stream.seek((size - _PIECE) * piece // (_PIECES - 1))
-                digest.update(stream.read(_PIECE))
+        digest.update(f"{file.name}\0{file_digest(file)}\0".encode())
     return digest.hexdigest()[:32]

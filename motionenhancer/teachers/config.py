@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from .schedule import FLOW_TIMESTEPS
 
 #: Fields of the parts of a teacher, by the part's name.
 Parts = dict[str, dict[str, Any]]
+
+#: Names of fields that count something, where their defaults do.
+_COUNT = re.compile(r"^num_|_(dim|size|channels|heads|layers)$|^d_|^hidden_size$")
 
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
@@ -40,7 +44,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         )
     index = _read_json(file)
     name = index.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"teacher {path}: pipeline class {name!r} is not supported; "
             f"supported are {', '.join(sorted(FAMILIES))}"
@@ -49,7 +53,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
     found = {"pipeline": _check_fields(file, name, index)}
     for part, classes in PARTS[family].items():
         named = found["pipeline"].get(part)
-        if named is None or list(named) == [None, None]:
+        if named in (None, [None, None], (None, None)):
             continue
         library = "transformers" if part.startswith("text_encoder") else LIBRARIES.get(part, "diffusers")
         if not isinstance(named, list | tuple) or len(named) != 2 or named[0] != library:
@@ -86,6 +90,8 @@ def _check_fields(
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
         accepted = known.get(field, (defaults.get(field),))
+        if _counts(field, defaults.get(field)) and not (_counts(field, value) or value in (accepted or ())):
+            raise ValueError(f"{file}: {field} is {value!r}; it must be a whole number above 0")
         if accepted is None or any(_same(value, one) for one in accepted):
             continue
         why = (
@@ -95,6 +101,11 @@ def _check_fields(
         )
         raise ValueError(f"{file}: {field} is {value!r}; {why}")
     return fields
+
+
+def _counts(field: str, value: Any) -> bool:
+    """Whether a field, such as a number of heads, has a count for its value."""
+    return bool(_COUNT.search(field)) and isinstance(value, int) and value > 0 and not isinstance(value, bool)
 
 
 def _same(value: Any, other: Any) -> bool:

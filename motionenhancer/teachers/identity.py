@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-_WHOLE = 64 << 20
-_PIECES = 64
-_PIECE = 64 << 10
+from ..data.digests import file_digest
 
 
 def teacher_id(
@@ -24,9 +22,8 @@ def teacher_id(
 ) -> str:
     """Digest (32 hexadecimal digits) of a diffusers folder and of every option that changes its arithmetic.
 
-    Small files are read whole. A weight file over 64 MiB is read in 64 evenly spaced pieces of 64 KiB and its
-    size, so that a 20 GB folder is named in well under a second; retrained weights differ everywhere and so
-    in the pieces.
+    All bytes of all files count. The digest of a large file is remembered as long as its size and times stay
+    the same (see `file_digest`), so that a folder of 20 GB is read once.
 
     Raises:
         FileNotFoundError: the folder does not exist or is empty.
@@ -39,14 +36,7 @@ def teacher_id(
     for file in files:
         length = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()}\0{length}\0".encode())
-        with file.open("rb") as stream:
-            if length <= _WHOLE:
-                for block in iter(lambda: stream.read(1 << 20), b""):
-                    digest.update(block)
-            else:
-                for piece in range(_PIECES):
-                    stream.seek((length - _PIECE) * piece // (_PIECES - 1))
-                    digest.update(stream.read(_PIECE))
+        digest.update(file_digest(file).encode())
     return digest.hexdigest()[:32]
 
 

@@ -34,7 +34,7 @@ def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
 class TextCache:
     """A folder of text embeddings, one safetensors file a text, named by the text and its encoder.
 
-    Files appear whole, by rename. One that cannot be read counts as missing and is written anew.
+    Files appear whole, by rename. One that is damaged counts as missing and is written anew.
 
     Attributes:
         folder: created on the first write.
@@ -56,7 +56,10 @@ class TextCache:
         try:
             with safe_open(path, framework="pt") as file:
                 embeds, metadata = file.get_tensor("embeds"), file.metadata() or {}
-            about = json.loads(metadata["text_encoding"])
+            digest, _, said = metadata["text_encoding"].partition(" ")
+            if digest != _digest(path.stem, embeds, said):
+                return None
+            about = json.loads(said)
             spans = tuple((a, b) for a, b in about["spans"])
             embeds = F.pad(embeds, (0, 0, 0, about["length"] - embeds.shape[1]))
             tokens, words = tuple(about["tokens"]), tuple(about["words"])
@@ -82,7 +85,16 @@ class TextCache:
             "attended": encoding.attended,
             "length": embeds.shape[1],
         }
-        body = save({"embeds": embeds[:, :rows].contiguous()}, {"text_encoding": json.dumps(about)})
+        kept, said = embeds[:, :rows].contiguous(), json.dumps(about)
+        body = save({"embeds": kept}, {"text_encoding": f"{_digest(target.stem, kept, said)} {said}"})
         with whole_file(target) as temporary:
             temporary.write_bytes(body)
         return target
+
+
+def _digest(name: str, embeds: torch.Tensor, said: str) -> str:
+    """A digest of a file's name and content: what was altered or exchanged is written anew."""
+    body = embeds.contiguous().view(torch.uint8).numpy().tobytes() if embeds.numel() else b""
+    return hashlib.sha256(
+        f"{name}\0{embeds.dtype}\0{tuple(embeds.shape)}\0{said}\0".encode() + body
+    ).hexdigest()

@@ -29,6 +29,26 @@ def later(monkeypatch: pytest.MonkeyPatch, by: int = 2 * REST) -> None:
     monkeypatch.setattr(digests.time, "time_ns", lambda: NOW() + by)
 
 
+def test_a_large_file_is_read_once_for_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights, seen = tmp_path / "model.safetensors", []
+    real = digests.content_digest
+    monkeypatch.setattr(digests, "content_digest", lambda path: (seen.append(path), real(path))[1])
+    weights.write_bytes(b"a" * digests.LARGE)
+    found = [digests.file_digest(weights)]
+    assert len(seen) == 1
+    later(monkeypatch)
+    for _ in range(3):
+        found.append(digests.file_digest(weights))
+        digests._remembered.cache_clear()  # as in the next run
+    assert len(seen) == 2, "too young to be kept the first time"
+    assert found == [real(weights)] * 4
+    weights.write_bytes(b"b" * digests.LARGE)
+    assert digests.file_digest(weights) == real(weights) != found[0]
+    with pytest.raises(OSError, match="none"):
+        digests.file_digest(tmp_path / "none")
+
+
 def read(cache: DigestCache, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     """The files that are read for their digests, which must be right."""
     seen: set[Path] = set()

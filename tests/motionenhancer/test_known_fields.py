@@ -26,6 +26,13 @@ TRANSFORMER, VAE, TEXT = (f"{part}/config.json" for part in ("transformer", "vae
 #: Family, file, field, a value that is not supported, and what the message must say besides file and field.
 REFUSED: list[tuple[str, str, str, Any, str]] = [
     ("cogvideox", TRANSFORMER, "ofs_embed_dim", 512, "supported is None"),
+    *(
+        ("cogvideox", TRANSFORMER, "num_attention_heads", value, "must be a whole number above 0")
+        for value in (0, -2, None, "4", 2.5, True)
+    ),
+    ("cogvideox", SCHEDULER, "num_train_timesteps", 0, "must be a whole number above 0"),
+    ("cogvideox", TEXT, "num_heads", 0, "must be a whole number above 0"),
+    ("cogvideox", INDEX, "vae", 7, "a class of diffusers"),
     ("cogvideox", TRANSFORMER, "in_channels", 16, "only text-to-video"),
     ("cogvideox", TRANSFORMER, "out_channels", 16, "only text-to-video"),
     ("cogvideox", TRANSFORMER, "text_embed_dim", 64, "d_model is 32"),

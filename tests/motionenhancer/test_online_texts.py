@@ -69,7 +69,10 @@ def test_a_cached_text_of_before_unknown_pieces_were_told_apart_counts_as_missin
     teacher = load_teacher(teacher_dir, "cpu")
     path = cache.write(teacher.encode_text("red 动 square"))
     with safe_open(path, framework="pt") as file:
-        embeds, about = file.get_tensor("embeds"), json.loads(file.metadata()["text_encoding"])
+        embeds, about = (
+            file.get_tensor("embeds"),
+            json.loads(file.metadata()["text_encoding"].partition(" ")[2]),
+        )
     del about["words"]
     path.write_bytes(save({"embeds": embeds}, {"text_encoding": json.dumps(about)}))
     assert cache.read("red 动 square") is None
@@ -92,6 +95,24 @@ def test_damage_counts_as_missing(teacher_dir: Path, cache: TextCache) -> None:
     assert torch.equal(teacher.encode_text(TEXT).embeds, said.embeds)
     assert cache.read(TEXT) is not None
     assert [f for f in path.parent.iterdir() if f != path] == []
+
+
+def test_a_text_that_was_altered_or_exchanged_counts_as_missing(teacher_dir: Path, cache: TextCache) -> None:
+    teacher = load_teacher(teacher_dir, "cpu", texts=cache)
+    for text in (TEXT, "another text"):
+        teacher.encode_text(text)
+    path, other = cache.path(TEXT), cache.path("another text")
+    body = path.read_bytes()
+    for harm in (
+        body[:-9] + bytes([body[-9] ^ 1]) + body[-8:],
+        body.replace(b"moves", b"stays"),
+        other.read_bytes(),
+    ):
+        assert harm != body
+        path.write_bytes(harm)
+        assert cache.read(TEXT) is None
+    path.write_bytes(body)
+    assert cache.read(TEXT) is not None
 
 
 def test_another_encoder_or_dtype_has_texts_of_its_own(teacher_dir: Path, tmp_path: Path) -> None:
