@@ -83,10 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         classes, argv, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
     )
     try:
-        run(*arguments)
+        report = run(*arguments)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if "unaligned" in report.content:
+        if PartialState().is_main_process:
+            print(f"error: {report.content['unaligned']}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -225,10 +229,18 @@ def run(
         raise
     summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])
+    total = {name: sum(c[name] for c, _ in seen) for name in trainer.counts}
+    followed = checkpoint is not None and aligned_before(checkpoint)
+    if student.alignment_weight != 0 and total["samples"] and not total["aligned_samples"] and not followed:
+        report.content["unaligned"] = (
+            f"--alignment_weight {student.alignment_weight}: no word of a prior was found in any of the "
+            f"{total['samples']} samples, so this was plain fine-tuning. The teacher's text must stand in "
+            "the conversation, after the video"
+        )
     if main_process:
         for sample, reason in {k: v for _, skipped in seen for k, v in skipped.items()}.items():
             skips.add("unreadable while training", id=sample, detail=reason)
-        report.content["alignment"] = {name: sum(c[name] for c, _ in seen) for name in trainer.counts}
+        report.content["alignment"] = total
         report.content["training"] = {"metrics": result.metrics, "log": trainer.state.log_history}
         report.content["skipped"] = skips.to_json()
         report.write("finished")

@@ -56,6 +56,24 @@ def test_training_moved_the_weights(trained: Path, world: World) -> None:
     assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) // 2
 
 
+def test_a_run_that_aligned_nothing_says_so(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher's text stands before the video, where no token has seen it yet."""
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    for row in rows:
+        asked = row["conversations"][0]
+        asked["value"] = asked["value"].replace("<video>", "").strip() + "\n<video>"
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": data, "prompt_source": "question"}
+    assert train.main(flags(world, tmp_path / "out", **options)) == 1
+    said = capsys.readouterr().err
+    assert "--alignment_weight 1.0: no word of a prior was found in any of the 4 samples" in said
+    assert report_of(tmp_path / "out")["alignment"]["aligned_samples"] == 0
+    assert train.main(flags(world, tmp_path / "plain", alignment_weight=0, data=data)) == 0
+
+
 def test_the_report_says_what_was_read(trained: Path) -> None:
     report = report_of(trained)
     assert report["status"] == "finished"

@@ -68,10 +68,13 @@ def test_wandb_keeps_every_number_offline(world: World, tmp_path: Path, monkeypa
     assert all(f"train/{name}".encode() in body for name in NAMES)
 
 
-def test_steps_without_a_prior_log_no_alignment(world: World, tmp_path: Path) -> None:
+def test_steps_without_a_prior_log_no_alignment(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     everyone = [json.loads(line)["id"] for line in world.data.read_text().splitlines()]
     with without_priors_of(everyone):
-        assert train.main(flags(world, tmp_path / "out", prior_dir=shared_priors(world), max_steps=1)) == 0
+        assert train.main(flags(world, tmp_path / "out", prior_dir=shared_priors(world), max_steps=1)) == 1
+    assert "no word of a prior was found in any of the 2 samples" in capsys.readouterr().err
     (entry,) = [e for e in report_of(tmp_path / "out")["training"]["log"] if "loss" in e]
     assert entry["loss"] == pytest.approx(entry["loss_ar"], rel=1e-5)
     assert not set(entry) & {"loss_align", "loss_align_raw", "lambda", "confidence", "words_mapped"}
