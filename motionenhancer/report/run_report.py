@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -89,9 +90,21 @@ class RunReport:
             )
 
     def write(self, status: str) -> None:
-        """Write the report whole, by rename."""
+        """Write the report whole, by rename.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk. A report that is there then says "failed".
+        """
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
-        write_json(self.path, body)
+        try:
+            write_json(self.path, body)
+        except OSError:
+            # In place and no longer than it was: a full disk takes it.
+            with suppress(OSError), self.path.open("r+b") as file:
+                head = file.read(99)
+                file.seek(0)
+                file.write(head.replace(b'"status": "running",', b'"status": "failed", '))
+            raise
 
 
 def versions() -> dict[str, str]:
