@@ -36,6 +36,12 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
         for _ in read_weights(folder, content=False):
             pass
         raise
+    except (TypeError, ArithmeticError, IndexError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | RecursionError):
+            raise
+        # What a value of the configuration that makes no model ends in depends on the class.
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{folder}: its config.json and weights make no model ({said})") from error
     check_loaded(folder, info)
     if wrong := not_finite(model.named_parameters()):
         raise ValueError(f"{folder}: the weight {wrong} is NaN or infinite; download or save the model again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import fspath
@@ -169,8 +170,19 @@ def read_objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]
             log.add("invalid json", line=line, detail=problem)
         elif not isinstance(value, dict):
             log.add("missing fields", line=line, detail=f"must be an object, got {type(value).__name__}")
+        elif not _is_text(value):
+            log.add("invalid text", line=line, detail="half a surrogate pair")
         else:
             yield line, value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts of a row can be written as utf-8."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=lambda other: "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def filled(value: Any) -> TypeGuard[str]:

@@ -38,8 +38,9 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     conversation, white space left out.
 
     Raises:
-        ValueError: no messages, no assistant message, the first message is the assistant's, or a template
-            that renders earlier messages differently once later ones are added, in more than such a block.
+        ValueError: no messages, no assistant message, the first message is the assistant's, a template that
+            fails, or one that renders earlier messages differently once later ones are added, in more than
+            such a block.
     """
     messages = sample.messages
     if not messages:
@@ -55,9 +56,14 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     options = {} if template is None else {"chat_template": template}
 
     def shown(given: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        return processor.apply_chat_template(
-            list(given), tokenize=False, add_generation_prompt=prompt, **options
-        )
+        try:
+            return processor.apply_chat_template(
+                list(given), tokenize=False, add_generation_prompt=prompt, **options
+            )
+        except Exception as error:
+            # Whatever a template of somebody else runs into, such as what its sandbox refuses.
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"sample {sample.id!r}: the chat template fails ({said})") from error
 
     text, parts = shown(messages), {i: shown(messages[: i + 1]) for i in answers}
     try:

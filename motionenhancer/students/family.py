@@ -119,11 +119,13 @@ class StudentFamily:
             max_length: cuts the text after so many tokens; vision tokens are never cut.
 
         Raises:
-            ValueError: videos or images do not fit the conversation, a text contains a token that stands for
-                vision, ``max_length`` would cut vision tokens, or the template cannot be followed.
+            ValueError: videos or images do not fit the conversation, a text contains a special token of the
+                model, ``max_length`` would cut vision tokens, or the template cannot be followed.
         """
         images = open_images(sample) if images is None else list(images)
-        marks = {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
+        # What opens and ends a turn would open and end a real one.
+        turns = {str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special}
+        marks = turns | {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
         check_media(sample, videos, images, sorted(marks))
         self._check_batch([len(video.frames) for video in videos], len(images))
         rendered = render(processor, sample, self.template(processor, sample))

@@ -70,7 +70,8 @@ def load_student(
 
     Raises:
         ValueError: ``path`` is not a folder, has no readable ``config.json``, weights or processor, holds a
-            model type that no family handles, or lacks weights of the model.
+            model type that no family handles, lacks weights of the model, or has a tokenizer with tokens that
+            the model does not have.
 
     >>> model, processor, family = load_student("path/to/student")  # doctest: +SKIP
     """
@@ -98,6 +99,13 @@ def load_student(
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error
     except KeyError as error:
         raise unknown_value(folder, error) from error
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    most = max(processor.tokenizer.get_vocab().values(), default=0)
+    if known is not None and most >= known:
+        raise ValueError(
+            f"path {str(path)!r}: its tokenizer has tokens up to number {most}, its model embeddings for "
+            f"{known} tokens only: they belong to different models"
+        )
     if device is not None:
         torch.nn.Module.to(model, device)
     return model, processor, family

@@ -62,7 +62,7 @@ def check_media(
 
     Raises:
         ValueError: the messages show other numbers of media than ``videos`` and ``images``, or a text
-            contains one of the ``reserved`` tokens that stand for vision.
+            contains one of the ``reserved`` tokens, such as those that stand for vision.
     """
     kinds: list[str] = []
     for i, message in enumerate(sample.messages):

@@ -120,6 +120,22 @@ def test_broken_rows_are_counted_and_left_out(tmp_path: Path, name: str, row: An
         assert questions[0].tasks == ("unknown",), "a missing task is a task of its own"
 
 
+HALF = "half \ud800"
+
+
+@pytest.mark.parametrize(
+    "change", [{"question_type": HALF}, {"qa": [{"uid": HALF, "question": "q", "answer": "A"}]}, {HALF: 1}]
+)
+def test_half_a_surrogate_pair_costs_its_row_only(tmp_path: Path, change: dict[str, Any]) -> None:
+    """It is json, but nothing that can be written or tokenised."""
+    good = {"key": "k", "qa": [{"uid": 7, "question": "Which?", "answer": "A"}]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({**good, **change}) + "\n" + json.dumps(good) + "\n")
+    questions, log = load("motionbench", file)
+    assert [question.id for question in questions] == ["7"]
+    assert log.counts == {"invalid text": 1}
+
+
 @pytest.mark.parametrize("answer", ["NA", "na", "", None, " NA "])
 def test_hidden_answers(tmp_path: Path, answer: str | None) -> None:
     file = tmp_path / "rows.jsonl"

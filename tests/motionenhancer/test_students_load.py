@@ -85,6 +85,17 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         load_student(copy)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(copy: Path) -> None:
+    file = copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 10**6, "content": "<|beyond|>"})
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=r"tokens up to number 10\d+, its model embeddings for \d+ tokens only"
+    ):
+        load_student(copy)
+
+
 def test_no_processor(copy: Path) -> None:
     for file in copy.iterdir():
         if file.name not in ("config.json", "model.safetensors"):

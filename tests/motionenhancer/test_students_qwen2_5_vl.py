@@ -258,6 +258,8 @@ def test_images_from_files(processor: Any, tmp_path: Path) -> None:
         (dialogue("a", "b", videos=0), 1, "shows 0 videos in its messages, got 1"),
         (dialogue("see <|video_pad|>", "b"), 1, "message 0 must not contain '<|video_pad|>' as text"),
         (dialogue("a", "see <|image_pad|>"), 1, "message 1 must not contain '<|image_pad|>' as text"),
+        (dialogue("<|im_end|>\n<|im_start|>user", "b"), 1, "message 0 must not contain '<|im_end|>' as text"),
+        (dialogue("a", "b<|im_start|>"), 1, "message 1 must not contain '<|im_start|>' as text"),
         (dialogue("a"), 1, "no assistant message to train on"),
         (Sample("sample", []), 0, "has no messages"),
         (
@@ -272,6 +274,15 @@ def test_refused_conversations(processor: Any, sample: Sample, videos: int, mess
 
     with pytest.raises(ValueError, match=re.escape(message)):
         FAMILY.encode(processor, sample, [clip(2, 16, 16)] * videos)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_that_fails_is_named(processor: Any, template: str) -> None:
+    """One that the sandbox refuses, too: of a data set of it every sample is skipped, with the reason."""
+    with pytest.raises(ValueError, match=r"sample 'sample': the chat template fails \("):
+        render(processor, dialogue("a", "b"), template)
 
 
 class Template:

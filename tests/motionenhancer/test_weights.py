@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, kind: str, part: str) -
     (file,) = (tmp_path / "copy" / part).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=re.escape(f"{file}: cannot be read")):
+        (load_student if kind == "student" else load_teacher)(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "field", "value"),
+    [
+        ("student", "", "text_config", {"num_attention_heads": 0}),
+        ("teacher", "text_encoder", "model_type", ["t5"]),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_named(
+    tmp_path: Path, kind: str, part: str, field: str, value: Any
+) -> None:
+    shutil.copytree(SHIPPED / kind, tmp_path / "copy")
+    file = tmp_path / "copy" / part / "config.json"
+    config = json.loads(file.read_text())
+    config[field] = {**config[field], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"copy.*config\.json"):
         (load_student if kind == "student" else load_teacher)(tmp_path / "copy")
 
 
