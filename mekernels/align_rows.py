@@ -86,7 +86,7 @@ def _check(
 
 
 class Call(NamedTuple):
-    """What one call of the op is given."""
+    """The arguments of one call of the op."""
 
     student: Tensor
     teacher: Tensor
@@ -98,7 +98,7 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the loss."""
+        """The dtype of the loss."""
         return common_dtype(self.student, self.teacher)
 
 

@@ -1,4 +1,4 @@
-"""Who can run what here, and every reason why not.
+"""Which backend can run which op here, and every reason why not.
 
 Each op has a table of backends, fastest first. A backend answers a call with the list of reasons why it
 cannot take it. ``"auto"`` takes the first backend without reasons; an explicit backend with reasons raises
@@ -139,7 +139,7 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
         for label, backend in backends.items():
             reasons = reasons_of(backend, *args)
             if label == "triton" and not reasons and _device(args).type == "cpu":
-                # A thousand times slower than all others: never taken unasked, even where it is switched on.
+                # A thousand times slower than all others: it runs only on request.
                 reasons = ["its interpreter runs only what asks for it"]
             if not reasons:
                 return backend.run
@@ -273,7 +273,7 @@ class Op:
 
 
 def _observed(flat: Iterable[Any]) -> bool:
-    """Whether anything must see the op as such: a compiler, a mode, a profiler, a kind of tensor.
+    """Whether something must see the call as one op: a compiler, a mode, a profiler, a kind of tensor.
 
     Else the way through the dispatcher would only take the host's time.
     """
@@ -314,7 +314,7 @@ def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def meet_in_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast rotary embeddings may leave one of the two in float32: meet in the autocast dtype."""
+    """Cast both to the autocast dtype: rotary embeddings may leave one of the two in float32."""
     device = query.device.type
     if query.dtype != key.dtype and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

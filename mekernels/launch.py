@@ -115,7 +115,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Place(NamedTuple):
-    """Stands in a launch for a tensor that each call brings."""
+    """Placeholder in a launch for a tensor that each call provides."""
 
     name: str
 
@@ -125,7 +125,7 @@ Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Plan:
-    """Launches that calls of one kind have in common: the first call compiles them, the others start them.
+    """Launches that calls of one kind share: the first call compiles them, later calls only start them.
 
     Args:
         launches: in their order; a :class:`Place` stands for each tensor. The tensors of all calls must agree
@@ -230,7 +230,7 @@ def _starter(launch: Launch, compiled: Any, scratch: dict[str, _Piece]) -> _Star
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to hear of launches."""
+    """Whether a profiler listens to launches."""
     runtime = _knobs().runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(

@@ -55,7 +55,7 @@ def resample_rows(
 
 
 class Resampling(NamedTuple):
-    """From where to where."""
+    """The grids before and after, and whether rows are scaled to sum to one."""
 
     grid_in: list[int]
     grid_out: list[int]

@@ -105,7 +105,7 @@ class _Parser(HfArgumentParser):
         super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False)
         # The list of all options is a page long and would hide an error.
         self.usage = "%(prog)s [--option value ...], with --help for all options"
-        self.add_argument("--config", default=None, help="yaml file of these same options; flags override it")
+        self.add_argument("--config", default=None, help="yaml file with these options; flags override it")
         self.add_argument("-h", "--help", action=_Help, help="show these options")
         if self.behind:
             self.add_argument("--help_all", action=_Help, help="show transformers' other options too")

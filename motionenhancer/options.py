@@ -49,9 +49,9 @@ EVALUATES = frozenset(
 #: What an evaluation logs, and `--metric_for_best_model` may name.
 METRICS = ("loss", "loss_ar", "loss_align", "loss_align_raw")
 
-_PREDICTIONS = "an evaluation keeps losses alone; score answers with python -m motionenhancer.eval"
+_PREDICTIONS = "an evaluation computes losses only; score answers with python -m motionenhancer.eval"
 _CASTS = "transformers casts only a model that is not in training; a run evaluates with the weights it trains"
-_ALIGNER = "the aligner has an optimizer of its own, which follows schedules of steps alone"
+_ALIGNER = "the aligner has an optimizer of its own, which follows only schedules of the step number"
 _UPLOAD = "nothing is uploaded; when the run has finished, upload its folder with hf upload"
 _LENGTHS = "lengths are known only when a clip has been decoded; use random or sequential"
 _IN_BACKWARD = (

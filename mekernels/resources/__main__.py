@@ -14,7 +14,7 @@ from .prediction import MACHINES, everything, inner, microseconds, waves
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as people read it."""
+    """The report as text."""
     head = f"{'kernel':58} {'gpu':6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6} {'mma':>5}"
     head += f" {'blocks':>6} {'waves':>6} {'inner loops':>14} {'MB':>7} {'µs':>7} {'bound':>8} {'share':>6}"
     lines = [head]

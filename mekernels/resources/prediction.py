@@ -26,7 +26,7 @@ from .turns import Region, Turns
 
 
 class Machine(NamedTuple):
-    """What is assumed of a GPU."""
+    """Assumptions about a GPU."""
 
     name: str
     processors: int
@@ -73,7 +73,7 @@ class Placed(NamedTuple):
 
 
 def _steps(region: Region) -> list[Region]:
-    """A region and all around it, the innermost first."""
+    """A region and all regions that contain it, the innermost first."""
     found = [region]
     while found[-1].parent is not None:
         found.append(found[-1].parent)
@@ -236,7 +236,7 @@ def rows_floor(query: Tensor, key: Tensor, rows: int, columns: int, machine: Mac
 
 
 def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
-    """What the time of a kernel is held against: the floor of attention_rows, else flash attention."""
+    """The time that a kernel's time is compared with: the floor of attention_rows, else flash attention."""
     arguments = gate.launch.arguments
     query, key = arguments.get("query"), arguments.get("key")
     if gate.name.startswith("attention_rows"):

@@ -167,7 +167,7 @@ def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict
             after[start].append(following[start])
     for start, block in blocks.items():
         target = block[-1].target
-        # The compiler jumps out of loops by calls that never come back.
+        # The compiler jumps out of loops by calls that never return.
         if block[-1].base == "CALL" and target in blocks and not _subroutine(target, blocks, after):
             after[start] = [*after[start], target] if block[-1].predicate else [target]
     return blocks, after
@@ -184,7 +184,7 @@ def _reached(start: int, after: dict[int, list[int]]) -> set[int]:
 
 
 def _subroutine(start: int, blocks: dict[int, list[Instruction]], after: dict[int, list[int]]) -> set[int]:
-    """The blocks of what is called; empty where it never comes back."""
+    """The blocks of a called function; empty if it never returns."""
     found = _reached(start, after)
     return found if any(blocks[block][-1].base == "RET" for block in found) else set()
 

@@ -201,7 +201,7 @@ class Turns:
         return found
 
     def _yield(self, name: str | None, rest: str) -> None:
-        """What a branch gives is what either side gives: a pointer may be of either tensor."""
+        """The result of a branch is that of either side: its pointer may point into either tensor."""
         given = _NAME.findall(rest.split(" : ")[0])
         for place, item in enumerate(given):
             for alias in (f"{name}#{place}", name if len(given) == 1 else None):
