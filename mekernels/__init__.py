@@ -12,6 +12,9 @@ Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``
 - ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched;
 - ``attention_rows/shared_query.py``: one gradient for the query of the model's attention and of its rows.
 
+``attention_entries/`` serves several functions with the same few kernels: columns, sums, statistics of heads,
+and the gradient of a logsumexp.
+
 ``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
 chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and
 calls the compiled library, and ``resources`` states what every kernel costs.
@@ -19,7 +22,7 @@ calls the compiled library, and ``resources`` states what every kernel costs.
 
 from . import reference
 from .align_rows import align_rows
-from .attention_entries import attention_columns, attention_sums
+from .attention_entries import HeadStatistics, attention_columns, attention_sums, head_statistics
 from .attention_rows import attention_rows
 from .backends import BackendError, use_backend
 from .diagonal_attention import diagonal_attention
@@ -36,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "HeadStatistics",
     "MotionScores",
     "MotionStatistics",
     "VideoTokens",
@@ -45,6 +49,7 @@ __all__ = [
     "attention_sums",
     "diagonal_attention",
     "flash_attention",
+    "head_statistics",
     "motion_scores",
     "reference",
     "resample_rows",

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__, backends, native
+from .flash_attention import abilities
 
 
 def _version(package: str) -> str:
@@ -46,6 +47,11 @@ def report() -> str:
             lines.append(f"    {name}: {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
         if not op.endswith("_backward"):
             lines.append("    reference: yes, only when asked for")
+    lines += [
+        "",
+        "What the backends of flash_attention can do",
+        *(f"  {line}" for line in abilities.report()),
+    ]
     lines += ["", "Environment variables"]
     for name, meaning in backends.ENVIRONMENT.items():
         lines.append(f"  {name}={os.environ.get(name, '(not set)')}  {meaning}")

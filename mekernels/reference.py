@@ -126,6 +126,23 @@ def attention_sums(
     return attention.sum(axis) / (max(1, attention.shape[axis]) if reduce == "mean" else 1)
 
 
+def head_statistics(
+    query: Tensor, key: Tensor, lse: Tensor, *, sinks: Tensor | slice, rows: slice, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy in nats, distance in tokens and share on the sinks: means over rows that see a key, (B, Hq)."""
+    attention = attention_entries(query, key, lse, **options)[:, :, rows]
+    place = torch.arange(query.shape[2], device=query.device)[rows] + key.shape[2] - query.shape[2]
+    apart = (place[:, None] - torch.arange(key.shape[2], device=query.device)).abs()
+    entropy, distance = -torch.xlogy(attention, attention).sum(-1), (attention * apart).sum(-1)
+    sink = attention_columns(query, key, lse, sinks, reduce="none", **options)[:, :, rows].sum(-1)
+    seeing = lse[:, :, rows] != -math.inf
+    count = seeing.sum(-1).clamp(min=1)
+    entropy, distance, sink = (
+        torch.where(seeing, item, 0).sum(-1) / count for item in (entropy, distance, sink)
+    )
+    return entropy, distance, sink
+
+
 def fold_keys(attention: Tensor, fold: int) -> Tensor:
     """Add the ``fold`` equal parts of the key axis: the mass on own keys and on reference keys."""
     return attention.unflatten(-1, (fold, -1)).sum(-2)

@@ -27,6 +27,8 @@ class _Block(NamedTuple):
     """(G, r, D), scaled."""
     key: Tensor
     """(c, D), zero where no row sees it."""
+    places: Tensor
+    """(c,) positions of the keys."""
     seen: Tensor | None
     """(1 or r, c), None where every row sees every key."""
     entries: Tensor
@@ -62,7 +64,9 @@ def _blocks(call: Call) -> Iterator[_Block]:
                 entries = scores.exp_()
                 if seen is not None:
                     entries.masked_fill_(~seen, 0)
-                yield _Block(sample, group, heads, part, slice(0, end), query, whole[:end], seen, entries)
+                yield _Block(
+                    sample, group, heads, part, slice(0, end), query, whole[:end], places[:end], seen, entries
+                )
 
 
 def _seen(call: Call, places: Tensor, rows: slice) -> Tensor | None:
@@ -100,6 +104,18 @@ def sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
         else:
             target += entries.sum(axis)
     return out
+
+
+def row_statistics(call: Call) -> tuple[Tensor, Tensor]:
+    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
+    entropy, distance = (torch.zeros_like(call.lse, memory_format=torch.contiguous_format) for _ in range(2))
+    for block in _blocks(call):
+        place = block.sample, block.heads, block.rows
+        row = torch.arange(block.rows.start, block.rows.stop, device=entropy.device) + call.shift
+        apart = (row[:, None] - block.places).abs()
+        distance[place] = (block.entries * apart).sum(-1)
+        entropy[place] = -torch.xlogy(block.entries, block.entries, out=block.entries).sum(-1)
+    return entropy, distance
 
 
 def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,7 +61,7 @@ def attention_columns(
         >>> mekernels.attention_columns(query, key, lse, torch.tensor([[0, 3]]), causal=True).shape
         torch.Size([1, 10, 2])
     """
-    query, key, scale = _inputs("attention_columns", query, key, lse, softmax_scale, causal, key_mask)
+    query, key, scale = checked("attention_columns", query, key, lse, softmax_scale, causal, key_mask)
     index, start, stop = checks.columns(columns, query, key.shape[2])
     checks.choice("reduce", reduce, ("mean", "none"))
     if index is not None:
@@ -72,7 +72,9 @@ def attention_columns(
         found = backends.by_reference(reference.attention_columns, query, key, lse, chosen, **options)
         return found.to(checks.accumulate_dtype(query.dtype))
     if index is None:
-        part = _part(query, key, lse, slice(0, query.shape[2]), slice(start, stop), scale, causal, key_mask)
+        part = window_of(
+            query, key, lse, slice(0, query.shape[2]), slice(start, stop), scale, causal, key_mask
+        )
     else:
         index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
         place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
@@ -132,7 +134,7 @@ def attention_sums(
         >>> received.shape, round(float(received.sum()), 3)
         (torch.Size([1, 8, 10]), 80.0)
     """
-    query, key, scale = _inputs("attention_sums", query, key, lse, softmax_scale, causal, key_mask)
+    query, key, scale = checked("attention_sums", query, key, lse, softmax_scale, causal, key_mask)
     checks.choice("over", over, ("rows", "columns"))
     checks.choice("reduce", reduce, ("sum", "mean", "max"))
     windows = {
@@ -151,7 +153,7 @@ def attention_sums(
             reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **options
         )
         return found.to(checks.accumulate_dtype(query.dtype))
-    part = _part(query, key, lse, windows["rows"], windows["columns"], scale, causal, key_mask)
+    part = window_of(query, key, lse, windows["rows"], windows["columns"], scale, causal, key_mask)
     found = attention_sums_op(part, over == "rows", reduce == "max")
     length = windows[over].stop - windows[over].start
     return found / max(1, length) if reduce == "mean" else found
@@ -164,10 +166,10 @@ def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: f
     is computed only where a gradient reaches it.
     """
     rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
-    return attention_lse_op(_part(query, key, lse, rows, columns, softmax_scale, causal, None))
+    return attention_lse_op(window_of(query, key, lse, rows, columns, softmax_scale, causal, None))
 
 
-def _inputs(
+def checked(
     op: str,
     query: Tensor,
     key: Tensor,
@@ -187,7 +189,7 @@ def _inputs(
     return query, key, checks.scale(softmax_scale, query.shape[3])
 
 
-def _part(
+def window_of(
     query: Tensor,
     key: Tensor,
     lse: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import launch, resources
 from ..launch import Launch, cdiv, power_of_two
 from .call import Call
-from .triton import PER_KEY, PER_ROW, column_entries, entry_gradient, entry_sums
+from .triton import PER_KEY, PER_ROW, column_entries, entry_gradient, entry_sums, row_statistics_kernel
 
 
 class Tiles(NamedTuple):
@@ -112,6 +112,20 @@ def plan_sums(out: Tensor, call: Call, over_rows: bool, largest: bool) -> Launch
     return _launch(entry_sums, (cdiv(length, tile.outer), heads, batch), tile, arguments)
 
 
+def row_statistics(call: Call) -> tuple[Tensor, Tensor]:
+    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
+    entropy, distance = (torch.empty_like(call.lse, memory_format=torch.contiguous_format) for _ in range(2))
+    launch.run(plan_row_statistics(entropy, distance, call))
+    return entropy, distance
+
+
+def plan_row_statistics(entropy: Tensor, distance: Tensor, call: Call) -> Launch:
+    """The launch that writes entropy and distance (B, Hq, R), contiguous."""
+    batch, heads, rows, keys = call.map_shape
+    tile, arguments = _arguments("sums", call, keys, entropy=entropy, distance=distance)
+    return _launch(row_statistics_kernel, (cdiv(rows, tile.outer), heads, batch), tile, arguments)
+
+
 def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and logsumexp, given (B, Hq, R, C) for the entries."""
     found = [torch.empty_like(item, memory_format=torch.contiguous_format) for item in call[:3]]
@@ -168,6 +182,7 @@ def gates() -> list[resources.Gate]:
         mean = torch.empty(1, 1, keys, 64, device="meta")
         add(f"column_entries {name}", plan_columns(mean, few))
         results = [torch.empty_like(item) for item in (query, key, lse)]
+        add(f"row_statistics {name}", plan_row_statistics(lse, lse, whole))
         for over, part, given in (
             ("rows", whole, lse[:, :, None].expand(whole.map_shape)),
             ("keys", whole, lse[..., None].expand(whole.map_shape)),

@@ -118,18 +118,8 @@ def column_entries(
         at_key = token_at(key, k_strides, sample, head // GROUPS, c.to(tl.int64))
         q = vectors(at_query, row < rows, q_strides[3], 0, WIDTH, CHUNK)
         scores = products(
-            at_query,
-            q,
-            row < rows,
-            q_strides[3],
-            at_key,
-            place >= 0,
-            k_strides[3],
-            WIDTH,
-            CHUNK,
-            BLOCK_O,
-            BLOCK_I,
-            BLOCK_D,
+            *(at_query, q, row < rows, q_strides[3], at_key, place >= 0, k_strides[3]),
+            *(WIDTH, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         sums = tl.load(lse + (sample * heads + head) * rows + row, mask=row < rows, other=0.0)
         total += tl.where(seen, exponential(scores * scale - sums[:, None]), 0.0)
@@ -260,55 +250,33 @@ def entry_sums(
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     of_lse = lse + rank * rows
     at, place, known, sums = outer_block(
-        query,
-        key,
-        of_lse,
-        places,
-        q_strides,
-        k_strides,
-        sample,
-        head,
-        o,
-        rows,
-        keys,
-        start,
-        GROUPS,
-        LISTED,
-        KEYS,
+        *(query, key, of_lse, places, q_strides, k_strides, sample, head, o, rows, keys, start),
+        *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
     begin, end = inner_span(o, place, rows, keys, start, shift, CAUSAL, LISTED, KEYS)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for first in range(begin, end, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
         weights, _, _, _ = inner_block(
-            query,
-            key,
-            of_lse,
-            places,
-            q_strides,
-            k_strides,
-            sample,
-            head,
-            first + tl.arange(0, BLOCK_I),
-            at,
-            outer,
-            place,
-            known,
-            sums,
-            rows,
-            keys,
-            start,
-            shift,
-            scale,
-            GROUPS,
-            WIDTH,
-            CAUSAL,
-            LISTED,
-            KEYS,
-            CHUNK,
-            BLOCK_O,
-            BLOCK_I,
-            BLOCK_D,
+            *(
+                query,
+                key,
+                of_lse,
+                places,
+                q_strides,
+                k_strides,
+                sample,
+                head,
+                i,
+                at,
+                outer,
+                place,
+                known,
+                sums,
+            ),
+            *(rows, keys, start, shift, scale, GROUPS, WIDTH, CAUSAL, LISTED, KEYS),
+            *(CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         if LARGEST:
             total = tl.maximum(total, weights, propagate_nan=tl.PropagateNan.ALL)
@@ -322,6 +290,59 @@ def entry_sums(
         found = tl.sum(total, 1)
     length = keys if KEYS else rows
     tl.store(out + rank * length + o, found, mask=o < length)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def row_statistics_kernel(
+    query,
+    key,
+    lse,
+    places,
+    entropy,
+    distance,
+    q_strides,
+    k_strides,
+    rows,
+    keys,
+    start,
+    shift,
+    scale,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LISTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
+    head = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    rank = sample * tl.num_programs(1) + head
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    of_lse = lse + rank * rows
+    at, row, known, sums = outer_block(
+        *(query, key, of_lse, places, q_strides, k_strides, sample, head, o, rows, keys, start),
+        *(GROUPS, LISTED, False),
+    )
+    outer = vectors(at, known, q_strides[3], 0, WIDTH, CHUNK)
+    begin, end = inner_span(o, row, rows, keys, start, shift, CAUSAL, LISTED, False)
+    spread = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    apart = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for first in range(begin, end, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
+        weights, _, _, _ = inner_block(
+            *(query, key, of_lse, places, q_strides, k_strides, sample, head, i, at, outer, row, known, sums),
+            *(rows, keys, start, shift, scale, GROUPS, WIDTH, CAUSAL, LISTED, False),
+            *(CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+        )
+        place = key_places(places, sample, i, keys, start, LISTED)
+        apart += weights * tl.abs(place[None, :] - row[:, None] - shift).to(tl.float32)
+        # No logarithm of 0, whose product with 0 is no number.
+        spread -= weights * tl.log(tl.maximum(weights, 1e-30))
+    tl.store(entropy + rank * rows + o, tl.sum(spread, 1), mask=known)
+    tl.store(distance + rank * rows + o, tl.sum(apart, 1), mask=known)
 
 
 @triton.jit
@@ -374,21 +395,8 @@ def entry_gradient(
     heads = tl.num_programs(1) * members
     of_lse = lse + (sample * heads + first_head) * rows
     at, place, known, sums = outer_block(
-        query,
-        key,
-        of_lse,
-        places,
-        q_strides,
-        k_strides,
-        sample,
-        first_head,
-        o,
-        rows,
-        keys,
-        start,
-        GROUPS,
-        LISTED,
-        KEYS,
+        *(query, key, of_lse, places, q_strides, k_strides, sample, first_head, o, rows, keys, start),
+        *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
     begin, end = inner_span(o, place, rows, keys, start, shift, CAUSAL, LISTED, KEYS)
@@ -400,34 +408,9 @@ def entry_gradient(
         for first in range(begin, end, BLOCK_I):
             i = first + tl.arange(0, BLOCK_I)
             weights, seen, at_inner, inner_known = inner_block(
-                query,
-                key,
-                of_lse + member * rows,
-                places,
-                q_strides,
-                k_strides,
-                sample,
-                head,
-                i,
-                at,
-                outer,
-                place,
-                known,
-                sums,
-                rows,
-                keys,
-                start,
-                shift,
-                scale,
-                GROUPS,
-                WIDTH,
-                CAUSAL,
-                LISTED,
-                KEYS,
-                CHUNK,
-                BLOCK_O,
-                BLOCK_I,
-                BLOCK_D,
+                *(query, key, of_lse + member * rows, places, q_strides, k_strides, sample, head, i),
+                *(at, outer, place, known, sums, rows, keys, start, shift, scale),
+                *(GROUPS, WIDTH, CAUSAL, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
             )
             row = i[None, :] if KEYS else o[:, None]
             c = o[:, None] if KEYS else i[None, :]

@@ -1,18 +1,22 @@
-"""The how-to's code runs, from the first block to the last."""
+"""The how-tos' code runs, from the first block to the last."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "attention_rows.md").read_text()
 
 
-def test_its_code_runs():
+@pytest.mark.parametrize(("page", "count"), [("attention_rows.md", 3), ("attention_readings.md", 7)])
+def test_its_code_runs(page, count):
     names = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) == 3
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == count
     for block in blocks:
-        exec(compile(block, "docs/attention_rows.md", "exec"), names)
+        exec(compile(block, f"docs/{page}", "exec"), names)
     assert names["query"].grad.abs().sum() > 0
 
 

@@ -21,6 +21,17 @@ def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=9, width=5, dtype=t
     return strided(query), strided(key)
 
 
+def assert_same_statistics(query, key, lse, tolerance=1e-12, device="cpu", **options):
+    """Those of the reference, from the backend that is in use."""
+    wide = [item.double() for item in (query, key, lse)]
+    with mekernels.use_backend("reference"):
+        expected = mekernels.head_statistics(*wide, **options)
+    moved = {k: item.to(device) if isinstance(item, torch.Tensor) else item for k, item in options.items()}
+    found = mekernels.head_statistics(*(item.to(device) for item in (query, key, lse)), **moved)
+    for one, other in zip(found, expected, strict=True):
+        assert_exact(one.cpu().double(), other, tolerance)
+
+
 def logsumexp(query, key, **options):
     found = reference.logsumexp(query.double(), key.double(), **options)
     return found.to(mekernels.checks.accumulate_dtype(query.dtype))
@@ -103,6 +114,45 @@ def test_sums_against_the_reference(
             assert_exact(attention_sums(query, key, lse, **options), expected)
         else:
             compare((attention_sums, reference.attention_sums), (query, key, lse), **options)
+
+
+@given(
+    **SHAPES,
+    sinks=st.sampled_from([slice(0, 1), slice(0, 0), 3]),
+    rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
+)
+def test_head_statistics_against_the_reference(
+    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, sinks, rows
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    sinks = sinks if isinstance(sinks, slice) else pick(batch, sinks, keys, seed)
+    options = {"causal": causal, "key_mask": randn(batch, keys, seed=seed) > 0 if masked else None}
+    lse = logsumexp(query, key, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
+
+
+def test_statistics_of_heads_that_are_known():
+    """A head that looks evenly, and one whose rows look at the key before them."""
+    code = torch.eye(8, dtype=torch.float64)
+    query = torch.stack([torch.zeros_like(code), 500 * code.roll(1, 1)])[None].roll(-2, 3)
+    key = code.expand(1, 2, -1, -1)
+    _, lse = flash_attention(query, key, key)
+    entropy, distance, sink = mekernels.head_statistics(query, key, lse, rows=slice(2, 8))
+    place = torch.arange(8.0, dtype=torch.float64)
+    even = (place[2:, None] - place).abs().mean()
+    assert_exact(entropy, torch.tensor([[math.log(8), 0]], dtype=torch.float64), 1e-9)
+    assert_exact(distance, torch.tensor([[even, 1]], dtype=torch.float64), 1e-9)
+    assert_exact(sink, torch.tensor([[1 / 8, 0]], dtype=torch.float64), 1e-9)
+
+
+def test_head_statistics_have_no_gradient():
+    query, key = (item.requires_grad_() for item in case())
+    found = mekernels.head_statistics(query, key, logsumexp(query, key))
+    assert not any(item.requires_grad for item in found)
+    with pytest.raises(ValueError, match=r"lse must have shape"):
+        mekernels.head_statistics(query, key, torch.zeros(2, 6, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

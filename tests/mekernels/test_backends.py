@@ -9,6 +9,7 @@ import torch
 import mekernels
 from mekernels import BackendError, backends, use_backend
 from mekernels.__main__ import report
+from mekernels.flash_attention import abilities
 from mekernels.native import library
 
 
@@ -78,6 +79,25 @@ def test_use_backend_belongs_to_one_thread():
         copied = copy_context()
     assert seen == ["auto"]
     assert copied.run(backends.active) == "torch"
+
+
+def test_the_table_of_attention_backends_says_what_they_do():
+    found = abilities.missing()
+    assert set(found) == set(backends.table("flash_attention"))
+    assert not any(found["torch"].values())
+    assert any("grouped-query heads" in reason for reason in found["cudnn"]["grouped heads"])
+    assert any("needs float16" in reason for reason in found["flash"]["float32"])
+    lines = {line.split()[0]: line for line in abilities.report() if line.strip()}
+    for name in ("cpu_flash", "torch"):
+        cells = iter(lines[name].split()[1:])
+        for ability, shape in abilities.ABILITIES.items():
+            try:
+                mekernels.flash_attention(*shape.call()[:3], causal=shape.causal, backend=name)
+                able = "yes"
+            except BackendError:
+                able = "no"
+            assert next(cells) == able, (name, ability)
+    assert all(line in report() for line in abilities.report())
 
 
 def test_reference_is_used_for_every_op(monkeypatch):

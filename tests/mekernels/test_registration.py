@@ -71,6 +71,7 @@ def cases(dtype):
         "attention_columns": (*entries_arguments(dtype, True), True),
         "attention_sums": (*entries_arguments(dtype, True), True, False),
         "attention_lse": entries_arguments(dtype, True),
+        "attention_row_statistics": entries_arguments(dtype),
         "attention_entries_backward": (
             rand(2, 4, 1, 8, dtype=wide).expand(-1, -1, 8, -1),
             *entries_arguments(dtype),

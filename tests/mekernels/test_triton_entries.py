@@ -9,7 +9,7 @@ import nonfinite
 import pytest
 import torch
 from kernel_support import assert_error_rule, randn, strided
-from test_attention_entries import entry_nonfinite, logsumexp
+from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp
 from test_attention_rows import pick
 
 import mekernels
@@ -123,6 +123,16 @@ def test_the_gradient_of_logsumexp(dtype):
 @pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
 def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
     entry_nonfinite(value, where, call, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("causal", "masked"), [(True, False), (False, True)])
+def test_head_statistics(dtype, causal, masked):
+    tensors, options = inputs(3, 1, 1, 2, 70, 75, 24, dtype, masked, causal)
+    chosen = {"sinks": torch.tensor([[0, 3, -1]]), "rows": slice(2, 69)}
+    with mekernels.use_backend("triton"):
+        # Entropies lose what the rounding of a logsumexp of this size takes from a weight.
+        assert_same_statistics(*tensors, tolerance=1e-5, device=DEVICE, **chosen, **options)
 
 
 def test_padding_ignores_what_flows_back_to_it():

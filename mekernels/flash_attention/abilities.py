@@ -1,0 +1,69 @@
+"""What each attention backend can do, asked of the backends themselves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import backends
+from .call import Call
+
+
+class _Shape(NamedTuple):
+    """A call that a backend may refuse."""
+
+    causal: bool = False
+    keys: int = 64
+    key_heads: int = 4
+    width: int = 64
+    value_width: int = 64
+    dtype: torch.dtype = torch.float16
+
+    def call(self) -> Call:
+        query = torch.empty(1, 4, 64, self.width, dtype=self.dtype)
+        key, value = (
+            torch.empty(1, self.key_heads, self.keys, width, dtype=self.dtype)
+            for width in (self.width, self.value_width)
+        )
+        return Call(query, key, value, 0.125, self.causal)
+
+
+ABILITIES = {
+    "causal": _Shape(causal=True),
+    "causal, other lengths": _Shape(causal=True, keys=80),
+    "grouped heads": _Shape(key_heads=2),
+    "value width": _Shape(value_width=32),
+    "width 256": _Shape(width=256, value_width=256),
+    "float32": _Shape(dtype=torch.float32),
+}
+"""What is asked, by its name: each differs in one thing from a plain call in half precision."""
+
+
+def missing() -> dict[str, dict[str, list[str]]]:
+    """Of each backend and each ability the reasons against it; none where the backend has it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, backend in backends.table("flash_attention").items():
+        anyway = backend.reasons(_Shape().call())
+        found[name] = {
+            ability: [reason for reason in backend.reasons(shape.call()) if reason not in anyway]
+            for ability, shape in ABILITIES.items()
+        }
+    return found
+
+
+def report() -> list[str]:
+    """A table as lines of text, and why each "no" in it."""
+    found = missing()
+    wide = max(map(len, found))
+    lines = [f"{'':{wide}}  {'  '.join(ABILITIES)}  lse gradient"]
+    for name, reasons in found.items():
+        cells = [f"{'no' if reasons[ability] else 'yes':{len(ability)}}" for ability in ABILITIES]
+        lines.append(f"{name:{wide}}  {'  '.join(cells)}  yes")
+    lines += [
+        f"{name}, {ability}: {'; '.join(why)}"
+        for name, reasons in found.items()
+        for ability, why in reasons.items()
+        if why
+    ]
+    return [*lines, "key masks, windows and soft caps: none, flash_attention has no such arguments"]
