@@ -1,6 +1,7 @@
-"""Compare priors of one evaluation with those of the paper's full procedure, on the user's own clips.
+"""Compare priors of one evaluation with those of the full procedure, or two teachers, on your own clips.
 
 `python -m motionenhancer.agreement --teacher DIR --data FILE --video_root DIR --noise_levels 100,200,400`
+compares with the paper's full procedure, `--teacher DIR OTHER` two teachers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -18,10 +20,11 @@ from .data import SkipLog
 from .data.readers import load_samples
 from .files import write_json
 from .flags import parse_arguments
+from .priors.combination import compare_words
 from .priors.comparison import mean_agreement, read_in_ways
-from .priors.maker import DeadTeacher, LocalMaker
-from .priors.prior import PriorSettings, check_settings
-from .priors.requests import request_priors
+from .priors.maker import DeadTeacher, LocalMaker, count_failed, make_all
+from .priors.prior import PriorSettings
+from .priors.requests import Made, request_priors
 from .processes import join_processes
 from .settings import AgreementArguments, DataArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
@@ -42,14 +45,13 @@ def measure(
     Raises:
         ValueError: a level that the teacher does not have; no clip could be read.
     """
-    prior.find()
-    use_toy_defaults(data, prior)
     assert data.data is not None
-    assert prior.teacher is not None
+    if prior.source is not None:
+        raise ValueError(f"--teacher {prior.teacher}: noise levels are of a video model")
     full = replace(settings, mode="reconstruct")
     ways = [full, *(replace(full, mode="renoise", noise_level=level) for level in levels)]
     for way in ways:
-        check_settings(way, prior.teacher)
+        prior.check(way, PartialState().device)
     samples = load_samples(data.data, data.video_root, data.limit, skips)
     pairs = list(request_priors(samples, prior.prompt_source, skips))
     if not pairs:
@@ -62,6 +64,41 @@ def measure(
         raise ValueError(f"no clip could be read. {skips.summary()}")
     columns = zip(levels, zip(*found, strict=True), strict=True)
     return [{"noise_level": level, **mean_agreement(rows)} for level, rows in columns]
+
+
+def compare(
+    data: DataArguments, prior: PriorArguments, settings: PriorSettings, skips: SkipLog
+) -> list[dict[str, Any]]:
+    """Measure how far priors of the first teacher agree with those of each other one; none is stored.
+
+    Returns:
+        One row for each of the others: the teacher, `clips`, and the means of what `compare_words` returns.
+
+    Raises:
+        ValueError: no clip could be read by both.
+    """
+    assert data.data is not None
+    device = PartialState().device
+    prior.check(settings, device)
+    samples = load_samples(data.data, data.video_root, data.limit, skips)
+    read = []
+    for one in prior.each():
+        found = {}
+        with closing(LocalMaker(partial(one.load, device), one.reading(settings))) as maker:
+            pairs = tqdm(list(one.requests(samples, skips)), desc="agreement", unit="clip")
+            for sample, _, made in make_all(pairs, maker):
+                if isinstance(made, Made):
+                    found[sample.id] = made.prior
+                else:
+                    count_failed(sample, made, skips)
+        read.append(found)
+    rows = []
+    for teacher, others in zip(prior.teachers[1:], read[1:], strict=True):
+        both = [compare_words(mine, others[id]) for id, mine in read[0].items() if id in others]
+        if not both:
+            raise ValueError(f"no clip could be read by {prior.teachers[0]} and {teacher}. {skips.summary()}")
+        rows.append({"teacher": teacher, **mean_agreement(both)})
+    return rows
 
 
 def _levels(text: str) -> list[int]:
@@ -80,12 +117,38 @@ def main(argv: list[str] | None = None) -> int:
     skips = SkipLog()
     try:
         join_processes()
+        prior.find()
+        use_toy_defaults(data, prior)
+        several = len(prior.teachers) > 1
+        if several and own.noise_levels != AgreementArguments.noise_levels:
+            raise ValueError("--noise_levels does nothing with several teachers; leave it out")
         levels = _levels(own.noise_levels)
         data.limit = data.limit or 8
-        rows = measure(data, prior, settings, levels, skips)
+        rows: list[dict[str, Any]] = (
+            compare(data, prior, settings, skips)
+            if several
+            else [*measure(data, prior, settings, levels, skips)]
+        )
     except (ValueError, OSError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    _print_teachers(prior.teachers[0], rows) if several else _print_levels(rows)
+    if skips.total:
+        print(skips.summary())
+    if own.report:
+        write_json(own.report, rows)
+    return 0
+
+
+def _print_teachers(first: str, rows: list[dict[str, Any]]) -> None:
+    print(f"Agreement with the priors of {first}, on its grid")
+    print("words: the share of its words that the other kept too; cosine: the mean over the rows of these")
+    print("words  cosine  clips  teacher")
+    for row in rows:
+        print(f"{row['words']:5.2f}  {row['cosine']:6.3f}  {row['clips']:5.0f}  {row['teacher']}")
+
+
+def _print_levels(rows: list[dict[str, Any]]) -> None:
     print(f"Agreement of one evaluation with the full procedure, mean over {rows[0]['clips']} clips")
     print("level  head rank  heads  tokens  cosine  evaluations  time")
     for row in rows:
@@ -94,11 +157,6 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['cosine']:6.3f}  {row['evaluations']:4.0f} of {row['full_evaluations']:3.0f}  "
             f"{row['time_share']:5.1%}"
         )
-    if skips.total:
-        print(skips.summary())
-    if own.report:
-        write_json(own.report, rows)
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from .files import write_json
 from .flags import parse_arguments
 from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
-from .priors.prior import PARTLY_UNKNOWN, PriorSettings, check_settings
-from .priors.requests import PriorRequest, request_priors
-from .priors.storage import EXTRACTION, PriorStore, prior_keys
+from .priors.prior import PARTLY_UNKNOWN, PriorSettings
+from .priors.requests import PriorRequest
+from .priors.storage import EXTRACTION, PriorStore
 from .processes import from_main, join_processes
 from .report.run_report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
@@ -58,7 +58,7 @@ def run(
     *,
     dry_run: bool = False,
 ) -> int:
-    """Do one process's part of an extraction; all processes return the same.
+    """Do one process's part of an extraction, one teacher after the other; all processes return the same.
 
     Returns:
         0, or 1 if anything was left out.
@@ -68,23 +68,32 @@ def run(
         DeadTeacher: no more priors can be made.
     """
     state = join_processes()
-    began = time.time()
     prior.find(dry_run=dry_run)
     use_toy_defaults(data, prior)
+    prior.check(settings, state.device)
+    codes = []
+    for one in prior.each():
+        if len(prior.teachers) > 1 and state.is_main_process:
+            print(f"teacher {one.teacher}")
+        codes.append(_extract(data, one, settings, how, dry_run))
+    return max(codes)
+
+
+def _extract(
+    data: DataArguments, prior: PriorArguments, settings: PriorSettings, how: MakerArguments, dry_run: bool
+) -> int:
+    """Do one process's part of the extraction from one teacher; see `run`."""
+    state, began = PartialState(), time.time()
     assert data.data is not None
-    assert prior.teacher is not None
-    check_settings(settings, prior.teacher)
     source = open_source(data.data)
-    prior.identity(state.device)  # Raises for a size that the teacher does not take.
     store, skips = PriorStore(Path(prior.prior_dir)), SkipLog()
     # Every process meets the same bad lines: one of them counts them.
     lines = skips if state.is_main_process else SkipLog(shout=0)
     with how.open() as engine, DigestCache(store.folder, writes=not dry_run) as cache:
         teacher_id = prior.teacher_id(engine.device)
-        name = prior_keys(teacher_id, settings)
-        requests = request_priors(
+        name, settings = prior.name(engine.device, settings), prior.reading(settings)
+        requests = prior.requests(
             read_samples(data.data, data.video_root, lines, limit=data.limit),
-            prior.prompt_source,
             skips,
             name=name,
             digest=cache.digest,
@@ -179,7 +188,7 @@ def _make(
                 counts["samples"] += 1
                 counts["made" if found.fresh else "stored"] += 1
                 roundtrip = roundtrip or found.roundtrip
-                count_made(found, skips)
+                count_made(sample, found, skips)
                 if found.damaged:
                     tqdm.write(f"damaged prior set aside, made anew: {found.damaged}")
             else:
@@ -198,8 +207,8 @@ def _forecast(
     prior: PriorArguments,
     settings: PriorSettings,
     device: torch.device,
-) -> ExtractionCost:
-    """Return what making the missing priors will take; no model is loaded."""
+) -> ExtractionCost | str:
+    """Say what making the missing priors will take; no model is loaded."""
     assert prior.teacher is not None
     seen: dict[str, bool] = {}
 
@@ -210,6 +219,9 @@ def _forecast(
                 if not seen[request.key]:
                     yield request.text
 
+    if prior.source is not None:
+        missing = sum(1 for _ in texts())
+        return f"priors: {len(seen) - missing} stored, {missing} to make; no video model is needed"
     found = extraction_cost(texts(), settings, prior.teacher, **prior.cost_options(device))
     return replace(found, stored=sum(seen.values()))
 

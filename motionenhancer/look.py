@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from .alignment.dataset import MotionDataset
 from .data import Sample, SkipLog, read_frames
 from .data.digests import DigestCache
 from .data.readers import read_samples
+from .data.sample import whole_words
 from .flags import parse_arguments
-from .priors.maker import Reader
-from .priors.prior import PriorSettings, check_settings
-from .priors.requests import PriorRequest, request_priors
+from .priors.combination import combine_priors
+from .priors.prior import PriorSettings
+from .priors.reader import Reader
+from .priors.requests import PriorRequest
 from .priors.storage import EXTRACTION, DamagedPrior, PriorStore, prior_keys
 from .report.page import pick, write_page, write_run_page
 from .report.picture import contact_sheet, write_overlay
-from .report.views import View, load_views, whole_words
+from .report.views import View, load_views
 from .report.watch import add_maps, read_student, task_of
 from .settings import DataArguments, LookArguments, PriorArguments, ReportArguments
 from .students import load_student
@@ -92,17 +95,22 @@ def _view_of_clip(look: LookArguments, prior: PriorArguments, settings: PriorSet
     video, device = Path(look.video), PartialState().device
     read_frames(video, num_frames=2, min_frames=2)
     view = View(video.name, look.text.strip(), video, spans=whole_words(look.text.strip()))
+    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": view.prompt}]}
+    # Nothing that comes after a word changes how it attends; a conversation ends with an answer.
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
+    sample = Sample(video.name, [asked, reply], (video,))
     if prior.teacher is not None:
-        check_settings(settings, prior.teacher)
-        reader, request = Reader(prior.load(device), settings), PriorRequest(video, view.prompt)
-        found = reader.read(request, reader.decode(request)).prior
+        prior.check(settings, device)
+        read = []
+        for one in prior.each():
+            said = "" if one.source is None else one.source.said(sample, "question")
+            reader = Reader(one.load(device), one.reading(settings))
+            request = PriorRequest(video, view.prompt, said=said)
+            read.append(reader.read(request, reader.decode(request)).prior)
+        found = combine_priors(read, prior.weights())
         view = View.of_prior(found, id=video.name, video=video)
     if look.student is not None:
         model, processor, family = load_student(look.student, device=device)
-        asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": view.prompt}]}
-        # Later text does not change how a word attends, and a conversation must end with an answer.
-        reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-        sample = Sample(video.name, [asked, reply], (video,))
         dataset = MotionDataset(
             [sample],
             family,
@@ -145,20 +153,24 @@ def _wanted(
     file, root = data.data, data.video_root
     if file is None and Path(last.get("data") or "").is_file():
         file, root = last["data"], last.get("video_root")
+    if len(prior.teachers) > 1:
+        raise ValueError(f"--teacher must name one teacher of stored priors, got {' '.join(prior.teachers)}")
     if prior.teacher is not None:
-        name = prior_keys(prior.teacher_id(PartialState().device), settings)
+        name = prior.name(PartialState().device, settings)
     elif "settings" in last:
         name = prior_keys(last["teacher"]["id"], PriorSettings(**last["settings"]))
+        prior = replace(prior, teacher=last["teacher"]["path"])
     else:
         file = None
     if file is None:
         print("clips are not shown: they need --data, --video_root, --teacher and the settings of the priors")
         return
-    source, skips = last.get("prompt_source", prior.prompt_source), SkipLog(shout=0)
+    prior = replace(prior, prompt_source=last.get("prompt_source", prior.prompt_source))
+    skips = SkipLog(shout=0)
     samples = read_samples(file, root, skips, limit=data.limit)
     chosen = (sample for sample in samples if not ids or sample.id in ids)
     with DigestCache(store.folder, writes=False) as cache:
-        yield from request_priors(chosen, source, skips, name=name, digest=cache.digest)
+        yield from prior.requests(chosen, skips, name=name, digest=cache.digest)
 
 
 def _stored(store: PriorStore, key: str) -> Any:

@@ -1,14 +1,14 @@
 """Every flag of every command, once: the dataclasses that the code itself uses.
 
-How a prior is read is `motionenhancer.priors.prior.PriorSettings`, whose fields are flags too.
+Those of priors are in `motionenhancer.priors.arguments`, and how a prior is read is
+`motionenhancer.priors.prior.PriorSettings`, whose fields are flags too.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,16 +33,14 @@ from .options import (
     refuse_accelerate_options,
     refuse_options,
 )
-from .priors.engine import ENGINES, Engine, open_engine
+from .priors.arguments import DTYPES
+from .priors.arguments import MakerArguments as MakerArguments
+from .priors.arguments import PriorArguments as PriorArguments
 from .students import StudentFamily
-from .teachers import Teacher, load_teacher, teacher_dtype, teacher_id
-from .teachers.plan import size_multiple
-from .teachers.text_cache import TextCache, encoder_id
 
 MAX_FRAMES = 64
 """Most frames of a clip by rate, in training."""
 SOURCES = ("store", "online", "hybrid")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Keys that torch's checkpointing and transformers read. Any other would go to the layers, which ignore it.
 _CHECKPOINTING = frozenset(
@@ -77,149 +75,6 @@ class DataArguments(Settings):
         super().__post_init__()
         if self.data is not None:
             check_source(self.data, "--data", folder=self.data_folder)
-
-
-@dataclass
-class PriorArguments(Settings):
-    """The teacher, and the folder of its priors."""
-
-    teacher: str | None = setting(
-        None,
-        "Diffusers folder of a video model, or a Hub id (owner/model@revision).",
-    )
-    prior_dir: str = setting("runs/priors", "Folder of stored priors.")
-    prompt_source: str = setting("both", "Text for the teacher.", choices=["both", "question", "answer"])
-    teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
-    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of its clips. Default: as it was trained.")
-    teacher_frames: int | None = setting(
-        None, "Maximum number of frames of its clips. Default: as it was trained.", least=1, most=1000
-    )
-    vae_tiling: bool = setting(False, "Encode clips in tiles: less memory, slightly other latents.")
-    offload_text_encoder: bool = setting(False, "Keep the text encoder on the CPU.")
-    text_cache: str | None = setting(None, "Folder that keeps text embeddings, for later runs too.")
-    compile_teacher: bool = setting(False, "Compile the transformer's blocks with torch.compile.")
-    split_batch: bool = setting(False, "Evaluate the two texts of guidance one after the other.")
-    measure_roundtrip: bool = setting(False, "Also invert and rebuild the first clip, and report the error.")
-
-    def find(self, *, dry_run: bool = False) -> None:
-        """Replace an id of the Hub by its folder; a dry run downloads nothing (see `model_folder`)."""
-        if self.teacher is not None:
-            self.teacher = str(model_folder(self.teacher, "--teacher", dry_run=dry_run))
-
-    def identity(self, device: torch.device | str) -> dict[str, Any]:
-        """The options of `load_teacher` that change what is computed, and so the teacher's id.
-
-        Raises:
-            ValueError: --teacher_size is no size, or none that the teacher takes.
-        """
-        size = None
-        if self.teacher_size is not None:
-            height, by, width = self.teacher_size.lower().partition("x")
-            if not (by and height.isdecimal() and width.isdecimal()):
-                raise ValueError(
-                    f"--teacher_size must be HEIGHTxWIDTH like 480x720, got {self.teacher_size!r}"
-                )
-            size = (int(height), int(width))
-            multiple = 1
-            # A folder that does not say gets an error of its own when it is used.
-            with suppress(OSError, ValueError):
-                multiple = size_multiple(self.teacher or "")
-            if any(n < multiple or n % multiple for n in size):
-                raise ValueError(
-                    f"--teacher_size must be HEIGHTxWIDTH in multiples of {multiple} pixels for "
-                    f"{self.teacher}, got {self.teacher_size!r}"
-                )
-        named = self.teacher_dtype
-        dtype = teacher_dtype(device) if named == "auto" else getattr(torch, named)
-        return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
-
-    def cost_options(self, device: torch.device | str, *, cached: bool = False) -> dict[str, Any]:
-        """Return what `teacher_cost` needs to know of how the teacher is loaded.
-
-        Args:
-            device: that it runs on.
-            cached: the text cache holds all texts, so that no text encoder is loaded.
-        """
-        offloaded = self.offload_text_encoder and torch.device(device).type != "cpu"
-        encoder = "none" if cached and self.text_cache is not None else "host" if offloaded else "device"
-        return {**self.identity(device), "split_batch": self.split_batch, "text_encoder": encoder}
-
-    def teacher_id(self, device: torch.device | str) -> str:
-        """The id of the teacher that `load` returns; nothing is loaded."""
-        assert self.teacher is not None
-        return teacher_id(self.teacher, **self.identity(device))
-
-    def load(self, device: torch.device | str, *, text_encoder: bool = True) -> Teacher:
-        """The teacher, loaded as these options say.
-
-        Without its text encoder it knows the texts of `text_cache` only.
-        """
-        assert self.teacher is not None
-        return load_teacher(
-            self.teacher,
-            device,
-            **self.identity(device),
-            offload_text_encoder=self.offload_text_encoder,
-            compile=self.compile_teacher,
-            split_batch=self.split_batch,
-            text_encoder=text_encoder,
-            texts=self.texts(device),
-        )
-
-    def absolute(self) -> PriorArguments:
-        """Return the same with absolute paths: Ray's actors start in folders of their own."""
-        names = ("teacher", "prior_dir", "text_cache")
-        paths = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: os.path.abspath(value) for name, value in paths.items()})
-
-    def texts(self, device: torch.device | str) -> TextCache | None:
-        """The cache of text embeddings, or None without `--text_cache`."""
-        if self.text_cache is None:
-            return None
-        assert self.teacher is not None
-        dtype = self.identity(device)["dtype"]
-        return TextCache(Path(self.text_cache), encoder_id(self.teacher, dtype))
-
-
-@dataclass
-class MakerArguments(Settings):
-    """Where priors are made. This does not change a prior."""
-
-    prior_engine: str = setting(
-        "local",
-        "local: one teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
-        choices=ENGINES,
-        aliases=["--engine"],
-    )
-    prior_workers: int = setting(
-        2,
-        "Number of threads that decode clips ahead of the teacher.",
-        aliases=["--decode_workers", "--decode-workers"],
-        least=1,
-    )
-    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, or a new one.")
-    ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
-    ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
-    ray_wait: float | None = setting(
-        None, "Stop the run after N seconds without a teacher, or on one prior. Default: 3600.", above=0
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("ray_address", "ray_workers", "ray_cpus", "ray_wait"):
-            if self.prior_engine != "ray" and getattr(self, name) is not None:
-                raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
-
-    def open(self) -> AbstractContextManager[Engine]:
-        """Open the engine; see `open_engine`."""
-        return open_engine(
-            self.prior_engine,
-            decode_workers=self.prior_workers,
-            address=self.ray_address,
-            actors=self.ray_workers,
-            cpus=self.ray_cpus,
-            wait=self.ray_wait,
-        )
 
 
 @dataclass
@@ -440,6 +295,15 @@ class OnlineArguments(Settings):
                     f"--{name} {value} with {made}: no prior is made while training; leave it out, or use "
                     "--prior_source online or hybrid"
                 )
+
+    def check_teachers(self, source: str, prior: PriorArguments, where: MakerArguments) -> None:
+        """Refuse teachers whose priors cannot be made while training; see `PriorArguments.waits`.
+
+        Raises:
+            ValueError: names the flag and what would be right.
+        """
+        if source == "online" and (why := prior.waits(where)):
+            raise ValueError(f"--prior_source online: {why}; use hybrid or store")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .data.readers import load_samples
 from .flags import parse_arguments
 from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher
-from .priors.prior import PriorSettings, check_settings
+from .priors.prior import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.run_report import RunReport
@@ -118,7 +118,7 @@ def run(
     student.check(folder)
     online.check(student.prior_source)
     validation.check(training, data=data.data, aligned=student.aligned)
-    prior.find(dry_run=student.dry_run)
+    prior.find(dry_run=student.dry_run, student=student.student)
     toy = use_toy_defaults(data, prior, student)
     assert student.student is not None
     if not Path(student.student).is_dir():
@@ -135,7 +135,13 @@ def run(
         raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
     if student.aligned:
         assert prior.teacher is not None
-        check_settings(settings, prior.teacher)
+        prior.check(settings, PartialState().device)
+        online.check_teachers(student.prior_source, prior, maker)
+        if not student.normalize_rows and prior.scaled:
+            raise ValueError(
+                "--normalize_rows false: rows of regions and of several teachers sum to one; leave it out"
+            )
+        options["store"] = prior.store(PartialState().device)
     checkpoint = checkpoint_to_resume(training)
     report = RunReport(folder, identity=run_identity(student, data, prior, settings, training, validation))
     main_process = PartialState().is_main_process
@@ -162,7 +168,7 @@ def run(
         if tested:
             print(f"eval data {validation.eval_data}, {len(tested)} samples")
         if student.aligned:
-            print(f"teacher {prior.teacher}\npriors {prior.prior_dir}")
+            print(f"teacher {' '.join(prior.teachers)}\npriors {prior.prior_dir}")
     try:
         model, processor, family = _student(student, training)
         if training.optim_target_modules is not None:
@@ -172,11 +178,12 @@ def run(
             plan = _plan(model, plain, tested, student, prior, settings, training)
             report.content["plan"] = plan.to_json()
             print(plan)
-            teacher = plan_memory(student, prior, settings, online)
-            if teacher is not None:
-                cost, place = teacher
-                report.content["plan"]["teacher"] = {**cost.to_json(), "place": place}
+            costs = plan_memory(student, prior, settings, online, maker)
+            for cost, place in costs:
                 print(f"teacher, {place}: {cost}")
+            if costs:
+                described = [{**cost.to_json(), "place": place} for cost, place in costs]
+                report.content["plan"]["teacher"] = described if len(described) > 1 else described[0]
         if student.dry_run:
             return report
         asked = toy if main_process and whole else None

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..data import Sample, prompt_text
+from ..data import Sample
 from ..data.sampling import Frames
 from ..priors.prior import MotionPrior
 from ..priors.requests import PriorRequest
 from ..priors.storage import PriorStore
 from ..students.family import StudentFamily
 from ..students.layout import Encoded, TokenLayout
-from ..students.words import WordMap, map_words
+from ..students.words import WordMap, find_words
 
 
 @dataclass(frozen=True)
@@ -162,31 +162,6 @@ class MotionDataset(Dataset[Item]):
         request = self.requests.get(sample.id)
         wanted = None if request is None else Wanted(sample, request)
         return Item(sample.id, encoded, prior, words, skipped, wanted)
-
-
-class Worded(Protocol):
-    """Anything that has words: a prior, or a text alone.
-
-    spans: character ranges of the words in ``prompt``.
-    """
-
-    @property
-    def spans(self) -> Sequence[tuple[int, int]]: ...
-
-    @property
-    def prompt(self) -> str: ...
-
-
-def find_words(sample: Sample, prior: Worded, layout: TokenLayout, source: str) -> WordMap:
-    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
-
-    Tokens before the video cannot see it, so a word that stands there only is dropped.
-    """
-    _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
-    words = map_words(
-        prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
-    )
-    return words.after(layout.videos[0].first - layout.start) if layout.videos else words
 
 
 class MotionCollator:

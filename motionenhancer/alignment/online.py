@@ -11,19 +11,19 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from ..data import Clip, SkipLog
-from ..priors.maker import PATIENCE, DeadTeacher, Made, PriorMaker, RefusedClip, count_failed, count_made
+from ..data import SkipLog
+from ..priors.maker import PATIENCE, DeadTeacher, PriorMaker, RefusedClip, count_failed, count_made
 from ..priors.prior import MotionPrior
+from ..priors.requests import Made, PriorRequest
 from .dataset import Alignment, PendingAlignment, Wanted
 
 Batch = dict[str, Any]
-Answers = dict[tuple[Path | Clip, str], Future[Made]]
+Answers = dict[PriorRequest, Future[Made]]
 
 
 class NoPriorError(ValueError):
@@ -123,21 +123,21 @@ class OnlinePriors:
         """Request all priors of a batch; samples of the same clip and text share one."""
         answers: Answers = {}
         for wanted in pending.wanted:
-            if wanted is not None and (place := _place(wanted)) not in answers:
-                answers[place] = self.maker.submit(wanted.request)
+            if wanted is not None and wanted.request not in answers:
+                answers[wanted.request] = self.maker.submit(wanted.request)
         return answers
 
     def complete(self, pending: PendingAlignment, answers: Answers | None = None) -> Alignment | None:
         """Wait for the priors of a batch and align it; a sample without a prior is not aligned."""
         if answers is None:
             answers = self.ask(pending)
-        counted: set[tuple[Path | Clip, str]] = set()
+        counted: set[PriorRequest] = set()
         priors: list[MotionPrior | None] = [None] * len(pending.wanted)
         for i, wanted in enumerate(pending.wanted):
             if wanted is not None:
-                place = _place(wanted)
-                priors[i] = self._await(wanted, answers[place], first=place not in counted)
-                counted.add(place)
+                request = wanted.request
+                priors[i] = self._await(wanted, answers[request], first=request not in counted)
+                counted.add(request)
         return pending.complete(priors)
 
     def _await(self, wanted: Wanted, answer: Future[Made], *, first: bool) -> MotionPrior | None:
@@ -155,7 +155,7 @@ class OnlinePriors:
             self.counts.made += found.fresh
             self.counts.stored += not found.fresh
             self.counts.busy_seconds += found.seconds
-            count_made(found, self.skips)
+            count_made(wanted.sample, found, self.skips)
         if found.roundtrip is not None:
             self.roundtrip = self.roundtrip or found.roundtrip
         if wanted.sample.id not in self.described:
@@ -212,8 +212,3 @@ class OnlinePriors:
         if self._feed is not None:
             self._feed.close()
             self._feed = None
-
-
-def _place(wanted: Wanted) -> tuple[Path | Clip, str]:
-    """Return what samples of one prior share: the video and the text."""
-    return wanted.request.video, wanted.request.text

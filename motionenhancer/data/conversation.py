@@ -27,7 +27,7 @@ _TASK_KEYS = ("task", "task_type", "question_type", "category")
 #: Keys of a row's one video that the row may hold. Not `fps`: data sets write the file's own rate there.
 _ROW_CLIP_KEYS = tuple(key for key in CLIP_KEYS if key != "fps")
 _ROW_KEYS = {"id", "video", "videos", "image", "images", "conversations", "messages", "system", *_REJECTED}
-_ROW_KEYS |= set(_TASK_KEYS)
+_ROW_KEYS |= {*_TASK_KEYS, "regions"}
 _TURN_KEYS = {"from", "value", "role", "content"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -97,7 +97,11 @@ def convert(
         log.add(bad.reason, id=name, line=line, detail=bad.detail)
         return None
     task = next((row[key] for key in _TASK_KEYS if isinstance(row.get(key), str)), "")
-    return Sample(name, messages, videos, images, line, offset, task)
+    regions = row.get("regions") or ()
+    if not isinstance(regions, list | tuple):
+        log.note("regions that are no list, ignored")
+        regions = ()
+    return Sample(name, messages, videos, images, line, offset, task, tuple(regions))
 
 
 def _short(value: Any, limit: int = 60) -> str:

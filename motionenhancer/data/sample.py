@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ class Sample:
         or with which frames, a :class:`Clip`.
     line: 1-based line of the data file where the sample starts; offset: its first byte.
     task: what the row says that it is a case of, for reports only; may be empty.
+    regions: what the row says of where words are, as it is written; see `motionenhancer.priors.regions`.
     """
 
     id: str
@@ -30,6 +32,7 @@ class Sample:
     line: int = 0
     offset: int = 0
     task: str = ""
+    regions: tuple[Any, ...] = ()
 
 
 _ROLES: dict[str, tuple[str, ...]] = {
@@ -84,3 +87,12 @@ def prompt_text(
     if not segments:
         raise ValueError(f"sample {sample.id!r} has no {source} text")
     return text, segments
+
+
+def whole_words(text: str) -> list[tuple[int, int]]:
+    """Return the character ranges of a text's words, split at white space.
+
+    >>> whole_words("It moves.")
+    [(0, 2), (3, 9)]
+    """
+    return [match.span() for match in re.finditer(r"\S+", text)]

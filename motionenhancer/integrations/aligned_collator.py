@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..alignment.dataset import align_batch, find_words
+from ..alignment.dataset import align_batch
 from ..data import Sample, SkipLog
 from ..data.conversation import convert
 from ..students.layout import TokenLayout
+from ..students.words import find_words
 from .lookup import PriorLookup
 from .token_layout import read_layout
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Clip, Sample, prompt_text
-from ..data.clip import named_by, segment_of
+from ..data.clip import segment_of
 from ..data.digests import DigestCache
+from ..priors.kinds import source_class
 from ..priors.prior import MotionPrior, PriorSettings
+from ..priors.requests import PriorRequest, request_key
 from ..priors.storage import EXTRACTION, PriorStore, prior_keys
 
 #: Number of first samples without any prior that counts as a mistake of the settings.
@@ -110,7 +112,10 @@ class PriorLookup:
         text, _ = prompt_text(sample, self.source)  # type: ignore[arg-type]
         video = segment_of(sample.videos[0])
         path = video.path if isinstance(video, Clip) else video
-        return self.store.read(self._key(named_by(self._digests.digest(path), video), text))
+        source = source_class(self.teacher)
+        said = "" if source is None else source.said(sample, self.source)
+        request = PriorRequest(video, text, said=said)
+        return self.store.read(request_key(self._key, self._digests.digest(path), request))
 
     @cached_property
     def _key(self) -> Any:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from ..teachers import Teacher
 from .maker import LocalMaker, PriorMaker
 from .prior import PriorSettings
+from .reader import Source
 
 __all__ = ["ENGINES", "Engine", "open_engine"]
 
@@ -66,7 +67,7 @@ def open_engine(
     state = PartialState()
 
     def local(
-        load: Callable[[torch.device], Teacher],
+        load: Callable[[torch.device], Teacher | Source],
         teacher_id: str,
         settings: PriorSettings,
         roundtrip: bool = False,

@@ -6,21 +6,20 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from time import perf_counter, time
-from typing import Any, Protocol, TypeVar
+from time import time
+from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 
 from ..data import Sample, SkipLog
-from ..data.clip import named_by
-from ..data.video import Video, VideoError, content_digest, read_frames
-from ..teachers import Teacher, roundtrip_error
-from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError, PriorSettings, extract_prior
-from .requests import PriorRequest
+from ..data.video import Video, VideoError, content_digest
+from ..teachers import Teacher
+from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError, PriorSettings
+from .reader import Reader, Source
+from .requests import Made, PriorRequest, clip_name, request_key
 from .storage import DamagedPrior, PriorStore, Refusal
 
 __all__ = ["DeadTeacher", "LocalMaker", "Made", "PriorMaker", "RefusedClip", "Stored", "make_all"]
@@ -46,32 +45,6 @@ class RefusedClip(ValueError):
         return self.refusal.detail
 
 
-@dataclass(frozen=True)
-class Made:
-    """A prior that was asked for.
-
-    Attributes:
-        prior: the prior.
-        fresh: made now, and not found in the store.
-        seconds: wall time that the teacher spent on it.
-        damaged: what was wrong with a stored file that was set aside; empty if there was none.
-        lost: why the store does not keep the prior although it should; empty if it keeps it.
-        roundtrip: inversion error of the clip, if it was measured; see `inversion_errors`.
-    """
-
-    prior: MotionPrior
-    fresh: bool = True
-    seconds: float = 0.0
-    damaged: str = ""
-    lost: str = ""
-    roundtrip: dict[str, float] | None = None
-
-    def describe(self, sample: Sample, request: PriorRequest) -> dict[str, Any]:
-        """Return the entry of a sample's prior in a run's report, ready for JSON."""
-        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
-        return {**about, "made_now": self.fresh, **self.prior.describe()}
-
-
 class PriorMaker(Protocol):
     """Makes priors; `capacity` requests are worked on at once, and more wait their turn."""
 
@@ -88,52 +61,6 @@ class PriorMaker(Protocol):
     def close(self) -> None:
         """Cancel what has not begun, and wait for the rest."""
         ...
-
-
-@dataclass
-class Reader:
-    """A teacher that reads requests one after the other; nothing else may use it meanwhile.
-
-    Attributes:
-        roundtrip: also measure the inversion error of the first clip that is read.
-    """
-
-    teacher: Teacher
-    settings: PriorSettings
-    roundtrip: bool = False
-
-    def decode(self, request: PriorRequest) -> Video:
-        """The frames that the teacher reads; VideoError where a clip cannot be read."""
-        # At the teacher's own size: a clip of large frames would otherwise fill the memory.
-        size = self.teacher.size
-        return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2, size=size)
-
-    def read(self, request: PriorRequest, video: Video) -> Made:
-        """Make a prior; PriorError where the clip and text can give none."""
-        settings, began, times = request.settings or self.settings, perf_counter(), video.timestamps
-        prior = extract_prior(self.teacher, video.frames, request.text, times=times, **asdict(settings))
-        seconds, errors = perf_counter() - began, None
-        if self.roundtrip:
-            self.roundtrip = False
-            errors = inversion_errors(self.teacher, video.frames, request.text, settings.steps)
-        return Made(prior, seconds=seconds, roundtrip=errors)
-
-
-def inversion_errors(teacher: Teacher, frames: np.ndarray, text: str, steps: int) -> dict[str, float]:
-    """The relative error of inverting and rebuilding a clip without guidance.
-
-    Returns:
-        "whole_schedule", and "short_of_zero_snr": over the lower 60 % of the noise levels, if there are any.
-    """
-    video, embeds = teacher.encode_video(frames), teacher.encode_text(text).embeds
-    whole = teacher.schedule(steps, video.tokens.vision)
-    cut = 0.6 * (whole.timesteps[-1] + 1)
-    with teacher.showing(video):
-        errors = {"whole_schedule": roundtrip_error(teacher, video.latents, whole, embeds)}
-        if whole.timesteps[0] < cut:
-            below = whole.below(int(cut))
-            errors["short_of_zero_snr"] = roundtrip_error(teacher, video.latents, below, embeds)
-    return errors
 
 
 @dataclass
@@ -176,7 +103,7 @@ class LocalMaker:
 
     def __init__(
         self,
-        load: Callable[[], Teacher],
+        load: Callable[[], Teacher | Source],
         settings: PriorSettings,
         *,
         decode_workers: int = 2,
@@ -196,7 +123,7 @@ class LocalMaker:
         self._patience = Patience()
         self._dead: DeadTeacher | None = None
 
-    def ready(self) -> Teacher:
+    def ready(self) -> Teacher | Source:
         """Load the teacher if it was not yet. While a request is open nothing else may use it.
 
         Raises:
@@ -413,10 +340,10 @@ class Stored:
 
     def _check_clip(self, request: PriorRequest) -> str:
         """Return the clip's name in its key; `VideoError` if it changed since, which may be hours ago."""
-        digest = named_by(content_digest(request.video), request.video)
-        if self._name(digest, request.text) != request.key:
+        digest = content_digest(request.video)
+        if request_key(self._name, digest, request) != request.key:
             raise VideoError(Path(request.video), "changed during the run; start again")
-        return digest
+        return clip_name(digest, request)
 
     def _put_on_record(self, request: PriorRequest, error: VideoError | PriorError) -> None:
         # Without a record the clip is only tried again, so an unwritable store does not stop the run.
@@ -453,8 +380,10 @@ def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
     return Refusal("no prior: the teacher cannot read it", str(error))
 
 
-def count_made(made: Made, skips: SkipLog) -> None:
-    """Note what is unusual about a prior that is used."""
+def count_made(sample: Sample, made: Made, skips: SkipLog) -> None:
+    """Note what is unusual about a prior that is used, and count what of it was left out."""
+    for reason, detail in made.left_out:
+        skips.add(reason, id=sample.id, line=sample.line, detail=detail)
     if made.damaged:
         skips.note("damaged priors made anew")
     if made.lost:

@@ -24,9 +24,10 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from ..data.video import VideoError, content_digest
 from ..teachers import Teacher
-from .maker import DeadTeacher, Made, Patience, Reader, reason_of
+from .maker import DeadTeacher, Patience, reason_of
 from .prior import PriorSettings
-from .requests import PriorRequest
+from .reader import Reader, Source
+from .requests import Made, PriorRequest
 
 TRIES = 2
 """A clip that kills its actor is tried this often before it is left out."""
@@ -65,7 +66,7 @@ class _Actor:
 
     def __init__(
         self,
-        load: Callable[[torch.device | str], Teacher],
+        load: Callable[[torch.device | str], Teacher | Source],
         teacher_id: str,
         settings: PriorSettings,
         device: torch.device,
@@ -141,7 +142,7 @@ class RayMaker:
     def __init__(
         self,
         cluster: Cluster,
-        load: Callable[[torch.device | str], Teacher],
+        load: Callable[[torch.device | str], Teacher | Source],
         teacher_id: str,
         settings: PriorSettings,
         *,

@@ -1,4 +1,4 @@
-"""Which prior each sample needs."""
+"""Which prior each sample needs, and what comes of asking for it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
+from typing import Any
 
 from ..data import Clip, Sample, SkipLog, prompt_text
 from ..data.clip import named_by, segment_of
 from ..data.video import VideoError
-from .prior import PriorSettings
+from .prior import MotionPrior, PriorSettings
 
 NO_INPUT = "no prior: no text or no video file"
 
@@ -31,12 +32,63 @@ class PriorRequest:
         text: what the teacher is told of it.
         key: of the prior in a store; empty for a prior that is never stored.
         settings: how to read it, if not as the maker reads all others; such a prior is never stored.
+        said: what else of a sample goes into the prior, as json; empty for a teacher that is told the text
+            only.
+        parts: in the place of one prior, those of several teachers, None of one that is not asked; they are
+            combined.
     """
 
     video: Path | Clip
     text: str
     key: str = ""
     settings: PriorSettings | None = None
+    said: str = ""
+    parts: tuple[PriorRequest | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A prior that was asked for.
+
+    Attributes:
+        prior: the prior.
+        fresh: made now, and not found in the store.
+        seconds: wall time that the teacher spent on it.
+        damaged: what was wrong with a stored file that was set aside; empty if there was none.
+        lost: why the store does not keep the prior although it should; empty if it keeps it.
+        left_out: (reason, detail) of each thing that the prior was made without.
+        roundtrip: inversion error of the clip, if it was measured; see `inversion_errors`.
+    """
+
+    prior: MotionPrior
+    fresh: bool = True
+    seconds: float = 0.0
+    damaged: str = ""
+    lost: str = ""
+    left_out: tuple[tuple[str, str], ...] = ()
+    roundtrip: dict[str, float] | None = None
+
+    def describe(self, sample: Sample, request: PriorRequest) -> dict[str, Any]:
+        """What a run's report says of a sample's prior, ready for JSON."""
+        about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
+        return {**about, "made_now": self.fresh, **self.prior.describe()}
+
+
+def request_key(name: Callable[[str, str], str], digest: str, request: PriorRequest) -> str:
+    """The key of a prior in a store.
+
+    Args:
+        name: `prior_keys` of the teacher and its settings.
+        digest: `content_digest` of the clip's file.
+        request: of the prior.
+    """
+    return name(clip_name(digest, request), request.text)
+
+
+def clip_name(digest: str, request: PriorRequest) -> str:
+    """The name of what is shown in a prior's key: the clip's file, its segment, and what else is said."""
+    shown = named_by(digest, request.video)
+    return f"{shown} {sha256(request.said.encode()).hexdigest()}" if request.said else shown
 
 
 def request_priors(
@@ -46,6 +98,7 @@ def request_priors(
     *,
     name: Callable[[str, str], str] | None = None,
     digest: Callable[[Path], str] | None = None,
+    said: Callable[[Sample, str], str] | None = None,
     workers: int = 2,
     part: int = 0,
     parts: int = 1,
@@ -60,6 +113,7 @@ def request_priors(
         skips: receives samples without a prior and why.
         name: `prior_keys` of the teacher and its settings. None leaves keys empty and reads no clip.
         digest: reads a clip's `content_digest`; needed with `name`.
+        said: (sample, source) → `PriorRequest.said`, ValueError where there can be no prior; by default "".
         workers: threads that read clips, a few samples ahead of the one that is given out.
         part, parts: give out the samples of every `parts`-th clip only, by a hash of its path; the parts
             together hold each sample once, and each part counts its own skips only.
@@ -68,16 +122,15 @@ def request_priors(
     assert read is not None
     pool = ThreadPoolExecutor(workers)
     ask = lru_cache(_REMEMBERED)(lambda video: pool.submit(_try, read, video))
-    waiting: deque[tuple[Sample, str, Future[str | VideoError]]] = deque()
+    waiting: deque[tuple[Sample, PriorRequest, Future[str | VideoError]]] = deque()
 
     def settle() -> Iterator[tuple[Sample, PriorRequest]]:
-        sample, text, answer = waiting.popleft()
-        found, video = answer.result(), segment_of(sample.videos[0])
+        sample, request, answer = waiting.popleft()
+        found = answer.result()
         if isinstance(found, VideoError):
             skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(found))
         else:
-            key = "" if name is None else name(named_by(found, video), text)
-            yield sample, PriorRequest(video, text, key)
+            yield sample, request if name is None else replace(request, key=request_key(name, found, request))
 
     try:
         for sample in samples:
@@ -92,7 +145,13 @@ def request_priors(
             except ValueError as error:
                 skips.add(NO_INPUT, id=sample.id, line=sample.line, detail=str(error))
                 continue
-            waiting.append((sample, text, ask(Path(sample.videos[0]))))
+            try:
+                more = "" if said is None else said(sample, source)
+            except ValueError as error:
+                skips.add(f"no prior: {error}", id=sample.id, line=sample.line)
+                continue
+            request = PriorRequest(segment_of(sample.videos[0]), text, said=more)
+            waiting.append((sample, request, ask(Path(sample.videos[0]))))
             if len(waiting) > 8 * workers:
                 yield from settle()
         while waiting:

@@ -203,7 +203,8 @@ def _out_of_range(prior: MotionPrior) -> str:
         "kept": _ascending(prior.kept, all_words) and len(prior.tokens) == words,
         "spans": len(prior.spans) == words and all(spans),
         "all_spans": len(prior.all_spans) == len(prior.token_scores) == all_words and all(all_spans),
-        "heads": len(heads) == 1 and _ascending(prior.heads, *heads),
+        # A prior without a video model has none.
+        "heads": (len(heads) == 1 and _ascending(prior.heads, *heads)) or not (prior.heads or scores),
         "confidence": all(0 <= value <= 1 for value in prior.confidence.values()),
     }
     return next((name for name, fine in right.items() if not fine), "")

@@ -135,7 +135,8 @@ def _about(view: View) -> dict[str, Any]:
     heads = {"scores": prior.head_scores, "chosen": prior.heads, "selection": prior.settings.head_selection}
     return {
         **about,
-        "heads": {**heads, "ratio": prior.settings.head_ratio},
+        # A prior of regions has none.
+        "heads": {**heads, "ratio": prior.settings.head_ratio} if prior.heads else None,
         "confidence": prior.confidence,
         "timed": bool(prior.times),
     }

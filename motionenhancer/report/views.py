@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,15 +151,6 @@ def _densities(rows: torch.Tensor) -> np.ndarray:
     values = rows.float().numpy()
     mean = values.mean(axis=1, keepdims=True)
     return values / np.where(mean == 0, 1, mean)
-
-
-def whole_words(text: str) -> list[tuple[int, int]]:
-    """Return the character ranges of a text's words, split at white space.
-
-    >>> whole_words("It moves.")
-    [(0, 2), (3, 9)]
-    """
-    return [match.span() for match in re.finditer(r"\S+", text)]
 
 
 def read_clip(view: View, max_pixels: int = 480 * 320) -> Video | None:

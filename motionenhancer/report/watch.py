@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,29 @@ import numpy as np
 import torch
 
 from ..alignment.aligner import align
-from ..alignment.dataset import MotionDataset, find_words
+from ..alignment.dataset import MotionDataset
 from ..alignment.trainer import MotionTrainer
 from ..data import Sample, prompt_text
+from ..data.sample import whole_words
 from ..evaluation.judge import same_text
 from ..priors.prior import MotionPrior
-from ..students.capture import capture_attention
-from ..students.layout import TokenLayout
+from ..students.reading import StudentMaps, read_maps
+from ..students.words import find_words
 from .page import write_run_page
-from .views import Grid, View, save_views, whole_words
+from .views import View, save_views
 
 __all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
 
 
 @dataclass(frozen=True)
-class StudentReading:
+class StudentReading(StudentMaps):
     """One reading of a sample by a student.
 
     Attributes:
-        layout: what its tokens spell.
-        grid, times: (F, H, W) of its vision tokens, and F seconds.
-        rows: positions of the text's tokens that can see the video.
-        attention: (len(rows), F·H·W) float32 on the CPU.
         scores: {"loss_ar", "right", "said"}.
         answer: what the labels spell.
     """
 
-    layout: TokenLayout
-    grid: Grid
-    times: list[float]
-    rows: list[int]
-    attention: torch.Tensor
     scores: dict[str, Any]
     answer: str
 
@@ -58,14 +49,10 @@ def add_maps(view: View, when: str, read: StudentReading, sample: Sample, source
         sample: as it was read.
         source: the text of it that the view shows: "both", "question" or "answer".
     """
-    words = find_words(sample, view, read.layout, source)
-    place = {row: i for i, row in enumerate(read.rows)}
-    rows: dict[int, list[int]] = {}
-    for row, word in zip(words.rows, words.row_tokens, strict=True):
-        rows.setdefault(word, []).append(place[row])
+    rows = read.of_words(find_words(sample, view, read.layout, source))
     if rows:
         view.grid, view.times, view.found = read.grid, read.times, sorted(rows)
-        view.maps[when] = torch.stack([read.attention[rows[word]].mean(dim=0) for word in view.found])
+        view.maps[when] = torch.stack([rows[word] for word in view.found])
     return bool(rows)
 
 
@@ -90,37 +77,23 @@ def read_student(
     if len(sample.videos) != 1:
         raise ValueError(f"needs one video, has {len(sample.videos)}")
     video = dataset.frames.of(sample.videos[0])
-    encoded = dataset.family.encode(dataset.processor, sample, [video], max_pixels=dataset.max_pixels)
-    layout, tokenizer = encoded.layout, dataset.processor.tokenizer
-    prompt, segments = prompt_text(sample, dataset.source)  # type: ignore[arg-type]
-    whole = View("", prompt, spans=[(start, end) for start, end, _ in segments])
-    rows = sorted(set(find_words(sample, whole, layout, dataset.source).rows))
-    vision = layout.videos[0]
-    batch = dataset.family.collate([encoded], pad_token_id=tokenizer.pad_token_id)
-    batch.pop("layouts")
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    was_training, labels = model.training, batch["labels"][0, 1:]
-    try:
-        model.eval()
-        with (
-            autocast or nullcontext(),
-            capture_attention(model, torch.tensor([rows]), vision.positions[None]) as captured,
-        ):
-            out = model(**inputs, use_cache=False)
-    finally:
-        model.train(was_training)
+    maps, out, labels = read_maps(
+        model,
+        dataset.family,
+        dataset.processor,
+        sample,
+        video,
+        dataset.source,
+        max_pixels=dataset.max_pixels,
+        autocast=autocast,
+    )
     learnt = labels != -100
     likeliest = out.logits[0, :-1][learnt.to(out.logits.device)].argmax(dim=-1)
+    decode = dataset.processor.tokenizer.decode
     texts = (likeliest, labels[learnt])
-    said, answer = (tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in texts)
+    said, answer = (decode(ids.tolist(), skip_special_tokens=True).strip() for ids in texts)
     scores = {"loss_ar": float(out.loss), "right": same_text(said, answer), "said": said}
-    # Each frame of the grid stands for the same number of the clip's frames, except the last.
-    each = math.ceil(len(video.timestamps) / vision.grid[0])
-    shown = [video.timestamps[i * each : (i + 1) * each] for i in range(vision.grid[0])]
-    times = [float(np.mean(part if len(part) else video.timestamps[-1:])) for part in shown]
-    attention = captured.attention[0].float().cpu()
-    return StudentReading(layout, vision.grid, times, rows, attention, scores, answer)
+    return StudentReading(**vars(maps), scores=scores, answer=answer)
 
 
 def task_of(sample: Sample) -> str:

@@ -7,10 +7,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-__all__ = ["WordMap", "map_words"]
+from motionenhancer.data.sample import Sample, prompt_text
+from motionenhancer.students.layout import TokenLayout
+
+__all__ = ["WordMap", "Worded", "find_words", "map_words"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,31 @@ class WordMap:
         found = {token for _, token in kept}
         lost = [token for token in range(self.count) if token not in found]
         return WordMap([r for r, _ in kept], [t for _, t in kept], lost, self.count)
+
+
+class Worded(Protocol):
+    """What has words: a prior, or a text alone.
+
+    spans: character ranges of the words in ``prompt``.
+    """
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+
+def find_words(sample: Sample, prior: Worded, layout: TokenLayout, source: str) -> WordMap:
+    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
+
+    Tokens before the video cannot see it, so a word that stands there only is dropped.
+    """
+    _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
+    words = map_words(
+        prior.spans, prior.prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
+    )
+    return words.after(layout.videos[0].first - layout.start) if layout.videos else words
 
 
 def map_words(

@@ -21,17 +21,18 @@ from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
 from ..flags import flag_of
+from ..priors.combination import Combined
 from ..priors.comparison import measure_agreement, say_agreement
 from ..priors.engine import Engine
 from ..priors.maker import LocalMaker, Made, PriorMaker, Stored, count_failed, count_made, make_all
 from ..priors.prior import PriorSettings
-from ..priors.requests import PriorRequest, request_priors
-from ..priors.storage import PriorStore, prior_keys
+from ..priors.reader import Source
+from ..priors.requests import PriorRequest
+from ..priors.storage import PriorStore
 from ..processes import from_main
 from ..report.run_report import RunReport
 from ..settings import MakerArguments, OnlineArguments, PriorArguments, StudentArguments
 from ..teachers import Teacher
-from ..teachers.plan import plan_teacher
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,74 @@ class _Run:
     def teacher_id(self) -> str:
         return self.prior.teacher_id(self.engine.device)
 
+    @property
+    def name(self) -> Callable[[str, str], str]:
+        return self.prior.name(self.engine.device, self.settings)
+
     def maker(
-        self, load: Callable[[torch.device], Teacher], store: PriorStore | None, strict: bool
+        self, load: Callable[[torch.device], Teacher | Source], store: PriorStore | None, strict: bool
     ) -> PriorMaker:
         """A maker that keeps what it makes in a store, if there is one."""
-        roundtrip, name = self.prior.measure_roundtrip, self.teacher_id
-        maker = self.engine.maker(load, name, self.settings, roundtrip=roundtrip)
+        settings, roundtrip = self.prior.reading(self.settings), self.prior.measure_roundtrip
+        maker = self.engine.maker(load, self.teacher_id, settings, roundtrip=roundtrip)
         if isinstance(maker, LocalMaker) and not strict:
             # All processes load at once: some wait for others' texts.
             maker.ready()
-        return (
-            maker if store is None else Stored(store, maker, prior_keys(name, self.settings), strict=strict)
+        return maker if store is None else Stored(store, maker, self.name, strict=strict)
+
+    def count_missing(self, pairs: Pairs, store: PriorStore) -> int:
+        """Say how many priors a store has and lacks; return how many are to be made.
+
+        Raises:
+            ValueError: some are, under `--prior_source store`.
+        """
+        # A process that looks later might find priors that another process made meanwhile.
+        missing, none = from_main(
+            [
+                sum(not store.settled(request.key) for _, request in pairs),
+                sum(request.key not in store for _, request in pairs),
+            ]
         )
+        prior = self.prior
+        if PartialState().is_main_process:
+            refused = f", {none - missing} on record as without a prior" if none > missing else ""
+            print(f"teacher {prior.teacher}: {len(pairs) - none} priors stored, {missing} to make{refused}")
+        if self.student.prior_source == "store" and missing:
+            given = self.report.identity
+            commands = "\n  ".join(
+                extract_command(prior, self.settings, {"data": given[data], "video_root": given.get(root)})
+                for data, root in (("data", "video_root"), ("eval_data", "eval_video_root"))
+                if given.get(data) is not None
+            )
+            raise ValueError(
+                f"--prior_source store: {missing} of {len(pairs)} priors are missing in {prior.prior_dir}; "
+                f"make them with\n  {commands}\n"
+                "or use --prior_source hybrid"
+            )
+        return missing
+
+    def make(self, pairs: Pairs, store: PriorStore) -> list[dict[str, Any]]:
+        """Check what is stored and make what is missing; return the descriptions of all processes' priors."""
+        state, mine = PartialState(), SkipLog()
+        # By the key, so that the samples of one prior fall to one process.
+        share = [p for p in pairs if int(p[1].key[:8], 16) % state.num_processes == state.process_index]
+        maker = self.maker(self.prior.absolute().load, store, strict=True)
+        described, roundtrip = [], None
+        bar = tqdm(desc="priors", unit="prior", total=len(share), disable=not state.is_main_process)
+        with closing(maker), bar:
+            for sample, request, found in make_all(share, maker):
+                bar.update()
+                if isinstance(found, Made):
+                    count_made(sample, found, mine)
+                    roundtrip = roundtrip or found.roundtrip
+                    described.append(found.describe(sample, request))
+                else:
+                    count_failed(sample, found, mine)
+        everyone = gather_object([(described, mine, roundtrip)])
+        self.skips.merge(log for _, log, _ in everyone)
+        about = self.report.content["teacher"]
+        about["roundtrip"] = about.get("roundtrip") or next((found for *_, found in everyone if found), None)
+        return [entry for part, *_ in everyone for entry in part]
 
     def require(self, found: Mapping[str, Any]) -> None:
         """Raise where there is nothing to align."""
@@ -158,128 +215,149 @@ def open_priors(
     Raises:
         ValueError: priors are missing under `--prior_source store`, or nothing is left to align.
     """
-    how, source, main = how or OnlineArguments(), student.prior_source, PartialState().is_main_process
+    how, where = how or OnlineArguments(), where or MakerArguments()
+    source, main = student.prior_source, PartialState().is_main_process
     how.check(source)
-    assert prior.teacher is not None
     report.content["teacher"] = {"path": prior.teacher}
     with ExitStack() as stack:
-        engine = stack.enter_context((where or MakerArguments()).open())
-        run = _Run(samples, student, prior, settings, how, engine, skips, report)
+        engine = stack.enter_context(where.open())
+        runs = [_Run(samples, student, one, settings, how, engine, skips, report) for one in prior.each()]
         if source == "online":
-            pairs = list(request_priors(samples, prior.prompt_source, skips))
+            asked = _ask(runs)
             if main:
-                print(f"teacher {prior.teacher}: reads {len(pairs)} clips while training and keeps no prior")
-            yield _while_training(run, pairs, None, stack)
+                for run, pairs in zip(runs, asked, strict=True):
+                    teacher = f"teacher {run.prior.teacher}"
+                    print(f"{teacher}: reads {len(pairs)} clips while training and keeps no prior")
+            yield _while_training(prior, runs, asked, None, stack)
             return
         store = PriorStore(Path(prior.prior_dir))
-        report.content["teacher"]["id"] = run.teacher_id
+        ids = [run.teacher_id for run in runs]
+        report.content["teacher"]["id"] = ids if len(ids) > 1 else ids[0]
         # A folder that is only read is not created.
         writes = main and (source != "store" or store.folder.is_dir())
         with DigestCache(store.folder, writes=writes) as cache:
-            name = prior_keys(run.teacher_id, settings)
-            pairs = list(request_priors(samples, prior.prompt_source, skips, name=name, digest=cache.digest))
-        # A process that looks later might find priors that another process made meanwhile.
-        missing, none = from_main(
-            [
-                sum(not store.settled(request.key) for _, request in pairs),
-                sum(request.key not in store for _, request in pairs),
-            ]
-        )
-        if main:
-            refused = f", {none - missing} on record as without a prior" if none > missing else ""
-            print(f"teacher {prior.teacher}: {len(pairs) - none} priors stored, {missing} to make{refused}")
-        if source == "store" and missing:
-            given = report.identity
-            commands = "\n  ".join(
-                extract_command(prior, settings, {"data": given[data], "video_root": given.get(root)})
-                for data, root in (("data", "video_root"), ("eval_data", "eval_video_root"))
-                if given.get(data) is not None
-            )
-            raise ValueError(
-                f"--prior_source store: {missing} of {len(pairs)} priors are missing in {prior.prior_dir}; "
-                f"make them with\n  {commands}\n"
-                "or use --prior_source hybrid"
-            )
-        if missing and not how.priors_first:
-            yield _while_training(run, pairs, store, stack)
+            asked = _ask(runs, cache)
+        missing = sum(run.count_missing(pairs, store) for run, pairs in zip(runs, asked, strict=True))
+        if missing and not how.priors_first and not prior.waits(where):
+            yield _while_training(prior, runs, asked, store, stack)
         else:
-            yield _beforehand(run, pairs, store)
+            yield _beforehand(prior, runs, asked, store)
 
 
 def plan_memory(
-    student: StudentArguments, prior: PriorArguments, settings: PriorSettings, how: OnlineArguments
-) -> tuple[TeacherCost, str] | None:
-    """Return what the run's teacher will take and when, if it makes priors at all; no weight is read.
+    student: StudentArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    how: OnlineArguments,
+    where: MakerArguments,
+) -> list[tuple[TeacherCost, str]]:
+    """Return what each of the run's video models will take and when, if it makes priors; no weight is read.
 
     Raises:
         ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
     """
     if student.prior_source == "store" or not student.aligned:
-        return None
-    assert prior.teacher is not None
-    place = BEFORE if how.priors_first else "beside the student"
-    options = prior.cost_options(PartialState().device, cached=place != BEFORE)
-    return teacher_cost(prior.teacher, settings, **options), place
+        return []
+    place = BEFORE if how.priors_first or prior.waits(where) else "beside the student"
+    device, cached = PartialState().device, place != BEFORE
+    return [
+        (teacher_cost(one.teacher, settings, **one.cost_options(device, cached=cached)), place)
+        for one in prior.each()
+        if one.source is None
+    ]
 
 
-def _beforehand(run: _Run, pairs: list[tuple[Sample, PriorRequest]], store: PriorStore) -> RunPriors:
-    """Check the stored priors, make the missing ones, and free the teacher.
+Pairs = list[tuple[Sample, PriorRequest]]
+
+
+def _ask(runs: list[_Run], cache: DigestCache | None = None) -> list[Pairs]:
+    """Return the priors that each teacher is to make, named where there is a cache of digests."""
+    found: list[Pairs] = []
+    for run in runs:
+        # What one teacher lacks, the next mostly lacks too: each sample and reason counts once.
+        log = SkipLog(shout=0) if found else run.skips
+        names = {} if cache is None else {"name": run.name, "digest": cache.digest}
+        found.append(list(run.prior.requests(run.samples, log, **names)))
+        if log is not run.skips:
+            known = {(entry.id, entry.reason) for entry in run.skips.entries}
+            for id, line, reason, detail in log.entries:
+                if (id, reason) not in known:
+                    run.skips.add(reason, id=id, line=line, detail=detail)
+    return found
+
+
+def _beforehand(prior: PriorArguments, runs: list[_Run], asked: list[Pairs], store: PriorStore) -> RunPriors:
+    """Check the stored priors, make the missing ones by one teacher after the other, and free each.
 
     As while training, a sample without its prior stays: whether and in which order clips are trained on must
     not depend on when priors are made, or on λ.
     """
-    state, mine = PartialState(), SkipLog()
-    # By the key, so that the samples of one prior fall to one process.
-    share = [pair for pair in pairs if int(pair[1].key[:8], 16) % state.num_processes == state.process_index]
-    maker = run.maker(run.prior.absolute().load, store, strict=True)
-    described, roundtrip = [], None
-    bar = tqdm(desc="priors", unit="prior", total=len(share), disable=not state.is_main_process)
-    with closing(maker), bar:
-        for sample, request, found in make_all(share, maker):
-            bar.update()
-            if isinstance(found, Made):
-                count_made(found, mine)
-                roundtrip = roundtrip or found.roundtrip
-                described.append(found.describe(sample, request))
-            else:
-                count_failed(sample, found, mine)
-    everyone = gather_object([(described, mine, roundtrip)])
-    described = [entry for part, *_ in everyone for entry in part]
-    run.skips.merge(log for _, log, _ in everyone)
-    keys = {entry["id"]: entry["key"] for entry in described}
-    run.report.content["teacher"]["roundtrip"] = next((found for *_, found in everyone if found), None)
-    order = {sample.id: place for place, sample in enumerate(run.samples)}
-    run.report.content["samples"] = sorted(described, key=lambda entry: order[entry["id"]])
-    run.require(keys)
-    return RunPriors(run.samples, keys, {tuple(entry["grid"]) for entry in described})
+    report, samples = runs[0].report.content, runs[0].samples
+    described = [run.make(pairs, store) for run, pairs in zip(runs, asked, strict=True)]
+    common = prior.common_grid(runs[0].engine.device) if len(runs) > 1 else None
+    named = [{entry["id"]: entry for entry in part} for part in described]
+    keys: dict[str, str] = {}
+    grids = set()
+    for sample in samples:
+        found = [part.get(sample.id) for part in named]
+        first = next((entry for entry in found if entry is not None), None)
+        if first is not None:
+            keys[sample.id] = "+".join("" if entry is None else entry["key"] for entry in found)
+            grids.add(common or tuple(first["grid"]))
+    order = {sample.id: place for place, sample in enumerate(samples)}
+    everything = [entry for part in described for entry in part]
+    report["samples"] = sorted(everything, key=lambda entry: order[entry["id"]])
+    runs[0].require(keys)
+    return RunPriors(samples, keys, grids)
 
 
 def _while_training(
-    run: _Run, pairs: list[tuple[Sample, PriorRequest]], store: PriorStore | None, stack: ExitStack
+    prior: PriorArguments,
+    runs: list[_Run],
+    asked: list[Pairs],
+    store: PriorStore | None,
+    stack: ExitStack,
 ) -> RunPriors:
-    """Get the teacher ready; it stays until the end of the training."""
-    prior, settings, how = run.prior, run.settings, run.how
-    assert prior.teacher is not None
-    wanted = {sample.id: request for sample, request in pairs}
+    """Get the teachers ready; they stay until the end of the training."""
+    run, settings, how = runs[0], runs[0].settings, runs[0].how
+    wanted = _wanted(run.samples, asked)
     run.require(wanted)
-    options = prior.identity(run.engine.device)
-    grid = plan_teacher(prior.teacher, size=options["size"], frames=options["frames"]).grid
-    texts = sorted({request.text for request in wanted.values()})
-    maker = run.maker(partial(_ready, prior.absolute(), texts), store, strict=False)
+    grid = prior.common_grid(run.engine.device)
+    assert grid is not None
+    makers: list[PriorMaker] = []
+    for one, pairs in zip(runs, asked, strict=True):
+        texts = sorted({request.text for _, request in pairs})
+        makers.append(one.maker(partial(_ready, one.prior.absolute(), texts), store, strict=False))
+    maker = makers[0] if len(makers) == 1 else Combined(makers, prior.weights(), grid)
     online = OnlinePriors(
         maker, prefetch=how.prior_prefetch, grid=grid if run.student.aligner == "mlp" else None
     )
     stack.callback(online.close)
     about = run.report.content["teacher"]
     about["roundtrip"], about["agreement"] = None, None
-    if settings.mode == "renoise" and how.agreement_clips:
-        about["agreement"] = measure_agreement(maker, pairs, settings, how.agreement_clips, run.skips)
+    video = len(runs) == 1 and run.prior.source is None
+    if video and settings.mode == "renoise" and how.agreement_clips:
+        about["agreement"] = measure_agreement(maker, asked[0], settings, how.agreement_clips, run.skips)
         if PartialState().is_main_process:
             print(say_agreement(about["agreement"], settings))
     return RunPriors(run.samples, {}, {grid}, wanted, online)
 
 
-def _ready(prior: PriorArguments, texts: list[str], device: torch.device) -> Teacher:
+def _wanted(samples: list[Sample], asked: list[Pairs]) -> dict[str, PriorRequest]:
+    """Return each sample's prior: of several teachers, one whose parts are theirs."""
+    named = [{sample.id: request for sample, request in pairs} for pairs in asked]
+    if len(named) == 1:
+        return named[0]
+    wanted = {}
+    for sample in samples:
+        parts = tuple(part.get(sample.id) for part in named)
+        first = next((part for part in parts if part is not None), None)
+        if first is not None:
+            wanted[sample.id] = PriorRequest(first.video, first.text, parts=parts)
+    return wanted
+
+
+def _ready(prior: PriorArguments, texts: list[str], device: torch.device) -> Teacher | Source:
     """Load a teacher; with a cache of its texts, fill it and free the text encoder."""
     cache = prior.texts(device)
     if cache is None:
@@ -289,6 +367,7 @@ def _ready(prior: PriorArguments, texts: list[str], device: torch.device) -> Tea
     mine = [*texts, ""][state.process_index :: state.num_processes]
     missing = [text for text in mine if cache.read(text) is None]
     teacher = prior.load(device, text_encoder=bool(missing))
+    assert isinstance(teacher, Teacher)
     teacher.drop_encoder(missing)
     state.wait_for_everyone()
     return teacher

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..alignment.aligner_training import FOLDER as ALIGNER
 from ..data.sources import open_source
+from ..priors.kinds import REGIONS
 from ..priors.prior import PriorSettings
 from ..processes import from_main
 from ..settings import (
@@ -68,13 +69,15 @@ def run_identity(
     identity = {
         "student": student.student,
         "teacher": prior.teacher,
+        # Absent where it plays no part, as in the reports of runs that did not know it.
+        **({"teacher_weights": list(prior.weights() or ["confidence"])} if len(prior.teachers) > 1 else {}),
         "data": trained.name,
         "data_digest": trained.digest(),
         "video_root": data.video_root,
         "limit": data.limit,
         "prior": asdict(settings),
         "prompt_source": prior.prompt_source,
-        "teacher_options": {k: str(v) for k, v in prior.identity(PartialState().device).items()},
+        "teacher_options": {k: str(v) for k, v in _options(prior).items()},
         **{k: v for k, v in asdict(student).items() if k not in _NOT_LEARNT},
         **{name: _plain(getattr(training, name, None)) for name in _RECIPE},
         **{name: _plain(getattr(batches, name, None)) for name in _BATCHES},
@@ -91,6 +94,12 @@ def run_identity(
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"):
             identity[name] = getattr(training, name)
     return identity
+
+
+def _options(prior: PriorArguments) -> dict[str, Any]:
+    options = (prior.each() or [prior])[0].identity(PartialState().device)
+    regions = {"region_grid": prior.region_grid} if REGIONS in prior.teachers else {}
+    return {**options, **regions}
 
 
 def checkpoint_format(engine: str, processes: int) -> str:

@@ -19,13 +19,11 @@ from ..costs import StudentCost, parameter_count, student_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
 from ..priors.prior import PriorSettings
-from ..priors.requests import request_priors
-from ..priors.storage import PriorStore, prior_keys
+from ..priors.storage import PriorStore
 from ..settings import PriorArguments, StudentArguments, TrainArguments
 from ..students import StudentFamily
 from ..students.load import check_config, unknown_value
 from ..students.locate import layers_read, text_model
-from ..teachers.plan import plan_teacher
 from .lora import plain_name
 
 
@@ -201,22 +199,21 @@ def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: Pri
 
     Those that the store has on record as impossible are neither.
     """
-    store, name = PriorStore(Path(prior.prior_dir)), prior.teacher_id(PartialState().device)
-    source, silent = prior.prompt_source, SkipLog(shout=0)
+    store, silent = PriorStore(Path(prior.prior_dir)), SkipLog(shout=0)
+    keys = set()
     with DigestCache(store.folder, writes=False) as cache:
-        name_of = prior_keys(name, settings)
-        found = request_priors(samples, source, silent, name=name_of, digest=cache.digest)
-        keys = {request.key for _, request in found}
+        for one in prior.each():
+            name = one.name(PartialState().device, settings)
+            found = one.requests(samples, silent, name=name, digest=cache.digest)
+            keys |= {request.key for _, request in found}
     stored = sum(key in store for key in keys)
     return {"stored": stored, "missing": sum(not store.settled(key) for key in keys)}
 
 
 def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
     """The grid of the longest clips' priors; None where the teacher's folder does not say."""
-    identity = prior.identity("cpu")
-    assert prior.teacher is not None
     try:
-        return plan_teacher(prior.teacher, size=identity["size"], frames=identity["frames"]).grid
+        return prior.common_grid("cpu")
     except (ValueError, OSError, KeyError):
         return None
 

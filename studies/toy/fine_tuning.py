@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from motionenhancer.alignment.aligner import build_aligner
-from motionenhancer.alignment.dataset import Item, MotionCollator, find_words
+from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import Sample, content_digest, prompt_text, read_frames
@@ -22,6 +22,7 @@ from motionenhancer.priors.storage import PriorStore, prior_key
 from motionenhancer.settings import TrainArguments
 from motionenhancer.students import load_student
 from motionenhancer.students.layout import Encoded
+from motionenhancer.students.words import find_words
 from motionenhancer.teachers import Teacher, load_teacher
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.world import ToyFolder, draw_clip

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from motionenhancer.alignment.dataset import Item, MotionCollator, find_words
+from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
@@ -29,6 +29,7 @@ from motionenhancer.data.video import Video
 from motionenhancer.settings import TrainArguments
 from motionenhancer.students import student_family
 from motionenhancer.students.layout import Encoded
+from motionenhancer.students.words import find_words
 from motionenhancer.toy.accuracy import FRAMES
 from motionenhancer.toy.language import question, still_question
 from motionenhancer.toy.models import make_student

@@ -71,12 +71,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A teacher in this process that reads files of text; no maker of it may be left open."""
     from maker_support import Fake
 
-    from motionenhancer.priors import maker as maker_module
+    from motionenhancer.priors import reader as reader_module
 
     (tmp_path / "clips").mkdir()
     found = Fake(tmp_path / "clips")
-    monkeypatch.setattr(maker_module, "read_frames", found.read_frames)
-    monkeypatch.setattr(maker_module, "extract_prior", found.extract_prior)
+    monkeypatch.setattr(reader_module, "read_frames", found.read_frames)
+    monkeypatch.setattr(reader_module, "extract_prior", found.extract_prior)
     before = set(threading.enumerate())
     yield found
     left = [

@@ -20,7 +20,7 @@ from test_store import made_for
 
 from motionenhancer.data import content_digest
 from motionenhancer.data.video import VideoError
-from motionenhancer.priors import maker as maker_module
+from motionenhancer.priors import reader as reader_module
 from motionenhancer.priors.maker import Made, PriorMaker, make_all
 from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings
 from motionenhancer.priors.requests import PriorRequest
@@ -81,8 +81,8 @@ class Load:
             os._exit(self.error)
         if self.error is not None:
             raise self.error
-        maker_module.read_frames = self.read_frames  # type: ignore[assignment]
-        maker_module.extract_prior = self.extract_prior  # type: ignore[assignment]
+        reader_module.read_frames = self.read_frames  # type: ignore[assignment]
+        reader_module.extract_prior = self.extract_prior  # type: ignore[assignment]
         exists, unseen = Path.exists, self.unseen
         Path.exists = lambda path: path.name != unseen and exists(path)  # type: ignore[assignment, method-assign]
         return SimpleNamespace(id=self.id, device=device, max_frames=17, size=(16, 24))

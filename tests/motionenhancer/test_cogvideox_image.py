@@ -12,8 +12,8 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from tiny_wan import refused
 from whole_maps import agrees, written_out
 
-from motionenhancer.priors.maker import inversion_errors
 from motionenhancer.priors.prior import extract_prior
+from motionenhancer.priors.reader import inversion_errors
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 from motionenhancer.toy.models import make_teacher

@@ -15,7 +15,7 @@ from motionenhancer import extract
 from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read_samples
 from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
-from motionenhancer.priors import maker
+from motionenhancer.priors import reader
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
@@ -212,9 +212,9 @@ def test_clips_shared_by_several_samples_are_made_and_refused_once(
     rows = [*rows, *({**row, "id": f"{row['id']}-again"} for row in rows), rows[0] | {"id": "last"}]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    decoded, decode = [], maker.read_frames
+    decoded, decode = [], reader.read_frames
     monkeypatch.setattr(
-        maker, "read_frames", lambda path, **options: (decoded.append(path.name), decode(path, **options))[1]
+        reader, "read_frames", lambda path, **options: (decoded.append(path.name), decode(path, **options))[1]
     )
     flags = world.flags(student=None, data=data, prior_dir=tmp_path / "priors", ddim_steps=1)
     assert extract.main(flags) == 1

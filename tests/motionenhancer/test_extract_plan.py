@@ -58,7 +58,7 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.priors.arguments.load_teacher", refuse)
     flags = world.flags(student=None, prior_dir=tmp_path / "priors", ddim_steps=5, limit=3)
     assert extract.main([*flags, "--dry_run"]) == 0
     printed = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_size_the_teacher_does_not_take_is_refused_before_any_clip_is_read(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("work was done")
 
-    for name in ("motionenhancer.settings.load_teacher", "motionenhancer.extract.request_priors"):
+    for name in ("motionenhancer.priors.arguments.load_teacher", "motionenhancer.extract.request_priors"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.setattr("motionenhancer.train._student", refuse)
     chosen = {"prior_dir": tmp_path / "priors", "teacher_size": size}

@@ -15,7 +15,7 @@ from extract_support import COMMAND, ENVIRONMENT, damaged_world, report_in, stor
 from tiny_world import World
 
 from motionenhancer import extract
-from motionenhancer.priors import maker
+from motionenhancer.priors import maker, reader
 from motionenhancer.priors.storage import PriorStore
 
 
@@ -84,7 +84,7 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_run_in_one_line(
         loads.append(1)
         raise RuntimeError("size mismatch\n\tfor transformer.proj_out.weight")
 
-    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.priors.arguments.load_teacher", refuse)
     flags = world.flags(student=None, prior_dir=tmp_path, ddim_steps=1)
     assert extract.main(flags) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
@@ -97,7 +97,7 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_run_in_one_line(
 def test_a_teacher_that_fails_on_everything_ends_the_run_and_one_failure_does_not(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = maker.extract_prior, []
+    real, calls = reader.extract_prior, []
 
     def fail(times: int):
         calls.clear()
@@ -108,7 +108,7 @@ def test_a_teacher_that_fails_on_everything_ends_the_run_and_one_failure_does_no
                 raise RuntimeError("CUDA error: out of memory")
             return real(*args, **options)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(maker, "extract_prior", extract_prior)
+        monkeypatch.setattr(reader, "extract_prior", extract_prior)
 
     flags = world.flags(student=None, prior_dir=tmp_path, ddim_steps=1)
     fail(100)

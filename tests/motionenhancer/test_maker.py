@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import maker as maker_module
+from motionenhancer.priors import reader as reader_module
 from motionenhancer.priors.maker import (
     PATIENCE,
     DeadTeacher,
@@ -140,7 +141,7 @@ def test_the_inversion_error_is_measured_of_one_clip(fake: Fake, monkeypatch: py
         measured.append((frames.tobytes().decode(), text, steps))
         return {"whole_schedule": 0.5}
 
-    monkeypatch.setattr(maker_module, "inversion_errors", errors)
+    monkeypatch.setattr(reader_module, "inversion_errors", errors)
     with local(fake, roundtrip=True) as maker:
         found = [answer(maker.submit(r)) for r in fake.requests("broken", "good 1", "good 2")]
     assert measured == [("good 1", "it moves", 1)]

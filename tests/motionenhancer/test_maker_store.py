@@ -14,7 +14,7 @@ from maker_support import MACHINE_FAULTS, SECONDS, SETTINGS, Fake, answer, files
 
 from motionenhancer import store as cli
 from motionenhancer.data.video import VideoError
-from motionenhancer.priors import maker as maker_module
+from motionenhancer.priors import reader as reader_module
 from motionenhancer.priors.maker import (
     PATIENCE,
     DeadTeacher,
@@ -70,7 +70,7 @@ def test_what_is_on_record_is_tried_again_once_where_that_is_asked_for(
             else reads(path, **options)
         )
 
-    monkeypatch.setattr(maker_module, "read_frames", newer)
+    monkeypatch.setattr(reader_module, "read_frames", newer)
     with kept(fake, store, retry=True) as stored:
         assert answer(stored.submit(broken)).fresh  # type: ignore[union-attr]
         assert isinstance(answer(stored.submit(blank)), PriorError)

@@ -23,7 +23,7 @@ from motionenhancer.alignment.dataset import Wanted
 from motionenhancer.alignment.online import NoPriorError, OnlinePriors
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
-from motionenhancer.priors import maker as priors_maker
+from motionenhancer.priors import reader as priors_reader
 from motionenhancer.priors.maker import LocalMaker
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
 from motionenhancer.priors.requests import PriorRequest, request_priors
@@ -94,7 +94,7 @@ def test_hybrid_makes_each_prior_once(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.priors.arguments.load_teacher", refuse)
     assert train.main(flags(world, tmp_path / "again", prior_source="hybrid", **EPOCHS)) == 0
     same_weights(stored, tmp_path / "again")
 
@@ -234,14 +234,14 @@ def write_rows(path: Path, lines: list[dict]) -> Path:
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool]) -> None:
-    make = priors_maker.extract_prior
+    make = priors_reader.extract_prior
 
     def extract_prior(teacher, frames, text, **options):
         if fails(text):
             raise RuntimeError("the teacher stumbled")
         return make(teacher, frames, text, **options)
 
-    monkeypatch.setattr(priors_maker, "extract_prior", extract_prior)
+    monkeypatch.setattr(priors_reader, "extract_prior", extract_prior)
 
 
 def test_a_text_that_the_teacher_knows_in_part_is_counted(world: World) -> None:

@@ -117,12 +117,12 @@ def test_a_teacher_that_dies_in_one_process_ends_all_with_its_reason(world: Worl
     program.write_text(
         "import os, sys\n"
         "from motionenhancer import extract\n"
-        "from motionenhancer.priors import maker\n"
-        "real = maker.extract_prior\n"
+        "from motionenhancer.priors import maker, reader\n"
+        "real = reader.extract_prior\n"
         "def failing(*args, **options):\n"
         "    raise RuntimeError('CUDA error: device-side assert')\n"
         "maker.PATIENCE = 1\n"
-        "maker.extract_prior = failing\n"
+        "reader.extract_prior = failing\n"
         "sys.exit(extract.main(sys.argv[1:]))\n"
     )
     done = launch_two([str(program), *world.flags(student=None, ddim_steps=1, prior_dir=tmp_path / "p")])

@@ -23,7 +23,7 @@ from motionenhancer.alignment.online import OnlinePriors
 from motionenhancer.data import Sample, SkipLog, content_digest, read_samples
 from motionenhancer.data.encode import encode_video
 from motionenhancer.data.video import VideoError
-from motionenhancer.priors import maker
+from motionenhancer.priors import reader
 from motionenhancer.priors.maker import LocalMaker, Made, RefusedClip, Stored, make_all
 from motionenhancer.priors.prior import PriorError, PriorSettings
 from motionenhancer.priors.requests import PriorRequest, request_priors
@@ -247,7 +247,7 @@ def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("motionenhancer.settings.load_teacher", refuse)
+    monkeypatch.setattr("motionenhancer.priors.arguments.load_teacher", refuse)
 
 
 def test_training_from_a_store_goes_without_what_extraction_could_not_read(
@@ -286,7 +286,7 @@ def test_extraction_tries_again_what_is_on_record(
         raise VideoError(path, "no decoder for it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(maker, "read_frames", read_frames)
+        patch.setattr(reader, "read_frames", read_frames)
         assert extract.main(world.flags(student=None, **poor)) == 1
     store = PriorStore(Path(str(poor["prior_dir"])))
     assert (len(list(store)), len(list(store.refusals()))) == (0, 3)

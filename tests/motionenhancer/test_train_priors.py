@@ -12,10 +12,11 @@ from tiny_world import World
 from train_support import flags, parts, report_of, weights_of
 
 from motionenhancer import train
-from motionenhancer.alignment.dataset import align_batch, find_words
+from motionenhancer.alignment.dataset import align_batch
 from motionenhancer.data import digests
 from motionenhancer.data.video import content_digest
-from motionenhancer.priors import maker as priors_maker
+from motionenhancer.priors import reader as priors_reader
+from motionenhancer.students.words import find_words
 
 #: More than a pass over the data: whatever is left out changes the order of the rest.
 OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 2}
@@ -93,7 +94,7 @@ def test_unreadable_clips_are_treated_alike_whenever_priors_are_made(world: Worl
 def test_clips_left_out_of_the_agreement_are_named(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make, stumbled = priors_maker.extract_prior, []
+    make, stumbled = priors_reader.extract_prior, []
 
     def extract_prior(teacher, frames, text, **options):
         if options["mode"] == "reconstruct" and not stumbled:
@@ -101,7 +102,7 @@ def test_clips_left_out_of_the_agreement_are_named(
             raise RuntimeError("the teacher stumbled")
         return make(teacher, frames, text, **options)
 
-    monkeypatch.setattr(priors_maker, "extract_prior", extract_prior)
+    monkeypatch.setattr(priors_reader, "extract_prior", extract_prior)
     options = {"prior_source": "online", "prior_mode": "renoise", "agreement_clips": 3, "max_steps": 1}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     report = report_of(tmp_path / "out")

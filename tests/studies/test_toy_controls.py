@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from motionenhancer.alignment.aligner import align
-from motionenhancer.alignment.dataset import Item, MotionCollator, find_words
+from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.data import prompt_text
 from motionenhancer.priors.prior import MotionPrior
 from motionenhancer.students import capture_attention, load_student
+from motionenhancer.students.words import find_words
 from motionenhancer.toy.models import save_student
 from motionenhancer.toy.world import draw_clip
 from studies.toy.arms import LEVEL, SWEEPS

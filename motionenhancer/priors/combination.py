@@ -1,0 +1,222 @@
+"""Priors of several teachers as one: stored apart, and combined when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+
+import torch
+
+from mekernels import VideoTokens, resample_rows, token_motion_scores
+
+from ..data.sample import whole_words
+from ..data.video import VideoError
+from .confidence import prior_confidence
+from .maker import PriorMaker, RefusedClip, refusal_of
+from .prior import MotionPrior, PriorError
+from .requests import Made, PriorRequest
+from .storage import PriorStore
+
+__all__ = ["Combined", "CombinedStore", "Weights", "combine_priors", "compare_words", "word_rows"]
+
+Grid = tuple[int, int, int]
+Weights = tuple[float, ...] | None
+"""One a teacher; None weighs each prior by its confidence."""
+Span = tuple[int, int]
+
+
+def word_rows(prior: MotionPrior, grid: Grid) -> dict[Span, torch.Tensor]:
+    """Bring a prior to whole words and another grid.
+
+    Returns:
+        Character range of each word with a kept token → (S,) float32, the mean of its tokens' rows, each of
+        which sums to one.
+    """
+    rows = resample_rows(prior.attention.float()[None], prior.grid, grid)[0]
+    found = {}
+    for start, end in whole_words(prior.prompt):
+        inside = [i for i, (a, b) in enumerate(prior.spans) if max(a, start) < min(b, end)]
+        if inside:
+            found[start, end] = rows[inside].mean(dim=0)
+    return found
+
+
+def combine_priors(
+    priors: Sequence[MotionPrior | None], weights: Weights, grid: Grid | None = None
+) -> MotionPrior:
+    """Combine the priors that several teachers have of one clip and text.
+
+    A word is kept if any of them kept it. Its row is the weighted mean of the rows of those that did, so that
+    a word which one teacher dropped takes the others' rows.
+
+    Args:
+        priors: one a teacher; None of one that has none.
+        weights: see `Weights`. Priors without any confidence count alike.
+        grid: (F, H, W) of the result; that of the first prior by default.
+
+    Returns:
+        One prior of whole words. A single one that has the grid is returned as it is.
+
+    Raises:
+        ValueError: there is none, or they are of different texts.
+    """
+    given = zip(priors, weights or (None,) * len(priors), strict=True)
+    used = [
+        (prior, prior.confidence["confidence"] if weight is None else weight)
+        for prior, weight in given
+        if prior is not None
+    ]
+    if not used:
+        raise ValueError("priors must hold at least one, got none")
+    first = used[0][0]
+    grid = grid or first.grid
+    if len(used) == 1 and first.grid == grid:
+        return first
+    if any(prior.prompt != first.prompt for prior, _ in used):
+        raise ValueError("priors must be of one text to be combined")
+    rows: dict[Span, list[tuple[float, torch.Tensor]]] = {}
+    for prior, weight in used:
+        for span, row in word_rows(prior, grid).items():
+            rows.setdefault(span, []).append((weight, row))
+    spans = sorted(rows)
+    attention = torch.stack([_mean(rows[span]) for span in spans]).half()
+    words = [first.prompt[slice(*span)] for span in spans]
+    return replace(
+        first,
+        attention=attention,
+        tokens=words,
+        spans=spans,
+        grid=grid,
+        heads=[],
+        head_scores={},
+        all_tokens=words,
+        all_spans=spans,
+        token_scores=token_motion_scores(attention.float(), VideoTokens(*grid)).tolist(),
+        kept=list(range(len(spans))),
+        confidence=prior_confidence(attention, grid),
+        teacher="+".join(prior.teacher for prior, _ in used),
+        truncated=min(prior.truncated for prior, _ in used),
+        unknown=min(prior.unknown for prior, _ in used),
+        evaluations=sum(prior.evaluations for prior, _ in used),
+        seconds={},
+        times=first.times if first.grid == grid else [],
+    )
+
+
+def _mean(weighed: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """The weighted mean of rows; rows without any weight count alike."""
+    weights = torch.tensor([weight for weight, _ in weighed])
+    shares = weights / weights.sum() if weights.any() else torch.full_like(weights, 1 / len(weighed))
+    return (shares[:, None] * torch.stack([row for _, row in weighed])).sum(dim=0)
+
+
+def compare_words(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
+    """Agreement of two teachers' priors of one clip and text, on the first one's grid.
+
+    Returns:
+        words: share of the first prior's words that the second kept too.
+        cosine: mean cosine of the rows of words that both kept, NaN if there are none.
+    """
+    mine, theirs = word_rows(one, one.grid), word_rows(other, one.grid)
+    shared = [span for span in mine if span in theirs]
+    pairs = [torch.cosine_similarity(mine[span].double(), theirs[span].double(), dim=0) for span in shared]
+    cosine = float(torch.stack(pairs).mean()) if pairs else float("nan")
+    return {"words": len(shared) / len(mine), "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class CombinedStore(PriorStore):
+    """A store that is read by the keys of several teachers' priors, with `+` between them.
+
+    Attributes:
+        weights, grid: see `combine_priors`.
+    """
+
+    weights: Weights = None
+    grid: Grid | None = None
+
+    def read(self, key: str) -> MotionPrior:
+        """Load and combine; the key of a teacher that has no prior is empty. See `PriorStore.read`."""
+        read = super().read
+        return combine_priors([read(one) if one else None for one in key.split("+")], self.weights, self.grid)
+
+
+class Combined:
+    """Asks several makers for the parts of a request and combines what they make; see `PriorMaker`.
+
+    A clip that some of the teachers cannot read takes the priors of the others.
+
+    Args:
+        makers: one a teacher; closed with this one.
+        weights, grid: see `combine_priors`.
+    """
+
+    def __init__(self, makers: Sequence[PriorMaker], weights: Weights, grid: Grid | None) -> None:
+        self.makers, self.weights, self.grid = makers, weights, grid
+        self.capacity = min(maker.capacity for maker in makers)
+
+    def submit(self, request: PriorRequest) -> Future[Made]:
+        """See `PriorMaker`; the request's `parts` are those of the makers."""
+        parts = zip(self.makers, request.parts, strict=True)
+        asked = [None if part is None else maker.submit(part) for maker, part in parts]
+        return _when_all(asked, partial(self._combine, asked))
+
+    def close(self) -> None:
+        """See `PriorMaker`."""
+        for maker in self.makers:
+            maker.close()
+
+    def _combine(self, asked: Sequence[Future[Made] | None]) -> Made:
+        made: list[Made | None] = []
+        errors: list[VideoError | PriorError | RefusedClip] = []
+        for answer in asked:
+            try:
+                made.append(None if answer is None else answer.result())
+            except (VideoError, PriorError, RefusedClip) as error:
+                made.append(None)
+                errors.append(error)
+        there = [one for one in made if one is not None]
+        if not there:
+            raise errors[0]
+        refused = [refusal_of(error) for error in errors]
+        left_out = [(f"{one.reason}, others' priors used", one.detail) for one in refused]
+        return Made(
+            combine_priors([None if one is None else one.prior for one in made], self.weights, self.grid),
+            fresh=any(one.fresh for one in there),
+            seconds=sum(one.seconds for one in there),
+            damaged=next((one.damaged for one in there if one.damaged), ""),
+            lost=next((one.lost for one in there if one.lost), ""),
+            left_out=(*left_out, *(entry for one in there for entry in one.left_out)),
+            roundtrip=next((one.roundtrip for one in there if one.roundtrip), None),
+        )
+
+
+def _when_all(asked: Sequence[Future[Made] | None], combine: Callable[[], Made]) -> Future[Made]:
+    """Return a future of what is combined once all are done; to cancel it cancels them."""
+    answer: Future[Made] = Future()
+    waiting = [one for one in asked if one is not None]
+    left, lock = [len(waiting)], Lock()
+
+    def settled(_: Future[Made]) -> None:
+        with lock:
+            left[0] -= 1
+            last = left[0] == 0
+        if not last or not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(combine())
+        except (Exception, CancelledError) as error:
+            answer.set_exception(error)
+
+    def given_up(done: Future[Made]) -> None:
+        if done.cancelled():
+            for one in waiting:
+                one.cancel()
+
+    answer.add_done_callback(given_up)
+    for one in waiting:
+        one.add_done_callback(settled)
+    return answer

@@ -1,0 +1,34 @@
+"""What `--teacher` names: a video diffusion model, or a source of priors that needs none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .own_maps import OwnMaps
+from .reader import Source
+from .regions import Regions
+
+__all__ = ["REGIONS", "SELF", "source_class"]
+
+#: Names the data file's own regions in the place of a teacher, and the student that is trained.
+REGIONS, SELF = "regions", "self"
+
+
+def source_class(teacher: str) -> type[Source] | None:
+    """The class that makes the priors of what is named; None for a video diffusion model.
+
+    >>> source_class("regions").__name__, source_class("CogVideoX-5b")
+    ('Regions', None)
+    """
+    if teacher == REGIONS:
+        return Regions
+    return OwnMaps if _is_student(Path(teacher)) else None
+
+
+def _is_student(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers, which all have a type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,112 @@
+"""One reading of a sample by a student: where the words of its text look."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from motionenhancer.data.sample import Sample, prompt_text
+from motionenhancer.data.video import Video
+from motionenhancer.students.capture import capture_attention
+from motionenhancer.students.family import StudentFamily
+from motionenhancer.students.layout import TokenLayout
+from motionenhancer.students.words import WordMap, find_words
+
+__all__ = ["StudentMaps", "TextRange", "read_maps"]
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TextRange:
+    """Character ranges of a text, as words to be found."""
+
+    prompt: str
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class StudentMaps:
+    """Where a text's tokens looked.
+
+    Attributes:
+        layout: what the sample's tokens spell.
+        grid, times: (F, H, W) of its vision tokens, and F seconds.
+        rows: positions of the text's tokens that can see the video.
+        attention: (len(rows), F·H·W) float32 on the CPU.
+    """
+
+    layout: TokenLayout
+    grid: Grid
+    times: list[float]
+    rows: list[int]
+    attention: torch.Tensor
+
+    def of_words(self, words: WordMap) -> dict[int, torch.Tensor]:
+        """The mean row of each word that was found, (F·H·W,)."""
+        place = {row: i for i, row in enumerate(self.rows)}
+        rows: dict[int, list[int]] = {}
+        for row, word in zip(words.rows, words.row_tokens, strict=True):
+            rows.setdefault(word, []).append(place[row])
+        return {word: self.attention[places].mean(dim=0) for word, places in rows.items()}
+
+
+@torch.no_grad()
+def read_maps(
+    model: Any,
+    family: StudentFamily,
+    processor: Any,
+    sample: Sample,
+    video: Video,
+    source: str,
+    *,
+    max_pixels: int | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> tuple[StudentMaps, Any, torch.Tensor]:
+    """Run a student over one sample in evaluation mode; no random number is drawn.
+
+    Args:
+        model, family, processor: as `load_student` returns them; the model's mode is restored.
+        sample: with one video.
+        video: as it is shown.
+        source: the text that is read: "both", "question" or "answer".
+        max_pixels: as for `StudentFamily.encode`.
+        autocast: of a training's mixed precision.
+
+    Returns:
+        The maps, what the model returned, and (N - 1,) labels of its logits but the last.
+
+    Raises:
+        ValueError: the sample cannot be encoded.
+    """
+    encoded = family.encode(processor, sample, [video], max_pixels=max_pixels)
+    layout = encoded.layout
+    prompt, segments = prompt_text(sample, source)  # type: ignore[arg-type]
+    whole = TextRange(prompt, [(start, end) for start, end, _ in segments])
+    rows = sorted(set(find_words(sample, whole, layout, source).rows))
+    vision = layout.videos[0]
+    batch = family.collate([encoded], pad_token_id=processor.tokenizer.pad_token_id)
+    batch.pop("layouts")
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    was_training, labels = model.training, batch["labels"][0, 1:]
+    try:
+        model.eval()
+        with (
+            autocast or nullcontext(),
+            capture_attention(model, torch.tensor([rows]), vision.positions[None]) as captured,
+        ):
+            out = model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+    # Each frame of the grid stands for the same number of the clip's frames, except the last.
+    each = math.ceil(len(video.timestamps) / vision.grid[0])
+    shown = [video.timestamps[i * each : (i + 1) * each] for i in range(vision.grid[0])]
+    times = [float(np.mean(part if len(part) else video.timestamps[-1:])) for part in shown]
+    attention = captured.attention[0].float().cpu()
+    return StudentMaps(layout, vision.grid, times, rows, attention), out, labels
