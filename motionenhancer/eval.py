@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from accelerate import PartialState
 
 from .data.question import Question
+from .data.sampling import Frames
 from .data.skips import SkipLog
 from .data.sources import open_source
 from .data.video import content_digest
@@ -26,16 +28,18 @@ from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, answer_questions, unanswered
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
-from .evaluation.write import SCORES, student_digest, write_scores
+from .evaluation.write import SCORES, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
 from .interrupts import on_interrupt
 from .processes import from_main, join_processes
-from .report.run_report import RunReport
+from .report.run_report import REPORT, RunReport
 from .settings import EvalArguments
 from .students import load_student, student_family
+from .students.load import base_folder
 from .toy.defaults import default_toy, require_all
+from .weights import student_digest
 
 PROG = "python -m motionenhancer.eval"
 #: Outputs, and ids of skipped questions with reason and detail.
@@ -166,13 +170,16 @@ def _ask(
 ) -> Answers | None:
     """Answer the open questions; returns those of all processes, None if this same run has finished."""
     student = model_folder(arguments.student or "", "--student")
-    config = student / "config.json"
+    base = base_folder(student)
+    config = base / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"--student must be a transformers folder with a config.json or a Hub id, got {student}"
+            f"--student must be a transformers folder with a config.json or a Hub id, got {base}"
         )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    frames = replace(arguments.frames(family.num_frames), max_pixels=arguments.pixels(family))
+    trained = None if benchmark.num_frames is None else _trained_frames(student)
+    frames = arguments.frames(family.num_frames, trained)
+    frames = replace(frames, max_pixels=arguments.pixels(family, trained))
     source = open_source(arguments.data, folder=True)
     clips = VideoFolder(arguments.video_root or source.root, benchmark.folders, benchmark.renamed)
     prompt = arguments.prompt or benchmark.prompt
@@ -186,7 +193,7 @@ def _ask(
             "benchmark": benchmark.name,
             "data": source.digest(),
             "video_root": str(clips.root.resolve()),
-            "student": student_digest(student),
+            "student": "+".join(map(student_digest, dict.fromkeys((student, base)))),
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
@@ -221,6 +228,14 @@ def _ask(
     unread = {id: ("unreadable", row["skipped"]) for id, row in rows.items() if "skipped" in row}
     gone = {**unread, **gone}
     return {q.id: rows[q.id]["output"] for q in questions if q.id not in gone}, gone
+
+
+def _trained_frames(student: Path) -> Frames | None:
+    """How clips were shown in the training that left this folder, or the checkpoint in it."""
+    for folder in (student, *([student.parent] if student.name.startswith("checkpoint-") else [])):
+        with suppress(OSError, ValueError, KeyError):
+            return Frames(**json.loads((folder / REPORT).read_text(encoding="utf-8"))["frames"])
+    return None
 
 
 def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:

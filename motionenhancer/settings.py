@@ -101,9 +101,12 @@ class ShownArguments(Settings):
         "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Without --data: the toy's.",
     )
     num_frames: int | None = setting(
-        None, "Number of frames, evenly spaced. Default: the family's (InternVL: 8), or by rate.", least=1
+        None,
+        "Number of frames, evenly spaced. Default: the family's (InternVL: 8), or by rate; toy evaluation: "
+        "as trained, or 8.",
+        least=1,
     )
-    video_fps: float | None = setting(None, "Frames per second. Default: 1; toy evaluation: 8.", above=0)
+    video_fps: float | None = setting(None, "Frames per second. Default: 1.", above=0)
     max_frames: int | None = setting(None, "Most frames by rate. Default: 64; evaluation: 768.", least=1)
     attn_implementation: str = setting("sdpa", "Attention implementation of the student.")
 
@@ -489,7 +492,9 @@ class EvalArguments(ShownArguments, DataArguments):
     prompt: str | None = setting(None, "Your own prompt, with {question} and {options}.")
     answer_hidden: bool = setting(False, "Also ask questions that have no public answer.")
     min_frames: int | None = setting(None, "Minimum number of frames by rate. Default: 4.", least=1)
-    max_pixels: int | None = setting(360 * 420, "Most pixels of a frame; 0: the processor's limit.", least=0)
+    max_pixels: int | None = setting(
+        None, "Most pixels of a frame; 0: the processor's limit. Default: 151200; toy: as trained.", least=0
+    )
     batch_size: int = setting(4, "Number of questions that a process answers at once.", least=1)
     max_new_tokens: int | None = setting(
         None, "Most tokens of an answer. Default: the benchmark's, see docs/evaluation.md.", least=1
@@ -499,7 +504,9 @@ class EvalArguments(ShownArguments, DataArguments):
     bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
-    compare: list[str] | None = setting(None, "Compare two scored runs, A and B, and do nothing else.")
+    compare: list[str] | None = setting(
+        None, "Compare the answers of two runs, A and B, and do nothing else."
+    )
     task: str | None = setting(None, "With --compare: compare this task only.")
 
     def __post_init__(self) -> None:
@@ -524,7 +531,7 @@ class EvalArguments(ShownArguments, DataArguments):
                     f"--video_root {self.video_root} needs --data, the file of questions about its clips"
                 )
 
-    def frames(self, family: int | None) -> Frames:
+    def frames(self, family: int | None, trained: Frames | None = None) -> Frames:
         """How clips are shown: as the flags say, by default as in the paper.
 
         The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
@@ -532,25 +539,36 @@ class EvalArguments(ShownArguments, DataArguments):
 
         Args:
             family: frames of a clip that the student's family takes; None where it takes frames by rate.
+            trained: how clips were shown in the student's training; counts where no flag says otherwise.
         """
-        most = self.max_frames or 768
+        pixels = 360 * 420 if self.max_pixels is None else self.max_pixels or None
+        if trained is not None and not any(
+            (self.num_frames, self.video_fps, self.min_frames, self.max_frames)
+        ):
+            return trained if self.max_pixels is None else replace(trained, max_pixels=pixels)
+        most, own = self.max_frames or 768, BENCHMARKS[self.benchmark].num_frames
         return Frames(
-            num_frames=self.num_frames or (family if self.video_fps is None else None),
-            fps=self.video_fps or BENCHMARKS[self.benchmark].fps,
+            num_frames=self.num_frames or (family or own if self.video_fps is None else None),
+            fps=self.video_fps or 1.0,
             min_frames=self.min_frames or min(4, most),
             max_frames=most,
-            max_pixels=self.max_pixels or None,
+            max_pixels=pixels,
         )
 
-    def pixels(self, family: StudentFamily) -> int | None:
+    def pixels(self, family: StudentFamily, trained: Frames | None = None) -> int | None:
         """Most pixels of a frame; the default holds for families whose processor takes any limit only.
+
+        Args:
+            trained: see `frames`.
 
         Raises:
             ValueError: --max_pixels would do nothing.
         """
-        if self.max_pixels != EvalArguments.max_pixels:
+        if self.max_pixels is not None:
             return _checked_pixels(self.max_pixels or None, family)
-        return None if family.shrink is not None else self.max_pixels
+        if trained is not None:
+            return trained.max_pixels
+        return None if family.shrink is not None else 360 * 420
 
     def bootstrap(self) -> dict[str, Any]:
         """How intervals are drawn, as options of `score` and `compare_runs`."""

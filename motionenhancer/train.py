@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from .alignment.dataset import MotionCollator, MotionDataset
 from .alignment.trainer import MotionTrainer
 from .data import Sample, SkipLog
 from .data.readers import load_samples
+from .data.sampling import Frames
 from .flags import parse_arguments
 from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
+from .report.model_card import write_model_card
 from .report.run_report import RunReport
 from .report.watch import Watch
 from .settings import (
@@ -173,6 +175,8 @@ def run(
         model, processor, family = _student(student, training)
         if training.optim_target_modules is not None:
             build_optimizer(training, model)
+        frames = Frames(**student.frames(family))
+        report.content["frames"] = asdict(frames)
         if main_process:
             plain = MotionDataset(samples, family, processor, keys={}, **options)
             plan = _plan(model, plain, tested, student, prior, settings, training)
@@ -188,7 +192,7 @@ def run(
             return report
         asked = toy if main_process and whole else None
         if asked is not None:
-            report.content["evaluation"] = {"before": _test(model, processor, family, asked)}
+            report.content["evaluation"] = {"before": _test(model, processor, family, asked, frames)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
             priors = open_priors([*samples, *tested], student, prior, settings, skips, report, online, maker)
@@ -228,7 +232,7 @@ def run(
             _save(trainer, student)
             watch.keep(report.folder)
             if asked is not None:
-                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, asked)
+                report.content["evaluation"]["after"] = _test(trainer.model, processor, family, asked, frames)
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
@@ -250,6 +254,7 @@ def run(
         report.content["alignment"] = total
         report.content["training"] = {"metrics": result.metrics, "log": trainer.state.log_history}
         report.content["skipped"] = skips.to_json()
+        write_model_card(report.folder, report.content, report.identity)
         report.write("finished")
         if skips.total:
             print(skips.summary())
@@ -292,10 +297,12 @@ def _early_stopping(validation: ValidationArguments) -> list[EarlyStoppingCallba
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-def _test(model: Any, processor: Any, family: StudentFamily, toy: ToyFolder) -> dict[str, Any]:
+def _test(
+    model: Any, processor: Any, family: StudentFamily, toy: ToyFolder, frames: Frames
+) -> dict[str, Any]:
     print(f"answering the questions of {toy.test} ...")
     was_training = model.training
-    found = accuracy(model.eval(), processor, family, toy.root)
+    found = accuracy(model.eval(), processor, family, toy.root, frames=frames)
     found["gaze"] = attention_on_objects(model, processor, family, toy.root)
     model.train(was_training)
     return found

@@ -1,7 +1,8 @@
-"""Loads the weights of students, teachers and checkpoints, and refuses a folder that lacks some."""
+"""Loads and names the weights of students, teachers and checkpoints; refuses a folder that lacks some."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
-__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "refuse_weights"]
+from .data.digests import file_digest
+
+__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "refuse_weights", "student_digest"]
 
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
@@ -132,3 +135,18 @@ def _said(what: str, keys: Collection[str]) -> list[str]:
         return []
     count = f"{len(keys)} weight{' is' if len(keys) == 1 else 's are'} {what}"
     return [f"{count} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"]
+
+
+def student_digest(folder: str | Path) -> str:
+    """Name a student's weights and settings: 32 hexadecimal digits.
+
+    Only the files a checkpoint consists of are read, in the folder itself: runs kept below it, and reports
+    beside it, change nothing.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        parts = file.suffix in (".json", ".safetensors", ".jinja", ".txt") and file.is_file()
+        if not parts or file.name in ("motion_report.json", "trainer_state.json"):
+            continue
+        digest.update(f"{file.name}\0{file_digest(file)}\0".encode())
+    return digest.hexdigest()[:32]

@@ -104,7 +104,7 @@ class Benchmark:
     submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
     folders: below the video root, where the published archive keeps its clips.
     renamed: where the folder of a clip is part of its name, folder to its name in later archives; else None.
-    fps: frames a second that a student without a number of frames of its own is shown.
+    num_frames: of a clip, evenly, where the benchmark is our own; others are shown at 1 frame per second.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Benchmark:
     rule: str = ""
     folders: tuple[str, ...] = ()
     renamed: Mapping[str, str] | None = None
-    fps: float = 1.0
+    num_frames: int | None = None
 
 
 def load_questions(
@@ -335,7 +335,7 @@ _ALL = (
         right=lambda question, output, rules: same_text(output, question.answer or ""),
         max_new_tokens=48,
         submission=_texts,
-        fps=8.0,  # its clips last two seconds
+        num_frames=8,  # as the toy's recipe
     ),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

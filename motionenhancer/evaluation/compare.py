@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..weights import student_digest
 from .scores import Judged, accuracies, bootstrap, interval, tally, task_order
+
+_RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,16 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def read_results(path: str | Path) -> list[Judged]:
-    """Read a run's judged answers from its folder, or from its ``results.jsonl``.
+    """Read a run's judged answers.
+
+    Args:
+        path: the ``--output_dir`` of an evaluation, its ``results.jsonl``, or the folder of a training whose
+            evaluation lies in it or beside it.
 
     Raises:
-        ValueError: there is none, or it is not one of ours.
+        ValueError: there is none, or more than one, or it is not one of ours.
     """
-    file = Path(path)
-    file = file / "results.jsonl" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"--compare {path}: no results.jsonl there; give the --output_dir of a scored run")
+    file = _results_file(Path(path))
     judged = []
     for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), start=1):
         try:
@@ -75,6 +79,32 @@ def read_results(path: str | Path) -> list[Judged]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--compare {file}, line {number}: not a judged answer ({error})") from None
     return judged
+
+
+def _results_file(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"--compare {path}: no such folder; give the --output_dir of an evaluation")
+        return path
+    found = [path / _RESULTS] if (path / _RESULTS).is_file() else sorted(path.glob(f"*/{_RESULTS}"))
+    if not found and (path / "motion_report.json").is_file():
+        digest = student_digest(path)
+        found = [file for file in sorted(path.parent.glob(f"*/{_RESULTS}")) if _student_of(file) == digest]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(str(file.parent) for file in found)
+        raise ValueError(f"--compare {path}: evaluated more than once; give one of {listed}")
+    raise ValueError(f"--compare {path}: not evaluated yet; run eval --student {path} first")
+
+
+def _student_of(results: Path) -> str | None:
+    """The digest of the student that gave these answers, without that of its adapters' base."""
+    try:
+        report = json.loads((results.parent / "motion_report.json").read_text(encoding="utf-8"))
+        return str(report["identity"]["student"]).partition("+")[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def compare_runs(

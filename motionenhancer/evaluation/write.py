@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.digests import file_digest
 from motionenhancer.data.question import Question
 from motionenhancer.data.skips import SkipLog
 
@@ -80,18 +78,3 @@ def _other_rules(
         "overall": score(theirs, samples=0)["overall"],
         "judged_differently": sum(a.right != b.right for a, b in zip(mine, theirs, strict=True)),
     }
-
-
-def student_digest(folder: str | Path) -> str:
-    """Name a student's weights and settings: 32 hexadecimal digits.
-
-    Only the files a checkpoint consists of are read, in the folder itself: runs kept below it, and reports
-    beside it, change nothing.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        parts = file.suffix in (".json", ".safetensors", ".jinja", ".txt") and file.is_file()
-        if not parts or file.name in ("motion_report.json", "trainer_state.json"):
-            continue
-        digest.update(f"{file.name}\0{file_digest(file)}\0".encode())
-    return digest.hexdigest()[:32]

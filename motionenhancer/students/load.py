@@ -16,9 +16,10 @@ from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
 from motionenhancer.weights import load_whole
 
-__all__ = ["check_config", "load_student", "unknown_value"]
+__all__ = ["base_folder", "check_config", "load_student", "unknown_value"]
 
 
+_ADAPTER = "adapter_config.json"
 #: Fields of language models that change attention weights or logits where their class reads them.
 _CHANGES = {
     "attn_logit_softcapping",
@@ -59,14 +60,14 @@ def load_student(
     No pickle is read and no code of the folder is run.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and the processor's files, or a Hub id; see
-            :func:`motionenhancer.hub.model_folder`.
+        path: a folder with ``config.json``, safetensors weights and the processor's files, or with adapters
+            (LoRA) as PEFT saves them, or a Hub id; see :func:`motionenhancer.hub.model_folder`.
         dtype: of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; as stored by default.
         device: where to put the model; the CPU by default.
         attn_implementation: as in ``from_pretrained``.
 
     Returns:
-        model, processor, family. The model is in evaluation mode.
+        model, processor, family. The model is in evaluation mode; with adapters a ``peft.PeftModel``.
 
     Raises:
         ValueError: ``path`` is not a folder, has no readable ``config.json``, weights or processor, holds a
@@ -78,7 +79,8 @@ def load_student(
     folder = model_folder(path, "path")
     if not folder.is_dir():
         raise ValueError(f"path must be a folder of a transformers model, got {str(path)!r}")
-    family = check_config(folder)
+    base = base_folder(folder)
+    family = check_config(base)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -90,7 +92,7 @@ def load_student(
     try:
         model = load_whole(
             AutoModelForImageTextToText,
-            folder,
+            base,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
@@ -98,7 +100,7 @@ def load_student(
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path {str(path)!r} has no readable weights: {error}") from error
     except KeyError as error:
-        raise unknown_value(folder, error) from error
+        raise unknown_value(base, error) from error
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     most = max(processor.tokenizer.get_vocab().values(), default=0)
     if known is not None and most >= known:
@@ -106,9 +108,43 @@ def load_student(
             f"path {str(path)!r}: its tokenizer has tokens up to number {most}, its model embeddings for "
             f"{known} tokens only: they belong to different models"
         )
+    if base != folder:
+        model = _adapted(model, folder)
     if device is not None:
         torch.nn.Module.to(model, device)
     return model, processor, family
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of a student's whole weights: its own, or that of the model that its adapters are for.
+
+    Raises:
+        ValueError: adapters that name no model that is there.
+    """
+    file = folder / _ADAPTER
+    if (folder / "config.json").is_file() or not file.is_file():
+        return folder
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: unreadable ({error})") from error
+    base = model_folder(named or "", str(file))
+    if not named or not base.is_dir():
+        raise ValueError(
+            f"{file}: base_model_name_or_path must be the folder or Hub id of the adapters' model, got "
+            f"{named!r}, which is not there"
+        )
+    return base
+
+
+def _adapted(model: Any, folder: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{folder} holds adapters, which need PEFT: pip install peft ({error})") from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors")
+    return PeftModel.from_pretrained(model, folder).eval()
 
 
 def _model_type(folder: Path) -> str:

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
+from motionenhancer.data.sampling import Frames
 from motionenhancer.data.video import Video
+from motionenhancer.evaluation.benchmarks import BENCHMARKS
 from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
+from motionenhancer.evaluation.judge import same_text
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import ToyFolder
 
@@ -40,25 +43,46 @@ def samples_of(path: Path, videos: Path) -> list[Sample]:
     return samples
 
 
-def accuracy(model: Any, processor: Any, family: Any, world: Path, *, shown: str = "video") -> dict[str, Any]:
-    """Percent of the test questions answered word for word: overall, the mean over tasks, and by task."""
-    folder = ToyFolder(world)
-    settings = greedy(model, 16, processor.tokenizer.pad_token_id)
+def accuracy(
+    model: Any,
+    processor: Any,
+    family: Any,
+    world: Path,
+    *,
+    shown: str = "video",
+    frames: Frames | None = None,
+) -> dict[str, Any]:
+    """Percent of the test questions answered rightly: overall, the mean over tasks, and by task.
+
+    Args:
+        model, processor, family: from `load_student`.
+        world: the toy world.
+        shown: see `shown_clip`.
+        frames: of a clip; answers are then judged as the benchmark does. Without it the student is shown
+            `FRAMES` of them and must answer word for word, as in the study.
+    """
+    folder, benchmark = ToyFolder(world), BENCHMARKS["toy"]
+    longest = 16 if frames is None else benchmark.max_new_tokens
+    settings = greedy(model, longest, processor.tokenizer.pad_token_id)
     samples = samples_of(folder.test, folder.videos)
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     for start in range(0, len(samples), 100):
         part = samples[start : start + 100]
         asked = [s.messages[0]["content"][-1]["text"] for s in part]
-        videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
+        if frames is None:
+            videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
+        else:
+            videos = [frames.of(s.videos[0]) for s in part]
+        pixels = None if frames is None else frames.max_pixels
         requests = [
-            encode_request(family, processor, s.id, text, video)
+            encode_request(family, processor, s.id, text, video, max_pixels=pixels)
             for s, text, video in zip(part, asked, videos, strict=True)
         ]
         answers = generate_answers(model, processor, family, requests, settings)
         for sample, answer in zip(part, answers, strict=True):
-            right[sample.id.rsplit("-", 1)[1]].append(
-                answer.strip() == sample.messages[1]["content"][0]["text"]
-            )
+            wanted = sample.messages[1]["content"][0]["text"]
+            found = answer.strip() == wanted if frames is None else same_text(answer, wanted)
+            right[sample.id.rsplit("-", 1)[1]].append(found)
     tasks = {task: 100 * float(np.mean(found)) for task, found in right.items()}
     return {
         "overall": 100 * float(np.mean([r for found in right.values() for r in found])),

@@ -534,7 +534,11 @@ def test_contradicting_flags_are_refused(
 def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: int | None, found: Frames) -> None:
     arguments = evaluate.EvalArguments(student="s", data=str(FAVOR), benchmark="favor", **flags)
     assert arguments.frames(family) == found
-    assert evaluate.EvalArguments(benchmark="toy").frames(None).fps == 8
+    assert evaluate.EvalArguments(benchmark="toy").frames(None).num_frames == 8
+    trained = Frames(fps=2.0, max_frames=5, max_pixels=999)
+    assert evaluate.EvalArguments(benchmark="toy").frames(None, trained) == trained
+    other = evaluate.EvalArguments(benchmark="toy", num_frames=3, max_pixels=0).frames(None, trained)
+    assert (other.num_frames, other.max_pixels) == (3, None)
 
 
 def test_a_student_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_world import World
 from train_support import Weights, arguments, flags, parts, report_of, weights_of
 from transformers import Trainer
 
+from motionenhancer import eval as evaluation
 from motionenhancer import train
 from motionenhancer.alignment.aligner import align, build_aligner
 from motionenhancer.alignment.trainer import MotionTrainer
@@ -114,6 +116,35 @@ def test_the_toy_default_answers_test_questions_before_and_after(
         assert one["overall"] == pytest.approx(np.mean(list(one["tasks"].values())))
         (row,) = [line for line in out.splitlines() if line.startswith(f"{name}  ")]
         assert f"{one['overall']:.1f}%" in row
+    for name, student in (("before", "runs/toy/student"), ("after", "runs/train")):
+        asked = ["--data", "runs/toy/test.jsonl", "--video_root", "runs/toy/videos", "--student", student]
+        assert evaluation.main([*asked, "--batch_size", "100", "--output_dir", name]) == 0
+        scores = json.loads(Path(name, "scores.json").read_text())
+        assert scores["overall"] == pytest.approx(found[name]["overall"])
+        tasks = {task: one["accuracy"] for task, one in scores["tasks"].items()}
+        assert tasks == pytest.approx(found[name]["tasks"])
+    card = Path("runs/train/README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "runs/toy/student"
+    assert head["pipeline_tag"] == "video-text-to-text"
+    counts = report["alignment"]
+    for said in (
+        "teacher: `runs/toy/teacher`",
+        "data: `runs/toy/train.jsonl`, 4 samples",
+        f"{100 * counts['mapped_words'] / counts['words']:.1f} % of the prior's words found",
+        "| `alignment_weight` | 1.0 |",
+        f"| before | {found['before']['overall']:.1f} % |",
+        f"| after | {found['after']['overall']:.1f} % |",
+    ):
+        assert said in card
+    assert evaluation.main(["--compare", "runs/toy/student", "runs/train"]) == 2
+    assert "not evaluated yet; run eval --student runs/toy/student first" in capsys.readouterr().err
+    Path("after").rename("runs/after")
+    assert evaluation.main(["--compare", "before", "runs/train"]) == 0
+    assert "120 questions" in capsys.readouterr().out
+    shutil.copytree("runs/after", "runs/again")
+    assert evaluation.main(["--compare", "before", "runs/train"]) == 2
+    assert "evaluated more than once; give one of runs/after, runs/again" in capsys.readouterr().err
 
 
 # ---- what a run equals ----

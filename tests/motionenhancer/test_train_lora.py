@@ -12,6 +12,7 @@ from peft import PeftModel
 from tiny_world import World
 from train_support import Died, arguments, dying, flags, parts, report_of, shared_priors, weights_of
 
+from motionenhancer import eval as evaluation
 from motionenhancer import train
 from motionenhancer.alignment.aligner import build_aligner
 from motionenhancer.alignment.trainer import MotionTrainer
@@ -72,6 +73,21 @@ def test_the_adapter_is_pefts_and_the_merged_model_the_familys(world: World, tmp
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
     assert not (adapter / "model.safetensors").exists()
+    items = parts(world, tmp_path, priors=False)
+    batch = {k: v for k, v in items[2]([items[1][0]]).items() if k not in ("alignment", "ids", "skipped")}
+    logits = []
+    for folder in (adapter, whole, world.student):
+        model = load_student(folder)[0]
+        assert isinstance(model, PeftModel) == (folder == adapter)
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    assert float((logits[0] - logits[2]).abs().max()) > 1e-3
+    asked = ["--data", world.data, "--video_root", world.videos, "--output_dir", tmp_path / "scored"]
+    asked += ["--student", adapter, "--limit", 2, "--bootstrap_samples", 0]
+    assert evaluation.main([*map(str, asked)]) == 0
+    assert (report_of(tmp_path / "scored")["identity"]["frames"]["fps"]) == 4, "as it was trained"
+    assert 'library_name: "peft"' in (adapter / "README.md").read_text()
     assert not list(whole.glob("adapter*"))
     plan = {part["name"]: part for part in report_of(adapter)["plan"]["parts"]}
     assert plan["vision tower"]["trained"] == plan["output head"]["trained"] == 0
