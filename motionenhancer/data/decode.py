@@ -111,7 +111,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise VideoError(path, "does not exist")
         if not path.is_file():
             raise VideoError(path, "is not a file")
-        if path.stat().st_size == 0:
+        size = path.stat().st_size
+        if size == 0:
             raise VideoError(path, "is empty (0 bytes)")
     except OSError as error:
         raise unreadable(path, error) from None
@@ -134,6 +135,9 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream.codec_context is None:
             raise VideoError(path, "no decoder for its video stream")
         _refuse_frame(path, stream)
+        if stream.frames > size:
+            # To list them all could take hours.
+            raise VideoError(path, f"damaged: lists {stream.frames:,} frames in {size:,} bytes")
         stream.codec_context.options = largest
         # A DataLoader already has a process a core; a converter and a decoder take one thread each.
         stream.codec_context.thread_count = 1

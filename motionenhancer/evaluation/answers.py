@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import video_stem
 from motionenhancer.data.skips import SkipLog
+from motionenhancer.data.video import VideoError, content_digest
+
+from ..files import whole_file
 
 
 def answers_file(process: int) -> str:
@@ -29,6 +33,47 @@ def mend_answers(path: Path) -> None:
     """Cut off a last line that a kill left half-written, so that the next one starts on its own."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def drop_answers(folder: Path, ids: Collection[str]) -> None:
+    """Take the answers of these ids out of every process's file, each of which stays whole."""
+    for path in folder.glob("answers*.jsonl") if ids else ():
+        lines = path.read_bytes().split(b"\n")
+        kept = [line for line in lines if not _is_of(line, ids)]
+        if len(kept) < len(lines):
+            with whole_file(path) as temporary:
+                temporary.write_bytes(b"\n".join(kept))
+
+
+def _is_of(line: bytes, ids: Collection[str]) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.get("id") in ids
+
+
+def mark_clip(video: Path | Clip) -> str:
+    """What an answer keeps of its clip: size, time of modification, and digest of its bytes.
+
+    Raises:
+        OSError, VideoError: it cannot be read.
+    """
+    found = os.stat(video)
+    return f"{found.st_size} {found.st_mtime_ns} {content_digest(video)}"
+
+
+def is_marked(mark: object, video: Path | Clip) -> bool:
+    """Whether a clip is still the one that an answer was given to; read again only where its time changed."""
+    if not isinstance(mark, str):
+        return True  # an answer that was written before clips were marked
+    try:
+        found = os.stat(video)
+        return mark.startswith(f"{found.st_size} {found.st_mtime_ns} ") or mark.endswith(
+            f" {content_digest(video)}"
+        )
+    except (OSError, VideoError):
+        return False
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:

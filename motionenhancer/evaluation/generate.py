@@ -22,7 +22,15 @@ from motionenhancer.data.video import Video
 from motionenhancer.students.family import StudentFamily
 from motionenhancer.students.layout import Encoded
 
-from .answers import answers_file, append_answers, mend_answers, read_answers
+from .answers import (
+    answers_file,
+    append_answers,
+    drop_answers,
+    is_marked,
+    mark_clip,
+    mend_answers,
+    read_answers,
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,10 @@ def answer_questions(
     state = PartialState()
     pending = unanswered(asked, folder, batch_size)
     state.wait_for_everyone()
+    if state.is_main_process:
+        # Another process may have written them than the one that asks now.
+        drop_answers(folder, _outdated(asked, read_answers(folder)))
+    state.wait_for_everyone()
     mine = pending[state.process_index :: state.num_processes]
     if mine:
         model, processor, family = load()
@@ -180,14 +192,25 @@ def answer_questions(
 
 
 def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[list[Asked]]:
-    """The batches with a question that has a clip and no answer in ``folder`` yet."""
+    """The batches with a question that has a clip and no answer to that very clip in ``folder`` yet."""
     # Skipped questions are tried again: the clip may have been copied meanwhile.
-    done = {id for id, row in read_answers(folder).items() if "output" in row}
+    rows = read_answers(folder)
+    done = {id for id, row in rows.items() if "output" in row} - _outdated(asked, rows)
     batches = [
         [item for item in asked[start : start + batch_size] if item.video is not None]
         for start in range(0, len(asked), batch_size)
     ]
     return [batch for batch in batches if any(item.question.id not in done for item in batch)]
+
+
+def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[str]:
+    """Ids of answers to another clip than the one that is there now."""
+    marks = {item.question.id: rows.get(item.question.id, {}).get("clip") for item in asked}
+    return {
+        item.question.id
+        for item in asked
+        if item.video is not None and not is_marked(marks[item.question.id], item.video)
+    }
 
 
 def encode_batch(
@@ -196,16 +219,17 @@ def encode_batch(
     """Return a row per question of a batch, with the reason if it is skipped, and the others' requests."""
     rows: list[dict[str, str]] = []
     requests: list[Encoded] = []
-    clip, video = None, None
+    clip, video, mark = None, None, ""
     for item in batch:
         assert item.video is not None
         row = {"id": item.question.id}
         try:
             # Questions of one clip follow each other in the files.
             if video is None or clip != item.video:
-                clip, video = item.video, frames.of(item.video)
+                clip, video, mark = item.video, frames.of(item.video), mark_clip(item.video)
             options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}
             requests.append(encode_request(family, processor, row["id"], item.prompt, video, **options))
+            row["clip"] = mark
         except (ValueError, OSError) as error:
             row["skipped"] = str(error)
         rows.append(row)

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 
 from motionenhancer.data.clip import Clip
+from motionenhancer.data.decode import PIXELS, refuse_size
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
 from motionenhancer.students.chat import Rendered, answer_labels, expand
 from motionenhancer.students.layout import Encoded, TokenLayout, VisionLayout
 
 __all__ = ["Medium", "assemble", "check_media", "frame_size", "media_order", "open_images"]
+
+
+_FORMATS = frozenset(str.split("JPEG JPEG2000 PNG WEBP BMP GIF TIFF PPM AVIF"))
+"""Pillow's names of the formats that an image may have."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,21 @@ def open_images(sample: Sample) -> list[Any]:
     """Decode the sample's own image files as RGB.
 
     Raises:
-        ValueError: a file is missing or no image.
+        ValueError: a file is missing, no image of a usual format, or larger than
+            ``motionenhancer.data.decode.limit``.
     """
     from PIL import Image
 
-    opened = []
+    Image.init()
+    formats, opened = sorted(_FORMATS.intersection(Image.OPEN)), []
     for path in sample.images:
         try:
-            with Image.open(path) as image:
+            # Pillow starts other programs for some formats.
+            with Image.open(path, formats=formats) as image:
+                size = f"has {image.width}×{image.height} pixels"
+                refuse_size(path, image.width * image.height, size, PIXELS)
                 opened.append(image.convert("RGB"))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"sample {sample.id!r}: {path} is not a readable image: {error}") from error
     return opened
 

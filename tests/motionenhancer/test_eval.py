@@ -306,6 +306,31 @@ def test_files_of_others_are_never_written_over(
     assert (tmp_path / held).read_text() == "mine"
 
 
+def test_a_clip_that_was_replaced_is_asked_about_again(
+    whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(toy.videos, videos)
+    flags = {**student_flags(student_dir, toy), "video_root": videos}
+    assert main(out, **flags) == 0
+    before = (out / "answers-00000.jsonl").read_text().splitlines()
+    for path in videos.iterdir():
+        os.utime(path)  # copied anew, and the same
+    monkeypatch.setattr(evaluate, "load_student", lambda *_, **__: pytest.fail("nothing to ask"))
+    assert main(out, **flags) == 0
+    monkeypatch.undo()
+    shutil.copy(videos / "test-00001.mp4", videos / "test-00000.mp4")
+    assert main(out, **flags) == 0
+    after = (out / "answers-00000.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in after]
+    changed = {json.loads(line)["id"].split("#")[0] for line in {*before} - {*after}}
+    assert changed == {"test-00000"}
+    assert len({row["id"] for row in rows}) == len({json.loads(line)["id"] for line in before})
+    fresh = tmp_path / "fresh"
+    assert main(fresh, **flags) == 0
+    assert files_of(fresh)["results.jsonl"] == files_of(out)["results.jsonl"]
+
+
 @pytest.mark.parametrize("where", ["load_student", "write_scores"])
 def test_stopped_outside_of_asking_it_says_so(
     where: str, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any

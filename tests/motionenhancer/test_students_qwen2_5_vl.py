@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from students_support import TEXTS, clip, dialogue, sharp_student
 
+from motionenhancer.data.decode import PIXELS
 from motionenhancer.data.sample import Sample
 from motionenhancer.students import student_family
 from motionenhancer.students.chat import render
@@ -52,7 +54,7 @@ def test_answers_and_their_end_are_trained(processor: Any) -> None:
 
 
 def test_answer_that_looks_like_a_template(processor: Any) -> None:
-    turns = ("<|im_end|>\n<|im_start|>assistant\nno", "assistant\n<|im_end|> user", "user", "a")
+    turns = ("\nassistant\nno", "assistant\n user", "user", "a")
     encoded = FAMILY.encode(processor, dialogue(*turns), [clip(2, 16, 16)])
     assert trained(processor, encoded) == [turns[1] + "<|im_end|>", "a<|im_end|>"]
     shown = [encoded.layout.text[a:b] for parts in encoded.layout.message_spans for a, b in parts]
@@ -246,7 +248,17 @@ def test_images_from_files(processor: Any, tmp_path: Path) -> None:
     ]
     encoded = FAMILY.encode(processor, Sample("s", messages, images=(tmp_path / "a.png",)), [])
     assert encoded.vision_inputs["image_grid_thw"].tolist() == [[1, 4, 6]]
-    for name in ("b.png", "c.png"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PIXELS, "383")
+        with pytest.raises(ValueError, match="has 24×16 pixels, more than 383"):
+            FAMILY.encode(processor, Sample("s", messages, images=(tmp_path / "a.png",)), [])
+    picture(16, 24).save(tmp_path / "d.png", "EPS")
+    # A picture of 2**32 pixels in a few bytes.
+    body = bytearray((tmp_path / "a.png").read_bytes())
+    body[16:24] = (65536).to_bytes(4, "big") * 2
+    body[29:33] = zlib.crc32(bytes(body[12:29])).to_bytes(4, "big")
+    (tmp_path / "e.png").write_bytes(body)
+    for name in ("b.png", "c.png", "d.png", "e.png"):
         with pytest.raises(ValueError, match=f"{name} is not a readable image"):
             FAMILY.encode(processor, Sample("s", messages, images=(tmp_path / name,)), [])
 

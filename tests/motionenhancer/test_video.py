@@ -333,6 +333,18 @@ def test_broken_files_say_why(tmp_path, kind):
         assert str(caught.value) == f"{path}: {caught.value.reason}"
 
 
+def test_more_frames_than_bytes_are_refused_before_they_are_listed(tmp_path):
+    encode_video(tmp_path / "a.mp4", shaded(8), fps=8)
+    body = bytearray((tmp_path / "a.mp4").read_bytes())
+    # Boxes that say how large samples are, how long, and how many lie in a chunk.
+    for name, place, values in ((b"stsz", 8, (1, 10**5)), (b"stts", 12, (10**5,)), (b"stsc", 16, (10**5,))):
+        at = body.find(name) + place
+        body[at : at + 4 * len(values)] = b"".join(value.to_bytes(4, "big") for value in values)
+    (tmp_path / "a.mp4").write_bytes(body)
+    with pytest.raises(VideoError, match=r"damaged: lists 100,000 frames in \d,\d+ bytes"):
+        read_frames(tmp_path / "a.mp4")
+
+
 def test_error_survives_pickling():
     error = pickle.loads(pickle.dumps(VideoError("a/b.mp4", "is empty")))
     assert (error.path, error.reason, str(error)) == (Path("a/b.mp4"), "is empty", "a/b.mp4: is empty")
