@@ -26,6 +26,7 @@ from .evaluation.answers import read_answers, read_predictions
 from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, answer_questions, unanswered
+from .evaluation.judge_model import judge_doubts
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.write import SCORES, write_scores
@@ -93,14 +94,20 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
         if q.id in gone and q.answer is not None:  # The other questions are already counted.
             reason, detail = gone[q.id]
             skips.add(reason, id=q.id, line=q.line, detail=detail)
+    scored = [q for q in questions if q.id not in gone]
+    verdicts: dict[str, bool] = {}
+    if arguments.judge_url is not None and arguments.judge_model is not None:
+        judge = {"url": arguments.judge_url, "model": arguments.judge_model}
+        verdicts = judge_doubts(benchmark, scored, outputs, rules, report.folder, **judge)
     scores = write_scores(
         report.folder,
         Path(arguments.predictions or arguments.student or "").name,
         benchmark,
         rules,
-        [q for q in questions if q.id not in gone],
+        scored,
         outputs,
         skips,
+        verdicts,
         **arguments.bootstrap(),
     )
     report.content["skipped"] = skips.to_json()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -504,6 +504,10 @@ class EvalArguments(ShownArguments, DataArguments):
     bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
+    judge_url: str | None = setting(
+        None, "OpenAI-compatible address, up to /v1: a model judges answers that no rule can read."
+    )
+    judge_model: str | None = setting(None, "With --judge_url: the name of the model.")
     compare: list[str] | None = setting(
         None, "Compare the answers of two runs, A and B, and do nothing else."
     )
@@ -520,6 +524,7 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.student is not None:
             # Checked first; the run keeps the name, which the scores show.
             model_folder(self.student, "--student")
+        self._check_judge()
         if (self.min_frames or 0) > (most := self.max_frames or 768):
             raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
         if self.data is None and self.compare is None:
@@ -530,6 +535,19 @@ class EvalArguments(ShownArguments, DataArguments):
                 raise ValueError(
                     f"--video_root {self.video_root} needs --data, the file of questions about its clips"
                 )
+
+    def _check_judge(self) -> None:
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("--judge_url and --judge_model go together: give both or none")
+        if self.judge_url is None:
+            return
+        if not self.judge_url.startswith(("http://", "https://")):
+            raise ValueError(f"--judge_url must start with http:// or https://, got {self.judge_url}")
+        if BENCHMARKS[self.benchmark].doubt is None:
+            able = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.doubt is not None)
+            favor = "; FAVOR-Bench's open-ended part is not supported: its authors' code has no prompt"
+            more = favor if self.benchmark == "favor" else ""
+            raise ValueError(f"--judge_url needs --benchmark {able}, got {self.benchmark}{more}")
 
     def frames(self, family: int | None, trained: Frames | None = None) -> Frames:
         """How clips are shown: as the flags say, by default as in the paper.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,17 @@ def is_marked(mark: object, video: Path | Clip) -> bool:
         return False
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects that :func:`append_answers` wrote; half-written and unreadable lines are left out."""
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """Read every process's answers, id to row; half-written and unreadable lines are ignored.
 
@@ -84,12 +95,8 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        for row in read_lines(path):
+            if not isinstance(row.get("id"), str):
                 continue
             if "output" in row or ("skipped" in row and "output" not in rows.get(row["id"], {})):
                 rows[row["id"]] = row

@@ -62,6 +62,13 @@ MVBENCH_PROMPT = (
 )
 TEMPCOMPASS_CHOICE_PROMPT = "{question}\nPlease directly give the best option:"
 TEMPCOMPASS_YES_NO_PROMPT = "{question}\nPlease answer yes or no:"
+DOUBT_PROMPT = (
+    "\nYou will receive a {kind} question, the ground-truth answer and the prediction from a question "
+    "answering (QA) model. Your task is to determine whether QA model prediction is correct, based on the "
+    'question and ground-truth answer. If the prediction is correct, respond "Correct". If the prediction '
+    'is incorrect, respond "Incorrect".\n\n{title} Question:\n{question}\nGround-Truth Answer: {answer}\n'
+    "Model Prediction: {output}"
+)
 READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")}
 """Rule → its two readings, the default first."""
 
@@ -105,6 +112,8 @@ class Benchmark:
     folders: below the video root, where the published archive keeps its clips.
     renamed: where the folder of a clip is part of its name, folder to its name in later archives; else None.
     num_frames: of a clip, evenly, where the benchmark is our own; others are shown at 1 frame per second.
+    doubt: the request to a judge model about an output that no rule can read; empty where one can. None where
+        the authors ask no model.
     """
 
     name: str
@@ -121,6 +130,7 @@ class Benchmark:
     folders: tuple[str, ...] = ()
     renamed: Mapping[str, str] | None = None
     num_frames: int | None = None
+    doubt: Callable[[Question, str, Rules], str] | None = None
 
 
 def load_questions(
@@ -210,6 +220,19 @@ def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: R
     return "submission.jsonl", "".join(lines)
 
 
+def _doubt(kind: str, title: str, read: Callable[[Question, str, Rules], str]) -> dict[str, Any]:
+    """The field of a form of TempCompass that asks a judge model about what its rule does not read."""
+
+    def request(question: Question, output: str, rules: Rules) -> str:
+        if read(question, output, rules):
+            return ""
+        said = output.replace("</s>", "").strip()
+        about = {"question": question.text, "answer": question.answer, "output": said}
+        return DOUBT_PROMPT.format(kind=kind, title=title, **about)
+
+    return {"doubt": request}
+
+
 def _aspects(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
     """Clip to aspect to its answers: what TempCompass's `eval_*.py` read."""
     clips: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -286,6 +309,7 @@ _ALL = (
         max_new_tokens=128,
         folders=("videos",),
         **_by_letter(tempcompass_letter) | {"submission": _aspects},
+        **_doubt("multi-choice", "Multi-Choice", lambda question, output, rules: tempcompass_letter(output)),
     ),
     Benchmark(
         name="tempcompass_yes_no",
@@ -299,6 +323,7 @@ _ALL = (
         max_new_tokens=128,
         submission=_aspects,
         folders=("videos",),
+        **_doubt("Yes/No", "Yes/No", lambda question, output, rules: yes_or_no(output)),
     ),
     Benchmark(
         name="tempcompass_caption_matching",
@@ -312,6 +337,11 @@ _ALL = (
         max_new_tokens=128,
         submission=_aspects,
         folders=("videos",),
+        **_doubt(
+            "caption matching",
+            "Caption Matching",
+            lambda question, output, rules: matched_caption(output, question.options),
+        ),
     ),
     Benchmark(
         name="seedbench",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,11 @@ class Judged:
 
 
 def judge_answers(
-    benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    outputs: dict[str, str],
+    rules: Rules,
+    verdicts: Mapping[str, bool] = MappingProxyType({}),
 ) -> list[Judged]:
     """Judge every question with a public answer by its output, ``outputs[id]``; one without any is wrong."""
     judged = []
@@ -40,7 +45,7 @@ def judge_answers(
             continue
         output = outputs.get(q.id)
         parsed = "" if output is None else benchmark.parse(output, rules)
-        right = output is not None and benchmark.right(q, output, rules)
+        right = output is not None and verdicts.get(q.id, benchmark.right(q, output, rules))
         judged.append(Judged(q.id, q.tasks, video_stem(q.video), q.answer, output, parsed, right))
     return judged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def write_scores(
     questions: Sequence[Question],
     outputs: dict[str, str],
     skips: SkipLog,
+    verdicts: Mapping[str, bool],
     **bootstrap: Any,
 ) -> dict[str, Any]:
     """Judge and score; write results.jsonl, scores.json and the submission into ``folder``; print the table.
@@ -35,19 +36,21 @@ def write_scores(
     Args:
         name: of the model or the file of answers, for the table.
         outputs: question id to output.
+        verdicts: id to a judge model's verdict, which counts instead of the rule's.
         bootstrap: samples, unit and seed of :func:`score`.
 
     Returns:
         What is in scores.json.
     """
-    judged = judge_answers(benchmark, questions, outputs, rules)
+    judged = judge_answers(benchmark, questions, outputs, rules, verdicts)
     scores = {
         **score(judged, benchmark.tasks, **bootstrap),
         "skipped": skips.total,
         "skipped_by_reason": dict(skips.counts),
         "benchmark": benchmark.name,
         "rules": asdict(rules),
-        "other_rules": _other_rules(benchmark, questions, outputs, rules),
+        "other_rules": _other_rules(benchmark, questions, outputs, rules, verdicts),
+        "judged_by_model": len(verdicts),
     }
     write_text(folder / "results.jsonl", "".join(json.dumps(asdict(j)) + "\n" for j in judged))
     submission, content = benchmark.submission(questions, outputs, rules)
@@ -65,14 +68,18 @@ def write_scores(
 
 
 def _other_rules(
-    benchmark: Benchmark, questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    outputs: dict[str, str],
+    rules: Rules,
+    verdicts: Mapping[str, bool],
 ) -> dict[str, Any] | None:
     """Overall under the benchmark's other reading, and how many answers the two judge differently."""
     if not benchmark.rule:
         return None
     (reading,) = set(READINGS[benchmark.rule]) - {getattr(rules, benchmark.rule)}
     other = replace(rules, **{benchmark.rule: reading})
-    mine, theirs = (judge_answers(benchmark, questions, outputs, r) for r in (rules, other))
+    mine, theirs = (judge_answers(benchmark, questions, outputs, r, verdicts) for r in (rules, other))
     return {
         "rules": asdict(other),
         "overall": score(theirs, samples=0)["overall"],

@@ -1,0 +1,127 @@
+"""A language model behind an OpenAI-compatible address judges the answers that no rule can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from motionenhancer.data.question import Question
+
+from .answers import append_answers, mend_answers, read_lines
+from .benchmarks import Benchmark, Rules
+
+JUDGEMENTS = "judgements.jsonl"
+TRIES = 10
+"""How often a question is put where the reply holds no verdict, as TempCompass's authors do."""
+_PAUSES = (1, 4, 16)
+"""Seconds before a request that failed is sent again."""
+
+
+def judge_doubts(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    outputs: dict[str, str],
+    rules: Rules,
+    folder: Path,
+    *,
+    url: str,
+    model: str,
+) -> dict[str, bool]:
+    """Ask a model about every answer that the benchmark's rule cannot read.
+
+    Each judgement is on the disk before the next is asked for. A judgement of the same request by the same
+    model is not asked for again.
+
+    Args:
+        benchmark: with a ``doubt``.
+        questions: those with a public answer are judged.
+        outputs: question id to output.
+        rules: of the benchmark.
+        folder: holds the judgements.
+        url: address of the server up to ``/v1``. The key is taken from OPENAI_API_KEY.
+        model: its name on the server.
+
+    Returns:
+        Id to verdict, of the answers that the rule cannot read.
+
+    Raises:
+        ValueError: the server cannot be reached, refuses, or does not answer as the protocol says.
+    """
+    assert benchmark.doubt is not None
+    file = folder / JUDGEMENTS
+    mend_answers(file)
+    kept = {(row.get("model"), row.get("request")): row.get("right") for row in read_lines(file)}
+    answered = [q for q in questions if q.answer and q.id in outputs]
+    requests = [(q.id, benchmark.doubt(q, outputs[q.id], rules)) for q in answered]
+    verdicts: dict[str, bool] = {}
+    for id, request in tqdm([pair for pair in requests if pair[1]], desc="judge", unit="answer"):
+        right = kept.get((model, request))
+        if not isinstance(right, bool):
+            right, reply = _judge(url, model, request)
+            row = {"id": id, "model": model, "request": request, "reply": reply, "right": right}
+            append_answers(file, [row])
+        verdicts[id] = right
+    return verdicts
+
+
+def _judge(url: str, model: str, request: str) -> tuple[bool, str]:
+    """The model's verdict and its reply; wrong where no reply holds one."""
+    reply = ""
+    for _ in range(TRIES):
+        reply = _chat(url, model, request)
+        if reply.startswith("Correct") or ("Correct" in reply and "Incorrect" not in reply):
+            return True, reply
+        if "Incorrect" in reply:
+            return False, reply
+    return False, reply
+
+
+def _chat(url: str, model: str, request: str) -> str:
+    """One reply, with the settings of TempCompass's authors."""
+    content = {
+        "model": model,
+        "max_tokens": 128,
+        "temperature": 1.0,
+        "top_p": 1,
+        "presence_penalty": 1,
+        "messages": [
+            {"role": "system", "content": "You are an AI assistant for question answering."},
+            {"role": "user", "content": request},
+        ],
+    }
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    place = f"{url.rstrip('/')}/chat/completions"
+    sent = urllib.request.Request(place, json.dumps(content).encode(), headers)
+    for pause in (*_PAUSES, None):
+        try:
+            with urllib.request.urlopen(sent, timeout=300) as answer:
+                return _reply(place, answer.read())
+        except urllib.error.HTTPError as error:
+            said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+            if pause is None or (error.code != 429 and error.code < 500):
+                raise ValueError(f"--judge_url {place} refused: {said}") from None
+        except OSError as error:
+            if pause is None:
+                raise ValueError(f"--judge_url {place} cannot be reached ({error})") from None
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _reply(place: str, body: bytes) -> str:
+    try:
+        said: Any = json.loads(body)["choices"][0]["message"]["content"]
+        return said.strip()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"--judge_url {place} must answer with a chat completion, got {body[:200]!r}"
+        ) from None
