@@ -162,7 +162,7 @@ def test_a_missing_package_is_named_before_anything_is_read(
         ({"accelerator_config": '{"dispatch_batches": true}'}, "--accelerator_config", "dispatch_batches"),
         ({"accelerator_config": '{"nonsense": true}'}, "--accelerator_config", "nonsense"),
         ({"ddp_backend": "mpi"}, "--ddp_backend mpi", ""),
-        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere", "no folder"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere", "not the folder"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"nonsense": true}'},
             "--gradient_checkpointing_kwargs",
