@@ -87,7 +87,8 @@ def test_the_key_follows_everything_that_changes_a_prior() -> None:
     changed = {"steps": 10, "guidance_scale": 5.0, "start": "random", "memory": False, "head_ratio": 0.25}
     changed |= {"token_ratio": 0.75, "sampled_rows": "all", "seed": 1, "mode": "renoise", "noise_level": 300}
     changed |= {"step_weights": (0, 0, 0, 1, 1), "head_selection": "off", "token_selection": "off"}
-    changed |= {"guidance_scale_2": 3.0}
+    changed |= {"guidance_scale_2": 3.0, "diagonal_width": 1, "token_scores": "standardized"}
+    changed |= {"token_unit": "word"}
     assert set(changed) == {f.name for f in dataclasses.fields(PriorSettings)}
     keys |= {prior_key(*base[:3], PriorSettings(**{name: value})) for name, value in changed.items()}
     assert len(keys) == 4 + len(changed)
