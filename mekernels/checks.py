@@ -118,6 +118,28 @@ def scale(softmax_scale: object, width: int) -> float:
     return float(softmax_scale)
 
 
+def softcap(value: object) -> float:
+    """The soft cap of the scores, 0 where None was given."""
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"softcap must be a float or None, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"softcap must be finite and above 0, got {value}; None for no cap")
+    return float(value)
+
+
+def window_size(value: object) -> None:
+    """Require (left, right), each at least -1, or None."""
+    if value is None:
+        return
+    numbers = value if isinstance(value, tuple) and len(value) == 2 else (None,)
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
+        raise TypeError(f"window must be two integers (left, right) or None, got {value!r}")
+    if min(numbers) < -1:
+        raise ValueError(f"window must hold -1 (no limit) or numbers of keys, got {value}")
+
+
 def query_key(query: object, key: object) -> None:
     """Require (batch, heads, tokens, width) queries and keys that fit, grouped-query heads allowed."""
     tensor("query", query, 4, layout="(batch, heads, tokens, width)")

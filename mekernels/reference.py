@@ -20,15 +20,24 @@ Grid = tuple[int, int, int]
 
 
 def hidden_keys(
-    query: Tensor, key: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, fold: int = 1
+    query: Tensor,
+    key: Tensor,
+    *,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    fold: int = 1,
 ) -> Tensor:
     """Where a row may not see a key, (B or 1, 1, Nq, Nk) bool; the options of :func:`attention_scores`."""
     queries, keys = query.shape[2], key.shape[2] // fold
     hidden = torch.zeros(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
+    row = torch.arange(queries, device=query.device)[:, None]
+    apart = torch.arange(keys, device=query.device).repeat(fold) - (row + keys - queries)
     if causal:
-        row = torch.arange(queries, device=query.device)[:, None]
-        column = torch.arange(keys, device=query.device).repeat(fold)
-        hidden = hidden | (column > row + keys - queries)
+        hidden = hidden | (apart > 0)
+    if window is not None:
+        left, right = window
+        hidden = hidden | ((apart < -left) & (left >= 0)) | ((apart > right) & (right >= 0))
     if key_mask is not None:
         hidden = hidden | ~key_mask[:, None, None, :]
     return hidden
@@ -41,16 +50,22 @@ def attention_scores(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     fold: int = 1,
 ) -> Tensor:
     """Scaled scores (B, Hq, Nq, Nk), -inf where a key is not allowed.
 
-    Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq.
+    Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq. A
+    window (left, right) is one of keys around i + n - Nq, -1 for no limit; a soft cap bends the scores.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = scale * (query @ key.transpose(-1, -2))
-    return scores.masked_fill(hidden_keys(query, key, causal=causal, key_mask=key_mask, fold=fold), -math.inf)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    hidden = hidden_keys(query, key, causal=causal, key_mask=key_mask, window=window, fold=fold)
+    return scores.masked_fill(hidden, -math.inf)
 
 
 def attention_map(query: Tensor, key: Tensor, **options) -> Tensor:

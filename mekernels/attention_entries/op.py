@@ -46,7 +46,8 @@ def attention_columns(
         (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
         Differentiable in query, key and lse, once: for the gradient of the softmax itself give it an lse that
         is differentiable, as :func:`mekernels.flash_attention` returns it. The backward recomputes the
-        entries, and is the same from run to run.
+        entries, and is the same from run to run; but several threads of a CPU add the gradients of equal
+        columns in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` is set.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -82,7 +83,7 @@ def attention_columns(
             key = key.new_zeros((*key.shape[:2], 1, key.shape[3]))
         if key_mask is not None and key_mask.shape[1]:
             index = index.masked_fill(~key_mask[sample, place], -1)
-        # Indexed like this, the gradients of equal columns are added in a fixed order.
+        # Indexed like this, a GPU adds the gradients of equal columns in a fixed order.
         picked = key.transpose(1, 2)[sample, place].transpose(1, 2)
         part = Call(query, picked, lse, index, 0, key.shape[2] - query.shape[2], scale, causal)
     return attention_columns_op(part, reduce == "mean")

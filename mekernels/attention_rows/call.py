@@ -23,6 +23,8 @@ class Call(NamedTuple):
     causal: bool
     fold: int
     mean: bool
+    softcap: float = 0.0
+    """Scores are softcap * tanh(score / softcap); 0 leaves them as they are."""
 
     @property
     def width(self) -> int:

@@ -52,6 +52,7 @@ def layer_attention_rows(
     causal: bool = False,
     key_mask: Tensor | None = None,
     key_range: Tensor | None = None,
+    softcap: float = 0.0,
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -66,6 +67,7 @@ def layer_attention_rows(
         columns: (B, C) int64 key positions, -1 gives zeros; or a slice of step 1.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
         causal, key_mask, key_range: as in :func:`mekernels.attention_rows`. All limits hold together.
+        softcap: scores are softcap * tanh(score / softcap); 0 for none.
         mask: (B, 1 or Hq, R, N), bool (True where a key may be seen), or float that is added to the scores.
             Blocked entries of a float mask are -inf or the lowest number of the dtype.
         dtype: queries and keys are rounded to it first; not at all by default.
@@ -85,7 +87,7 @@ def layer_attention_rows(
         start, stop, _ = columns.indices(keys[0].shape[2])
     scale = checks.scale(softmax_scale, queries[0].shape[3])
     limits, columns_of = (key_mask, key_range), (start, max(start, stop))
-    call = Call(queries[0], keys[0], rows, index, *limits, *columns_of, scale, causal, 1, True)
+    call = Call(queries[0], keys[0], rows, index, *limits, *columns_of, scale, causal, 1, True, softcap)
     return _LayerRows.apply(_reading(call, mask), dtype or keys[0].dtype, len(queries), *queries, *keys)
 
 
@@ -169,6 +171,7 @@ class _Reading(NamedTuple):
     softmax_scale: float
     fold: int
     mean: bool
+    softcap: float
 
     @property
     def inside(self) -> tuple[slice, slice]:
@@ -253,7 +256,7 @@ def _reading(call: Call, mask: Tensor | None = None) -> _Reading:
             start = min(start, stop)
             index = index - start
     known = None if rows.device.type == "cpu" and bool(valid.all()) else valid
-    options = (call.softmax_scale, call.fold, call.mean)
+    options = (call.softmax_scale, call.fold, call.mean, call.softcap)
     return _Reading(
         rows, known, limits, call.key_mask, mask, slice(first, end), slice(start, stop), index, *options
     )
@@ -366,7 +369,10 @@ class _Layers:
         """(l, b, h, G, r, n) exponentials of the scores above the largest of a row, and the rows' sums."""
         rows, samples = part.rows.stop - part.rows.start, part.samples.stop - part.samples.start
         size = (-1, samples, part.groups.stop - part.groups.start, self.members, rows, key.shape[1])
-        scores = torch.bmm(query, key.mT).view(size)
+        scores, bent = torch.bmm(query, key.mT).view(size), None
+        if self.reading.softcap:
+            bent = scores.div_(self.reading.softcap).tanh_()
+            scores = bent * self.reading.softcap
         if bias is not None:
             bias = self.of_heads(bias, part.groups)
             scores += bias
@@ -378,7 +384,7 @@ class _Layers:
         top.masked_fill_(top == -math.inf, 0)
         values = scores.sub_(top).exp_()
         total = values.sum(-1, keepdim=True)
-        return _Weights(values, torch.where(total == 0, 0, 1 / total), top, total)
+        return _Weights(values, torch.where(total == 0, 0, 1 / total), top, total, bent)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1 or Hq, R, C) attention summed over the layers; the logsumexp of every row and its rest."""
@@ -435,6 +441,8 @@ class _Layers:
                 factor = moved.sum((-2, -1)).unsqueeze(-1).mul_(found.share).neg_()
                 slope = found.values.mul_(factor)
                 seen += moved
+                if found.bent is not None:
+                    slope.mul_(found.bent.square_().neg_().add_(1))
                 if bias is not None and _may_hold_nan(factor):
                     slope.masked_fill_(self.of_heads(bias, part.groups) == -math.inf, 0)
                 slope = slope.view(len(key), -1, key.shape[1])
@@ -455,6 +463,8 @@ class _Weights(NamedTuple):
     """1 / total, 0 for a row that sees no key."""
     top: Tensor
     total: Tensor
+    bent: Tensor | None
+    """Hyperbolic tangents of the scores, where these have a soft cap."""
 
     def logsumexp(self) -> tuple[Tensor, Tensor]:
         """Of each row, without the last axis, and what rounding it has lost."""

@@ -23,6 +23,8 @@ def attention_rows(
     causal: bool = False,
     key_mask: Tensor | None = None,
     key_range: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     fold: int = 1,
     reduce: str = "mean",
 ) -> Tensor:
@@ -44,6 +46,9 @@ def attention_rows(
         key_mask: (B, Nk) bool, True where a key may be seen.
         key_range: (B, R, 2) int64, first and one past the last key position each row may see, for instance
             those of its own sequence in a packed batch. Counted in a part; other limits hold as well.
+        window: keys that a row sees to its left and to its right, its own place aside, as flash-attn counts
+            them; -1 for no limit. A row's own place is i + n - Nq, as for ``causal``.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; none by default.
         fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
             own keys.
         reduce: ``"mean"`` over the heads, or ``"none"``.
@@ -90,9 +95,12 @@ def attention_rows(
         checks.same_device("key_range", key_range, "query", query)
     checks.choice("reduce", reduce, ("mean", "none"))
     scale = checks.scale(softmax_scale, query.shape[3])
+    cap = checks.softcap(softcap)
+    checks.window_size(window)
     checks.no_functorch("attention_rows")
-    options = (scale, causal, fold, reduce == "mean")
-    call = Call(query, key, rows, index, key_mask, key_range, start, stop, *options)
+    limits = key_range if window is None else _windowed(window, rows, own - query.shape[2], own, key_range)
+    options = (scale, causal, fold, reduce == "mean", cap)
+    call = Call(query, key, rows, index, key_mask, limits, start, stop, *options)
     if backends.active() == "reference":
         _index_values(call)
         result = backends.by_reference(
@@ -105,11 +113,25 @@ def attention_rows(
             causal=causal,
             key_mask=key_mask,
             key_range=key_range,
+            window=window,
+            softcap=cap,
             fold=fold,
             reduce=reduce,
         )
         return result.to(checks.accumulate_dtype(query.dtype))
     return attention_rows_op(call)[0]
+
+
+def _windowed(
+    window: tuple[int, int], rows: Tensor, shift: int, own: int, key_range: Tensor | None
+) -> Tensor:
+    """(B, R, 2) first and one past the last key that each row sees within a window and a range."""
+    left, right = window
+    first = torch.zeros_like(rows) if left < 0 else rows + (shift - left)
+    last = torch.full_like(rows, own) if right < 0 else rows + (shift + right + 1)
+    if key_range is not None:
+        first, last = first.maximum(key_range[..., 0]), last.minimum(key_range[..., 1])
+    return torch.stack([first, last], -1)
 
 
 def _index_values(call: Call) -> None:

@@ -44,6 +44,7 @@ class Kind(NamedTuple):
     causal: bool
     fold: int
     mean: bool
+    softcap: float
 
     @classmethod
     def of(cls, call: Call) -> Kind:
@@ -211,6 +212,7 @@ def _common(kind: Kind) -> dict[str, Any]:
         "MASK": kind.masked,
         "FOLD": kind.fold,
         "MEAN": kind.mean,
+        "SOFTCAP": kind.softcap,
         "INDEX": kind.listed,
         "BLOCK_D": kind.block_d,
         "CHUNK": kind.block_d if kind.half else 16,
@@ -437,7 +439,11 @@ def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
     return result
 
 
+SOFTCAP = "Gemma-2-9B"
+"""The shape whose scores have a soft cap."""
+
 SHAPES = {
+    SOFTCAP: (16, 8, 256, 8192, torch.bfloat16),
     "Qwen2.5-VL-7B 8k": (28, 4, 128, 8192, torch.float16),
     "Qwen2.5-VL-7B 32k": (28, 4, 128, 32768, torch.bfloat16),
     "width 64": (16, 16, 64, 8192, torch.bfloat16),
@@ -464,6 +470,7 @@ def gates() -> list[resources.Gate]:
             key_mask=torch.empty(1, keys, dtype=torch.bool, device="meta"),
             fold=1,
             mean=True,
+            softcap=50.0 if name == SOFTCAP else 0.0,
             key_range=torch.empty(1, 64, 2, dtype=torch.int64, device="meta") if index else None,
         )
         launches, out, lse, rest = plan_forward(call)

@@ -84,6 +84,25 @@ def exponential(x):
 
 
 @triton.jit
+def tanh(x):
+    """Hyperbolic tangent; a series where the exponentials would cancel."""
+    size = tl.abs(x)
+    decayed = exponential(-2.0 * size)
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+    found = tl.where(size < 0.3, size * series, (1.0 - decayed) / (1.0 + decayed))
+    return tl.where(x < 0, -found, found)
+
+
+@triton.jit
+def capped(scores, SOFTCAP: tl.constexpr):
+    """Scores between -SOFTCAP and SOFTCAP, or as they are where that is 0."""
+    if SOFTCAP > 0:
+        scores = SOFTCAP * tanh(scores * (1 / SOFTCAP))
+    return scores
+
+
+@triton.jit
 def seen_span(first, last, begin, end, keys, FOLD: tl.constexpr):
     """The keys of a cut that at least one of the rows sees."""
     if FOLD == 1:
@@ -115,6 +134,7 @@ def row_lse(
     RANGE: tl.constexpr,
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -141,7 +161,7 @@ def row_lse(
         seen &= n < end
         place = base + n.to(tl.int64) * k_strides[2]
         k = vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D)
-        scores = exact_dot(q, tl.trans(k)) * scale
+        scores = capped(exact_dot(q, tl.trans(k)) * scale, SOFTCAP)
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
         scores = tl.where(allowed, scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -223,6 +243,7 @@ def row_columns(
     MEAN: tl.constexpr,
     INDEX: tl.constexpr,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -262,7 +283,7 @@ def row_columns(
             rank = (sample * lists * GROUPS + first_head + group) * count + r
             top = tl.load(scales + rank, mask=inside, other=0.0)
             share = tl.load(scales + plane + rank, mask=inside, other=0.0)
-            weights = exponential(exact_dot(q, k) * scale - top[:, None])
+            weights = exponential(capped(exact_dot(q, k) * scale, SOFTCAP) - top[:, None])
             mass += tl.where(shown, weights, 0.0) * share[:, None]
     block = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
     at = partial + (block * count + r[:, None]) * width + c[None, :]

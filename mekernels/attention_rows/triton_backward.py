@@ -12,7 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton import VARYING, exact_dot, exponential, row_bounds, seen_keys, seen_span, token_at, vectors
+from .triton import (
+    VARYING,
+    capped,
+    exact_dot,
+    exponential,
+    row_bounds,
+    seen_keys,
+    seen_span,
+    tanh,
+    token_at,
+    vectors,
+)
 
 PADDED = tl.constexpr(64)
 """The gathered rows of a key head are padded to a multiple of this, the most of a tile."""
@@ -79,6 +90,7 @@ def row_slope(
     MEAN: tl.constexpr,
     WIDE: tl.constexpr,
     INDEX: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,7 +128,8 @@ def row_slope(
             _, seen = seen_keys(key_mask, sample, n, keys, own, MASK, 1)
             place = token_at(key, k_strides, sample, head, n.to(tl.int64))
             k = vectors(place, seen & chosen, k_strides[3], 0, WIDTH, BLOCK_D)
-            share = exponential(exact_dot(q, tl.trans(k)) * scale - lse[:, None] - rest[:, None])
+            scores = capped(exact_dot(q, tl.trans(k)) * scale, SOFTCAP)
+            share = exponential(scores - lse[:, None] - rest[:, None])
             total += tl.sum(tl.where(allowed & seen[None, :], share * given, 0.0), 1)
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
     tl.store(partial + rank * count * GROUPS + m, total * grad_scale, mask=inside)
@@ -227,9 +240,13 @@ def visible(position, first, last, RANGE: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(scores, lse, rest, given, slope, seen, scale, grad_scale):
-    """p (d - s) where a row sees a key, else zero."""
-    share = tl.exp2((scores * scale - lse) * 1.4426950408889634 - rest)
+def score_gradient(scores, lse, rest, given, slope, seen, scale, grad_scale, SOFTCAP: tl.constexpr):
+    """p (d - s) where a row sees a key, else zero; times the slope of the cap where there is one."""
+    if SOFTCAP > 0:
+        bent = tanh(scores * scale * (1 / SOFTCAP))
+        share = tl.exp2((SOFTCAP * bent - lse) * 1.4426950408889634 - rest) * (1.0 - bent * bent)
+    else:
+        share = tl.exp2((scores * scale - lse) * 1.4426950408889634 - rest)
     return tl.where(seen, share * (given * grad_scale - slope), 0.0)
 
 
@@ -258,6 +275,7 @@ def key_gradient(
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
     SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -294,6 +312,7 @@ def key_gradient(
             visible(position[:, None], first[None, :], last[None, :], RANGE),
             scale,
             grad_scale,
+            SOFTCAP,
         )
         total += scaled_dot(change, q, SCALED)
     at = (
@@ -332,6 +351,7 @@ def query_gradient(
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
     SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -383,6 +403,7 @@ def query_gradient(
             visible(position[None, :], first[:, None], last[:, None], RANGE),
             scale,
             grad_scale,
+            SOFTCAP,
         )
         total += scaled_dot(change, k, SCALED)
     rank = ((split * tl.num_programs(2) + sample) * tl.num_programs(1) + head) * count * GROUPS

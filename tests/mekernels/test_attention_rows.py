@@ -36,6 +36,8 @@ shapes = {
     "causal": st.booleans(),
     "masked": st.booleans(),
     "ranged": st.booleans(),
+    "window": st.sampled_from([None, None, (0, 0), (2, -1), (-1, 1), (3, 2)]),
+    "softcap": st.sampled_from([None, None, 0.7, 30.0]),
     "fold": st.integers(1, 3),
     "reduce": st.sampled_from(["mean", "none"]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
@@ -57,6 +59,8 @@ def test_values_and_gradients_against_the_reference(
     causal,
     masked,
     ranged,
+    window,
+    softcap,
     fold,
     reduce,
     chunk,
@@ -74,7 +78,7 @@ def test_values_and_gradients_against_the_reference(
     if ranged:
         limits = torch.stack([pick(batch, rows, own, seed + 2), pick(batch, rows, own + 3, seed + 3)], -1)
     options = {"causal": causal, "key_mask": mask, "key_range": limits, "fold": fold, "reduce": reduce}
-    options["softmax_scale"] = 0.3
+    options |= {"softmax_scale": 0.3, "window": window, "softcap": softcap}
     expected = reference.attention_rows(query, key, row, column, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
@@ -112,6 +116,34 @@ def test_error_rule(dtype, seed):
         assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"window": 3}, TypeError, r"window must be two integers \(left, right\) or None, got 3"),
+        ({"window": (1, 2.0)}, TypeError, "window must be two integers"),
+        ({"window": (-2, 0)}, ValueError, r"window must hold -1 \(no limit\) or numbers of keys"),
+        ({"softcap": 0}, ValueError, "softcap must be finite and above 0, got 0; None for no cap"),
+        ({"softcap": "50"}, TypeError, "softcap must be a float or None, got str"),
+    ],
+)
+def test_bad_windows_and_caps(change, error, message):
+    query, key = case()
+    with pytest.raises(error, match=message):
+        mekernels.attention_rows(query, key, torch.tensor([[0], [1]]), slice(None), **change)
+
+
+def test_several_layers_with_a_soft_cap():
+    query, key = (item.requires_grad_() for item in case(heads=1))
+    rows = torch.tensor([[0, 3], [6, -1]])
+    actual = composite.layer_attention_rows([query, query], [key, key], rows, causal=True, softcap=0.7)
+    expected = 2 * reference.attention_rows(query, key, rows, slice(None), causal=True, softcap=0.7)
+    assert_exact(actual, expected)
+    weights = randn(*actual.shape, seed=3)
+    wanted = torch.autograd.grad(expected, (query, key), weights)
+    for one, other in zip(torch.autograd.grad(actual, (query, key), weights), wanted, strict=True):
+        assert_exact(one, other, 1e-11)
+
+
 @pytest.mark.parametrize("columns", [slice(1, -6, 2), slice(5, 2, 3), slice(2, 5, -1)])
 def test_a_slice_of_no_columns(columns):
     query, key = case()
@@ -126,7 +158,7 @@ def test_gradcheck():
     for reduce in ("mean", "none"):
         assert torch.autograd.gradcheck(
             lambda q, k, reduce=reduce: mekernels.attention_rows(
-                q, k, rows, columns, causal=True, key_mask=mask, fold=2, reduce=reduce
+                q, k, rows, columns, causal=True, key_mask=mask, fold=2, reduce=reduce, softcap=0.8
             ),
             (query, key),
         )
@@ -371,7 +403,7 @@ def test_key_ranges_are_packed_sequences_apart():
 def test_key_ranges_under_the_operator_checks():
     query, key = (tensor.requires_grad_() for tensor in case())
     rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
-    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False)
+    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False, 2.0)
     torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings))
 
 

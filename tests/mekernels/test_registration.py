@@ -35,6 +35,7 @@ def rows_arguments(dtype, grad, index):
         True,
         fold,
         index,
+        2.0,
     )
 
 

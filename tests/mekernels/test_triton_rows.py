@@ -104,6 +104,15 @@ def test_values_and_gradients(number, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [9, slice(3, 60)])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_soft_caps_and_windows(dtype, columns, softcap):
+    """Scores far below the cap, where it hardly bends them, and far above it."""
+    query, key, rows, columns, _ = inputs(5, 1, 1, 2, 70, 75, 32, 6, columns, dtype, 75)
+    compare(query, key, rows, columns, causal=True, window=(20, -1), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_flat_rows(dtype):
     query, key, rows, columns, _ = inputs(5, 1, 2, 2, 70, 70, 32, 6, 40, dtype, 70, scale=1e-3)
     compare(query, key, rows, columns, causal=True)
@@ -231,7 +240,7 @@ def test_strides_beyond_32_bits():
 def test_operator_checks():
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
-    arguments = (rows.to(DEVICE), columns.to(DEVICE), None, None, 0, 0, 0.3, True, 1, True)
+    arguments = (rows.to(DEVICE), columns.to(DEVICE), None, None, 0, 0, 0.3, True, 1, True, 0.0)
     torch.library.opcheck(torch.ops.mekernels.attention_rows_triton.default, (*pair, *arguments))
 
 
