@@ -33,6 +33,7 @@ from .evaluation.write import SCORES, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
+from .integrations.lmms_eval import write_task
 from .interrupts import on_interrupt
 from .processes import from_main, join_processes
 from .report.run_report import REPORT, RunReport
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare is not None:
             compare(arguments)
+        elif arguments.lmms_eval is not None:
+            export(arguments, rules)
         else:
             join_processes()
             run(arguments, rules)
@@ -130,6 +133,33 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
     if arguments.output_dir is not None:
         write_json(Path(arguments.output_dir) / "comparison.json", result)
     return result
+
+
+def export(arguments: EvalArguments, rules: Rules) -> None:
+    """Write the questions as a task of lmms-eval; those without a public answer or a clip are left out.
+
+    Raises:
+        ValueError: a file is wrong, no clip is there, or a question shows a part of its clip.
+    """
+    assert arguments.lmms_eval is not None
+    benchmark = BENCHMARKS[arguments.benchmark]
+    if arguments.data is None:
+        _use_toy_defaults(arguments)
+    skips = SkipLog()
+    questions = load_questions(benchmark, arguments.data or "", skips, limit=arguments.limit)
+    root = arguments.video_root or open_source(arguments.data, folder=True).root
+    clips = VideoFolder(root, benchmark.folders, benchmark.renamed)
+    prompt = arguments.prompt or benchmark.prompt
+    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    for id, (reason, detail) in _missing(asked).items():
+        skips.add(reason, id=id, detail=detail)
+    found = [(item.question, item.prompt, item.video) for item in asked if item.video is not None]
+    if not found:
+        raise ValueError(f"--video_root {root} must hold the clips of the questions, none is there")
+    max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
+    task = write_task(Path(arguments.lmms_eval), benchmark, rules, found, max_new_tokens)
+    print(f"{task}: {len(found)} questions; {skips.summary()}")
+    print(f"run them with --include_path {task.parent} --tasks {task.stem}")
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:

@@ -504,6 +504,9 @@ class EvalArguments(ShownArguments, DataArguments):
     bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
+    lmms_eval: str | None = setting(
+        None, "Folder: write the questions there as a task of lmms-eval, and do nothing else."
+    )
     judge_url: str | None = setting(
         None, "OpenAI-compatible address, up to /v1: a model judges answers that no rule can read."
     )
