@@ -27,6 +27,7 @@ from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions,
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, answer_questions, unanswered
 from .evaluation.judge_model import judge_doubts
+from .evaluation.subtitles import subtitle_file, subtitles_digest
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.write import SCORES, write_scores
@@ -222,6 +223,10 @@ def _ask(
     prompt = arguments.prompt or benchmark.prompt
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    if arguments.subtitles is not None:
+        folder = arguments.subtitles
+        asked = [replace(a, subtitles=subtitle_file(folder, str(a.question.video))) for a in asked]
+    subtitles = [item.subtitles for item in asked if item.subtitles is not None]
     finished = _claim(
         report,
         {
@@ -234,6 +239,7 @@ def _ask(
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
+            **({"subtitles": subtitles_digest(subtitles)} if subtitles else {}),
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
         f"every written answer is kept in {report.folder}",

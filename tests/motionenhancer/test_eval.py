@@ -475,6 +475,29 @@ def test_hidden_answers_are_asked_on_request(student_dir: Path, toy: ToyFolder, 
     assert scores_of(tmp_path / "out")["count"] == 7
 
 
+def test_subtitles_are_another_run(
+    student_dir: Path, toy: ToyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "videoID": "test-00000",
+        "duration": "short",
+        "question_id": "1",
+        "question": "Which?",
+        "answer": "B",
+    }
+    data = tmp_path / "videomme.json"
+    data.write_text(json.dumps([{**row, "options": ["A. red", "B. blue", "C. green", "D. grey"]}]))
+    flags = {**student_flags(student_dir, toy), "benchmark": "videomme", "data": data, "max_new_tokens": 2}
+    (tmp_path / "srt").mkdir()
+    assert main(tmp_path / "out", **flags, subtitles=tmp_path / "srt") == 2
+    assert "must hold srt files such as test-00000.srt" in capsys.readouterr().err
+    (tmp_path / "srt" / "test-00000.srt").write_text("1\n00:00:00,000 --> 00:01:00,000\nIt moves.\n")
+    assert main(tmp_path / "out", **flags, subtitles=tmp_path / "srt") == 0
+    assert scores_of(tmp_path / "out")["tasks"]["short"]["count"] == 1
+    assert main(tmp_path / "out", **flags) == 2
+    assert "already holds a different run" in capsys.readouterr().err
+
+
 # ---- comparing, defaults, refusals ----
 
 
