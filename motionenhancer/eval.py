@@ -27,12 +27,14 @@ from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions,
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, answer_questions, unanswered
 from .evaluation.judge_model import judge_doubts
+from .evaluation.subtitles import subtitle_file, subtitles_digest
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.write import SCORES, write_scores
 from .files import write_json
 from .flags import parse_arguments
 from .hub import model_folder
+from .integrations.lmms_eval import write_task
 from .interrupts import on_interrupt
 from .processes import from_main, join_processes
 from .report.run_report import REPORT, RunReport
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare is not None:
             compare(arguments)
+        elif arguments.lmms_eval is not None:
+            export(arguments, rules)
         else:
             join_processes()
             run(arguments, rules)
@@ -132,6 +136,33 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
     return result
 
 
+def export(arguments: EvalArguments, rules: Rules) -> None:
+    """Write the questions as a task of lmms-eval; those without a public answer or a clip are left out.
+
+    Raises:
+        ValueError: a file is wrong, no clip is there, or a question shows a part of its clip.
+    """
+    assert arguments.lmms_eval is not None
+    benchmark = BENCHMARKS[arguments.benchmark]
+    if arguments.data is None:
+        _use_toy_defaults(arguments)
+    skips = SkipLog()
+    questions = load_questions(benchmark, arguments.data or "", skips, limit=arguments.limit)
+    root = arguments.video_root or open_source(arguments.data, folder=True).root
+    clips = VideoFolder(root, benchmark.folders, benchmark.renamed)
+    prompt = arguments.prompt or benchmark.prompt
+    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    for id, (reason, detail) in _missing(asked).items():
+        skips.add(reason, id=id, detail=detail)
+    found = [(item.question, item.prompt, item.video) for item in asked if item.video is not None]
+    if not found:
+        raise ValueError(f"--video_root {root} must hold the clips of the questions, none is there")
+    max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
+    task = write_task(Path(arguments.lmms_eval), benchmark, rules, found, max_new_tokens)
+    print(f"{task}: {len(found)} questions; {skips.summary()}")
+    print(f"run them with --include_path {task.parent} --tasks {task.stem}")
+
+
 def _use_toy_defaults(arguments: EvalArguments) -> None:
     answers = {"--student": arguments.student, "--predictions": arguments.predictions}
     who = next((name for name, value in answers.items() if value is not None), "--student")
@@ -192,6 +223,10 @@ def _ask(
     prompt = arguments.prompt or benchmark.prompt
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    if arguments.subtitles is not None:
+        folder = arguments.subtitles
+        asked = [replace(a, subtitles=subtitle_file(folder, str(a.question.video))) for a in asked]
+    subtitles = [item.subtitles for item in asked if item.subtitles is not None]
     finished = _claim(
         report,
         {
@@ -204,6 +239,7 @@ def _ask(
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
+            **({"subtitles": subtitles_digest(subtitles)} if subtitles else {}),
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
         f"every written answer is kept in {report.folder}",

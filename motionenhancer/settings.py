@@ -504,6 +504,12 @@ class EvalArguments(ShownArguments, DataArguments):
     bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
     bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
+    subtitles: str | None = setting(
+        None, "Video-MME: show the subtitles of this folder, files called <videoID>.srt.", exists="folder"
+    )
+    lmms_eval: str | None = setting(
+        None, "Folder: write the questions there as a task of lmms-eval, and do nothing else."
+    )
     judge_url: str | None = setting(
         None, "OpenAI-compatible address, up to /v1: a model judges answers that no rule can read."
     )
@@ -525,6 +531,8 @@ class EvalArguments(ShownArguments, DataArguments):
             # Checked first; the run keeps the name, which the scores show.
             model_folder(self.student, "--student")
         self._check_judge()
+        if self.subtitles is not None and (self.benchmark != "videomme" or self.lmms_eval is not None):
+            raise ValueError("--subtitles needs --benchmark videomme and does not go with --lmms_eval")
         if (self.min_frames or 0) > (most := self.max_frames or 768):
             raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
         if self.data is None and self.compare is None:

@@ -319,7 +319,7 @@ _ALL = (
         read=partial(read_tempcompass, form="yes_no"),
         prompt=TEMPCOMPASS_YES_NO_PROMPT,
         parse=lambda output, rules: yes_or_no(output),
-        right=lambda question, output, rules: yes_or_no(output) == question.answer,
+        right=lambda question, output, rules: yes_or_no(output) == (question.answer or "").lower(),
         max_new_tokens=128,
         submission=_aspects,
         folders=("videos",),

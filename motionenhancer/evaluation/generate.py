@@ -31,15 +31,20 @@ from .answers import (
     mend_answers,
     read_answers,
 )
+from .subtitles import with_subtitles
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its request and its clip's file; None where there is no file."""
+    """A question with its request and its clip's file; None where there is no file.
+
+    subtitles: the srt file whose text is put before the request; None where the run shows no subtitles.
+    """
 
     question: Question
     prompt: str
     video: Path | Clip | None
+    subtitles: Path | None = None
 
 
 def encode_request(
@@ -228,7 +233,10 @@ def encode_batch(
             if video is None or clip != item.video:
                 clip, video, mark = item.video, frames.of(item.video), mark_clip(item.video)
             options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}
-            requests.append(encode_request(family, processor, row["id"], item.prompt, video, **options))
+            prompt = item.prompt
+            if item.subtitles is not None:
+                prompt = with_subtitles(prompt, item.subtitles, video.timestamps)
+            requests.append(encode_request(family, processor, row["id"], prompt, video, **options))
             row["clip"] = mark
         except (ValueError, OSError) as error:
             row["skipped"] = str(error)

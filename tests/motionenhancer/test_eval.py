@@ -475,6 +475,69 @@ def test_hidden_answers_are_asked_on_request(student_dir: Path, toy: ToyFolder, 
     assert scores_of(tmp_path / "out")["count"] == 7
 
 
+def test_subtitles_are_another_run(
+    student_dir: Path, toy: ToyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "videoID": "test-00000",
+        "duration": "short",
+        "question_id": "1",
+        "question": "Which?",
+        "answer": "B",
+    }
+    data = tmp_path / "videomme.json"
+    data.write_text(json.dumps([{**row, "options": ["A. red", "B. blue", "C. green", "D. grey"]}]))
+    flags = {**student_flags(student_dir, toy), "benchmark": "videomme", "data": data, "max_new_tokens": 2}
+    (tmp_path / "srt").mkdir()
+    assert main(tmp_path / "out", **flags, subtitles=tmp_path / "srt") == 2
+    assert "must hold srt files such as test-00000.srt" in capsys.readouterr().err
+    (tmp_path / "srt" / "test-00000.srt").write_text("1\n00:00:00,000 --> 00:01:00,000\nIt moves.\n")
+    assert main(tmp_path / "out", **flags, subtitles=tmp_path / "srt") == 0
+    assert scores_of(tmp_path / "out")["tasks"]["short"]["count"] == 1
+    assert main(tmp_path / "out", **flags) == 2
+    assert "already holds a different run" in capsys.readouterr().err
+
+
+def test_parts_of_clips_from_a_folder_of_files(
+    student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """MVBench's layout; stopped after the first batch and started again."""
+    part = {"video": "test-00000.mp4", "question": "Which?", "candidates": ["x", "y"], "answer": "y"}
+    for name, row in (("action_sequence", {**part, "start": 0, "end": 0.5}), ("object_shuffle", part)):
+        (tmp_path / "json").mkdir(exist_ok=True)
+        (tmp_path / "json" / f"{name}.json").write_text(json.dumps([row, {**row, "question": "What?"}]))
+    for folder in ("star/Charades_v1_480", "perception/videos"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(toy.videos / "test-00000.mp4", tmp_path / folder)
+    flags = {**student_flags(student_dir, toy), "benchmark": "mvbench", "data": tmp_path / "json"}
+    flags |= {"video_root": None, "max_new_tokens": 2, "batch_size": 2, "video_fps": 4, "min_frames": 1}
+    assert main(tmp_path / "whole", **flags) == 0
+    assert {task: one["count"] for task, one in scores_of(tmp_path / "whole")["tasks"].items()} == {
+        "AS": 2,
+        "OS": 2,
+    }
+    real, shown = generate.append_answers, []
+
+    def stop(path: Path, rows: Any) -> None:
+        if shown:
+            raise KeyboardInterrupt
+        shown.append(rows)
+        real(path, rows)
+
+    monkeypatch.setattr(generate, "append_answers", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(tmp_path / "out", **flags)
+    monkeypatch.setattr(generate, "append_answers", real)
+    assert main(tmp_path / "out", **flags) == 0
+    for name in ("results.jsonl", "scores.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    capsys.readouterr()
+    file = tmp_path / "json" / "object_shuffle.json"
+    file.write_text(file.read_text().replace("What?", "Who?"))
+    assert main(tmp_path / "out", **flags) == 2
+    assert "already holds a different run" in capsys.readouterr().err
+
+
 # ---- comparing, defaults, refusals ----
 
 

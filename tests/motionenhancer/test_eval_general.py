@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,8 @@ def test_tempcompass_rules(tmp_path: Path) -> None:
     assert verdicts("tempcompass_multi_choice", question, ["(B)", "b"], Rules("lone")) == [True, True]
 
     question = load("tempcompass_yes_no", tmp_path, YES_NO)[0][0]
+    shouted = replace(question, answer="Yes")
+    assert verdicts("tempcompass_yes_no", shouted, ["yes", "no"]) == [True, False]
     outputs = {"yes": 1, "Yes, he does.": 1, "YES": 1, "no": 0, "He does, yes": 0, "": 0}
     assert verdicts("tempcompass_yes_no", question, list(outputs)) == [*map(bool, outputs.values())]
 
