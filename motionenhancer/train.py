@@ -63,7 +63,7 @@ from .training.run_plan import (
     teacher_grid,
     vision_rate,
 )
-from .weights import refuse_weights
+from .weights import refuse_weights, saving
 
 PROG = "python -m motionenhancer.train"
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
@@ -363,7 +363,8 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     refuse_weights([trainer.model, trainer.aligner], trainer.state.global_step, trainer.args.world_size)
     if student.lora_merge:
         trainer.model = merged(trainer.model)
-    trainer.save_model()
+    with saving(str(trainer.args.output_dir)):
+        trainer.save_model()
     if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:
         save_aligner(trainer.aligner, student.save_aligner)
 

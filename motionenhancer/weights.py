@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from .data.digests import file_digest
 
-__all__ = ["check_loaded", "load_whole", "not_finite", "read_weights", "refuse_weights", "student_digest"]
+__all__ = [
+    "check_loaded",
+    "load_whole",
+    "not_finite",
+    "read_weights",
+    "refuse_weights",
+    "saving",
+    "student_digest",
+]
 
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
@@ -91,6 +100,24 @@ def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processe
             f"the weight {found[0]} is NaN or infinite after step {step}; it is not saved. A smaller "
             "--learning_rate may help"
         )
+
+
+@contextmanager
+def saving(folder: str | Path) -> Iterator[None]:
+    """Name the folder when a model or its optimizer cannot be saved: a full disk is found by libraries.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save says of a full disk that its archive is not as long as it should be.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise OSError(f"{folder}: cannot be saved ({' '.join(str(error).split())})") from error
 
 
 def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
 from ..students.capture import capture_attention
-from ..weights import load_whole, refuse_weights
+from ..weights import load_whole, refuse_weights, saving
 from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
@@ -417,11 +417,12 @@ class MotionTrainer(ValidatedTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         refuse_weights([self.model, self.aligner], self.state.global_step, self.args.world_size)
-        # Before the Trainer's own files: the last of those marks the checkpoint as whole.
-        if self._aligner_training is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-            self._aligner_training.save(folder)
-        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        with saving(folder):
+            # Before the Trainer's own files: the last of those marks the checkpoint as whole.
+            if self._aligner_training is not None and self.args.should_save:
+                self._aligner_training.save(folder)
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, target = Path(resume_from_checkpoint), self.model if model is None else model
