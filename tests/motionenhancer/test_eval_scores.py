@@ -182,7 +182,7 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     file.write_text('{"id": "q"}\n')
     with pytest.raises(ValueError, match=r"results.jsonl, line 1: not a judged answer"):
         read_results(tmp_path)
-    with pytest.raises(ValueError, match=r"no results.jsonl there"):
+    with pytest.raises(ValueError, match=r"none: no such folder"):
         read_results(tmp_path / "none")
 
 
