@@ -230,6 +230,8 @@ def test_the_student_is_one_of_several(annotated: World, tmp_path: Path) -> None
     assert "online" not in report["teacher"]
     assert (len(report["samples"]), report["alignment"]["samples"]) == (7, 4)
     assert report["plan"].get("teacher") is None
+    named = f"- teacher: `regions`, `{annotated.student}`, toward whose maps"
+    assert named in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_one_teacher_is_as_without_several(world: World, tmp_path: Path) -> None:
