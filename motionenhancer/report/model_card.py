@@ -43,9 +43,9 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
     lines += [f"# {Path(base).name}, fine-tuned with MotionEnhancer", ""]
     lines += [f"- base model: `{base}`"]
     if aligned and teacher is not None:
-        lines.append(
-            f"- teacher: `{_hub_name(teacher)}`, whose attention the model's words were pulled toward"
-        )
+        named = [teacher] if isinstance(teacher, str) else teacher
+        listed = ", ".join(f"`{_hub_name(one)}`" for one in named)
+        lines.append(f"- teacher: {listed}, toward whose maps the attention of the model's words was pulled")
     else:
         lines.append("- plain fine-tuning: no attention was aligned (λ = 0)")
     lines.append(f"- data: `{identity['data']}`, {counts['samples']} samples seen in training")

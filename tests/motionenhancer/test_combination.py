@@ -221,6 +221,19 @@ def test_priors_are_stored_apart_and_used_together(annotated: World, tmp_path: P
     assert train.main(by_confidence) == 2
 
 
+def test_the_student_is_one_of_several(annotated: World, tmp_path: Path) -> None:
+    """Its maps are read before the training; all priors have the first teacher's grid."""
+    given = flags(annotated, tmp_path / "out", prior_source="hybrid", teacher=None, ddim_steps=None)
+    assert train.main([*given, "--teacher", "regions", "self", "--region_grid", "3x4x4"]) == 0
+    report = report_of(tmp_path / "out")
+    assert report["teacher"]["path"] == ["regions", str(annotated.student)]
+    assert "online" not in report["teacher"]
+    assert (len(report["samples"]), report["alignment"]["samples"]) == (7, 4)
+    assert report["plan"].get("teacher") is None
+    named = f"- teacher: `regions`, `{annotated.student}`, toward whose maps"
+    assert named in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_one_teacher_is_as_without_several(world: World, tmp_path: Path) -> None:
     assert train.main(flags(world, tmp_path / "one" / "out")) == 0
     given = flags(world, tmp_path / "list" / "out", teacher=None)
