@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
