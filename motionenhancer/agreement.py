@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from accelerate import PartialState
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .data import SkipLog
 from .data.readers import load_samples

@@ -32,7 +32,7 @@ from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.write import SCORES, write_scores
 from .files import write_json
-from .flags import parse_arguments
+from .flags import parse_arguments, parse_options
 from .hub import model_folder
 from .integrations.lmms_eval import write_task
 from .interrupts import on_interrupt
@@ -51,6 +51,27 @@ Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
 _FOREIGN = re.compile(r"(answers.*|results|submission)\.jsonl?|scores\.json|config\.json|.*\.safetensors")
 #: Flags that change answers.
 _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
+
+
+def evaluate(**options: Any) -> dict[str, Any]:
+    """Evaluate, or compare two runs, from Python, as the command does.
+
+    Args:
+        options: the command's flags, without dashes.
+
+    Returns:
+        What is in `scores.json`; of `compare`, what is in `comparison.json`.
+
+    Raises:
+        ValueError, OSError: see `run` and `compare`; a flag that does not exist is named.
+
+    >>> evaluate(student="out", benchmark="favor", data="video_perspective.json")  # doctest: +SKIP
+    """
+    arguments, rules = parse_options((EvalArguments, Rules), options, prog=PROG)
+    if arguments.compare is not None:
+        return compare(arguments)
+    join_processes()
+    return run(arguments, rules)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,8 +104,10 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     hidden = arguments.answer_hidden or arguments.predictions is not None
     questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
     answers = _ask if arguments.predictions is None else _read
-    report.content["arguments"] = asdict(replace(arguments, output_dir=None)) | asdict(rules)
-    report.content["digests"] = {"data": open_source(arguments.data, folder=True).digest()}
+    source = open_source(arguments.data, folder=True)
+    given = {**vars(arguments), "output_dir": None, "data": source.name}
+    report.content["arguments"] = given | asdict(rules)
+    report.content["digests"] = {"data": source.digest()}
     if arguments.predictions is not None:
         report.content["digests"]["predictions"] = content_digest(arguments.predictions)
     found = answers(arguments, benchmark, questions, report, skips)

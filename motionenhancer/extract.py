@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .costs import ExtractionCost, extraction_cost
 from .data import Sample, SkipLog
@@ -25,7 +25,7 @@ from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sources import open_source
 from .files import write_json
-from .flags import parse_arguments
+from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
 from .priors.prior import PARTLY_UNKNOWN, PriorSettings
@@ -36,13 +36,33 @@ from .report.run_report import versions
 from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
 from .toy.defaults import use_toy_defaults
 
+CLASSES = (DataArguments, PriorArguments, PriorSettings, MakerArguments, ExtractArguments)
+PROG = "python -m motionenhancer.extract"
+
+
+def extract(**options: Any) -> dict[str, Any]:
+    """Extract priors from Python, as the command does.
+
+    Args:
+        options: the command's flags, without dashes; `data` may also be a `datasets.Dataset`.
+
+    Returns:
+        What is in `extraction.json` of the priors' folder: counts, settings and what was skipped; empty for a
+        dry run of a folder that has none.
+
+    Raises:
+        ValueError, OSError, DeadTeacher: see `run`; a flag that does not exist is named.
+
+    >>> extract(teacher="CogVideoX1.5-5B", data="a.jsonl", prior_dir="priors")["made"]  # doctest: +SKIP
+    """
+    data, prior, settings, how, command = parse_options(CLASSES, options, prog=PROG)
+    run(data, prior, settings, how, dry_run=command.dry_run)
+    path = Path(prior.prior_dir) / EXTRACTION
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
 
 def main(argv: list[str] | None = None) -> int:
-    data, prior, settings, how, command = parse_arguments(
-        (DataArguments, PriorArguments, PriorSettings, MakerArguments, ExtractArguments),
-        argv,
-        prog="python -m motionenhancer.extract",
-    )
+    data, prior, settings, how, command = parse_arguments(CLASSES, argv, prog=PROG)
     try:
         return run(data, prior, settings, how, dry_run=command.dry_run)
     except (ValueError, OSError, DeadTeacher) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import json
 import math
 import operator
 import sys
@@ -98,7 +99,8 @@ def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
 class _Parser(HfArgumentParser):
     """Shows our own groups under --help, and those of transformers too under --help_all."""
 
-    def __init__(self, classes: Sequence[Any], prog: str) -> None:
+    def __init__(self, classes: Sequence[Any], prog: str, in_python: bool) -> None:
+        self.in_python = in_python
         #: every name that a yaml file may use, older ones too → the flag that it sets
         self.names: dict[str, str] = {}
         self.behind: list[Any] = []
@@ -146,6 +148,8 @@ class _Parser(HfArgumentParser):
             self._action_groups = groups
 
     def error(self, message: str) -> NoReturn:
+        if self.in_python:
+            raise ValueError(message)
         start = "unrecognized arguments: "
         if message.startswith(start):
             known = [name for action in self._actions for name in action.option_strings]
@@ -175,6 +179,7 @@ def parse_arguments(
     *,
     prog: str,
     recipe: Callable[[argparse.Namespace], Path | None] = lambda chosen: None,
+    held: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Read flags over `--config file.yaml` over a recipe over the dataclasses' own defaults.
 
@@ -183,14 +188,16 @@ def parse_arguments(
         argv: the command line without the program's name; None reads `sys.argv`.
         prog: shown in help and errors.
         recipe: returns a yaml file of defaults, or None, from the flags and the config.
+        held: in a call from Python, values that the command line cannot hold.
 
     Returns:
         One object a class.
 
     Raises:
-        SystemExit: a bad flag, a missing or malformed yaml file, or an unknown field in it, which is named.
+        SystemExit: a bad flag, a missing or malformed yaml file, or an unknown field in it, which is named;
+            a ValueError in a call from Python.
     """
-    parser = _Parser(classes, prog)
+    parser = _Parser(classes, prog, held is not None)
     try:
         chosen = parser.parse_args(argv)
         config = {} if chosen.config is None else _read_config(Path(chosen.config), parser)
@@ -198,10 +205,44 @@ def parse_arguments(
         base = recipe(parser.parse_args(argv))
         if base is not None:
             parser.set_defaults(**{**_read_config(base, parser), **config})
-        values = vars(parser.parse_args(argv))
+        values = {**vars(parser.parse_args(argv)), **(held or {})}
         return tuple(_build(cls, values) for cls in classes)
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_options(
+    classes: tuple[Any, ...],
+    options: Mapping[str, Any],
+    *,
+    prog: str,
+    recipe: Callable[[argparse.Namespace], Path | None] = lambda chosen: None,
+) -> tuple[Any, ...]:
+    """Read a command's flags from keyword arguments; what is None counts as not given.
+
+    Args:
+        classes, prog, recipe: see `parse_arguments`.
+        options: flag without dashes → its value. A value that the command line cannot hold, such as a
+            `datasets.Dataset`, goes to the field as it is.
+
+    Raises:
+        ValueError: a bad value, or a flag that does not exist, which is named.
+    """
+    known = [flag_of(one) for cls in classes for one in fields(cls) if one.init]
+    for name in options:
+        if name not in (*known, "config"):
+            raise ValueError(f"no option {name!r}{_near(name, known)}")
+    argv, held = list[str](), dict[str, Any]()
+    for name, value in options.items():
+        if isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            argv += [f"--{name}", json.dumps(value)]
+        elif isinstance(value, str | int | float | Path):
+            argv.append(f"--{name}={value}")
+        elif value is not None:
+            held[name] = value
+    return parse_arguments(classes, argv, prog=prog, recipe=recipe, held=held)
 
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:

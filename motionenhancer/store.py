@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .priors.prior import MotionPrior
-from .priors.storage import DAMAGED, DEFAULT_DIR, DamagedPrior, PriorStore
+from .data import SkipLog
+from .data.digests import DigestCache
+from .data.readers import read_samples
+from .priors.prior import MotionPrior, PriorSettings
+from .priors.requests import request_priors
+from .priors.storage import DAMAGED, DEFAULT_DIR, EXTRACTION, DamagedPrior, PriorStore, prior_keys
 
 #: Age in seconds from which a temporary file is assumed to be of a run that died.
 _ABANDONED = 600
@@ -32,13 +38,27 @@ def _each(store: PriorStore) -> Iterator[tuple[str, int, MotionPrior | Exception
             yield key, size, error
 
 
+def _clips(store: PriorStore) -> dict[str, str]:
+    """Keys of the last extraction's priors and the names of their clips, as far as its files are there."""
+    try:
+        last = json.loads((store.folder / EXTRACTION).read_text("utf-8"))
+        name = prior_keys(last["teacher"]["id"], PriorSettings(**last["settings"]))
+        samples = read_samples(last["data"], last["video_root"], SkipLog(shout=0), limit=last["limit"])
+        with DigestCache(store.folder, writes=False) as cache:
+            found = request_priors(
+                samples, last["prompt_source"], SkipLog(shout=0), name=name, digest=cache.digest
+            )
+            return {request.key: Path(os.fspath(request.video)).name for _, request in found}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _list(store: PriorStore) -> int:
     total = count = 0
+    clips = _clips(store)
     for key, size, found in _each(store):
         if isinstance(found, MotionPrior):
-            about = (
-                f"grid {'×'.join(map(str, found.grid))}  {len(found.tokens)} tokens  {found.prompt[:60]!r}"
-            )
+            about = f"{clips.get(key, 'clip of another extraction')}  {found!r}"
         elif isinstance(found, OSError):
             about = f"CANNOT BE READ ({found.strerror})"
         else:

@@ -24,7 +24,7 @@ from .alignment.trainer import MotionTrainer
 from .data import Sample, SkipLog
 from .data.readers import load_samples
 from .data.sampling import Frames
-from .flags import parse_arguments
+from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings
@@ -69,21 +69,42 @@ PROG = "python -m motionenhancer.train"
 TOY_RECIPE = Path(__file__).parent / "toy" / "recipe.yaml"
 
 
+CLASSES = (
+    StudentArguments,
+    DataArguments,
+    PriorArguments,
+    PriorSettings,
+    TrainArguments,
+    ValidationArguments,
+    OnlineArguments,
+    MakerArguments,
+    ReportArguments,
+)
+
+
+def train(**options: Any) -> RunReport:
+    """Train from Python, as the command does.
+
+    Args:
+        options: the command's flags, without dashes; `data` and `eval_data` may also be a `datasets.Dataset`.
+
+    Returns:
+        The report that is beside the checkpoint, with its `folder`.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: see `run`; a flag that does not exist is named.
+
+    >>> train(student="Qwen2.5-VL-3B-Instruct", teacher="CogVideoX1.5-5B", data="a.jsonl")  # doctest: +SKIP
+    """
+    return run(*parse_options(CLASSES, options, prog=PROG, recipe=_recipe))
+
+
+def _recipe(chosen: Any) -> Path | None:
+    return TOY_RECIPE if chosen.student is None else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    classes = (
-        StudentArguments,
-        DataArguments,
-        PriorArguments,
-        PriorSettings,
-        TrainArguments,
-        ValidationArguments,
-        OnlineArguments,
-        MakerArguments,
-        ReportArguments,
-    )
-    arguments = parse_arguments(
-        classes, argv, prog=PROG, recipe=lambda chosen: TOY_RECIPE if chosen.student is None else None
-    )
+    arguments = parse_arguments(CLASSES, argv, prog=PROG, recipe=_recipe)
     try:
         report = run(*arguments)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
@@ -166,7 +187,8 @@ def run(
             on_interrupt(lambda: _interrupted(report, training))
         if checkpoint is not None:
             print(f"continues from {checkpoint}")
-        print(f"student {student.student}\ndata {data.data}, {len(samples)} samples\noutput {report.folder}")
+        print(f"student {student.student}\ndata {report.identity['data']}, {len(samples)} samples")
+        print(f"output {report.folder}")
         if tested:
             print(f"eval data {validation.eval_data}, {len(tested)} samples")
         if student.aligned:

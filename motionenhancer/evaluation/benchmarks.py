@@ -148,7 +148,7 @@ def load_questions(
     """
     questions = []
     seen: set[str] = set()
-    for question in benchmark.read(Path(path), log):
+    for question in benchmark.read(Path(path) if isinstance(path, str) else path, log):
         if question.id in seen:
             log.add("repeated id", id=question.id, line=question.line, detail="the first one counts")
             continue

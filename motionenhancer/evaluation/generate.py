@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question

@@ -28,6 +28,7 @@ from ..teachers.schedule import check_experts, check_level, check_steps
 from ..teachers.teacher import Teacher
 from .confidence import prior_confidence
 from .pool import AttentionPool
+from .shown import html_table, one_line
 from .token_choice import SCORES, UNITS, choose_tokens
 
 MODES = ("reconstruct", "renoise")
@@ -160,7 +161,7 @@ def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"step_weights must be numbers separated by commas, got {given!r}") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MotionPrior:
     """Where and when the teacher places each motion-salient word of a text in a video.
 
@@ -214,6 +215,12 @@ class MotionPrior:
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     times: list[float] = field(default_factory=list)
     clip: str = ""
+
+    def __repr__(self) -> str:
+        return one_line(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self)
 
     def describe(self) -> dict[str, Any]:
         """Everything but the attention itself, ready for JSON."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from motionenhancer.data.encode import encode_video
 from motionenhancer.files import whole_file, write_text

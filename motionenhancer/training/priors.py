@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..alignment.online import OnlineCounts, OnlinePriors
 from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost

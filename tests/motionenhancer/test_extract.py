@@ -12,6 +12,7 @@ from extract_support import damaged_world, report_in, stored
 from tiny_world import World
 
 from motionenhancer import extract
+from motionenhancer import store as store_command
 from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read_samples
 from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
@@ -62,6 +63,13 @@ def test_a_finished_extraction_typed_again_changes_nothing(
     data.write_text("".join(world.data.read_text().splitlines(keepends=True)[:3]) + "{not json\n")
     flags = world.flags(student=None, data=data, prior_dir=priors, ddim_steps=1)
     assert extract.main(flags) == 1
+    capsys.readouterr()
+    assert store_command.main(["list", "--prior_dir", str(priors)]) == 0
+    listed = capsys.readouterr().out
+    for row in map(json.loads, data.read_text().splitlines()[:3]):
+        (line,) = [line for line in listed.splitlines() if row["video"] in line]
+        assert "steps=1" in line
+        assert f"teacher {report_in(priors)['teacher']['id'][:8]}" in line
     before, path = report_in(priors), priors / extract.EXTRACTION
     written = path.stat().st_mtime_ns
     capsys.readouterr()

@@ -57,6 +57,20 @@ def made_for(text: str, settings: PriorSettings, seed: int = 0) -> MotionPrior:
     return dataclasses.replace(make_prior(seed), **given)
 
 
+def test_a_prior_says_in_one_line_and_in_a_notebook_what_it_is() -> None:
+    prior = dataclasses.replace(make_prior(), prompt="the red <b>&amp; moves")
+    said = repr(prior)
+    assert "\n" not in said
+    assert len(said) < 300
+    for part in ("words: red", "grid 2×3×4", "teacher tttttttt", "steps=2", "sampled_rows=all"):
+        assert part in said
+    page = prior._repr_html_()
+    assert "<b>" not in page, "what a text holds is no markup"
+    shares = prior.attention.float().reshape(2, 2, 12).sum(2)
+    shares /= shares.sum(1, keepdim=True)
+    assert all(f">{share:.2f}</td>" in page for share in shares.flatten().tolist())
+
+
 def test_a_prior_comes_back_as_it_went_in(tmp_path: Path) -> None:
     store, prior = PriorStore(tmp_path), make_prior()
     assert KEY not in store
