@@ -117,8 +117,8 @@ def test_a_size_the_teacher_does_not_take_is_refused_before_any_clip_is_read(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("work was done")
 
-    for name in ("motionenhancer.priors.arguments.load_teacher", "motionenhancer.extract.request_priors"):
-        monkeypatch.setattr(name, refuse)
+    for name in ("load_teacher", "request_priors"):
+        monkeypatch.setattr(f"motionenhancer.priors.arguments.{name}", refuse)
     monkeypatch.setattr("motionenhancer.train._student", refuse)
     chosen = {"prior_dir": tmp_path / "priors", "teacher_size": size}
     assert extract.main(world.flags(student=None, **chosen)) == 2

@@ -355,8 +355,9 @@ def test_a_run_that_goes_on_is_not_stopped_for_the_clips_it_has_left(tmp_path: P
         with nullcontext() if settled else pytest.raises(NoPriorError):
             online.judge(lambda counts: counts, final=True)
     state = tmp_path / "trainer_state.json"
-    for log, found in (([{"loss": 1.0}], False), ([{"loss": 1.0}, {"loss_align": 0.5}], True)):
-        state.write_text(json.dumps({"log_history": log}))
+    plain, aligned = {"step": 1, "loss": 1.0}, {"step": 2, "loss_align": 0.5}
+    for log, found in (([plain], False), ([plain, aligned], True)):
+        state.write_text(json.dumps({"global_step": len(log), "log_history": log}))
         assert aligned_before(tmp_path) is found
     state.unlink()
     assert not aligned_before(tmp_path)
