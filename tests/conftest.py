@@ -16,13 +16,6 @@ NEED_ALL = ["examples", "motionenhancer", "studies"]
 collect_ignore = NEED_ALL if MISSING else []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process under `pytest -n N --dist loadgroup`, and those of Ray too."""
-    for item in items:
-        ray = "ray" in item.path.stem.split("_")
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Escape what a test printed and utf-8 cannot hold: the processes of `pytest -n N` exchange utf-8."""

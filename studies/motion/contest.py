@@ -87,6 +87,10 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "own, trained": lambda m, seed: m.own(seed, trained=True),
     "own, trained, sharpened": lambda m, seed: m.own(seed, trained=True, temperature=TEMPERATURE),
     "another clip's": lambda m, seed: makers.another_clip(m.teacher(), seed),
+    "another clip's, no selection": lambda m, seed: makers.another_clip(
+        m.teacher(heads=False, words=False), seed
+    ),
+    "another clip's, MTTI only": lambda m, seed: makers.another_clip(m.teacher(heads=False), seed),
     "another object's": lambda m, seed: makers.another_object(m.teacher()),
     "frames shuffled": lambda m, seed: makers.shuffled_frames(m.teacher(), seed),
     "frames reversed": lambda m, seed: makers.reversed_frames(m.teacher()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,20 @@ from tiny_world import World
 
 from motionenhancer.toy.models import save_student, save_teacher
 from motionenhancer.toy.world import write_world
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cluster_at_a_time(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """The files of tests of Ray take turns: two clusters of one machine find each other."""
+    if "ray" not in request.path.stem.split("_"):
+        yield
+        return
+    # Under pytest-xdist each process has a base of its own in one folder.
+    with open(tmp_path_factory.getbasetemp().parent / "ray.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
