@@ -16,6 +16,12 @@ NEED_ALL = ["examples", "motionenhancer", "studies"]
 collect_ignore = NEED_ALL if MISSING else []
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of files under `pytest -n N --dist loadfile`, which puts those of few, slow tests last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Escape what a test printed and utf-8 cannot hold: the processes of `pytest -n N` exchange utf-8."""

@@ -61,7 +61,7 @@ def _trained(shape: VideoStudent) -> Trained:
         spans=spans,
         prompt=" ".join(words),
         grid=PRIOR_GRID,
-        heads=[0],
+        heads=[],
         head_scores={},
         all_tokens=words,
         all_spans=spans,

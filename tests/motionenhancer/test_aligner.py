@@ -51,7 +51,8 @@ def independent(
                 volume = np.moveaxis(np.tensordot(axis_weights(source, target), volume, (1, axis)), 0, axis)
             student = volume.reshape(-1) / (volume.sum() if normalize else 1)
             teacher = prior.attention[token].double().numpy()
-            teacher = teacher / (teacher.sum() if normalize else 1)
+            # A row of zeros, which no scale brings to one, stays as it is.
+            teacher = teacher / ((teacher.sum() or 1) if normalize else 1)
             if loss == "l2":
                 rows.append(np.sqrt(((student - teacher) ** 2).sum()))
             elif loss == "squared":

@@ -231,9 +231,9 @@ def test_the_figures_answer_what_is_asked(page: Page) -> None:
     figures = page.run("$('figures').textContent")
     for part in ("1.0000", "0.5000", "-0.5000 better", "0.2500", "it moves (wrong)", "(right)"):
         assert part in figures, part
-    assert "2 of 2 heads are kept (dark bars: 0, 3)" in page.run("$('heads').textContent")
+    assert "2 of 4 heads are kept (dark bars: 0, 3)" in page.run("$('heads').textContent")
     assert page.run("document.querySelectorAll('#bars svg').length") == 4
-    assert page.run("document.querySelectorAll('.bar.chosen').length") == 4
+    assert page.run("document.querySelectorAll('.bar.chosen').length") == 4 * 2
     assert "better for 1, worse for 1. Right answers: 1 before, 1 after." in page.run(
         "$('summary').textContent"
     )

@@ -234,7 +234,7 @@ def test_a_prior_agrees_with_itself(teacher, clip: np.ndarray) -> None:
     one = extract_prior(teacher, clip, TEXT, steps=1)
     same = comparison.compare_priors(one, one)
     assert same == pytest.approx({"head_rank": 1.0, "heads": 1.0, "tokens": 1.0, "cosine": 1.0})
-    with pytest.raises(ValueError, match="one prompt"):
+    with pytest.raises(ValueError, match="the same prompt"):
         comparison.compare_priors(one, extract_prior(teacher, clip, "a red square", steps=1))
 
 

@@ -147,7 +147,7 @@ def test_the_checkpoint_holds_nothing_but_the_familys_files(
     processor.save_pretrained(tmp_path)
     plain = {file.name for file in tmp_path.iterdir()}
     ours = {file.name for file in whole.iterdir() if file.is_file()}
-    assert ours - {"motion_report.json", "report.html"} == plain
+    assert ours - {"README.md", "motion_report.json", "report.html"} == plain
     assert set(weights_of(whole)) == set(weights_of(tmp_path))
     for name in ("config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"):
         assert (whole / name).read_text() == (tmp_path / name).read_text(), name

@@ -208,7 +208,9 @@ def test_a_boundary_that_is_none(folder: Path, tmp_path: Path, ratio: object) ->
 def test_experts_of_two_shapes_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "teacher")
     edit(tmp_path / "teacher" / "transformer_2" / "config.json", num_attention_heads=6)
-    refused(tmp_path / "teacher", r"num_attention_heads is 6, and 3 in transformer; both must have one shape")
+    refused(
+        tmp_path / "teacher", r"num_attention_heads is 6, but 3 in transformer; both must have the same shape"
+    )
 
 
 def test_without_a_boundary_the_first_transformer_serves_all(
