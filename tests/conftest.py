@@ -17,7 +17,7 @@ collect_ignore = NEED_ALL if MISSING else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of files under `pytest -n N --dist loadfile`, which puts those of few, slow tests last."""
+    """Keep the order of files under `--dist loadfile`, which puts those of few, slow tests last."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
