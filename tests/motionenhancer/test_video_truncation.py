@@ -32,7 +32,8 @@ def write(path, format, codec, options=None, sound=False, container_options=None
     return path.read_bytes()
 
 
-X264 = ("libx264", {"bf": "2", "g": "12"})
+#: In one thread: with more, each run makes another file, and the cuts fall elsewhere.
+X264 = ("libx264", {"bf": "2", "g": "12", "threads": "1"})
 KINDS = {
     "mp4": ("mp4", *X264, False, {"movflags": "faststart"}),
     "mp4 with sound": ("mp4", *X264, True, {"movflags": "faststart"}),
