@@ -95,7 +95,7 @@ def word_positions(clips: Clips) -> torch.Tensor:
     return torch.tensor(found)
 
 
-class _Targets:
+class Targets:
     """Maps as the alignment wants them: padded rows of words, and one prior a clip."""
 
     def __init__(self, maps: Maps, words: torch.Tensor) -> None:
@@ -137,7 +137,7 @@ def train(clips: Clips, maps: Maps | None, seed: int, regime: Regime) -> Caption
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=regime.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    targets = None if maps is None else _Targets(maps, word_positions(clips))
+    targets = None if maps is None else Targets(maps, word_positions(clips))
     weight = AlignmentSchedule(regime.weight, "linear")
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -188,7 +188,7 @@ def measure(model: Captioner, clips: Clips) -> dict[str, float]:
         ``direction``: percent of the moving objects with the right direction, given the verb.
         ``distance``: of its content words' attention to the true masks, as the alignment measures it.
     """
-    targets = _Targets(clips.masks, word_positions(clips))
+    targets = Targets(clips.masks, word_positions(clips))
     found, distances = [], []
     for start in range(0, len(clips.tokens), _PART):
         chosen = list(range(start, min(start + _PART, len(clips.tokens))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,16 +126,21 @@ def test_the_stopwatch_starts_anew_when_it_is_read() -> None:
 def test_how_maps_are_compared_reaches_the_alignment(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object, option: str
 ) -> None:
-    given: list[object] = []
+    given: dict[str, set[object]] = {}
 
-    def seen(*args: object, **options: object) -> object:
-        given.append(options[option])
-        return align(*args, **options)
+    def seen_by(module: str) -> Callable[..., object]:
+        def seen(*args: object, **options: object) -> object:
+            given.setdefault(module, set()).add(options[option])
+            return align(*args, **options)
 
-    monkeypatch.setattr("motionenhancer.alignment.trainer.align", seen)
-    options = {"prior_dir": shared_priors(world), "max_steps": 1, name: value}
+        return seen
+
+    modules = ("alignment.trainer", "report.watch")
+    for module in modules:
+        monkeypatch.setattr(f"motionenhancer.{module}.align", seen_by(module))
+    options = {"prior_dir": shared_priors(world), "max_steps": 1, "report_samples": 1, name: value}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
-    assert set(given) == {value}
+    assert given == {module: {value} for module in modules}
 
 
 @pytest.mark.parametrize(

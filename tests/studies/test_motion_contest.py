@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import nn
 from motionenhancer.toy.models import save_teacher
 from motionenhancer.toy.render import FRAMES
 from studies.motion import contest
-from studies.motion.captioner import Captioner, Regime, measure, own_rows, train
-from studies.motion.clips import GRID, MAP_GRID, make_clips, words_of
+from studies.motion.captioner import Captioner, Regime, Targets, measure, own_rows, train, word_positions
+from studies.motion.clips import GRID, MAP_GRID, Maps, make_clips, words_of
 from studies.motion.outcome import rank_correlation, seeds_needed, summarise, table
 
 TINY = Regime(clips=6, test_clips=6, steps=3, batch=2)
@@ -87,6 +88,37 @@ def test_maps_bring_attention_to_where_they_are() -> None:
     near = measure(train(clips, clips.masks, 0, regime), clips)["distance"]
     far = measure(train(clips, None, 0, regime), clips)["distance"]
     assert near < 0.9 * far
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 0.25), ("loss", "squared"), ("normalize", False)]
+)
+def test_how_maps_are_compared_reaches_the_distance(name: str, value: Any) -> None:
+    clips = make_clips(0, "train", 2)
+    words = word_positions(clips)
+    captured = SimpleNamespace(attention=torch.rand(2, int(clips.masks.kept.sum(1).max()), 32))
+    plain, changed = (
+        float(Targets(maps, words).distance(captured, [0, 1]))
+        for maps in (clips.masks, replace(clips.masks, **{name: value}))
+    )
+    assert plain != pytest.approx(changed, rel=1e-3)
+
+
+def test_a_placebo_has_the_selection_that_its_name_says() -> None:
+    class Asked(contest.Material):
+        def __init__(self) -> None:
+            self.asked: list[tuple[bool, bool]] = []
+
+        def teacher(self, way: str = "level 200", *, heads: bool = True, words: bool = True) -> Maps:
+            self.asked.append((heads, words))
+            return Maps(torch.ones(2, 1, 80).half(), torch.ones(2, 1, dtype=torch.bool))
+
+    wanted = {"": (True, True), ", no selection": (False, False), ", MTTI only": (False, True)}
+    for suffix, selections in wanted.items():
+        material = Asked()
+        contest.ARMS[f"another clip's{suffix}"](material, 0)
+        contest.ARMS[f"teacher{suffix}"](material, 0)
+        assert material.asked == [selections, selections]
 
 
 def test_the_contest_runs_every_arm_once_and_adds_up(
