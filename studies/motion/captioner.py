@@ -21,6 +21,8 @@ from studies.motion.clips import GRID, MAP_GRID, Clips, Maps, words_of
 __all__ = ["Captioner", "Regime", "measure", "own_rows", "train"]
 
 _CELLS = math.prod(GRID)
+#: Which words of a caption are the colour and the shape of the last object.
+_LAST_NAME = slice(12, 14)
 #: Clips of one forward where nothing is learnt.
 _PART = 200
 
@@ -186,9 +188,12 @@ def measure(model: Captioner, clips: Clips) -> dict[str, float]:
         ``right``: percent of the clips in which it says the right words, "moves left" or "stays still".
         ``verb``: percent of the clips with the right verb.
         ``direction``: percent of the moving objects with the right direction, given the verb.
+        ``looks``: percent of the clips in which it names the last object by the right colour and shape, each
+            given all words before it.
         ``distance``: of its content words' attention to the true masks, as the alignment measures it.
     """
-    targets = Targets(clips.masks, word_positions(clips))
+    words = word_positions(clips)
+    targets = Targets(clips.masks, words)
     found, distances = [], []
     for start in range(0, len(clips.tokens), _PART):
         chosen = list(range(start, min(start + _PART, len(clips.tokens))))
@@ -198,11 +203,14 @@ def measure(model: Captioner, clips: Clips) -> dict[str, float]:
         found.append(logits.argmax(-1) == tokens[:, 1:])
         distances.append(float(targets.distance(captured, chosen)) * len(chosen))
     # "The red square moves left": the verb is token 3, the direction token 4.
-    verb, direction = torch.cat(found)[:, 2].double(), torch.cat(found)[:, 3].double()
+    said = torch.cat(found).double()
+    verb, direction = said[:, 2], said[:, 3]
+    colour, shape = said.gather(1, words[:, _LAST_NAME] - _CELLS - 1).T
     moves = clips.tokens[:, 3] == t5_tokenizer().convert_tokens_to_ids("▁moves")
     return {
         "right": 100 * float((verb * direction).mean()),
         "verb": 100 * float(verb.mean()),
         "direction": 100 * float(direction[moves].mean()),
+        "looks": 100 * float((colour * shape).mean()),
         "distance": sum(distances) / len(clips.tokens),
     }

@@ -16,9 +16,9 @@ from studies.toy.study_report import finite, interval
 
 __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
-_MEASURES = ("direction", "verb", "right", "distance")
+_MEASURES = ("direction", "verb", "right", "looks", "distance")
 #: What is compared seed by seed, the one of table and plot first.
-_COMPARED = ("direction", "right")
+_COMPARED = ("direction", "right", "looks")
 #: What every other arm is compared with, seed by seed.
 _AGAINST = ("plain", "teacher")
 
@@ -108,7 +108,8 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 def table(summary: dict[str, Any], order: Sequence[str]) -> str:
     """Markdown: an arm a row, in ``order``."""
-    head = ["maps", "seeds", "direction, %", "over plain", "over the teacher's", "verb", "both", "lift"]
+    head = ["maps", "seeds", "direction, %", "over plain", "over the teacher's"]
+    head += ["verb", "both", "looks", "lift"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for arm in order:
         row = summary["arms"].get(arm)
@@ -116,7 +117,7 @@ def table(summary: dict[str, Any], order: Sequence[str]) -> str:
             continue
         gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in _AGAINST]
         cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
-        cells += [f"{row[name]['mean']:.1f}" for name in ("verb", "right")]
+        cells += [f"{row[name]['mean']:.1f}" if name in row else "" for name in ("verb", "right", "looks")]
         cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
