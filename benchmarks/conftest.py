@@ -91,7 +91,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     output_json["commit_info"].pop("project", None)
     for entry in output_json["benchmarks"]:
-        # The objects a test was given; what they mean is in extra_info.
+        # These are the test's objects; extra_info says what they are.
         entry["param"] = entry["params"] = None
     output_json.update(config.stash[_KEY])
 

@@ -39,7 +39,7 @@ from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students.capture import capture_attention
 from motionenhancer.teachers import load_teacher
 
-#: Of a single-pass step over a stored-prior step, on a GPU.
+#: Time of a single-pass step over that of a step with stored priors, on a GPU.
 BOUND = 1.3
 TEXT = "the red square moves left and the blue circle stays " * 3
 SEVENTH = Small(Teacher("CogVideoX-5B, 6 of 42 layers, 49 frames", (13, 30, 45), 226, 48, 64, 2), 6)

@@ -241,7 +241,7 @@ class Op:
                 ctx.backend = choice
                 save(ctx, *self._packed(inputs), output)
 
-            # With a setup_context of its own each call would inspect signatures.
+            # With a separate setup_context torch would inspect signatures at each call.
             def forward(ctx: Any, *flat: Any, choice: str = choice) -> Any:
                 args = self._packed(flat)
                 output = self._direct[choice](*args)

@@ -142,7 +142,7 @@ class Plan:
         for name, (shape, dtype) in (scratch or {}).items():
             piece = _Piece(self._bytes, torch.Size(shape).numel() * dtype.itemsize, shape, dtype)
             self._scratch[name] = piece
-            # As allocators align them, which is more than Triton asks for.
+            # Allocators align more strictly than Triton asks for.
             self._bytes = cdiv(piece.offset + piece.size, 256) * 256
         self._started: list[_Starter] = []
 
@@ -291,7 +291,7 @@ def inner_block(width: int, dtype: torch.dtype) -> int:
     """How much of the head width a tile holds: 64 at most, so that a wide head takes several steps."""
     if dtype == torch.float32:
         return 16
-    # 80 takes five steps of 16 rather than two of 64 with half of the second wasted.
+    # A head dimension of 80 takes five steps of 16; two steps of 64 would waste most of the second.
     return next((block for block in (64, 32) if width % block == 0), 64 if width % 16 else 16)
 
 

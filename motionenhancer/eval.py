@@ -47,7 +47,7 @@ from .weights import student_digest
 PROG = "python -m motionenhancer.eval"
 #: Outputs, and ids of skipped questions with reason and detail.
 Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
-#: Names of what an evaluation writes, and of what makes a folder a model's.
+#: Names of the files that an evaluation writes, and of files that only a model's folder has.
 _FOREIGN = re.compile(r"(answers.*|results|submission)\.jsonl?|scores\.json|config\.json|.*\.safetensors")
 #: Flags that change answers.
 _IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")

@@ -212,7 +212,7 @@ def _make(
                 if found.damaged:
                     tqdm.write(f"damaged prior set aside, made anew: {found.damaged}")
             else:
-                # A failure without the clip's fault is no record: the next run tries the clip again.
+                # A failure that is not the clip's fault is not recorded: the next run tries the clip again.
                 count_failed(sample, found, skips)
             bar.update(max(0, sample.offset - bar.n))
             done = {name: counts[name] for name in ("stored", "made")}

@@ -44,7 +44,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        # A full disk is found by a write, which knows no name.
+        # On a full disk the write fails, and its error names no file.
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)

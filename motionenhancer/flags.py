@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, TrainingArguments
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 
-#: Metadata of a number → its words in an error, and its test.
+#: Metadata of a number's range → its words in an error, and its test.
 _BOUNDS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),

@@ -176,7 +176,7 @@ def changed_options(training: TrainingArguments) -> dict[str, Any]:
     for one in fields(training):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(training, one.name)
-        # The command line has several values that mean "nothing".
+        # On the command line several values mean "nothing".
         nothing = not value and default in (None, "", "no", False, 0)
         if one.init and not nothing and _plain(value) != _plain(default):
             changed[one.name] = value

@@ -21,7 +21,7 @@ def join_processes() -> PartialState:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available()),
-        # A process whose clips are short waits for the others at the end: longer than the usual minutes.
+        # A process with short clips may wait for the others for longer than torch's usual timeout.
         timeout=timedelta(days=7),
     )
 

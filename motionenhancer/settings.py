@@ -528,7 +528,7 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.predictions is not None and self.student is not None:
             raise ValueError("--student and --predictions exclude each other: give one of them")
         if self.student is not None:
-            # Checked first; the run keeps the name, which the scores show.
+            # Only checked: the run keeps the name as given, which the scores show.
             model_folder(self.student, "--student")
         self._check_judge()
         if self.subtitles is not None and (self.benchmark != "videomme" or self.lmms_eval is not None):

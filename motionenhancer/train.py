@@ -333,7 +333,7 @@ def _test(
 def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, Any, StudentFamily]:
     """The student to train, with its adapters; without weights if it will not be trained."""
     assert student.student is not None
-    # Mixed precision keeps trained weights in float32 and casts as it computes; frozen ones can stay narrow.
+    # Mixed precision trains float32 weights and casts them to compute; frozen ones can stay in 16 bits.
     dtype = torch.bfloat16 if student.lora_r and training.bf16 else torch.float32
     if student.dry_run:
         model, processor, family = outline_student(student.student, student.attn_implementation, dtype)
@@ -380,7 +380,7 @@ def _plan(
 def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
     """The run's result, in the family's own files."""
     if trainer.is_fsdp_enabled:
-        # Checkpoints to resume from stay in shards; the result is for everyone to read.
+        # Checkpoints to resume from stay in shards; the final one is written whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     refuse_weights([trainer.model, trainer.aligner], trainer.state.global_step, trainer.args.world_size)
     if student.lora_merge:

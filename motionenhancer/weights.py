@@ -51,7 +51,7 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
     except (TypeError, ArithmeticError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError | RecursionError):
             raise
-        # What a value of the configuration that makes no model ends in depends on the class.
+        # A configuration that makes no model ends in an error of any type, by class.
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{folder}: its config.json and weights make no model ({said})") from error
     check_loaded(folder, info)
@@ -85,7 +85,7 @@ def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processe
     Raises:
         FloatingPointError: in all processes; names the first such weight.
     """
-    # A process looks at what it holds: DeepSpeed and FSDP2 share weights out.
+    # Each process looks at the weights that it holds: DeepSpeed and FSDP2 shard them.
     held = (
         (name, getattr(parameter, "ds_tensor", parameter).detach())
         for model in models
@@ -112,7 +112,7 @@ def saving(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save says of a full disk that its archive is not as long as it should be.
+        # On a full disk torch.save only says that its archive has the wrong length.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         if isinstance(error, OSError) and error.filename is not None:

@@ -16,7 +16,7 @@ def sweeps(results: Results) -> dict[str, dict[str, list[Figure]]]:
     """Work to role to figures in the order of their length, of works measured at several lengths."""
     found: dict[str, dict[str, list[Figure]]] = {}
     for figure in results.figures:
-        # A doubled key axis is another work, not another length.
+        # A doubled key axis is another workload, not another length.
         if "memory" not in figure.case:
             found.setdefault(figure.work, {}).setdefault(figure.role, []).append(figure)
     lengths = {

@@ -98,7 +98,7 @@ def layer_work(shape: Teacher) -> Work:
     pools: dict[str, Any] = {}
 
     def reading(backend: str):
-        # Attention is the fastest there is in every role; only the update changes its backend.
+        # The attention is always the fastest available; only the update changes its backend.
         def run(query: Tensor, key: Tensor, value: Tensor) -> Read:
             out, lse = flash_attention(query, key, value)
             with use_backend(backend):
@@ -127,7 +127,7 @@ def layer_work(shape: Teacher) -> Work:
     exact = cache(lambda: _exact(shape, make(0)))
 
     def check(role: str, result: Read, inputs: tuple[Any, ...]) -> None:
-        # The check comes before all timing, so that the sums are this one update's.
+        # The check comes before any timing, so that the sums are those of one update.
         for place, head in enumerate(judged(shape.heads)):
             assert_error_rule(result.out[0, head], *(found[place].out for found in exact()))
         compare(shape, result, *exact())

@@ -267,7 +267,7 @@ def _of_sums(grad: Tensor, call: Call, over_rows: bool, largest: bool) -> Tensor
 
 
 def _of_lse(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The logsumexp itself is the entries' argument: its own gradient is none of the op's.
+    # The logsumexp is an argument of the op; its own gradient is computed elsewhere.
     return (*_backward(ctx, grad, lambda grad, call: grad[..., None])[:2], None)
 
 

@@ -75,7 +75,7 @@ def _arguments(name: str, call: Call, inner: int, **more: Any) -> tuple[Tiles, d
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tiles, arguments: dict[str, Any]) -> Launch:
     named = {name: arguments[name] for name in kernel.arg_names}
-    # Unasked, the compiler would rather spill than let fewer programs run at a time.
+    # Without this bound the compiler spills registers so that more programs run at a time.
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": 255}
     return Launch(kernel, grid, named, options)
 

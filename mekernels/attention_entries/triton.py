@@ -339,7 +339,7 @@ def row_statistics_kernel(
         )
         place = key_places(places, sample, i, keys, start, LISTED)
         apart += weights * tl.abs(place[None, :] - row[:, None] - shift).to(tl.float32)
-        # No logarithm of 0, whose product with 0 is no number.
+        # log(0) is avoided: 0 · log(0) is NaN.
         spread -= weights * tl.log(tl.maximum(weights, 1e-30))
     tl.store(entropy + rank * rows + o, tl.sum(spread, 1), mask=known)
     tl.store(distance + rank * rows + o, tl.sum(apart, 1), mask=known)

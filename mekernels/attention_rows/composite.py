@@ -143,7 +143,7 @@ def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
     for sample, row in enumerate(rows):
         added = grad_picked[:, sample]
         if target.dtype != added.dtype:
-            # Equal rows are added in full precision first, each to the first of them; no device has to wait.
+            # Equal rows are added to the first of them in full precision, without a wait for the device.
             first = (row[:, None] == row).to(torch.uint8).argmax(1)
             added = torch.zeros_like(added).index_add_(2, first, added).to(target.dtype)
         target[:, sample].index_add_(2, row, added)
@@ -404,7 +404,7 @@ class _Layers:
             for part in parts:
                 found = self.weights(part, bias, *self.factors(part))
                 mass = found.values.unflatten(-1, (reading.fold, -1))[..., read].mul_(found.share[..., None])
-                # A row that is not finite is so at the columns that it does not see, too.
+                # A non-finite row is non-finite at the columns that it does not see, too.
                 beyond = found.share * 0
                 heads = self.members_of(part.groups)
                 if reading.mean:

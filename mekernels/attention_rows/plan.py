@@ -229,7 +229,7 @@ def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tu
     """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
-    # Partial gradients are whole vectors, which are read again one after the other.
+    # Partial gradients are whole vectors in memory and are read again in order.
     beside = 9 if kernel == "query_gradient" else 2
     splits, span = cuts(slots(kernel, kind), blocks * kv_heads * batch, length, tile.keys, beside)
     return tile, splits, span, (blocks * splits, kv_heads, batch)
@@ -274,7 +274,7 @@ def _backward_plan(kind: Kind) -> Plan:
     (batch, heads), (_, kv_heads, keys, _), count = kind.query[:2], kind.key, kind.rows
     own, block_d = keys // kind.fold, kind.block_d
     shared = _common(kind)
-    # Where columns are listed their gradients are spread over all positions of a part first.
+    # With listed columns, their gradients are first spread over all positions of a part.
     length = own if kind.listed else kind.width
     lists = torch.Size(kind.lists).numel()
     shared |= {

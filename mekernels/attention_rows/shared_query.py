@@ -40,7 +40,7 @@ def share_query(query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         >>> torch.allclose(read, whole)
         True
     """
-    # Counted here, for a backward had better not begin another.
+    # Counted in the forward: a backward must not begin another backward.
     if _COUNTS and not torch.compiler.is_compiling():
         _alone(False), _alone(True)
     shared, picked = _Shared.apply(query, rows.clamp(0, query.shape[2] - 1))
@@ -132,7 +132,7 @@ def _alone(view: bool) -> list[int]:
             return None, None
 
     def count(grad: Tensor) -> None:
-        # As deep in calls as _only_here, whose calls hold the gradient too.
+        # Called as deep as _only_here is: each call on the way holds a reference to the gradient.
         counts.append(_holders(grad))
 
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):

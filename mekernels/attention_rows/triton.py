@@ -202,11 +202,11 @@ def combine_rows(
         place = sums + stacked + split * step
         part = tl.load(place + splits * step, mask=inside, other=0.0)
         total += part * exponential(tl.load(place, mask=inside, other=-float("inf")) - top)
-    # A row that is not finite has a sum that is NaN, and is NaN at every column.
+    # A non-finite row has the sum NaN, and is NaN at every column.
     some = total != 0
     total = tl.where(some, total, 1.0)
     lse = top + tl.log(total)
-    # The rounding of the logsumexp, which is large where scores are.
+    # Rounding error of the logsumexp: it grows with the scores.
     rest = (top - lse) + tl.log(total)
     of_row = ((sample * tl.num_programs(1) + head) * GROUPS + m % GROUPS) * count + m // GROUPS
     tl.store(lse_out + of_row, tl.where(some, lse, -float("inf")), mask=inside)

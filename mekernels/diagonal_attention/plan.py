@@ -53,7 +53,7 @@ def plan(out: Tensor, call: Call) -> Launch:
         **tile,
     }
     grid = (batch * heads * launch.cdiv(positions, tile["BLOCK_P"]),)
-    # Unasked, the compiler would rather spill than let fewer programs run at a time.
+    # Without this bound the compiler spills registers so that more programs run at a time.
     options = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}
     return Launch(diagonal_attention_kernel, grid, arguments, options)
 

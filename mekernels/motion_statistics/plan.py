@@ -31,11 +31,11 @@ def plan(sums: Sums, call: Call, more: Sequence[Call] = ()) -> Launch:
     tile |= {"BLOCK_R": 32 if exact else 64, "BLOCK_N": 64}
     options = {"num_warps": 4, "num_stages": 2}
     if exact or width > 64:
-        # One program of eight warps; unasked, the compiler would rather spill than use so many registers.
+        # One program of eight warps. Without this bound the compiler would spill registers.
         options |= {"num_warps": 8, "maxnreg": 255}
     if width > 128 and not exact:
         tile |= {"BLOCK_Q": 64, "BLOCK_D": 32}
-    # One kernel for any number of further maps: the first stands for those that are missing.
+    # One kernel serves any number of further maps: the first map is passed in place of missing ones.
     others = (*more, *[call] * (MAPS - 1 - len(more))) if more else ()
     arguments = {
         "diagonal": sums.diagonal,

@@ -49,7 +49,7 @@ def vision_square_sums(
     queries, shift = query[:, :, chosen], lse[0, :, chosen].double()
     parts = [part[:, :, chosen] for part in key.chunk(fold, dim=2)]
     total = shift.new_zeros(query.shape[1])
-    # Side kernels may be asked for by name; the attention they stand beside is always the best one present.
+    # A side kernel may be chosen by name; the attention beside it is always the fastest available.
     with backends.use_backend("auto"):
         for first, one in enumerate(parts):
             for second, other in enumerate(parts[first:], first):

@@ -213,7 +213,7 @@ class MotionStatistics:
         diagonal = _zero_diagonal(self.video, self.heads, held["rows"])
         self._add(Sums(diagonal, held["rows"], mass, held["tokens"]), call)
         inside = torch.stack([head.double().square().sum() for head in diagonal])
-        # A backend asked for by name reads the map; it need not be one of those that score it.
+        # The named backend reads the map; another backend may compute the scores.
         with backends.use_backend("reference" if backends.active() == "reference" else "auto"):
             scores = self._scores(diagonal, mass, inside, squares - inside)
         held["scores"] += torch.stack([scores.dfc, scores.tcs, scores.dsr]).double()

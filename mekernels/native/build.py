@@ -26,7 +26,7 @@ CUDA_LIBRARY = "libmek_cuda.so"
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 CXX_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-# Each of these is one file compiled for wider vectors than the rest, chosen at run time.
+# Files that are compiled for wider vectors than the rest; one is chosen at run time.
 X86_LEVELS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static"]
 NVCC_HOST_FLAGS = "-fPIC,-fvisibility=hidden"

@@ -193,7 +193,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # A cubin lists its functions; triton's holds one.
+        # A cubin lists its functions; a cubin of Triton holds one.
         (numbers,) = usage(Path(file.name)).values()
         text = run_tool("nvdisasm", "-c", "-gi", file.name)
     code = sass.parse(text)

@@ -102,7 +102,7 @@ def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
         inner = [other for other in found if other.loop.addresses < loop.addresses]
         nested = {address for other in inner for address in other.loop.addresses}
         own = [item for item in code if item.address in loop.addresses - nested]
-        # What is around loops of the code was made of what is around their sources.
+        # Loops around a loop in the machine code come from loops around its source.
         around = [
             region
             for region in sources
@@ -114,7 +114,7 @@ def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
             unrolled = _unrolled(loop.advance // source.step, own, source)
         runs = None if source is None or source.runs is None else source.runs / unrolled
         found.append(Body(loop, own, source, unrolled, runs))
-    # A loop that was unrolled and the loop that does its rest: the rest is less than a turn of the first.
+    # An unrolled loop and its remainder loop: the remainder is less than one turn of the first.
     taken: dict[int, Body] = {}
     for body in sorted(found, key=lambda body: -body.unrolled):
         if body.source is not None and id(body.source) in taken and body.unrolled == 1:
@@ -196,7 +196,7 @@ def seconds(code: list[Placed], warps: int, moved: float, machine: Machine) -> d
             work[item.pipe] += count / RATES[item.pipe]
         if item.pipe == "tensor":
             grouped = item.base in ("HGMMA", "IGMMA", "QGMMA")
-            # A matrix instruction of a warpgroup is one of each of its four warps.
+            # One matrix instruction of a warpgroup counts once for each of its four warps.
             products = item.products / (4 if grouped else 1)
             work["tensor"] += count * products / (machine.products * (1.0 if grouped else machine.mma_share))
         elif item.pipe in ("shared", "local") or item.base == "LDGSTS":
@@ -260,7 +260,7 @@ def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
             and value
             and all(isinstance(item, Tensor) and item.shape == query.shape for item in value)
         ]
-        # A launch may take further maps, their queries in a tuple.
+        # A launch may take further maps; their queries are in a tuple.
         return {"of": "flash attention", "seconds": None if one is None else one * (1 + max(more, default=0))}
     return {"of": "flash attention", "seconds": None}
 

@@ -200,7 +200,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
     for start in reached:
         for way in after[start]:
             before[way].append(start)
-    # A block is dominated by those that every way to it passes.
+    # A block is dominated by the blocks on every path to it.
     dominators = {start: set(reached) for start in reached}
     dominators[entry] = {entry}
     changed = True
@@ -227,7 +227,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
     for head, body in sorted(bodies.items()):
         within = [item for start in sorted(body) for item in blocks[start]]
         depth = sum(1 for other, more in bodies.items() if head in more and body <= more)
-        # The counter is compared for a way back or for a way out.
+        # The counter is compared either to repeat the loop or to leave it.
         ends = [blocks[start][-1] for start in body if start in tails[head] or not set(after[start]) <= body]
         called = [
             blocks[start]

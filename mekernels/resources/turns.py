@@ -277,7 +277,7 @@ class Turns:
             return np.where(*given)
         if short == "cmpi":
             return _COMPARE[rest.strip().split(",")[0].split(" ")[0]](*given)
-        # Where a divisor is 0 the result decides nothing: the loop that would use it has no turn.
+        # With a divisor of 0 the result is not used: the loop that would use it makes no turn.
         with np.errstate(divide="ignore", invalid="ignore"):
             return _OPERATIONS[short](*given) if short in _OPERATIONS else None
 

@@ -100,7 +100,7 @@ class MotionTrainer(ValidatedTrainer):
         model = kwargs.get("model", args[0] if args else None)
         self._use_cache = {k: v for k, v in _settings(model).items() if k == "use_cache"}
         super().__init__(*args, **kwargs)
-        # A non-finite loss stops the run, so there is nothing to filter; that would wait for the device.
+        # A non-finite loss stops the run. The Trainer's filter for such losses would wait for the device.
         self.args.logging_nan_inf_filter = False
         if not isinstance(alignment_weight, AlignmentSchedule):
             alignment_weight = AlignmentSchedule(alignment_weight)

@@ -61,7 +61,7 @@ class AlignmentSchedule:
         """λ of optimizer step `step`, counted from 0, of `total`."""
         rising = self.warmup_steps(total)
         if step < rising:
-            # The first step already pulls a little: a step of λ = 0 would only measure.
+            # λ of the first step is above 0: with λ = 0 that step would only measure.
             return self.weight * (step + 1) / rising
         if self.schedule == "constant":
             return self.weight

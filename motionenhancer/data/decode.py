@@ -104,7 +104,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         VideoError: a missing or empty file, one of a format that is not in ``FORMATS``, no video stream, or
             frames of more pixels than the ``limit``.
     """
-    # By this ffmpeg itself refuses what has no size yet. It counts a frame's lines longer than they are.
+    # ffmpeg itself refuses larger frames, also where the header gives no size. It counts padded lines.
     largest = {"max_pixels": str(2 * limit(PIXELS) + 2**20)}
     try:
         if not path.exists():
@@ -194,7 +194,7 @@ def decode(path: Path, progress: Progress) -> Iterator[Any]:
                     raise unreadable(path, error) from None
                 progress.errors += 1
                 progress.last_error = progress.decoded
-                # What ffmpeg found too large has no size here.
+                # A frame that ffmpeg refused as too large has no size here.
                 large = f"; or it has more than {limit(PIXELS):,} pixels, see {PIXELS}"
                 said = f"frame {progress.decoded}: {say(error)}{'' if stream.width else large}"
                 progress.first_error = progress.first_error or said

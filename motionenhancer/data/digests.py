@@ -20,7 +20,7 @@ FOLDER = ".digests"
 LARGE = 4 << 20
 #: A digest: a hash of its file's path, size and times; the sha256 of the file's bytes; a check of both.
 RECORD = np.dtype([("file", "<u8", 2), ("digest", "u1", 32), ("check", "<u8")])
-#: Minimum age of a file in ns: two writes within one tick of its clock would look like none.
+#: Minimum age of a file in ns: the file system's clock cannot tell two writes within one tick.
 REST = 2_000_000_000
 
 
@@ -126,7 +126,7 @@ def _look(video: Path) -> tuple[bytes, int] | None:
         found = os.stat(video)
     except OSError:
         return None
-    # The time of change too: tools that copy and unpack set the other back.
+    # ctime too: tools that copy and unpack files set mtime back.
     about = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} ".encode()
     name = blake2b(about + os.fsencode(os.path.abspath(video)), digest_size=16).digest()
     return name, max(found.st_mtime_ns, found.st_ctime_ns)

@@ -93,7 +93,7 @@ def read_entry(file: Path, name: str) -> Entry:
         raise ValueError(f"{where}: ranking: preferences are not learnt")
     known = {*_SHARED, *((*_ALPACA, "history") if form == "alpaca" else ("messages",))}
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    # What ModelScope calls it is for those who have it from there.
+    # ms_hub_url is the data set's name at ModelScope, which is not read here.
     given = {key for key, value in entry.items() if value is not None and not key.startswith("ms_")}
     wrong = sorted(given - _ENTRY)
     wrong += [f"columns.{key}" for key in columns if key not in known]

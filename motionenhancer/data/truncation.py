@@ -44,7 +44,7 @@ def missing_share(path: Path, stream: Any) -> float | None:
 
 def _riff_size(head: bytes) -> int | None:
     size = int.from_bytes(head[4:8], "little")
-    # Recorders write 0 or -1 and correct it at the end.
+    # Recorders write a size of 0 or -1 and correct it when they finish.
     return size + 8 if head[:4] == b"RIFF" and 0 < size < 0xFFFFFFFF else None
 
 

@@ -168,7 +168,7 @@ def answer_questions(
     pending = unanswered(asked, folder, batch_size)
     state.wait_for_everyone()
     if state.is_main_process:
-        # Another process may have written them than the one that asks now.
+        # Another process than this one may have written them.
         drop_answers(folder, _outdated(asked, read_answers(folder)))
     state.wait_for_everyone()
     mine = pending[state.process_index :: state.num_processes]

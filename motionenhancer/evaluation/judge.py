@@ -6,7 +6,7 @@ import re
 import string
 from collections.abc import Sequence
 
-#: Words that neither are a noun nor stand between an article and one: a capital A before them is an option.
+#: Words that are no noun and cannot come between an article and its noun: "A" before them is an option.
 _NO_NOUN = (
     r"is isn was wasn are were has have had does do did can(?=\sbe) could will would shall should may might "
     r"must and or nor but so yet for because since as if when while(?!\s(?:later|ago|after)) although though "
@@ -17,7 +17,7 @@ _NO_NOUN = (
     r"captures reflects states says suggests indicates corresponds applies happens occurs follows aligns "
     r"agrees contains includes mentions"
 )
-#: A capital A before a lower-case word or a number that can be a noun or stand before one, on the same line.
+#: "A" that may be an article: a lower-case word or a number follows on the line, and is none of these.
 _ARTICLE = (
     r"A(?=[ \t]+(?:[a-z]|\d+-?[A-Za-z]))"
     rf"(?![ \t]+(?:(?:[a-z]{{1,20}}ly|best)[ \t]+)?(?:{'|'.join(_NO_NOUN.split())})(?!-?[a-z]))"

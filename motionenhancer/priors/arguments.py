@@ -76,7 +76,7 @@ class PriorArguments(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # One is a text, as where nobody thinks of several.
+        # A single teacher is a str, not a list.
         if isinstance(self.teacher, list | tuple):
             self.teacher = list(self.teacher) if len(self.teacher) > 1 else self.teacher[0]
         if len({*self.teachers}) < len(self.teachers):
@@ -251,7 +251,7 @@ class PriorArguments(Settings):
                 )
             size = (int(height), int(width))
             multiple = 1
-            # A folder that does not say gets an error of its own when it is used.
+            # A folder that does not say its multiple gets an error of its own when it is used.
             with suppress(OSError, ValueError):
                 multiple = size_multiple(self.teacher or "")
             if any(n < multiple or n % multiple for n in size):

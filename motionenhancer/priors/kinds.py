@@ -11,7 +11,7 @@ from .regions import Regions
 
 __all__ = ["REGIONS", "SELF", "source_class"]
 
-#: Names the data file's own regions in the place of a teacher, and the student that is trained.
+#: Names that --teacher takes beside folders: the data file's own regions, and the student that is trained.
 REGIONS, SELF = "regions", "self"
 
 

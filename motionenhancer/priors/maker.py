@@ -326,7 +326,7 @@ class Stored:
         except KeyError:
             pass
         except DamagedPrior as error:
-            # Where it cannot be renamed it cannot be written anew either, and the store says so then.
+            # A file that cannot be renamed cannot be replaced either; the store's error says so later.
             with contextlib.suppress(OSError):
                 self.store.set_aside(key)
             return None, str(error)

@@ -118,7 +118,7 @@ class PriorSettings:
                     f"got {self.step_weights}"
                 )
             object.__setattr__(self, "step_weights", weights)
-        # The spelling of a number, or a value without effect, must not make two keys of one prior.
+        # Two spellings of a number, or a value without effect, must not give one prior two keys.
         if self.guidance_scale_2 == self.guidance_scale:
             object.__setattr__(self, "guidance_scale_2", None)
         if self.diagonal_width and self.head_selection != "mhs":

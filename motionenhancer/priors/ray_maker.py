@@ -228,7 +228,7 @@ class RayMaker:
         actor: Any = None
         waited = 0
         try:
-            # A new actor, not a restart of one that died: it may find its place on another node.
+            # A new actor, not a restart of the dead one: Ray may place it on another node.
             actor = ray.remote(_Actor).options(**self._options).remote(*self._arguments)
             opening = actor.open.remote()
             while not ray.wait([opening], timeout=1)[0]:

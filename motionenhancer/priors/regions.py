@@ -71,7 +71,7 @@ class Regions(Source):
         return json.dumps(sample.regions, sort_keys=True)
 
     def decode(self, request: PriorRequest) -> Video:
-        # The clip's size, length and times are all that is needed of it.
+        # Only the clip's size, length and times are needed.
         return read_frames(request.video, num_frames=2, min_frames=2)
 
     def read(

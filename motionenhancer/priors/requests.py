@@ -164,7 +164,7 @@ def _try(read: Callable[[Path], str], video: Path) -> str | VideoError:
     try:
         return read(video)
     except VideoError as error:
-        # A raised error would keep its frames in memory as long as it is remembered.
+        # A stored error that was raised would keep the frames of its traceback in memory.
         return error.with_traceback(None)
 
 

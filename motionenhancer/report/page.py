@@ -112,7 +112,7 @@ def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any
             for view, clip, entry in zip(views, clips, packed, strict=True)
         ],
     }
-    # No "<" is left: neither a script's end nor a comment can begin in a text.
+    # Without "<" no text can begin a comment or end the script.
     data = json.dumps(_plain(body), ensure_ascii=False).replace("<", "\\u003c")
     kinds = ("html", "css", "js")
     html, css, js = ((files(__package__) / f"page.{kind}").read_text("utf-8") for kind in kinds)

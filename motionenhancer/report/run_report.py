@@ -99,7 +99,7 @@ class RunReport:
         try:
             write_json(self.path, body)
         except OSError:
-            # In place and no longer than it was: a full disk takes it.
+            # Written in place and not longer than before, so that it succeeds on a full disk.
             with suppress(OSError), self.path.open("r+b") as file:
                 head = file.read(99)
                 file.seek(0)

@@ -97,7 +97,7 @@ def _patched_entry(registry: Any, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # A function registered meanwhile is not ours; the wrapper inside it does nothing from now on.
+        # Another function was registered meanwhile: it stays. A wrapper inside it does nothing from now on.
         if local.get(name) is wrapper:
             if was_local:
                 registry[name] = before

@@ -61,7 +61,7 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
                 list(given), tokenize=False, add_generation_prompt=prompt, **options
             )
         except Exception as error:
-            # Whatever a template of somebody else runs into, such as what its sandbox refuses.
+            # Any error of the model's own template, such as one of its sandbox.
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"sample {sample.id!r}: the chat template fails ({said})") from error
 

@@ -84,7 +84,7 @@ def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) 
     return grid, each.flatten()
 
 
-#: Most tokens of a frame that Gemma 4's processors can be told.
+#: Maximum tokens of a frame that Gemma 4's processors accept.
 _GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 
 

@@ -123,7 +123,7 @@ class StudentFamily:
                 model, ``max_length`` would cut vision tokens, or the template cannot be followed.
         """
         images = open_images(sample) if images is None else list(images)
-        # What opens and ends a turn would open and end a real one.
+        # Marks of turns in the text would become real turns.
         turns = {str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special}
         marks = turns | {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
         check_media(sample, videos, images, sorted(marks))

@@ -195,7 +195,7 @@ def check_config(folder: Path) -> StudentFamily:
                     f"{folder / 'config.json'}: {field_name} is {section[field_name]!r}; the installed "
                     f"{type(config).__name__} does not read this field, and would compute another model"
                 )
-        # transformers leaves weights of a method that it does not know as they are.
+        # transformers loads weights of a quantization method that it does not know as they are.
         method = (section.get("quantization_config") or {}).get("quant_method")
         if method is not None and not any(
             name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -106,7 +106,7 @@ class CogVideoXTeacher(Teacher):
             encoder_hidden_states=embeds,
             timestep=torch.full((batch,), int(timestep), device=self.device, dtype=torch.long),
             image_rotary_emb=rotary,
-            # As the pipeline of the only model that has such an input, 1.5 image-to-video, gives it.
+            # Only 1.5 image-to-video has this input; its pipeline gives the same value.
             ofs=None
             if self.pipeline.transformer.config.ofs_embed_dim is None
             else latents.new_full((1,), 2.0),

@@ -16,7 +16,7 @@ from .schedule import FLOW_TIMESTEPS
 #: Fields of the parts of a teacher, by the part's name.
 Parts = dict[str, dict[str, Any]]
 
-#: Names of fields that count something, where their defaults do.
+#: Names of fields that hold a count where their default is an integer.
 _COUNT = re.compile(r"^num_|_(dim|size|channels|heads|layers)$|^d_|^hidden_size$")
 
 

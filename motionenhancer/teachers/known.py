@@ -41,7 +41,7 @@ _FLOW = _fields(
     use_beta_sigmas=_OFF,
     shift_terminal=(None,),
 )
-#: Fields that shift the levels by the clip, for a family that reads them.
+#: Fields that shift the noise levels by the clip's size, for a family that reads them.
 _DYNAMIC = {
     **_fields("shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal"),
     "use_dynamic_shifting": (True, False),
@@ -58,7 +58,7 @@ _FLOW_MULTISTEP = {
         final_sigmas_type=("zero",),
     ),
 }
-#: transformers' own class reads them all. The second half is what older versions wrote and nothing reads.
+#: transformers' class reads the first half. Older versions wrote the second half, and nothing reads it.
 _T5 = _fields(
     "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
     "relative_attention_max_distance dropout_rate layer_norm_epsilon initializer_factor feed_forward_proj "
@@ -252,7 +252,7 @@ KNOWN: dict[str, Fields] = {
             "video_token_id vision_start_token_id vision_end_token_id vision_token_id"
         ),
     },
-    # What its two models are of, and what is of pictures.
+    # Configurations of its two models, and fields for pictures.
     "Gemma3ForConditionalGeneration": {
         **_TRANSFORMER,
         **_fields(
@@ -328,7 +328,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 PARTS["cogvideox_image"] = PARTS["cogvideox"]
 #: Part → the library that model_index.json names, where it is not diffusers' or transformers' own.
 LIBRARIES = {"connectors": "ltx2"}
-#: Family and part → fields that this family understands beside, or otherwise than, its class's own.
+#: Family and part → fields that this family accepts in addition to its class's, or with other values.
 MORE: dict[tuple[str, str], Fields] = {
     ("cogvideox", "transformer"): {"ofs_embed_dim": (None,)},
     ("ltx", "scheduler"): _DYNAMIC,

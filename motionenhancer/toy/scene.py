@@ -61,7 +61,7 @@ _MARGIN = {
 }
 
 _PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-#: Every fourth pair, on a diagonal: each colour and each shape is met in training with other partners.
+#: Every fourth pair, on a diagonal: training shows each colour and each shape with other partners.
 _HELD_OUT = {(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)}
 
 

@@ -126,7 +126,7 @@ class _Run:
         settings, roundtrip = self.prior.reading(self.settings), self.prior.measure_roundtrip
         maker = self.engine.maker(load, self.teacher_id, settings, roundtrip=roundtrip)
         if isinstance(maker, LocalMaker) and not strict:
-            # All processes load at once: some wait for others' texts.
+            # All processes load at the same time: some wait for texts that others embed.
             maker.ready()
         return maker if store is None else Stored(store, maker, self.name, strict=strict)
 
@@ -274,7 +274,7 @@ def _ask(runs: list[_Run], cache: DigestCache | None = None) -> list[Pairs]:
     """Return the priors that each teacher is to make, named where there is a cache of digests."""
     found: list[Pairs] = []
     for run in runs:
-        # What one teacher lacks, the next mostly lacks too: each sample and reason counts once.
+        # Several teachers mostly refuse the same samples: each sample and reason counts once.
         log = SkipLog(shout=0) if found else run.skips
         names = {} if cache is None else {"name": run.name, "digest": cache.digest}
         found.append(list(run.prior.requests(run.samples, log, **names)))

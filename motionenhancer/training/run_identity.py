@@ -69,7 +69,7 @@ def run_identity(
     identity = {
         "student": student.student,
         "teacher": prior.teacher,
-        # Absent where it plays no part, as in the reports of runs that did not know it.
+        # Left out where it plays no part, so that reports of older runs, which lack it, are equal.
         **({"teacher_weights": list(prior.weights() or ["confidence"])} if len(prior.teachers) > 1 else {}),
         "data": trained.name,
         "data_digest": trained.digest(),

@@ -23,7 +23,7 @@ __all__ = ["Captioner", "Regime", "measure", "own_rows", "train"]
 _CELLS = math.prod(GRID)
 #: Which words of a caption are the colour and the shape of the last object.
 _LAST_NAME = slice(12, 14)
-#: Clips of one forward where nothing is learnt.
+#: Clips of one forward pass without gradients.
 _PART = 200
 
 

@@ -17,7 +17,7 @@ from studies.toy.masks import looks_prior
 
 __all__ = ["GRID", "MAP_GRID", "Clips", "Maps", "draw", "make_clips", "words_of"]
 
-#: Apart from any stream that draws clips for the toy's own models.
+#: A random stream of its own: no clip of the toy's own models is drawn again.
 _STREAM = 7_000_404
 GRID = (2, 4, 4)
 """Frames, rows and columns of the captioner's vision tokens: four frames of 8 x 8 pixels each."""

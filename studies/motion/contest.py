@@ -68,7 +68,7 @@ class Material:
         return self.folder / "plain" / f"{seed}.safetensors"
 
 
-#: Arms of maps that are read in another way than at level 200.
+#: Arms whose maps are not read at level 200, and how they are read.
 _WAYS = {
     "teacher, wide diagonal": "wide diagonal",
     "teacher, standardized scores": "standardized",

@@ -17,9 +17,9 @@ from studies.toy.study_report import finite, interval
 __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
 _MEASURES = ("direction", "verb", "right", "looks", "distance")
-#: What is compared seed by seed, the one of table and plot first.
+#: Measures that are compared seed by seed; table and plot show the first one.
 _COMPARED = ("direction", "right", "looks")
-#: What every other arm is compared with, seed by seed.
+#: Arms with which every other arm is compared, seed by seed.
 _AGAINST = ("plain", "teacher")
 
 

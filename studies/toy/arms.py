@@ -112,7 +112,7 @@ SWEEPS["controls"] = (
     replace(LEVEL, name="own maps", prior="student", temperature=1.0),
     replace(LEVEL, name="own maps, sharpened", prior="student"),
 )
-#: Which arm is compared with which, seed by seed: each with what it adds to.
+#: Pairs of arms that are compared seed by seed: an arm and the arm that it adds to.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("MHS only", "no selection"),
     ("MTTI only", "no selection"),

@@ -66,7 +66,7 @@ def _shuffled(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
     ]
 
 
-#: Name of a control → the maps of all clips in its place, given all clips' priors and what draws at random.
+#: Name of a control → function of all clips' priors and a random generator that returns all clips' maps.
 CONTROLS: dict[str, Callable[[Priors, torch.Generator], list[torch.Tensor]]] = {
     "another clip's": _another_clip,
     "another word's": _another_word,
@@ -99,7 +99,7 @@ def own_priors(model: Any, processor: Any, family: Any, items: Sequence[Item]) -
         ):
             assert item.prior is not None
             words = range(len(item.prior.attention))
-            # A word that the student does not have is not aligned either; its row is never read.
+            # A word that the student does not have is not aligned: its row is never read.
             each = [rows[tokens == w].mean(0) if bool((tokens == w).any()) else rows[0] for w in words]
             maps = torch.stack(each)[None, :, : grid[0] * grid[1] * grid[2]]
             own = mekernels.resample_rows(maps, grid, item.prior.grid, normalize=True)[0]

@@ -33,7 +33,7 @@ from studies.toy.train_student import Items, narrowed, widened
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
-#: What is chosen of a reading after it is read.
+#: Settings that select from a reading after it was made, at their values that select nothing.
 UNSELECTED: dict[str, Any] = {
     "head_selection": "off",
     "token_selection": "off",

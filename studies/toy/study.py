@@ -26,7 +26,7 @@ from motionenhancer.toy.world import WEIGHTS, write_world
 from studies.toy.arms import ARMS, SWEEPS, Arm, Regime
 from studies.toy.study_report import write_report
 
-#: What the seed of the clips is raised by for those that settings may be chosen on.
+#: Added to the seed of the clips: settings may be chosen on the clips of that seed.
 VALIDATION = 2
 #: Clips whose priors a process makes at a time.
 _PART = 100

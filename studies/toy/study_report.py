@@ -122,7 +122,7 @@ def _groups(summary: dict[str, Any]) -> dict[str, list[str]]:
     """The names of the arms that were run, and of each sweep's, by title."""
     named = {"Arms": ARMS, **{f"Sweep: {sweep}": arms for sweep, arms in SWEEPS.items()}}
     there = {title: [a.name for a in arms if a.name in summary["arms"]] for title, arms in named.items()}
-    # A sweep begins with what it varies, which alone is no sweep.
+    # The first row of a sweep is the unchanged arm; alone it is no sweep.
     return {title: names for title, names in there.items() if set(names) - {LEVEL.name}}
 
 

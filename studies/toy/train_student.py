@@ -47,7 +47,7 @@ STUDENT: dict[str, Any] = {
     "temporal_patch_size": FRAMES_A_TOKEN,
     "tokens_per_second": 4,
 }
-#: Every so many pictures one stands still for a whole clip instead of one token frame.
+#: One of this many pictures is shown as a whole clip that stands still, not as one token frame.
 LONG = 4
 
 

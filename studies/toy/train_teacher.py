@@ -43,7 +43,7 @@ TEACHER: dict[str, Any] = {
     "temporal_compression": 2,
     "scaling_factor": 1.0,
 }
-#: Apart from any stream that draws clips for the student.
+#: A random stream of its own: no clip of the student is drawn again.
 _STREAM = 7_000_101
 _SHORT = 5
 
@@ -196,7 +196,7 @@ def train_transformer(
                 )[0]
             denoising = (output.float() - target).square().mean()
             use = checked[true]
-            # What noise hides cannot be corrected: words weigh as much as there is signal.
+            # Words that noise hides cannot be corrected: each step's weight is its share of signal.
             weight = alphas[level][:, None].expand(true.shape)[use]
             named = [head(stream.float())[use] for head, stream in zip(heads, streams, strict=True)]
             naming = torch.stack(
