@@ -32,7 +32,7 @@ from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
 from .report.run_report import RunReport
-from .report.watch import Watch
+from .report.watch import ReadAtBegin, Watch
 from .settings import (
     DataArguments,
     MakerArguments,
@@ -245,9 +245,12 @@ def run(
                 measure_alignment=student.measure_alignment and found.any,
                 online=found.online,
             )
-            watched = shown.report_samples if main_process else 0
+            watched = shown.report_samples if main_process or not whole else 0
             watch = Watch(trainer, watched, whole=whole)
-            watch.read("before")
+            if whole:
+                watch.read("before")
+            else:
+                trainer.add_callback(ReadAtBegin(watch))
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
             watch.read("after")

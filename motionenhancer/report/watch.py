@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
 from ..alignment.aligner import align
 from ..alignment.dataset import MotionDataset
@@ -23,7 +25,7 @@ from ..students.words import find_words
 from .page import write_run_page
 from .views import View, save_views
 
-__all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
+__all__ = ["ReadAtBegin", "StudentReading", "Watch", "add_maps", "read_student", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Watch:
     Attributes:
         trainer: has the student on its device, and the samples.
         count: samples; 0 reads nothing and writes no page.
-        whole: this process has all weights; otherwise the student is not read, and the page shows priors.
+        whole: this process has all weights. Otherwise all processes must call `read` together, inside the
+            training: the engine shards the student's weights when the training begins.
         readings: "before", "after" → sample id → how the student read it.
     """
 
@@ -140,27 +143,38 @@ class Watch:
 
     def read(self, when: str) -> None:
         """Read all samples; `when` is "before" or "after"."""
-        if self.whole:
-            self._try(lambda: self._read(when))
+        self._try(lambda: self._read(when))
 
     def keep(self, folder: Path) -> None:
         """Save the readings in a run's output folder; the run's teacher must still exist."""
-        self._try(lambda: save_views(folder, [self._view(sample) for sample in self.samples()]))
+        if self.trainer.is_world_process_zero():
+            self._try(lambda: save_views(folder, [self._view(sample) for sample in self.samples()]))
 
     def write(self, folder: Path) -> None:
         """Write the run's page into its output folder, which holds the run's report."""
         self._try(lambda: print(f"page of the run: {write_run_page(folder)}"))
 
     def _read(self, when: str) -> None:
-        model, found = self.trainer.model, self.readings.setdefault(when, {})
-        device = self.trainer.args.device
+        model = self.trainer.model if self.whole else self.trainer.model_wrapped
+        found, device = self.readings.setdefault(when, {}), self.trainer.args.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for sample in self.samples():
+                if not self.whole and not self._everywhere(sample):
+                    continue
                 try:
                     autocast = self.trainer.accelerator.autocast()
                     found[sample.id] = read_student(model, self.dataset, sample, autocast)
                 except (ValueError, OSError):
                     continue  # The training reports it too.
+
+    def _everywhere(self, sample: Sample) -> bool:
+        """Whether every process can read a clip: a forward pass of sharded weights needs all of them."""
+        try:
+            self.dataset.frames.of(sample.videos[0])
+            readable = True
+        except (ValueError, OSError):
+            readable = False
+        return all(gather_object([readable]))
 
     def _view(self, sample: Sample) -> View:
         trainer, source = self.trainer, self.dataset.source
@@ -195,7 +209,7 @@ class Watch:
                 return self.dataset.store.read(self.dataset.keys[sample.id])
             request = self.dataset.requests.get(sample.id)
             # The training requests no prior for a clip that the student cannot read; nor does the page.
-            readable = not self.whole or any(sample.id in found for found in self.readings.values())
+            readable = any(sample.id in found for found in self.readings.values())
             if request is not None and readable and self.trainer.online is not None:
                 return self.trainer.online.maker.submit(request).result().prior
         except Exception as error:
@@ -211,3 +225,14 @@ class Watch:
         except Exception as error:
             self.failed = True
             print(f"page of the run not written: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+class ReadAtBegin(TrainerCallback):
+    """Reads the samples once the engine has sharded the weights, unless the run resumes."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.watch.read("before")

@@ -20,8 +20,12 @@ from train_support import flags, report_of, shared_priors, weights_of, without_p
 
 from motionenhancer import train
 from motionenhancer.alignment.aligner import load_aligner
+from motionenhancer.report.views import load_views
 
 HERE = Path(__file__).parent
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 OPTIONS = {
     "max_steps": 4,
     "alignment_weight": 10.0,
@@ -40,7 +44,7 @@ WITHOUT = ["train-00001-LM", "train-00003-MO", "train-00006-MR"]
 
 def run_flags(world: World, out: Path, **options: Any) -> list[str]:
     aligner = out.parent / f"{out.name}.safetensors"
-    return flags(world, out, prior_dir=shared_priors(world), save_aligner=aligner, **OPTIONS, **options)
+    return flags(world, out, prior_dir=shared_priors(world), save_aligner=aligner, **(OPTIONS | options))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +193,30 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
     assert report["error"].count("train-0000") == 2, "the samples of one process"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def same_maps(sharded: Path, whole: Path) -> None:
+    """The pages of two runs show the same maps and scores, before and after."""
+    views, expected = load_views(sharded), load_views(whole)
+    assert [view.id for view in views] == [view.id for view in expected]
+    for mine, theirs in zip(views, expected, strict=True):
+        assert set(mine.maps) == set(theirs.maps) == {"before", "after"}
+        assert not torch.equal(mine.maps["before"], mine.maps["after"])
+        for when, maps in theirs.maps.items():
+            torch.testing.assert_close(mine.maps[when], maps, rtol=2e-3, atol=1e-5)
+            said = [view.scores[when].pop("said") for view in (mine, theirs)]
+            assert said[0] == said[1]
+            assert mine.scores[when] == pytest.approx(theirs.scores[when], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
+def test_sharded_weights_are_read_for_the_page(engine: str, world: World, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "report_samples": 3}
+    alone, sharded = tmp_path / "alone", tmp_path / "sharded"
+    assert train.main(run_flags(world, alone, per_device_train_batch_size=4, **options)) == 0
+    launch(tmp_path, [run(engine, run_flags(world, sharded, **options)) | {"without": []}])
+    same_maps(sharded, alone)
+
+
+@NEEDS_DEEPSPEED
 def test_zero_is_one_process(world: World, alone: Path, tmp_path: Path) -> None:
     engines = ("zero2", "zero3")
     runs = [killed_and_resumed(engine, run_flags(world, tmp_path / engine)) for engine in engines]
