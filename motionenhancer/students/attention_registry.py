@@ -127,7 +127,9 @@ _READ = {
     "scaling",
     "dropout",
     "is_causal",
+    "s_aux",
     "sliding_window",
+    "softcap",
 }
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["LayersRead", "attention_modules", "layers_read", "text_model", "unwrap_model"]
+__all__ = [
+    "LayersRead",
+    "attends_locally",
+    "attention_modules",
+    "layers_read",
+    "text_model",
+    "unwrap_model",
+]
 
 #: Kinds of attention whose rows see a part of the sequence only: a video may lie outside of it.
 _LOCAL = ("sliding_attention", "chunked_attention")
@@ -87,6 +95,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def attends_locally(module: nn.Module, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a self-attention, called with these options, sees a part of the sequence only."""
+    return getattr(module, "layer_type", None) in _LOCAL or options.get("sliding_window") is not None
+
+
 class LayersRead(NamedTuple):
     """Which layers of a language model are read.
 
@@ -124,9 +137,7 @@ def layers_read(model: nn.Module, layers: Sequence[int] | str | None = None) -> 
     if len(set(numbers)) != len(numbers):
         numbers = list(range(len(modules)))
     if layers is None:
-        chosen = [
-            module for module in modules if getattr(module, "layer_type", None) not in _LOCAL
-        ] or modules
+        chosen = [module for module in modules if not attends_locally(module)] or modules
     elif isinstance(layers, str):
         if layers != "all":
             raise ValueError(f'layers must be numbers of layers, "all" or None, got {layers!r}')

@@ -48,7 +48,7 @@ def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tens
 
 
 def call(mask: Any, rows: torch.Tensor, length: int, **kwargs: Any) -> AttentionCall:
-    return AttentionCall(torch.nn.Identity(), mask, kwargs, rows, heads=2, length=length)
+    return AttentionCall(torch.nn.Identity(), mask, kwargs, rows, heads=2, length=length, keys=length)
 
 
 @st.composite
@@ -372,7 +372,7 @@ def test_rows_that_are_all_padding(capture_pending: None) -> None:
 @pytest.fixture(params=[1, 1 << 21], ids=["one by one", "together"])
 def capture_pending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers wait to be read together."""
-    monkeypatch.setattr("motionenhancer.students.capture.PENDING_NUMBERS", request.param)
+    monkeypatch.setattr("motionenhancer.students.entries.PENDING_NUMBERS", request.param)
 
 
 def test_masked_rows_agree_with_the_kernel() -> None:
