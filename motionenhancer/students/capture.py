@@ -153,6 +153,7 @@ class CapturedAttention:
         if not self._forwards or (self.rows is None and self._forwards[-1].complete):
             self._forwards.append(self._begin(query))
         forward = self._forwards[-1]
+        forward.check(module, query, key, kwargs)
         if id(module) in forward.seen:
             self._repeated = True
             return query

@@ -107,8 +107,7 @@ class ForwardEntries:
         mask: Any,
         kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
-        """Read a layer; returns the query that its attention is to be given in place of its own."""
-        self._check(module, query, key, kwargs)
+        """Read a layer that was checked; returns the query that its attention is to be given for its own."""
         scale, sinks, cap = kwargs.get("scaling"), kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
         dtype, device = _compute_dtype(implementation, module, query), query.device
         with outside_checkpoint(), torch.autocast(device.type, enabled=False):
@@ -165,9 +164,10 @@ class ForwardEntries:
     def _add(self, read: torch.Tensor) -> None:
         self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
 
-    def _check(
+    def check(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]
     ) -> None:
+        """Refuse a call whose entries would not be those that are asked for."""
         batch, heads, length = query.shape[:3]
         keys, kind = key.shape[2], type(module).__name__
         if self.tokens is None:
