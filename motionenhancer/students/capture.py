@@ -22,6 +22,7 @@ from torch import nn
 from motionenhancer.students.attention_registry import observe_attention
 from motionenhancer.students.entries import ForwardEntries
 from motionenhancer.students.locate import layers_read
+from motionenhancer.students.whole_layers import in_backward, whole_layers
 
 __all__ = ["CapturedAttention", "capture_attention"]
 
@@ -40,6 +41,7 @@ def capture_attention(
     layers: Sequence[int] | str | None = None,
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
+    module: str | None = None,
 ) -> Iterator[CapturedAttention]:
     """Capture the language model's attention during one forward of ``model``, mean over its layers and heads.
 
@@ -86,14 +88,21 @@ def capture_attention(
     torch.Size([1, 2, 2])
     """
     _check_positions(rows, columns)
-    found = layers_read(model, layers)
+    if rows is None and module is not None:
+        raise ValueError("rows must be a tensor to capture a named module; only generated words go without")
+    found = layers_read(model, layers, module)
     if reduce not in ("mean", "none"):
         raise ValueError(f'reduce must be "mean" or "none", got {reduce!r}')
     if heads is not None and (not heads or len(set(heads)) != len(heads) or min(heads) < 0):
         raise ValueError(f"heads must be different numbers of heads, got {list(heads)}")
     _refuse_reentrant(model)
     captured = CapturedAttention(rows, columns, len(found.modules), heads, reduce, found.left_out)
-    with observe_attention(found.modules, captured._record):
+    whole = (
+        contextlib.nullcontext(captured._record)
+        if module is None
+        else whole_layers(found.modules, captured._record)
+    )
+    with whole as callback, observe_attention(found.modules, callback):
         try:
             yield captured
         finally:
@@ -145,8 +154,8 @@ class CapturedAttention:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
-        if torch._C._current_graph_task_id() != -1:
+        # Entries were read in the forward; a backward pass computes the layer again.
+        if in_backward():
             return query
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)

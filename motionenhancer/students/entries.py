@@ -75,6 +75,7 @@ class ForwardEntries:
         self.heads, self.reduce, self.tokens = heads, reduce, tokens
         self.seen: set[int] = set()
         self._highest = _highest_position(rows, columns)
+        self._length: int | None = None
         self._apart: list[torch.Tensor] = []
         self._sum: torch.Tensor | None = None
         self._beyond: dict[torch.device, torch.Tensor] = {}
@@ -173,10 +174,16 @@ class ForwardEntries:
         if self.tokens is None:
             if keys != length:
                 raise ValueError(
-                    f"rows of self-attention over whole sequences can be captured, got {length} queries for "
+                    f"{kind} must attend to its own whole sequence to be captured, got {length} queries for "
                     f"{keys} keys: run the model without earlier tokens in its key-value cache, or capture "
                     "with rows=None"
                 )
+            if self._length not in (None, length):
+                raise ValueError(
+                    f"{kind} attends to {length} tokens, a layer before it to {self._length}: read layers of "
+                    "one length at a time"
+                )
+            self._length = length
             if self._highest >= length:
                 raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
         elif length < self.tokens and length > 1:

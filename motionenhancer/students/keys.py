@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 __all__ = [
     "MASK_READERS",
     "AttentionCall",
+    "Parts",
     "VisibleKeys",
     "implementation_name",
     "read_mask",
@@ -71,8 +72,21 @@ class VisibleKeys:
         return {"causal": self.causal, "key_mask": key_mask, "key_range": key_range}
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """In the place of a mask: the sequence is packed, and each part of it attends to itself.
+
+    ``starts`` holds the first position of each part and the end of the last, as ``cu_seqlens`` do.
+    """
+
+    starts: torch.Tensor
+
+
 MaskReader = Callable[[AttentionCall], VisibleKeys]
 MASK_READERS: dict[str, MaskReader] = {}
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Options that tell flash attention of a packed sequence; it reads them only together."""
 
 _UNSUPPORTED = {
     "sinks": "attention sinks",
@@ -152,6 +166,11 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
         raise ValueError(
             f"a softcap beside sinks (s_aux) cannot be captured, in {type(call.module).__name__}"
         )
+    if isinstance(call.mask, Parts):
+        if call.causal:
+            raise ValueError(f"causal parts of {type(call.module).__name__} are not read")
+        packed = dict.fromkeys(_PACKED, call.mask.starts)
+        return _flash(replace(call, mask=None, kwargs={**packed, "is_causal": False}))
     return MASK_READERS[implementation](call)
 
 
@@ -258,8 +277,7 @@ def _flash(call: AttentionCall) -> VisibleKeys:
 def _documents(call: AttentionCall) -> torch.Tensor | None:
     """Number the packed sequences of a batch without padding: (B, N) int64, None where nothing is packed."""
     kwargs, batch = call.kwargs, call.rows.shape[0]
-    given = [kwargs.get(n) for n in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
-    if all(value is not None for value in given):
+    if all(kwargs.get(name) is not None for name in _PACKED):
         starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         # Mostly both are one tensor; a comparison of two would wait for their device.
         if starts is not ends and (starts.shape != ends.shape or not torch.equal(starts, ends)):
