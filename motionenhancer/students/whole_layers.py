@@ -46,10 +46,7 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
         _, module, query, *_ = call
         if not in_backward():
             if id(module) not in running:
-                raise ValueError(
-                    f"the attention of {type(module).__name__} cannot be read: it was compiled before the "
-                    "capture, or its forward is called directly"
-                )
+                raise ValueError(f"{type(module).__name__} runs without its hooks, so it cannot be read")
             running[id(module)].append(call)
         return query
 
