@@ -19,7 +19,7 @@ from torch import nn
 
 from motionenhancer.students.keys import implementation_name
 
-__all__ = ["observe_attention"]
+__all__ = ["Callback", "observe_attention"]
 
 Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
 

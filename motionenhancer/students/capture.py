@@ -1,8 +1,8 @@
-"""Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
+"""Capture attention at chosen rows and columns while a model runs its own fast attention.
 
-The chosen entries are computed from the very queries and keys of the language model's self-attention: next to
-each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the
-chosen rows are taken out first, and their gradient is added to the one that the attention makes of its query.
+The chosen entries are computed from the very queries and keys of each self-attention: next to each call by
+:func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the chosen rows are
+taken out first, and their gradient is added to the one that the attention makes of its query.
 
 Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
 their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionenhancer.students.attention_registry import observe_attention
+from motionenhancer.students.attention_registry import Callback, observe_attention
 from motionenhancer.students.entries import ForwardEntries
 from motionenhancer.students.locate import layers_read
 from motionenhancer.students.whole_layers import in_backward, whole_layers
@@ -43,40 +43,46 @@ def capture_attention(
     reduce: str = "mean",
     module: str | None = None,
 ) -> Iterator[CapturedAttention]:
-    """Capture the language model's attention during one forward of ``model``, mean over its layers and heads.
+    """Capture the attention of ``model`` while it runs, mean over layers and heads.
 
     Section 4 of the MotionEnhancer paper (CVPR 2026, arXiv 2606.06853) calls it A_VLM. Entries are exact and
     differentiable, whichever of ``eager``, ``sdpa``, ``flash_attention_2`` and ``flex_attention`` the model
-    runs, and are those that ``output_attentions=True`` returns under ``eager`` before any attention dropout.
-    Padding, packing and sliding windows are honoured as the model's own masks say.
+    runs: those by which ``eager`` weighs its values, before any attention dropout. Padding, packing, sliding
+    windows, soft caps and learned sinks are honoured as the model's own attention does.
 
     Args:
-        model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``. Only its
-            language model is read, never a vision tower.
-        rows: (B, R) int64, positions of query tokens in the sequence the language model sees; negative
-            entries are padding and give rows of zeros. Best on the CPU, wherever the model is: values there
-            are checked. Reading them from another device would wait for it, so there a position beyond the
-            sequence makes every captured entry NaN.
+        model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
+        rows: (B, R) int64, positions of query tokens in the sequence that is attended over; negative entries
+            are padding and give rows of zeros. Best on the CPU, wherever the model is: values there are
+            checked. Reading them from another device would wait for it, so there a position beyond the
+            sequence makes every captured entry NaN. None takes the last row of every forward, so that
+            ``model.generate`` gives a row for each word: what the word was predicted from.
         columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
-            ``rows``; or a slice of step 1 that all samples share.
+            ``rows``; or a slice of step 1 that all samples share. With ``rows=None`` they count in the whole
+            sequence, prompt and words; a word that is not there yet gives zeros. Without a slice, B are the
+            sequences that run, such as samples times beams.
         layers: numbers of the layers to read, counted from 0 over all layers of the language model; ``"all"``
             with self-attention; by default all that attend globally, see
             :func:`motionenhancer.students.locate.layers_read`. ``layers`` and ``left_out`` of what is yielded
             say how many were read and left out.
         heads: the query heads to read, by default all.
         reduce: ``"mean"`` over layers and heads, or ``"none"``.
+        module: a module's name in the transformers model, such as ``"model.visual"``: the attention inside it
+            is read, not the language model's. B and positions are those of its attention: images or frames,
+            or 1 where a tower packs all patches to one sequence, in the order in which its layers see them.
 
     Yields:
         An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model);
-        with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order.
-        Reading it earlier, after a forward that failed, or after a second forward is a RuntimeError. It
-        stays readable, and its graph valid, after the context has ended.
+        with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order. With ``rows=None`` it is
+        readable after every forward, and R is the number of forwards so far.
+        Reading it earlier, after a forward that failed, or with ``rows`` after a second forward is a
+        RuntimeError. It stays readable, and its graph valid, after the context has ended.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention
+        TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention,
             or an implementation whose masks are unknown; re-entrant gradient checkpointing; during the
-            forward, a key-value cache that holds earlier tokens, a mask that cannot be honoured exactly,
-            heads split over devices, or a batch or length that does not fit ``rows`` and ``columns``.
+            forward, a mask or a key-value cache that cannot be honoured exactly, heads split over devices, or
+            a batch or length that does not fit ``rows`` and ``columns``.
         RuntimeError: a capture is already active.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -86,6 +92,13 @@ def capture_attention(
     ...     out = model(input_ids=torch.arange(5)[None])
     >>> captured.attention.shape
     torch.Size([1, 2, 2])
+
+    Where each of three generated words looks:
+
+    >>> with capture_attention(model, None, slice(0, 5)) as captured:
+    ...     out = model.generate(torch.arange(5)[None], max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    >>> captured.attention.shape
+    torch.Size([1, 3, 5])
     """
     _check_positions(rows, columns)
     if rows is None and module is not None:
@@ -97,16 +110,13 @@ def capture_attention(
         raise ValueError(f"heads must be different numbers of heads, got {list(heads)}")
     _refuse_reentrant(model)
     captured = CapturedAttention(rows, columns, len(found.modules), heads, reduce, found.left_out)
-    whole = (
-        contextlib.nullcontext(captured._record)
-        if module is None
-        else whole_layers(found.modules, captured._record)
-    )
-    with whole as callback, observe_attention(found.modules, callback):
-        try:
-            yield captured
-        finally:
-            captured._forget()
+    with contextlib.ExitStack() as stack:
+        callback: Callback = captured._record
+        if module is not None:
+            callback = stack.enter_context(whole_layers(found.modules, callback))
+        stack.enter_context(observe_attention(found.modules, callback))
+        stack.callback(captured._forget)
+        yield captured
 
 
 class CapturedAttention:

@@ -156,9 +156,9 @@ class ForwardEntries:
     def _read_pending(self) -> None:
         for kind, (reading, layers) in self._pending.items():
             queries, keys = zip(*layers, strict=True)
-            options = {"softmax_scale": kind.scale, "softcap": kind.softcap, "dtype": kind.dtype}
+            options = reading.limits | {"softmax_scale": kind.scale, "softcap": kind.softcap}
             where = reading.places, reading.columns
-            self._add(layer_attention_rows(queries, keys, *where, **reading.limits, **options))
+            self._add(layer_attention_rows(queries, keys, *where, dtype=kind.dtype, **options))
         self._pending.clear()
         self._numbers = 0
 
@@ -313,13 +313,11 @@ def _each_head(
         return mekernels.attention_rows(query, key, *where, reduce="none", **options)
     heads = query.shape[1]
     mask, group = limits["mask"].expand(-1, heads, -1, -1), heads // key.shape[1]
-    options = {"softmax_scale": scale, "softcap": cap}
-    parts = [
-        layer_attention_rows(
-            [query[:, h, None]], [key[:, h // group, None]], *where, mask=mask[:, h, None], **options
-        )
-        for h in range(heads)
-    ]
+    parts = []
+    for h in range(heads):
+        one = [query[:, h, None]], [key[:, h // group, None]]
+        seen = mask[:, h, None]
+        parts.append(layer_attention_rows(*one, *where, mask=seen, softmax_scale=scale, softcap=cap))
     return torch.stack(parts, 1)
 
 

@@ -6,18 +6,17 @@ Vision towers of Qwen's kind call ``eager`` and ``sdpa`` attention once for each
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
+from motionenhancer.students.attention_registry import Callback
 from motionenhancer.students.keys import Parts
 
 __all__ = ["in_backward", "whole_layers"]
-
-Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
 
 
 def in_backward() -> bool:

@@ -322,6 +322,8 @@ def test_layers_of_two_lengths(tmp_path: Any) -> None:
     batch = {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
     with (
         capture_attention(model, torch.tensor([[0]]), slice(0, 1), module="model.vision_tower"),
-        pytest.raises(ValueError, match=r"attends to \d+ tokens, a layer before it to \d+: read layers of one"),
+        pytest.raises(
+            ValueError, match=r"attends to \d+ tokens, a layer before it to \d+: read layers of one"
+        ),
     ):
         model(**batch)
