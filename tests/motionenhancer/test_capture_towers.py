@@ -323,7 +323,7 @@ def test_layers_of_two_lengths(tmp_path: Any) -> None:
     with (
         capture_attention(model, torch.tensor([[0]]), slice(0, 1), module="model.vision_tower"),
         pytest.raises(
-            ValueError, match=r"attends to \d+ tokens, a layer before it to \d+: read layers of one"
+            ValueError, match=r"attends to \d+ tokens, a layer before it to \d+"
         ),
     ):
         model(**batch)
