@@ -19,7 +19,7 @@ from torch import nn
 
 from motionenhancer.students.keys import implementation_name
 
-__all__ = ["observe_attention"]
+__all__ = ["Callback", "observe_attention"]
 
 Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
 
@@ -127,7 +127,9 @@ _READ = {
     "scaling",
     "dropout",
     "is_causal",
+    "s_aux",
     "sliding_window",
+    "softcap",
 }
 
 

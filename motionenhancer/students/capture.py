@@ -1,8 +1,8 @@
-"""Capture a language model's attention at chosen rows and columns while it runs its own fast attention.
+"""Capture attention at chosen rows and columns while a model runs its own fast attention.
 
-The chosen entries are computed from the very queries and keys of the language model's self-attention: next to
-each call by :func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the
-chosen rows are taken out first, and their gradient is added to the one that the attention makes of its query.
+The chosen entries are computed from the very queries and keys of each self-attention: next to each call by
+:func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the chosen rows are
+taken out first, and their gradient is added to the one that the attention makes of its query.
 
 Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
 their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
@@ -14,25 +14,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-import mekernels
-from mekernels import backends
-from mekernels.attention_rows import picked_rows, share_query
-from mekernels.attention_rows.composite import layer_attention_rows
-from motionenhancer.students.attention_registry import observe_attention
-from motionenhancer.students.keys import AttentionCall, VisibleKeys, read_mask, to_device
+from motionenhancer.students.attention_registry import Callback, observe_attention
+from motionenhancer.students.entries import ForwardEntries
 from motionenhancer.students.locate import layers_read
+from motionenhancer.students.whole_layers import in_backward, whole_layers
 
 __all__ = ["CapturedAttention", "capture_attention"]
-
-PENDING_NUMBERS = 1 << 21
-"""Queries and keys of layers that wait on a CPU to be read together; their gradients are as large."""
 
 _REENTRANT = (
     "re-entrant gradient checkpointing silently drops the gradient of captured attention; use "
@@ -43,47 +35,54 @@ _REENTRANT = (
 @contextlib.contextmanager
 def capture_attention(
     model: nn.Module,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     columns: torch.Tensor | slice,
     *,
     layers: Sequence[int] | str | None = None,
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
+    module: str | None = None,
 ) -> Iterator[CapturedAttention]:
-    """Capture the language model's attention during one forward of ``model``, mean over its layers and heads.
+    """Capture the attention of ``model`` while it runs, mean over layers and heads.
 
     Section 4 of the MotionEnhancer paper (CVPR 2026, arXiv 2606.06853) calls it A_VLM. Entries are exact and
     differentiable, whichever of ``eager``, ``sdpa``, ``flash_attention_2`` and ``flex_attention`` the model
-    runs, and are those that ``output_attentions=True`` returns under ``eager`` before any attention dropout.
-    Padding, packing and sliding windows are honoured as the model's own masks say.
+    runs: those by which ``eager`` weighs its values, before any attention dropout. Padding, packing, sliding
+    windows, soft caps and learned sinks are honoured as the model's own attention does.
 
     Args:
-        model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``. Only its
-            language model is read, never a vision tower.
-        rows: (B, R) int64, positions of query tokens in the sequence the language model sees; negative
-            entries are padding and give rows of zeros. Best on the CPU, wherever the model is: values there
-            are checked. Reading them from another device would wait for it, so there a position beyond the
-            sequence makes every captured entry NaN.
+        model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
+        rows: (B, R) int64, positions of query tokens in the sequence that is attended over; negative entries
+            are padding and give rows of zeros. Best on the CPU, wherever the model is: values there are
+            checked. Reading them from another device would wait for it, so there a position beyond the
+            sequence makes every captured entry NaN. None takes the last row of every forward, so that
+            ``model.generate`` gives a row for each word: what the word was predicted from.
         columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
-            ``rows``; or a slice of step 1 that all samples share.
+            ``rows``; or a slice of step 1 that all samples share. With ``rows=None`` they count in the whole
+            sequence, prompt and words; a word that is not there yet gives zeros. Without a slice, B are the
+            sequences that run, such as samples times beams.
         layers: numbers of the layers to read, counted from 0 over all layers of the language model; ``"all"``
             with self-attention; by default all that attend globally, see
             :func:`motionenhancer.students.locate.layers_read`. ``layers`` and ``left_out`` of what is yielded
             say how many were read and left out.
         heads: the query heads to read, by default all.
         reduce: ``"mean"`` over layers and heads, or ``"none"``.
+        module: a module's name in the transformers model, such as ``"model.visual"``: the attention inside it
+            is read, not the language model's. B and positions are those of its attention: images or frames,
+            or 1 where a tower packs all patches to one sequence, in the order in which its layers see them.
 
     Yields:
         An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model);
-        with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order.
-        Reading it earlier, after a forward that failed, or after a second forward is a RuntimeError. It
-        stays readable, and its graph valid, after the context has ended.
+        with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order. With ``rows=None`` it is
+        readable after every forward, and R is the number of forwards so far.
+        Reading it earlier, after a forward that failed, or with ``rows`` after a second forward is a
+        RuntimeError. It stays readable, and its graph valid, after the context has ended.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention
+        TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention,
             or an implementation whose masks are unknown; re-entrant gradient checkpointing; during the
-            forward, a key-value cache that holds earlier tokens, a mask that cannot be honoured exactly,
-            heads split over devices, or a batch or length that does not fit ``rows`` and ``columns``.
+            forward, a mask or a key-value cache that cannot be honoured exactly, heads split over devices, or
+            a batch or length that does not fit ``rows`` and ``columns``.
         RuntimeError: a capture is already active.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -93,31 +92,31 @@ def capture_attention(
     ...     out = model(input_ids=torch.arange(5)[None])
     >>> captured.attention.shape
     torch.Size([1, 2, 2])
+
+    Where each of three generated words looks:
+
+    >>> with capture_attention(model, None, slice(0, 5)) as captured:
+    ...     out = model.generate(torch.arange(5)[None], max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    >>> captured.attention.shape
+    torch.Size([1, 3, 5])
     """
     _check_positions(rows, columns)
-    found = layers_read(model, layers)
+    if rows is None and module is not None:
+        raise ValueError("rows must be a tensor to capture a named module; only generated words go without")
+    found = layers_read(model, layers, module)
     if reduce not in ("mean", "none"):
         raise ValueError(f'reduce must be "mean" or "none", got {reduce!r}')
     if heads is not None and (not heads or len(set(heads)) != len(heads) or min(heads) < 0):
         raise ValueError(f"heads must be different numbers of heads, got {list(heads)}")
     _refuse_reentrant(model)
     captured = CapturedAttention(rows, columns, len(found.modules), heads, reduce, found.left_out)
-    with observe_attention(found.modules, captured._record):
-        try:
-            yield captured
-        finally:
-            captured._forget()
-
-
-class _Kind(NamedTuple):
-    """What layers must share to be read together."""
-
-    device: torch.device
-    query: tuple[torch.Size, torch.dtype]
-    key: tuple[torch.Size, torch.dtype]
-    visible: int
-    scale: float | None
-    dtype: torch.dtype
+    with contextlib.ExitStack() as stack:
+        callback: Callback = captured._record
+        if module is not None:
+            callback = stack.enter_context(whole_layers(found.modules, callback))
+        stack.enter_context(observe_attention(found.modules, callback))
+        stack.callback(captured._forget)
+        yield captured
 
 
 class CapturedAttention:
@@ -125,7 +124,7 @@ class CapturedAttention:
 
     def __init__(
         self,
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         columns: torch.Tensor | slice,
         layers: int,
         heads: Sequence[int] | None = None,
@@ -138,37 +137,23 @@ class CapturedAttention:
         self.heads = None if heads is None else sorted(heads)
         self.reduce = reduce
         self.left_out = left_out
-        self._apart: list[torch.Tensor] = []
-        self._highest = _highest_position(rows, columns)
-        self._seen: set[int] = set()
+        self._forwards: list[ForwardEntries] = []
         self._repeated = False
-        self._sum: torch.Tensor | None = None
-        self._masks: dict[tuple[int, bool, Any], tuple[Any, VisibleKeys]] = {}
-        self._limits: dict[tuple[int, torch.device], tuple[torch.Tensor, dict[str, Any]]] = {}
-        self._pending: dict[_Kind, tuple[VisibleKeys, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
-        self._numbers = 0
-        self._placed: dict[torch.device, list[Any]] = {}
-        self._beyond: list[torch.Tensor] = []
 
     @property
     def attention(self) -> torch.Tensor:
         """(B, R, C), mean over layers and heads, or (B, L, H, R, C); differentiable where the forward was."""
         if self._repeated:
             raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
-        if not self._seen:
+        if not self._forwards:
             raise RuntimeError("no forward of the captured model has run inside the capture")
-        if len(self._seen) != self.layers or (self._sum is None and not self._apart):
+        last = self._forwards[-1]
+        if not last.complete:
             raise RuntimeError(
-                f"{len(self._seen)} of the language model's {self.layers} attention layers ran inside the "
-                "capture: did the forward fail, or the attention implementation change?"
+                f"{len(last.seen)} of the {self.layers} attention layers to read ran inside the capture: did "
+                "the forward fail, or the attention implementation change?"
             )
-        if self._sum is None:
-            attention = torch.stack([read.to(self._apart[0].device) for read in self._apart], 1)
-        else:
-            attention = self._sum / self.layers
-        for beyond in self._beyond:
-            attention = attention.masked_fill(beyond.to(attention.device), torch.nan)
-        return attention
+        return torch.cat([forward.attention for forward in self._forwards], -2)
 
     def _record(
         self,
@@ -179,189 +164,30 @@ class CapturedAttention:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
-        if torch._C._current_graph_task_id() != -1:
+        # Entries were read in the forward; a backward pass computes the layer again.
+        if in_backward():
             return query
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)
-        self._check_call(module, query, key)
-        if id(module) in self._seen:
+        if not self._forwards or (self.rows is None and self._forwards[-1].complete):
+            self._forwards.append(self._begin(query))
+        forward = self._forwards[-1]
+        forward.check(module, query, key, kwargs)
+        if id(module) in forward.seen:
             self._repeated = True
             return query
-        rows, columns = self._positions(query.device, query.shape[2])
-        call = AttentionCall(module, mask, kwargs, rows, heads=query.shape[1], length=query.shape[2])
-        visible = self._visible(implementation, call)
-        dtype, scale = _compute_dtype(implementation, module, query), kwargs.get("scaling")
-        self._seen.add(id(module))
-        with _outside_checkpoint(), torch.autocast(query.device.type, enabled=False):
-            query, picked = share_query(query, rows)
-            if self.heads is not None:
-                picked, key = _chosen_heads(module, picked, key, self.heads)
-            places, limits = self._of_picked(visible, query.device, query.shape[2])
-            if self.reduce == "none":
-                read = _each_head(picked.to(dtype), key.to(dtype), places, columns, scale, limits)
-                self._apart.append(read)
-                return query
-            if visible.explicit is not None or (query.device.type == "cpu" and backends.active() == "auto"):
-                self._wait(picked, key, visible, scale, dtype)
-            else:
-                picked, kept = picked.to(dtype), key.to(dtype)
-                read = mekernels.attention_rows(picked, kept, places, columns, softmax_scale=scale, **limits)
-                self._add(read)
-        if len(self._seen) == self.layers or self._numbers >= PENDING_NUMBERS:
-            self._read_pending()
-        return query
+        return forward.read(implementation, module, query, key, mask, kwargs)
 
-    def _wait(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        visible: VisibleKeys,
-        scale: float | None,
-        dtype: torch.dtype,
-    ) -> None:
-        kind = _Kind(
-            query.device, (query.shape, query.dtype), (key.shape, key.dtype), id(visible), scale, dtype
-        )
-        self._pending.setdefault(kind, (visible, []))[1].append((query, key))
-        # Only layers on a CPU gain from waiting.
-        self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
-
-    def _read_pending(self) -> None:
-        for kind, (visible, layers) in self._pending.items():
-            queries, keys = zip(*layers, strict=True)
-            length = kind.key[0][2]
-            _, columns = self._positions(kind.device, length)
-            places, limits = self._of_picked(visible, kind.device, length)
-            options = limits | {"softmax_scale": kind.scale, "dtype": kind.dtype}
-            with _outside_checkpoint(), torch.autocast(kind.device.type, enabled=False):
-                self._add(layer_attention_rows(queries, keys, places, columns, **options))
-        self._pending.clear()
-        self._numbers = 0
-
-    def _add(self, read: torch.Tensor) -> None:
-        self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
-
-    def _of_picked(
-        self, visible: VisibleKeys, device: torch.device, length: int
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Where the chosen rows are among the picked queries, and the keys that they see."""
-        # The masks hold what is visible, so its id is not used again.
-        kept = (id(visible), device)
-        if kept not in self._limits:
-            options = visible.options(device)
-            causal, ranges = options.pop("causal", False), options.pop("key_range", None)
-            rows, _ = self._positions(device, length)
-            places, limits = picked_rows(rows, length, length, causal=causal, key_range=ranges)
-            self._limits[kept] = places, options | {"key_range": limits}
-        return self._limits[kept]
+    def _begin(self, query: torch.Tensor) -> ForwardEntries:
+        rows, tokens, length = self.rows, None, query.shape[2]
+        if rows is None:
+            rows = torch.full((query.shape[0], 1), length - 1)
+            tokens = length + (self._forwards[-1].tokens or 0 if self._forwards else 0)
+        return ForwardEntries(rows, self.columns, self.layers, self.heads, self.reduce, tokens)
 
     def _forget(self) -> None:
-        self._masks.clear()
-        self._limits.clear()
-        self._pending.clear()
-
-    def _check_call(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        batch, heads, length = query.shape[:3]
-        if key.shape[2] != length:
-            raise ValueError(
-                f"attention can be captured over whole sequences only, got {length} queries for "
-                f"{key.shape[2]} keys: run the model without earlier tokens in its key-value cache"
-            )
-        if batch != self.rows.shape[0]:
-            raise ValueError(f"rows must have one entry per sample ({batch}), got {self.rows.shape[0]}")
-        if self._highest >= length:
-            raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
-        expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
-        if isinstance(expected, int) and expected != heads:
-            raise ValueError(
-                f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor "
-                "and sequence parallelism are not supported"
-            )
-        if _saves_selected_activations():
-            raise ValueError(
-                "selective activation checkpointing cannot be combined with captured attention; use "
-                "non-re-entrant gradient checkpointing without context_fn"
-            )
-
-    def _positions(self, device: torch.device, length: int) -> list[Any]:
-        """Rows and columns; positions beyond the sequence that the host did not check become padding."""
-        if device not in self._placed:
-            self._placed[device] = []
-            for positions in (self.rows, self.columns):
-                moved: Any = positions
-                if isinstance(positions, torch.Tensor):
-                    moved = to_device(positions, device)
-                if not _read_by_host(positions):
-                    beyond = moved >= length
-                    self._beyond.append(beyond.any())
-                    moved = moved.masked_fill(beyond, -1)
-                self._placed[device].append(moved)
-        return self._placed[device]
-
-    def _visible(self, implementation: str, call: AttentionCall) -> VisibleKeys:
-        # The layers share one mask, so it is examined once; holding it keeps its id from being used again.
-        key = (id(call.mask), call.causal, call.kwargs.get("sliding_window"))
-        if key not in self._masks:
-            visible = read_mask(implementation, call)
-            if self.heads is not None and visible.explicit is not None and visible.explicit.shape[1] != 1:
-                visible = replace(visible, explicit=visible.explicit[:, self.heads])
-            self._masks[key] = (call.mask, visible)
-        return self._masks[key][1]
-
-
-def _chosen_heads(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, heads: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The queries of some heads, and for each of them its keys."""
-    count = query.shape[1]
-    if heads[-1] >= count:
-        raise ValueError(f"heads must be below the {count} of {type(module).__name__}, got {heads[-1]}")
-    index = torch.tensor(heads, device=query.device)
-    return query[:, index], key[:, index // (count // key.shape[1])]
-
-
-def _each_head(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | slice,
-    scale: float | None,
-    limits: dict[str, Any],
-) -> torch.Tensor:
-    """(B, H, R, C): the rows of one layer, head by head."""
-    options = limits | {"softmax_scale": scale}
-    if "mask" not in limits:
-        return mekernels.attention_rows(query, key, rows, columns, reduce="none", **options)
-    heads = query.shape[1]
-    mask, group = options.pop("mask").expand(-1, heads, -1, -1), heads // key.shape[1]
-    parts = [
-        layer_attention_rows(
-            [query[:, h, None]], [key[:, h // group, None]], rows, columns, mask=mask[:, h, None], **options
-        )
-        for h in range(heads)
-    ]
-    return torch.stack(parts, 1)
-
-
-@contextlib.contextmanager
-def _outside_checkpoint() -> Iterator[None]:
-    """Keep what is saved for backward out of a surrounding checkpoint's list of tensors to recompute."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
-        yield
-
-
-def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
-    """The dtype to which the attention function rounds queries and keys."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    if implementation.startswith("flash") and query.dtype == torch.float32:
-        return next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), query.dtype)
-    return query.dtype
+        for forward in self._forwards:
+            forward.forget()
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
@@ -382,15 +208,9 @@ def _inside_reentrant_checkpoint() -> bool:
     return False
 
 
-def _saves_selected_activations() -> bool:
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(type(m).__name__ == "_CachingTorchDispatchMode" for m in _get_current_dispatch_mode_stack())
-
-
 def _check_positions(rows: Any, columns: Any) -> None:
     for name, positions in (("rows", rows), ("columns", columns)):
-        if isinstance(positions, slice) and name == "columns":
+        if (positions is None and name == "rows") or (isinstance(positions, slice) and name == "columns"):
             continue
         if not isinstance(positions, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
@@ -398,7 +218,7 @@ def _check_positions(rows: Any, columns: Any) -> None:
             found = f"{tuple(positions.shape)} {positions.dtype}"
             raise ValueError(f"{name} must be (batch, count) int64, got {found}")
     if not isinstance(columns, slice):
-        if columns.shape[0] != rows.shape[0]:
+        if rows is not None and columns.shape[0] != rows.shape[0]:
             raise ValueError(
                 f"columns must have one entry per sample ({rows.shape[0]}), got {columns.shape[0]}"
             )
@@ -406,17 +226,3 @@ def _check_positions(rows: Any, columns: Any) -> None:
     start, stop = columns.start or 0, columns.stop
     if columns.step not in (None, 1) or not isinstance(stop, int) or not 0 <= start <= stop:
         raise ValueError(f"columns must be a slice of step 1 with 0 <= start <= stop, got {columns}")
-
-
-def _read_by_host(positions: torch.Tensor | slice) -> bool:
-    """Whether the host checks positions; on another device a check would wait for the device."""
-    return isinstance(positions, slice) or positions.device.type == "cpu"
-
-
-def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
-    """The highest position that is known without a wait for a device."""
-    known = [columns.stop - 1] if isinstance(columns, slice) else []
-    for positions in (rows, columns):
-        if isinstance(positions, torch.Tensor) and _read_by_host(positions) and positions.numel():
-            known.append(int(positions.max()))
-    return max(known, default=-1)

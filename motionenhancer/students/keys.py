@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 __all__ = [
     "MASK_READERS",
     "AttentionCall",
+    "Parts",
     "VisibleKeys",
     "implementation_name",
     "read_mask",
@@ -27,7 +28,10 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of an attention function for ``rows`` (B, R) of ``length`` tokens, as the model made it."""
+    """One call of an attention function for ``rows`` (B, R) of ``length`` queries, as the model made it.
+
+    The queries are those of the last tokens of ``keys``.
+    """
 
     module: nn.Module
     mask: Any
@@ -35,6 +39,7 @@ class AttentionCall:
     rows: torch.Tensor
     heads: int
     length: int
+    keys: int
 
     @property
     def causal(self) -> bool:
@@ -67,12 +72,23 @@ class VisibleKeys:
         return {"causal": self.causal, "key_mask": key_mask, "key_range": key_range}
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """In the place of a mask: the sequence is packed, and each part of it attends to itself.
+
+    ``starts`` holds the first position of each part and the end of the last, as ``cu_seqlens`` do.
+    """
+
+    starts: torch.Tensor
+
+
 MaskReader = Callable[[AttentionCall], VisibleKeys]
 MASK_READERS: dict[str, MaskReader] = {}
 
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Options that tell flash attention of a packed sequence; it reads them only together."""
+
 _UNSUPPORTED = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a position bias",
     "indices": "keys chosen by an indexer",
@@ -146,23 +162,32 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
             raise ValueError(
                 f"attention with {what} ({name}) cannot be captured, in {type(call.module).__name__}"
             )
+    if call.kwargs.get("s_aux") is not None and call.kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"a softcap beside sinks (s_aux) cannot be captured, in {type(call.module).__name__}"
+        )
+    if isinstance(call.mask, Parts):
+        if call.causal:
+            raise ValueError(f"causal parts of {type(call.module).__name__} are not read")
+        packed = dict.fromkeys(_PACKED, call.mask.starts)
+        return _flash(replace(call, mask=None, kwargs={**packed, "is_causal": False}))
     return MASK_READERS[implementation](call)
 
 
 def _dense(call: AttentionCall) -> VisibleKeys:
     """Gather the rows of a (1 or B, 1 or Hq, N, N) mask; a causal flag and a key mask may say the same."""
     mask, rows = call.mask, call.rows
-    if mask.dim() != 4 or mask.shape[2] != call.length or mask.shape[3] < call.length:
+    if mask.dim() != 4 or mask.shape[2] != call.length or mask.shape[3] < call.keys:
         raise ValueError(
-            f"attention_mask must be (batch, heads, {call.length}, {call.length}), got {tuple(mask.shape)}"
+            f"attention_mask must be (batch, heads, {call.length}, {call.keys}), got {tuple(mask.shape)}"
         )
     if mask.shape[0] not in (1, rows.shape[0]) or mask.shape[1] not in (1, call.heads):
         raise ValueError(
             f"attention_mask must have 1 or {rows.shape[0]} samples and 1 or {call.heads} heads, got "
             f"{tuple(mask.shape)}"
         )
-    mask = mask[..., : call.length].expand(rows.shape[0], -1, -1, -1)
-    index = rows.clamp(min=0)[:, None, :, None].expand(-1, mask.shape[1], -1, call.length)
+    mask = mask[..., : call.keys].expand(rows.shape[0], -1, -1, -1)
+    index = rows.clamp(min=0)[:, None, :, None].expand(-1, mask.shape[1], -1, call.keys)
     explicit = mask.gather(2, index)
     if mask.shape[1] != 1:
         return VisibleKeys(explicit=explicit)
@@ -193,9 +218,15 @@ def _simplify(explicit: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
 
 @register_mask_reader("sdpa")
 def _sdpa(call: AttentionCall) -> VisibleKeys:
-    if call.mask is None:
-        return VisibleKeys(causal=call.causal and call.length > 1)
-    return _dense(call)
+    for dropped in ("softcap", "s_aux"):
+        if call.kwargs.get(dropped) is not None:
+            raise ValueError(f"sdpa does not know the {dropped} of {type(call.module).__name__}; use eager")
+    if call.mask is not None:
+        return _dense(call)
+    if call.causal and 1 < call.length < call.keys:
+        # The keys of a static cache that is empty still: the first of them are those of the queries.
+        return VisibleKeys(causal=False, key_range=torch.stack([call.rows * 0, call.rows + 1], -1))
+    return VisibleKeys(causal=call.causal and call.length > 1)
 
 
 @register_mask_reader("eager")
@@ -210,11 +241,14 @@ def _eager(call: AttentionCall) -> VisibleKeys:
 @register_mask_reader("flash_attention_3")
 @register_mask_reader("flash_attention_4")
 def _flash(call: AttentionCall) -> VisibleKeys:
-    rows, length, mask = call.rows, call.length, call.mask
+    rows, length, mask = call.rows, call.keys, call.mask
     window = call.kwargs.get("sliding_window")
     window = None if window is None or length <= window else int(window)
     if mask is not None and (mask.dim() != 2 or mask.shape != (rows.shape[0], length)):
-        raise ValueError(f"attention_mask must be ({rows.shape[0]}, {length}), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be ({rows.shape[0]}, {length}), got {tuple(mask.shape)}: flash attention "
+            "with a static cache is not read"
+        )
     key_mask = None if mask is None else mask.bool()
     documents = None if mask is not None else _documents(call)
     if window is None and documents is None:
@@ -223,7 +257,7 @@ def _flash(call: AttentionCall) -> VisibleKeys:
     real = torch.ones(rows.shape[0], length, dtype=torch.int64, device=rows.device)
     real = real if key_mask is None else key_mask.to(real)
     place = real.cumsum(dim=1) - 1
-    at = rows.clamp(min=0)
+    at = rows.clamp(min=0) + (length - call.length)
     own = place.gather(1, at)
     first, last = torch.zeros_like(own), torch.full_like(own, length - 1)
     if window is not None:
@@ -243,8 +277,7 @@ def _flash(call: AttentionCall) -> VisibleKeys:
 def _documents(call: AttentionCall) -> torch.Tensor | None:
     """Number the packed sequences of a batch without padding: (B, N) int64, None where nothing is packed."""
     kwargs, batch = call.kwargs, call.rows.shape[0]
-    given = [kwargs.get(n) for n in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
-    if all(value is not None for value in given):
+    if all(kwargs.get(name) is not None for name in _PACKED):
         starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         # Mostly both are one tensor; a comparison of two would wait for their device.
         if starts is not ends and (starts.shape != ends.shape or not torch.equal(starts, ends)):
@@ -253,7 +286,7 @@ def _documents(call: AttentionCall) -> torch.Tensor | None:
         numbers = torch.searchsorted(starts.to(flat), flat, right=True)
         return numbers.view(batch, call.length)
     position_ids = kwargs.get("position_ids")
-    if position_ids is None or batch != 1 or call.length == 1:
+    if position_ids is None or batch != 1 or call.length == 1 or call.length != call.keys:
         return None
     if position_ids.dim() != 2 or position_ids.shape[-1] != call.length:
         raise ValueError(f"position_ids must be (1, {call.length}), got {tuple(position_ids.shape)}")
@@ -272,7 +305,7 @@ def _flex(call: AttentionCall) -> VisibleKeys:
         raise ValueError(f"attention_mask must be a tensor or a BlockMask, got {type(mask).__name__}")
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    position = torch.arange(call.length, device=rows.device)
+    position = torch.arange(call.keys, device=rows.device)
     head = torch.zeros((), dtype=torch.int64, device=rows.device)
     samples = torch.arange(rows.shape[0], device=rows.device)
 

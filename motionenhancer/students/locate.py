@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["LayersRead", "attention_modules", "layers_read", "text_model", "unwrap_model"]
+__all__ = [
+    "LayersRead",
+    "attends_locally",
+    "attention_modules",
+    "layers_read",
+    "named_attention",
+    "text_model",
+    "unwrap_model",
+]
 
 #: Kinds of attention whose rows see a part of the sequence only: a video may lie outside of it.
 _LOCAL = ("sliding_attention", "chunked_attention")
@@ -77,7 +88,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """
     decoder = text_model(model)
     kinds = _recordable_attention(decoder)
-    found = _outermost(decoder, kinds) if kinds else []
+    found = _outermost(decoder, lambda module: isinstance(module, kinds)) if kinds else []
     if not found:
         found = [module for name, module in decoder.named_modules() if name.split(".")[-1] == "self_attn"]
     if not found:
@@ -85,6 +96,44 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             f"model must have a language model with self-attention, found none in {type(decoder).__name__}"
         )
     return found
+
+
+def named_attention(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules inside ``name`` that call transformers' attention functions, in their order.
+
+    Args:
+        model: may be wrapped as in :func:`unwrap_model`.
+        name: a module of the transformers model, such as ``model.visual``, or one attention inside it.
+
+    Raises:
+        TypeError, ValueError: there is no such module, or no such attention in it.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"module must be the name of a module, got {type(name).__name__}")
+    inner = unwrap_model(model)
+    modules = dict(inner.named_modules())
+    if name not in modules:
+        close = difflib.get_close_matches(name, modules, 3) or [n for n, _ in inner.named_children()]
+        raise ValueError(
+            f"module must name a module of {type(inner).__name__}, {name!r} does not; near are {close}"
+        )
+    found = _outermost(modules[name], _calls_registry)
+    if not found:
+        raise ValueError(
+            f"module must hold attention that calls transformers' ALL_ATTENTION_FUNCTIONS, {name!r} "
+            f"({type(modules[name]).__name__}) holds none"
+        )
+    return found
+
+
+def _calls_registry(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def attends_locally(module: nn.Module, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a self-attention, called with these options, sees a part of the sequence only."""
+    return getattr(module, "layer_type", None) in _LOCAL or options.get("sliding_window") is not None
 
 
 class LayersRead(NamedTuple):
@@ -107,26 +156,27 @@ class LayersRead(NamedTuple):
         return f"attention is read in {len(self.modules)} of {total} layers{said}"
 
 
-def layers_read(model: nn.Module, layers: Sequence[int] | str | None = None) -> LayersRead:
-    """Return the self-attention modules of the language model that are read.
+def layers_read(
+    model: nn.Module, layers: Sequence[int] | str | None = None, module: str | None = None
+) -> LayersRead:
+    """Return the self-attention modules of the language model, or of a named module, that are read.
 
     Args:
         model: bare or wrapped.
         layers: numbers of layers, counted over all layers of the language model from 0; ``"all"`` that have
             self-attention; or None for those that attend globally. Layers with a sliding window, from which a
             word may not see the video, are then left out, unless the model has no others.
+        module: as ``name`` of :func:`named_attention`, whose layers are then counted in their order.
 
     Raises:
         ValueError: a layer has no self-attention, is named twice, or there is none.
     """
-    modules = attention_modules(model)
-    numbers = [int(getattr(module, "layer_idx", None) or 0) for module in modules]
+    modules = attention_modules(model) if module is None else named_attention(model, module)
+    numbers = [int(getattr(layer, "layer_idx", None) or 0) for layer in modules]
     if len(set(numbers)) != len(numbers):
         numbers = list(range(len(modules)))
     if layers is None:
-        chosen = [
-            module for module in modules if getattr(module, "layer_type", None) not in _LOCAL
-        ] or modules
+        chosen = [layer for layer in modules if not attends_locally(layer)] or modules
     elif isinstance(layers, str):
         if layers != "all":
             raise ValueError(f'layers must be numbers of layers, "all" or None, got {layers!r}')
@@ -137,19 +187,19 @@ def layers_read(model: nn.Module, layers: Sequence[int] | str | None = None) -> 
                 f"layers must be different numbers of {numbers}, the layers with self-attention to read, got "
                 f"{list(layers)}"
             )
-        chosen = [module for module, number in zip(modules, numbers, strict=True) if number in set(layers)]
-    blocks = getattr(text_model(model), "layers", modules)
+        chosen = [layer for layer, number in zip(modules, numbers, strict=True) if number in set(layers)]
+    blocks = modules if module is not None else getattr(text_model(model), "layers", modules)
     total = max(len(modules), len(blocks) if isinstance(blocks, nn.ModuleList) else 0)
     return LayersRead(chosen, len(modules) - len(chosen), total - len(modules))
 
 
-def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
-    """Modules of these kinds in order, each once and none inside another."""
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules that are wanted in order, each once and none inside another."""
     found: dict[int, nn.Module] = {}
     waiting = [module]
     while waiting:
         current = waiting.pop()
-        if isinstance(current, kinds):
+        if wanted(current):
             found.setdefault(id(current), current)
         else:
             waiting.extend(child for child in reversed(current._modules.values()) if child is not None)

@@ -107,7 +107,7 @@ def test_failed_forward(model: Any, ids: torch.Tensor) -> None:
     with capture_attention(model, ROWS, COLUMNS) as captured, pytest.raises(KeyError):
         model(input_ids=ids)
     handle.remove()
-    with pytest.raises(RuntimeError, match="1 of the language model's 2 attention layers"):
+    with pytest.raises(RuntimeError, match="1 of the 2 attention layers"):
         _ = captured.attention
 
 
@@ -343,7 +343,8 @@ def test_scores_that_queries_and_keys_do_not_tell(model: Any, name: str) -> None
     module = model.model.language_model.layers[0].self_attn
     query = torch.randn(1, 4, 7, 16)
     key = torch.randn(1, 2, 7, 16)
-    extra: dict[str, Any] = {name: torch.zeros(1, 4, 7, 7) if name == "position_bias" else torch.ones(4)}
+    given = {"position_bias": torch.zeros(1, 4, 7, 7), "softcap": 5.0}
+    extra: dict[str, Any] = {name: given.get(name, torch.ones(4))}
     ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: (None, None)
     try:
         with capture_attention(model, ROWS, COLUMNS), pytest.raises(ValueError, match=name):

@@ -48,7 +48,7 @@ def rows_of(visible: VisibleKeys, rows: torch.Tensor, length: int) -> torch.Tens
 
 
 def call(mask: Any, rows: torch.Tensor, length: int, **kwargs: Any) -> AttentionCall:
-    return AttentionCall(torch.nn.Identity(), mask, kwargs, rows, heads=2, length=length)
+    return AttentionCall(torch.nn.Identity(), mask, kwargs, rows, heads=2, length=length, keys=length)
 
 
 @st.composite
@@ -117,6 +117,43 @@ def test_flash_packing(given_as: str, window: int | None) -> None:
         dense &= torch.ones(total, total).triu(1 - window).bool()
     assert visible.explicit is None
     assert torch.equal(rows_of(visible, rows, total)[0, 0], dense[rows[0]])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_queries_after_keys_of_a_cache(implementation: str, window: int | None, queries: int) -> None:
+    length, padding = 9, torch.ones(2, 9, dtype=torch.bool)
+    padding[0, :2] = False
+    own = torch.tensor([[0, queries - 1, 0], [queries - 1, queries // 2, -1]])
+    rows = own + (length - queries)
+    position = torch.arange(length)
+    seen = (position <= position[:, None]) & (position > position[:, None] - (window or length))
+    dense = (seen & padding[:, None])[:, None]
+    options: dict[str, Any] = {"sliding_window": window}
+    if implementation == "flash_attention_2":
+        mask: Any = padding
+    elif implementation == "flex_attention":
+
+        def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return dense[b, 0, q + (length - queries), k]
+
+        mask = create_block_mask(mask_mod, B=2, H=None, Q_LEN=queries, KV_LEN=length, device="cpu")
+    else:
+        mask = dense[:, :, length - queries :]
+    case = AttentionCall(torch.nn.Identity(), mask, options, own, heads=2, length=queries, keys=length)
+    visible = read_mask(implementation, case)
+    for sample in range(2):
+        real = own[sample] >= 0
+        found = rows_of(visible, rows, length)[sample, 0][real]
+        assert torch.equal(found, dense[sample, 0][rows[sample]][real])
+
+
+def test_without_a_mask_queries_of_an_empty_static_cache_come_first() -> None:
+    rows = torch.tensor([[0, 2, -1]])
+    visible = read_mask("sdpa", AttentionCall(torch.nn.Identity(), None, {}, rows, heads=2, length=3, keys=8))
+    expected = torch.arange(8) <= rows[0][:, None]
+    assert torch.equal(rows_of(visible, rows, 8)[0, 0], expected)
 
 
 def test_flash_refuses_what_it_cannot_read() -> None:
@@ -372,7 +409,7 @@ def test_rows_that_are_all_padding(capture_pending: None) -> None:
 @pytest.fixture(params=[1, 1 << 21], ids=["one by one", "together"])
 def capture_pending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers wait to be read together."""
-    monkeypatch.setattr("motionenhancer.students.capture.PENDING_NUMBERS", request.param)
+    monkeypatch.setattr("motionenhancer.students.entries.PENDING_NUMBERS", request.param)
 
 
 def test_masked_rows_agree_with_the_kernel() -> None:

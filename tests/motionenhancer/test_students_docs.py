@@ -23,11 +23,13 @@ def test_examples_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (toy / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), scope)
-    assert "words found" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "words found" in printed
+    assert printed.count("% on the video") == len(scope["answer"]) == scope["generated"].attention.shape[1]
     attention = scope["captured"].attention
     assert attention.shape == (1, scope["rows"].shape[1], scope["video"].positions.numel())
     assert float(scope["loss_align"].detach()) > 0

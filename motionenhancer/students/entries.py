@@ -1,0 +1,361 @@
+"""The chosen attention entries of one forward, read layer by layer, or on a CPU several layers together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import mekernels
+from mekernels import backends
+from mekernels.attention_rows import picked_rows, share_query
+from mekernels.attention_rows.composite import layer_attention_rows
+from motionenhancer.students.keys import AttentionCall, read_mask, to_device
+from motionenhancer.students.locate import attends_locally
+
+__all__ = ["ForwardEntries"]
+
+PENDING_NUMBERS = 1 << 21
+"""Queries and keys of layers that wait on a CPU to be read together; their gradients are as large."""
+
+
+class _Reading(NamedTuple):
+    """What layers with the same masks share: where is read, and which keys the rows see."""
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    """(B, R) of the rows among those that are picked, -1 for padding."""
+    columns: Any
+    limits: dict[str, Any]
+    """``mask``, or ``key_mask`` and ``key_range``, as the picked rows see it."""
+    held: tuple[Any, ...]
+    """What the key of the cache names by its id, which is not to be used again."""
+
+
+class _Kind(NamedTuple):
+    """What layers must share to be read together."""
+
+    query: tuple[torch.Size, torch.dtype]
+    key: tuple[torch.Size, torch.dtype]
+    reading: int
+    scale: float | None
+    softcap: float
+    dtype: torch.dtype
+
+
+class ForwardEntries:
+    """Chosen rows and columns of the attention of one forward.
+
+    Args:
+        rows: (B, R) int64 positions among the forward's queries; negative entries are padding.
+        columns: (B, C) int64 or a slice, positions of keys.
+        layers: how many are read.
+        heads: ascending numbers of the query heads to read; None for all.
+        reduce: ``"mean"`` or ``"none"``.
+        tokens: tokens so far, this forward's included, where it may have a key-value cache with earlier ones.
+            Columns then are positions in the whole sequence, and those of later tokens give zeros.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        columns: torch.Tensor | slice,
+        layers: int,
+        heads: Sequence[int] | None,
+        reduce: str,
+        tokens: int | None = None,
+    ) -> None:
+        self.rows, self.columns, self.layers = rows, columns, layers
+        self.heads, self.reduce, self.tokens = heads, reduce, tokens
+        self.seen: set[int] = set()
+        self._highest = _highest_position(rows, columns)
+        self._length: int | None = None
+        self._apart: list[torch.Tensor] = []
+        self._sum: torch.Tensor | None = None
+        self._beyond: dict[torch.device, torch.Tensor] = {}
+        self._readings: dict[tuple[Any, ...], _Reading] = {}
+        self._pending: dict[_Kind, tuple[_Reading, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._numbers = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has been read."""
+        return len(self.seen) == self.layers and (self._sum is not None or bool(self._apart))
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """(B, R, C) or (B, L, H, R, C), once complete."""
+        if self._sum is None:
+            attention = torch.stack([read.to(self._apart[0].device) for read in self._apart], 1)
+        else:
+            attention = self._sum / self.layers
+        for beyond in self._beyond.values():
+            attention = attention.masked_fill(beyond.to(attention.device), torch.nan)
+        return attention
+
+    def read(
+        self,
+        implementation: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        kwargs: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Read a layer that was checked; returns the query that its attention is to be given for its own."""
+        scale, sinks, cap = kwargs.get("scaling"), kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
+        dtype, device = _compute_dtype(implementation, module, query), query.device
+        with outside_checkpoint(), torch.autocast(device.type, enabled=False):
+            reading = self._reading(implementation, module, query, key, mask, kwargs)
+            self.seen.add(id(module))
+            query, picked = share_query(query, reading.rows)
+            if self.heads is not None:
+                picked, key, sinks = _chosen_heads(picked, key, sinks, self.heads)
+            if sinks is not None:
+                scale = picked.shape[3] ** -0.5 if scale is None else scale
+                picked, key = _with_sink_key(picked, key, sinks / scale)
+            if self.reduce == "none":
+                self._apart.append(_each_head(picked.to(dtype), key.to(dtype), reading, scale, cap))
+            elif "mask" in reading.limits or (device.type == "cpu" and backends.active() == "auto"):
+                self._wait(picked, key, reading, scale, cap, dtype)
+            else:
+                picked, key = picked.to(dtype), key.to(dtype)
+                options = reading.limits | {"softmax_scale": scale, "softcap": cap or None}
+                self._add(mekernels.attention_rows(picked, key, reading.places, reading.columns, **options))
+            if len(self.seen) == self.layers or self._numbers >= PENDING_NUMBERS:
+                self._read_pending()
+        if len(self.seen) == self.layers:
+            self.forget()
+        return query
+
+    def forget(self) -> None:
+        """Let go of what only the forward needs."""
+        self._readings.clear()
+        self._pending.clear()
+
+    def _wait(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        reading: _Reading,
+        scale: float | None,
+        cap: float,
+        dtype: torch.dtype,
+    ) -> None:
+        kind = _Kind((query.shape, query.dtype), (key.shape, key.dtype), id(reading), scale, cap, dtype)
+        self._pending.setdefault(kind, (reading, []))[1].append((query, key))
+        # Only layers on a CPU gain from waiting.
+        self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
+
+    def _read_pending(self) -> None:
+        for kind, (reading, layers) in self._pending.items():
+            queries, keys = zip(*layers, strict=True)
+            options = reading.limits | {"softmax_scale": kind.scale, "softcap": kind.softcap}
+            where = reading.places, reading.columns
+            self._add(layer_attention_rows(queries, keys, *where, dtype=kind.dtype, **options))
+        self._pending.clear()
+        self._numbers = 0
+
+    def _add(self, read: torch.Tensor) -> None:
+        self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
+
+    def check(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuse a call whose entries would not be those that are asked for."""
+        batch, heads, length = query.shape[:3]
+        keys, kind = key.shape[2], type(module).__name__
+        if self.tokens is None:
+            if keys != length:
+                raise ValueError(
+                    f"{kind} must attend to its own whole sequence to be captured, got {length} queries for "
+                    f"{keys} keys: run the model without earlier tokens in its key-value cache, or capture "
+                    "with rows=None"
+                )
+            if self._length not in (None, length):
+                raise ValueError(
+                    f"{kind} attends to {length} tokens, a layer before it to {self._length}: read layers of "
+                    "one length at a time"
+                )
+            self._length = length
+            if self._highest >= length:
+                raise ValueError(f"rows and columns must be below the {length} tokens, got {self._highest}")
+        elif length < self.tokens and length > 1:
+            raise ValueError(
+                f"rows=None reads one row of a forward, but {length} tokens followed the first forward: "
+                "generate one token at a time, without an assistant, prompt look-up or chunks of the prompt"
+            )
+        elif keys < self.tokens and not attends_locally(module, kwargs):
+            raise ValueError(
+                f"the key-value cache holds {keys} of {self.tokens} tokens, so where its keys were is unknown"
+            )
+        elif keys > length == self.tokens and attends_locally(module, kwargs):
+            raise ValueError(
+                f"the sliding-window cache of {kind} holds {keys} keys for the first {length} queries, so "
+                "where its keys were is unknown: begin with an empty dynamic cache, or leave such layers out"
+            )
+        for name, positions in (("rows", self.rows), ("columns", self.columns)):
+            if isinstance(positions, torch.Tensor) and positions.shape[0] != batch:
+                raise ValueError(f"{name} must have one entry per sample ({batch}), got {positions.shape[0]}")
+        expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
+        if isinstance(expected, int) and expected != heads:
+            raise ValueError(
+                f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor "
+                "and sequence parallelism are not supported"
+            )
+        if self.heads is not None and self.heads[-1] >= heads:
+            raise ValueError(f"heads must be below the {heads} of {kind}, got {self.heads[-1]}")
+        if _saves_selected_activations():
+            raise ValueError(
+                "selective activation checkpointing cannot be combined with captured attention; use "
+                "non-re-entrant gradient checkpointing without context_fn"
+            )
+
+    def _reading(
+        self,
+        implementation: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        kwargs: Mapping[str, Any],
+    ) -> _Reading:
+        """Masks that layers share are examined once."""
+        (_, heads, length, _), keys, device = query.shape, key.shape[2], query.device
+        call = AttentionCall(module, mask, kwargs, self.rows, heads=heads, length=length, keys=keys)
+        held = mask, kwargs.get("cu_seq_lens_q")
+        sinks = kwargs.get("s_aux") is not None
+        shared = (*map(id, held), call.causal, kwargs.get("sliding_window"), sinks, length, keys, device)
+        if shared not in self._readings:
+            rows = self._placed(self.rows, length, device)
+            limits = read_mask(implementation, replace(call, rows=rows)).options(device)
+            if self.heads is not None and "mask" in limits and limits["mask"].shape[1] != 1:
+                limits["mask"] = limits["mask"][:, self.heads]
+            causal, ranges = limits.pop("causal", False), limits.pop("key_range", None)
+            places, ranges = picked_rows(rows, length, keys, causal=causal, key_range=ranges)
+            limits["key_range"] = ranges
+            if sinks:
+                limits = {"mask": _with_sink_seen(limits, (*rows.shape, keys), device)}
+            columns = self._columns(keys, device)
+            self._readings[shared] = _Reading(rows, places, columns, limits, held)
+        return self._readings[shared]
+
+    def _placed(self, positions: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
+        """Positions on a device; those beyond the sequence that the host did not check become padding."""
+        moved = to_device(positions, device)
+        if self.tokens is not None or read_by_host(positions):
+            return moved
+        beyond = moved >= length
+        self._beyond[device] = self._beyond.get(device, beyond.new_zeros(())) | beyond.any()
+        return moved.masked_fill(beyond, -1)
+
+    def _columns(self, keys: int, device: torch.device) -> torch.Tensor | slice:
+        """Where the columns are among the keys, of which a cache may have dropped the first."""
+        columns, dropped = self.columns, max(0, (self.tokens or 0) - keys)
+        if isinstance(columns, slice):
+            if not dropped and columns.stop <= keys:
+                return columns
+            span = torch.arange(columns.start or 0, columns.stop, device=device)
+            columns = span.expand(self.rows.shape[0], -1)
+        columns = self._placed(columns, keys, device)
+        if self.tokens is None:
+            return columns
+        columns = columns - dropped
+        return columns.masked_fill((columns < 0) | (columns >= keys), -1)
+
+
+def _chosen_heads(
+    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, heads: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The queries and sinks of some heads, and for each of them its keys."""
+    index = torch.tensor(heads, device=query.device)
+    own = key[:, index // (query.shape[1] // key.shape[1])]
+    return query[:, index], own, None if sinks is None else sinks[index]
+
+
+def _with_sink_key(
+    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, R, D + 1) and (B, Hk, N + 1, D + 1): the last key scores ``sinks`` (H,) in every row."""
+    own = sinks.to(query)[:, None, None].expand(*query.shape[:-1], 1)
+    key = pad(key, (0, 1, 0, 1))
+    key[..., -1, -1] = 1
+    return torch.cat([query, own], -1), key
+
+
+def _with_sink_seen(limits: dict[str, Any], size: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """(B, 1 or H, R, N + 1): the keys that each row sees, and the sink."""
+    mask = limits.get("mask")
+    if mask is None:
+        mask = torch.ones(size, dtype=torch.bool, device=device)
+        if limits["key_range"] is not None:
+            position, (first, end) = torch.arange(size[2], device=device), limits["key_range"].unbind(-1)
+            mask = (position >= first[..., None]) & (position < end[..., None])
+        if limits["key_mask"] is not None:
+            mask = mask & limits["key_mask"][:, None]
+        mask = mask[:, None]
+    return pad(mask, (0, 1), value=float(mask.dtype == torch.bool))
+
+
+def _each_head(
+    query: torch.Tensor, key: torch.Tensor, reading: _Reading, scale: float | None, cap: float
+) -> torch.Tensor:
+    """(B, H, R, C): the rows of one layer, head by head."""
+    where, limits = (reading.places, reading.columns), reading.limits
+    if "mask" not in limits:
+        options = limits | {"softmax_scale": scale, "softcap": cap or None}
+        return mekernels.attention_rows(query, key, *where, reduce="none", **options)
+    heads = query.shape[1]
+    mask, group = limits["mask"].expand(-1, heads, -1, -1), heads // key.shape[1]
+    parts = []
+    for h in range(heads):
+        one = [query[:, h, None]], [key[:, h // group, None]]
+        seen = mask[:, h, None]
+        parts.append(layer_attention_rows(*one, *where, mask=seen, softmax_scale=scale, softcap=cap))
+    return torch.stack(parts, 1)
+
+
+@contextlib.contextmanager
+def outside_checkpoint() -> Iterator[None]:
+    """Keep what is saved for backward out of a surrounding checkpoint's list of tensors to recompute."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+        yield
+
+
+def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
+    """The dtype to which the attention function rounds queries and keys."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if implementation.startswith("flash") and query.dtype == torch.float32:
+        return next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), query.dtype)
+    return query.dtype
+
+
+def _saves_selected_activations() -> bool:
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(m).__name__ == "_CachingTorchDispatchMode" for m in _get_current_dispatch_mode_stack())
+
+
+def read_by_host(positions: torch.Tensor | slice) -> bool:
+    """Whether the host checks positions; on another device a check would wait for the device."""
+    return isinstance(positions, slice) or positions.device.type == "cpu"
+
+
+def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
+    """The highest position that is known without a wait for a device."""
+    known = [columns.stop - 1] if isinstance(columns, slice) else []
+    for positions in (rows, columns):
+        if isinstance(positions, torch.Tensor) and read_by_host(positions) and positions.numel():
+            known.append(int(positions.max()))
+    return max(known, default=-1)

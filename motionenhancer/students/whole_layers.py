@@ -1,0 +1,78 @@
+"""Attention of modules that attend to a packed sequence part by part, gathered to one of each module.
+
+Vision towers of Qwen's kind call ``eager`` and ``sdpa`` attention once for each image, frame or window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from motionenhancer.students.attention_registry import Callback
+from motionenhancer.students.keys import Parts
+
+__all__ = ["in_backward", "whole_layers"]
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs: what is called then is a checkpoint's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[Callback]:
+    """Yield what is to be called with each part; ``callback`` gets the whole once its module has run.
+
+    Queries are handed on as they are. Where a module attends in several parts, the mask is a :class:`Parts`.
+
+    Raises:
+        ValueError: from what is yielded, for a module whose calls cannot be followed, or whose parts are
+            masked.
+    """
+    running: dict[int, list[tuple[Any, ...]]] = {}
+    known: dict[tuple[Any, ...], Parts] = {}
+
+    @torch._disable_dynamo
+    def begin(module: nn.Module, _: Any) -> None:
+        running[id(module)] = []
+
+    def part(*call: Any) -> torch.Tensor:
+        _, module, query, *_ = call
+        if not in_backward():
+            if id(module) not in running:
+                raise ValueError(f"{type(module).__name__} runs without its hooks, so it cannot be read")
+            running[id(module)].append(call)
+        return query
+
+    @torch._disable_dynamo
+    def end(module: nn.Module, _: Any, __: Any) -> None:
+        calls = running.pop(id(module))
+        if len(calls) > 1:
+            calls = [_joined(calls, known)]
+        for call in calls:
+            callback(*call)
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for handle in (module.register_forward_pre_hook(begin), module.register_forward_hook(end)):
+                stack.callback(handle.remove)
+        yield part
+
+
+def _joined(calls: Sequence[tuple[Any, ...]], known: dict[tuple[Any, ...], Parts]) -> tuple[Any, ...]:
+    implementation, module, query, _, _, kwargs = calls[0]
+    if any(call[4] is not None or len(call[2]) != 1 for call in calls):
+        raise ValueError(
+            f"{type(module).__name__} attends in {len(calls)} parts that are masked or are batches, which is "
+            "not read"
+        )
+    queries, keys = (torch.cat([call[place] for call in calls], 2) for place in (2, 3))
+    ends = tuple(accumulate(call[2].shape[2] for call in calls))
+    # One object for all layers of the same parts, whose masks are then examined once.
+    parts = known.setdefault((query.device, *ends), Parts(torch.tensor((0, *ends), device=query.device)))
+    return implementation, module, queries, keys, parts, kwargs

@@ -1,0 +1,122 @@
+"""Soft caps, learned sinks and sliding windows, in models that have them, against eager attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from students_support import checkpoint_layers, eager_attention, full_precision_softmax, gradients, restore
+
+from mekernels import use_backend
+from motionenhancer.students import capture_attention
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "vocab_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+LAYERS = ["full_attention", "sliding_attention", "full_attention"]
+
+
+def sharp(model: Any) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                parameter.normal_(0, 1.5)
+            if "sinks" in name:
+                parameter.normal_(1, 2)
+    return model.double().eval()
+
+
+def gemma2(**options: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    cap = {"attn_logit_softcapping": 3.0, "sliding_window": 4, "layer_types": LAYERS}
+    config = Gemma2Config(**SIZES, **{**cap, "query_pre_attn_scalar": 8, **options})
+    return sharp(Gemma2ForCausalLM._from_config(config, attn_implementation="eager"))
+
+
+def gpt_oss(**options: Any) -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4, "layer_types": LAYERS}
+    config = GptOssConfig(**SIZES, **{**experts, **options})
+    model = GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")  # the grouped one has no double precision
+    return sharp(model)
+
+
+def drawn(n: int = 11) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A left-padded batch, rows and columns."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 40, (2, n), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    rows = torch.tensor([[n - 1, 4, 7], [n - 2, 6, -1]])
+    columns = torch.cat([torch.arange(n).repeat(2, 1), torch.tensor([[-1], [-1]])], 1)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}, rows, columns
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("use_checkpoints", [False, True])
+def test_values_and_gradients(make: Any, backend: str, use_checkpoints: bool) -> None:
+    """Layers read together and layer by layer; sinks have a gradient of their own."""
+    model = make()
+    batch, rows, columns = drawn()
+    expected, out = eager_attention(model, batch, rows, columns)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    reference = gradients(model, (expected * weight).sum() + out.loss)
+    if use_checkpoints:
+        checkpoint_layers(model)
+    with use_backend(backend), full_precision_softmax():
+        with capture_attention(model, rows, columns, layers="all") as captured:
+            out = model(**batch)
+        found = gradients(model, (captured.attention * weight).sum() + out.loss)
+    torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    assert found.keys() == reference.keys()
+    for name, gradient in reference.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12 * largest, msg=name)
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def test_head_by_head(make: Any) -> None:
+    model = make()
+    batch, rows, columns = drawn()
+    with full_precision_softmax(), torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions, 1)[:, :, [1, 2]]
+        with capture_attention(model, rows, columns, layers="all", heads=[2, 1], reduce="none") as captured:
+            model(**batch)
+        with capture_attention(model, rows, columns, heads=[2, 1]) as mean:
+            model(**batch)
+    for sample in range(2):
+        expected = maps[sample][:, :, rows[sample].clamp(min=0)][..., columns[sample].clamp(min=0)]
+        expected = expected * (rows[sample] >= 0)[:, None] * (columns[sample] >= 0)
+        torch.testing.assert_close(captured.attention[sample], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mean.attention[sample], expected[[0, 2]].mean((0, 1)), rtol=1e-9, atol=0)
+    assert mean.left_out == 1
+
+
+@pytest.mark.parametrize(("make", "option"), [(gemma2, "softcap"), (gpt_oss, "s_aux")])
+def test_an_attention_that_drops_them_is_refused(make: Any, option: str) -> None:
+    """Torch's own attention knows neither: its map would be another."""
+    model = make()
+    batch, rows, columns = drawn()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "sdpa"
+    with (
+        capture_attention(model, rows, columns),
+        pytest.raises(ValueError, match=f"sdpa does not know the {option} of"),
+    ):
+        model(**batch)
+    restore(model)
