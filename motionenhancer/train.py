@@ -31,7 +31,7 @@ from .priors.prior import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
-from .report.run_report import RunReport
+from .report.run_report import RunReport, status_of
 from .report.watch import Watch
 from .settings import (
     DataArguments,
@@ -258,7 +258,7 @@ def run(
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
-            report.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            report.write(status_of(error))
         raise
     summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])

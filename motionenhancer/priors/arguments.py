@@ -24,7 +24,7 @@ from .kinds import REGIONS, SELF, source_class
 from .prior import PriorSettings, check_settings
 from .reader import Grid, Source
 from .requests import PriorRequest, request_priors
-from .storage import PriorStore, prior_keys
+from .storage import prior_keys
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -137,12 +137,10 @@ class PriorArguments(Settings):
                 return f"the maps of the student {one.teacher} are read before the training and kept"
         return ""
 
-    def store(self, device: torch.device | str) -> PriorStore:
+    def store(self, device: torch.device | str) -> CombinedStore:
         """The priors that are kept, of several teachers combined."""
-        folder = Path(self.prior_dir)
-        if len(self.teachers) < 2:
-            return PriorStore(folder)
-        return CombinedStore(folder, self.weights(), self.common_grid(device))
+        grid = self.common_grid(device) if len(self.teachers) > 1 else None
+        return CombinedStore(Path(self.prior_dir), self.weights(), grid)
 
     def find(self, *, dry_run: bool = False, student: str | None = None) -> None:
         """Replace an id of the Hub by its folder, and `self` by the student.
