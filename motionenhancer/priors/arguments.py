@@ -79,8 +79,7 @@ class PriorArguments(Settings):
         # One is a text, as where nobody thinks of several.
         if isinstance(self.teacher, list | tuple):
             self.teacher = list(self.teacher) if len(self.teacher) > 1 else self.teacher[0]
-        if len({*self.teachers}) < len(self.teachers):
-            raise ValueError(f"--teacher must name different teachers, got {' '.join(self.teachers)}")
+        self._refuse_twins()
         if self.teacher_weights is not None and len(self.teachers) < 2:
             raise ValueError("--teacher_weights needs several teachers: --teacher A B")
         self.weights()
@@ -91,6 +90,10 @@ class PriorArguments(Settings):
         if self.teacher is None:
             return []
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+
+    def _refuse_twins(self) -> None:
+        if len({*map(os.path.realpath, self.teachers)}) < len(self.teachers):
+            raise ValueError(f"--teacher must name different teachers, got {' '.join(self.teachers)}")
 
     def each(self) -> list[PriorArguments]:
         """The same with one teacher each: everything but these and `store` is of one."""
@@ -161,6 +164,7 @@ class PriorArguments(Settings):
             found.append(folder if kept else str(model_folder(name, "--teacher", dry_run=dry_run)))
         if found:
             self.teacher = found if len(found) > 1 else found[0]
+            self._refuse_twins()
 
     @property
     def source(self) -> type[Source] | None:

@@ -355,12 +355,42 @@ def test_a_clip_is_looked_at_with_several(annotated: World, tmp_path: Path) -> N
     [
         (["regions"], {"teacher_weights": ["1"]}, "--teacher_weights needs several teachers"),
         (["regions", "regions"], {}, "--teacher must name different teachers"),
+        (["a", "./a/"], {}, "--teacher must name different teachers, got a ./a/"),
         (["a", "b"], {"teacher_weights": ["1"]}, "must be 2 numbers above 0, or confidence"),
         (["a", "b"], {"teacher_weights": ["1", "0"]}, "got 1 0"),
         (["a", "b"], {"teacher_weights": ["1", "x"]}, "got 1 x"),
         (["a", "b"], {"teacher_weights": ["1", "inf"]}, "got 1 inf"),
+        (["a", "b"], {"teacher_weights": ["1", "-1"]}, "got 1 -1"),
+        (["a", "b"], {"teacher_weights": ["nan", "1"]}, "got nan 1"),
+        (["a", "b"], {"teacher_weights": ["confidence", "1"]}, "got confidence 1"),
     ],
 )  # fmt: skip
 def test_teachers_and_weights_that_are_none(teachers: list[str], options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         PriorArguments(teacher=teachers, **options)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "options", "says"),
+    [
+        (["self", "{student}"], [], "--teacher must name different teachers, got {student} {student}"),
+        (["regions", "self"], ["--ddim_steps", "9"], "--ddim_steps does nothing with --teacher regions"),
+        (["regions", "self"], ["--vae_tiling", "true"], "--vae_tiling does nothing with --teacher regions"),
+        (["{teacher}", "regions"], ["--prior_engine", "ray"], "--prior_source online: several teachers in"),
+        (["regions", "self"], [], "--prior_source online: the maps of the student"),
+    ],
+)  # fmt: skip
+def test_what_several_teachers_cannot_do_is_refused_before_any_work(
+    world: World,
+    tmp_path: Path,
+    teachers: list[str],
+    options: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = vars(world)
+    given = flags(world, tmp_path / "out", teacher=None, prior_source="online", ddim_steps=None)
+    named = [name.format(**names) for name in teachers]
+    assert train.main([*given, "--teacher", *named, *options]) == 2
+    assert f"error: {says.format(**names)}" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
