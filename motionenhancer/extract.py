@@ -25,6 +25,7 @@ from .data.readers import read_samples
 from .data.sources import open_source
 from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
+from .priors.arguments import MakerArguments, PriorArguments
 from .priors.engine import Engine
 from .priors.extraction import EXTRACTION, ExtractionRecord
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
@@ -33,7 +34,7 @@ from .priors.requests import PriorRequest
 from .priors.storage import PriorStore
 from .processes import from_main, join_processes
 from .report.run_report import status_of, versions
-from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
+from .settings import DataArguments, ExtractArguments
 from .toy.defaults import use_toy_defaults
 
 CLASSES = (DataArguments, PriorArguments, PriorSettings, MakerArguments, ExtractArguments)

@@ -20,6 +20,7 @@ from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sample import whole_words
 from .flags import parse_arguments
+from .priors.arguments import PriorArguments
 from .priors.combination import combine_priors
 from .priors.extraction import StoredPriors, read_extraction
 from .priors.prior import MotionPrior, PriorSettings
@@ -30,7 +31,7 @@ from .report.page import pick, write_page, write_run_page
 from .report.picture import contact_sheet, write_overlay
 from .report.views import View, load_views
 from .report.watch import add_maps, read_student, task_of
-from .settings import DataArguments, LookArguments, PriorArguments, ReportArguments
+from .settings import DataArguments, LookArguments, ReportArguments
 from .students import load_student
 from .toy.defaults import default_toy
 

@@ -21,13 +21,13 @@ from motionenhancer import agreement, extract, look, store, train
 from motionenhancer.data import prompt_text, read_samples
 from motionenhancer.data.video import VideoError
 from motionenhancer.integrations import PriorLookup
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.combination import Combined, combine_priors, compare_words, word_rows
 from motionenhancer.priors.confidence import prior_confidence
 from motionenhancer.priors.extraction import ExtractionRecord
 from motionenhancer.priors.prior import MotionPrior, PriorError
 from motionenhancer.priors.requests import Made, PriorRequest
 from motionenhancer.priors.storage import PriorStore
-from motionenhancer.settings import PriorArguments
 from motionenhancer.toy.world import write_world
 
 TEXT = "the red square moves"
