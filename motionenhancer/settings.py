@@ -16,13 +16,15 @@ from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
 from .data.sources import check_source
 from .evaluation.benchmarks import BENCHMARKS
-from .flags import MAX_SEED, Settings, setting
+from .flags import MAX_SEED, Settings, near, setting
 from .hub import model_folder
 from .priors.arguments import DTYPES, MakerArguments, PriorArguments
 from .students import StudentFamily
 
 MAX_FRAMES = 64
 """Most frames of a clip by rate, in training."""
+ACTIONS = ("list", "verify", "prune")
+"""What `store` does with a folder of priors."""
 SOURCES = ("store", "online", "hybrid")
 
 
@@ -53,6 +55,32 @@ class DataArguments(Settings):
         super().__post_init__()
         if self.data is not None:
             check_source(self.data, "--data", folder=self.data_folder)
+
+
+@dataclass
+class ToyArguments(Settings):
+    """The toy world."""
+
+    output_dir: str = setting("runs/toy", "Folder to write.")
+    clips: int = setting(64, "Number of training clips.", least=1)
+    test_clips: int | None = setting(None, "Number of test clips. Default: a quarter of --clips.", least=1)
+    seed: int = setting(0, "Seed of the clips.", least=0, most=MAX_SEED)
+
+
+@dataclass
+class StoreArguments(Settings):
+    """What is done, and with which priors."""
+
+    action: str | None = setting(None, f"{', '.join(ACTIONS)}.", positional=True)
+    prior_dir: str = setting(PriorArguments.prior_dir, "Folder of stored priors.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.action not in ACTIONS:
+            said = "none" if self.action is None else f"{self.action}{near(self.action, ACTIONS)}"
+            raise ValueError(f"give one of {', '.join(ACTIONS)}, got {said}")
+        if not Path(self.prior_dir).is_dir():
+            raise ValueError(f"--prior_dir {self.prior_dir}: no such folder")
 
 
 @dataclass

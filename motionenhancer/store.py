@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -16,9 +15,11 @@ from pathlib import Path
 from .data import SkipLog
 from .data.digests import DigestCache
 from .data.readers import read_samples
+from .flags import parse_arguments
 from .priors.extraction import read_extraction
 from .priors.prior import MotionPrior
-from .priors.storage import DAMAGED, DEFAULT_DIR, DamagedPrior, PriorStore
+from .priors.storage import DAMAGED, DamagedPrior, PriorStore
+from .settings import StoreArguments
 
 #: Age in seconds from which a temporary file is assumed to be of a run that died.
 _ABANDONED = 600
@@ -110,17 +111,9 @@ def _prune(store: PriorStore) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m motionenhancer.store", description="Look after a folder of motion priors."
-    )
-    parser.add_argument("action", choices=("list", "verify", "prune"))
-    parser.add_argument("--prior_dir", type=Path, default=Path(DEFAULT_DIR))
-    arguments = parser.parse_args(argv)
-    if not arguments.prior_dir.is_dir():
-        print(f"--prior_dir {arguments.prior_dir}: no such folder", file=sys.stderr)
-        return 2
+    (chosen,) = parse_arguments((StoreArguments,), argv, prog="python -m motionenhancer.store")
     actions = {"list": _list, "verify": _verify, "prune": _prune}
-    return actions[arguments.action](PriorStore(arguments.prior_dir))
+    return actions[chosen.action](PriorStore(Path(chosen.prior_dir)))
 
 
 if __name__ == "__main__":

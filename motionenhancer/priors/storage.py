@@ -19,7 +19,6 @@ from safetensors.torch import save
 from ..files import whole_file, write_json
 from .prior import FORMAT, MotionPrior, PriorSettings
 
-DEFAULT_DIR = "runs/priors"
 _SUFFIX, DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
 
 

@@ -8,7 +8,6 @@ import pytest
 from motionenhancer.flags import flag_of, parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import PriorSettings
-from motionenhancer.priors.storage import DEFAULT_DIR
 from motionenhancer.settings import DataArguments
 
 
@@ -17,10 +16,9 @@ def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments,
 
 
 def test_defaults_make_the_papers_settings() -> None:
-    data, prior, settings = parse()
+    data, _, settings = parse()
     assert data.data is None
     assert settings == PriorSettings()
-    assert prior.prior_dir == DEFAULT_DIR, "without arguments the store looks where extraction writes"
 
 
 def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
@@ -178,6 +176,9 @@ def test_every_flag_is_declared_once() -> None:
     twice = {name: found for name, found in owners.items() if len(found) > 1}
     assert twice == {
         "dry_run": {"ExtractArguments", "StudentArguments"},
+        "output_dir": {"EvalArguments", "ToyArguments"},
+        "prior_dir": {"PriorArguments", "StoreArguments"},
+        "seed": {"EvalArguments", "ToyArguments"},
         "max_pixels": {"EvalArguments", "StudentArguments"},
         # Of one clip that is looked at, without a default.
         "student": {"LookArguments", "ShownArguments"},
