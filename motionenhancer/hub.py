@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
 )
 
 from .files import readable
-from .report.run_report import REPORT
 
 __all__ = ["Upload", "model_folder"]
 
@@ -130,8 +129,12 @@ class Upload:
             return f"--push_to_hub true: {self.name} cannot be written ({' '.join(str(error).split())})"
         return ""
 
-    def push(self, folder: Path) -> str:
-        """Upload a folder's model and model card, without reports, checkpoints and clips; return its address.
+    def push(self, folder: Path, left_out: str) -> str:
+        """Upload a folder's model and model card, and nothing of the folders in it; return their address.
+
+        Args:
+            folder: of a model and other files.
+            left_out: a file of it that has the name of a model's.
 
         Raises:
             OSError: it cannot be uploaded.
@@ -144,7 +147,7 @@ class Upload:
                 repo_id=self.name,
                 folder_path=folder,
                 # Whole names: a pattern would also take files of folders below.
-                allow_patterns=[name for name in names if name != REPORT],
+                allow_patterns=[name for name in names if name != left_out],
                 revision=self.revision,
                 commit_message="Upload the model of a finished run",
             )

@@ -33,7 +33,7 @@ from .priors.prior import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
-from .report.run_report import RunReport, status_of
+from .report.run_report import REPORT, RunReport, status_of
 from .report.watch import Watch
 from .settings import DataArguments, OnlineArguments, ReportArguments, StudentArguments
 from .students import StudentFamily, load_student
@@ -290,7 +290,7 @@ def run(
 
 def _push(upload: Upload | None, folder: Path) -> None:
     if upload is not None:
-        print(f"uploaded: {upload.push(folder)}")
+        print(f"uploaded: {upload.push(folder, REPORT)}")
 
 
 def _interrupted(report: RunReport, training: TrainArguments) -> str:
