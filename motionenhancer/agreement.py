@@ -20,13 +20,14 @@ from .data import SkipLog
 from .data.readers import load_samples
 from .files import write_json
 from .flags import parse_arguments
+from .priors.arguments import PriorArguments
 from .priors.combination import compare_words
 from .priors.comparison import mean_agreement, read_in_ways
 from .priors.maker import DeadTeacher, LocalMaker, count_failed, make_all
 from .priors.prior import PriorSettings
 from .priors.requests import Made, request_priors
 from .processes import join_processes
-from .settings import AgreementArguments, DataArguments, PriorArguments
+from .settings import AgreementArguments, DataArguments
 from .toy.defaults import use_toy_defaults
 
 

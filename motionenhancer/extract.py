@@ -9,12 +9,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -24,16 +23,18 @@ from .data import Sample, SkipLog
 from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sources import open_source
-from .files import write_json
 from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
+from .priors.arguments import MakerArguments, PriorArguments
+from .priors.engine import Engine
+from .priors.extraction import EXTRACTION, ExtractionRecord
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
 from .priors.prior import PARTLY_UNKNOWN, PriorSettings
 from .priors.requests import PriorRequest
-from .priors.storage import EXTRACTION, PriorStore
+from .priors.storage import PriorStore
 from .processes import from_main, join_processes
-from .report.run_report import versions
-from .settings import DataArguments, ExtractArguments, MakerArguments, PriorArguments
+from .report.run_report import status_of, versions
+from .settings import DataArguments, ExtractArguments
 from .toy.defaults import use_toy_defaults
 
 CLASSES = (DataArguments, PriorArguments, PriorSettings, MakerArguments, ExtractArguments)
@@ -91,26 +92,64 @@ def run(
     prior.find(dry_run=dry_run)
     use_toy_defaults(data, prior)
     prior.check(settings, state.device)
-    codes = []
-    for one in prior.each():
-        if len(prior.teachers) > 1 and state.is_main_process:
-            print(f"teacher {one.teacher}")
-        codes.append(_extract(data, one, settings, how, dry_run))
+    assert data.data is not None
+    source = open_source(data.data)
+    with how.open() as engine:
+        about = {
+            "data": source.name,
+            "video_root": data.video_root,
+            "limit": data.limit,
+            "prompt_source": prior.prompt_source,
+            "engine": how.prior_engine,
+            "processes": state.num_processes * engine.teachers,
+            "versions": versions(),
+        }
+        teachers = prior.each()
+        reports = [
+            {
+                "teacher": {"path": one.teacher, "id": one.teacher_id(engine.device)},
+                "settings": asdict(one.reading(settings)),
+                **about,
+            }
+            for one in teachers
+        ]
+        several = {"teacher_weights": prior.teacher_weights, "grid": prior.common_grid(engine.device)}
+        record = ExtractionRecord(Path(prior.prior_dir), reports, several)
+        codes = []
+        for place, one in enumerate(teachers):
+            if len(teachers) > 1 and state.is_main_process:
+                print(f"teacher {one.teacher}")
+            if dry_run:
+                codes.append(_forecast(data, one, settings, engine))
+                continue
+            try:
+                codes.append(_extract(data, one, settings, how, engine, record, place))
+            except BaseException as error:
+                if state.is_main_process:
+                    said = str(error) or type(error).__name__
+                    with suppress(OSError):
+                        record.write(place, status_of(error), {"error": said})
+                raise
+    on_interrupt(lambda: "the extraction had finished")
     return max(codes)
 
 
 def _extract(
-    data: DataArguments, prior: PriorArguments, settings: PriorSettings, how: MakerArguments, dry_run: bool
+    data: DataArguments,
+    prior: PriorArguments,
+    settings: PriorSettings,
+    how: MakerArguments,
+    engine: Engine,
+    record: ExtractionRecord,
+    place: int,
 ) -> int:
-    """Do one process's part of the extraction from one teacher; see `run`."""
-    state, began = PartialState(), time.time()
+    """Do one process's part of the extraction from one teacher, the record's at `place`; see `run`."""
+    state, began, before = PartialState(), time.time(), record.finished[place]
     assert data.data is not None
-    source = open_source(data.data)
     store, skips = PriorStore(Path(prior.prior_dir)), SkipLog()
     # Every process meets the same bad lines: one of them counts them.
     lines = skips if state.is_main_process else SkipLog(shout=0)
-    with how.open() as engine, DigestCache(store.folder, writes=not dry_run) as cache:
-        teacher_id = prior.teacher_id(engine.device)
+    with DigestCache(store.folder) as cache:
         name, settings = prior.name(engine.device, settings), prior.reading(settings)
         requests = prior.requests(
             read_samples(data.data, data.video_root, lines, limit=data.limit),
@@ -118,40 +157,23 @@ def _extract(
             name=name,
             digest=cache.digest,
             workers=how.prior_workers,
-            part=0 if dry_run else state.process_index,
-            parts=1 if dry_run else state.num_processes,
+            part=state.process_index,
+            parts=state.num_processes,
         )
-        if dry_run:
-            if state.is_main_process:
-                print(_forecast(requests, store, prior, settings, engine.device))
-                if skips.total:
-                    print(skips.summary())
-            return from_main(1 if skips.total else 0)
-        report = {
-            "teacher": {"path": prior.teacher, "id": teacher_id},
-            "data": source.name,
-            "video_root": data.video_root,
-            "limit": data.limit,
-            "prompt_source": prior.prompt_source,
-            "settings": asdict(settings),
-            "engine": how.prior_engine,
-            "processes": state.num_processes * engine.teachers,
-            "versions": versions(),
-        }
-        path, before = store.folder / EXTRACTION, _finished(store.folder / EXTRACTION, report)
         if state.is_main_process and before is None:
-            write_json(path, {"status": "running", **report})
+            record.write(place, "running", {})
         counts = dict.fromkeys(("samples", "stored", "made"), 0)
 
         def kept() -> str:
             if state.is_main_process and (before is None or counts["made"]):
-                write_json(path, {"status": "interrupted", **report})
+                record.write(place, "interrupted", {})
             return f"every finished prior is kept in {store.folder}"
 
         on_interrupt(kept)
+        teacher_id = prior.teacher_id(engine.device)
         maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
         stored = Stored(store, maker, name, strict=True, retry=True)
-        roundtrip = _make(requests, source.file, stored, counts, skips)
+        roundtrip = _make(requests, open_source(data.data).file, stored, counts, skips)
         counts["worker_deaths"] = getattr(maker, "deaths", 0)
     everyone = gather_object([(counts, roundtrip, skips)])
     if not state.is_main_process:
@@ -167,8 +189,9 @@ def _extract(
     found = json.loads(json.dumps({"samples": results["samples"], "skipped": total.to_json()}))
     if before is not None and not results["made"] and found.items() <= before.items():
         print("this extraction is finished; nothing is done")
+        record.save()
     else:
-        write_json(path, {"status": "finished", **report, **results, **found})
+        record.write(place, "finished", {**results, **found})
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
         print(f"{unknown} {PARTLY_UNKNOWN}: such characters are never words")
@@ -176,19 +199,8 @@ def _extract(
         print(f"inversion error of the first clip: {results['roundtrip']}")
     if total.total:
         print(total.summary())
-        print(f"the whole list: {path}")
-    on_interrupt(lambda: "the extraction had finished")
+        print(f"the whole list: {record.path}")
     return from_main(1 if total.total else 0)
-
-
-def _finished(path: Path, report: dict[str, Any]) -> dict[str, Any] | None:
-    """What the same extraction wrote when it had finished; None where it has not."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = {"status": "finished", **json.loads(json.dumps(report))}
-    return before if all(name in before and before[name] == value for name, value in same.items()) else None
 
 
 def _make(
@@ -221,29 +233,39 @@ def _make(
     return roundtrip
 
 
-def _forecast(
-    requests: Iterator[tuple[Sample, PriorRequest]],
-    store: PriorStore,
-    prior: PriorArguments,
-    settings: PriorSettings,
-    device: torch.device,
-) -> ExtractionCost | str:
-    """Say what making the missing priors will take; no model is loaded."""
+def _forecast(data: DataArguments, prior: PriorArguments, settings: PriorSettings, engine: Engine) -> int:
+    """Say what making the missing priors will take; no model is loaded. Returns as `run`."""
+    assert data.data is not None
     assert prior.teacher is not None
-    seen: dict[str, bool] = {}
+    store, skips, seen = PriorStore(Path(prior.prior_dir)), SkipLog(), dict[str, bool]()
+    with DigestCache(store.folder, writes=False) as cache:
+        requests = prior.requests(
+            read_samples(data.data, data.video_root, skips, limit=data.limit),
+            skips,
+            name=prior.name(engine.device, settings),
+            digest=cache.digest,
+        )
 
-    def texts() -> Iterator[str]:
-        for _, request in requests:
-            if request.key not in seen:
-                seen[request.key] = request.key in store
-                if not seen[request.key]:
-                    yield request.text
+        def texts() -> Iterator[str]:
+            for _, request in requests:
+                if request.key not in seen:
+                    seen[request.key] = request.key in store
+                    if not seen[request.key]:
+                        yield request.text
 
-    if prior.source is not None:
-        missing = sum(1 for _ in texts())
-        return f"priors: {len(seen) - missing} stored, {missing} to make; no video model is needed"
-    found = extraction_cost(texts(), settings, prior.teacher, **prior.cost_options(device))
-    return replace(found, stored=sum(seen.values()))
+        cost: ExtractionCost | str
+        if prior.source is None:
+            options = prior.cost_options(engine.device)
+            cost = extraction_cost(texts(), prior.reading(settings), prior.teacher, **options)
+            cost = replace(cost, stored=sum(seen.values()))
+        else:
+            missing = sum(1 for _ in texts())
+            cost = f"priors: {len(seen) - missing} stored, {missing} to make; no video model is needed"
+    if PartialState().is_main_process:
+        print(cost)
+        if skips.total:
+            print(skips.summary())
+    return from_main(1 if skips.total else 0)
 
 
 if __name__ == "__main__":

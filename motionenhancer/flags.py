@@ -154,7 +154,7 @@ class _Parser(HfArgumentParser):
         if message.startswith(start):
             known = [name for action in self._actions for name in action.option_strings]
             wrong = [part for part in message.removeprefix(start).split() if part.startswith("-")]
-            hints = [_near(part.partition("=")[0], known) for part in wrong]
+            hints = [near(part.partition("=")[0], known) for part in wrong]
             message += "".join(dict.fromkeys(hint for hint in hints if hint))
         super().error(message)
 
@@ -168,9 +168,10 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def near(name: str, known: Sequence[str]) -> str:
+    """Suggest what a misspelt name may mean, in brackets; empty if nothing is like it."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def parse_arguments(
@@ -231,7 +232,7 @@ def parse_options(
     known = [flag_of(one) for cls in classes for one in fields(cls) if one.init]
     for name in options:
         if name not in (*known, "config"):
-            raise ValueError(f"no option {name!r}{_near(name, known)}")
+            raise ValueError(f"no option {name!r}{near(name, known)}")
     argv, held = list[str](), dict[str, Any]()
     for name, value in options.items():
         if isinstance(value, list | tuple):
@@ -266,7 +267,7 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: must be a mapping of options, got {type(given).__name__}")
     names = parser.names
-    unknown = [f"{str(key)!r}{_near(str(key), list(names))}" for key in given if key not in names]
+    unknown = [f"{str(key)!r}{near(str(key), list(names))}" for key in given if key not in names]
     if unknown:
         raise ValueError(f"--config {path}: unknown field {', '.join(unknown)}")
     keys: dict[str, str] = {}

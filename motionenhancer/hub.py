@@ -1,4 +1,4 @@
-"""Models by their names: a folder, or an id of the Hugging Face Hub with an optional revision."""
+"""Models by their names: a folder, or an id of the Hugging Face Hub with an optional revision; uploads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from .files import readable
 
-__all__ = ["model_folder"]
+__all__ = ["Upload", "model_folder"]
 
 #: What a model is loaded from: configurations, tokenizers and safetensors. No pickle and no code.
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -96,3 +96,64 @@ def _complete(folder: Path) -> bool:
         for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     ]
     return any(folder.rglob("*.safetensors")) and all(file.is_file() for file in named)
+
+
+class Upload:
+    """A repository of the Hub for the model of a finished run.
+
+    Args:
+        name: ``owner/model``, or ``model`` of the user who is logged in.
+        token: of the Hub; by default that of `hf auth login`.
+        private: whether a new repository is private; None leaves it to the Hub.
+        revision: a branch other than the main one.
+
+    Raises:
+        ValueError: the Hub cannot be reached, as `HF_HUB_OFFLINE` is set.
+    """
+
+    def __init__(
+        self, name: str, token: str | None = None, private: bool | None = None, revision: str | None = None
+    ) -> None:
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError("--push_to_hub true: HF_HUB_OFFLINE is set, so nothing can be uploaded")
+        self.name, self.private, self.revision = name, private, revision
+        self._api = HfApi(token=token)
+
+    def open(self) -> str:
+        """Make the repository, unless it is there; return what is wrong, or nothing."""
+        try:
+            self.name = self._api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
+            if self.revision is not None:
+                self._api.create_branch(self.name, branch=self.revision, exist_ok=True)
+        except (OSError, ValueError) as error:
+            return f"--push_to_hub true: {self.name} cannot be written ({' '.join(str(error).split())})"
+        return ""
+
+    def push(self, folder: Path, left_out: str) -> str:
+        """Upload a folder's model and model card, and nothing of the folders in it; return their address.
+
+        Args:
+            folder: of a model and other files.
+            left_out: a file of it that has the name of a model's.
+
+        Raises:
+            OSError: it cannot be uploaded.
+        """
+        if wrong := self.open():
+            raise OSError(wrong)
+        names = ["README.md", *(path.name for kind in FILES for path in folder.glob(kind))]
+        try:
+            self._api.upload_folder(
+                repo_id=self.name,
+                folder_path=folder,
+                # Whole names: a pattern would also take files of folders below.
+                allow_patterns=[name for name in names if name != left_out],
+                revision=self.revision,
+                commit_message="Upload the model of a finished run",
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"--push_to_hub true: the finished run in {folder} was not uploaded "
+                f"({' '.join(str(error).split())}); the same command tries again"
+            ) from error
+        return f"{constants.ENDPOINT}/{self.name}"

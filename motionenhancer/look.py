@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,20 +15,23 @@ from accelerate import PartialState
 
 from .alignment.dataset import MotionDataset
 from .data import Sample, SkipLog, read_frames
+from .data.clip import segment_of
 from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sample import whole_words
 from .flags import parse_arguments
+from .priors.arguments import PriorArguments
 from .priors.combination import combine_priors
-from .priors.prior import PriorSettings
+from .priors.extraction import StoredPriors, read_extraction
+from .priors.prior import MotionPrior, PriorSettings
 from .priors.reader import Reader
 from .priors.requests import PriorRequest
-from .priors.storage import EXTRACTION, DamagedPrior, PriorStore, prior_keys
+from .priors.storage import DamagedPrior, PriorStore
 from .report.page import pick, write_page, write_run_page
 from .report.picture import contact_sheet, write_overlay
 from .report.views import View, load_views
 from .report.watch import add_maps, read_student, task_of
-from .settings import DataArguments, LookArguments, PriorArguments, ReportArguments
+from .settings import DataArguments, LookArguments, ReportArguments
 from .students import load_student
 from .toy.defaults import default_toy
 
@@ -132,50 +133,51 @@ def _views_of_store(
     if not store.folder.is_dir():
         raise ValueError(f"--prior_dir {store.folder}: no such folder")
     seen: set[str] = set()
-    for sample, request in _wanted(ids, data, prior, settings, store):
-        if request.key in store and (found := _stored(store, request.key)) is not None:
-            seen |= {request.key, sample.id}
-            yield View.of_prior(found, id=sample.id, video=request.video, task=task_of(sample))
+    for sample, keys, found in _of_samples(ids, data, prior, settings, store):
+        seen |= {*keys, sample.id}
+        yield View.of_prior(found, id=sample.id, video=segment_of(sample.videos[0]), task=task_of(sample))
     for key in [] if seen and not ids else store:
         wanted = not ids or any(key.startswith(name) for name in ids if name not in seen)
-        if key not in seen and wanted and (found := _stored(store, key)) is not None:
-            yield View.of_prior(found, id=key[:16])
+        if key not in seen and wanted and (alone := _read(store, key)) is not None:
+            yield View.of_prior(alone, id=key[:16])
 
 
-def _wanted(
+def _of_samples(
     ids: list[str], data: DataArguments, prior: PriorArguments, settings: PriorSettings, store: PriorStore
-) -> Iterator[tuple[Sample, PriorRequest]]:
-    """Yield the samples of `--data`, or of the folder's last extraction, with their requests."""
+) -> Iterator[tuple[Sample, list[str], MotionPrior]]:
+    """Yield samples of `--data`, or of the folder's last extraction, with their priors and their keys."""
     try:
-        last: dict[str, Any] = json.loads((store.folder / EXTRACTION).read_text("utf-8"))
+        last = read_extraction(store.folder)
     except (OSError, ValueError):
-        last = {}
-    file, root = data.data, data.video_root
-    if file is None and Path(last.get("data") or "").is_file():
-        file, root = last["data"], last.get("video_root")
-    if len(prior.teachers) > 1:
-        raise ValueError(f"--teacher must name one teacher of stored priors, got {' '.join(prior.teachers)}")
-    if prior.teacher is not None:
-        name = prior.name(PartialState().device, settings)
-    elif "settings" in last:
-        name = prior_keys(last["teacher"]["id"], PriorSettings(**last["settings"]))
-        prior = replace(prior, teacher=last["teacher"]["path"])
-    else:
-        file = None
-    if file is None:
+        last = None
+    file, root, made = data.data, data.video_root, last
+    if file is None and last is not None and Path(last.data).is_file():
+        file, root = last.data, last.video_root
+    if prior.teachers:
+        device = PartialState().device
+        source = prior.prompt_source if last is None else last.source
+        named = {str(one.teacher): one.name(device, settings) for one in prior.each()}
+        made = StoredPriors(named, source, prior.store(device))
+    if file is None or made is None:
         print("clips are not shown: they need --data, --video_root, --teacher and the settings of the priors")
         return
-    prior = replace(prior, prompt_source=last.get("prompt_source", prior.prompt_source))
-    skips = SkipLog(shout=0)
-    samples = read_samples(file, root, skips, limit=data.limit)
-    chosen = (sample for sample in samples if not ids or sample.id in ids)
+    if len(made.teachers) > 1:
+        print(f"priors of {' + '.join(made.teachers)}, combined; --teacher shows those of one")
     with DigestCache(store.folder, writes=False) as cache:
-        yield from prior.requests(chosen, skips, name=name, digest=cache.digest)
+        for sample in read_samples(file, root, SkipLog(shout=0), limit=data.limit):
+            if ids and sample.id not in ids:
+                continue
+            try:
+                keys = made.keys(sample, cache.digest)
+            except (ValueError, OSError):
+                continue
+            if any(key in store for key in keys) and (found := _read(made, keys)) is not None:
+                yield sample, keys, found
 
 
-def _stored(store: PriorStore, key: str) -> Any:
+def _read(priors: PriorStore | StoredPriors, key: Any) -> MotionPrior | None:
     try:
-        return store.read(key)
+        return priors.read(key)
     except (DamagedPrior, KeyError) as error:
         print(f"not shown: {error}")
         return None

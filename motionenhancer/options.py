@@ -30,6 +30,7 @@ WORKS = frozenset(
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
     resume_from_checkpoint restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_revision
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
     load_best_model_at_end metric_for_best_model greater_is_better
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
@@ -52,7 +53,7 @@ METRICS = ("loss", "loss_ar", "loss_align", "loss_align_raw")
 _PREDICTIONS = "an evaluation computes losses only; score answers with python -m motionenhancer.eval"
 _CASTS = "transformers casts only a model that is not in training; a run evaluates with the weights it trains"
 _ALIGNER = "the aligner has an optimizer of its own, which follows only schedules of the step number"
-_UPLOAD = "nothing is uploaded; when the run has finished, upload its folder with hf upload"
+_UPLOAD = "only the finished model is uploaded, once"
 _LENGTHS = "lengths are known only when a clip has been decoded; use random or sequential"
 _IN_BACKWARD = (
     "it changes the weights during the backward pass, so a run could not stop before NaN reaches them; use "
@@ -77,12 +78,8 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     "fp16_full_eval": _CASTS,
     "do_eval": "give --eval_data, which is evaluated",
     "greater_is_better": {"True": "every metric is a loss"},
-    **dict.fromkeys(
-        str.split("""
-        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-        """),
-        _UPLOAD,
-    ),
+    "hub_strategy": dict.fromkeys(("every_save", "checkpoint", "all_checkpoints"), _UPLOAD),
+    "hub_always_push": _UPLOAD,
     "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _ALIGNER),
     "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
     "length_column_name": _LENGTHS,

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -17,9 +15,11 @@ from pathlib import Path
 from .data import SkipLog
 from .data.digests import DigestCache
 from .data.readers import read_samples
-from .priors.prior import MotionPrior, PriorSettings
-from .priors.requests import request_priors
-from .priors.storage import DAMAGED, DEFAULT_DIR, EXTRACTION, DamagedPrior, PriorStore, prior_keys
+from .flags import parse_arguments
+from .priors.extraction import read_extraction
+from .priors.prior import MotionPrior
+from .priors.storage import DAMAGED, DamagedPrior, PriorStore
+from .settings import StoreArguments
 
 #: Age in seconds from which a temporary file is assumed to be of a run that died.
 _ABANDONED = 600
@@ -39,18 +39,18 @@ def _each(store: PriorStore) -> Iterator[tuple[str, int, MotionPrior | Exception
 
 
 def _clips(store: PriorStore) -> dict[str, str]:
-    """Keys of the last extraction's priors and the names of their clips, as far as its files are there."""
+    """Keys of the last extraction's priors → teacher and clip, as far as its files are there."""
+    clips: dict[str, str] = {}
     try:
-        last = json.loads((store.folder / EXTRACTION).read_text("utf-8"))
-        name = prior_keys(last["teacher"]["id"], PriorSettings(**last["settings"]))
-        samples = read_samples(last["data"], last["video_root"], SkipLog(shout=0), limit=last["limit"])
+        last = read_extraction(store.folder)
         with DigestCache(store.folder, writes=False) as cache:
-            found = request_priors(
-                samples, last["prompt_source"], SkipLog(shout=0), name=name, digest=cache.digest
-            )
-            return {request.key: Path(os.fspath(request.video)).name for _, request in found}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+            for sample in read_samples(last.data, last.video_root, SkipLog(shout=0), limit=last.limit):
+                with suppress(ValueError, OSError):
+                    for teacher, key in zip(last.teachers, last.keys(sample, cache.digest), strict=True):
+                        clips[key] = f"{Path(os.fspath(sample.videos[0])).name} by {Path(teacher).name}"
+    except (OSError, ValueError):
+        pass
+    return clips
 
 
 def _list(store: PriorStore) -> int:
@@ -111,17 +111,9 @@ def _prune(store: PriorStore) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m motionenhancer.store", description="Look after a folder of motion priors."
-    )
-    parser.add_argument("action", choices=("list", "verify", "prune"))
-    parser.add_argument("--prior_dir", type=Path, default=Path(DEFAULT_DIR))
-    arguments = parser.parse_args(argv)
-    if not arguments.prior_dir.is_dir():
-        print(f"--prior_dir {arguments.prior_dir}: no such folder", file=sys.stderr)
-        return 2
+    (chosen,) = parse_arguments((StoreArguments,), argv, prog="python -m motionenhancer.store")
     actions = {"list": _list, "verify": _verify, "prune": _prune}
-    return actions[arguments.action](PriorStore(arguments.prior_dir))
+    return actions[chosen.action](PriorStore(Path(chosen.prior_dir)))
 
 
 if __name__ == "__main__":

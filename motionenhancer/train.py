@@ -25,30 +25,24 @@ from .data import Sample, SkipLog
 from .data.readers import load_samples
 from .data.sampling import Frames
 from .flags import parse_arguments, parse_options
+from .hub import Upload
 from .interrupts import on_interrupt
+from .priors.arguments import MakerArguments, PriorArguments
 from .priors.maker import DeadTeacher
 from .priors.prior import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
-from .report.run_report import RunReport
+from .report.run_report import REPORT, RunReport, status_of
 from .report.watch import ReadAtBegin, Watch
-from .settings import (
-    DataArguments,
-    MakerArguments,
-    OnlineArguments,
-    PriorArguments,
-    ReportArguments,
-    StudentArguments,
-    TrainArguments,
-    ValidationArguments,
-)
+from .settings import DataArguments, OnlineArguments, ReportArguments, StudentArguments
 from .students import StudentFamily, load_student
 from .students.load import check_config
 from .toy.accuracy import accuracy, accuracy_table
 from .toy.defaults import use_toy_defaults
 from .toy.gaze import attention_on_objects
 from .toy.world import ToyFolder
+from .training.arguments import TrainArguments, ValidationArguments
 from .training.lora import add_lora, merged, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
 from .training.rehearsal import build_optimizer, rehearse
@@ -137,7 +131,7 @@ def run(
         ValueError, OSError: a setting, folder or file is wrong; nothing has been trained.
         FloatingPointError: the loss became NaN or infinite; the report names the samples.
     """
-    folder = Path(training.output_dir or "runs/train")
+    folder, upload = Path(training.output_dir or "runs/train"), training.take_upload()
     student.check(folder)
     online.check(student.prior_source)
     validation.check(training, data=data.data, aligned=student.aligned)
@@ -176,7 +170,10 @@ def run(
             print(
                 f"{folder}: this run is finished; nothing is done. For another run give another --output_dir"
             )
+            _push(upload, folder)
         return report
+    if upload is not None and not student.dry_run and (wrong := from_main(main_process and upload.open())):
+        raise ValueError(wrong)
     skips = SkipLog()
     samples = load_samples(data.data or "", data.video_root, data.limit, skips)
     tested = _eval_samples(validation, skips)
@@ -261,7 +258,7 @@ def run(
     except BaseException as error:
         if main_process and not student.dry_run:
             report.content["error"] = str(error) or type(error).__name__
-            report.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            report.write(status_of(error))
         raise
     summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])
@@ -289,7 +286,14 @@ def run(
         print(f"checkpoint and {report.path.name} in {report.folder}")
         print(summary)
     on_interrupt(lambda: f"the run in {folder} had finished")
+    if main_process and "unaligned" not in report.content:
+        _push(upload, folder)
     return report
+
+
+def _push(upload: Upload | None, folder: Path) -> None:
+    if upload is not None:
+        print(f"uploaded: {upload.push(folder, REPORT)}")
 
 
 def _interrupted(report: RunReport, training: TrainArguments) -> str:

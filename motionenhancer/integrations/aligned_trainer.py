@@ -17,7 +17,7 @@ from .lookup import PriorLookup
 
 #: Where a plug-in keeps the row of a data file that a feature was made of.
 ROW = "motion_row"
-_OTHER_LOSS = re.compile(r"(DPO|GRPO|KTO|PPO|RLOO|ORPO|CPO|GKD|BCO|XPO|NashMD|PRM|Reward|Reranker|Distil)")
+_OTHER_LOSS = re.compile("PO|KTO|RLOO|GKD|GOLD|SDFT|OPD|BCO|NashMD|PRM|Reward|Reranker|Distil")
 
 
 class AlignedTrainer(MotionTrainer):

@@ -24,7 +24,7 @@ from .kinds import REGIONS, SELF, source_class
 from .prior import PriorSettings, check_settings
 from .reader import Grid, Source
 from .requests import PriorRequest, request_priors
-from .storage import PriorStore, prior_keys
+from .storage import prior_keys
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -79,8 +79,7 @@ class PriorArguments(Settings):
         # A single teacher is a str, not a list.
         if isinstance(self.teacher, list | tuple):
             self.teacher = list(self.teacher) if len(self.teacher) > 1 else self.teacher[0]
-        if len({*self.teachers}) < len(self.teachers):
-            raise ValueError(f"--teacher must name different teachers, got {' '.join(self.teachers)}")
+        self._refuse_twins()
         if self.teacher_weights is not None and len(self.teachers) < 2:
             raise ValueError("--teacher_weights needs several teachers: --teacher A B")
         self.weights()
@@ -91,6 +90,10 @@ class PriorArguments(Settings):
         if self.teacher is None:
             return []
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+
+    def _refuse_twins(self) -> None:
+        if len({*map(os.path.realpath, self.teachers)}) < len(self.teachers):
+            raise ValueError(f"--teacher must name different teachers, got {' '.join(self.teachers)}")
 
     def each(self) -> list[PriorArguments]:
         """The same with one teacher each: everything but these and `store` is of one."""
@@ -137,12 +140,10 @@ class PriorArguments(Settings):
                 return f"the maps of the student {one.teacher} are read before the training and kept"
         return ""
 
-    def store(self, device: torch.device | str) -> PriorStore:
+    def store(self, device: torch.device | str) -> CombinedStore:
         """The priors that are kept, of several teachers combined."""
-        folder = Path(self.prior_dir)
-        if len(self.teachers) < 2:
-            return PriorStore(folder)
-        return CombinedStore(folder, self.weights(), self.common_grid(device))
+        grid = self.common_grid(device) if len(self.teachers) > 1 else None
+        return CombinedStore(Path(self.prior_dir), self.weights(), grid)
 
     def find(self, *, dry_run: bool = False, student: str | None = None) -> None:
         """Replace an id of the Hub by its folder, and `self` by the student.
@@ -163,6 +164,7 @@ class PriorArguments(Settings):
             found.append(folder if kept else str(model_folder(name, "--teacher", dry_run=dry_run)))
         if found:
             self.teacher = found if len(found) > 1 else found[0]
+            self._refuse_twins()
 
     @property
     def source(self) -> type[Source] | None:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,6 @@ from safetensors.torch import save
 from ..files import whole_file, write_json
 from .prior import FORMAT, MotionPrior, PriorSettings
 
-DEFAULT_DIR = "runs/priors"
-#: Record of the newest extraction into a store, in its folder.
-EXTRACTION = "extraction.json"
 _SUFFIX, DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
 
 
@@ -53,13 +51,12 @@ def prior_key(video_digest: str, text: str, teacher: str, settings: PriorSetting
 def prior_keys(teacher: str, settings: PriorSettings) -> Callable[[str, str], str]:
     """Return `prior_key` for one teacher and its settings, as a fast function of clip and text."""
     parts = {"format": FORMAT, "settings": asdict(settings), "teacher": teacher}
-    head = json.dumps(parts, sort_keys=True).removesuffix("}")
+    return partial(_key, json.dumps(parts, sort_keys=True).removesuffix("}"))
 
-    def key(video_digest: str, text: str) -> str:
-        rest = json.dumps({"text": text, "video": video_digest}).removeprefix("{")
-        return hashlib.sha256(f"{head}, {rest}".encode()).hexdigest()
 
-    return key
+def _key(head: str, video_digest: str, text: str) -> str:
+    rest = json.dumps({"text": text, "video": video_digest}).removeprefix("{")
+    return hashlib.sha256(f"{head}, {rest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
     counts, frames = report["alignment"], report["frames"]
     aligned = bool(identity["alignment_weight"])
     head = {
-        "base_model": base,
+        # The Hub refuses a card whose base model is a path.
+        **({"base_model": base} if _CACHED.search(identity["student"]) else {}),
         "library_name": "peft"
         if identity["lora_r"] and (folder / "adapter_config.json").is_file()
         else "transformers",
@@ -68,7 +69,7 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
         names = [name for name in ("eval_loss_ar", "eval_loss_align") if name in losses[-1]]
         said = ", ".join(f"`{name}` {losses[-1][name]:.4f}" for name in names)
         lines += ["", f"Losses of `{identity['eval_data']}` at the last evaluation: {said}."]
-    lines += ["", "`motion_report.json` has all settings, versions and logs.", ""]
+    lines += ["", "`motion_report.json` of the run has all settings, versions and logs.", ""]
     write_text(folder / "README.md", "\n".join(lines))
 
 

@@ -107,6 +107,11 @@ class RunReport:
             raise
 
 
+def status_of(error: BaseException) -> str:
+    """The status of a run that this error ended."""
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
     names = str.split("motionenhancer torch triton transformers diffusers accelerate tokenizers av")

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from ..flags import parse_arguments
+from ..settings import ToyArguments
+from .world import build_toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv``, write the folder, say what is in it; exit code 2 on bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m motionenhancer.toy", description=__doc__)
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("runs/toy"), help="folder to write (%(default)s)")
-    add("--clips", type=int, default=64, help="training clips (%(default)s)")
-    add("--test_clips", type=int, default=None, help="test clips (a quarter of --clips)")
-    add("--seed", type=int, default=0, help="seed of the clips (%(default)s)")
-    args = parser.parse_args(argv)
-
-    from transformers.utils import logging as transformers_logging
-
-    from motionenhancer.toy.world import build_toy
-
+    (given,) = parse_arguments((ToyArguments,), argv, prog="python -m motionenhancer.toy")
     transformers_logging.disable_progress_bar()
     try:
-        toy = build_toy(args.output_dir, clips=args.clips, test_clips=args.test_clips, seed=args.seed)
+        toy = build_toy(
+            Path(given.output_dir), clips=given.clips, test_clips=given.test_clips, seed=given.seed
+        )
     except ValueError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for path, what in (
         (toy.train, "training samples"),
         (toy.test, "test samples"),

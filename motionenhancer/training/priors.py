@@ -21,6 +21,7 @@ from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
 from ..flags import flag_of
+from ..priors.arguments import MakerArguments, PriorArguments
 from ..priors.combination import Combined
 from ..priors.comparison import measure_agreement, say_agreement
 from ..priors.engine import Engine
@@ -31,7 +32,7 @@ from ..priors.requests import PriorRequest
 from ..priors.storage import PriorStore
 from ..processes import from_main
 from ..report.run_report import RunReport
-from ..settings import MakerArguments, OnlineArguments, PriorArguments, StudentArguments
+from ..settings import OnlineArguments, StudentArguments
 from ..teachers import Teacher
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..options import naming_options
-from ..settings import TrainArguments
+from .arguments import TrainArguments
 
 
 def rehearse(training: TrainArguments, engine: str) -> None:

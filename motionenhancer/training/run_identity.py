@@ -18,17 +18,13 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..alignment.aligner_training import FOLDER as ALIGNER
 from ..data.sources import open_source
+from ..priors.arguments import PriorArguments
 from ..priors.kinds import REGIONS
 from ..priors.prior import PriorSettings
 from ..processes import from_main
-from ..settings import (
-    DataArguments,
-    PriorArguments,
-    StudentArguments,
-    TrainArguments,
-    ValidationArguments,
-)
+from ..settings import DataArguments, StudentArguments
 from ..weights import not_finite, read_weights
+from .arguments import TrainArguments, ValidationArguments
 from .run_plan import engine_of, global_batch
 
 #: Training arguments that change the result, however the work is split over processes.

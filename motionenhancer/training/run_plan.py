@@ -18,12 +18,14 @@ from ..alignment.aligner import build_aligner
 from ..costs import StudentCost, parameter_count, student_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
+from ..priors.arguments import PriorArguments
 from ..priors.prior import PriorSettings
 from ..priors.storage import PriorStore
-from ..settings import PriorArguments, StudentArguments, TrainArguments
+from ..settings import StudentArguments
 from ..students import StudentFamily
 from ..students.load import check_config, unknown_value
 from ..students.locate import layers_read, text_model
+from .arguments import TrainArguments
 from .lora import plain_name
 
 

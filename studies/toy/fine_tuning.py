@@ -19,13 +19,13 @@ from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import Sample, content_digest, prompt_text, read_frames
 from motionenhancer.priors.prior import MotionPrior, PriorSettings, read_attention, select_prior
 from motionenhancer.priors.storage import PriorStore, prior_key
-from motionenhancer.settings import TrainArguments
 from motionenhancer.students import load_student
 from motionenhancer.students.layout import Encoded
 from motionenhancer.students.words import find_words
 from motionenhancer.teachers import Teacher, load_teacher
 from motionenhancer.toy.accuracy import accuracy, samples_of, shown_clip
 from motionenhancer.toy.world import ToyFolder, draw_clip
+from motionenhancer.training.arguments import TrainArguments
 from studies.toy.arms import Arm, Regime
 from studies.toy.controls import CONTROLS, own_priors
 from studies.toy.masks import mask_prior

@@ -26,7 +26,6 @@ from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data import prompt_text
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.video import Video
-from motionenhancer.settings import TrainArguments
 from motionenhancer.students import student_family
 from motionenhancer.students.layout import Encoded
 from motionenhancer.students.words import find_words
@@ -35,6 +34,7 @@ from motionenhancer.toy.language import question, still_question
 from motionenhancer.toy.models import make_student
 from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
+from motionenhancer.training.arguments import TrainArguments
 from studies.toy.masks import looks_prior
 
 FAMILY = student_family("qwen2_5_vl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def make_views(folder: Path) -> list[View]:
             )
         )
     return [*views, View("plain", "It stands.", clip, spans=[(0, 2), (3, 10)])]
+
+
+def shown(file: Path) -> dict:
+    """What a page holds."""
+    text = file.read_text()
+    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from motionenhancer.flags import flag_of, parse_arguments
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import PriorSettings
-from motionenhancer.priors.storage import DEFAULT_DIR
-from motionenhancer.settings import DataArguments, PriorArguments
+from motionenhancer.settings import DataArguments
 
 
 def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments, PriorSettings]:
@@ -16,10 +16,9 @@ def parse(*argv: str, **options: object) -> tuple[DataArguments, PriorArguments,
 
 
 def test_defaults_make_the_papers_settings() -> None:
-    data, prior, settings = parse()
+    data, _, settings = parse()
     assert data.data is None
     assert settings == PriorSettings()
-    assert prior.prior_dir == DEFAULT_DIR, "without arguments the store looks where extraction writes"
 
 
 def test_flags_override_the_file_which_overrides_the_recipe(tmp_path: Path) -> None:
@@ -106,7 +105,8 @@ def test_all_rows() -> None:
 
 
 def test_the_recipes_in_the_repository_hold_known_fields() -> None:
-    from motionenhancer.settings import StudentArguments, TrainArguments
+    from motionenhancer.settings import StudentArguments
+    from motionenhancer.training.arguments import TrainArguments
 
     folder = Path(__file__).parents[2] / "configs"
     recipes = sorted(folder.glob("*.yaml"))
@@ -161,9 +161,10 @@ def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 def test_every_flag_is_declared_once() -> None:
     """A command would refuse two; here all commands are looked through."""
     from motionenhancer import settings
+    from motionenhancer.training.arguments import ValidationArguments
 
     owners: dict[str, set[str]] = {}
-    for cls in (PriorSettings, *vars(settings).values()):
+    for cls in (PriorSettings, ValidationArguments, *vars(settings).values()):
         if (
             is_dataclass(cls)
             and isinstance(cls, type)
@@ -175,6 +176,9 @@ def test_every_flag_is_declared_once() -> None:
     twice = {name: found for name, found in owners.items() if len(found) > 1}
     assert twice == {
         "dry_run": {"ExtractArguments", "StudentArguments"},
+        "output_dir": {"EvalArguments", "ToyArguments"},
+        "prior_dir": {"PriorArguments", "StoreArguments"},
+        "seed": {"EvalArguments", "ToyArguments"},
         "max_pixels": {"EvalArguments", "StudentArguments"},
         # Of one clip that is looked at, without a default.
         "student": {"LookArguments", "ShownArguments"},
@@ -195,7 +199,7 @@ def test_help_shows_our_groups_and_hides_transformers(capsys: pytest.CaptureFixt
         assert "The student, and how it is aligned:" in text
         assert "--alignment_weight" in text
         assert "--learning_rate" in text
-        assert "--push_to_hub" not in text, "an option that is refused is not offered"
+        assert "--hub_always_push" not in text, "an option that is refused is not offered"
     assert "--adam_beta1" not in shown["--help"]
     assert "--adam_beta1" in shown["--help_all"]
 

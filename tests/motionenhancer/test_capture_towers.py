@@ -322,8 +322,6 @@ def test_layers_of_two_lengths(tmp_path: Any) -> None:
     batch = {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
     with (
         capture_attention(model, torch.tensor([[0]]), slice(0, 1), module="model.vision_tower"),
-        pytest.raises(
-            ValueError, match=r"attends to \d+ tokens, a layer before it to \d+"
-        ),
+        pytest.raises(ValueError, match=r"attends to \d+ tokens, a layer before it to \d+"),
     ):
         model(**batch)

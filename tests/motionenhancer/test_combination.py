@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,23 @@ from typing import Any
 import pytest
 import torch
 from extract_support import stored
+from look_support import shown
 from test_store import make_prior
 from tiny_world import World
 from train_support import flags, report_of, weights_of
 
 from mekernels import resample_rows
-from motionenhancer import agreement, extract, look, train
+from motionenhancer import agreement, extract, look, store, train
+from motionenhancer.data import prompt_text, read_samples
 from motionenhancer.data.video import VideoError
+from motionenhancer.integrations import PriorLookup
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.combination import Combined, combine_priors, compare_words, word_rows
 from motionenhancer.priors.confidence import prior_confidence
+from motionenhancer.priors.extraction import ExtractionRecord
 from motionenhancer.priors.prior import MotionPrior, PriorError
 from motionenhancer.priors.requests import Made, PriorRequest
-from motionenhancer.settings import PriorArguments
+from motionenhancer.priors.storage import PriorStore
 from motionenhancer.toy.world import write_world
 
 TEXT = "the red square moves"
@@ -221,6 +227,76 @@ def test_priors_are_stored_apart_and_used_together(annotated: World, tmp_path: P
     assert train.main(by_confidence) == 2
 
 
+def test_the_record_of_an_extraction_is_of_every_teacher(
+    annotated: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is stored is found again by a plug-in, a page and a list as a training combines it."""
+    given = several(annotated, student=None, prior_dir=tmp_path, ddim_steps=1)
+    assert extract.main([*given, "--teacher_weights", "1", "9"]) == 1
+    record = tmp_path / extract.EXTRACTION
+    report, names = json.loads(record.read_text()), [str(annotated.teacher), "regions"]
+    assert (report["status"], report["teacher_weights"]) == ("finished", ["1", "9"])
+    assert [one["teacher"]["path"] for one in report["teachers"]] == names
+    assert [one["samples"] for one in report["teachers"]] == [4, 3]
+    assert [len(one["skipped"]["entries"]) for one in report["teachers"]] == [0, 1]
+
+    lookup, samples = PriorLookup(tmp_path, grid=True), list(read_samples(annotated.data, annotated.videos))
+    assert lookup.teacher == " + ".join(names)
+    whole = {(p.prompt, p.teacher): p for p in map(PriorStore(tmp_path).read, PriorStore(tmp_path))}
+    ids = [one["teacher"]["id"] for one in report["teachers"]]
+    for sample in samples:
+        parts: list[MotionPrior | None] = [whole.get((prompt_text(sample)[0], id)) for id in ids]
+        assert (parts[1] is None) == (sample is samples[-1])
+        found = pickle.loads(pickle.dumps(lookup)).of(sample)
+        assert found is not None
+        assert torch.equal(found.attention, combine_priors(parts, (1.0, 9.0), lookup.grid).attention)
+
+    def page(*more: str) -> list[dict[str, Any]]:
+        assert look.main(["--prior_dir", str(tmp_path), *more]) == 0
+        return shown(tmp_path / "look.html")["views"]
+
+    capsys.readouterr()
+    assert [view["id"] for view in page()] == [sample.id for sample in samples]
+    assert f"priors of {lookup.teacher}, combined; --teacher shows those of one" in capsys.readouterr().out
+    assert [view["id"] for view in page("--teacher", "regions")] == [sample.id for sample in samples[:-1]]
+    assert "combined" not in capsys.readouterr().out
+    both = page("--teacher", *names, "--ddim_steps", "1", "--teacher_weights", "1", "9")
+    assert [view["words"] for view in both] == [view["words"] for view in page()]
+    capsys.readouterr()
+    assert store.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert (printed.count(" by regions"), printed.count(f".mp4 by {annotated.teacher.name}")) == (3, 4)
+
+    before = record.read_bytes()
+    assert extract.main([*given, "--teacher_weights", "1", "9"]) == 1
+    assert capsys.readouterr().out.count("this extraction is finished; nothing is done") == 2
+    assert record.read_bytes() == before
+    assert extract.main([*given, "--teacher_weights", "confidence"]) == 1
+    assert json.loads(record.read_text()) == {**report, "teacher_weights": ["confidence"]}
+
+
+def test_a_record_says_which_teacher_an_extraction_had_not_reached(tmp_path: Path) -> None:
+    reports = [{"teacher": {"path": name, "id": name}, "settings": {}} for name in "ab"]
+    record = ExtractionRecord(tmp_path, reports, {"teacher_weights": None})
+    record.write(0, "interrupted", {})
+    states = [("interrupted", ["interrupted", "waiting"])]
+    record = ExtractionRecord(tmp_path, reports, {"teacher_weights": None})
+    for place, status in ((0, "running"), (0, "finished"), (1, "failed"), (1, "finished")):
+        record.write(place, status, {"made": 1})
+        body = json.loads(record.path.read_text())
+        states.append((body["status"], [one["status"] for one in body["teachers"]]))
+    assert states[1:] == [
+        ("running", ["running", "waiting"]),
+        ("waiting", ["finished", "waiting"]),
+        ("failed", ["finished", "failed"]),
+        ("finished", ["finished", "finished"]),
+    ]
+    alone = ExtractionRecord(tmp_path, reports[1:], {})
+    assert alone.finished == [{"status": "finished", **reports[1], "made": 1}]
+    alone.save()
+    assert json.loads(record.path.read_text()) == alone.finished[0]
+
+
 def test_the_student_is_one_of_several(annotated: World, tmp_path: Path) -> None:
     """Its maps are read before the training; all priors have the first teacher's grid."""
     given = flags(annotated, tmp_path / "out", prior_source="hybrid", teacher=None, ddim_steps=None)
@@ -279,12 +355,42 @@ def test_a_clip_is_looked_at_with_several(annotated: World, tmp_path: Path) -> N
     [
         (["regions"], {"teacher_weights": ["1"]}, "--teacher_weights needs several teachers"),
         (["regions", "regions"], {}, "--teacher must name different teachers"),
+        (["a", "./a/"], {}, "--teacher must name different teachers, got a ./a/"),
         (["a", "b"], {"teacher_weights": ["1"]}, "must be 2 numbers above 0, or confidence"),
         (["a", "b"], {"teacher_weights": ["1", "0"]}, "got 1 0"),
         (["a", "b"], {"teacher_weights": ["1", "x"]}, "got 1 x"),
         (["a", "b"], {"teacher_weights": ["1", "inf"]}, "got 1 inf"),
+        (["a", "b"], {"teacher_weights": ["1", "-1"]}, "got 1 -1"),
+        (["a", "b"], {"teacher_weights": ["nan", "1"]}, "got nan 1"),
+        (["a", "b"], {"teacher_weights": ["confidence", "1"]}, "got confidence 1"),
     ],
 )  # fmt: skip
 def test_teachers_and_weights_that_are_none(teachers: list[str], options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         PriorArguments(teacher=teachers, **options)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "options", "says"),
+    [
+        (["self", "{student}"], [], "--teacher must name different teachers, got {student} {student}"),
+        (["regions", "self"], ["--ddim_steps", "9"], "--ddim_steps does nothing with --teacher regions"),
+        (["regions", "self"], ["--vae_tiling", "true"], "--vae_tiling does nothing with --teacher regions"),
+        (["{teacher}", "regions"], ["--prior_engine", "ray"], "--prior_source online: several teachers in"),
+        (["regions", "self"], [], "--prior_source online: the maps of the student"),
+    ],
+)  # fmt: skip
+def test_what_several_teachers_cannot_do_is_refused_before_any_work(
+    world: World,
+    tmp_path: Path,
+    teachers: list[str],
+    options: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = vars(world)
+    given = flags(world, tmp_path / "out", teacher=None, prior_source="online", ddim_steps=None)
+    named = [name.format(**names) for name in teachers]
+    assert train.main([*given, "--teacher", *named, *options]) == 2
+    assert f"error: {says.format(**names)}" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []

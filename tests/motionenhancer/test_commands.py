@@ -42,9 +42,24 @@ def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
     assert "the commands are toy, extract" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_misspelt_flag_gets_a_suggestion(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = {"toy": "--clips", "store": "--prior_dir", "look": "--smooth"}.get(name, "--data")
+    with pytest.raises(SystemExit) as stop:
+        main([name, flag[:-1] + "x" + flag[-1], "1"])
+    assert stop.value.code == 2
+    assert f"(did you mean {flag!r}?)" in capsys.readouterr().err
+
+
+def test_the_store_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in ((["verfy"], "got verfy (did you mean 'verify'?)"), ([], "got none")):
+        with pytest.raises(SystemExit):
+            main(["store", *given, "--prior_dir", str(tmp_path)])
+        assert f"give one of list, verify, prune, {said}" in capsys.readouterr().err
+
+
 def test_exit_codes_pass_through(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
-    assert main(["store", "list", "--prior_dir", missing]) == 2
     done = subprocess.run(
         [sys.executable, "-m", "motionenhancer", "store", "list", "--prior_dir", missing],
         capture_output=True,

@@ -160,7 +160,7 @@ REFUSED = [
     (part(min_frames=9, max_frames=3), "'min_frames' must be at most 'max_frames'"),
     ({**part(video_end=1), "video_end": 2}, "'video_end' of the row differs from that of its video"),
     (
-        {**chat([{"type": "video", "fps": 2}, {"type": "text", "text": "x"}], "y")},  # type: ignore[arg-type, dict-item]
+        chat([{"type": "video", "fps": 2}, {"type": "text", "text": "x"}], "y"),  # type: ignore[arg-type]
         "'fps' is in a part that names no video",
     ),
 ]
@@ -242,12 +242,8 @@ def test_a_rows_system_text_is_the_first_message(root: Path) -> None:
     encoded = student_family("qwen2_5_vl").encode(processor, sample, [clip(2, 32, 32)])
     assert "Answer in one word." in processor.tokenizer.decode(encoded.input_ids)
     assert prompt_text(sample)[0] == "x y"
-    two = {
-        **LLAVA,
-        "system": "a",
-        "conversations": [{"from": "system", "value": "b"}, *LLAVA["conversations"]],
-    }
-    samples, log = read(root, two)
+    conversation = [{"from": "system", "value": "b"}, *turns("<video>x", "y")]
+    samples, log = read(root, {**LLAVA, "system": "a", "conversations": conversation})
     assert samples == []
     assert log.counts == {"wrong roles": 1}
 
@@ -419,13 +415,8 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     family, store = student_family("qwen2_5_vl"), PriorStore(root / "none")
     item = MotionDataset([sample], family, processor, keys={}, store=store, num_frames=16)[0]
     assert item.encoded.layout.videos[0].grid[0] == 2, "two token frames of four frames"
-    row = {
-        "id": "q-x",
-        "video": "a.mp4",
-        "video_start": 0.5,
-        "video_end": 1.0,
-        "conversations": turns("q", "a"),
-    }
+    shown = {"video": "a.mp4", "video_start": 0.5, "video_end": 1.0}
+    row = {"id": "q-x", **shown, "conversations": turns("q", "a")}
     file = root.parent / "toy.jsonl"
     file.write_text(json.dumps(row))
     (question,) = load_questions(BENCHMARKS["toy"], file, SkipLog())

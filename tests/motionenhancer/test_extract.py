@@ -17,10 +17,10 @@ from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read
 from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors import reader
+from motionenhancer.priors.arguments import MakerArguments, PriorArguments
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
-from motionenhancer.settings import MakerArguments, PriorArguments
 from motionenhancer.teachers import load_teacher
 
 

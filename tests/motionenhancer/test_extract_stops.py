@@ -90,7 +90,8 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_run_in_one_line(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert said == ["error: RuntimeError: size mismatch for transformer.proj_out.weight"]
     assert len(loads) == 1
-    assert report_in(tmp_path)["status"] == "running"
+    report = report_in(tmp_path)
+    assert (report["status"], report["error"]) == ("failed", said[0].removeprefix("error: "))
     assert stored(tmp_path) == {}
 
 

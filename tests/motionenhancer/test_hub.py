@@ -12,11 +12,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from tiny_world import World
+from train_support import flags, report_of, shared_priors
 
 from motionenhancer import eval as evaluation
 from motionenhancer import extract, hub, train
 from motionenhancer.hub import model_folder
-from motionenhancer.settings import PriorArguments, StudentArguments
+from motionenhancer.priors.arguments import PriorArguments
+from motionenhancer.settings import StudentArguments
 from motionenhancer.students import load_student
 from motionenhancer.teachers import load_teacher, teacher_id
 
@@ -172,3 +176,91 @@ def test_a_download_takes_the_place_of_an_incomplete_model(
 
     monkeypatch.setattr(hub, "snapshot_download", downloaded)
     assert load_student("owner/student")[2].name == "qwen2_5_vl"
+
+
+class Api:
+    """Stands for the Hub: remembers what it is told, and raises what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.fails: dict[str, Exception] = {}
+
+    def __call__(self, token: str | None) -> Api:
+        assert token == "hf_secret"
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        def call(repo_id: str, **given: Any) -> SimpleNamespace:
+            self.calls.append((name, given))
+            if name in self.fails:
+                raise self.fails[name]
+            return SimpleNamespace(repo_id=f"me/{repo_id.rpartition('/')[2]}")
+
+        return call
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Api:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HfApi", api := Api())
+    return api
+
+
+def pushing(world: World, out: Path, **more: object) -> list[str]:
+    options = {
+        "push_to_hub": True,
+        "hub_token": "hf_secret",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        **more,
+    }
+    return flags(world, out, prior_dir=shared_priors(world), **options)
+
+
+def test_the_model_of_a_finished_run_is_uploaded_and_nothing_else(
+    world: World, tmp_path: Path, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    api.fails["upload_folder"] = OSError("no\nnetwork")
+    assert train.main(pushing(world, out, hub_private_repo=True, hub_revision="v2")) == 2
+    assert f"the finished run in {out} was not uploaded (no network)" in capsys.readouterr().err
+    assert report_of(out)["status"] == "finished"
+    opens = ["create_repo", "create_branch"]
+    assert [name for name, _ in api.calls] == [*opens, *opens, "upload_folder"], "it is opened at the start"
+    assert api.calls[0][1] == {"private": True, "exist_ok": True}
+    api.fails.clear()
+    assert train.main(pushing(world, out, hub_private_repo=True, hub_revision="v2")) == 0
+    said = capsys.readouterr().out
+    assert "this run is finished" in said
+    assert said.endswith("uploaded: https://huggingface.co/me/mine\n")
+    name, given = api.calls[-1]
+    assert (name, given["folder_path"], given["revision"]) == ("upload_folder", out, "v2")
+    held = [str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()]
+    gone = set(filter_repo_objects(held, allow_patterns=given["allow_patterns"]))
+    assert gone == {"README.md", *(file.name for file in world.student.iterdir())}
+    assert {"motion_report.json", "report.html", "report/samples.safetensors"} <= {*held}
+    assert any(name.startswith("checkpoint-2/") for name in held)
+    assert not any(b"hf_secret" in file.read_bytes() for file in out.rglob("*") if file.is_file())
+
+
+def test_an_upload_that_cannot_be_is_refused_before_any_work(
+    world: World,
+    tmp_path: Path,
+    api: Api,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("motionenhancer.train.load_samples", lambda *_: pytest.fail("went on to the data"))
+    api.fails["create_repo"] = OSError("401: not yours")
+    assert train.main(pushing(world, tmp_path / "out", hub_model_id="them/model")) == 2
+    said = "error: --push_to_hub true: them/model cannot be written (401: not yours)"
+    assert said in capsys.readouterr().err
+    assert [*(tmp_path / "out").iterdir()] == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert train.main(pushing(world, tmp_path / "out", dry_run=True)) == 2
+    assert "error: --push_to_hub true: HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(pushing(world, tmp_path / "out", push_to_hub=False))
+    error = capsys.readouterr().err
+    assert "--hub_token needs --push_to_hub true" in error
+    assert "hf_secret" not in error

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from look_support import make_views, moving_clip
+from look_support import make_views, moving_clip, shown
 from PIL import Image
 from test_store import make_prior
 from tiny_world import World
@@ -30,12 +30,6 @@ from motionenhancer.report.run_report import REPORT
 from motionenhancer.report.views import SOURCES, View, load_views, save_views
 from motionenhancer.report.watch import read_student, task_of
 from motionenhancer.students import load_student
-
-
-def shown(file: Path) -> dict:
-    """What a page holds."""
-    text = file.read_text()
-    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
 
 
 def learn(world: World, out: Path, **options: object) -> Path:

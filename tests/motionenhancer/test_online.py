@@ -24,11 +24,11 @@ from motionenhancer.alignment.online import NoPriorError, OnlinePriors
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
 from motionenhancer.priors import reader as priors_reader
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.maker import LocalMaker
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
 from motionenhancer.priors.requests import PriorRequest, request_priors
 from motionenhancer.priors.storage import PriorStore
-from motionenhancer.settings import PriorArguments
 from motionenhancer.training.run_identity import aligned_before
 
 #: Two epochs of the eight clips, so that every prior is asked for twice.

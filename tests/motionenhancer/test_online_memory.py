@@ -14,9 +14,9 @@ from train_support import flags
 
 from motionenhancer import train
 from motionenhancer.costs import TeacherCost, measured_memory, teacher_cost
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.pool import AttentionPool
 from motionenhancer.priors.prior import PriorSettings
-from motionenhancer.settings import PriorArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from measure.memory import peak_bytes

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers.integrations import deepspeed
 
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import extract_prior
-from motionenhancer.settings import PriorArguments
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.text_cache import TextCache, encoder_id
 from motionenhancer.teachers.whole import whole_weights

@@ -15,7 +15,7 @@ from tiny_world import World
 from train_support import flags, report_of
 
 from motionenhancer import extract, look, store, train
-from motionenhancer.data import SkipLog, read_samples
+from motionenhancer.data import Clip, SkipLog, read_samples
 from motionenhancer.data.encode import encode_video
 from motionenhancer.data.masks import decode_mask
 from motionenhancer.priors.prior import PriorError, PriorSettings
@@ -37,7 +37,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read(clip: Path, *regions: Any, grid: tuple[int, int, int] = (4, 6, 8)) -> Made:
+def read(clip: Path | Clip, *regions: Any, grid: tuple[int, int, int] = (4, 6, 8)) -> Made:
     reader = Reader(Regions(grid), PriorSettings())
     request = PriorRequest(clip, TEXT, said=json.dumps(regions))
     return reader.read(request, reader.decode(request))
@@ -124,6 +124,12 @@ def test_frames_and_times_choose_frames_of_the_grid(clip: Path) -> None:
     assert shown(box=BOX, frames=[0, 3, 15]) == [0.5, 0, 0, 0.5]
     assert shown(box=BOX, frames=4) == [0, 1, 0, 0]
     assert shown(box=BOX, times=[0.0, 2.0]) == [0.5, 0, 0, 0.5]
+    # A frame lies where the middle of its time is, and times count from the start of the clip's file.
+    sixth = read(clip, {"words": "moves", "box": BOX, "frames": [5]}, grid=(3, 6, 8))
+    assert row(sixth).sum((1, 2)).tolist() == [0, pytest.approx(1, abs=1e-3), 0]
+    second = read(Clip(clip, 1.0), {"words": "moves", "box": BOX, "times": [1.1]})
+    assert row(second).sum((1, 2)).tolist() == [pytest.approx(1, abs=1e-3), 0, 0, 0]
+    assert second.prior.times == [1.125, 1.375, 1.625, 1.875]
     # The mean of what falls into a frame of the grid: there in one of two.
     assert shown(box=[BOX, None, BOX, BOX], frames=[0, 1, 4, 5]) == [0.333, 0.667, 0, 0]
     track = row(read(clip, {"words": "moves", "track": [[0, 0], [31.9, 23.9]], "frames": [0, 8]}))
@@ -140,6 +146,8 @@ def test_regions_of_one_word_are_joined(clip: Path) -> None:
     expected = torch.zeros(4, 6, 8, dtype=torch.float64)
     expected[0, 0, :3] = expected[2, 0, 1:3] = 1 / 5
     assert torch.equal(row(made), expected.half().double())
+    both = read(clip, one, {"words": "moves", "box": BOX})
+    assert both.prior.tokens == ["moves", "circle"], "in the order of the text"
     assert read(clip, {"span": [13, 23], "box": BOX}).prior.tokens == ["Red", "square"]
 
 
@@ -163,6 +171,7 @@ def test_regions_of_one_word_are_joined(clip: Path) -> None:
         ({"words": "moves", "box": [32, 0, 40, 8]}, "lies outside the picture of 32 x 24 pixels"),
         ({"words": "moves", "box": [9, 0, 4, 8]}, "x0 < x1 and y0 < y1"),
         ({"words": "moves", "box": [0, 0, 4, float("nan")]}, "in pixels"),
+        ({"words": "moves", "box": [False, 0, 4, 4]}, "in pixels"),
         ({"words": "moves", "box": [BOX, BOX], "frames": [0]}, "one entry for each of .*, 1, has 2"),
         ({"words": "moves", "box": [BOX]}, "one entry for each of its frames or times, 0, has 1"),
         ({"words": "moves", "track": [3, 4]}, "one entry for each"),

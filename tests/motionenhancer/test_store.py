@@ -252,7 +252,8 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
     assert "removed 3 files" in capsys.readouterr().out
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {f"{KEY}.safetensors", writing.name}
-    assert cli.main(["list", "--prior_dir", str(tmp_path / "missing")]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["list", "--prior_dir", str(tmp_path / "missing")])
     assert "missing" in capsys.readouterr().err
 
 

@@ -407,11 +407,12 @@ def test_command_line(tmp_path):
 def test_command_line_errors(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for arguments, message in (
-        (["--output_dir", str(tmp_path / "file")], "must be a folder"),
-        (["--output_dir", str(tmp_path / "w"), "--clips", "0"], "clips must be an integer of at least 1"),
+        (["--output_dir", str(tmp_path / "w"), "--clips", "0"], "--clips must be at least 1, got 0"),
         (["--output_dir", str(tmp_path / "w"), "--clips", "many"], "invalid int value"),
     ):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+    assert main(["--output_dir", str(tmp_path / "file")]) == 2
+    assert "must be a folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from train_support import flags, report_of, shared_priors, without_priors_of
 from motionenhancer import train
 from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.logs import StepLog, Stopwatch
-from motionenhancer.settings import TrainArguments
+from motionenhancer.training.arguments import TrainArguments
 
 NAMES = (
     "loss_ar",

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from motionenhancer import train
 from motionenhancer.options import REFUSED, WORKS, refuse_options
-from motionenhancer.settings import TrainArguments
+from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.rehearsal import rehearse
 
 PLAIN = {k: v for k, v in FAST.items() if k not in ("ddim_steps", "video_fps")}
@@ -31,7 +31,7 @@ REFUSED_VALUES = [
 
 def another_value(name: str) -> Any:
     """A value that the field can have and that is not its default."""
-    given = {"hub_strategy": "end", "include_for_metrics": ["loss"]}
+    given = {"include_for_metrics": ["loss"]}
     default = next(one.default for one in fields(TrainArguments) if one.name == name)
     if name in given:
         return given[name]
@@ -81,12 +81,6 @@ def test_an_option_that_no_table_knows_is_refused_if_it_is_changed() -> None:
     unknown = "--warp_factor must stay 1: it is not known whether this option works"
     with pytest.raises(ValueError, match=unknown):
         Later(warp_factor=9)
-
-
-def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--hub_token must not be given") as raised:
-        TrainArguments(output_dir=str(tmp_path), hub_token="hf_secret")
-    assert "hf_secret" not in str(raised.value)
 
 
 def refused(world: World, out: Path, capsys: pytest.CaptureFixture[str], **options: object) -> str:

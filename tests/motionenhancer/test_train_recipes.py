@@ -13,8 +13,10 @@ from train_support import shared_priors
 from motionenhancer import train
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.flags import parse_arguments
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import PriorSettings
-from motionenhancer.settings import DataArguments, PriorArguments, StudentArguments, TrainArguments
+from motionenhancer.settings import DataArguments, StudentArguments
+from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.run_plan import vision_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"

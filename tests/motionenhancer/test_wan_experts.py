@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import edit, save_wan
 
 from motionenhancer.costs import teacher_cost
+from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import MotionPrior, PriorSettings, check_settings, extract_prior
-from motionenhancer.settings import PriorArguments
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher, size_multiple
 

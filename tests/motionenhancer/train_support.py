@@ -21,9 +21,9 @@ from motionenhancer.priors.maker import LocalMaker, Made, Stored, make_all
 from motionenhancer.priors.prior import PriorSettings
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
-from motionenhancer.settings import TrainArguments
 from motionenhancer.students import load_student
 from motionenhancer.teachers import load_teacher, teacher_id
+from motionenhancer.training.arguments import TrainArguments
 
 FAST = {
     "ddim_steps": 1,
