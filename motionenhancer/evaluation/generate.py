@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -47,6 +47,35 @@ class Asked:
     subtitles: Path | None = None
 
 
+class Engine(NamedTuple):
+    """What answers questions.
+
+    encode: (id, prompt, video, clip=file) → a request; raises ValueError where the question cannot be put.
+    answer: requests, at least one → the text of each one's answer, special tokens removed.
+    """
+
+    encode: Callable[..., Any]
+    answer: Callable[[Sequence[Any]], list[str]]
+
+
+def transformers_engine(
+    model: Any, processor: Any, family: StudentFamily, *, max_pixels: int | None, max_new_tokens: int
+) -> Engine:
+    """transformers' own generation by what :func:`load_student` returned; see :func:`encode_request`."""
+    settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
+    return Engine(
+        partial(encode_request, family, processor, max_pixels=max_pixels),
+        partial(generate_answers, model, processor, family, settings=settings),
+    )
+
+
+def conversation(id: str, prompt: str, clip: Path | Clip | None) -> Sample:
+    """A question about a clip with a stand-in for the answer; see :func:`encode_request`."""
+    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompt}]}
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
+    return Sample(id, [asked, reply], () if clip is None else (clip,))
+
+
 def encode_request(
     family: StudentFamily,
     processor: Any,
@@ -76,10 +105,7 @@ def encode_request(
     Raises:
         ValueError: as :meth:`StudentFamily.encode`.
     """
-    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompt}]}
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-    sample = Sample(id, [asked, reply], () if clip is None else (clip,))
-    encoded = family.encode(processor, sample, [video], max_pixels=max_pixels)
+    encoded = family.encode(processor, conversation(id, prompt, clip), [video], max_pixels=max_pixels)
     trained = (encoded.labels != -100).nonzero()[:, 0]
     if not len(trained):
         raise ValueError(f"question {id!r}: the chat template has no place for an answer")
@@ -137,12 +163,11 @@ def generate_answers(
 
 
 def answer_questions(
-    load: Callable[[], tuple[Any, Any, StudentFamily]],
+    load: Callable[[], Engine],
     asked: Sequence[Asked],
     folder: Path,
     frames: Frames,
     *,
-    max_new_tokens: int,
     batch_size: int = 4,
     workers: int = 0,
 ) -> None:
@@ -156,12 +181,11 @@ def answer_questions(
     and tried again by the next run.
 
     Args:
-        load: returns what :func:`load_student` does; called at most once, and only when an answer is
-            missing.
+        load: returns who answers; called at most once, and only when an answer is missing.
         asked: all questions of the run.
         folder: where this run keeps its answers.
         frames: how clips are shown.
-        max_new_tokens, batch_size: of a request.
+        batch_size: how many questions are asked at once.
         workers: processes that decode clips ahead; 0 decodes in this one.
     """
     state = PartialState()
@@ -173,11 +197,10 @@ def answer_questions(
     state.wait_for_everyone()
     mine = pending[state.process_index :: state.num_processes]
     if mine:
-        model, processor, family = load()
+        engine = load()
         file = folder / answers_file(state.process_index)
         mend_answers(file)
-        settings = greedy(model, max_new_tokens, processor.tokenizer.pad_token_id)
-        encode = partial(encode_batch, family=family, processor=processor, frames=frames)
+        encode = partial(encode_batch, encode=engine.encode, frames=frames)
         loader: DataLoader[Any] = DataLoader(
             mine,  # type: ignore[arg-type]
             batch_size=None,
@@ -189,7 +212,7 @@ def answer_questions(
         with progress:
             for rows, encoded in loader:
                 if encoded:
-                    outputs = iter(generate_answers(model, processor, family, encoded, settings))
+                    outputs = iter(engine.answer(encoded))
                     rows = [row if "skipped" in row else {**row, "output": next(outputs)} for row in rows]
                 append_answers(file, rows)
                 progress.update(len(rows))
@@ -219,11 +242,16 @@ def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[st
 
 
 def encode_batch(
-    batch: Sequence[Asked], family: StudentFamily, processor: Any, frames: Frames
-) -> tuple[list[dict[str, str]], list[Encoded]]:
-    """Return a row per question of a batch, with the reason if it is skipped, and the others' requests."""
+    batch: Sequence[Asked], encode: Callable[..., Any], frames: Frames
+) -> tuple[list[dict[str, str]], list[Any]]:
+    """Return a row per question of a batch, with the reason if it is skipped, and the others' requests.
+
+    Args:
+        encode: of the :class:`Engine`.
+        frames: how clips are shown.
+    """
     rows: list[dict[str, str]] = []
-    requests: list[Encoded] = []
+    requests: list[Any] = []
     clip, video, mark = None, None, ""
     for item in batch:
         assert item.video is not None
@@ -232,11 +260,10 @@ def encode_batch(
             # Questions of one clip follow each other in the files.
             if video is None or clip != item.video:
                 clip, video, mark = item.video, frames.of(item.video), mark_clip(item.video)
-            options: dict[str, Any] = {"clip": clip, "max_pixels": frames.max_pixels}
             prompt = item.prompt
             if item.subtitles is not None:
                 prompt = with_subtitles(prompt, item.subtitles, video.timestamps)
-            requests.append(encode_request(family, processor, row["id"], prompt, video, **options))
+            requests.append(encode(row["id"], prompt, video, clip=clip))
             row["clip"] = mark
         except (ValueError, OSError) as error:
             row["skipped"] = str(error)

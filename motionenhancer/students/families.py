@@ -15,7 +15,7 @@ from motionenhancer.data.video import Video
 from motionenhancer.students.family import Grid, Places, StudentFamily
 from motionenhancer.students.locate import unwrap_model
 
-__all__ = ["known_families", "student_family"]
+__all__ = ["interval", "known_families", "student_family"]
 
 
 def _patches(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
@@ -119,7 +119,7 @@ def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[
     """Qwen2.5-VL: the seconds between two token frames, from the frames' own time stamps."""
     if video is None:
         return made
-    seconds = processor.video_processor.temporal_patch_size * _interval(video)
+    seconds = processor.video_processor.temporal_patch_size * interval(video)
     if seconds != round(seconds) and _truncates_seconds():
         warnings.warn(
             "transformers before 5.18 truncates the seconds between token frames to whole numbers; upgrade "
@@ -129,7 +129,7 @@ def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[
     return {**made, "second_per_grid_ts": torch.tensor([seconds], dtype=torch.float32)}
 
 
-def _interval(video: Video) -> float:
+def interval(video: Video) -> float:
     """Mean seconds between two frames; one second for a single frame, where it does not matter.
 
     The model rounds times down to its own grid, and a decoded frame is only the nearest to its ideal time:

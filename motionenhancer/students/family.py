@@ -29,7 +29,7 @@ from motionenhancer.students.media import (
     open_images,
 )
 
-__all__ = ["Grid", "Places", "StudentFamily"]
+__all__ = ["Grid", "Places", "StudentFamily", "metadata"]
 
 Grid = tuple[int, int, int]
 Places = Callable[[Any, Video, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
@@ -188,23 +188,39 @@ class StudentFamily:
                 "leave out the samples with images"
             )
 
+    def prepared(
+        self, processor: Any, sample: Sample, video: Video, max_pixels: int | None
+    ) -> tuple[Video, dict[str, Any]]:
+        """One of a sample's videos as it is given to a video processor, and the processor's options for it.
+
+        Args:
+            max_pixels: as for :meth:`encode`.
+
+        Returns:
+            The video, with at least as many frames as a token needs, and the options.
+
+        Raises:
+            ValueError: a limit is below the pixels of one token.
+        """
+        part = processor.video_processor
+        video = _at_least(video, getattr(part, "temporal_patch_size", None) or 1)
+        count, options = len(video.frames), {}
+        if self.pixels is not None:
+            counted = {"frame": (1, 1), "clip": (count, count), "most": (1, count)}[self.pixels]
+            options = frame_size(part, max_pixels, sample.videos, counted)
+        elif self.shrink is not None and max_pixels is not None:
+            options = self.shrink(part, max_pixels, video.frames.shape[1:3])
+        return video, {"do_sample_frames": False, **options}
+
     def _videos(
         self, processor: Any, sample: Sample, videos: Sequence[Video], max_pixels: int | None
     ) -> Iterator[Medium]:
         part = processor.video_processor
         for n, video in enumerate(videos):
-            video = _at_least(video, getattr(part, "temporal_patch_size", None) or 1)
-            count = len(video.frames)
-            options: dict[str, Any] = {}
-            if self.pixels is not None:
-                counted = {"frame": (1, 1), "clip": (count, count), "most": (1, count)}[self.pixels]
-                options = frame_size(part, max_pixels, sample.videos, counted)
-            elif self.shrink is not None and max_pixels is not None:
-                options = self.shrink(part, max_pixels, video.frames.shape[1:3])
+            video, options = self.prepared(processor, sample, video, max_pixels)
             made = part(
                 videos=[torch.from_numpy(np.ascontiguousarray(video.frames)).permute(0, 3, 1, 2)],
-                video_metadata=[_metadata(video)],
-                do_sample_frames=False,
+                video_metadata=[metadata(video)],
                 return_metadata=True,
                 return_tensors="pt",
                 **options,
@@ -241,7 +257,7 @@ class StudentFamily:
         return {name: torch.as_tensor(v) for name, v in self.inputs(processor, video, kept).items()}
 
 
-def _metadata(video: Video) -> dict[str, Any]:
+def metadata(video: Video) -> dict[str, Any]:
     """Give the frames' own times, by fractional indices at one frame per second: frame n is at n seconds."""
     return {
         "total_num_frames": len(video.frames),

@@ -16,7 +16,7 @@ from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
 from motionenhancer.weights import load_whole
 
-__all__ = ["base_folder", "check_config", "load_student", "unknown_value"]
+__all__ = ["base_folder", "check_config", "load_processor", "load_student", "unknown_value"]
 
 
 _ADAPTER = "adapter_config.json"
@@ -81,14 +81,9 @@ def load_student(
         raise ValueError(f"path must be a folder of a transformers model, got {str(path)!r}")
     base = base_folder(folder)
     family = check_config(base)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        processor = AutoProcessor.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"path {str(path)!r} has no readable processor: {error}") from error
-    _check_processor(processor, folder)
+    processor = load_processor(folder)
     try:
         model = load_whole(
             AutoModelForImageTextToText,
@@ -113,6 +108,22 @@ def load_student(
     if device is not None:
         torch.nn.Module.to(model, device)
     return model, processor, family
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a student's folder.
+
+    Raises:
+        ValueError: there is none, or it takes no videos, gives no character offsets, or has no template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"path {str(folder)!r} has no readable processor: {error}") from error
+    _check_processor(processor, folder)
+    return processor
 
 
 def base_folder(folder: Path) -> Path:

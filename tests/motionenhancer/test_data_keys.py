@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +427,9 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     assert (question.text, question.answer) == ("q", "a")
     small = Clip(root / "a.mp4", 0.5, 1.0, max_pixels=16 * 16)
     batch = [Asked(question, "What?", shown) for shown in (found, small)]
-    rows, asked = encode_batch(batch, family, processor, Frames(fps=4.0, min_frames=4))
+    rows, asked = encode_batch(
+        batch, partial(encode_request, family, processor), Frames(fps=4.0, min_frames=4)
+    )
     assert [row["id"] for row in rows] == ["q-x"] * 2
     assert [request.layout.videos[0].grid for request in asked] == [(2, 8, 8), (2, 2, 2)]
     file.write_text(json.dumps({**row, "video_start": None, "video_end": None}))

@@ -75,17 +75,18 @@ def test_a_changed_file_is_another_run_and_a_folder_of_others_is_refused(tmp_pat
         subtitles_digest(files[1:])
 
 
-def test_a_batch_is_asked_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_asked_with_them(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world", clips=1, test_clips=1, frames=16, progress=False)
     clip = world.videos / "test-00000.mp4"
     prompts: list[str] = []
-    monkeypatch.setattr(generate, "encode_request", lambda f, p, id, prompt, *a, **k: prompts.append(prompt))
     question = Question("q", "clip", "Which?", "A", ("short",))
     asked = [generate.Asked(question, "Which?", clip, file) for file in (None, write(tmp_path))]
     broken = generate.Asked(question, "Which?", clip, tmp_path / "broken.srt")
     (tmp_path / "broken.srt").write_text("no subtitles")
     frames: Any = Frames(num_frames=None, fps=1.0, min_frames=1, max_frames=8, max_pixels=None)
-    rows, _ = generate.encode_batch([*asked, broken], None, None, frames)  # type: ignore[arg-type]
+    rows, _ = generate.encode_batch(
+        [*asked, broken], lambda id, prompt, *a, **k: prompts.append(prompt), frames
+    )
     assert prompts == ["Which?", "This video's subtitles are listed below:\nHi guys,\nWhich?"]
     assert "no srt file" in rows[2]["skipped"]
 
