@@ -136,7 +136,7 @@ class PriorArguments(Settings):
         if len(self.teachers) > 1 and where.prior_engine == "ray":
             return "several teachers in a Ray cluster would wait for each other's GPUs"
         for one in self.each():
-            if one.source is not None and one.source.grid(one) is None:
+            if one.source is not None and one.source.grid(one._given("cpu")) is None:
                 return f"the maps of the student {one.teacher} are read before the training and kept"
         return ""
 
@@ -195,7 +195,7 @@ class PriorArguments(Settings):
         if source is None:
             check_settings(settings, self.teacher)
         else:
-            source.check(self)
+            source.check(str(self.teacher), self._given(device))
         self.identity(device)
         idle = [] if source is None else source.idle(settings)
         for name in _LOADING:
@@ -204,16 +204,9 @@ class PriorArguments(Settings):
                 idle.append(name)
         return idle
 
-    def regions_shape(self) -> Grid:
-        """(F, H, W) of --region_grid."""
-        sides = self.region_grid.lower().split("x")
-        if len(sides) != 3 or not all(side.isdecimal() and 1 <= int(side) <= 512 for side in sides):
-            raise ValueError(
-                f"--region_grid must be FRAMESxHEIGHTxWIDTH like 8x16x16, each from 1 to 512, "
-                f"got {self.region_grid!r}"
-            )
-        frames, height, width = map(int, sides)
-        return frames, height, width
+    def _given(self, device: torch.device | str) -> dict[str, Any]:
+        """The options of a `Source`."""
+        return {**self.identity(device), "region_grid": self.region_grid}
 
     def name(self, device: torch.device | str, settings: PriorSettings) -> Callable[[str, str], str]:
         """`prior_keys` of the teacher and its settings."""
@@ -227,7 +220,7 @@ class PriorArguments(Settings):
         """
         assert self.teacher is not None
         if self.source is not None:
-            return self.source.grid(self)
+            return self.source.grid(self._given(device))
         identity = self.identity(device)
         return plan_teacher(self.teacher, size=identity["size"], frames=identity["frames"]).grid
 
@@ -280,7 +273,7 @@ class PriorArguments(Settings):
         """The id of the teacher that `load` returns; nothing is loaded."""
         assert self.teacher is not None
         if self.source is not None:
-            return self.source.named(self, device)
+            return self.source.named(self.teacher, self._given(device))
         return teacher_id(self.teacher, **self.identity(device))
 
     def load(self, device: torch.device | str, *, text_encoder: bool = True) -> Teacher | Source:
@@ -290,7 +283,7 @@ class PriorArguments(Settings):
         """
         assert self.teacher is not None
         if self.source is not None:
-            return self.source.open(self, device)
+            return self.source.open(self.teacher, self._given(device), device)
         return load_teacher(
             self.teacher,
             device,

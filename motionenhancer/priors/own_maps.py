@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from .confidence import prior_confidence
 from .prior import MotionPrior, PriorError, PriorSettings
 from .reader import Source
 from .requests import PriorRequest
-
-if TYPE_CHECKING:
-    from .arguments import PriorArguments
 
 __all__ = ["OwnMaps"]
 
@@ -63,23 +60,21 @@ class OwnMaps(Source):
         self.frames, self.size = frames or family.num_frames or FRAMES, size
 
     @staticmethod
-    def check(prior: PriorArguments) -> None:
-        check_config(Path(str(prior.teacher)))
+    def check(teacher: str, given: dict[str, Any]) -> None:
+        check_config(Path(teacher))
 
     @staticmethod
-    def grid(prior: PriorArguments) -> None:
+    def grid(given: dict[str, Any]) -> None:
         return None
 
     @classmethod
-    def named(cls, prior: PriorArguments, device: torch.device | str) -> str:
-        return teacher_id(str(prior.teacher), **prior.identity(device))
+    def named(cls, teacher: str, given: dict[str, Any]) -> str:
+        return teacher_id(teacher, **{name: value for name, value in given.items() if name != "region_grid"})
 
     @classmethod
-    def open(cls, prior: PriorArguments, device: torch.device | str) -> OwnMaps:
-        options = prior.identity(device)
-        model, processor, family = load_student(str(prior.teacher), options["dtype"], device)
-        named = cls.named(prior, device)
-        return cls(model, processor, family, named, options["frames"], options["size"])
+    def open(cls, teacher: str, given: dict[str, Any], device: torch.device | str) -> OwnMaps:
+        model, processor, family = load_student(teacher, given["dtype"], device)
+        return cls(model, processor, family, cls.named(teacher, given), given["frames"], given["size"])
 
     @staticmethod
     def said(sample: Sample, source: str) -> str:

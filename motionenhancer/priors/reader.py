@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from ..flags import flag_of
 from ..teachers import Teacher, roundtrip_error
 from .prior import MotionPrior, PriorSettings, extract_prior
 from .requests import Made, PriorRequest
-
-if TYPE_CHECKING:
-    from .arguments import PriorArguments
 
 __all__ = ["Reader", "Source", "inversion_errors"]
 
@@ -33,6 +30,9 @@ class Source(ABC):
         device: where it runs.
         reads: fields of `PriorSettings` that change its priors.
         options: options of the teacher that it takes.
+
+    A `teacher` below is what --teacher names. `given` are the options of `load_teacher` that change what is
+    computed, and "region_grid".
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -42,17 +42,17 @@ class Source(ABC):
 
     @staticmethod
     @abstractmethod
-    def check(prior: PriorArguments) -> None:
+    def check(teacher: str, given: dict[str, Any]) -> None:
         """Raise ValueError or OSError where it cannot be opened; no weight is read."""
 
     @classmethod
     @abstractmethod
-    def named(cls, prior: PriorArguments, device: torch.device | str) -> str:
+    def named(cls, teacher: str, given: dict[str, Any]) -> str:
         """Its id, without opening it."""
 
     @classmethod
     @abstractmethod
-    def open(cls, prior: PriorArguments, device: torch.device | str) -> Source:
+    def open(cls, teacher: str, given: dict[str, Any], device: torch.device | str) -> Source:
         """Get it ready."""
 
     @staticmethod
@@ -66,7 +66,7 @@ class Source(ABC):
 
     @staticmethod
     @abstractmethod
-    def grid(prior: PriorArguments) -> Grid | None:
+    def grid(given: dict[str, Any]) -> Grid | None:
         """(F, H, W) of its priors; None where that depends on the clip."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from .confidence import prior_confidence
 from .prior import MotionPrior, PriorError, PriorSettings
 from .reader import Grid, Source
 from .requests import PriorRequest
-
-if TYPE_CHECKING:
-    from .arguments import PriorArguments
 
 __all__ = ["BAD", "Regions"]
 
@@ -49,20 +46,28 @@ class Regions(Source):
         self.shape, self.id, self.device = grid, f"regions {grid}", torch.device("cpu")
 
     @staticmethod
-    def check(prior: PriorArguments) -> None:
-        prior.regions_shape()
+    def check(teacher: str, given: dict[str, Any]) -> None:
+        Regions.grid(given)
 
     @staticmethod
-    def grid(prior: PriorArguments) -> Grid:
-        return prior.regions_shape()
+    def grid(given: dict[str, Any]) -> Grid:
+        """(F, H, W) of --region_grid; ValueError where it is none."""
+        sides = given["region_grid"].lower().split("x")
+        if len(sides) != 3 or not all(side.isdecimal() and 1 <= int(side) <= 512 for side in sides):
+            raise ValueError(
+                f"--region_grid must be FRAMESxHEIGHTxWIDTH like 8x16x16, each from 1 to 512, "
+                f"got {given['region_grid']!r}"
+            )
+        frames, height, width = map(int, sides)
+        return frames, height, width
 
     @classmethod
-    def open(cls, prior: PriorArguments, device: torch.device | str) -> Regions:
-        return cls(cls.grid(prior))
+    def open(cls, teacher: str, given: dict[str, Any], device: torch.device | str) -> Regions:
+        return cls(cls.grid(given))
 
     @classmethod
-    def named(cls, prior: PriorArguments, device: torch.device | str) -> str:
-        return cls.open(prior, device).id
+    def named(cls, teacher: str, given: dict[str, Any]) -> str:
+        return cls(cls.grid(given)).id
 
     @staticmethod
     def said(sample: Sample, source: str) -> str:
