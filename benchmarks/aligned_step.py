@@ -24,7 +24,7 @@ from motionenhancer.alignment.dataset import MotionCollator, MotionDataset
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data import SkipLog, content_digest, read_samples
 from motionenhancer.priors.maker import LocalMaker, Made, Stored, make_all
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
 from motionenhancer.students import load_student

@@ -33,7 +33,8 @@ from measure.teacher_step import MODELS, Small, _save
 from motionenhancer.alignment.aligner import align
 from motionenhancer.data.encode import encode_video
 from motionenhancer.priors.maker import LocalMaker
-from motionenhancer.priors.prior import MotionPrior, PriorSettings, extract_prior
+from motionenhancer.priors.prior import MotionPrior, extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import PriorRequest
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students.capture import capture_attention

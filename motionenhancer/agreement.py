@@ -24,7 +24,7 @@ from .priors.arguments import PriorArguments
 from .priors.combination import compare_words
 from .priors.comparison import mean_agreement, read_in_ways
 from .priors.maker import DeadTeacher, LocalMaker, count_failed, make_all
-from .priors.prior import PriorSettings
+from .priors.prior_settings import PriorSettings
 from .priors.requests import Made, request_priors
 from .processes import join_processes
 from .settings import AgreementArguments, DataArguments

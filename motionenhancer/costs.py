@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from .files import readable
-from .priors.prior import PriorSettings, batch_settings
+from .priors.prior_settings import PriorSettings, batch_settings
 from .teachers.plan import TEXT_MODELS, TeacherPlan, plan_teacher
 
 BEFORE = "before the first step"

@@ -29,7 +29,8 @@ from .priors.arguments import MakerArguments, PriorArguments
 from .priors.engine import Engine
 from .priors.extraction import EXTRACTION, ExtractionRecord
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
-from .priors.prior import PARTLY_UNKNOWN, PriorSettings
+from .priors.prior import PARTLY_UNKNOWN
+from .priors.prior_settings import PriorSettings
 from .priors.requests import PriorRequest
 from .priors.storage import PriorStore
 from .processes import from_main, join_processes

@@ -23,7 +23,8 @@ from .flags import parse_arguments
 from .priors.arguments import PriorArguments
 from .priors.combination import combine_priors
 from .priors.extraction import StoredPriors, read_extraction
-from .priors.prior import MotionPrior, PriorSettings
+from .priors.prior import MotionPrior
+from .priors.prior_settings import PriorSettings
 from .priors.reader import Reader
 from .priors.requests import PriorRequest
 from .priors.storage import DamagedPrior, PriorStore

@@ -1,7 +1,7 @@
 """Flags of the commands, once: the dataclasses that the code itself uses.
 
 Those of priors are in `motionenhancer.priors.arguments`, those of transformers' Trainer in
-`motionenhancer.training.arguments`, and how a prior is read is `motionenhancer.priors.prior.PriorSettings`,
+`motionenhancer.training.arguments`, and how a prior is read is `motionenhancer.priors.prior_settings`,
 whose fields are flags too.
 """
 

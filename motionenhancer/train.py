@@ -29,7 +29,7 @@ from .hub import Upload
 from .interrupts import on_interrupt
 from .priors.arguments import MakerArguments, PriorArguments
 from .priors.maker import DeadTeacher
-from .priors.prior import PriorSettings
+from .priors.prior_settings import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card

@@ -45,7 +45,8 @@ class Trained(NamedTuple):
 
 def _trained(shape: VideoStudent) -> Trained:
     from motionenhancer.priors.confidence import prior_confidence
-    from motionenhancer.priors.prior import MotionPrior, PriorSettings
+    from motionenhancer.priors.prior import MotionPrior
+    from motionenhancer.priors.prior_settings import PriorSettings
     from motionenhancer.priors.storage import PriorStore
 
     model = video_student(shape)

@@ -21,7 +21,7 @@ from ..teachers.text_cache import TextCache, encoder_id
 from .combination import CombinedStore, Weights
 from .engine import ENGINES, Engine, open_engine
 from .kinds import REGIONS, SELF, source_class
-from .prior import PriorSettings, check_settings
+from .prior_settings import PriorSettings, check_settings
 from .reader import Grid, Source
 from .requests import PriorRequest, request_priors
 from .storage import prior_keys

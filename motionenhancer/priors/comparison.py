@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 
 from ..data import Clip, Sample, SkipLog
 from .maker import DeadTeacher, PriorMaker
-from .prior import MotionPrior, PriorSettings
+from .prior import MotionPrior
+from .prior_settings import PriorSettings
 from .requests import PriorRequest
 
 

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..teachers import Teacher
 from .maker import LocalMaker, PriorMaker
-from .prior import PriorSettings
+from .prior_settings import PriorSettings
 from .reader import Source
 
 __all__ = ["ENGINES", "Engine", "open_engine"]

@@ -14,7 +14,8 @@ from ..files import write_json
 from .arguments import PriorArguments
 from .combination import CombinedStore
 from .kinds import source_class
-from .prior import MotionPrior, PriorSettings
+from .prior import MotionPrior
+from .prior_settings import PriorSettings
 from .requests import PriorRequest, request_key
 from .storage import prior_keys
 

@@ -17,7 +17,8 @@ import torch
 from ..data import Sample, SkipLog
 from ..data.video import Video, VideoError, content_digest
 from ..teachers import Teacher
-from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError, PriorSettings
+from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError
+from .prior_settings import PriorSettings
 from .reader import Reader, Source
 from .requests import Made, PriorRequest, clip_name, request_key
 from .storage import DamagedPrior, PriorStore, Refusal

@@ -20,7 +20,8 @@ from ..students.reading import TextRange, read_maps
 from ..students.words import find_words
 from ..teachers import teacher_id
 from .confidence import prior_confidence
-from .prior import MotionPrior, PriorError, PriorSettings
+from .prior import MotionPrior, PriorError
+from .prior_settings import PriorSettings
 from .reader import Source
 from .requests import PriorRequest
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from mekernels import MotionScores, MotionStatistics, VideoTokens, attention_rows, motion_scores
 
-if TYPE_CHECKING:
-    from .prior import PriorSettings
+from .prior_settings import PriorSettings
 
 
 class AttentionPool:

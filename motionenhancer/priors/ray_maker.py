@@ -25,7 +25,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 from ..data.video import VideoError, content_digest
 from ..teachers import Teacher
 from .maker import DeadTeacher, Patience, reason_of
-from .prior import PriorSettings
+from .prior_settings import PriorSettings
 from .reader import Reader, Source
 from .requests import Made, PriorRequest
 

@@ -14,7 +14,8 @@ from ..data import Sample
 from ..data.video import Video, read_frames
 from ..flags import flag_of
 from ..teachers import Teacher, roundtrip_error
-from .prior import MotionPrior, PriorSettings, extract_prior
+from .prior import MotionPrior, extract_prior
+from .prior_settings import PriorSettings
 from .requests import Made, PriorRequest
 
 __all__ = ["Reader", "Source", "inversion_errors"]

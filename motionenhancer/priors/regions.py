@@ -17,7 +17,8 @@ from ..data.masks import decode_mask
 from ..data.sample import whole_words
 from ..data.video import Video, read_frames
 from .confidence import prior_confidence
-from .prior import MotionPrior, PriorError, PriorSettings
+from .prior import MotionPrior, PriorError
+from .prior_settings import PriorSettings
 from .reader import Grid, Source
 from .requests import PriorRequest
 

@@ -15,7 +15,8 @@ from typing import Any
 from ..data import Clip, Sample, SkipLog, prompt_text
 from ..data.clip import named_by, segment_of
 from ..data.video import VideoError
-from .prior import MotionPrior, PriorSettings
+from .prior import MotionPrior
+from .prior_settings import PriorSettings
 
 NO_INPUT = "no prior: no text or no video file"
 

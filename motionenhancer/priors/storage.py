@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..files import whole_file, write_json
-from .prior import FORMAT, MotionPrior, PriorSettings
+from .prior import FORMAT, MotionPrior
+from .prior_settings import PriorSettings
 
 _SUFFIX, DAMAGED, _REFUSED = ".safetensors", ".damaged", ".none.json"
 

@@ -26,7 +26,7 @@ from ..priors.combination import Combined
 from ..priors.comparison import measure_agreement, say_agreement
 from ..priors.engine import Engine
 from ..priors.maker import LocalMaker, Made, PriorMaker, Stored, count_failed, count_made, make_all
-from ..priors.prior import PriorSettings
+from ..priors.prior_settings import PriorSettings
 from ..priors.reader import Source
 from ..priors.requests import PriorRequest
 from ..priors.storage import PriorStore

@@ -20,7 +20,7 @@ from ..alignment.aligner_training import FOLDER as ALIGNER
 from ..data.sources import open_source
 from ..priors.arguments import PriorArguments
 from ..priors.kinds import REGIONS
-from ..priors.prior import PriorSettings
+from ..priors.prior_settings import PriorSettings
 from ..processes import from_main
 from ..settings import DataArguments, StudentArguments
 from ..weights import not_finite, read_weights

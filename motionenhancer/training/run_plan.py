@@ -19,7 +19,7 @@ from ..costs import StudentCost, parameter_count, student_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
 from ..priors.arguments import PriorArguments
-from ..priors.prior import PriorSettings
+from ..priors.prior_settings import PriorSettings
 from ..priors.storage import PriorStore
 from ..settings import StudentArguments
 from ..students import StudentFamily

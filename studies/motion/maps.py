@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionenhancer.files import whole_file
-from motionenhancer.priors.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.priors.prior import read_attention, select_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import caption
 from studies.motion.clips import MAP_GRID, Maps, draw, words_of

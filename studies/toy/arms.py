@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from studies.toy.controls import CONTROLS
 
 __all__ = ["ARMS", "BOTH", "LEVEL", "PAIRS", "SWEEPS", "Arm", "Regime"]

@@ -17,7 +17,8 @@ from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import Sample, content_digest, prompt_text, read_frames
-from motionenhancer.priors.prior import MotionPrior, PriorSettings, read_attention, select_prior
+from motionenhancer.priors.prior import MotionPrior, read_attention, select_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.storage import PriorStore, prior_key
 from motionenhancer.students import load_student
 from motionenhancer.students.layout import Encoded

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from mekernels import select_heads
-from motionenhancer.priors.prior import PriorSettings, read_attention, select_prior
+from motionenhancer.priors.prior import read_attention, select_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import question
 from motionenhancer.toy.render import render

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import torch
 
-from motionenhancer.priors.prior import MotionPrior, PriorSettings
+from motionenhancer.priors.prior import MotionPrior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, Scene
 
 __all__ = ["WORD_CLASSES", "grid_mask", "looks_prior", "mask_prior", "word_class"]

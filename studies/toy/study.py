@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from motionenhancer.files import write_json
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import WEIGHTS, write_world
 from studies.toy.arms import ARMS, SWEEPS, Arm, Regime

@@ -23,7 +23,8 @@ from motionenhancer.priors.maker import (
     Made,
     Stored,
 )
-from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings
+from motionenhancer.priors.prior import MotionPrior, PriorError
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import PriorRequest
 from motionenhancer.priors.storage import PriorStore, prior_keys
 

@@ -22,7 +22,8 @@ from motionenhancer.data import content_digest
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import reader as reader_module
 from motionenhancer.priors.maker import Made, PriorMaker, make_all
-from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings
+from motionenhancer.priors.prior import MotionPrior, PriorError
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import PriorRequest
 from motionenhancer.priors.storage import prior_keys
 

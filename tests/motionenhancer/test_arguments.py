@@ -7,7 +7,7 @@ import pytest
 
 from motionenhancer.flags import flag_of, parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.settings import DataArguments
 
 

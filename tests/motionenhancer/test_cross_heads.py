@@ -14,7 +14,8 @@ from whole_maps import flow, written_out
 
 from mekernels import VideoTokens, select_heads
 from motionenhancer.priors.pool import word_scores
-from motionenhancer.priors.prior import PriorSettings, check_settings, extract_prior
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings, check_settings
 from motionenhancer.teachers import load_teacher
 
 TEXT = "the red square moves left"

@@ -18,7 +18,8 @@ from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors import reader
 from motionenhancer.priors.arguments import MakerArguments, PriorArguments
-from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
+from motionenhancer.priors.prior import PARTLY_UNKNOWN, extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
 from motionenhancer.teachers import load_teacher

@@ -18,7 +18,7 @@ from motionenhancer.data import SkipLog, read_samples
 from motionenhancer.files import readable
 from motionenhancer.priors import maker
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher, size_multiple

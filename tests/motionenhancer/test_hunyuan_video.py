@@ -17,7 +17,8 @@ from whole_maps import agrees, flow, written_out
 
 from mekernels import VideoTokens
 from motionenhancer.costs import teacher_cost
-from motionenhancer.priors.prior import PriorSettings, extract_prior
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 from motionenhancer.teachers.text_cache import TextCache, encoder_id

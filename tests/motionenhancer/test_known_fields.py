@@ -16,7 +16,7 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import extract, train
-from motionenhancer.priors.prior import PriorSettings, check_settings
+from motionenhancer.priors.prior_settings import PriorSettings, check_settings
 from motionenhancer.teachers import config, load_teacher
 from motionenhancer.teachers.plan import plan_teacher
 

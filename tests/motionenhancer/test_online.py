@@ -26,7 +26,8 @@ from motionenhancer.data.encode import encode_video
 from motionenhancer.priors import reader as priors_reader
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.maker import LocalMaker
-from motionenhancer.priors.prior import PARTLY_UNKNOWN, PriorSettings, extract_prior
+from motionenhancer.priors.prior import PARTLY_UNKNOWN, extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import PriorRequest, request_priors
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.training.run_identity import aligned_before

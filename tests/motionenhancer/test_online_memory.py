@@ -16,7 +16,7 @@ from motionenhancer import train
 from motionenhancer.costs import TeacherCost, measured_memory, teacher_cost
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.pool import AttentionPool
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from measure.memory import peak_bytes

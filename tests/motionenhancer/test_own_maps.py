@@ -15,7 +15,7 @@ from motionenhancer import extract, train
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.data.sample import whole_words
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import load_student
 from motionenhancer.students.words import map_words

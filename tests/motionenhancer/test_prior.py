@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from motionenhancer.priors.prior import MotionPrior, PriorError, PriorSettings, extract_prior
+from motionenhancer.priors.prior import MotionPrior, PriorError, extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.storage import prior_from_text, text_of_prior
 from motionenhancer.teachers import invert, load_teacher, reconstruct
 

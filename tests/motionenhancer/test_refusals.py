@@ -25,7 +25,8 @@ from motionenhancer.data.encode import encode_video
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import reader
 from motionenhancer.priors.maker import LocalMaker, Made, RefusedClip, Stored, make_all
-from motionenhancer.priors.prior import PriorError, PriorSettings
+from motionenhancer.priors.prior import PriorError
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import PriorRequest, request_priors
 from motionenhancer.priors.storage import PriorStore, Refusal, prior_key, prior_keys
 from motionenhancer.teachers import Teacher, load_teacher, teacher_id

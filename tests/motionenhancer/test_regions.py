@@ -18,7 +18,8 @@ from motionenhancer import extract, look, store, train
 from motionenhancer.data import Clip, SkipLog, read_samples
 from motionenhancer.data.encode import encode_video
 from motionenhancer.data.masks import decode_mask
-from motionenhancer.priors.prior import PriorError, PriorSettings
+from motionenhancer.priors.prior import PriorError
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.reader import Reader
 from motionenhancer.priors.regions import Regions
 from motionenhancer.priors.requests import Made, PriorRequest

@@ -21,7 +21,8 @@ import pytest
 from motionenhancer.data import Sample, SkipLog, content_digest, read_samples
 from motionenhancer.data.video import VideoError
 from motionenhancer.priors import requests as requests_module
-from motionenhancer.priors.prior import FORMAT, PriorSettings
+from motionenhancer.priors.prior import FORMAT
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import NO_INPUT, PriorRequest, request_priors
 from motionenhancer.priors.storage import prior_key, prior_keys
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from motionenhancer import store as cli
-from motionenhancer.priors.prior import MotionPrior, PriorSettings
+from motionenhancer.priors.prior import MotionPrior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.storage import DamagedPrior, PriorStore, prior_key
 
 KEY = "ab" + "0" * 62

@@ -12,7 +12,8 @@ from tiny_world import World
 
 from motionenhancer import agreement
 from motionenhancer.priors import comparison
-from motionenhancer.priors.prior import PriorSettings, extract_prior
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import invert, load_teacher, reconstruct, teacher_id
 from motionenhancer.toy.models import save_teacher
 

@@ -15,7 +15,7 @@ from train_support import flags
 from motionenhancer import train
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.settings import DataArguments, OnlineArguments, StudentArguments
 from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.run_identity import checkpoint_format, checkpoint_to_resume, run_identity

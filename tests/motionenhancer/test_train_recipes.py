@@ -14,7 +14,7 @@ from motionenhancer import train
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import PriorSettings
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.settings import DataArguments, StudentArguments
 from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.run_plan import vision_rate

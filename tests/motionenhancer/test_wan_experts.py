@@ -19,7 +19,8 @@ from tiny_wan import edit, save_wan
 
 from motionenhancer.costs import teacher_cost
 from motionenhancer.priors.arguments import PriorArguments
-from motionenhancer.priors.prior import MotionPrior, PriorSettings, check_settings, extract_prior
+from motionenhancer.priors.prior import MotionPrior, extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings, check_settings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.teachers.plan import plan_teacher, size_multiple
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from motionenhancer.priors.prior import PriorSettings, check_settings
+from motionenhancer.priors.prior_settings import PriorSettings, check_settings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.tokenizers import t5_tokenizer
 

@@ -13,7 +13,8 @@ import torch
 
 from motionenhancer.alignment.weight import AlignmentSchedule
 from motionenhancer.data import content_digest, prompt_text, read_frames
-from motionenhancer.priors.prior import PriorSettings, extract_prior, read_attention, select_prior
+from motionenhancer.priors.prior import extract_prior, read_attention, select_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.storage import PriorStore, prior_key
 from motionenhancer.teachers import VideoLatents, load_teacher
 from motionenhancer.toy.accuracy import samples_of

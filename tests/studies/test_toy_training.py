@@ -14,7 +14,8 @@ import torch
 
 from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.dataset import MotionCollator
-from motionenhancer.priors.prior import PriorSettings, extract_prior
+from motionenhancer.priors.prior import extract_prior
+from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.students import load_student
 from motionenhancer.students.capture import capture_attention
 from motionenhancer.teachers import load_teacher
