@@ -294,6 +294,21 @@ def test_positions_that_do_not_fit(
         model(input_ids=ids)
 
 
+def test_weights_that_are_not_numbers_show(model: Any, ids: torch.Tensor) -> None:
+    """They give no zeros and no other number, in a forward and while generating."""
+    weight = model.model.language_model.layers[1].self_attn.q_proj.weight
+    with torch.no_grad():
+        kept = weight[0, 0].item()
+        weight[0, 0] = torch.nan
+        with capture_attention(model, ROWS, COLUMNS) as captured:
+            model(input_ids=ids)
+        with capture_attention(model, None, COLUMNS) as words:
+            model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
+        weight[0, 0] = kept
+    assert captured.attention.isnan().all()
+    assert words.attention.isnan().all()
+
+
 def test_empty_rows_and_columns(model: Any, ids: torch.Tensor) -> None:
     nothing = torch.empty(1, 0, dtype=torch.int64)
     with capture_attention(model, nothing, COLUMNS) as captured:

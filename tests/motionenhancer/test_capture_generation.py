@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from students_support import full_precision_softmax, make_batch, restore, sharp_student
 from test_capture_scores import drawn, gemma2, gpt_oss
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motionenhancer.students import capture_attention
 
@@ -91,6 +94,26 @@ def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
     with capture_attention(model, None, columns, layers="all", reduce="none") as captured:
         generated(model, batch)
     torch.testing.assert_close(captured.attention, expected[..., columns], rtol=1e-9, atol=1e-12)
+
+
+def test_no_step_keeps_its_mask(model: Any) -> None:
+    """A thousand words would hold a thousand masks."""
+    batch, _, _ = drawn()
+    masks = []
+
+    def own(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        masks.append(weakref.ref(mask))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        with capture_attention(model, None, slice(0, 5)) as captured:
+            generated(model, batch)
+            assert captured.attention.shape == (2, WORDS, 5)
+            assert len(masks) == 3 * WORDS
+            assert not any(mask() is not None for mask in masks)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def test_beams_and_samples(model: Any) -> None:

@@ -10,6 +10,7 @@ from students_support import checkpoint_layers, eager_attention, full_precision_
 
 from mekernels import use_backend
 from motionenhancer.students import capture_attention
+from motionenhancer.students.entries import ForwardEntries
 
 SIZES = {
     "hidden_size": 32,
@@ -120,3 +121,69 @@ def test_an_attention_that_drops_them_is_refused(make: Any, option: str) -> None
     ):
         model(**batch)
     restore(model)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [None, [1]])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str) -> None:
+    """No scale given, a mask of every head, a row that sees no key: only its sink is left."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=generator)
+    key = torch.randn(1, 1, 5, 4, dtype=torch.float64, generator=generator)
+    sinks = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(1, 2, 5, 5, dtype=torch.float64)
+    mask = mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.4, float("-inf"))
+    mask[:, :, 2] = float("-inf")
+    if bias:
+        mask = mask + torch.randn(mask.shape, dtype=torch.float64, generator=generator)
+    scores = query @ key.mT / 2 + mask
+    whole = torch.cat([scores, sinks[:, None, None].expand(1, 2, 5, 1)], -1).softmax(-1)[..., :-1]
+    whole = whole if heads is None else whole[:, heads]
+    entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, heads, reduce)
+    entries.read("eager", torch.nn.Identity(), query, key, mask, {"s_aux": sinks})
+    expected = whole.mean(1) if reduce == "mean" else whole[:, None]
+    torch.testing.assert_close(entries.attention, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    (found,) = torch.autograd.grad((entries.attention * weight).sum(), sinks)
+    (gradient,) = torch.autograd.grad((expected * weight).sum(), sinks)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_sinks_under_flash_attention() -> None:
+    """Its masks say which keys are padding, and that rows are causal."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64, generator=generator)
+    mask, sinks = torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([0.5, -1.0], dtype=torch.float64)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & mask.bool()
+    scores = (query @ key.mT / 2).masked_fill(~seen, float("-inf"))
+    whole = torch.cat([scores, sinks[:, None, None].expand(1, 2, 5, 1)], -1).softmax(-1)[..., :-1]
+    entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "none")
+    entries.read("flash_attention_2", torch.nn.Identity(), query, key, mask, {"s_aux": sinks})
+    torch.testing.assert_close(entries.attention[:, 0], whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_in_half_precision_err_no_more_than_eager(dtype: torch.dtype) -> None:
+    """Against double precision, over the maps of one layer, whose rounding is eager's own."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 2, 40, 24, generator=generator).to(dtype) for _ in range(2))
+    sinks = torch.tensor([1.7, -0.3]).to(dtype)
+    last = sinks[:, None, None].expand(2, 2, 40, 1)
+    exact = torch.cat([query.double() @ key.double().mT * 24**-0.5, last.double()], -1).softmax(-1)[..., :-1]
+    plain = torch.cat([query @ key.mT * 24**-0.5, last], -1).float().softmax(-1).to(dtype)[..., :-1]
+    entries = ForwardEntries(torch.arange(40).repeat(2, 1), slice(0, 40), 1, None, "none")
+    entries.read("eager", torch.nn.Identity(), query, key, None, {"s_aux": sinks})
+    error = (entries.attention[:, 0].double() - exact).abs()
+    allowed = (plain.double() - exact).abs()
+    assert float(error.max()) <= 2 * float(allowed.max())
+    assert float(error.mean()) <= 2 * float(allowed.mean())
+
+
+def test_a_soft_cap_beside_sinks_is_refused() -> None:
+    query = torch.randn(1, 2, 5, 4)
+    entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "mean")
+    with pytest.raises(ValueError, match=r"a softcap beside sinks \(s_aux\) cannot be captured, in Id"):
+        entries.read(
+            "eager", torch.nn.Identity(), query, query, None, {"s_aux": torch.ones(2), "softcap": 2.0}
+        )
