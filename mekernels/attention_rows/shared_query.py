@@ -135,7 +135,7 @@ def _alone(view: bool) -> list[int]:
         # Called as deep as _only_here is: each call on the way holds a reference to the gradient.
         counts.append(_holders(grad))
 
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         start = torch.ones(2, 2, requires_grad=True) * 1.0
         shared, picked = Counting.apply(start, start[0])
         result = (shared.mT if view else shared) * 2.0

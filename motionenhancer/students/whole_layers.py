@@ -74,5 +74,7 @@ def _joined(calls: Sequence[tuple[Any, ...]], known: dict[tuple[Any, ...], Parts
     queries, keys = (torch.cat([call[place] for call in calls], 2) for place in (2, 3))
     ends = tuple(accumulate(call[2].shape[2] for call in calls))
     # One object for all layers of the same parts, whose masks are then examined once.
-    parts = known.setdefault((query.device, *ends), Parts(torch.tensor((0, *ends), device=query.device)))
-    return implementation, module, queries, keys, parts, kwargs
+    place = query.device, *ends
+    if place not in known:
+        known[place] = Parts(torch.tensor((0, *ends), device=query.device))
+    return implementation, module, queries, keys, known[place], kwargs

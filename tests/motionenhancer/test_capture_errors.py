@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+from mekernels.attention_rows import shared_query
 from motionenhancer.students import capture_attention
 
 ROWS, COLUMNS = torch.tensor([[4, 5]]), slice(0, 3)
@@ -200,7 +201,7 @@ def test_two_forwards(model: Any, ids: torch.Tensor) -> None:
 
 def test_generation_with_cache(model: Any, ids: torch.Tensor) -> None:
     with (
-        pytest.raises(ValueError, match="1 queries for 8 keys"),
+        pytest.raises(ValueError, match=r"1 queries for 8 keys: .*, or capture with rows=None"),
         capture_attention(model, ROWS, COLUMNS),
     ):
         model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3)
@@ -236,6 +237,17 @@ def test_no_grad_is_no_checkpoint(model: Any, ids: torch.Tensor) -> None:
     with torch.no_grad(), capture_attention(model, ROWS, COLUMNS) as captured:
         model(input_ids=ids)
     assert not captured.attention.requires_grad
+
+
+def test_inference_mode(model: Any, ids: torch.Tensor) -> None:
+    """Also as the first use of a capture, which runs a small backward of its own."""
+    shared_query._alone.cache_clear()
+    with torch.inference_mode(), capture_attention(model, None, COLUMNS) as captured:
+        model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
+    with capture_attention(model, torch.tensor([[6]]), COLUMNS) as alone:
+        model(input_ids=ids)
+    torch.testing.assert_close(captured.attention[:, :1], alone.attention)
+    assert alone.attention.requires_grad
 
 
 def test_selective_checkpointing(model: Any, ids: torch.Tensor) -> None:
