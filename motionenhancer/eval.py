@@ -97,8 +97,16 @@ def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a setting, folder or file is wrong.
     """
-    benchmark = BENCHMARKS[arguments.benchmark]
     report = RunReport(Path(arguments.output_dir or "runs/eval"), {})
+    try:
+        return _run(arguments, rules, report)
+    except BaseException as error:
+        report.fail(error)
+        raise
+
+
+def _run(arguments: EvalArguments, rules: Rules, report: RunReport) -> dict[str, Any]:
+    benchmark = BENCHMARKS[arguments.benchmark]
     _use_toy_defaults(arguments)
     assert arguments.data is not None
     skips = SkipLog()

@@ -33,7 +33,7 @@ from .priors.prior_settings import PriorSettings
 from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
-from .report.run_report import REPORT, RunReport, status_of
+from .report.run_report import REPORT, RunReport
 from .report.watch import ReadAtBegin, Watch
 from .settings import DataArguments, OnlineArguments, ReportArguments, StudentArguments
 from .students import StudentFamily, load_student
@@ -256,9 +256,7 @@ def run(
             if asked is not None:
                 report.content["evaluation"]["after"] = _test(trainer.model, processor, family, asked, frames)
     except BaseException as error:
-        if main_process and not student.dry_run:
-            report.content["error"] = str(error) or type(error).__name__
-            report.write(status_of(error))
+        report.fail(error)
         raise
     summary = trainer.summary()
     seen = gather_object([(trainer.counts, trainer.skipped)])

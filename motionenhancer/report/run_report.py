@@ -23,11 +23,13 @@ class RunReport:
     Attributes:
         identity: what makes a run this run: a folder holding another run's report is refused.
         content: everything else, free-form and JSON-ready.
+        begun: whether this process has written it.
     """
 
     folder: Path
     identity: dict[str, Any]
     content: dict[str, Any] = field(default_factory=dict)
+    begun: bool = False
 
     @property
     def path(self) -> Path:
@@ -95,6 +97,7 @@ class RunReport:
         Raises:
             OSError: it cannot be written, as on a full disk. A report that is there then says "failed".
         """
+        self.begun = True
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
         try:
             write_json(self.path, body)
@@ -105,6 +108,13 @@ class RunReport:
                 file.seek(0)
                 file.write(head.replace(b'"status": "running",', b'"status": "failed", '))
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """Write that an error ended the run, if it had begun."""
+        if self.begun:
+            self.content["error"] = str(error) or type(error).__name__
+            with suppress(OSError):
+                self.write(status_of(error))
 
 
 def status_of(error: BaseException) -> str:

@@ -72,6 +72,13 @@ def test_words_are_joined_and_rows_are_weighted() -> None:
     assert both.confidence == prior_confidence(both.attention, both.grid)
     assert both.teacher == f"{one.teacher}+{other.teacher}"
     assert both.evaluations == one.evaluations + other.evaluations
+    one, other = (
+        replace(one, times=[0.0, 1.0], truncated=4, unknown=0),
+        replace(other, truncated=2, unknown=3),
+    )
+    both, far = combine_priors([one, other], None), combine_priors([one, other], None, (4, 2, 2))
+    assert (both.truncated, both.unknown) == (2, 0), "what none of them was told"
+    assert (both.times, far.times) == ([0.0, 1.0], [])
 
 
 @pytest.mark.parametrize(("sure", "share"), [((0.3, 0.1), 0.75), ((0.0, 0.2), 0.0), ((0.0, 0.0), 0.5)])
@@ -135,7 +142,9 @@ def test_a_clip_that_one_teacher_cannot_read_takes_the_others(tmp_path: Path) ->
     second = Answers(
         Made(other, fresh=False, seconds=2.0), Made(other), VideoError(tmp_path, "gone"), Made(other)
     )
+    first.capacity = 3
     maker = Combined([first, second], (1.0, 1.0), None)
+    assert maker.capacity == 2
     made = maker.submit(asked).result(1)
     assert torch.equal(made.prior.attention, combine_priors([one, other], (1.0, 1.0)).attention)
     assert (made.fresh, made.seconds, made.left_out) == (True, 3.0, ())
@@ -146,6 +155,10 @@ def test_a_clip_that_one_teacher_cannot_read_takes_the_others(tmp_path: Path) ->
         maker.submit(asked).result(1)
     with pytest.raises(RuntimeError, match="no memory"):
         maker.submit(asked).result(1)
+    first.answers[:0] = [Made(one, left_out=(("a", "1"),))]
+    second.answers[:0] = [Made(other, damaged="cut", lost="full", left_out=(("b", "2"),))]
+    made = maker.submit(asked).result(1)
+    assert (made.damaged, made.lost, made.left_out) == ("cut", "full", (("a", "1"), ("b", "2")))
     # Only one is asked.
     assert maker.submit(replace(asked, parts=(part, None))).result(1).prior is one
     maker.close()

@@ -352,6 +352,28 @@ def test_stopped_outside_of_asking_it_says_so(
     assert json.loads((out / "motion_report.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.parametrize("where", ["load_student", "write_scores"])
+def test_an_evaluation_that_fails_says_why_and_goes_on(
+    where: str, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    if where == "write_scores":
+        shutil.copytree(whole, out)
+        (out / "scores.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, where, lambda *_, **options: (_ for _ in ()).throw(OSError("disk is gone")))
+        assert main(out, **student_flags(student_dir, toy)) == 2
+    report = json.loads((out / "motion_report.json").read_text())
+    assert (report["status"], report["error"]) == ("failed", "disk is gone")
+    if where == "write_scores":
+        assert main(out, **student_flags(student_dir, toy), dtype="float16") == 2
+        assert json.loads((out / "motion_report.json").read_text()) == report, "another run says nothing"
+    assert main(out, **student_flags(student_dir, toy)) == 0
+    report = json.loads((out / "motion_report.json").read_text())
+    assert (report["status"], report.get("error")) == ("finished", None)
+    assert files_of(out)["results.jsonl"] == files_of(whole)["results.jsonl"]
+
+
 def test_other_settings_are_refused_in_the_same_folder(
     whole: Path, student_dir: Path, toy: ToyFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
