@@ -29,8 +29,8 @@ _MARGIN = 20
 _SMALL, _ENLARGED = 10, 100
 """Pixels of a side: where one is below the first, both are made at least the second."""
 _FAR, _LEAST, _KEPT = 0.3, 3, 0.7
-"""A segment of at least so many boxes ends where the objects' centre is farther, in sides of the picture, from the
-running centre, which keeps this share of itself at every frame."""
+"""A segment of at least so many boxes ends where the objects' centre is farther from the running centre, in
+sides of the picture. The running centre keeps this share of itself at every frame."""
 _TRAIL, _DECAY = 7, 0.65
 """Frames of a trail, the shown one included, and by how much each counts less than the one behind it."""
 
