@@ -27,6 +27,7 @@ from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions,
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, Engine, answer_questions, transformers_engine, unanswered
 from .evaluation.judge_model import judge_doubts
+from .evaluation.motionsight import looks, read_boxes
 from .evaluation.subtitles import subtitle_file, subtitles_digest
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
@@ -261,6 +262,13 @@ def _ask(
         folder = arguments.subtitles
         asked = [replace(a, subtitles=subtitle_file(folder, str(a.question.video))) for a in asked]
     subtitles = [item.subtitles for item in asked if item.subtitles is not None]
+    boxes = {} if arguments.boxes is None else read_boxes(arguments.boxes)
+    seen = [item.video for item in asked]
+    shown = looks(arguments.visual_prompt, questions, seen, boxes, frames.max_pixels)
+    asked = [replace(item, look=look) for item, look in zip(asked, shown, strict=True)]
+    visual = {"visual_prompt": arguments.visual_prompt}
+    if arguments.boxes is not None:
+        visual["boxes"] = content_digest(arguments.boxes)
     finished = _claim(
         report,
         {
@@ -275,6 +283,7 @@ def _ask(
             "max_new_tokens": max_new_tokens,
             "batch_size": arguments.batch,
             **({"engine": arguments.engine} if arguments.engine != "transformers" else {}),
+            **(visual if arguments.visual_prompt != "none" else {}),
             **({"subtitles": subtitles_digest(subtitles)} if subtitles else {}),
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
@@ -287,6 +296,8 @@ def _ask(
     state = PartialState()
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
+        if arguments.boxes is not None and (plain := shown.count(None) - len(gone)):
+            print(f"{plain} questions have no boxes; their clips are shown as they are")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def load() -> Engine:

@@ -17,6 +17,7 @@ from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sampling import Frames
 from .data.sources import check_source
 from .evaluation.benchmarks import BENCHMARKS
+from .evaluation.motionsight import PROMPTS
 from .flags import MAX_SEED, Settings, near, setting
 from .hub import model_folder
 from .priors.arguments import DTYPES, MakerArguments, PriorArguments
@@ -391,6 +392,13 @@ class EvalArguments(ShownArguments, DataArguments):
     subtitles: str | None = setting(
         None, "Video-MME: show the subtitles of this folder, files called <videoID>.srt.", exists="folder"
     )
+    visual_prompt: str = setting(
+        "none",
+        "MotionSight: spotlight darkens what is outside of --boxes, trails blends frames with those before; "
+        "motionsight: trails for questions about the camera (CM), spotlight for others.",
+        choices=PROMPTS,
+    )
+    boxes: str | None = setting(None, "Boxes of objects, see docs/evaluation.md.", exists="file")
     lmms_eval: str | None = setting(
         None, "Folder: write the questions there as a task of lmms-eval, and do nothing else."
     )
@@ -415,6 +423,7 @@ class EvalArguments(ShownArguments, DataArguments):
             # Only checked: the run keeps the name as given, which the scores show.
             model_folder(self.student, "--student")
         self._check_engine()
+        self._check_visual_prompt()
         self._check_judge()
         if self.subtitles is not None and (self.benchmark != "videomme" or self.lmms_eval is not None):
             raise ValueError("--subtitles needs --benchmark videomme and does not go with --lmms_eval")
@@ -437,6 +446,12 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.attn_implementation != "sdpa":
             given = f"--attn_implementation {self.attn_implementation}"
             raise ValueError(f"{given} does nothing with --engine vllm; leave it out")
+
+    def _check_visual_prompt(self) -> None:
+        if self.visual_prompt != "none" and (self.predictions is not None or self.lmms_eval is not None):
+            raise ValueError("--visual_prompt does not go with --predictions and --lmms_eval")
+        if (self.visual_prompt in ("spotlight", "motionsight")) != (self.boxes is not None):
+            raise ValueError("--visual_prompt spotlight and motionsight need --boxes, and no other does")
 
     @property
     def batch(self) -> int:

@@ -39,12 +39,14 @@ class Asked:
     """A question with its request and its clip's file; None where there is no file.
 
     subtitles: the srt file whose text is put before the request; None where the run shows no subtitles.
+    look: what is done to the clip's frames before they are shown; None where nothing is.
     """
 
     question: Question
     prompt: str
     video: Path | Clip | None
     subtitles: Path | None = None
+    look: Callable[[Video], Video] | None = None
 
 
 class Engine(NamedTuple):
@@ -263,7 +265,8 @@ def encode_batch(
             prompt = item.prompt
             if item.subtitles is not None:
                 prompt = with_subtitles(prompt, item.subtitles, video.timestamps)
-            requests.append(encode(row["id"], prompt, video, clip=clip))
+            shown = video if item.look is None else item.look(video)
+            requests.append(encode(row["id"], prompt, shown, clip=clip))
             row["clip"] = mark
         except (ValueError, OSError) as error:
             row["skipped"] = str(error)

@@ -22,7 +22,7 @@ from .prior_settings import PriorSettings
 from .reader import Grid, Source
 from .requests import PriorRequest
 
-__all__ = ["BAD", "Regions"]
+__all__ = ["BAD", "Regions", "check_box", "places_of"]
 
 BAD = "region left out"
 _KEYS = frozenset(str.split("words span frames times box rle point track"))
@@ -163,7 +163,7 @@ def _covered(region: dict[str, Any], video: Video, grid: Grid) -> torch.Tensor:
     picture = video.frames.shape[1:3]
     key = next(key for key in _SHAPES if region.get(key) is not None)
     draw = {"box": _box, "rle": _mask, "point": _point, "track": _point}[key]
-    shapes, places = region[key], _places(region, video)
+    shapes, places = region[key], places_of(region, video)
     several = key == "track" or (isinstance(shapes, list) and any(isinstance(s, list | dict) for s in shapes))
     if several and (not isinstance(shapes, list) or places is None or len(shapes) != len(places)):
         count = len(shapes) if isinstance(shapes, list) else 0
@@ -187,7 +187,7 @@ def _covered(region: dict[str, Any], video: Video, grid: Grid) -> torch.Tensor:
     return whole / counts.clamp(min=1)[:, None, None]
 
 
-def _places(region: dict[str, Any], video: Video) -> list[float] | None:
+def places_of(region: dict[str, Any], video: Video) -> list[float] | None:
     """Where the frames of a region lie in the clip, from 0 to 1; None for all of it."""
     frames, times = region.get("frames"), region.get("times")
     if frames is not None:
@@ -209,17 +209,25 @@ def _places(region: dict[str, Any], video: Video) -> list[float] | None:
     return None
 
 
-def _box(box: Any, picture: Picture, cells: Picture) -> torch.Tensor:
+def check_box(box: Any, picture: Picture) -> None:
+    """Refuse what is no box, or lies outside of the picture, of (height, width) pixels.
+
+    Raises:
+        ValueError: it is.
+    """
     if not _numbers(box, 4) or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"box must be [x0, y0, x1, y1] in pixels, x0 < x1 and y0 < y1, got {str(box)[:60]}")
+    if not (box[0] < picture[1] and box[1] < picture[0] and box[2] > 0 and box[3] > 0):
+        raise ValueError(f"box {box} lies outside the picture of {picture[1]} x {picture[0]} pixels")
+
+
+def _box(box: Any, picture: Picture, cells: Picture) -> torch.Tensor:
+    check_box(box, picture)
     sides = [
         _overlaps(count, length, np.array([box[axis]]), np.array([box[axis + 2]]))
         for count, length, axis in zip(cells, picture, (1, 0), strict=True)
     ]
-    covered = torch.from_numpy(sides[0] @ sides[1].T)
-    if not covered.any():
-        raise ValueError(f"box {box} lies outside the picture of {picture[1]} x {picture[0]} pixels")
-    return covered
+    return torch.from_numpy(sides[0] @ sides[1].T)
 
 
 def _mask(rle: Any, picture: Picture, cells: Picture) -> torch.Tensor:

@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from students_support import clip
+from students_support import clip, sharp_student
 from tiny_students import tiny_student
 
 from motionenhancer import eval as evaluate
 from motionenhancer.evaluation import vllm_engine as engine
 from motionenhancer.evaluation.generate import transformers_engine
 from motionenhancer.students import load_student, student_family
-from motionenhancer.toy.models import make_student
 from motionenhancer.toy.world import ToyFolder, write_world
 
 
@@ -78,19 +77,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2.5-VL whose answers depend on the clip, with a penalty and two tokens that end an answer."""
     folder = tmp_path_factory.mktemp("vllm") / "student"
-    model, processor = make_student(layers=2, hidden_size=64, heads=2, key_value_heads=1)
-    sharpen(model)
+    model, processor = sharp_student(layers=2, hidden_size=64, heads=2, key_value_heads=1)
     model.generation_config.repetition_penalty = 1.3
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def sharpen(model: Any) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if re.search(r"language_model.*[qk]_proj\.weight", name):
-                parameter *= 12
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +191,21 @@ def test_other_tokens_end_the_run(
     assert not (tmp_path / "scores.json").exists()
 
 
+def test_a_refused_student_is_not_loaded(
+    student: Path,
+    toy: ToyFolder,
+    stand_in: type[StandIn],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(engine, "FAMILIES", ("internvl",))
+    assert ask(tmp_path / "out", student, toy, "--engine", "vllm") == 2
+    assert "must be used with one of internvl" in capsys.readouterr().err
+    assert not stand_in.made
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("fps", "refused"), [(4.0, False), (2.0, True)])
 def test_a_clip_that_lasts_longer_than_it_is_wide(
     fps: float, refused: bool, student: Path, stand_in: type[StandIn]
@@ -305,6 +311,4 @@ def widen(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 1
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    sharpen(model)
-    model.save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
