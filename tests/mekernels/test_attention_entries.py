@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
-from test_attention_rows import pick
+from test_attention_rows import additive, pick
 
 import mekernels
 from mekernels import BackendError, attention_columns, attention_sums, flash_attention, reference
@@ -33,7 +33,7 @@ def assert_same_statistics(query, key, lse, tolerance=1e-12, device="cpu", **opt
 
 
 def logsumexp(query, key, **options):
-    found = reference.logsumexp(query.double(), key.double(), **options)
+    found = reference.attention_lse(query.double(), key.double(), **options)
     return found.to(mekernels.checks.accumulate_dtype(query.dtype))
 
 
@@ -61,8 +61,33 @@ SHAPES = {
     "width": st.integers(1, 9),
     "causal": st.booleans(),
     "masked": st.booleans(),
+    "window": st.sampled_from([None, None, (0, 0), (2, -1), (-1, 1), (3, 2)]),
+    "softcap": st.sampled_from([None, None, 0.7, 30.0]),
+    "bias": st.sampled_from([None, None, "of a key", "of a head", "of all"]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
 }
+
+
+def limited(query, key, seed, causal, masked, window, softcap, bias):
+    """Options of the whole map with the given limits, and its logsumexp."""
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    options = {"causal": causal, "window": window, "softcap": softcap, "softmax_scale": 0.3}
+    options["key_mask"] = randn(batch, keys, seed=seed) > 0 if masked else None
+    options["bias"] = additive(bias, batch, heads, queries, keys, seed) if bias else None
+    return options, logsumexp(query, key, **options)
+
+
+def of_window(options, rows, columns):
+    """The same with the bias of some rows and columns, each a slice or (B, C) positions."""
+    bias = options.get("bias")
+    if bias is None:
+        return options
+    bias = bias if bias.shape[2] == 1 else bias[:, :, rows or slice(None)]
+    if isinstance(columns, torch.Tensor):
+        bias = reference.picked_columns(bias.expand(len(columns), -1, -1, -1), columns)
+    else:
+        bias = bias[..., columns or slice(None)]
+    return options | {"bias": bias}
 
 
 @given(
@@ -71,16 +96,29 @@ SHAPES = {
     reduce=st.sampled_from(["mean", "none"]),
 )
 def test_columns_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, columns, reduce
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    columns,
+    reduce,
 ):
     query, key = case(seed, batch, heads, groups, queries, keys, width)
     column = columns if isinstance(columns, slice) else pick(batch, columns, keys, seed)
     if isinstance(column, slice) and (column.step or 1) < 0:
         # torch has no negative steps, so the reference cannot be asked.
         column = slice(column.start, column.stop)
-    mask = randn(batch, keys, seed=seed) > 0 if masked else None
-    options = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
-    lse = logsumexp(query, key, **options)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options = of_window(options, None, column)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         compare(
@@ -100,12 +138,27 @@ def test_columns_against_the_reference(
     columns=st.sampled_from([None, slice(1, 5), slice(-2, None)]),
 )
 def test_sums_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, over, reduce, rows, columns
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    over,
+    reduce,
+    rows,
+    columns,
 ):
     query, key = case(seed, batch, heads, groups, queries, keys, width)
-    mask = randn(batch, keys, seed=seed) > 0 if masked else None
-    limits = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
-    lse = logsumexp(query, key, **limits)
+    limits, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    limits = of_window(limits, rows, columns)
     options = {"over": over, "reduce": reduce, "rows": rows, "columns": columns, **limits}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
@@ -122,15 +175,58 @@ def test_sums_against_the_reference(
     rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
 )
 def test_head_statistics_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, sinks, rows
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    sinks,
+    rows,
 ):
     query, key = case(seed, batch, heads, groups, queries, keys, width)
     sinks = sinks if isinstance(sinks, slice) else pick(batch, sinks, keys, seed)
-    options = {"causal": causal, "key_mask": randn(batch, keys, seed=seed) > 0 if masked else None}
-    lse = logsumexp(query, key, **options)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options = of_window(options, rows, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
+
+
+@given(**SHAPES, sunk=st.booleans())
+def test_logsumexp_against_the_reference(
+    seed, batch, heads, groups, queries, keys, width, causal, masked, window, softcap, bias, chunk, sunk
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    options, _ = limited(query, key, seed, causal, masked, window, softcap, bias)
+    sinks = [randn(heads * groups, seed=seed + 4)] if sunk else []
+
+    def read(function):
+        return lambda *given: function(*given[:2], sinks=given[2] if sunk else None, **options)
+
+    wanted = graded_where_finite(read(reference.attention_lse), (query, key, *sinks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        found = graded_where_finite(read(mekernels.attention_lse), (query, key, *sinks))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one == -math.inf, other == -math.inf)
+        assert_exact(one.nan_to_num(neginf=0), other.nan_to_num(neginf=0), 1e-11)
+
+
+def graded_where_finite(function, inputs):
+    """Values, and gradients of those that are not -inf: there the reference has none."""
+    inputs = [item.detach().clone().requires_grad_() for item in inputs]
+    result = function(*inputs)
+    weights = randn(*result.shape, seed=7).masked_fill(result == -math.inf, 0)
+    gradients = torch.autograd.grad(result, inputs, weights, materialize_grads=True)
+    return result.detach(), *(item.nan_to_num(nan=0) for item in gradients)
 
 
 def test_statistics_of_heads_that_are_known():
@@ -153,6 +249,8 @@ def test_head_statistics_have_no_gradient():
     assert not any(item.requires_grad for item in found)
     with pytest.raises(ValueError, match=r"lse must have shape"):
         mekernels.head_statistics(query, key, torch.zeros(2, 6, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"sinks must lie between -1 \(padding\) and 8, got 9"):
+        mekernels.head_statistics(query, key, logsumexp(query, key), sinks=torch.tensor([[9], [0]]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -178,7 +276,7 @@ def test_error_rule(dtype, seed, call):
 
 def test_gradcheck():
     query, key = case(queries=4, keys=6, width=3)
-    options = {"causal": True, "key_mask": randn(2, 6) > -1}
+    options = {"causal": True, "key_mask": randn(2, 6) > -1, "softcap": 0.8, "window": (4, -1)}
     lse = logsumexp(query, key, **options)
     # A row that sees nothing has no logsumexp to vary.
     lse = lse.masked_fill(lse == -math.inf, 0)

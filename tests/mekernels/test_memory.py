@@ -122,7 +122,7 @@ def test_all_rows_of_a_few_columns_are_swept():
 def test_sums_of_entries_and_their_gradient(over_rows):
     query, key = query_key()
     lse = torch.full(query.shape[:3], 10.0)
-    call = EntriesCall(query, key, lse, None, 0, 0, 0.3, True)
+    call = EntriesCall(query, key, lse, None, None, 0, 0, 0.3, -1, 0, 0.0)
     assert largest(run, "attention_sums", call, over_rows, False) <= MAP // 32
     given = lse[:, :, None] if over_rows else lse[..., None]
     assert largest(run, "attention_entries_backward", given.expand(call.map_shape), call) <= MAP // 32
