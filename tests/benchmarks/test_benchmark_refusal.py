@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import alignment, device, scores, student_entries, student_layer, student_rows, teacher_layer
+from measure import (
+    alignment,
+    device,
+    scores,
+    student_entries,
+    student_layer,
+    student_readings,
+    student_rows,
+    teacher_layer,
+)
 from measure.dispatch import chosen, others
 from measure.sampler import verify
 from report import main as report
@@ -30,6 +39,8 @@ BREAKS = [
     (student_entries.column_plans, "attention_columns", None),
     (student_entries.sum_plans, "attention_sums", None),
     (student_entries.sum_plans, "attention_entries_backward", 1),
+    (student_readings.plans, "attention_row_statistics", 0),
+    (student_readings.plans, "attention_row_statistics", 1),
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),
