@@ -28,6 +28,11 @@ from mekernels.attention_rows import composite
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
+def statistics_plans(size):
+    return student_readings.plans(size)[-1:]
+
+
 BREAKS = [
     (teacher_layer.layer_plans, "motion_statistics_update", "mutates"),
     (teacher_layer.layer_plans, "flash_attention", 0),
@@ -39,8 +44,8 @@ BREAKS = [
     (student_entries.column_plans, "attention_columns", None),
     (student_entries.sum_plans, "attention_sums", None),
     (student_entries.sum_plans, "attention_entries_backward", 1),
-    (student_readings.plans, "attention_row_statistics", 0),
-    (student_readings.plans, "attention_row_statistics", 1),
+    (statistics_plans, "attention_row_statistics", 0),
+    (statistics_plans, "attention_row_statistics", 1),
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),
