@@ -9,7 +9,7 @@ import nonfinite
 import pytest
 import torch
 from kernel_support import assert_error_rule, randn, strided
-from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp, of_window
+from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp, masked_nan, of_window
 from test_attention_rows import additive, pick
 
 import mekernels
@@ -160,6 +160,11 @@ def test_logsumexp_and_its_gradient(number, dtype):
 @pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
 def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
     entry_nonfinite(value, where, call, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("over", ["rows", "columns"])
+def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
+    masked_nan(over, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
