@@ -169,7 +169,7 @@ def attention_sums(
             reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **named
         )
         return found.to(checks.accumulate_dtype(query.dtype))
-    part = window_of(query, key, lse, *windows.values(), options, key_mask, bias)
+    part = window_of(query, key, lse, windows["rows"], windows["columns"], options, key_mask, bias)
     found = attention_sums_op(part, over == "rows", reduce == "max")
     return found / max(1, size[over]) if reduce == "mean" else found
 
@@ -285,17 +285,16 @@ def window_of(
         position = torch.arange(columns.start, columns.stop, device=key.device)
         places = torch.where(key_mask[:, columns], position, -1)
     shift = key.shape[2] - query.shape[2] + rows.start
-    window = query[:, :, rows], key[:, :, columns], lse[:, :, rows]
-    return Call(*window, places, bias, columns.start, shift, *options)
+    tensors = query[:, :, rows], key[:, :, columns], lse[:, :, rows], places, bias
+    return Call(*tensors, columns.start, shift, *options)
 
 
 def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
     """Those keys of a part with all keys that are listed, (B, C), or that lie from start to stop."""
     key, places, bias = part.key, part.places, part.bias
-    each = bias is not None and bias.shape[3] > 1
     if index is None:
         places = None if places is None else places[:, start:stop]
-        bias = bias[..., start:stop] if each else bias
+        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., start:stop]
         return part._replace(key=key[:, :, start:stop], places=places, bias=bias, start=start)
     index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
     place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
@@ -305,7 +304,7 @@ def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
         index = index.masked_fill(places[sample, place] < 0, -1)
     # Indexed like this, a GPU adds the gradients of equal columns in a fixed order.
     picked = key.transpose(1, 2)[sample, place].transpose(1, 2)
-    if each:
+    if bias is not None and bias.shape[3] > 1:
         bias = bias.expand(len(key), -1, -1, -1)
         bias = bias.gather(3, place[:, None, None].expand(*bias.shape[:3], -1))
     return part._replace(key=picked, places=index, bias=bias, start=0)

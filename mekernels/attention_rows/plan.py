@@ -40,14 +40,14 @@ class Kind(NamedTuple):
     listed: bool
     masked: bool
     ranged: bool
+    sunk: bool
+    bias: tuple[torch.dtype, tuple[int, ...]] | None
+    """Dtype and strides, 0 along what is the same for all."""
     softmax_scale: float
     causal: bool
     fold: int
     mean: bool
     softcap: float
-    sunk: bool
-    bias: tuple[torch.dtype, tuple[int, ...]] | None
-    """Dtype and strides, 0 along what is the same for all."""
 
     @classmethod
     def of(cls, call: Call) -> Kind:
@@ -69,9 +69,9 @@ class Kind(NamedTuple):
             call.columns is not None,
             call.key_mask is not None,
             call.key_range is not None,
-            *call.settings[2:],
             call.sinks is not None,
-            None if call.bias is None else (call.bias.dtype, _bias(call).stride()),
+            None if call.bias is None else (call.bias.dtype, _bias(call.bias, call).stride()),
+            *call.settings[2:],
         )
 
     @property
@@ -344,15 +344,15 @@ _KEEP = not interpreted()
 """Whether to keep plans: the interpreter has nothing to gain from it."""
 
 
-def _bias(call: Call) -> Tensor:
-    return call.bias.expand(*call.query.shape[:2], call.rows.shape[1], call.key.shape[2])
+def _bias(bias: Tensor, call: Call) -> Tensor:
+    return bias.expand(*call.query.shape[:2], call.rows.shape[1], call.key.shape[2])
 
 
 def _given(call: Call, **tensors: Tensor) -> dict[str, Tensor]:
     """The tensors of a call by the names that the kernels give them."""
     tensors |= {"query": call.query, "key": call.key, "rows": call.rows.contiguous()}
     if call.bias is not None:
-        tensors["bias"] = _bias(call)
+        tensors["bias"] = _bias(call.bias, call)
     optional = {"columns": call.columns, "key_mask": call.key_mask, "ranges": call.key_range}
     for name, value in (optional | {"sinks": call.sinks}).items():
         if value is not None:
