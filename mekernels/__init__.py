@@ -22,7 +22,13 @@ calls the compiled library, and ``resources`` states what every kernel costs.
 
 from . import reference
 from .align_rows import align_rows
-from .attention_entries import HeadStatistics, attention_columns, attention_sums, head_statistics
+from .attention_entries import (
+    HeadStatistics,
+    attention_columns,
+    attention_lse,
+    attention_sums,
+    head_statistics,
+)
 from .attention_rows import attention_rows
 from .backends import BackendError, use_backend
 from .diagonal_attention import diagonal_attention
@@ -45,6 +51,7 @@ __all__ = [
     "VideoTokens",
     "align_rows",
     "attention_columns",
+    "attention_lse",
     "attention_rows",
     "attention_sums",
     "diagonal_attention",

@@ -129,6 +129,51 @@ def softcap(value: object) -> float:
     return float(value)
 
 
+def sinks(value: object, query: Tensor) -> None:
+    """Require (Hq,) logits, or None."""
+    if value is None:
+        return
+    tensor("sinks", value, 1, layout="(heads,)")
+    assert isinstance(value, Tensor)
+    shape("sinks", value, query.shape[1:2], meaning="(heads,)")
+    same_device("sinks", value, "query", query)
+
+
+def bias(value: object, query: Tensor, scores: tuple[int, int], *, meaning: str) -> None:
+    """Require what can be added to (B, Hq, *scores), of four dimensions and without a gradient, or None."""
+    if value is None:
+        return
+    tensor("bias", value, 4, layout=meaning)
+    assert isinstance(value, Tensor)
+    wanted = (*query.shape[:2], *scores)
+    if any(size not in (1, most) for size, most in zip(value.shape, wanted, strict=True)):
+        raise ValueError(f"bias must have shape {wanted} {meaning}, got {tuple(value.shape)}")
+    same_device("bias", value, "query", query)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias has no gradient here, but requires one: give bias.detach()")
+
+
+def cu_seqlens(value: object, query: Tensor, own: int) -> None:
+    """Require 0 and the ascending ends of packed sequences."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 torch.Tensor, got {kind}")
+    if value.ndim != 1 or not len(value):
+        raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(value.shape)}")
+    same_device("cu_seqlens", value, "query", query)
+    if query.shape[0] != 1 or query.shape[2] != own:
+        raise ValueError(
+            "cu_seqlens needs a batch of 1 and as many queries as keys of a part, "
+            f"got a batch of {query.shape[0]}, {query.shape[2]} queries and {own} keys; see key_range"
+        )
+    if value.device.type != "cpu":
+        return
+    if value[0] != 0 or value[-1] != own or bool((value[1:] < value[:-1]).any()):
+        raise ValueError(
+            f"cu_seqlens must ascend from 0 to {own}, the number of tokens, got {value.tolist()}"
+        )
+
+
 def window_size(value: object) -> None:
     """Require (left, right), each at least -1, or None."""
     if value is None:

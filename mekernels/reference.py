@@ -52,12 +52,14 @@ def attention_scores(
     key_mask: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     fold: int = 1,
 ) -> Tensor:
     """Scaled scores (B, Hq, Nq, Nk), -inf where a key is not allowed.
 
     Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq. A
-    window (left, right) is one of keys around i + n - Nq, -1 for no limit; a soft cap bends the scores.
+    window (left, right) is one of keys around i + n - Nq, -1 for no limit; a soft cap bends the scores; a
+    bias is added, and hides a key where it is at most half the lowest number of its dtype.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -65,58 +67,86 @@ def attention_scores(
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     hidden = hidden_keys(query, key, causal=causal, key_mask=key_mask, window=window, fold=fold)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+        hidden = hidden | (bias <= torch.finfo(bias.dtype).min / 2)
     return scores.masked_fill(hidden, -math.inf)
 
 
-def attention_map(query: Tensor, key: Tensor, **options) -> Tensor:
-    """Softmax attention (B, Hq, Nq, Nk); a row without any allowed key is zero."""
-    scores = attention_scores(query, key, **options)
+def attention_map(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **options) -> Tensor:
+    """Softmax attention (B, Hq, Nq, Nk); a row without any allowed key is zero.
+
+    Sinks (Hq,) are logits of one more key of each head, whose attention is left out.
+    """
+    scores = with_sinks(attention_scores(query, key, **options), sinks)
     weights = (scores - scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)).exp()
     total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1)
+    return weights[..., : key.shape[2]] / total.masked_fill(total == 0, 1)
 
 
-def logsumexp(query: Tensor, key: Tensor, **options) -> Tensor:
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores with a last column of sinks, one a head."""
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+
+
+def attention_lse(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **options) -> Tensor:
     """Natural-log sum of the exponentials of every row's allowed scores, (B, Hq, Nq)."""
-    return attention_scores(query, key, **options).logsumexp(-1)
+    return with_sinks(attention_scores(query, key, **options), sinks).logsumexp(-1)
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
     """Attention output (B, Hq, Nq, Dv) and natural-log logsumexp (B, Hq, Nq)."""
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return attention_map(query, key, **options) @ value, logsumexp(query, key, **options)
+    return attention_map(query, key, **options) @ value, attention_lse(query, key, **options)
 
 
-def attention_entries(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """Attention (B, Hq, Nq, Nk) from a given (B, Hq, Nq) logsumexp; 0 where a key is not allowed.
+def entry_exponents(query: Tensor, key: Tensor, lse: Tensor, **options) -> Tensor:
+    """Logarithms of attention (B, Hq, Nq, Nk) from a given (B, Hq, Nq) logsumexp; -inf for a hidden key.
 
     Differentiable in all three, each taken as a variable of its own.
     """
-    exponents = attention_scores(query, key, softmax_scale=softmax_scale) - lse[..., None]
-    hidden = hidden_keys(query, key, causal=causal, key_mask=key_mask)
-    return exponents.masked_fill(hidden, -math.inf).exp()
+    hidden = hidden_keys(query, key, **{k: v for k, v in options.items() if k in HIDING})
+    return (attention_scores(query, key, **options) - lse[..., None]).masked_fill(hidden, -math.inf)
+
+
+HIDING = ("causal", "key_mask", "window")
+"""Options that hide keys."""
+
+
+def biased_entries(exponents: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention from logarithms that lack the bias of its scores."""
+    if bias is None:
+        return exponents.exp()
+    hidden = bias <= torch.finfo(bias.dtype).min / 2
+    return (exponents + bias.to(exponents.dtype)).masked_fill(hidden, -math.inf).exp()
+
+
+def picked_columns(entries: Tensor, columns: Tensor | slice, hidden: float = 0.0) -> Tensor:
+    """Columns (B, C) of (B, Hq, R, Nk), ``hidden`` where there is none."""
+    if isinstance(columns, slice):
+        return entries[..., columns]
+    picked = [
+        torch.where(column >= 0, item[..., column.clamp(min=0)], hidden)
+        for item, column in zip(entries, columns, strict=True)
+    ]
+    return torch.stack(picked)
 
 
 def attention_columns(
-    query: Tensor, key: Tensor, lse: Tensor, columns: Tensor | slice, *, reduce: str = "mean", **options
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    columns: Tensor | slice,
+    *,
+    bias: Tensor | None = None,
+    reduce: str = "mean",
+    **options,
 ) -> Tensor:
-    """Chosen columns of all rows: (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``."""
-    attention = attention_entries(query, key, lse, **options)
-    if isinstance(columns, slice):
-        columns = torch.arange(key.shape[2], device=query.device)[columns].expand(len(query), -1)
-    picked = [
-        torch.where(column >= 0, item[..., column.clamp(min=0)], 0)
-        for item, column in zip(attention, columns, strict=True)
-    ]
-    result = torch.stack(picked)
+    """Chosen columns of all rows, with their bias: (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``."""
+    exponents = entry_exponents(query, key, lse, **options)
+    result = biased_entries(picked_columns(exponents, columns, -math.inf), bias)
     return result.mean(1) if reduce == "mean" else result
 
 
@@ -129,11 +159,12 @@ def attention_sums(
     reduce: str = "sum",
     rows: slice | None = None,
     columns: slice | None = None,
+    bias: Tensor | None = None,
     **options,
 ) -> Tensor:
     """Sum, mean or largest entry over the rows (B, Hq, C) or the columns (B, Hq, R) of a window."""
-    attention = attention_entries(query, key, lse, **options)
-    attention = attention[:, :, rows or slice(None), columns or slice(None)]
+    exponents = entry_exponents(query, key, lse, **options)
+    attention = biased_entries(exponents[:, :, rows or slice(None), columns or slice(None)], bias)
     axis = -2 if over == "rows" else -1
     if reduce == "max":
         # At least 0, which is what a hidden key has.
@@ -142,14 +173,21 @@ def attention_sums(
 
 
 def head_statistics(
-    query: Tensor, key: Tensor, lse: Tensor, *, sinks: Tensor | slice, rows: slice, **options
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    sinks: Tensor | slice,
+    rows: slice,
+    bias: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy in nats, distance in tokens and share on the sinks: means over rows that see a key, (B, Hq)."""
-    attention = attention_entries(query, key, lse, **options)[:, :, rows]
+    attention = biased_entries(entry_exponents(query, key, lse, **options)[:, :, rows], bias)
     place = torch.arange(query.shape[2], device=query.device)[rows] + key.shape[2] - query.shape[2]
     apart = (place[:, None] - torch.arange(key.shape[2], device=query.device)).abs()
     entropy, distance = -torch.xlogy(attention, attention).sum(-1), (attention * apart).sum(-1)
-    sink = attention_columns(query, key, lse, sinks, reduce="none", **options)[:, :, rows].sum(-1)
+    sink = picked_columns(attention, sinks).sum(-1)
     seeing = lse[:, :, rows] != -math.inf
     count = seeing.sum(-1).clamp(min=1)
     entropy, distance, sink = (
@@ -170,34 +208,34 @@ def attention_rows(
     columns: Tensor | slice,
     *,
     key_range: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     fold: int = 1,
     reduce: str = "mean",
     **options,
 ) -> Tensor:
     """Chosen rows and columns of the attention map: (B, R, C), or (B, Hq, R, C) with ``reduce="none"``.
 
-    With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys.
+    With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys, and a ``bias``
+    (B or 1, Hq or 1, R or 1, Nk) is that of the chosen rows.
     """
-    if key_range is not None and rows.shape[1]:
-        position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
-        inside = (position >= key_range[..., :1]) & (position < key_range[..., 1:])
+    options |= {"fold": fold}
+    if (key_range is not None or bias is not None) and rows.shape[1] > 1:
         maps = []
         for place in range(rows.shape[1]):
-            mask = inside[:, place]
-            if options.get("key_mask") is not None:
-                mask = mask & options["key_mask"]
-            one = attention_rows(
-                query,
-                key,
-                rows[:, place, None],
-                columns,
-                fold=fold,
-                reduce=reduce,
-                **options | {"key_mask": mask},
-            )
-            maps.append(one)
+            own = {"reduce": reduce, "key_mask": key_mask} | options
+            if key_range is not None:
+                own["key_range"] = key_range[:, place, None]
+            if bias is not None:
+                own["bias"] = bias.expand(-1, -1, rows.shape[1], -1)[:, :, place, None]
+            maps.append(attention_rows(query, key, rows[:, place, None], columns, **own))
         return torch.cat(maps, -2)
-    attention = fold_keys(attention_map(query, key, fold=fold, **options), fold)
+    if key_range is not None and rows.shape[1]:
+        position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
+        inside = (position >= key_range[:, 0, :1]) & (position < key_range[:, 0, 1:])
+        key_mask = inside if key_mask is None else inside & key_mask
+    options |= {"key_mask": key_mask, "bias": bias}
+    attention = fold_keys(attention_map(query, key, **options), fold)
     if isinstance(columns, slice):
         columns = torch.arange(attention.shape[-1], device=query.device)[columns].expand(len(query), -1)
     picked = []

@@ -35,22 +35,19 @@ def chosen(call: Callable[[], Any]) -> dict[str, str]:
 
 def others(op: str, probe: Callable[[], Any]) -> list[str]:
     """Backends of ``op`` that can run ``probe``, without the one that is chosen by itself."""
-    found = []
-    for name in backends.table(op):
-        try:
-            with use_backend(name):
-                probe()
-        except BackendError:
-            continue
-        except Exception:
-            # A broken backend stays on the list, so that its check refuses it by name.
-            pass
-        found.append(name)
+    automatic = chosen(lambda: _accepted(probe)).get(op)
+    return [name for name in backends.table(op) if _accepted(on(name, probe)) and name != automatic]
+
+
+def _accepted(probe: Callable[[], Any]) -> bool:
+    """Whether no backend refuses a call. What else a broken one raises, anything, is left to its check."""
     try:
-        automatic = chosen(probe).get(op)
+        probe()
+    except BackendError:
+        return False
     except Exception:
-        automatic = None
-    return [name for name in found if name != automatic]
+        return True
+    return True
 
 
 def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:

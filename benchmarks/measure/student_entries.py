@@ -32,12 +32,18 @@ def chosen_columns(shape: Student) -> Tensor:
     return torch.arange(shape.columns.start, shape.columns.stop, step, device=device.device())[None, :COLUMNS]
 
 
-def _map(query: Tensor, key: Tensor) -> Tensor:
+def whole_map(query: Tensor, key: Tensor) -> Tensor:
     """(B, Hq, N, N), plainly; rounded as eager attention of a model rounds it."""
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(1)
     scores = (query @ keys.mT * query.shape[3] ** -0.5).masked_fill(later, float("-inf"))
     return scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+
+
+def one_hot_values(shape: Student, columns: Tensor, kind: torch.dtype) -> Tensor:
+    """(1, Hk, N, C) values that are 1 at one key each: attention to them is those columns of the map."""
+    place = torch.arange(shape.tokens, device=columns.device)
+    return (place[:, None] == columns).to(kind).expand(1, shape.key_heads, -1, -1)
 
 
 def _graded(read: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Result]:
@@ -55,7 +61,7 @@ def _by_head(read: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, above
     for head in range(query.shape[1]):
         part = slice(head // groups, head // groups + 1)
         pair = [item.detach().requires_grad_() for item in (query[:, head, None], key[:, part])]
-        found = read(_map(*pair))
+        found = read(whole_map(*pair))
         grads = torch.autograd.grad(found, pair, above[:, head, None])
         values.append(found.detach())
         grad_query[:, head, None] = grads[0]
@@ -86,12 +92,10 @@ def _work(shape: Student, op: str) -> Work:
         return attention.sum(2) if sums else attention[..., columns[0]]
 
     def eager(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
-        return of_map(_map(query, key)).float()
+        return of_map(whole_map(query, key)).float()
 
     def one_hot(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
-        value = torch.zeros(shape.tokens, count, dtype=kind, device=query.device)
-        value[columns[0], torch.arange(count, device=query.device)] = 1
-        value = value.expand(1, shape.key_heads, -1, -1)
+        value = one_hot_values(shape, columns, kind)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).float()
 
     @cache

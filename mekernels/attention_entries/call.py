@@ -10,7 +10,8 @@ from torch import Tensor
 class Call(NamedTuple):
     """A part of an attention map: some of its rows, and some of its keys in any order.
 
-    Row i sees a key that lies at place p when p >= 0 and, where the attention is causal, p <= i + shift.
+    Row i, which lies at i + shift, sees a key at place p >= 0 that is at most ``left`` places before it and
+    ``right`` behind it; -1 is no limit.
     """
 
     query: Tensor
@@ -21,10 +22,15 @@ class Call(NamedTuple):
     """(B, Hq, R), natural logarithm, of whole rows."""
     places: Tensor | None
     """(B, C) int64 positions of the keys, -1 for one no row sees; None where they count from ``start``."""
+    bias: Tensor | None
+    """(B or 1, Hq or 1, R or 1, C or 1), added to the scores."""
     start: int
     shift: int
     softmax_scale: float
-    causal: bool
+    left: int
+    right: int
+    softcap: float
+    """Scores are softcap * tanh(score / softcap); 0 leaves them as they are."""
 
     @property
     def groups(self) -> int:

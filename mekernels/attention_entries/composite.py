@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..attention_rows.reading import allowed
 from .call import Call
 
 CHUNK_ELEMENTS = 1 << 20
@@ -30,7 +32,9 @@ class _Block(NamedTuple):
     places: Tensor
     """(c,) positions of the keys."""
     seen: Tensor | None
-    """(1 or r, c), None where every row sees every key."""
+    """(r, c), (1, c) or (G, r, c); None where every row sees every key."""
+    bent: Tensor | None
+    """(G, r, c) hyperbolic tangents of the scores, where these have a soft cap."""
     entries: Tensor
     """(G, r, c)."""
 
@@ -52,30 +56,46 @@ def _blocks(call: Call) -> Iterator[_Block]:
                 whole = whole.masked_fill(places[:, None] < 0, 0)
             for begin in range(0, rows, step):
                 part = slice(begin, min(begin + step, rows))
-                end = keys
-                if call.causal and call.places is None:
-                    end = max(0, min(keys, part.stop + call.shift - call.start))
-                if not end:
+                window = _window(call, part)
+                if window.start >= window.stop:
                     continue
                 query = call.query[sample, heads, part].to(dtype) * call.softmax_scale
-                scores = query.reshape(-1, width) @ whole[:end].T
-                scores = scores.view(*query.shape[:2], end).sub_(call.lse[sample, heads, part, None])
-                seen = _seen(call, places[:end], part)
-                entries = scores.exp_()
+                scores = (query.reshape(-1, width) @ whole[window].T).view(*query.shape[:2], -1)
+                bent = None
+                if call.softcap:
+                    bent = scores.div_(call.softcap).tanh_()
+                    scores = bent * call.softcap
+                hidden = _hidden(call, places[window], part)
+                if call.bias is not None:
+                    bias = call.bias.expand(call.map_shape)[sample, heads, part, window]
+                    scores += bias
+                    hidden.append(~allowed(bias))
+                entries = scores.sub_(call.lse[sample, heads, part, None]).exp_()
+                seen = ~functools.reduce(torch.bitwise_or, hidden) if hidden else None
                 if seen is not None:
                     entries.masked_fill_(~seen, 0)
-                yield _Block(
-                    sample, group, heads, part, slice(0, end), query, whole[:end], places[:end], seen, entries
-                )
+                place = sample, group, heads, part, window
+                yield _Block(*place, query, whole[window], places[window], seen, bent, entries)
 
 
-def _seen(call: Call, places: Tensor, rows: slice) -> Tensor | None:
-    seen = None if call.places is None else places[None] >= 0
-    if call.causal:
-        row = torch.arange(rows.start, rows.stop, device=places.device) + call.shift
-        early = places[None] <= row[:, None]
-        seen = early if seen is None else seen & early
-    return seen
+def _window(call: Call, rows: slice) -> slice:
+    """The keys that any of the rows sees, as far as their order tells."""
+    first, end = 0, call.key.shape[2]
+    if call.places is None and call.left >= 0:
+        first = max(0, rows.start + call.shift - call.left - call.start)
+    if call.places is None and call.right >= 0:
+        end = min(end, rows.stop + call.shift + call.right - call.start)
+    return slice(first, max(first, end))
+
+
+def _hidden(call: Call, places: Tensor, rows: slice) -> list[Tensor]:
+    row = torch.arange(rows.start, rows.stop, device=places.device)[:, None] + call.shift
+    hidden = [] if call.places is None else [places[None] < 0]
+    if call.left >= 0:
+        hidden.append(places[None] < row - call.left)
+    if call.right >= 0:
+        hidden.append(places[None] > row + call.right)
+    return hidden
 
 
 def columns(call: Call, mean: bool) -> Tensor:
@@ -96,13 +116,13 @@ def sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
     batch, heads, rows, keys = call.map_shape
     dtype = checks.accumulate_dtype(call.query.dtype)
     out = call.query.new_zeros((batch, heads, keys if over_rows else rows), dtype=dtype)
-    for sample, _, group, part, seen_keys, *_, entries in _blocks(call):
-        target = out[sample, group, seen_keys if over_rows else part]
+    for block in _blocks(call):
+        target = out[block.sample, block.heads, block.keys if over_rows else block.rows]
         axis = 1 if over_rows else 2
         if largest:
-            torch.maximum(target, entries.amax(axis), out=target)
+            torch.maximum(target, block.entries.amax(axis), out=target)
         else:
-            target += entries.sum(axis)
+            target += block.entries.sum(axis)
     return out
 
 
@@ -129,7 +149,9 @@ def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         change = block.entries.mul_(grad[*place, block.keys])
         if block.seen is not None:
             change.masked_fill_(~block.seen, 0)
+        grad_lse[place] = -change.sum(-1)
+        if block.bent is not None:
+            change.mul_(1 - block.bent.square_())
         grad_query[place] = (change.flatten(0, 1) @ block.key).view(block.query.shape) * call.softmax_scale
         grad_key[block.sample, block.group, block.keys] += change.flatten(0, 1).T @ block.query.flatten(0, 1)
-        grad_lse[place] = -change.sum(-1)
     return grad_query.to(call.query.dtype), grad_key.to(call.key.dtype), grad_lse

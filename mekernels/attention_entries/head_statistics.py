@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, checks, launch, reference
 from . import composite
 from .call import Call
-from .op import attention_columns, checked, window_of
+from .op import LIMITS, attention_columns_op, checked, columns_of, window_of
 
 
 class HeadStatistics(NamedTuple):
@@ -42,19 +42,26 @@ def head_statistics(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> HeadStatistics:
     """Entropy, mean distance and share of attention sinks of every head, in one pass over the scores.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask: as in :func:`mekernels.attention_columns`.
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap: as in
+            :func:`mekernels.attention_columns`.
         sinks: keys that count as sinks, (B, C) int64 positions, -1 is padding, or a slice; the first key by
             default.
         rows: the window of rows that are averaged, a slice of step 1; all by default.
+        bias: (B or 1, Hq or 1, R or 1, Nk or 1), of the window of rows; else as in
+            :func:`mekernels.attention_columns`.
 
     Returns:
         Entropy, distance and sink share, each (B, Hq), float64 for float64 input and float32 otherwise. Rows
         that see no key are left out; where there is no other, all three are 0. A row's own place is the one
-        that ``causal`` gives it: i + Nk - Nq. Not differentiable.
+        that ``causal`` gives it: i + Nk - Nq. Learned sinks, which are no keys, count in none of the three.
+        Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -72,20 +79,26 @@ def head_statistics(
         >>> found.entropy.exp().round().tolist(), round(float(found.sink[0, 0]), 3)
         ([[10.0, 10.0]], 0.1)
     """
-    query, key, scale = checked("head_statistics", query, key, lse, softmax_scale, causal, key_mask)
-    window = checks.window("rows", rows, query.shape[2])
-    limits: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "key_mask": key_mask}
+    limits = softmax_scale, causal, window, softcap
+    query, key, options = checked("head_statistics", query, key, key_mask, *limits)
+    checks.logsumexp(lse, query)
+    chosen = checks.window("rows", rows, query.shape[2])
+    size = chosen.stop - chosen.start, key.shape[2]
+    checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
+    index, *between = checks.columns(sinks, query, key.shape[2])
+    if index is not None:
+        checks.index_values("sinks", index, key.shape[2])
     with torch.no_grad():
         if backends.active() == "reference":
-            checks.columns(sinks, query, key.shape[2])
+            named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
             found = backends.by_reference(
-                reference.head_statistics, query, key, lse, sinks=sinks, rows=window, **limits
+                reference.head_statistics, query, key, lse, sinks=sinks, rows=chosen, **named
             )
             return HeadStatistics(*(item.to(lse.dtype) for item in found))
-        part = window_of(query, key, lse, window, slice(0, key.shape[2]), scale, causal, key_mask)
-        on_sinks = attention_columns(query, key, lse, sinks, reduce="none", **limits)
-        each = *attention_row_statistics_op(part), on_sinks[:, :, window].sum(-1)
-        seeing = lse[:, :, window] != -torch.inf
+        part = window_of(query, key, lse, chosen, slice(0, key.shape[2]), options, key_mask, bias)
+        on_sinks = attention_columns_op(columns_of(part, index, *between), False)
+        each = *attention_row_statistics_op(part), on_sinks.sum(-1)
+        seeing = part.lse != -torch.inf
         count = seeing.sum(-1).clamp(min=1)
         return HeadStatistics(*(torch.where(seeing, item, 0).sum(-1) / count for item in each))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, launch, reference
+from ..attention_rows.op import lse_of_rows
 from . import composite
 from .call import Call
 
@@ -22,6 +23,9 @@ def attention_columns(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
     reduce: str = "mean",
 ) -> Tensor:
     """Chosen columns of an attention map: how much every row looks at a few keys.
@@ -32,14 +36,20 @@ def attention_columns(
     Args:
         query: (B, Hq, Nq, D), floating point, any strides.
         key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
-        lse: (B, Hq, Nq) natural-log logsumexp of the rows as :func:`mekernels.flash_attention` returns it,
-            float64 for float64 input and float32 otherwise. It must be that of the same attention: the same
-            scale, mask and keys.
+        lse: (B, Hq, Nq) natural-log logsumexp of the rows as :func:`mekernels.flash_attention` or
+            :func:`mekernels.attention_lse` returns it, float64 for float64 input and float32 otherwise. It
+            must be that of the same attention: the same scale, masks, keys, caps and biases; and sinks, which
+            need nothing else.
         columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. Values are checked on
             the CPU only: elsewhere a position out of range counts as padding.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
-        causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A key that a row does not see gives 0.
+        causal: row i sees key j when j <= i + Nk - Nq (ends aligned), also where queries continue cached
+            keys. A key that a row does not see gives 0.
         key_mask: (B, Nk) bool, True where a key may be seen.
+        window, softcap: as in :func:`mekernels.attention_rows`.
+        bias: (B or 1, Hq or 1, Nq or 1, C or 1) floating point, added to the scores of the chosen columns,
+            after a soft cap; ``bias[..., c]`` is that of the key ``columns[:, c]``. -inf, or less than half
+            the lowest number of its dtype, hides a key. It has no gradient.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
@@ -62,30 +72,25 @@ def attention_columns(
         >>> mekernels.attention_columns(query, key, lse, torch.tensor([[0, 3]]), causal=True).shape
         torch.Size([1, 10, 2])
     """
-    query, key, scale = checked("attention_columns", query, key, lse, softmax_scale, causal, key_mask)
+    limits = softmax_scale, causal, window, softcap
+    query, key, options = checked("attention_columns", query, key, key_mask, *limits)
+    checks.logsumexp(lse, query)
     index, start, stop = checks.columns(columns, query, key.shape[2])
     checks.choice("reduce", reduce, ("mean", "none"))
     if index is not None:
         checks.index_values("columns", index, key.shape[2])
+    count = stop - start if index is None else index.shape[1]
+    checks.bias(bias, query, (query.shape[2], count), meaning="(batch, heads, rows, columns), or 1 of any")
     if backends.active() == "reference":
-        options = {"softmax_scale": scale, "causal": causal, "key_mask": key_mask, "reduce": reduce}
         chosen = slice(start, stop) if index is None else index
-        found = backends.by_reference(reference.attention_columns, query, key, lse, chosen, **options)
-        return found.to(checks.accumulate_dtype(query.dtype))
-    if index is None:
-        part = window_of(
-            query, key, lse, slice(0, query.shape[2]), slice(start, stop), scale, causal, key_mask
+        named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+        found = backends.by_reference(
+            reference.attention_columns, query, key, lse, chosen, reduce=reduce, **named
         )
-    else:
-        index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
-        place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
-        if not key.shape[2]:
-            key = key.new_zeros((*key.shape[:2], 1, key.shape[3]))
-        if key_mask is not None and key_mask.shape[1]:
-            index = index.masked_fill(~key_mask[sample, place], -1)
-        # Indexed like this, a GPU adds the gradients of equal columns in a fixed order.
-        picked = key.transpose(1, 2)[sample, place].transpose(1, 2)
-        part = Call(query, picked, lse, index, 0, key.shape[2] - query.shape[2], scale, causal)
+        return found.to(checks.accumulate_dtype(query.dtype))
+    rows, keys = slice(0, query.shape[2]), slice(0, key.shape[2])
+    part = window_of(query, key, lse, rows, keys, options, key_mask, None)
+    part = columns_of(part, index, start, stop)._replace(bias=bias)
     return attention_columns_op(part, reduce == "mean")
 
 
@@ -101,18 +106,24 @@ def attention_sums(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Sums of an attention map over its rows or its columns: how much attention each key receives.
 
     Memory is that of the result: no entry is written.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask: as in :func:`mekernels.attention_columns`.
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap: as in
+            :func:`mekernels.attention_columns`.
         over: ``"rows"``: of each key, over the rows that look at it. ``"columns"``: of each row, over the
             keys that it looks at; the sum over all keys is 1.
         reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``.
         rows: the window of rows, a slice of step 1, such as ``slice(-32, None)``; all by default.
         columns: the window of keys, likewise.
+        bias: (B or 1, Hq or 1, R or 1, C or 1), of the windows of rows and keys; else as in
+            :func:`mekernels.attention_columns`.
 
     Returns:
         (B, Hq, C) for the keys of the window with ``over="rows"``, (B, Hq, R) for its rows with
@@ -135,13 +146,17 @@ def attention_sums(
         >>> received.shape, round(float(received.sum()), 3)
         (torch.Size([1, 8, 10]), 80.0)
     """
-    query, key, scale = checked("attention_sums", query, key, lse, softmax_scale, causal, key_mask)
+    limits = softmax_scale, causal, window, softcap
+    query, key, options = checked("attention_sums", query, key, key_mask, *limits)
+    checks.logsumexp(lse, query)
     checks.choice("over", over, ("rows", "columns"))
     checks.choice("reduce", reduce, ("sum", "mean", "max"))
     windows = {
         "rows": checks.window("rows", rows, query.shape[2]),
         "columns": checks.window("columns", columns, key.shape[2]),
     }
+    size = {name: item.stop - item.start for name, item in windows.items()}
+    checks.bias(bias, query, (*size.values(),), meaning="(batch, heads, rows, columns), or 1 of any")
     wanted = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, lse))
     if reduce == "max" and wanted:
         raise ValueError(
@@ -149,15 +164,68 @@ def attention_sums(
             "or call it under torch.no_grad()"
         )
     if backends.active() == "reference":
-        options = {"softmax_scale": scale, "causal": causal, "key_mask": key_mask}
+        named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
         found = backends.by_reference(
-            reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **options
+            reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **named
         )
         return found.to(checks.accumulate_dtype(query.dtype))
-    part = window_of(query, key, lse, windows["rows"], windows["columns"], scale, causal, key_mask)
+    part = window_of(query, key, lse, windows["rows"], windows["columns"], options, key_mask, bias)
     found = attention_sums_op(part, over == "rows", reduce == "max")
-    length = windows[over].stop - windows[over].start
-    return found / max(1, length) if reduce == "mean" else found
+    return found / max(1, size[over]) if reduce == "mean" else found
+
+
+def attention_lse(
+    query: Tensor,
+    key: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The logsumexp of every row, where no attention hands it out: with masks, windows, caps, sinks, biases.
+
+    Costs the scores of an attention once, and no map.
+
+    Args:
+        query, key, softmax_scale, causal, key_mask, window, softcap, sinks: as in
+            :func:`mekernels.attention_rows`.
+        bias: (B or 1, Hq or 1, Nq or 1, Nk or 1); else as in :func:`mekernels.attention_columns`.
+
+    Returns:
+        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, differentiable in
+        query, key and sinks, once; -inf for a row that sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
+
+    Example:
+        >>> import torch, mekernels
+        >>> query, key, sinks = torch.randn(1, 8, 10, 16), torch.randn(1, 2, 10, 16), torch.zeros(8)
+        >>> lse = mekernels.attention_lse(query, key, causal=True, window=(4, -1), sinks=sinks)
+        >>> mekernels.attention_columns(
+        ...     query, key, lse, slice(0, 1), causal=True, window=(4, -1)
+        ... )[0, 5:, 0].tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    limits = softmax_scale, causal, window, softcap
+    query, key, options = checked("attention_lse", query, key, key_mask, *limits)
+    checks.sinks(sinks, query)
+    size = query.shape[2], key.shape[2]
+    checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
+    if backends.active() == "reference":
+        named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+        found = backends.by_reference(reference.attention_lse, query, key, sinks=sinks, **named)
+        return found.to(checks.accumulate_dtype(query.dtype))
+    rows, columns = slice(0, size[0]), slice(0, size[1])
+    with torch.no_grad():
+        lse = lse_of_rows(query, key, options[0], causal, key_mask, window, options[3], bias)
+    lse = attention_lse_op(window_of(query, key, lse, rows, columns, options, key_mask, bias))
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 
 def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: float, causal: bool) -> Tensor:
@@ -167,27 +235,38 @@ def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: f
     is computed only where a gradient reaches it.
     """
     rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
-    return attention_lse_op(window_of(query, key, lse, rows, columns, softmax_scale, causal, None))
+    options = softmax_scale, -1, 0 if causal else -1, 0.0
+    return attention_lse_op(window_of(query, key, lse, rows, columns, options, None, None))
+
+
+LIMITS = ("softmax_scale", "causal", "window", "softcap")
+"""What the ops have in common, beside their tensors."""
+
+Options = tuple[float, int, int, float]
+"""The last fields of a call: scale, keys to the left and to the right, and soft cap."""
 
 
 def checked(
     op: str,
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    key_mask: Tensor | None,
     softmax_scale: float | None,
     causal: bool,
-    key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, float]:
-    """Checks what the ops have in common; returns query and key in one dtype, and the scale."""
+    window: tuple[int, int] | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Options]:
+    """Checks what the ops have in common; returns query and key in one dtype, and the options of a call."""
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         query, key = backends.meet_in_autocast(query, key)
     checks.query_key(query, key)
-    checks.logsumexp(lse, query)
     checks.boolean("causal", causal)
     checks.key_mask(key_mask, key)
+    checks.window_size(window)
     checks.no_functorch(op)
-    return query, key, checks.scale(softmax_scale, query.shape[3])
+    left, right = window or (-1, -1)
+    scale, cap = checks.scale(softmax_scale, query.shape[3]), checks.softcap(softcap)
+    return query, key, (scale, left, 0 if causal else right, cap)
 
 
 def window_of(
@@ -196,9 +275,9 @@ def window_of(
     lse: Tensor,
     rows: slice,
     columns: slice,
-    scale: float,
-    causal: bool,
+    options: Options,
     key_mask: Tensor | None,
+    bias: Tensor | None,
 ) -> Call:
     """A window of the map."""
     places = None
@@ -206,8 +285,29 @@ def window_of(
         position = torch.arange(columns.start, columns.stop, device=key.device)
         places = torch.where(key_mask[:, columns], position, -1)
     shift = key.shape[2] - query.shape[2] + rows.start
-    window = query[:, :, rows], key[:, :, columns], lse[:, :, rows]
-    return Call(*window, places, columns.start, shift, scale, causal)
+    tensors = query[:, :, rows], key[:, :, columns], lse[:, :, rows], places, bias
+    return Call(*tensors, columns.start, shift, *options)
+
+
+def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
+    """Those keys of a part with all keys that are listed, (B, C), or that lie from start to stop."""
+    key, places, bias = part.key, part.places, part.bias
+    if index is None:
+        places = None if places is None else places[:, start:stop]
+        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., start:stop]
+        return part._replace(key=key[:, :, start:stop], places=places, bias=bias, start=start)
+    index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
+    place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
+    if not key.shape[2]:
+        key = key.new_zeros((*key.shape[:2], 1, key.shape[3]))
+    elif places is not None:
+        index = index.masked_fill(places[sample, place] < 0, -1)
+    # Indexed like this, a GPU adds the gradients of equal columns in a fixed order.
+    picked = key.transpose(1, 2)[sample, place].transpose(1, 2)
+    if bias is not None and bias.shape[3] > 1:
+        bias = bias.expand(len(key), -1, -1, -1)
+        bias = bias.gather(3, place[:, None, None].expand(*bias.shape[:3], -1))
+    return part._replace(key=picked, places=index, bias=bias, start=0)
 
 
 def _fake_columns(call: Call, mean: bool) -> Tensor:
@@ -245,9 +345,9 @@ attention_entries_backward_op = backends.Op("attention_entries_backward", _fake_
 
 
 def _save(ctx: Any, call: Call, *rest: Any) -> None:
-    ctx.options, ctx.rest = call[4:], rest[:-1]
+    ctx.options, ctx.rest = call[5:], rest[:-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:4])
+    ctx.save_for_backward(*call[:5])
 
 
 def _backward(ctx: Any, grad: Tensor | None, spread: Any) -> tuple[Tensor | None, ...]:

@@ -49,21 +49,29 @@ def _arguments(name: str, call: Call, inner: int, **more: Any) -> tuple[Tiles, d
         tile = Tiles(64, 32, 8, 2)
     tile = tile._replace(inner=min(tile.inner, max(16, power_of_two(inner))))
     block_d = max(16, power_of_two(width))
+    bias = None if call.bias is None else call.bias.expand(call.map_shape)
     return tile, {
         "query": call.query,
         "key": call.key,
         "lse": call.lse.contiguous(),
         "places": None if call.places is None else call.places.contiguous(),
+        "bias": bias,
+        "b_strides": (0, 0, 0, 0) if bias is None else bias.stride(),
         "q_strides": call.query.stride(),
         "k_strides": call.key.stride(),
         "rows": call.query.shape[2],
         "keys": call.key.shape[2],
         "start": call.start,
         "shift": call.shift,
+        "lower": call.shift - call.left,
+        "upper": call.shift + call.right,
         "scale": call.softmax_scale,
         "GROUPS": call.groups,
         "WIDTH": width,
-        "CAUSAL": call.causal,
+        "LOWER": call.left >= 0,
+        "UPPER": call.right >= 0,
+        "SOFTCAP": call.softcap,
+        "BIAS": 0.0 if bias is None else torch.finfo(bias.dtype).min / 2,
         "LISTED": call.places is not None,
         "CHUNK": block_d if half else 16,
         "BLOCK_O": tile.outer,
@@ -155,7 +163,11 @@ def plan_backward(
     return launches
 
 
+LIMITED = "Gemma-2-9B"
+"""The shape with a window, a soft cap and a bias."""
+
 SHAPES = {
+    LIMITED: (16, 8, 256, 8192, torch.bfloat16),
     "Qwen2.5-VL-7B 8k": (28, 4, 128, 8192, torch.float16),
     "width 64": (16, 16, 64, 8192, torch.bfloat16),
     "width 256": (8, 4, 256, 8192, torch.float16),
@@ -176,9 +188,13 @@ def gates() -> list[resources.Gate]:
         listed = name.endswith(("8k", "float32"))
         query, key = (torch.empty(1, n, keys, width, dtype=dtype, device="meta") for n in (heads, kv_heads))
         lse = torch.empty(1, heads, keys, device="meta")
-        whole = Call(query, key, lse, None, 0, 0, width**-0.5, True)
+        limited = name == LIMITED
+        bias = torch.empty(1, heads, 1, keys, dtype=dtype, device="meta") if limited else None
+        limits = (width**-0.5, 4096 if limited else -1, 0, 50.0 if limited else 0.0)
+        whole = Call(query, key, lse, None, bias, 0, 0, *limits)
         places = torch.empty(1, 64, dtype=torch.int64, device="meta") if listed else None
-        few = whole._replace(key=key[:, :, :64].contiguous(), places=places)
+        of_few = None if bias is None else bias[..., :64]
+        few = whole._replace(key=key[:, :, :64].contiguous(), places=places, bias=of_few)
         mean = torch.empty(1, 1, keys, 64, device="meta")
         add(f"column_entries {name}", plan_columns(mean, few))
         results = [torch.empty_like(item) for item in (query, key, lse)]

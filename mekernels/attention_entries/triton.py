@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention_rows.triton import exact_dot, exponential, token_at, vectors
+from ..attention_rows.triton import biased, capped, exact_dot, exponential, tanh, token_at, vectors
 from ..attention_rows.triton_backward import scaled_dot
 
-VARYING = ["rows", "keys", "heads", "start", "shift", "lse", "places", "grad"]
+VARYING = ["rows", "keys", "heads", "start", "shift", "lower", "upper", "lse", "places", "bias", "grad"]
 """Numbers that vary from call to call, and tensors that may begin anywhere."""
 
 PER_KEY, PER_ROW = tl.constexpr(1), tl.constexpr(2)
@@ -29,11 +29,13 @@ def key_places(places, sample, c, keys, start, LISTED: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(place, row, rows, shift, CAUSAL: tl.constexpr):
-    """Whether rows see keys; one is (n, 1), the other (1, n)."""
+def seen_keys(place, row, rows, lower, upper, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """Whether rows see keys, from row + lower to row + upper; one is (n, 1), the other (1, n)."""
     seen = (place >= 0) & (row < rows)
-    if CAUSAL:
-        seen &= place <= row + shift
+    if UPPER:
+        seen &= place <= row + upper
+    if LOWER:
+        seen &= place >= row + lower
     return seen
 
 
@@ -65,17 +67,32 @@ def products(
 
 @triton.jit
 def inner_span(
-    outer, place, rows, keys, start, shift, CAUSAL: tl.constexpr, LISTED: tl.constexpr, KEYS: tl.constexpr
+    outer,
+    place,
+    rows,
+    keys,
+    start,
+    lower,
+    upper,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    LISTED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """The part of the inner axis that an outer block has to look at."""
     begin = 0
     end = keys
     if KEYS:
         end = rows
-        if CAUSAL:
-            begin = tl.maximum(tl.min(tl.where(place >= 0, place - shift, rows), 0), 0)
-    elif CAUSAL and not LISTED:
-        end = tl.minimum(keys, tl.max(outer, 0) + shift - start + 1)
+        if UPPER:
+            begin = tl.maximum(tl.min(tl.where(place >= 0, place - upper, rows), 0), 0)
+        if LOWER:
+            end = tl.minimum(rows, tl.max(tl.where(place >= 0, place - lower + 1, 0), 0))
+    elif not LISTED:
+        if UPPER:
+            end = tl.minimum(keys, tl.max(outer, 0) + upper - start + 1)
+        if LOWER:
+            begin = tl.maximum(tl.min(outer, 0) + lower - start, 0)
     return begin, end
 
 
@@ -85,18 +102,24 @@ def column_entries(
     key,
     lse,
     places,
+    bias,
     out,
     q_strides,
     k_strides,
+    b_strides,
     rows,
     keys,
     heads,
     start,
-    shift,
+    lower,
+    upper,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     LISTED: tl.constexpr,
     MEAN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -110,7 +133,7 @@ def column_entries(
     row = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(0) // blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     place = key_places(places, sample, c, keys, start, LISTED)
-    seen = seen_keys(place[None, :], row[:, None], rows, shift, CAUSAL)
+    seen = seen_keys(place[None, :], row[:, None], rows, lower, upper, LOWER, UPPER)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for one in range(heads if MEAN else 1):
         head = tl.cast(one if MEAN else tl.program_id(1), tl.int64)
@@ -122,7 +145,11 @@ def column_entries(
             *(WIDTH, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         sums = tl.load(lse + (sample * heads + head) * rows + row, mask=row < rows, other=0.0)
-        total += tl.where(seen, exponential(scores * scale - sums[:, None]), 0.0)
+        scores, shown = biased(
+            *(capped(scores * scale, SOFTCAP), bias, b_strides, sample, head),
+            *(row[:, None], c[None, :], seen, BIAS),
+        )
+        total += tl.where(shown, exponential(scores - sums[:, None]), 0.0)
     if MEAN:
         total = total / heads
     rank = sample * tl.num_programs(1) + tl.program_id(1)
@@ -163,10 +190,13 @@ def inner_block(
     key,
     of_lse,
     places,
+    bias,
     q_strides,
     k_strides,
+    b_strides,
     sample,
     head,
+    o,
     i,
     at_outer,
     outer,
@@ -176,11 +206,15 @@ def inner_block(
     rows,
     keys,
     start,
-    shift,
+    lower,
+    upper,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -188,34 +222,29 @@ def inner_block(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For tokens ``i`` of the inner axis: (BLOCK_O, BLOCK_I) entries, and which of them are seen; the tokens'
-    addresses, and whether known."""
+    """For tokens ``i`` of the inner axis: (BLOCK_O, BLOCK_I) entries, scores before their cap, and which are
+    seen; the tokens' addresses, and whether known."""
     if KEYS:
         at = token_at(query, q_strides, sample, head, i.to(tl.int64))
         inner_known = i < rows
         sums = tl.load(of_lse + i, mask=inner_known, other=0.0)[None, :]
-        seen = seen_keys(place[:, None], i[None, :], rows, shift, CAUSAL)
+        seen = seen_keys(place[:, None], i[None, :], rows, lower, upper, LOWER, UPPER)
     else:
         at = token_at(key, k_strides, sample, head // GROUPS, i.to(tl.int64))
         inner_place = key_places(places, sample, i, keys, start, LISTED)
         inner_known = inner_place >= 0
         sums = sums[:, None]
-        seen = seen_keys(inner_place[None, :], place[:, None], rows, shift, CAUSAL)
-    scores = products(
-        at_outer,
-        outer,
-        known,
-        k_strides[3] if KEYS else q_strides[3],
-        at,
-        inner_known,
-        q_strides[3] if KEYS else k_strides[3],
-        WIDTH,
-        CHUNK,
-        BLOCK_O,
-        BLOCK_I,
-        BLOCK_D,
+        seen = seen_keys(inner_place[None, :], place[:, None], rows, lower, upper, LOWER, UPPER)
+    raw = products(
+        *(at_outer, outer, known, k_strides[3] if KEYS else q_strides[3]),
+        *(at, inner_known, q_strides[3] if KEYS else k_strides[3]),
+        *(WIDTH, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
     )
-    return tl.where(seen, exponential(scores * scale - sums), 0.0), seen, at, inner_known
+    raw = raw * scale
+    row = i[None, :] if KEYS else o[:, None]
+    c = o[:, None] if KEYS else i[None, :]
+    scores, seen = biased(capped(raw, SOFTCAP), bias, b_strides, sample, head, row, c, seen, BIAS)
+    return tl.where(seen, exponential(scores - sums), 0.0), raw, seen, at, inner_known
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -224,17 +253,23 @@ def entry_sums(
     key,
     lse,
     places,
+    bias,
     out,
     q_strides,
     k_strides,
+    b_strides,
     rows,
     keys,
     start,
-    shift,
+    lower,
+    upper,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -254,29 +289,14 @@ def entry_sums(
         *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, place, rows, keys, start, shift, CAUSAL, LISTED, KEYS)
+    begin, end = inner_span(o, place, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, KEYS)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for first in range(begin, end, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        weights, _, _, _ = inner_block(
-            *(
-                query,
-                key,
-                of_lse,
-                places,
-                q_strides,
-                k_strides,
-                sample,
-                head,
-                i,
-                at,
-                outer,
-                place,
-                known,
-                sums,
-            ),
-            *(rows, keys, start, shift, scale, GROUPS, WIDTH, CAUSAL, LISTED, KEYS),
-            *(CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+        weights, _, _, _, _ = inner_block(
+            *(query, key, of_lse, places, bias, q_strides, k_strides, b_strides, sample, head, o, i),
+            *(at, outer, place, known, sums, rows, keys, start, lower, upper, scale, GROUPS, WIDTH),
+            *(LOWER, UPPER, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         if LARGEST:
             total = tl.maximum(total, weights, propagate_nan=tl.PropagateNan.ALL)
@@ -298,18 +318,25 @@ def row_statistics_kernel(
     key,
     lse,
     places,
+    bias,
     entropy,
     distance,
     q_strides,
     k_strides,
+    b_strides,
     rows,
     keys,
     start,
     shift,
+    lower,
+    upper,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     LISTED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -327,15 +354,15 @@ def row_statistics_kernel(
         *(GROUPS, LISTED, False),
     )
     outer = vectors(at, known, q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, row, rows, keys, start, shift, CAUSAL, LISTED, False)
+    begin, end = inner_span(o, row, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, False)
     spread = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     apart = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for first in range(begin, end, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        weights, _, _, _ = inner_block(
-            *(query, key, of_lse, places, q_strides, k_strides, sample, head, i, at, outer, row, known, sums),
-            *(rows, keys, start, shift, scale, GROUPS, WIDTH, CAUSAL, LISTED, False),
-            *(CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+        weights, _, _, _, _ = inner_block(
+            *(query, key, of_lse, places, bias, q_strides, k_strides, b_strides, sample, head, o, i),
+            *(at, outer, row, known, sums, rows, keys, start, lower, upper, scale, GROUPS, WIDTH),
+            *(LOWER, UPPER, SOFTCAP, BIAS, LISTED, False, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         place = key_places(places, sample, i, keys, start, LISTED)
         apart += weights * tl.abs(place[None, :] - row[:, None] - shift).to(tl.float32)
@@ -363,20 +390,26 @@ def entry_gradient(
     key,
     lse,
     places,
+    bias,
     grad,
     out,
     lse_out,
     q_strides,
     k_strides,
+    b_strides,
     g_strides,
     rows,
     keys,
     start,
-    shift,
+    lower,
+    upper,
     scale,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -399,7 +432,7 @@ def entry_gradient(
         *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, place, rows, keys, start, shift, CAUSAL, LISTED, KEYS)
+    begin, end = inner_span(o, place, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, KEYS)
     total = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
     slope = tl.zeros([BLOCK_O], tl.float32)
     for member in range(members):
@@ -407,17 +440,21 @@ def entry_gradient(
         of_grad = grad + sample * g_strides[0] + head * g_strides[1]
         for first in range(begin, end, BLOCK_I):
             i = first + tl.arange(0, BLOCK_I)
-            weights, seen, at_inner, inner_known = inner_block(
-                *(query, key, of_lse + member * rows, places, q_strides, k_strides, sample, head, i),
-                *(at, outer, place, known, sums, rows, keys, start, shift, scale),
-                *(GROUPS, WIDTH, CAUSAL, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+            weights, scores, seen, at_inner, inner_known = inner_block(
+                *(query, key, of_lse + member * rows, places, bias, q_strides, k_strides, b_strides, sample),
+                *(head, o, i, at, outer, place, known, sums, rows, keys, start, lower, upper, scale, GROUPS),
+                *(WIDTH, LOWER, UPPER, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
             )
             row = i[None, :] if KEYS else o[:, None]
             c = o[:, None] if KEYS else i[None, :]
             given = given_tile(of_grad, g_strides, row.to(tl.int64), c.to(tl.int64), rows, keys, seen, GIVEN)
             change = tl.where(seen, weights * given, 0.0)
             inner = vectors(at_inner, inner_known, q_strides[3] if KEYS else k_strides[3], 0, WIDTH, BLOCK_D)
-            total += scaled_dot(change, inner, SCALED)
+            if SOFTCAP > 0:
+                bent = tanh(scores * (1 / SOFTCAP))
+                total += scaled_dot(change * (1.0 - bent * bent), inner, SCALED)
+            else:
+                total += scaled_dot(change, inner, SCALED)
             if not KEYS:
                 slope += tl.sum(change, 1)
     rank = sample * tl.num_programs(1) + tl.program_id(1)

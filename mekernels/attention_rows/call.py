@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +26,25 @@ class Call(NamedTuple):
     mean: bool
     softcap: float = 0.0
     """Scores are softcap * tanh(score / softcap); 0 leaves them as they are."""
+    sinks: Tensor | None = None
+    """(Hq,), or (layers, Hq) where several are read together."""
+    bias: Tensor | None = None
+    """(B or 1, Hq or 1, R or 1, Nk), added to the scores of the chosen rows."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them; :meth:`of` makes a call of these and of :attr:`settings`."""
+        return *self[:6], self.sinks, self.bias
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """The fields that are no tensors."""
+        return self[6:13]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], settings: Sequence[Any]) -> Call:
+        """A call of :attr:`tensors` and :attr:`settings`."""
+        return cls(*tensors[:6], *settings, *tensors[6:])
 
     @property
     def width(self) -> int:

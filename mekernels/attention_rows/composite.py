@@ -9,7 +9,6 @@ Every layer lies first in the tensors here: (L, B, Hk, G, R, Nk), G query heads 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .. import checks
 from .call import Call
+from .reading import Reading, reading_of
 
 CHUNK_ELEMENTS = 1 << 20
 """Scores computed at a time."""
@@ -30,16 +30,17 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return out.view(call.out_shape), lse[0], rest[0]
 
 
-def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of the op. It needs no logsumexp: a block holds whole rows."""
     grad_query, grad_key = (
         torch.zeros_like(call.query),
         torch.zeros_like(call.key, dtype=_wide(call.key.dtype)),
     )
     layers = _Layers.of_call(call)
-    grad_picked = layers.gradients(grad[:, None] if call.mean else grad, grad_key[None])
+    grad_picked, grad_sinks = layers.gradients(grad[:, None] if call.mean else grad, grad_key[None])
     _add_rows(grad_query[None], grad_picked, layers.reading.rows)
-    return grad_query, grad_key.to(call.key.dtype)
+    sinks = grad_sinks[0, :0] if call.sinks is None else grad_sinks[0].to(call.sinks.dtype)
+    return grad_query, grad_key.to(call.key.dtype), sinks
 
 
 def layer_attention_rows(
@@ -53,6 +54,7 @@ def layer_attention_rows(
     key_mask: Tensor | None = None,
     key_range: Tensor | None = None,
     softcap: float = 0.0,
+    sinks: Sequence[Tensor] = (),
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -68,13 +70,14 @@ def layer_attention_rows(
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
         causal, key_mask, key_range: as in :func:`mekernels.attention_rows`. All limits hold together.
         softcap: scores are softcap * tanh(score / softcap); 0 for none.
+        sinks: for each layer (Hq,) logits, as in :func:`mekernels.attention_rows`; none by default.
         mask: (B, 1 or Hq, R, N), bool (True where a key may be seen), or float that is added to the scores.
             Blocked entries of a float mask are -inf or the lowest number of the dtype.
         dtype: queries and keys are rounded to it first; not at all by default.
 
     Returns:
-        (B, R, C), float64 for float64 input and float32 otherwise; differentiable once in queries and keys. A
-        row that may see no key is zero.
+        (B, R, C), float64 for float64 input and float32 otherwise; differentiable once in queries, keys
+        and sinks. A row that may see no key is zero.
 
     Example:
         >>> query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
@@ -88,14 +91,18 @@ def layer_attention_rows(
     scale = checks.scale(softmax_scale, queries[0].shape[3])
     limits, columns_of = (key_mask, key_range), (start, max(start, stop))
     call = Call(queries[0], keys[0], rows, index, *limits, *columns_of, scale, causal, 1, True, softcap)
-    return _LayerRows.apply(_reading(call, mask), dtype or keys[0].dtype, len(queries), *queries, *keys)
+    if sinks:
+        call = call._replace(sinks=torch.stack([item.detach() for item in sinks]))
+    kind = dtype or keys[0].dtype
+    return _LayerRows.apply(reading_of(call, mask), kind, len(queries), *queries, *keys, *sinks)
 
 
 class _LayerRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reading: _Reading, kind: torch.dtype, count: int, *tensors: Tensor) -> Tensor:
-        queries, keys = tensors[:count], tensors[count:]
+    def forward(ctx: Any, reading: Reading, kind: torch.dtype, count: int, *tensors: Tensor) -> Tensor:
+        queries, keys = tensors[:count], tensors[count : 2 * count]
         picked = [_picked(query, reading.rows) for query in queries]
+        ctx.sinks = [item.dtype for item in tensors[2 * count :]]
         ctx.save_for_backward(*picked, *keys)
         ctx.options = reading, kind, queries[0].shape[2]
         return _Layers(picked, keys, reading, kind).read()[0][:, 0]
@@ -108,21 +115,19 @@ class _LayerRows(torch.autograd.Function):
         picked, keys = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         (batch, heads, _, width), dtype = picked[0].shape, _wide(kind)
         grad_keys = keys[0].new_zeros(count, *keys[0].shape, dtype=dtype)
-        grad_picked = _Layers(picked, keys, reading, kind).gradients(grads[0][:, None], grad_keys)
+        layers = _Layers(picked, keys, reading, kind)
+        grad_picked, grad_sinks = layers.gradients(grads[0][:, None], grad_keys)
         # Strided as the queries of a model are, which come from (B, N, Hq, D).
         size = (count, batch, length, heads, width)
         grad_queries = picked[0].new_zeros(size, dtype=dtype).transpose(2, 3)
         _add_rows(grad_queries, grad_picked, reading.rows)
         grad_queries, grad_keys = grad_queries.to(picked[0].dtype), grad_keys.to(keys[0].dtype)
-        return (None, None, None, *grad_queries.unbind(0), *grad_keys.unbind(0))
+        sinks = [item.to(dtype) for item, dtype in zip(grad_sinks, ctx.sinks, strict=False)]
+        return (None, None, None, *grad_queries.unbind(0), *grad_keys.unbind(0), *sinks)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return checks.accumulate_dtype(dtype)
-
-
-def _allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _may_hold_nan(values: Tensor) -> bool:
@@ -149,138 +154,6 @@ def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
         target[:, sample].index_add_(2, row, added)
 
 
-class _Reading(NamedTuple):
-    """Which rows and columns are read, and which keys the rows see: the same for all layers."""
-
-    rows: Tensor
-    """(B, R) query positions, 0 where there is no row."""
-    valid: Tensor | None
-    """(B, R) whether there is a row; None where every place is known to hold one."""
-    limits: Tensor | None
-    """(B, R, 2) first and one past the last position of each part of the keys that a row sees."""
-    key_mask: Tensor | None
-    """(B, Nk) whether a key may be seen."""
-    mask: Tensor | None
-    """(B, 1 or Hq, R, Nk) bool, or float that is added to the scores."""
-    window: slice
-    """The keys that are read; no row sees another."""
-    columns: slice
-    """Positions of a part that are read."""
-    listed: Tensor | None
-    """(B, C) chosen columns, counted from the first of ``columns``, negative where there is none."""
-    softmax_scale: float
-    fold: int
-    mean: bool
-    softcap: float
-
-    @property
-    def inside(self) -> tuple[slice, slice]:
-        """Where ``columns`` and the window overlap, counted from the first of either."""
-        first = 0 if self.fold > 1 else self.window.start
-        end = self.columns.stop if self.fold > 1 else self.window.stop
-        low = min(max(self.columns.start, first), self.columns.stop)
-        high = max(low, min(self.columns.stop, end))
-        start = self.columns.start
-        return slice(low - start, high - start), slice(low - first, high - first)
-
-    def bias(self, samples: slice, rows: slice, dtype: torch.dtype) -> Tensor | None:
-        """(b, 1 or Hq, r, n), added to the scores of the window; -inf where a key is hidden."""
-        hidden = []
-        if self.valid is not None:
-            hidden.append(~self.valid[samples, None, rows, None])
-        if self.limits is not None:
-            limits = self.limits[samples, None, rows]
-            window, device = self.window, limits.device
-            length = (window.stop - window.start) // self.fold
-            position = torch.arange(window.start, window.start + length, device=device).repeat(self.fold)
-            hidden.append((position < limits[..., :1]) | (position >= limits[..., 1:]))
-        if self.key_mask is not None:
-            hidden.append(~self.key_mask[samples, None, None, self.window])
-        bias: Tensor | float = 0.0
-        if self.mask is not None:
-            mask = self.mask[samples, :, rows, self.window]
-            hidden.append(~_allowed(mask))
-            bias = 0.0 if mask.dtype == torch.bool else mask.to(dtype)
-        if not hidden:
-            return None
-        blocked = functools.reduce(torch.bitwise_or, hidden)
-        bias = torch.where(blocked, -math.inf, bias).to(dtype)
-        return bias.expand(*bias.shape[:3], self.window.stop - self.window.start)
-
-    def chosen(self, dense: Tensor, samples: slice) -> Tensor:
-        """Of (b, h, r, columns) those that are listed."""
-        if self.listed is None:
-            return dense
-        index = self.listed[samples, None, None]
-        found = dense.gather(-1, index.clamp(min=0).expand(*dense.shape[:-1], -1))
-        return found.masked_fill_(index < 0, 0)
-
-    def spread(self, grad: Tensor, samples: slice) -> Tensor:
-        """The transpose of :meth:`chosen`; equal columns are added."""
-        if self.listed is None:
-            return grad
-        index = self.listed[samples]
-        grad = grad.masked_fill(index[:, None, None] < 0, 0)
-        dense = grad.new_zeros(*grad.shape[:-1], self.columns.stop - self.columns.start)
-        for one, place, given in zip(dense, index.clamp(min=0), grad, strict=True):
-            one.index_add_(-1, place, given)
-        return dense
-
-
-def row_limits(
-    rows: Tensor, queries: int, keys: int, causal: bool, key_range: Tensor | None
-) -> Tensor | None:
-    """(B, R, 2) first and one past the last of the keys of a part that a row sees; None where it sees all."""
-    if not causal:
-        return key_range
-    last = rows + (1 + keys - queries)
-    if key_range is None:
-        return torch.stack([torch.zeros_like(last), last], -1)
-    return torch.stack([key_range[..., 0], key_range[..., 1].minimum(last)], -1)
-
-
-def _reading(call: Call, mask: Tensor | None = None) -> _Reading:
-    rows, own, queries = call.rows, call.own, call.query.shape[2]
-    valid = (rows >= 0) & (rows < queries)
-    limits, first, end = row_limits(rows, queries, own, call.causal, call.key_range), 0, call.key.shape[2]
-    start, stop, index = call.start, call.stop, call.columns
-    if index is not None:
-        index, start, stop = index.masked_fill((index < 0) | (index >= own), -1), 0, own
-    rows = torch.where(valid, rows, 0)
-    # Elsewhere reading values would stall the device.
-    if rows.device.type == "cpu":
-        first, end = _window(call, valid, limits, mask)
-        if index is not None:
-            start = int(torch.where(index < 0, own, index).min()) if index.numel() else 0
-            stop = int(index.max()) + 1 if index.numel() else 0
-            start = min(start, stop)
-            index = index - start
-    known = None if rows.device.type == "cpu" and bool(valid.all()) else valid
-    options = (call.softmax_scale, call.fold, call.mean, call.softcap)
-    return _Reading(
-        rows, known, limits, call.key_mask, mask, slice(first, end), slice(start, stop), index, *options
-    )
-
-
-def _window(call: Call, valid: Tensor, limits: Tensor | None, mask: Tensor | None) -> tuple[int, int]:
-    """Bounds of the keys that any row sees."""
-    first, end = 0, call.key.shape[2]
-    if call.fold > 1:
-        return first, end
-    if limits is not None:
-        low, high = limits.unbind(-1)
-        seeing = valid & (low < high)
-        some = bool(seeing.any())
-        first = max(0, int(torch.where(seeing, low, end).min())) if some else end
-        end = min(end, int(torch.where(seeing, high, 0).max())) if some else 0
-    for seen in (call.key_mask, None if mask is None else _allowed(mask)):
-        if seen is not None:
-            places = seen.flatten(0, -2).any(0).nonzero()
-            first = max(first, int(places[0])) if len(places) else end
-            end = min(end, int(places[-1]) + 1) if len(places) else first
-    return first, max(first, end)
-
-
 class _Part(NamedTuple):
     """What is computed at a time, beside the samples and rows of a block."""
 
@@ -305,7 +178,7 @@ class _Layers:
     """
 
     def __init__(
-        self, picked: Sequence[Tensor], keys: Sequence[Tensor], reading: _Reading, kind: torch.dtype
+        self, picked: Sequence[Tensor], keys: Sequence[Tensor], reading: Reading, kind: torch.dtype
     ) -> None:
         self.picked, self.keys, self.reading, self.kind = picked, keys, reading, kind
         self.dtype = _wide(kind)
@@ -316,7 +189,7 @@ class _Layers:
     @classmethod
     def of_call(cls, call: Call) -> _Layers:
         """The one layer of a call of the op."""
-        reading = _reading(call)
+        reading = reading_of(call)
         return cls([_picked(call.query, reading.rows)], [call.key], reading, call.key.dtype)
 
     def blocks(self) -> Iterator[tuple[slice, slice, list[_Part]]]:
@@ -381,10 +254,24 @@ class _Layers:
             # Minus infinity does not hide NaN or infinity.
             scores.masked_fill_(bias == -math.inf, -math.inf)
             top = scores.amax(-1, keepdim=True)
+        sinks = self.sinks(part)
+        if sinks is not None:
+            top = top.maximum(sinks)
         top.masked_fill_(top == -math.inf, 0)
         values = scores.sub_(top).exp_()
         total = values.sum(-1, keepdim=True)
-        return _Weights(values, torch.where(total == 0, 0, 1 / total), top, total, bent)
+        sunk = None
+        if sinks is not None:
+            sunk = (sinks - top).exp_()
+            total += sunk
+        return _Weights(values, torch.where(total == 0, 0, 1 / total), top, total, bent, sunk)
+
+    def sinks(self, part: _Part) -> Tensor | None:
+        """(l, 1, h, G, 1, 1) logits of the sinks."""
+        if self.reading.sinks is None:
+            return None
+        sinks = self.reading.sinks[part.layers, self.members_of(part.groups)].to(self.dtype)
+        return sinks.view(len(sinks), 1, -1, self.members, 1, 1)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1 or Hq, R, C) attention summed over the layers; the logsumexp of every row and its rest."""
@@ -418,12 +305,16 @@ class _Layers:
             out[samples, :, rows] = reading.chosen(dense, samples)
         return out.div_(self.heads) if reading.mean else out, lse, rest
 
-    def gradients(self, grad: Tensor, grad_keys: Tensor) -> Tensor:
-        """Of the picked queries (L, B, Hq, R, D), given (B, 1 or Hq, R, C); adds to (L, B, Hk, Nk, D)."""
+    def gradients(self, grad: Tensor, grad_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the picked queries (L, B, Hq, R, D) and of the sinks (L, Hq), given (B, 1 or Hq, R, C).
+
+        Those of the keys are added to (L, B, Hk, Nk, D).
+        """
         reading = self.reading
         grad_picked = grad.new_zeros((len(self.keys), *self.picked[0].shape), dtype=self.dtype)
+        grad_sinks = grad_picked.new_zeros(len(self.keys), self.heads)
         if not reading.window.stop - reading.window.start:
-            return grad_picked
+            return grad_picked, grad_sinks
         written, read = reading.inside
         for samples, rows, parts in self.blocks():
             bias = reading.bias(samples, rows, self.dtype)
@@ -439,6 +330,9 @@ class _Layers:
                 seen = found.values.unflatten(-1, (reading.fold, -1))[..., read]
                 moved = seen * (self.of_heads(given, part.groups) * found.share[..., None])
                 factor = moved.sum((-2, -1)).unsqueeze(-1).mul_(found.share).neg_()
+                if found.sunk is not None:
+                    change = (factor * found.sunk).sum((1, 4, 5)).flatten(1)
+                    grad_sinks[part.layers, self.members_of(part.groups)] += change
                 slope = found.values.mul_(factor)
                 seen += moved
                 if found.bent is not None:
@@ -451,7 +345,7 @@ class _Layers:
                 target.copy_(torch.bmm(slope, key).mul_(reading.softmax_scale).view(target.shape))
         if reading.valid is not None:
             grad_picked.masked_fill_(~reading.valid[:, None, :, None], 0)
-        return grad_picked
+        return grad_picked, grad_sinks
 
 
 class _Weights(NamedTuple):
@@ -465,6 +359,8 @@ class _Weights(NamedTuple):
     total: Tensor
     bent: Tensor | None
     """Hyperbolic tangents of the scores, where these have a soft cap."""
+    sunk: Tensor | None
+    """Exponentials of the sinks above ``top``, where there are any."""
 
     def logsumexp(self) -> tuple[Tensor, Tensor]:
         """Of each row, without the last axis, and what rounding it has lost."""

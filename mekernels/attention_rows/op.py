@@ -25,6 +25,9 @@ def attention_rows(
     key_range: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     fold: int = 1,
     reduce: str = "mean",
 ) -> Tensor:
@@ -42,21 +45,29 @@ def attention_rows(
             part.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
         causal: row i sees key j of a part of n keys when j <= i + n - Nq: ends aligned, j <= i where the
-            lengths agree.
+            lengths agree. So queries that continue cached keys are right as they are.
         key_mask: (B, Nk) bool, True where a key may be seen.
         key_range: (B, R, 2) int64, first and one past the last key position each row may see, for instance
             those of its own sequence in a packed batch. Counted in a part; other limits hold as well.
         window: keys that a row sees to its left and to its right, its own place aside, as flash-attn counts
             them; -1 for no limit. A row's own place is i + n - Nq, as for ``causal``.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; none by default.
+        sinks: (Hq,) floating point, a logit of each query head that its rows' softmax counts beside the keys,
+            as in gpt-oss. A row's attention then sums to less than 1.
+        bias: (B or 1, Hq or 1, R or 1, Nk) floating point, added to the scores of the chosen rows, after a
+            soft cap: ``bias[:, :, r]`` is that of the row ``rows[:, r]``. -inf, or less than half the lowest
+            number of its dtype, hides a key. It has no gradient.
+        cu_seqlens: (S + 1,) int32 or int64, 0 and the ends of the sequences that are packed one after the
+            other, as flash-attn takes them. Needs a batch of 1, and as many queries as keys of a part. A row
+            sees its own sequence only. The values are checked on the CPU only.
         fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
             own keys.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
         (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
-        A row that may see no key is zero. Differentiable in query and key, once; the backward recomputes the
-        rows, and is the same from run to run.
+        A row that may see no key is zero. Differentiable in query, key and sinks, once; the backward
+        recomputes the rows, and is the same from run to run.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -97,10 +108,17 @@ def attention_rows(
     scale = checks.scale(softmax_scale, query.shape[3])
     cap = checks.softcap(softcap)
     checks.window_size(window)
+    checks.sinks(sinks, query)
+    checks.bias(bias, query, (rows.shape[1], key.shape[2]), meaning="(batch, heads, rows, keys), or 1 of any")
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, query, own)
+        key_range = _in_both(_packed(cu_seqlens, rows), key_range)
     checks.no_functorch("attention_rows")
-    limits = key_range if window is None else _windowed(window, rows, own - query.shape[2], own, key_range)
+    limits = key_range
+    if window is not None:
+        limits = _in_both(_windowed(window, rows, own - query.shape[2], own), key_range)
     options = (scale, causal, fold, reduce == "mean", cap)
-    call = Call(query, key, rows, index, key_mask, limits, start, stop, *options)
+    call = Call(query, key, rows, index, key_mask, limits, start, stop, *options, sinks, bias)
     if backends.active() == "reference":
         _index_values(call)
         result = backends.by_reference(
@@ -115,6 +133,8 @@ def attention_rows(
             key_range=key_range,
             window=window,
             softcap=cap,
+            sinks=sinks,
+            bias=bias,
             fold=fold,
             reduce=reduce,
         )
@@ -122,16 +142,46 @@ def attention_rows(
     return attention_rows_op(call)[0]
 
 
-def _windowed(
-    window: tuple[int, int], rows: Tensor, shift: int, own: int, key_range: Tensor | None
+def lse_of_rows(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: bool,
+    key_mask: Tensor | None,
+    window: tuple[int, int] | None,
+    softcap: float,
+    bias: Tensor | None,
 ) -> Tensor:
-    """(B, R, 2) first and one past the last key that each row sees within a window and a range."""
+    """The (B, Hq, Nq) logsumexp of all rows, from arguments that are checked; without a gradient."""
+    own = key.shape[2]
+    rows = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
+    limits = None if window is None else _windowed(window, rows, own - query.shape[2], own)
+    options = (0, min(1, own), scale, causal, 1, True, softcap)
+    return attention_rows_op(Call(query, key, rows, None, key_mask, limits, *options, None, bias))[1]
+
+
+def _windowed(window: tuple[int, int], rows: Tensor, shift: int, own: int) -> Tensor:
+    """(B, R, 2) first and one past the last key that each row sees within a window."""
     left, right = window
     first = torch.zeros_like(rows) if left < 0 else rows + (shift - left)
     last = torch.full_like(rows, own) if right < 0 else rows + (shift + right + 1)
-    if key_range is not None:
-        first, last = first.maximum(key_range[..., 0]), last.minimum(key_range[..., 1])
     return torch.stack([first, last], -1)
+
+
+def _packed(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """(1, R, 2) first and one past the last token of the sequence that each row is in."""
+    ends = cu_seqlens[1:].to(rows.dtype)
+    if not len(ends):
+        return rows.new_zeros(*rows.shape, 2)
+    sequence = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
+    return torch.stack([cu_seqlens[sequence].to(rows.dtype), ends[sequence]], -1)
+
+
+def _in_both(one: Tensor, other: Tensor | None) -> Tensor:
+    """The keys that lie in both of two ranges."""
+    if other is None:
+        return one
+    return torch.stack([one[..., 0].maximum(other[..., 0]), one[..., 1].minimum(other[..., 1])], -1)
 
 
 def _index_values(call: Call) -> None:
@@ -146,8 +196,9 @@ def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return call.query.new_empty(call.out_shape, dtype=dtype), lse, torch.empty_like(lse)
 
 
-def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.query), torch.empty_like(call.key)
+def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    sinks = lse.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks)
+    return torch.empty_like(call.query), torch.empty_like(call.key), sinks
 
 
 attention_rows_op = backends.Op("attention_rows", _fake, check=_index_values)
@@ -157,22 +208,23 @@ Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone 
 """
 
 attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backward)
-"""Gradients of query and key; ``lse`` and ``rest`` are what the forward returned."""
+"""Gradients of query, key and sinks, of which there may be none; ``lse`` and ``rest`` are the forward's."""
 
 
 def _save(ctx, call, output) -> None:
-    ctx.settings = call[6:]
+    ctx.settings = call.settings
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *call[:6])
+    ctx.save_for_backward(*output[1:], *call.tensors)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return None, None
     lse, rest, *tensors = ctx.saved_tensors
-    call = Call._make((*tensors, *ctx.settings))
-    return attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
+    call = Call.of(tensors, ctx.settings)
+    *found, sinks = attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
+    return *found, *[None] * 11, None if call.sinks is None else sinks
 
 
 def _refuse_second_backward(ctx, *_):
@@ -194,7 +246,7 @@ def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return _plan().forward(call)
 
 
-def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return _plan().backward(grad, lse, rest, call)
 
 

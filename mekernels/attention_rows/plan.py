@@ -40,6 +40,9 @@ class Kind(NamedTuple):
     listed: bool
     masked: bool
     ranged: bool
+    sunk: bool
+    bias: tuple[torch.dtype, tuple[int, ...]] | None
+    """Dtype and strides, 0 along what is the same for all."""
     softmax_scale: float
     causal: bool
     fold: int
@@ -66,7 +69,9 @@ class Kind(NamedTuple):
             call.columns is not None,
             call.key_mask is not None,
             call.key_range is not None,
-            *call[8:],
+            call.sinks is not None,
+            None if call.bias is None else (call.bias.dtype, _bias(call.bias, call).stride()),
+            *call.settings[2:],
         )
 
     @property
@@ -191,11 +196,12 @@ def _places(*names: str, **others: str) -> dict[str, Place]:
 
 def _common(kind: Kind) -> dict[str, Any]:
     width = kind.query[3]
+    optional = {"ranges": kind.ranged, "key_mask": kind.masked, "columns": kind.listed}
+    optional |= {"bias": kind.bias is not None, "sinks": kind.sunk}
     return {
         **_places("query", "key", "rows"),
-        "ranges": Place("ranges") if kind.ranged else None,
-        "key_mask": Place("key_mask") if kind.masked else None,
-        "columns": Place("columns") if kind.listed else None,
+        **{name: Place(name) if given else None for name, given in optional.items()},
+        "b_strides": kind.bias[1] if kind.bias else (0, 0, 0, 0),
         "q_strides": kind.query_strides,
         "k_strides": kind.key_strides,
         "count": kind.rows,
@@ -213,6 +219,8 @@ def _common(kind: Kind) -> dict[str, Any]:
         "FOLD": kind.fold,
         "MEAN": kind.mean,
         "SOFTCAP": kind.softcap,
+        "BIAS": torch.finfo(kind.bias[0]).min / 2 if kind.bias else 0.0,
+        "SINKS": kind.sunk,
         "INDEX": kind.listed,
         "BLOCK_D": kind.block_d,
         "CHUNK": kind.block_d if kind.half else 16,
@@ -293,6 +301,7 @@ def _backward_plan(kind: Kind) -> Plan:
         "bounds": ((2, *stacked), torch.int32),
         "places": (stacked, torch.int64 if shared["WIDE"] else torch.int32),
     }
+    buffers: Buffers = {"slope": scratch.pop("slope")} if kind.sunk else {}
     part: dict[str, Any] = _places(partial="slope") | {"splits": splits, "span": span}
     launches = [_launch(backward_kernels.row_slope, grid, tile, shared | part)]
 
@@ -324,7 +333,7 @@ def _backward_plan(kind: Kind) -> Plan:
     part = _places(out="grad_query") | {"o_strides": torch.empty_like(query).stride(), "BLOCK_R": 128}
     grid = (count, heads, batch)
     launches.append(_launch(backward_kernels.scatter_rows, grid, Tiles(1, 1, 1, 1), shared | part))
-    return Plan(launches, {}, scratch)
+    return Plan(launches, buffers, scratch)
 
 
 def _plan(make: Any, kind: Kind) -> Plan:
@@ -335,14 +344,17 @@ _KEEP = not interpreted()
 """Whether to keep plans: the interpreter has nothing to gain from it."""
 
 
+def _bias(bias: Tensor, call: Call) -> Tensor:
+    return bias.expand(*call.query.shape[:2], call.rows.shape[1], call.key.shape[2])
+
+
 def _given(call: Call, **tensors: Tensor) -> dict[str, Tensor]:
     """The tensors of a call by the names that the kernels give them."""
     tensors |= {"query": call.query, "key": call.key, "rows": call.rows.contiguous()}
-    for name, value in (
-        ("columns", call.columns),
-        ("key_mask", call.key_mask),
-        ("ranges", call.key_range),
-    ):
+    if call.bias is not None:
+        tensors["bias"] = _bias(call.bias, call)
+    optional = {"columns": call.columns, "key_mask": call.key_mask, "ranges": call.key_range}
+    for name, value in (optional | {"sinks": call.sinks}).items():
         if value is not None:
             tensors[name] = value.contiguous()
     return tensors
@@ -378,16 +390,12 @@ def _begin_backward(
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
     plan, tensors = _begin_forward(call)
-    return (
-        plan.bound(call.query.device, tensors) if plan else [],
-        tensors["out"],
-        tensors["lse"],
-        tensors["rest"],
-    )
+    launches = plan.bound(call.query.device, tensors) if plan else []
+    return launches, tensors["out"], tensors["lse"], tensors["rest"]
 
 
 def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of the backward and the gradients of query and key."""
+    """The launches of the backward and the gradients of query and key; those of sinks are no launch's."""
     plan, tensors = _begin_backward(grad, lse, rest, call)
     return plan.bound(call.query.device, tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
@@ -400,12 +408,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return tensors["out"], tensors["lse"], tensors["rest"]
 
 
-def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """The backward of the op: the gradients of query and key."""
+def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of the op: the gradients of query, key and sinks."""
     plan, tensors = _begin_backward(grad, lse, rest, call)
     if plan:
         plan.run(call.query.device, tensors)
-    return tensors["grad_query"], tensors["grad_key"]
+    sinks = lse.new_zeros(0) if call.sinks is None else torch.zeros_like(call.sinks)
+    if plan and call.sinks is not None:
+        slope = tensors["slope"].sum(0).unflatten(2, (call.rows.shape[1], -1)).transpose(2, 3)
+        given = call.sinks.float()[:, None]
+        share = torch.where(given == -torch.inf, 0, (given - lse - rest).exp())
+        sinks = -(slope.reshape(lse.shape) * share).sum((0, 2)).to(sinks.dtype)
+    return tensors["grad_query"], tensors["grad_key"], sinks
 
 
 class _Ordered(NamedTuple):
@@ -439,11 +453,12 @@ def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
     return result
 
 
-SOFTCAP = "Gemma-2-9B"
-"""The shape whose scores have a soft cap."""
+SOFTCAP, SINKS = "Gemma-2-9B", "gpt-oss-20b"
+"""The shapes whose scores have a soft cap; sinks, and a bias of every head and key."""
 
 SHAPES = {
     SOFTCAP: (16, 8, 256, 8192, torch.bfloat16),
+    SINKS: (64, 8, 64, 8192, torch.bfloat16),
     "Qwen2.5-VL-7B 8k": (28, 4, 128, 8192, torch.float16),
     "Qwen2.5-VL-7B 32k": (28, 4, 128, 32768, torch.bfloat16),
     "width 64": (16, 16, 64, 8192, torch.bfloat16),
@@ -472,6 +487,8 @@ def gates() -> list[resources.Gate]:
             mean=True,
             softcap=50.0 if name == SOFTCAP else 0.0,
             key_range=torch.empty(1, 64, 2, dtype=torch.int64, device="meta") if index else None,
+            sinks=torch.empty(heads, dtype=dtype, device="meta") if name == SINKS else None,
+            bias=torch.empty(1, heads, 1, keys, dtype=dtype, device="meta") if name == SINKS else None,
         )
         launches, out, lse, rest = plan_forward(call)
         for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:

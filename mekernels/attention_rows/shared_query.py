@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composite import _add_rows, _picked, row_limits
+from .composite import _add_rows, _picked
+from .reading import row_limits
 
 
 def share_query(query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 VARYING = [
     *("count", "queries", "keys", "own", "start", "stop", "width", "splits", "span", "size", "kv_heads"),
-    *("rows", "ranges", "columns", "key_mask", "lse_in", "rest_in", "grad"),
+    *("rows", "ranges", "columns", "key_mask", "bias", "sinks", "lse_in", "rest_in", "grad"),
 ]
 """Numbers that vary from call to call, and tensors that may begin anywhere.
 
@@ -103,6 +103,18 @@ def capped(scores, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def biased(scores, bias, strides, sample, head, row, key, seen, BIAS: tl.constexpr):
+    """Scores with the bias of chosen rows, and which keys are seen still; a bias up to ``BIAS`` hides one."""
+    if BIAS < 0:
+        places = bias + sample * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
+        extra = tl.load(places + key.to(tl.int64) * strides[3], mask=seen, other=0.0).to(tl.float32)
+        # NaN hides nothing.
+        seen &= (extra > BIAS) | (extra != extra)
+        scores += extra
+    return scores, seen
+
+
+@triton.jit
 def seen_span(first, last, begin, end, keys, FOLD: tl.constexpr):
     """The keys of a cut that at least one of the rows sees."""
     if FOLD == 1:
@@ -118,9 +130,11 @@ def row_lse(
     rows,
     ranges,
     key_mask,
+    bias,
     sums,
     q_strides,
     k_strides,
+    b_strides,
     count,
     queries,
     keys,
@@ -135,6 +149,7 @@ def row_lse(
     MASK: tl.constexpr,
     FOLD: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,6 +178,9 @@ def row_lse(
         k = vectors(place, seen, k_strides[3], 0, WIDTH, BLOCK_D)
         scores = capped(exact_dot(q, tl.trans(k)) * scale, SOFTCAP)
         allowed = seen[None, :] & (position[None, :] >= first[:, None]) & (position[None, :] < last[:, None])
+        scores, allowed = biased(
+            scores, bias, b_strides, sample, own_head[:, None], r[:, None], n[None, :], allowed, BIAS
+        )
         scores = tl.where(allowed, scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -178,12 +196,14 @@ def row_lse(
 @triton.jit(do_not_specialize=VARYING)
 def combine_rows(
     sums,
+    sinks,
     lse_out,
     rest_out,
     scales,
     count,
     splits,
     GROUPS: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """The logsumexp of every row, and what scales its entries, from the cuts of ``row_lse`` in order."""
@@ -196,8 +216,13 @@ def combine_rows(
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     for split in range(splits):
         top = tl.maximum(top, tl.load(sums + stacked + split * step, mask=inside, other=-float("inf")))
+    if SINKS:
+        sunk = tl.load(sinks + head * GROUPS + m % GROUPS).to(tl.float32)
+        top = tl.maximum(top, sunk, propagate_nan=tl.PropagateNan.ALL)
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        total += exponential(sunk - top)
     for split in range(splits):
         place = sums + stacked + split * step
         part = tl.load(place + splits * step, mask=inside, other=0.0)
@@ -222,11 +247,13 @@ def row_columns(
     rows,
     ranges,
     key_mask,
+    bias,
     columns,
     scales,
     partial,
     q_strides,
     k_strides,
+    b_strides,
     count,
     queries,
     keys,
@@ -244,6 +271,7 @@ def row_columns(
     INDEX: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -283,8 +311,11 @@ def row_columns(
             rank = (sample * lists * GROUPS + first_head + group) * count + r
             top = tl.load(scales + rank, mask=inside, other=0.0)
             share = tl.load(scales + plane + rank, mask=inside, other=0.0)
-            weights = exponential(capped(exact_dot(q, k) * scale, SOFTCAP) - top[:, None])
-            mass += tl.where(shown, weights, 0.0) * share[:, None]
+            scores, shared = biased(
+                *(capped(exact_dot(q, k) * scale, SOFTCAP), bias, b_strides, sample, first_head + group),
+                *(r[:, None], n[None, :], shown, BIAS),
+            )
+            mass += tl.where(shared, exponential(scores - top[:, None]), 0.0) * share[:, None]
     block = head * tl.num_programs(2) + sample if MEAN else sample * tl.num_programs(1) + head
     at = partial + (block * count + r[:, None]) * width + c[None, :]
     tl.store(at, tl.where(chosen[None, :], mass * SCALE, 0.0), mask=inside[:, None] & (c < width)[None, :])

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .triton import (
     VARYING,
+    biased,
     capped,
     exact_dot,
     exponential,
@@ -64,6 +65,7 @@ def row_slope(
     rows,
     ranges,
     key_mask,
+    bias,
     columns,
     lse_in,
     rest_in,
@@ -71,6 +73,7 @@ def row_slope(
     partial,
     q_strides,
     k_strides,
+    b_strides,
     count,
     queries,
     keys,
@@ -91,6 +94,7 @@ def row_slope(
     WIDE: tl.constexpr,
     INDEX: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,8 +133,12 @@ def row_slope(
             place = token_at(key, k_strides, sample, head, n.to(tl.int64))
             k = vectors(place, seen & chosen, k_strides[3], 0, WIDTH, BLOCK_D)
             scores = capped(exact_dot(q, tl.trans(k)) * scale, SOFTCAP)
+            shown = allowed & seen[None, :]
+            scores, shown = biased(
+                scores, bias, b_strides, sample, own_head[:, None], r[:, None], n[None, :], shown, BIAS
+            )
             share = exponential(scores - lse[:, None] - rest[:, None])
-            total += tl.sum(tl.where(allowed & seen[None, :], share * given, 0.0), 1)
+            total += tl.sum(tl.where(shown, share * given, 0.0), 1)
     rank = (split * tl.num_programs(2) + sample) * tl.num_programs(1) + head
     tl.store(partial + rank * count * GROUPS + m, total * grad_scale, mask=inside)
 
@@ -240,13 +248,33 @@ def visible(position, first, last, RANGE: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(scores, lse, rest, given, slope, seen, scale, grad_scale, SOFTCAP: tl.constexpr):
+def score_gradient(
+    scores,
+    bias,
+    strides,
+    sample,
+    head,
+    row,
+    key,
+    lse,
+    rest,
+    given,
+    slope,
+    seen,
+    scale,
+    grad_scale,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """p (d - s) where a row sees a key, else zero; times the slope of the cap where there is one."""
+    scores = scores * scale
     if SOFTCAP > 0:
-        bent = tanh(scores * scale * (1 / SOFTCAP))
-        share = tl.exp2((SOFTCAP * bent - lse) * 1.4426950408889634 - rest) * (1.0 - bent * bent)
-    else:
-        share = tl.exp2((scores * scale - lse) * 1.4426950408889634 - rest)
+        bent = tanh(scores * (1 / SOFTCAP))
+        scores = SOFTCAP * bent
+    scores, seen = biased(scores, bias, strides, sample, head, row, key, seen, BIAS)
+    share = tl.exp2((scores - lse) * 1.4426950408889634 - rest)
+    if SOFTCAP > 0:
+        share = share * (1.0 - bent * bent)
     return tl.where(seen, share * (given * grad_scale - slope), 0.0)
 
 
@@ -258,9 +286,11 @@ def key_gradient(
     places,
     key,
     key_mask,
+    bias,
     grad,
     out,
     k_strides,
+    b_strides,
     o_strides,
     count,
     keys,
@@ -276,6 +306,7 @@ def key_gradient(
     FOLD: tl.constexpr,
     SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -304,15 +335,10 @@ def key_gradient(
         )
         given = tl.load(of_keys[:, None] + place[None, :], mask=read[:, None], other=0.0)
         change = score_gradient(
-            exact_dot(k, tl.trans(q)),
-            lse[None, :],
-            rest[None, :],
-            given,
-            slope[None, :],
-            visible(position[:, None], first[None, :], last[None, :], RANGE),
-            scale,
-            grad_scale,
-            SOFTCAP,
+            *(exact_dot(k, tl.trans(q)), bias, b_strides, sample, (head * GROUPS + m % GROUPS)[None, :]),
+            *(tl.minimum(m // GROUPS, count - 1)[None, :], n[:, None], lse[None, :], rest[None, :], given),
+            *(slope[None, :], visible(position[:, None], first[None, :], last[None, :], RANGE)),
+            *(scale, grad_scale, SOFTCAP, BIAS),
         )
         total += scaled_dot(change, q, SCALED)
     at = (
@@ -333,9 +359,11 @@ def query_gradient(
     places,
     key,
     key_mask,
+    bias,
     grad,
     partial,
     k_strides,
+    b_strides,
     count,
     keys,
     own,
@@ -352,6 +380,7 @@ def query_gradient(
     FOLD: tl.constexpr,
     SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -395,15 +424,10 @@ def query_gradient(
                 scores = tl.dot(some_q, tl.trans(some_k), scores, input_precision="ieee")
         position = tl.where(seen, position, 2147483647)
         change = score_gradient(
-            scores,
-            lse[:, None],
-            rest[:, None],
-            given,
-            slope[:, None],
-            visible(position[None, :], first[:, None], last[:, None], RANGE),
-            scale,
-            grad_scale,
-            SOFTCAP,
+            *(scores, bias, b_strides, sample, (head * GROUPS + m % GROUPS)[:, None]),
+            *(tl.minimum(m // GROUPS, count - 1)[:, None], n[None, :], lse[:, None], rest[:, None], given),
+            *(slope[:, None], visible(position[None, :], first[:, None], last[:, None], RANGE)),
+            *(scale, grad_scale, SOFTCAP, BIAS),
         )
         total += scaled_dot(change, k, SCALED)
     rank = ((split * tl.num_programs(2) + sample) * tl.num_programs(1) + head) * count * GROUPS

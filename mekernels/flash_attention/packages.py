@@ -49,10 +49,9 @@ def _missing(backend: str) -> tuple[str, ...]:
         )
     if not torch.cuda.is_available():
         return ("no CUDA device",)
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:
-        return (f"importing {name} failed: {error}",)
+    module = _imported(name)
+    if isinstance(module, Exception):
+        return (f"importing {name} failed: {module}",)
     lacking = [member for member in _MEMBERS[backend] if not hasattr(module, member)]
     return tuple(f"{name} has no {member}: another package or release" for member in lacking)
 
@@ -68,13 +67,18 @@ def other_alignment(backend: str) -> tuple[str, ...]:
     what = "causal attention with different query and key lengths"
     if backend != "flash_attn":
         return (f"{what} is aligned at the other end",)
-    try:
-        version = str(getattr(_module(backend), "__version__", "unknown"))
-    except Exception:
-        version = "unknown"
+    version = str(getattr(_imported(PACKAGES[backend]), "__version__", "unknown"))
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (2, 1):
         return ()
     return (f"{what} needs flash-attn 2.1 or later, whose mask is aligned at the end; found {version}",)
+
+
+def _imported(name: str) -> Any:
+    """A module, or what importing it raised: a package built for another torch may raise anything."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        return error
 
 
 def _module(backend: str) -> Any:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import alignment, device, scores, student_entries, student_layer, student_rows, teacher_layer
+from measure import (
+    alignment,
+    device,
+    scores,
+    student_entries,
+    student_layer,
+    student_readings,
+    student_rows,
+    teacher_layer,
+)
 from measure.dispatch import chosen, others
 from measure.sampler import verify
 from report import main as report
@@ -18,6 +27,11 @@ from mekernels import backends
 from mekernels.attention_rows import composite
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def statistics_plans(size):
+    return student_readings.plans(size)[-1:]
+
 
 BREAKS = [
     (teacher_layer.layer_plans, "motion_statistics_update", "mutates"),
@@ -30,6 +44,8 @@ BREAKS = [
     (student_entries.column_plans, "attention_columns", None),
     (student_entries.sum_plans, "attention_sums", None),
     (student_entries.sum_plans, "attention_entries_backward", 1),
+    (statistics_plans, "attention_row_statistics", 0),
+    (statistics_plans, "attention_row_statistics", 1),
     (scores.head_plans, "motion_scores", 0),
     (scores.head_plans, "motion_scores", 1),
     (scores.token_plans, "token_motion_scores", None),

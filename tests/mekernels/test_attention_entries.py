@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
-from test_attention_rows import pick
+from test_attention_rows import additive, pick
 
 import mekernels
 from mekernels import BackendError, attention_columns, attention_sums, flash_attention, reference
@@ -33,7 +33,7 @@ def assert_same_statistics(query, key, lse, tolerance=1e-12, device="cpu", **opt
 
 
 def logsumexp(query, key, **options):
-    found = reference.logsumexp(query.double(), key.double(), **options)
+    found = reference.attention_lse(query.double(), key.double(), **options)
     return found.to(mekernels.checks.accumulate_dtype(query.dtype))
 
 
@@ -61,8 +61,33 @@ SHAPES = {
     "width": st.integers(1, 9),
     "causal": st.booleans(),
     "masked": st.booleans(),
+    "window": st.sampled_from([None, None, (0, 0), (2, -1), (-1, 1), (3, 2)]),
+    "softcap": st.sampled_from([None, None, 0.7, 30.0]),
+    "bias": st.sampled_from([None, None, "of a key", "of a head", "of all"]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
 }
+
+
+def limited(query, key, seed, causal, masked, window, softcap, bias):
+    """Options of the whole map with the given limits, and its logsumexp."""
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    options = {"causal": causal, "window": window, "softcap": softcap, "softmax_scale": 0.3}
+    options["key_mask"] = randn(batch, keys, seed=seed) > 0 if masked else None
+    options["bias"] = additive(bias, batch, heads, queries, keys, seed) if bias else None
+    return options, logsumexp(query, key, **options)
+
+
+def of_window(options, rows, columns):
+    """The same with the bias of some rows and columns, each a slice or (B, C) positions."""
+    bias = options.get("bias")
+    if bias is None:
+        return options
+    bias = bias if bias.shape[2] == 1 else bias[:, :, rows or slice(None)]
+    if isinstance(columns, torch.Tensor):
+        bias = reference.picked_columns(bias.expand(len(columns), -1, -1, -1), columns)
+    else:
+        bias = bias[..., columns or slice(None)]
+    return options | {"bias": bias}
 
 
 @given(
@@ -71,16 +96,29 @@ SHAPES = {
     reduce=st.sampled_from(["mean", "none"]),
 )
 def test_columns_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, columns, reduce
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    columns,
+    reduce,
 ):
     query, key = case(seed, batch, heads, groups, queries, keys, width)
     column = columns if isinstance(columns, slice) else pick(batch, columns, keys, seed)
     if isinstance(column, slice) and (column.step or 1) < 0:
         # torch has no negative steps, so the reference cannot be asked.
         column = slice(column.start, column.stop)
-    mask = randn(batch, keys, seed=seed) > 0 if masked else None
-    options = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
-    lse = logsumexp(query, key, **options)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options = of_window(options, None, column)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         compare(
@@ -100,12 +138,27 @@ def test_columns_against_the_reference(
     columns=st.sampled_from([None, slice(1, 5), slice(-2, None)]),
 )
 def test_sums_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, over, reduce, rows, columns
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    over,
+    reduce,
+    rows,
+    columns,
 ):
     query, key = case(seed, batch, heads, groups, queries, keys, width)
-    mask = randn(batch, keys, seed=seed) > 0 if masked else None
-    limits = {"causal": causal, "key_mask": mask, "softmax_scale": 0.3}
-    lse = logsumexp(query, key, **limits)
+    limits, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    limits = of_window(limits, rows, columns)
     options = {"over": over, "reduce": reduce, "rows": rows, "columns": columns, **limits}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
@@ -114,45 +167,6 @@ def test_sums_against_the_reference(
             assert_exact(attention_sums(query, key, lse, **options), expected)
         else:
             compare((attention_sums, reference.attention_sums), (query, key, lse), **options)
-
-
-@given(
-    **SHAPES,
-    sinks=st.sampled_from([slice(0, 1), slice(0, 0), 3]),
-    rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
-)
-def test_head_statistics_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, chunk, sinks, rows
-):
-    query, key = case(seed, batch, heads, groups, queries, keys, width)
-    sinks = sinks if isinstance(sinks, slice) else pick(batch, sinks, keys, seed)
-    options = {"causal": causal, "key_mask": randn(batch, keys, seed=seed) > 0 if masked else None}
-    lse = logsumexp(query, key, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
-        assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
-
-
-def test_statistics_of_heads_that_are_known():
-    """A head that looks evenly, and one whose rows look at the key before them."""
-    code = torch.eye(8, dtype=torch.float64)
-    query = torch.stack([torch.zeros_like(code), 500 * code.roll(1, 1)])[None].roll(-2, 3)
-    key = code.expand(1, 2, -1, -1)
-    _, lse = flash_attention(query, key, key)
-    entropy, distance, sink = mekernels.head_statistics(query, key, lse, rows=slice(2, 8))
-    place = torch.arange(8.0, dtype=torch.float64)
-    even = (place[2:, None] - place).abs().mean()
-    assert_exact(entropy, torch.tensor([[math.log(8), 0]], dtype=torch.float64), 1e-9)
-    assert_exact(distance, torch.tensor([[even, 1]], dtype=torch.float64), 1e-9)
-    assert_exact(sink, torch.tensor([[1 / 8, 0]], dtype=torch.float64), 1e-9)
-
-
-def test_head_statistics_have_no_gradient():
-    query, key = (item.requires_grad_() for item in case())
-    found = mekernels.head_statistics(query, key, logsumexp(query, key))
-    assert not any(item.requires_grad for item in found)
-    with pytest.raises(ValueError, match=r"lse must have shape"):
-        mekernels.head_statistics(query, key, torch.zeros(2, 6, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -178,7 +192,7 @@ def test_error_rule(dtype, seed, call):
 
 def test_gradcheck():
     query, key = case(queries=4, keys=6, width=3)
-    options = {"causal": True, "key_mask": randn(2, 6) > -1}
+    options = {"causal": True, "key_mask": randn(2, 6) > -1, "softcap": 0.8, "window": (4, -1)}
     lse = logsumexp(query, key, **options)
     # A row that sees nothing has no logsumexp to vary.
     lse = lse.masked_fill(lse == -math.inf, 0)
@@ -193,24 +207,6 @@ def test_gradcheck():
             lambda *t, over=over: attention_sums(*t, over=over, reduce="mean", rows=slice(1, 4), **options),
             inputs,
         )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_with_the_logsumexp_of_flash_attention_the_gradient_is_that_of_the_softmax(causal):
-    query, key = (item.requires_grad_() for item in case(queries=9))
-    _, lse = flash_attention(query, key, key, causal=causal)
-    columns = torch.tensor([[2, 8], [0, -1]])
-    read = attention_columns(query, key, lse, columns, causal=causal)
-    whole = reference.attention_map(query, key, causal=causal).mean(1)
-    expected = torch.stack(
-        [item[:, column.clamp(min=0)] for item, column in zip(whole, columns, strict=True)]
-    )
-    expected = expected * (columns >= 0)[:, None]
-    assert_exact(read, expected)
-    weights = randn(*read.shape, seed=5)
-    wanted = torch.autograd.grad(expected, (query, key), weights)
-    for one, other in zip(torch.autograd.grad(read, (query, key), weights), wanted, strict=True):
-        assert_exact(one, other, 1e-11)
 
 
 def test_all_the_attention_of_a_row_sums_to_one():
@@ -296,6 +292,23 @@ def entry_nonfinite(value, where, call, backend, device):
         assert not changed
     elif math.isnan(value):
         assert changed
+
+
+@pytest.mark.parametrize("over", ["rows", "columns"])
+def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
+    masked_nan(over, "torch", "cpu")
+
+
+def masked_nan(over, backend, device):
+    query, key = (randn(1, 2, 9, 16, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    mask = torch.arange(9)[None] != 4
+    lse = logsumexp(query, key, key_mask=mask)
+    key[0, 1, 4, 2] = math.nan
+    inputs = [item.to(device).requires_grad_() for item in (query, key, lse)]
+    with mekernels.use_backend(backend):
+        result = attention_sums(*inputs, over=over, key_mask=mask.to(device))
+    for gradient in torch.autograd.grad(result.square().sum(), inputs):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

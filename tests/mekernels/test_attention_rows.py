@@ -23,6 +23,17 @@ def pick(batch, count, limit, seed):
     return torch.randint(-1, limit, (batch, count), generator=generator)
 
 
+def additive(kind, batch, heads, rows, keys, seed, dtype=torch.float64):
+    """A bias of a kind, which hides some keys in both ways there are."""
+    size = {
+        "of a key": (1, 1, 1, keys),
+        "of a head": (1, heads, rows, keys),
+        "of all": (batch, 1, rows, keys),
+    }[kind]
+    bias = randn(*size, seed=seed + 5, dtype=dtype)
+    return bias.masked_fill(bias > 1.2, -math.inf).masked_fill(bias < -1.5, torch.finfo(dtype).min)
+
+
 shapes = {
     "seed": st.integers(0, 99),
     "batch": st.integers(1, 3),
@@ -38,6 +49,8 @@ shapes = {
     "ranged": st.booleans(),
     "window": st.sampled_from([None, None, (0, 0), (2, -1), (-1, 1), (3, 2)]),
     "softcap": st.sampled_from([None, None, 0.7, 30.0]),
+    "sunk": st.booleans(),
+    "bias": st.sampled_from([None, "of a key", "of a head", "of all"]),
     "fold": st.integers(1, 3),
     "reduce": st.sampled_from(["mean", "none"]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
@@ -61,6 +74,8 @@ def test_values_and_gradients_against_the_reference(
     ranged,
     window,
     softcap,
+    sunk,
+    bias,
     fold,
     reduce,
     chunk,
@@ -79,14 +94,19 @@ def test_values_and_gradients_against_the_reference(
         limits = torch.stack([pick(batch, rows, own, seed + 2), pick(batch, rows, own + 3, seed + 3)], -1)
     options = {"causal": causal, "key_mask": mask, "key_range": limits, "fold": fold, "reduce": reduce}
     options |= {"softmax_scale": 0.3, "window": window, "softcap": softcap}
+    if bias:
+        options["bias"] = additive(bias, batch, heads * groups, rows, own * fold, seed)
+    inputs = [query, key]
+    if sunk:
+        inputs.append(options.setdefault("sinks", randn(heads * groups, seed=seed + 4).requires_grad_()))
     expected = reference.attention_rows(query, key, row, column, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         actual = mekernels.attention_rows(query, key, row, column, **options)
         assert_exact(actual, expected)
         weights = randn(*expected.shape, seed=seed)
-        gradients = torch.autograd.grad(actual, (query, key), weights)
-    wanted = torch.autograd.grad(expected, (query, key), weights, materialize_grads=True)
+        gradients = torch.autograd.grad(actual, inputs, weights)
+    wanted = torch.autograd.grad(expected, inputs, weights, materialize_grads=True)
     for one, other in zip(gradients, wanted, strict=True):
         assert_exact(one, other, 1e-11)
 
@@ -116,34 +136,6 @@ def test_error_rule(dtype, seed):
         assert_error_rule(actual[index], exact[index], plain[index], factor=3.0)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"window": 3}, TypeError, r"window must be two integers \(left, right\) or None, got 3"),
-        ({"window": (1, 2.0)}, TypeError, "window must be two integers"),
-        ({"window": (-2, 0)}, ValueError, r"window must hold -1 \(no limit\) or numbers of keys"),
-        ({"softcap": 0}, ValueError, "softcap must be finite and above 0, got 0; None for no cap"),
-        ({"softcap": "50"}, TypeError, "softcap must be a float or None, got str"),
-    ],
-)
-def test_bad_windows_and_caps(change, error, message):
-    query, key = case()
-    with pytest.raises(error, match=message):
-        mekernels.attention_rows(query, key, torch.tensor([[0], [1]]), slice(None), **change)
-
-
-def test_several_layers_with_a_soft_cap():
-    query, key = (item.requires_grad_() for item in case(heads=1))
-    rows = torch.tensor([[0, 3], [6, -1]])
-    actual = composite.layer_attention_rows([query, query], [key, key], rows, causal=True, softcap=0.7)
-    expected = 2 * reference.attention_rows(query, key, rows, slice(None), causal=True, softcap=0.7)
-    assert_exact(actual, expected)
-    weights = randn(*actual.shape, seed=3)
-    wanted = torch.autograd.grad(expected, (query, key), weights)
-    for one, other in zip(torch.autograd.grad(actual, (query, key), weights), wanted, strict=True):
-        assert_exact(one, other, 1e-11)
-
-
 @pytest.mark.parametrize("columns", [slice(1, -6, 2), slice(5, 2, 3), slice(2, 5, -1)])
 def test_a_slice_of_no_columns(columns):
     query, key = case()
@@ -155,12 +147,14 @@ def test_gradcheck():
     rows, columns = torch.tensor([[0, 3, 3], [2, -1, 1]]), torch.tensor([[1, 1, 0], [3, -1, 2]])
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 3:6] = False
+    options = {"causal": True, "key_mask": mask, "fold": 2, "softcap": 0.8, "bias": randn(1, 6, 3, 8, seed=4)}
+    sinks = randn(6, seed=3).requires_grad_()
     for reduce in ("mean", "none"):
         assert torch.autograd.gradcheck(
-            lambda q, k, reduce=reduce: mekernels.attention_rows(
-                q, k, rows, columns, causal=True, key_mask=mask, fold=2, reduce=reduce, softcap=0.8
+            lambda q, k, s, reduce=reduce: mekernels.attention_rows(
+                q, k, rows, columns, sinks=s, reduce=reduce, **options
             ),
-            (query, key),
+            (query, key, sinks),
         )
 
 
@@ -383,28 +377,6 @@ def test_functorch_is_refused():
     rows = torch.tensor([[1], [0]])
     with pytest.raises(RuntimeError, match=r"attention_rows does not support torch\.func"):
         torch.func.grad(lambda q: mekernels.attention_rows(q, key, rows, slice(None)).sum())(query)
-
-
-def test_key_ranges_are_packed_sequences_apart():
-    query, key = case(batch=1, queries=12, keys=12)
-    starts, ends = [0, 5], [5, 12]
-    rows = torch.tensor([[0, 4, 5, 11]])
-    limits = torch.tensor([[[0, 5], [0, 5], [5, 12], [5, 12]]])
-    packed = mekernels.attention_rows(query, key, rows, slice(None), causal=True, key_range=limits)
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        own = slice(2 * number, 2 * number + 2)
-        alone = mekernels.attention_rows(
-            query[:, :, start:end], key[:, :, start:end], rows[:, own] - start, slice(None), causal=True
-        )
-        assert_exact(packed[:, own, start:end], alone)
-        assert_exact(packed[:, own].sum(-1), torch.ones(1, 2, dtype=torch.float64))
-
-
-def test_key_ranges_under_the_operator_checks():
-    query, key = (tensor.requires_grad_() for tensor in case())
-    rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
-    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False, 2.0)
-    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings))
 
 
 def test_large_scores_keep_their_attention():

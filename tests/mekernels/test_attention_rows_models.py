@@ -4,6 +4,7 @@ The hook here is what anyone could write who installs only mekernels: it reads q
 model hands them to its attention function.
 """
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -156,12 +157,10 @@ def test_packed_sequences(build, monkeypatch):
     model, _, modules = prepare(build, "sdpa")
     lengths = [9, 1, 14, 8]
     position = torch.cat([torch.arange(length) for length in lengths])[None]
-    ends = torch.tensor(lengths).cumsum(0)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)])
     inputs = {"input_ids": torch.randint(1, 60, (1, 32)), "position_ids": position, "use_cache": False}
     rows, columns = torch.tensor([[31, 9, 8, 20, -1, 10]]), torch.tensor([[0, 3, 9, 10, 15, 20, 25, 31]])
-    sequence = torch.searchsorted(ends, rows.clamp(min=0), right=True)
-    limits = torch.stack([ends[sequence] - torch.tensor(lengths)[sequence], ends[sequence]], -1)
-    same(model, modules, inputs, rows, columns, monkeypatch, key_range=limits)
+    same(model, modules, inputs, rows, columns, monkeypatch, cu_seqlens=ends)
     # Without the limits the rows would see the sequences before their own.
     model.set_attn_implementation("sdpa")
     with pytest.raises(AssertionError):

@@ -118,14 +118,28 @@ def test_all_rows_of_a_few_columns_are_swept():
     assert largest(run, "attention_rows_backward", grad, *row_sums, call) <= MAP // 32
 
 
-@pytest.mark.parametrize("over_rows", [False, True])
-def test_sums_of_entries_and_their_gradient(over_rows):
-    query, key = query_key()
-    lse = torch.full(query.shape[:3], 10.0)
-    call = EntriesCall(query, key, lse, None, 0, 0, 0.3, True)
-    assert largest(run, "attention_sums", call, over_rows, False) <= MAP // 32
-    given = lse[:, :, None] if over_rows else lse[..., None]
-    assert largest(run, "attention_entries_backward", given.expand(call.map_shape), call) <= MAP // 32
+@pytest.mark.parametrize("tokens", [256, 512, 1024])
+def test_readings_of_a_whole_map_take_memory_as_tokens_not_as_the_map(tokens, monkeypatch):
+    """With everything that is done to scores, forward and backward."""
+    chunk = 1 << 12
+    for module in (rows_composite, entries_composite):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    query, key = (randn(1, HEADS, tokens, WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    bias, lse = torch.zeros(1, HEADS, 1, tokens), torch.full((1, HEADS, tokens), 10.0)
+    bound = max(chunk, HEADS * tokens * WIDTH)
+    assert HEADS * bound <= HEADS * tokens**2 / 8
+    call = EntriesCall(query, key, lse, None, bias, 0, 0, 0.3, tokens // 2, 0, 3.0)
+    assert largest(run, "attention_row_statistics", call) <= bound
+    few = call._replace(key=key[:, :, :4], bias=bias[..., :4])
+    assert largest(run, "attention_columns", few, False) <= bound
+    for over_rows in (False, True):
+        assert largest(run, "attention_sums", call, over_rows, False) <= bound
+        given = lse[:, :, None] if over_rows else lse[..., None]
+        assert largest(run, "attention_entries_backward", given.expand(call.map_shape), call) <= bound
+    rows = torch.arange(tokens)[None]
+    whole = Call(query, key, rows, None, None, None, 0, 1, 0.3, True, 1, True, 3.0, None, bias)
+    # A bias of each head is added for all heads of the rows at a time.
+    assert largest(run, "attention_rows", whole) <= HEADS * bound
 
 
 def test_flash_attention():

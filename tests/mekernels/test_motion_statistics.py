@@ -15,7 +15,7 @@ from mekernels.motion_statistics import statistics as motion_statistics
 def layer(video, seed, heads=3, width=6, fold=1, dtype=torch.float64, scale=1.0):
     query = randn(1, heads, video.length, width, seed=seed, dtype=dtype, scale=scale)
     key = randn(1, heads, fold * video.length, width, seed=seed + 1000, dtype=dtype, scale=scale)
-    lse = reference.logsumexp(query.double(), key.double())
+    lse = reference.attention_lse(query.double(), key.double())
     return query, key, lse.to(mekernels.checks.accumulate_dtype(dtype))
 
 
@@ -335,7 +335,7 @@ def test_keys_that_no_row_sees():
     query, key, _ = layer(video, 0)
     query[..., 0] = query[..., 0].abs() + 0.1
     key[:, :, [1, 7, 21], 0] = -math.inf
-    layers = [(query, key, reference.logsumexp(query, key))]
+    layers = [(query, key, reference.attention_lse(query, key))]
     state = pool(video, layers, sampled_rows="all").state_dict()
     attention = maps(layers)[0]
     assert_exact(state["rows"][:, :4], attention[:, :4, 4:])
@@ -348,7 +348,7 @@ def test_text_that_takes_everything():
     video = VideoTokens(2, 2, 2, text=4)
     query, key, _ = layer(video, 0, dtype=torch.float32)
     query[..., 0], key[..., 0], key[:, :, :4, 0] = 30.0, 0.0, 30.0
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     state = pool(video, [(query, key, lse)]).state_dict()
     assert (state["vision_mass"] >= 0).all()
     assert (state["vision_mass"] < 1e-4).all()

@@ -18,7 +18,7 @@ VIDEO = VideoTokens(3, 2, 3, text=4)
 
 def inputs(seed=0):
     query, key = randn(1, 2, 22, 8, seed=seed), randn(1, 2, 22, 8, seed=seed + 1)
-    return query, key, reference.logsumexp(query, key)
+    return query, key, reference.attention_lse(query, key)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -52,7 +52,7 @@ def test_the_bound_counts_the_memory_that_a_map_holds(batch, monkeypatch):
     flushed = []
     monkeypatch.setattr(backends, "dispatch", lambda *args: flushed.append(1 + len(args[-1])))
     query, key = randn(batch, 2, 22, 8), randn(batch, 2, 22, 8, seed=1)
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     held = sum(item.numel() * item.element_size() for item in (query, key, lse))
 
     def call():
@@ -78,7 +78,7 @@ def test_padding_of_the_sums_is_not_seen(positions):
     video = VideoTokens(2, 1, positions, text=3)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
     statistics = MotionStatistics(video, 2, sampled_rows="all")
-    statistics.update(query, key, reference.logsumexp(query, key))
+    statistics.update(query, key, reference.attention_lse(query, key))
     before = statistics.scores(), statistics.text_attention([0]).clone()
     statistics._sums["rows"][..., video.vision :] = float("nan")
     assert torch.equal(statistics.scores().dfc, before[0].dfc)
@@ -98,7 +98,7 @@ def test_a_row_without_a_softmax_is_never_finite(value, token, backend, text):
     """An infinite logsumexp is that of a row with an infinite score, or of one that sees nothing."""
     video = VideoTokens(3, 2, 3, text=text)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     lse[0, 1, token] = value
     statistics = MotionStatistics(video, 2)
     with mekernels.use_backend(backend):

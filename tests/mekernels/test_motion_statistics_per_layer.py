@@ -14,7 +14,7 @@ from mekernels.motion_statistics.square_sums import vision_square_sums
 def layer(video, seed, heads=3, width=6, fold=1, dtype=torch.float64, scale=1.0):
     query = randn(1, heads, video.length, width, seed=seed, dtype=dtype, scale=scale)
     key = randn(1, heads, fold * video.length, width, seed=seed + 1000, dtype=dtype, scale=scale)
-    lse = reference.logsumexp(query.double(), key.double())
+    lse = reference.attention_lse(query.double(), key.double())
     return query, key, lse.to(mekernels.checks.accumulate_dtype(dtype))
 
 

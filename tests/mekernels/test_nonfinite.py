@@ -90,7 +90,7 @@ def test_statistics_refuse_them(value, which):
     for backend in ("reference", "torch"):
         statistics = mekernels.MotionStatistics(VIDEO, 2, sampled_rows="all")
         with mekernels.use_backend(backend):
-            statistics.update(*inputs, reference.logsumexp(*inputs))
+            statistics.update(*inputs, reference.attention_lse(*inputs))
             with pytest.raises(ValueError, match="must be finite"):
                 statistics.scores()
 

@@ -39,7 +39,7 @@ def test_key_mask_and_empty_rows():
     query, key = torch.zeros(2, 1, 1, 1, dtype=DOUBLE), torch.zeros(2, 1, 2, 1, dtype=DOUBLE)
     mask = torch.tensor([[True, False], [False, False]])
     assert_exact(reference.attention_map(query, key, key_mask=mask)[:, 0, 0], double([[1, 0], [0, 0]]))
-    assert reference.logsumexp(query, key, key_mask=mask)[1].item() == -math.inf
+    assert reference.attention_lse(query, key, key_mask=mask)[1].item() == -math.inf
 
 
 def test_causal_fold_restarts_in_every_part():
@@ -81,7 +81,7 @@ def test_diagonal_by_loops():
 def test_diagonal_attention_is_the_diagonal_of_the_map():
     video = VideoTokens(2, 1, 3, text=2, text_first=False)
     query, key = randn(1, 2, 8, 4), randn(1, 2, 16, 4, seed=1)
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     folded = reference.fold_keys(reference.attention_map(query, key), 2)
     expected = reference.diagonal(folded[:, :, :6, :6], video)
     assert_exact(reference.diagonal_attention(query, key, lse, video, fold=2), expected)

@@ -36,20 +36,23 @@ def rows_arguments(dtype, grad, index):
         fold,
         index,
         2.0,
+        randn(4, seed=2, dtype=dtype).requires_grad_(grad) if index else None,
+        randn(1, 4, 1, 8, seed=3, dtype=dtype) if index else None,
     )
 
 
 def entries_arguments(dtype, grad=False):
     query, key = query_key(dtype)
-    lse = reference.logsumexp(query.double(), key.double()).to(mekernels.checks.accumulate_dtype(dtype))
+    lse = reference.attention_lse(query.double(), key.double()).to(mekernels.checks.accumulate_dtype(dtype))
     places = torch.tensor([[0, 1, -1, 3, 4, 5, 6, 7]]).expand(2, -1).contiguous()
-    return (*(item.requires_grad_(grad) for item in (query, key, lse)), places, 0, 0, 0.4, True)
+    bias = randn(1, 4, 1, 8, seed=3, dtype=dtype)
+    return (*(item.requires_grad_(grad) for item in (query, key, lse)), places, bias, 0, 0, 0.4, 3, 0, 2.0)
 
 
 def statistics_arguments(dtype):
     query, key = randn(1, 2, 11, 6, dtype=dtype), randn(1, 2, 11, 6, seed=1, dtype=dtype)
     wide = mekernels.checks.accumulate_dtype(dtype)
-    lse = reference.logsumexp(query.double(), key.double()).to(wide)
+    lse = reference.attention_lse(query.double(), key.double()).to(wide)
     sums = [torch.zeros(size, dtype=wide) for size in ((2, 2, 2, 4), (2, 5, 8), (2, 8))]
     return (*sums, torch.tensor([0, 2, 4, 6, 9]), query, key, lse, 2, 4, 3, 3, 0, 0.4, 1)
 
@@ -57,7 +60,7 @@ def statistics_arguments(dtype):
 def cases(dtype):
     wide = mekernels.checks.accumulate_dtype(dtype)
     query, key = query_key(dtype)
-    lse = reference.logsumexp(query.double(), key.double()).to(wide)
+    lse = reference.attention_lse(query.double(), key.double()).to(wide)
     out, total = torch.ops.mekernels.flash_attention(query, key, key, 0.4, True)
     chosen = rows_arguments(dtype, False, True)
     row_sums = torch.ops.mekernels.attention_rows(*chosen)[1:]

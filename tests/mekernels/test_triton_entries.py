@@ -9,8 +9,8 @@ import nonfinite
 import pytest
 import torch
 from kernel_support import assert_error_rule, randn, strided
-from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp
-from test_attention_rows import pick
+from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp, masked_nan, of_window
+from test_attention_rows import additive, pick
 
 import mekernels
 from mekernels import attention_columns, attention_sums, reference
@@ -99,23 +99,60 @@ def test_sums(number, dtype):
     compare("attention_sums", tensors, **window, **options)
 
 
+LIMITS = [
+    {},
+    {"window": (20, -1), "softcap": 30.0, "bias": "of a head"},
+    {"causal": True, "window": (20, -1), "softcap": 0.5, "bias": "of all"},
+    {"window": (3, 17), "bias": "of a key"},
+    {"window": (-1, 0), "softcap": 2.0},
+]
+
+
+def limited(number, dtype, queries=70):
+    """Query, key and logsumexp with the limits of that number, and options of the whole map."""
+    (query, key, _), _ = inputs(number, 2, 1, 2, queries, 75, 24, dtype)
+    options = dict(LIMITS[number])
+    if "bias" in options:
+        options["bias"] = additive(options["bias"], 2, 2, queries, 75, number, dtype)
+    return (query, key, logsumexp(query, key, **options)), options
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_of_logsumexp(dtype):
-    (query, key, lse), _ = inputs(3, 1, 2, 2, 40, 50, 24, dtype, causal=True)
-    found = []
+@pytest.mark.parametrize("number", range(1, len(LIMITS)))
+@pytest.mark.parametrize("call", ["columns", "chosen columns", "over rows", "over columns"])
+def test_windows_caps_and_biases(number, dtype, call):
+    tensors, options = limited(number, dtype)
+    if call == "over rows":
+        columns = slice(5, 72)
+        compare("attention_sums", tensors, over="rows", columns=columns, **of_window(options, None, columns))
+    elif call == "over columns":
+        rows = slice(3, 69)
+        compare("attention_sums", tensors, over="columns", rows=rows, **of_window(options, rows, None))
+    else:
+        columns = slice(3, 70) if call == "columns" else pick(2, 9, 75, number)
+        compare("attention_columns", tensors, columns, reduce="none", **of_window(options, None, columns))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(len(LIMITS)))
+def test_logsumexp_and_its_gradient(number, dtype):
+    (query, key, lse), options = limited(number, dtype)
+    found, seen = [], lse != -math.inf
     for backend, kind in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
-        pair = [item.to(DEVICE, kind).requires_grad_() for item in (query, key)]
+        on = DEVICE if backend == "triton" else "cpu"
+        pair = [item.to(on, kind).detach().requires_grad_() for item in (query, key)]
         if backend == "triton":
+            moved = {k: v.to(on) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             with mekernels.use_backend("triton"):
-                read = mekernels.attention_entries.differentiable_lse(
-                    *pair, lse.to(DEVICE), query.shape[3] ** -0.5, True
-                )
+                read = mekernels.attention_lse(*pair, **moved)
         else:
-            read = reference.logsumexp(*pair, causal=True)
-        above = randn(*read.shape, seed=5).to(read)
-        found.append([item.cpu() for item in torch.autograd.grad(read, pair, above)])
-    for one, exact, plain in zip(*found, strict=True):
-        assert_error_rule(one, exact, plain, factor=3.0)
+            read = reference.attention_lse(*pair, **options)
+        above = randn(*read.shape, seed=5).masked_fill(~seen, 0).to(read)
+        grads = (item.nan_to_num(nan=0) for item in torch.autograd.grad(read, pair, above))
+        found.append([item.detach().cpu() for item in (read, *grads)])
+        found[-1][0] = found[-1][0][seen]
+    for place, (one, exact, plain) in enumerate(zip(*found, strict=True)):
+        assert_error_rule(one, exact, plain, factor=3.0 if place else 2.0)
 
 
 @pytest.mark.parametrize("value", nonfinite.VALUES)
@@ -123,6 +160,32 @@ def test_the_gradient_of_logsumexp(dtype):
 @pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
 def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
     entry_nonfinite(value, where, call, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("over", ["rows", "columns"])
+def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
+    masked_nan(over, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(1, len(LIMITS)))
+@pytest.mark.parametrize("sinks", [slice(0, 3), torch.tensor([[0, 3, -1], [7, 7, 1]])])
+def test_head_statistics_with_limits(number, dtype, sinks):
+    tensors, options = limited(number, dtype)
+    options = of_window(options, slice(2, 69), None)
+    with mekernels.use_backend("triton"):
+        assert_same_statistics(
+            *tensors, tolerance=1e-5, device=DEVICE, sinks=sinks, rows=slice(2, 69), **options
+        )
+
+
+@pytest.mark.parametrize("call", ["attention_columns", "over rows", "over columns"])
+def test_one_query_and_many_cached_keys(call):
+    tensors, options = inputs(5, 2, 2, 3, 1, 150, 32, torch.float32, causal=True)
+    if call == "attention_columns":
+        compare(call, tensors, slice(0, 150), **options)
+    else:
+        compare("attention_sums", tensors, over=call[5:], **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,7 +239,7 @@ def test_memory_that_is_read_beyond_the_tokens_does_not_count():
 def test_operator_checks():
     tensors, _ = inputs(3, 1, 2, 2, 9, 20, 16, torch.float32)
     tensors = [item.to(DEVICE).requires_grad_() for item in tensors]
-    ops, rest = torch.ops.mekernels, (None, 0, 11, 0.3, True)
+    ops, rest = torch.ops.mekernels, (None, None, 0, 11, 0.3, 5, 0, 2.0)
     torch.library.opcheck(ops.attention_columns_triton.default, (*tensors, *rest, True))
     torch.library.opcheck(ops.attention_sums_triton.default, (*tensors, *rest, True, False))
 

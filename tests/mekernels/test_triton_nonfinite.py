@@ -67,7 +67,7 @@ def test_motion_statistics(value, token, which, fold):
     key = nonfinite.randn(1, 2, 12 * fold, 16, seed=1, dtype=torch.float32)
     if which != "lse":
         {"query": query, "key": key}[which][0, 1, token, 3] = value
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     if which == "lse":
         lse[0, 1, token] = value
     inputs = [item.to(DEVICE) for item in (query, key, lse)]
@@ -90,7 +90,7 @@ def test_motion_statistics(value, token, which, fold):
 def test_motion_statistics_without_text(value):
     video = VideoTokens(2, 1, 3)
     query, key = (nonfinite.randn(1, 1, 6, 16, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    lse = reference.logsumexp(query, key)
+    lse = reference.attention_lse(query, key)
     lse[0, 0, 4] = value
     statistics = mekernels.MotionStatistics(video, 1)
     with mekernels.use_backend("triton"):

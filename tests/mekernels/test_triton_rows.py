@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from kernel_support import assert_error_rule, randn, strided
+from test_attention_rows import additive, pick
 
 import mekernels
 from mekernels import backends, reference
@@ -28,12 +29,6 @@ def wide_grid(monkeypatch):
     monkeypatch.setattr(attention_rows_plan, "cuts", lambda call, programs, *rest: original(call, 1, *rest))
 
 
-def pick(batch, count, limit, seed):
-    """Indices with repeats and padding."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, limit, (batch, count), generator=generator)
-
-
 def inputs(
     seed, batch, heads, groups, queries, keys, width, rows, columns, dtype, own, ranged=False, scale=1.0
 ):
@@ -49,12 +44,17 @@ def inputs(
 
 def run(function, query, key, *arguments, dtype=None, device="cpu", **options):
     """Values and gradients under fixed random weights."""
-    pair = [item.to(device, dtype or item.dtype).requires_grad_() for item in (query, key)]
+    pair = [item.to(device, dtype or item.dtype).detach().requires_grad_() for item in (query, key)]
     arguments = [item.to(device) if isinstance(item, torch.Tensor) else item for item in arguments]
     options = {
         name: item.to(device) if isinstance(item, torch.Tensor) else item for name, item in options.items()
     }
-    result = function(*pair, *arguments, **options)
+    if options.get("sinks") is not None:
+        options["sinks"] = options["sinks"].detach().requires_grad_()
+        result = function(*pair, *arguments, **options)
+        pair.append(options["sinks"])
+    else:
+        result = function(*pair, *arguments, **options)
     weights = randn(*result.shape, seed=7).to(result)
     gradients = torch.autograd.grad(result, pair, weights, materialize_grads=True)
     return [item.detach().cpu() for item in (result, *gradients)]
@@ -110,6 +110,37 @@ def test_soft_caps_and_windows(dtype, columns, softcap):
     """Scores far below the cap, where it hardly bends them, and far above it."""
     query, key, rows, columns, _ = inputs(5, 1, 1, 2, 70, 75, 32, 6, columns, dtype, 75)
     compare(query, key, rows, columns, causal=True, window=(20, -1), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [None, "of a key", "of a head", "of all"])
+def test_sinks_and_biases(dtype, kind):
+    query, key, rows, columns, _ = inputs(5, 2, 2, 2, 50, 70, 32, 6, 9 if kind else slice(3, 60), dtype, 70)
+    bias = additive(kind, 2, 4, 6, 70, 1, dtype) if kind else None
+    mask, sinks = randn(2, 70, seed=2) > -1, randn(4, seed=9, dtype=torch.float32)
+    options = {"softcap": 2.0, "reduce": "none"} if kind == "of a head" else {}
+    compare(query, key, rows, columns, causal=True, key_mask=mask, sinks=sinks, bias=bias, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float16).min])
+def test_rows_of_which_a_bias_hides_everything(dtype, hidden):
+    query, key, *_ = inputs(5, 1, 1, 2, 9, 40, 16, 1, 1, dtype, 40)
+    bias = torch.zeros(1, 1, 3, 40, dtype=torch.float16)
+    bias[0, 0, 1] = hidden
+    for sinks in (None, torch.tensor([0.5, -math.inf])):
+        value, grad_query, *_ = compare(
+            query, key, torch.tensor([[1, 2, 3]]), slice(None), bias=bias, sinks=sinks
+        )
+        assert (value[0, 1] == 0).all()
+        assert (grad_query[:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query_and_many_cached_keys(dtype):
+    query, key, *_ = inputs(5, 2, 2, 3, 1, 150, 32, 1, 1, dtype, 150)
+    value, *_ = compare(query, key, torch.zeros(2, 1, dtype=torch.int64), slice(None), causal=True)
+    assert (value > 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,6 +272,8 @@ def test_operator_checks():
     query, key, rows, columns, _ = inputs(3, 1, 2, 2, 9, 20, 16, 3, 4, torch.float32, 20)
     pair = [item.to(DEVICE).requires_grad_() for item in (query, key)]
     arguments = (rows.to(DEVICE), columns.to(DEVICE), None, None, 0, 0, 0.3, True, 1, True, 0.0)
+    sinks = torch.zeros(4, device=DEVICE, requires_grad=True)
+    arguments += (sinks, torch.zeros(1, 1, 3, 20, device=DEVICE))
     torch.library.opcheck(torch.ops.mekernels.attention_rows_triton.default, (*pair, *arguments))
 
 

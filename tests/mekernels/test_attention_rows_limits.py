@@ -1,0 +1,118 @@
+"""Rows of attention with windows, soft caps, sinks and biases, of packed sequences and of cached keys."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from kernel_support import assert_exact, randn, strided
+from test_attention_rows import additive, case
+
+import mekernels
+from mekernels import reference
+from mekernels.attention_rows import composite
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"window": 3}, TypeError, r"window must be two integers \(left, right\) or None, got 3"),
+        ({"window": (1, 2.0)}, TypeError, "window must be two integers"),
+        ({"window": (-2, 0)}, ValueError, r"window must hold -1 \(no limit\) or numbers of keys"),
+        ({"softcap": 0}, ValueError, "softcap must be finite and above 0, got 0; None for no cap"),
+        ({"softcap": "50"}, TypeError, "softcap must be a float or None, got str"),
+        ({"sinks": [0.0] * 6}, TypeError, r"sinks must be a torch\.Tensor, got list"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(6,\)"),
+        ({"bias": torch.zeros(7)}, ValueError, r"bias must have 4 dimensions \(batch, heads, rows, keys\)"),
+        ({"bias": torch.zeros(1, 6, 7, 7)}, ValueError, r"bias must have shape \(2, 6, 1, 7\)"),
+        ({"bias": torch.zeros(1, 1, 1, 7) > 0}, TypeError, "bias must have a floating-point dtype"),
+        ({"bias": torch.zeros(1, 1, 1, 7, requires_grad=True)}, ValueError, "bias has no gradient here"),
+        ({"cu_seqlens": [0, 7]}, TypeError, "cu_seqlens must be an int32 or int64 torch.Tensor, got list"),
+        ({"cu_seqlens": torch.tensor([[0, 7]])}, ValueError, r"cu_seqlens must have shape \(sequences"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens needs a batch of 1"),
+    ],
+)
+def test_bad_windows_caps_and_biases(change, error, message):
+    query, key = case()
+    with pytest.raises(error, match=message):
+        mekernels.attention_rows(query, key, torch.tensor([[0], [1]]), slice(None), **change)
+
+
+def test_several_layers_with_a_soft_cap_and_sinks():
+    query, key = (item.requires_grad_() for item in case(heads=1))
+    sinks = [randn(3, seed=seed).requires_grad_() for seed in (8, 9)]
+    rows, options = torch.tensor([[0, 3], [6, -1]]), {"causal": True, "softcap": 0.7}
+    actual = composite.layer_attention_rows([query, query], [key, key], rows, sinks=sinks, **options)
+    expected = sum(
+        reference.attention_rows(query, key, rows, slice(None), sinks=item, **options) for item in sinks
+    )
+    assert_exact(actual, expected)
+    weights = randn(*actual.shape, seed=3)
+    inputs = (query, key, *sinks)
+    wanted = torch.autograd.grad(expected, inputs, weights)
+    for one, other in zip(torch.autograd.grad(actual, inputs, weights), wanted, strict=True):
+        assert_exact(one, other, 1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, (1, -1)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences_are_read_apart(causal, window, dtype):
+    query, key = case(batch=1, queries=12, keys=12)
+    ends = torch.tensor([0, 5, 5, 6, 12], dtype=dtype)  # one of no tokens among them
+    rows, options = torch.tensor([[0, 4, 5, 6, 11, 9, -1]]), {"causal": causal, "window": window}
+    packed = mekernels.attention_rows(query, key, rows, slice(None), cu_seqlens=ends, **options)
+    expected = torch.zeros_like(packed)
+    for place, row in enumerate(rows[0, :-1].tolist()):
+        begin, end = next((a, b) for a, b in itertools.pairwise(ends) if a <= row < b)
+        part = slice(begin, end)
+        one = reference.attention_rows(
+            *(query[:, :, part], key[:, :, part], torch.tensor([[row - begin]]), slice(None)), **options
+        )
+        expected[:, place, part] = one[:, 0]
+    assert_exact(packed, expected)
+    narrow = torch.tensor([[2, 9]]).expand(7, -1)[None]
+    both = mekernels.attention_rows(
+        query, key, rows, slice(None), cu_seqlens=ends, key_range=narrow, **options
+    )
+    assert (both[..., :2] == 0).all()
+    assert (both[..., 9:] == 0).all()
+    assert_exact(both.sum(-1)[0, [1, 2, 3]], torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("wrong", [[0, 5], [1, 12], [0, 8, 5, 12], [0]])
+def test_packed_sequences_that_do_not_fit_are_refused(wrong):
+    query, key = case(batch=1, queries=12, keys=12)
+    with pytest.raises(ValueError, match=r"cu_seqlens must ascend from 0 to 12, the number of tokens, got"):
+        mekernels.attention_rows(query, key, torch.tensor([[0]]), slice(None), cu_seqlens=torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("cached", [0, 1, 8])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_while_generating_are_those_of_the_whole(backend, cached):
+    """Queries that continue cached keys, down to a single one, see what they see in one pass over all."""
+    query, key = case(queries=9, keys=9)
+    query, key, sinks = strided(query), strided(key), randn(6, seed=3)
+    rows = torch.arange(9).expand(2, -1)
+    options = {"causal": True, "window": (4, -1), "sinks": sinks, "reduce": "none"}
+    whole = reference.attention_rows(query, key, rows, slice(None), **options)
+    new = 9 - cached
+    with mekernels.use_backend(backend):
+        found = mekernels.attention_rows(query[:, :, cached:], key, rows[:, :new], slice(None), **options)
+    assert_exact(found, whole[:, :, cached:])
+
+
+def test_a_bias_that_is_no_number_is_not_hidden():
+    query, key = case()
+    bias = torch.zeros(1, 1, 1, 7).index_fill_(3, torch.tensor([2]), math.nan)
+    found = mekernels.attention_rows(query, key, torch.tensor([[0, 6], [3, -1]]), slice(None), bias=bias)
+    assert found[0].isnan().all()
+    assert (found[1, 1] == 0).all()
+
+
+def test_key_ranges_under_the_operator_checks():
+    query, key = (tensor.requires_grad_() for tensor in case())
+    rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
+    settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False, 2.0)
+    more = randn(6, seed=2).requires_grad_(), additive("of a head", 2, 6, 2, 7, 0)
+    torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings, *more))

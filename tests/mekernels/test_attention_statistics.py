@@ -1,0 +1,117 @@
+"""Statistics of heads and logsumexps of rows against the reference, and gradients that go through these."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_support import assert_exact, randn
+from test_attention_entries import SHAPES, assert_same_statistics, case, limited, logsumexp, of_window
+from test_attention_rows import pick
+
+import mekernels
+from mekernels import attention_columns, flash_attention, reference
+from mekernels.attention_entries import composite
+
+
+@given(
+    **SHAPES,
+    sinks=st.sampled_from([slice(0, 1), slice(0, 0), 3]),
+    rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
+)
+def test_head_statistics_against_the_reference(
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    chunk,
+    sinks,
+    rows,
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    sinks = sinks if isinstance(sinks, slice) else pick(batch, sinks, keys, seed)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options = of_window(options, rows, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
+
+
+@given(**SHAPES, sunk=st.booleans())
+def test_logsumexp_against_the_reference(
+    seed, batch, heads, groups, queries, keys, width, causal, masked, window, softcap, bias, chunk, sunk
+):
+    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    options, _ = limited(query, key, seed, causal, masked, window, softcap, bias)
+    sinks = [randn(heads * groups, seed=seed + 4)] if sunk else []
+
+    def read(function):
+        return lambda *given: function(*given[:2], sinks=given[2] if sunk else None, **options)
+
+    wanted = graded_where_finite(read(reference.attention_lse), (query, key, *sinks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
+        found = graded_where_finite(read(mekernels.attention_lse), (query, key, *sinks))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one == -math.inf, other == -math.inf)
+        assert_exact(one.nan_to_num(neginf=0), other.nan_to_num(neginf=0), 1e-11)
+
+
+def graded_where_finite(function, inputs):
+    """Values, and gradients of those that are not -inf: there the reference has none."""
+    inputs = [item.detach().clone().requires_grad_() for item in inputs]
+    result = function(*inputs)
+    weights = randn(*result.shape, seed=7).masked_fill(result == -math.inf, 0)
+    gradients = torch.autograd.grad(result, inputs, weights, materialize_grads=True)
+    return result.detach(), *(item.nan_to_num(nan=0) for item in gradients)
+
+
+def test_statistics_of_heads_that_are_known():
+    """A head that looks evenly, and one whose rows look at the key before them."""
+    code = torch.eye(8, dtype=torch.float64)
+    query = torch.stack([torch.zeros_like(code), 500 * code.roll(1, 1)])[None].roll(-2, 3)
+    key = code.expand(1, 2, -1, -1)
+    _, lse = flash_attention(query, key, key)
+    entropy, distance, sink = mekernels.head_statistics(query, key, lse, rows=slice(2, 8))
+    place = torch.arange(8.0, dtype=torch.float64)
+    even = (place[2:, None] - place).abs().mean()
+    assert_exact(entropy, torch.tensor([[math.log(8), 0]], dtype=torch.float64), 1e-9)
+    assert_exact(distance, torch.tensor([[even, 1]], dtype=torch.float64), 1e-9)
+    assert_exact(sink, torch.tensor([[1 / 8, 0]], dtype=torch.float64), 1e-9)
+
+
+def test_head_statistics_have_no_gradient():
+    query, key = (item.requires_grad_() for item in case())
+    found = mekernels.head_statistics(query, key, logsumexp(query, key))
+    assert not any(item.requires_grad for item in found)
+    with pytest.raises(ValueError, match=r"lse must have shape"):
+        mekernels.head_statistics(query, key, torch.zeros(2, 6, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"sinks must lie between -1 \(padding\) and 8, got 9"):
+        mekernels.head_statistics(query, key, logsumexp(query, key), sinks=torch.tensor([[9], [0]]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_the_logsumexp_of_flash_attention_the_gradient_is_that_of_the_softmax(causal):
+    query, key = (item.requires_grad_() for item in case(queries=9))
+    _, lse = flash_attention(query, key, key, causal=causal)
+    columns = torch.tensor([[2, 8], [0, -1]])
+    read = attention_columns(query, key, lse, columns, causal=causal)
+    whole = reference.attention_map(query, key, causal=causal).mean(1)
+    expected = torch.stack(
+        [item[:, column.clamp(min=0)] for item, column in zip(whole, columns, strict=True)]
+    )
+    expected = expected * (columns >= 0)[:, None]
+    assert_exact(read, expected)
+    weights = randn(*read.shape, seed=5)
+    wanted = torch.autograd.grad(expected, (query, key), weights)
+    for one, other in zip(torch.autograd.grad(read, (query, key), weights), wanted, strict=True):
+        assert_exact(one, other, 1e-11)
