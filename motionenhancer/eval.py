@@ -23,6 +23,7 @@ from .data.skips import SkipLog
 from .data.sources import open_source
 from .data.video import content_digest
 from .evaluation.answers import read_answers, read_predictions
+from .evaluation.arguments import EvalArguments
 from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, Engine, answer_questions, transformers_engine, unanswered
@@ -40,7 +41,6 @@ from .integrations.lmms_eval import write_task
 from .interrupts import on_interrupt
 from .processes import from_main, join_processes
 from .report.run_report import REPORT, RunReport
-from .settings import EvalArguments
 from .students import load_student, student_family
 from .students.load import base_folder
 from .toy.defaults import default_toy, require_all

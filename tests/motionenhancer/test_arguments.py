@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from motionenhancer.evaluation.arguments import EvalArguments
 from motionenhancer.flags import flag_of, parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior_settings import PriorSettings
@@ -164,7 +165,7 @@ def test_every_flag_is_declared_once() -> None:
     from motionenhancer.training.arguments import ValidationArguments
 
     owners: dict[str, set[str]] = {}
-    for cls in (PriorSettings, ValidationArguments, *vars(settings).values()):
+    for cls in (PriorSettings, ValidationArguments, EvalArguments, *vars(settings).values()):
         if (
             is_dataclass(cls)
             and isinstance(cls, type)

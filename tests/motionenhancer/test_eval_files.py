@@ -12,9 +12,9 @@ import pytest
 from motionenhancer.data import SkipLog
 from motionenhancer.data.question import video_stem
 from motionenhancer.evaluation.answers import append_answers, mend_answers, read_answers, read_predictions
+from motionenhancer.evaluation.arguments import EvalArguments
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, Rules, load_questions
 from motionenhancer.evaluation.videos import VideoFolder
-from motionenhancer.settings import EvalArguments
 from motionenhancer.toy.world import write_world
 
 DATA = Path(__file__).parent / "data_eval"

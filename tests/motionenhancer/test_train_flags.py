@@ -10,7 +10,7 @@ from train_support import flags, shared_priors
 
 from motionenhancer import train
 from motionenhancer.alignment.trainer import refuse_deepspeed_sections
-from motionenhancer.settings import EvalArguments, StudentArguments
+from motionenhancer.evaluation.arguments import EvalArguments, StudentArguments
 from motionenhancer.students import student_family
 
 

