@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import mekernels
@@ -46,6 +45,7 @@ class _Kind(NamedTuple):
     reading: int
     scale: float | None
     softcap: float
+    sinks: bool
     dtype: torch.dtype
 
 
@@ -80,7 +80,7 @@ class ForwardEntries:
         self._sum: torch.Tensor | None = None
         self._beyond: dict[torch.device, torch.Tensor] = {}
         self._readings: dict[tuple[Any, ...], _Reading] = {}
-        self._pending: dict[_Kind, tuple[_Reading, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._pending: dict[_Kind, tuple[_Reading, list[tuple[torch.Tensor | None, ...]]]] = {}
         self._numbers = 0
 
     @property
@@ -117,16 +117,13 @@ class ForwardEntries:
             query, picked = share_query(query, reading.rows)
             if self.heads is not None:
                 picked, key, sinks = _chosen_heads(picked, key, sinks, self.heads)
-            if sinks is not None:
-                scale = picked.shape[3] ** -0.5 if scale is None else scale
-                picked, key = _with_sink_key(picked, key, sinks / scale)
             if self.reduce == "none":
-                self._apart.append(_each_head(picked.to(dtype), key.to(dtype), reading, scale, cap))
+                self._apart.append(_each_head(picked.to(dtype), key.to(dtype), reading, scale, cap, sinks))
             elif "mask" in reading.limits or (device.type == "cpu" and backends.active() == "auto"):
-                self._wait(picked, key, reading, scale, cap, dtype)
+                self._wait(picked, key, sinks, reading, scale, cap, dtype)
             else:
                 picked, key = picked.to(dtype), key.to(dtype)
-                options = reading.limits | {"softmax_scale": scale, "softcap": cap or None}
+                options = reading.limits | {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
                 self._add(mekernels.attention_rows(picked, key, reading.places, reading.columns, **options))
             if len(self.seen) == self.layers or self._numbers >= PENDING_NUMBERS:
                 self._read_pending()
@@ -143,20 +140,23 @@ class ForwardEntries:
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        sinks: torch.Tensor | None,
         reading: _Reading,
         scale: float | None,
         cap: float,
         dtype: torch.dtype,
     ) -> None:
-        kind = _Kind((query.shape, query.dtype), (key.shape, key.dtype), id(reading), scale, cap, dtype)
-        self._pending.setdefault(kind, (reading, []))[1].append((query, key))
+        shapes = (query.shape, query.dtype), (key.shape, key.dtype)
+        kind = _Kind(*shapes, id(reading), scale, cap, sinks is not None, dtype)
+        self._pending.setdefault(kind, (reading, []))[1].append((query, key, sinks))
         # Only layers on a CPU gain from waiting.
         self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
 
     def _read_pending(self) -> None:
         for kind, (reading, layers) in self._pending.items():
-            queries, keys = zip(*layers, strict=True)
+            queries, keys, sinks = zip(*layers, strict=True)
             options = reading.limits | {"softmax_scale": kind.scale, "softcap": kind.softcap}
+            options["sinks"] = sinks if kind.sinks else ()
             where = reading.places, reading.columns
             self._add(layer_attention_rows(queries, keys, *where, dtype=kind.dtype, **options))
         self._pending.clear()
@@ -230,8 +230,7 @@ class ForwardEntries:
         (_, heads, length, _), keys, device = query.shape, key.shape[2], query.device
         call = AttentionCall(module, mask, kwargs, self.rows, heads=heads, length=length, keys=keys)
         held = mask, kwargs.get("cu_seq_lens_q")
-        sinks = kwargs.get("s_aux") is not None
-        shared = (*map(id, held), call.causal, kwargs.get("sliding_window"), sinks, length, keys, device)
+        shared = (*map(id, held), call.causal, kwargs.get("sliding_window"), length, keys, device)
         if shared not in self._readings:
             rows = self._placed(self.rows, length, device)
             limits = read_mask(implementation, replace(call, rows=rows)).options(device)
@@ -240,8 +239,6 @@ class ForwardEntries:
             causal, ranges = limits.pop("causal", False), limits.pop("key_range", None)
             places, ranges = picked_rows(rows, length, keys, causal=causal, key_range=ranges)
             limits["key_range"] = ranges
-            if sinks:
-                limits = {"mask": _with_sink_seen(limits, (*rows.shape, keys), device)}
             columns = self._columns(keys, device)
             self._readings[shared] = _Reading(rows, places, columns, limits, held)
         return self._readings[shared]
@@ -279,45 +276,27 @@ def _chosen_heads(
     return query[:, index], own, None if sinks is None else sinks[index]
 
 
-def _with_sink_key(
-    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, R, D + 1) and (B, Hk, N + 1, D + 1): the last key scores ``sinks`` (H,) in every row."""
-    own = sinks.to(query)[:, None, None].expand(*query.shape[:-1], 1)
-    key = pad(key, (0, 1, 0, 1))
-    key[..., -1, -1] = 1
-    return torch.cat([query, own], -1), key
-
-
-def _with_sink_seen(limits: dict[str, Any], size: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """(B, 1 or H, R, N + 1): the keys that each row sees, and the sink."""
-    mask = limits.get("mask")
-    if mask is None:
-        mask = torch.ones(size, dtype=torch.bool, device=device)
-        if limits["key_range"] is not None:
-            position, (first, end) = torch.arange(size[2], device=device), limits["key_range"].unbind(-1)
-            mask = (position >= first[..., None]) & (position < end[..., None])
-        if limits["key_mask"] is not None:
-            mask = mask & limits["key_mask"][:, None]
-        mask = mask[:, None]
-    return pad(mask, (0, 1), value=float(mask.dtype == torch.bool))
-
-
 def _each_head(
-    query: torch.Tensor, key: torch.Tensor, reading: _Reading, scale: float | None, cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    reading: _Reading,
+    scale: float | None,
+    cap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """(B, H, R, C): the rows of one layer, head by head."""
     where, limits = (reading.places, reading.columns), reading.limits
     if "mask" not in limits:
-        options = limits | {"softmax_scale": scale, "softcap": cap or None}
+        options = limits | {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
         return mekernels.attention_rows(query, key, *where, reduce="none", **options)
     heads = query.shape[1]
     mask, group = limits["mask"].expand(-1, heads, -1, -1), heads // key.shape[1]
     parts = []
     for h in range(heads):
         one = [query[:, h, None]], [key[:, h // group, None]]
-        seen = mask[:, h, None]
-        parts.append(layer_attention_rows(*one, *where, mask=seen, softmax_scale=scale, softcap=cap))
+        options = {"mask": mask[:, h, None], "softmax_scale": scale, "softcap": cap}
+        own = () if sinks is None else [sinks[h, None]]
+        parts.append(layer_attention_rows(*one, *where, sinks=own, **options))
     return torch.stack(parts, 1)
 
 

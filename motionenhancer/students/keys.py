@@ -162,10 +162,6 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
             raise ValueError(
                 f"attention with {what} ({name}) cannot be captured, in {type(call.module).__name__}"
             )
-    if call.kwargs.get("s_aux") is not None and call.kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"a softcap beside sinks (s_aux) cannot be captured, in {type(call.module).__name__}"
-        )
     if isinstance(call.mask, Parts):
         if call.causal:
             raise ValueError(f"causal parts of {type(call.module).__name__} are not read")

@@ -126,7 +126,8 @@ def test_an_attention_that_drops_them_is_refused(make: Any, option: str) -> None
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("heads", [None, [1]])
 @pytest.mark.parametrize("reduce", ["mean", "none"])
-def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str) -> None:
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str, cap: float | None) -> None:
     """No scale given, a mask of every head, a row that sees no key: only its sink is left."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=generator)
@@ -137,11 +138,12 @@ def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str)
     mask[:, :, 2] = float("-inf")
     if bias:
         mask = mask + torch.randn(mask.shape, dtype=torch.float64, generator=generator)
-    scores = query @ key.mT / 2 + mask
+    scores = query @ key.mT / 2
+    scores = (scores if cap is None else cap * (scores / cap).tanh()) + mask
     whole = torch.cat([scores, sinks[:, None, None].expand(1, 2, 5, 1)], -1).softmax(-1)[..., :-1]
     whole = whole if heads is None else whole[:, heads]
     entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, heads, reduce)
-    entries.read("eager", torch.nn.Identity(), query, key, mask, {"s_aux": sinks})
+    entries.read("eager", torch.nn.Identity(), query, key, mask, {"s_aux": sinks, "softcap": cap})
     expected = whole.mean(1) if reduce == "mean" else whole[:, None]
     torch.testing.assert_close(entries.attention, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
@@ -178,12 +180,3 @@ def test_sinks_in_half_precision_err_no_more_than_eager(dtype: torch.dtype) -> N
     allowed = (plain.double() - exact).abs()
     assert float(error.max()) <= 2 * float(allowed.max())
     assert float(error.mean()) <= 2 * float(allowed.mean())
-
-
-def test_a_soft_cap_beside_sinks_is_refused() -> None:
-    query = torch.randn(1, 2, 5, 4)
-    entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "mean")
-    with pytest.raises(ValueError, match=r"a softcap beside sinks \(s_aux\) cannot be captured, in Id"):
-        entries.read(
-            "eager", torch.nn.Identity(), query, query, None, {"s_aux": torch.ones(2), "softcap": 2.0}
-        )
