@@ -68,6 +68,17 @@ class Material:
         return self.folder / "plain" / f"{seed}.safetensors"
 
 
+def _placebos(reading: str, **selections: bool) -> dict[str, Callable[[Material, int], Maps]]:
+    """Arms of the teacher's maps in one reading, each with something of the clip exchanged."""
+    return {
+        f"another clip's{reading}": lambda m, seed: makers.another_clip(m.teacher(**selections), seed),
+        f"another object's{reading}": lambda m, seed: makers.another_object(m.teacher(**selections)),
+        f"frames shuffled{reading}": lambda m, seed: makers.shuffled_frames(m.teacher(**selections), seed),
+        f"frames reversed{reading}": lambda m, seed: makers.reversed_frames(m.teacher(**selections)),
+        f"mean of all clips{reading}": lambda m, seed: makers.mean_map(m.teacher(**selections)),
+    }
+
+
 #: Arms whose maps are not read at level 200, and how they are read.
 _WAYS = {
     "teacher, wide diagonal": "wide diagonal",
@@ -86,15 +97,11 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "own, untrained, sharpened": lambda m, seed: m.own(seed, trained=False, temperature=TEMPERATURE),
     "own, trained": lambda m, seed: m.own(seed, trained=True),
     "own, trained, sharpened": lambda m, seed: m.own(seed, trained=True, temperature=TEMPERATURE),
-    "another clip's": lambda m, seed: makers.another_clip(m.teacher(), seed),
+    **_placebos(""),
     "another clip's, no selection": lambda m, seed: makers.another_clip(
         m.teacher(heads=False, words=False), seed
     ),
-    "another clip's, MTTI only": lambda m, seed: makers.another_clip(m.teacher(heads=False), seed),
-    "another object's": lambda m, seed: makers.another_object(m.teacher()),
-    "frames shuffled": lambda m, seed: makers.shuffled_frames(m.teacher(), seed),
-    "frames reversed": lambda m, seed: makers.reversed_frames(m.teacher()),
-    "mean of all clips": lambda m, seed: makers.mean_map(m.teacher()),
+    **_placebos(", MTTI only", heads=False),
     "uniform": lambda m, seed: makers.uniform(m.teacher()),
     "teacher, no selection": lambda m, seed: m.teacher(heads=False, words=False),
     "teacher, MHS only": lambda m, seed: m.teacher(words=False),
