@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from students_support import full_precision_softmax, make_batch, restore, sharp_student
-from test_capture_scores import drawn, gemma2, gpt_oss
+from test_capture_scores import SIZES, drawn, gemma2, gpt_oss, sharp
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,7 +84,15 @@ def test_words_about_a_video(model: Any, student: Any, implementation: str, cach
     assert float(expected[:, 1].std()) > 1e-3
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def mistral() -> Any:
+    """A window in every layer, of which no attribute of a layer tells."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return sharp(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)))
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss, mistral])
 @pytest.mark.parametrize("columns", [slice(0, 11), slice(2, 16), slice(12, 14)])
 def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
     """A cache of a sliding window drops keys: positions are those of the whole sequence all the same."""
