@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motionenhancer.students import capture_attention
+from motionenhancer.students.entries import ForwardEntries
 
 WORDS = 6
 
@@ -102,6 +103,21 @@ def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
     with capture_attention(model, None, columns, layers="all", reduce="none") as captured:
         generated(model, batch)
     torch.testing.assert_close(captured.attention, expected[..., columns], rtol=1e-9, atol=1e-12)
+
+
+def test_caches_of_two_lengths_without_a_mask() -> None:
+    """Nothing but their keys tells such layers apart."""
+    query = torch.randn(1, 2, 1, 4, dtype=torch.float64)
+    modules = torch.nn.Identity(), torch.nn.Identity()
+    modules[1].layer_type = "chunked_attention"
+    entries = ForwardEntries(torch.tensor([[0]]), slice(1, 6), 2, None, "none", tokens=6)
+    expected = torch.zeros(1, 2, 2, 1, 6, dtype=torch.float64)
+    for layer, keys in enumerate((6, 4)):
+        key = torch.randn(1, 2, keys, 4, dtype=torch.float64)
+        expected[:, layer, :, :, 6 - keys :] = (query @ key.mT / 2).softmax(-1)
+        entries.check(modules[layer], query, key, {})
+        entries.read("sdpa", modules[layer], query, key, None, {})
+    torch.testing.assert_close(entries.attention, expected[..., 1:])
 
 
 def test_no_step_keeps_its_mask(model: Any) -> None:
