@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from students_support import full_precision_softmax, make_batch, restore, sharp_student
-from test_capture_scores import drawn, gemma2, gpt_oss
+from test_capture_scores import SIZES, drawn, gemma2, gpt_oss, sharp
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motionenhancer.students import capture_attention
+from motionenhancer.students.entries import ForwardEntries
 
 WORDS = 6
 
@@ -84,7 +85,15 @@ def test_words_about_a_video(model: Any, student: Any, implementation: str, cach
     assert float(expected[:, 1].std()) > 1e-3
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def mistral() -> Any:
+    """A window in every layer, of which no attribute of a layer tells."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return sharp(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)))
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss, mistral])
 @pytest.mark.parametrize("columns", [slice(0, 11), slice(2, 16), slice(12, 14)])
 def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
     """A cache of a sliding window drops keys: positions are those of the whole sequence all the same."""
@@ -94,6 +103,21 @@ def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
     with capture_attention(model, None, columns, layers="all", reduce="none") as captured:
         generated(model, batch)
     torch.testing.assert_close(captured.attention, expected[..., columns], rtol=1e-9, atol=1e-12)
+
+
+def test_caches_of_two_lengths_without_a_mask() -> None:
+    """Nothing but their keys tells such layers apart."""
+    query = torch.randn(1, 2, 1, 4, dtype=torch.float64)
+    modules = torch.nn.Identity(), torch.nn.Identity()
+    modules[1].layer_type = "chunked_attention"
+    entries = ForwardEntries(torch.tensor([[0]]), slice(1, 6), 2, None, "none", tokens=6)
+    expected = torch.zeros(1, 2, 2, 1, 6, dtype=torch.float64)
+    for layer, keys in enumerate((6, 4)):
+        key = torch.randn(1, 2, keys, 4, dtype=torch.float64)
+        expected[:, layer, :, :, 6 - keys :] = (query @ key.mT / 2).softmax(-1)
+        entries.check(modules[layer], query, key, {})
+        entries.read("sdpa", modules[layer], query, key, None, {})
+    torch.testing.assert_close(entries.attention, expected[..., 1:])
 
 
 def test_no_step_keeps_its_mask(model: Any) -> None:

@@ -149,6 +149,17 @@ def test_queries_after_keys_of_a_cache(implementation: str, window: int | None, 
         assert torch.equal(found, dense[sample, 0][rows[sample]][real])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_reads_no_packing_after_keys_of_a_cache(window: int | None) -> None:
+    """Positions that go on where the cache ends are those of one sequence."""
+    own = torch.tensor([[0, 3, 2]])
+    options = {"sliding_window": window, "position_ids": torch.arange(5, 9)[None]}
+    case = AttentionCall(torch.nn.Identity(), None, options, own, heads=2, length=4, keys=9)
+    position, rows = torch.arange(9), own + 5
+    expected = (position <= rows[0][:, None]) & (position > rows[0][:, None] - (window or 9))
+    assert torch.equal(rows_of(read_mask("flash_attention_2", case), rows, 9)[0, 0], expected)
+
+
 def test_without_a_mask_queries_of_an_empty_static_cache_come_first() -> None:
     rows = torch.tensor([[0, 2, -1]])
     visible = read_mask("sdpa", AttentionCall(torch.nn.Identity(), None, {}, rows, heads=2, length=3, keys=8))

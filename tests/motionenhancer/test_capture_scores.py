@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from students_support import checkpoint_layers, eager_attention, full_precision_softmax, gradients, restore
+from students_support import (
+    checkpoint_layers,
+    eager_attention,
+    full_precision_softmax,
+    gradients,
+    pick,
+    restore,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mekernels import use_backend
 from motionenhancer.students import capture_attention
@@ -105,6 +113,50 @@ def test_head_by_head(make: Any) -> None:
         torch.testing.assert_close(captured.attention[sample], expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mean.attention[sample], expected[[0, 2]].mean((0, 1)), rtol=1e-9, atol=0)
     assert mean.left_out == 1
+
+
+def flash_stand_in(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> Any:
+    """Flash attention without padding, in plain torch."""
+    repeat, keys = query.shape[1] // key.shape[1], key.shape[2]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    position = torch.arange(keys)
+    away = position[keys - query.shape[2] :, None] - position
+    seen = (away >= 0) & (away < (sliding_window or keys))
+    scores = query @ key.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_flash_attention_with_windows(reduce: str) -> None:
+    """Layers without a mask that differ in their window alone. The kernel is a stand-in."""
+    model = gemma2()
+    batch, rows, columns = drawn()
+    del batch["attention_mask"]
+    with full_precision_softmax(), torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions, 1)
+    each = torch.stack([pick(m, rows, columns) for m in maps.flatten(1, 2).unbind(1)], 1)
+    expected = each.mean(1) if reduce == "mean" else each.unflatten(1, maps.shape[1:3])
+    model.config._attn_implementation_internal = "flash_attention_2"
+    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_stand_in
+    try:
+        with capture_attention(model, rows, columns, layers="all", reduce=reduce) as captured:
+            model(**batch)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    torch.testing.assert_close(captured.attention, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("make", "option"), [(gemma2, "softcap"), (gpt_oss, "s_aux")])
