@@ -23,9 +23,10 @@ FORMATS = (
 """The demuxers that may open a clip: each reads one file. No playlist, no image sequence, no device."""
 
 PIXELS, BYTES = "MOTIONENHANCER_FRAME_PIXELS", "MOTIONENHANCER_CLIP_BYTES"
+FRAMES = "MOTIONENHANCER_CLIP_FRAMES"
 """Names of the variables of the environment that limit what is decoded; see :func:`limit`."""
 
-_LIMITS = {PIXELS: 2**26, BYTES: 2**33}
+_LIMITS = {PIXELS: 2**26, BYTES: 2**33, FRAMES: 2 * 10**6}
 
 #: Errors of a machine, which say nothing about the file that was to be read. ffmpeg means the file by EIO
 #: and ENOMEM.
@@ -47,7 +48,7 @@ class VideoError(ValueError):
 
 
 def limit(name: str) -> int:
-    """Return what a machine decodes at most: pixels of a frame (``PIXELS``), bytes of a clip (``BYTES``).
+    """Return what a machine decodes at most: pixels of a frame (``PIXELS``), bytes and frames of a clip.
 
     A file of 300 bytes can show a picture that fills the memory, so it is refused by its size.
 
@@ -138,6 +139,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream.frames > size:
             # To list them all could take hours.
             raise VideoError(path, f"damaged: lists {stream.frames:,} frames in {size:,} bytes")
+        refuse_size(path, stream.frames, f"lists {stream.frames:,} frames", FRAMES)
         stream.codec_context.options = largest
         # A DataLoader already has a process a core; a converter and a decoder take one thread each.
         stream.codec_context.thread_count = 1

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 
 from motionenhancer.data.decode import (
+    FRAMES,
     PIXELS,
     Progress,
     VideoError,
     av,
     decode,
     is_passing,
+    limit,
     opened,
+    refuse_size,
     say,
     unreadable,
 )
@@ -81,6 +84,7 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
         VideoError: a file that cannot be opened, holds no packets, is damaged between them, or is cut off.
     """
     stamps: list[int | None] = []
+    most = limit(FRAMES)
     cut: dict[int, bool] = {}
     last_length, problem = 0, ""
     with opened(path) as (container, stream):
@@ -91,6 +95,8 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
                 cut[packet.stream_index] = packet.is_corrupt
                 if packet.stream_index == stream.index and not packet.is_discard:
                     stamps.append(packet.pts)
+                    if len(stamps) > most:  # Not every format says how many it holds.
+                        refuse_size(path, len(stamps), f"holds {len(stamps):,} frames", FRAMES)
                     last_length = packet.duration or last_length
         except (av.error.FFmpegError, OSError) as error:
             if is_passing(error):

@@ -185,7 +185,8 @@ def read_frames(
             as qwen-vl-utils does. All sampling happens within them.
 
     Without num_frames, fps and max_frames all frames are returned. A clip is refused if its frames have more
-    pixels than ``MOTIONENHANCER_FRAME_PIXELS``, or take more bytes than ``MOTIONENHANCER_CLIP_BYTES``.
+    pixels than ``MOTIONENHANCER_FRAME_PIXELS``, or take more bytes than ``MOTIONENHANCER_CLIP_BYTES``, or if
+    it has more than ``MOTIONENHANCER_CLIP_FRAMES``.
 
     Returns:
         Video: timestamps count from the clip's first frame, also for a segment.

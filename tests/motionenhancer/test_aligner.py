@@ -256,6 +256,20 @@ def test_nothing_to_align(priors: Any) -> None:
     assert not attention.grad.any()
 
 
+def test_entries_near_zero_and_of_other_kinds() -> None:
+    """The divergence's floor is 1e-8; a float64 prior makes no float64 loss; what is negative counts as 0."""
+    prior = SimpleNamespace(attention=torch.tensor([[0.5, 0.5]], dtype=torch.float64), grid=(1, 1, 2))
+    found = align(torch.tensor([[[0.0, 1.0]]]), prior, loss="kl")
+    assert float(found) == pytest.approx(math.log(0.5) - 0.5 * math.log(1e-8), rel=1e-5)
+    for loss in LOSSES:
+        assert align(torch.tensor([[[0.0, 1.0]]]), prior, loss=loss).dtype == torch.float32
+    below, zero = (
+        SimpleNamespace(attention=torch.tensor([[low, 0.5, 0.5]]), grid=(1, 1, 3)) for low in (-0.1, 0.0)
+    )
+    student = torch.tensor([[[0.2, 0.3, 0.5]]])
+    assert align(student, below, temperature=0.3) == align(student, zero, temperature=0.3)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_temperature_sharpens_the_prior(loss: str) -> None:
     """It is the prior raised to one over the temperature that the student is held against."""

@@ -1,7 +1,10 @@
 """Frames from video files: sampling against an independent full decode, and every kind of broken file."""
 
 import hashlib
+import os
 import pickle
+import resource
+import time
 import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
@@ -333,16 +336,30 @@ def test_broken_files_say_why(tmp_path, kind):
         assert str(caught.value) == f"{path}: {caught.value.reason}"
 
 
-def test_more_frames_than_bytes_are_refused_before_they_are_listed(tmp_path):
+@pytest.mark.parametrize("count", [10**5, 10**6, 10**7, 10**8, 2**32 - 1])
+def test_more_frames_than_bytes_are_refused_before_they_are_listed(tmp_path, count):
+    """Nor are those of a file with a hole: a million of them took 14 seconds and 114 MB."""
     encode_video(tmp_path / "a.mp4", shaded(8), fps=8)
     body = bytearray((tmp_path / "a.mp4").read_bytes())
-    # Boxes that say how large samples are, how long, and how many lie in a chunk.
-    for name, place, values in ((b"stsz", 8, (1, 10**5)), (b"stts", 12, (10**5,)), (b"stsc", 16, (10**5,))):
+    # Boxes that say how large samples are, how long, how many lie in a chunk, and which are shown.
+    for name, place, values in (
+        (b"stsz", 8, (1, count)),
+        (b"stts", 12, (count,)),
+        (b"stsc", 16, (count,)),
+        (b"mdhd", 20, (2**32 - 16,)),
+    ):
         at = body.find(name) + place
         body[at : at + 4 * len(values)] = b"".join(value.to_bytes(4, "big") for value in values)
-    (tmp_path / "a.mp4").write_bytes(body)
-    with pytest.raises(VideoError, match=r"damaged: lists 100,000 frames in \d,\d+ bytes"):
+    (tmp_path / "a.mp4").write_bytes(body.replace(b"edts", b"free"))
+    began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(VideoError, match=r"damaged: lists [\d,]+ frames in \d,\d+ bytes"):
         read_frames(tmp_path / "a.mp4")
+    os.truncate(tmp_path / "a.mp4", count + len(body))
+    if count > 2 * 10**6:
+        with pytest.raises(VideoError, match=r"lists [\d,]+ frames, more than 2,000,000; .*CLIP_FRAMES"):
+            read_frames(tmp_path / "a.mp4")
+    assert time.monotonic() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000
 
 
 def test_error_survives_pickling():

@@ -83,6 +83,19 @@ def test_mp4_without_composition_offsets(tmp_path):
     np.testing.assert_allclose(times, (shown - shown[0]) / 25, atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_clip_of_too_many_frames_is_refused(tmp_path, monkeypatch, suffix):
+    """A transport stream does not say how many it holds."""
+    path = write(tmp_path / f"a.{suffix}", 8)
+    monkeypatch.setenv("MOTIONENHANCER_CLIP_FRAMES", "8")
+    assert len(read_frames(path).frames) == 8
+    monkeypatch.setenv("MOTIONENHANCER_CLIP_FRAMES", "7")
+    for read in (read_frames, check_video):
+        with pytest.raises(VideoError, match="8 frames, more than 7; the environment variable") as caught:
+            read(path)
+        assert caught.value.passing
+
+
 def test_joined_transport_streams(tmp_path):
     data = write(tmp_path / "one.ts", 25).read_bytes()
     (tmp_path / "two.ts").write_bytes(data + data)
