@@ -361,7 +361,15 @@ def test_unknown_tasks_are_refused_by_name(
             "f.json",
         ),
         ("seedbench", SEEDBENCH["questions"][1], {**SEEDBENCH["questions"][1], "choice_d": None}, "f.json"),
-        ("seedbench", SEEDBENCH["questions"][1], {**SEEDBENCH["questions"][2], "segment": [9, 3]}, "f.json"),
+        *(
+            (
+                "seedbench",
+                SEEDBENCH["questions"][1],
+                {**SEEDBENCH["questions"][3], "segment": segment},
+                "f.json",
+            )
+            for segment in ([9, 3], [18], [18, 166, 200], "18-166", [10**400, 1], [True, 166])
+        ),
     ],
 )
 def test_broken_rows_are_counted_and_left_out(
@@ -380,6 +388,13 @@ def test_questions_without_a_public_answer(name: str, answer: Any, tmp_path: Pat
     assert questions == []
     assert log.counts == {"no public answer": 1}
     assert len(load(name, tmp_path, [{**row, "answer": answer}], hidden=True)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["videomme", "seedbench"])
+def test_a_small_letter_is_an_answer_too(name: str, tmp_path: Path) -> None:
+    row = {"videomme": VIDEOMME[0], "seedbench": SEEDBENCH["questions"][1]}[name]
+    (question,), _ = load(name, tmp_path, [{**row, "answer": " b"}])
+    assert question.answer == "B"
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ("motionbench", "favor", "toy")])
