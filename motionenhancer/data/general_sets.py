@@ -217,12 +217,12 @@ def read_seedbench(path: Path, log: SkipLog) -> Iterator[Question]:
             continue
         task = SEEDBENCH_TASKS[_known(part, SEEDBENCH_TASKS, "part of SEED-Bench", path)]
         segment = row.get("segment")
-        bounds = (
-            dict(zip(("video_start", "video_end"), segment, strict=False))
-            if isinstance(segment, list)
-            else {}
-        )
-        if part == 12 and all(isinstance(value, (int, float)) for value in bounds.values()):
+        if segment is not None and not (isinstance(segment, list) and len(segment) == 2):
+            detail = f"segment must be a start and an end, got {segment!r:.60}"
+            log.add("bad segment", id=id, line=line, detail=detail)
+            continue
+        bounds = dict(zip(("video_start", "video_end"), segment or (), strict=False))
+        if part == 12 and all(type(value) in (int, float) and abs(value) < 1e15 for value in bounds.values()):
             bounds = {key: value / _BREAKFAST_FPS for key, value in bounds.items()}
         video = _cut(row["data_id"], bounds, id, line, log)
         if video is not None:

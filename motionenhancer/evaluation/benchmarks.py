@@ -173,6 +173,14 @@ def render_prompt(template: str, question: Question) -> str:
     return re.sub(r"\{question\}|\{options\}", lambda match: parts[match.group()], template)
 
 
+def _by_id(
+    parse: Callable[[str, Rules], str], questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+) -> tuple[str, str]:
+    """One json object, id to answer: what MotionBench's leaderboard takes."""
+    found = {q.id: parse(outputs[q.id], rules) for q in questions if q.id in outputs}
+    return "submission.json", json.dumps(found, indent=4) + "\n"
+
+
 def _by_letter(published: Callable[[str], str]) -> dict[str, Any]:
     """The fields of a benchmark whose answers are letters, or options that begin with one."""
 
@@ -182,12 +190,7 @@ def _by_letter(published: Callable[[str], str]) -> dict[str, Any]:
     def right(question: Question, output: str, rules: Rules) -> bool:
         return letter(output, rules) == (question.answer or "")[:1]
 
-    def letters(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
-        """One json object, id to letter: what MotionBench's leaderboard takes."""
-        found = {q.id: letter(outputs[q.id], rules) for q in questions if q.id in outputs}
-        return "submission.json", json.dumps(found, indent=4) + "\n"
-
-    return {"parse": letter, "right": right, "rule": "letter", "submission": letters}
+    return {"parse": letter, "right": right, "rule": "letter", "submission": partial(_by_id, letter)}
 
 
 def _text(output: str, rules: Rules) -> str:
@@ -197,11 +200,6 @@ def _text(output: str, rules: Rules) -> str:
 def _favor_right(question: Question, output: str, rules: Rules) -> bool:
     match_case = rules.option == "published"
     return names_option(output, question.answer or "", question.options, match_case=match_case)
-
-
-def _texts(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
-    texts = {q.id: outputs[q.id] for q in questions if q.id in outputs}
-    return "submission.json", json.dumps(texts, indent=1) + "\n"
 
 
 def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
@@ -240,6 +238,14 @@ def _aspects(questions: Sequence[Question], outputs: dict[str, str], rules: Rule
         said = {"question": q.text, "answer": q.answer, "prediction": outputs.get(q.id)}
         clips.setdefault(str(q.video), {}).setdefault(q.tasks[0], []).append(said)
     return "submission.json", json.dumps(clips, indent=4) + "\n"
+
+
+_TEMPCOMPASS: dict[str, Any] = {
+    "tasks": TEMPCOMPASS_ASPECTS,
+    "max_new_tokens": 128,
+    "submission": _aspects,
+    "folders": ("videos",),
+}
 
 
 def _ranked(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
@@ -303,40 +309,31 @@ _ALL = (
         name="tempcompass_multi_choice",
         title="TempCompass multi-choice",
         file="multi-choice.json",
-        tasks=TEMPCOMPASS_ASPECTS,
         read=partial(read_tempcompass, form="multi-choice"),
         prompt=TEMPCOMPASS_CHOICE_PROMPT,
-        max_new_tokens=128,
-        folders=("videos",),
-        **_by_letter(tempcompass_letter) | {"submission": _aspects},
+        **_by_letter(tempcompass_letter) | _TEMPCOMPASS,
         **_doubt("multi-choice", "Multi-Choice", lambda question, output, rules: tempcompass_letter(output)),
     ),
     Benchmark(
         name="tempcompass_yes_no",
         title="TempCompass yes/no",
         file="yes_no.json",
-        tasks=TEMPCOMPASS_ASPECTS,
         read=partial(read_tempcompass, form="yes_no"),
         prompt=TEMPCOMPASS_YES_NO_PROMPT,
         parse=lambda output, rules: yes_or_no(output),
         right=lambda question, output, rules: yes_or_no(output) == (question.answer or "").lower(),
-        max_new_tokens=128,
-        submission=_aspects,
-        folders=("videos",),
+        **_TEMPCOMPASS,
         **_doubt("Yes/No", "Yes/No", lambda question, output, rules: yes_or_no(output)),
     ),
     Benchmark(
         name="tempcompass_caption_matching",
         title="TempCompass caption matching",
         file="caption_matching.json",
-        tasks=TEMPCOMPASS_ASPECTS,
         read=partial(read_tempcompass, form="caption_matching"),
         prompt=TEMPCOMPASS_CHOICE_PROMPT,
         parse=_text,
         right=lambda question, output, rules: matched_caption(output, question.options) == question.answer,
-        max_new_tokens=128,
-        submission=_aspects,
-        folders=("videos",),
+        **_TEMPCOMPASS,
         **_doubt(
             "caption matching",
             "Caption Matching",
@@ -364,7 +361,7 @@ _ALL = (
         parse=_text,
         right=lambda question, output, rules: same_text(output, question.answer or ""),
         max_new_tokens=48,
-        submission=_texts,
+        submission=partial(_by_id, lambda output, rules: output),
         num_frames=8,  # as the toy's recipe
     ),
 )

@@ -72,11 +72,16 @@ def read_results(path: str | Path) -> list[Judged]:
     """
     file = _results_file(Path(path))
     judged = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().decode(errors="replace").strip().split("\n"), start=1):
         try:
             row = json.loads(line)
-            judged.append(Judged(**{**row, "tasks": tuple(row["tasks"])}))
-        except (ValueError, KeyError, TypeError) as error:
+            one = Judged(**{**row, "tasks": tuple(row["tasks"])})
+            if not all(isinstance(text, str) for text in (one.id, one.video, one.answer, *one.tasks)):
+                raise TypeError("id, video, answer and tasks must be texts")
+            if not isinstance(one.right, bool) or not isinstance(one.output, str | None):
+                raise TypeError("right must be true or false, and output a text or null")
+            judged.append(one)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"--compare {file}, line {number}: not a judged answer ({error})") from None
     return judged
 

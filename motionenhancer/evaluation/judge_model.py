@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -23,6 +24,20 @@ TRIES = 10
 """How often a question is put where the reply holds no verdict, as TempCompass's authors do."""
 _PAUSES = (1, 4, 16)
 """Seconds before a request that failed is sent again."""
+_PATIENCE = 300
+"""Seconds that a server may be silent."""
+_LONGEST = 2**20
+"""Bytes of a reply; more is no judgement."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Another address would be sent the key, and no question."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 def judge_doubts(
@@ -104,24 +119,25 @@ def _chat(url: str, model: str, request: str) -> str:
     sent = urllib.request.Request(place, json.dumps(content).encode(), headers)
     for pause in (*_PAUSES, None):
         try:
-            with urllib.request.urlopen(sent, timeout=300) as answer:
-                return _reply(place, answer.read())
+            with _OPENER.open(sent, timeout=_PATIENCE) as answer:
+                return _reply(place, answer.read(_LONGEST + 1))
         except urllib.error.HTTPError as error:
             said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
             if pause is None or (error.code != 429 and error.code < 500):
                 raise ValueError(f"--judge_url {place} refused: {said}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if pause is None:
-                raise ValueError(f"--judge_url {place} cannot be reached ({error})") from None
+                why = str(error) or type(error).__name__
+                raise ValueError(f"--judge_url {place} cannot be reached ({why})") from None
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
 
 def _reply(place: str, body: bytes) -> str:
     try:
-        said: Any = json.loads(body)["choices"][0]["message"]["content"]
+        said: Any = json.loads(body[:_LONGEST])["choices"][0]["message"]["content"]
         return said.strip()
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"--judge_url {place} must answer with a chat completion, got {body[:200]!r}"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ OUTPUTS = {"1#action#0": "A", "1#action#1": "he dunks", "1#action#2": "dribbling
 
 
 class Judge(ThreadingHTTPServer):
-    """Answers requests from `replies`, then "Incorrect"; a number is a status, a dict a body."""
+    """Answers from `replies`, then "Incorrect"; a number is a status, a dict a body, bytes all it sends."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -43,6 +44,12 @@ class Handler(BaseHTTPRequestHandler):
         reply = self.server.replies.pop(0) if self.server.replies else "Incorrect"
         if isinstance(reply, int):
             self.send_error(reply, "sorry")
+            return
+        if isinstance(reply, bytes):
+            self.wfile.write(reply)
+            return
+        if callable(reply):
+            reply()
             return
         said = reply if isinstance(reply, dict) else {"choices": [{"message": {"content": reply}}]}
         content = json.dumps(said).encode()
@@ -152,16 +159,54 @@ def test_a_judge_that_never_decides_is_wrong(judge: Judge, tmp_path: Path) -> No
     assert len(judge.asked) == 2 * judge_model.TRIES
 
 
+def http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.0 {status}", *headers, "", ""]).encode() + body
+
+
 @pytest.mark.parametrize(
     ("reply", "why"),
-    [({"error": "x"}, "must answer with a chat completion"), (500, "refused: 500")],
+    [
+        ({"error": "x"}, 'must answer with a chat completion, got b\'{"error": "x"}\''),
+        ({"choices": []}, "must answer with a chat completion"),
+        ({"choices": [{"message": {"content": None}}]}, "must answer with a chat completion"),
+        (
+            {"choices": [{"message": {"content": [{"text": "Correct"}]}}]},
+            "must answer with a chat completion",
+        ),
+        ({"choices": {"0": "Correct"}}, "must answer with a chat completion"),
+        (http(b"<html>Correct</html>"), "must answer with a chat completion, got b'<html>Correct</html>'"),
+        (http(b"[" * 99_999), "must answer with a chat completion, got b'[[["),
+        (http(b"\xff\xfe"), "must answer with a chat completion"),
+        (
+            http(b'{"choices": [{"message": {"content": "' + b"Correct " * 2**18 + b'"}}]}'),
+            "must answer with",
+        ),
+        (500, "refused: 500"),
+        (http(b"", "302 Found", "Location: http://127.0.0.1:9/v1"), "refused: 302 Found"),
+        (b"", "cannot be reached (Remote end closed connection without response)"),
+        (b"Correct\r\n", "cannot be reached (Correct"),
+        (http(b"{", "200 OK", "Content-Length: 99"), "must answer with a chat completion, got b'{'"),
+        (http(b"5\r\n{", "200 OK", "Transfer-Encoding: chunked"), "cannot be reached (IncompleteRead("),
+        (lambda: time.sleep(0.5), "cannot be reached (timed out)"),
+    ],
 )
 def test_a_server_of_another_kind_is_refused(
-    reply: Any, why: str, judge: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reply: Any,
+    why: str,
+    judge: Judge,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One error, and nothing is taken for a judgement."""
+    monkeypatch.setattr(judge_model, "_PATIENCE", 0.2)
     judge.replies = [reply] * 9
     assert run(tmp_path, *asking(judge)) == 2
-    assert why in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--judge_url {judge.url}/chat/completions {why}" in said
+    assert said.count("error: ") == 1
+    assert len(said) < 1500
+    assert not (tmp_path / "out" / "judgements.jsonl").exists()
 
 
 def test_a_server_that_is_not_there(judge: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

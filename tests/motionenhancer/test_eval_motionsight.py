@@ -29,10 +29,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyFolder:
 
 
 def test_near_boxes_share_one_light_and_far_ones_begin_another() -> None:
-    """The running centre: 50, then 0.7 x 50 + 0.3 x 60 = 53; a jump of more than 0.3 x 100 pixels is far."""
-    boxes = [[[40, 40, 60, 60]], [[50, 40, 70, 60]], [[60, 40, 80, 60]], [[120, 40, 140, 60]]]
+    """The running centre: 50, 0.7 x 50 + 0.3 x 60 = 53, 58.1; more than 0.3 x 100 pixels from it is far."""
+    boxes = [[[40, 40, 60, 60]], [[50, 40, 70, 60]], [[60, 40, 80, 60]], [[85, 40, 105, 60]]]
     found = lit(boxes, 100, 200)
-    assert found == [(20, 20, 100, 80)] * 3 + [(100, 20, 160, 80)]
+    assert found == [(20, 20, 100, 80)] * 3 + [(65, 20, 125, 80)]
     almost = lit([*boxes[:3], [[75, 40, 95, 60]]], 100, 200)
     assert almost == [(20, 20, 115, 80)] * 4
 
@@ -47,11 +47,9 @@ def test_a_segment_of_two_boxes_goes_on() -> None:
 def test_two_objects_count_by_their_mean_and_frames_without_boxes_keep_the_first() -> None:
     both = [[10, 40, 30, 60], [70, 40, 90, 60]]
     assert lit([both, [], both], 100, 200) == [(0, 20, 110, 80)] * 3
-    # Only the first box is carried on.
-    assert (
-        lit([[[40, 40, 60, 60]] * 3, [[150, 30, 170, 60], [150, 30, 170, 90]], []], 100, 200)[1:]
-        == [(130, 10, 190, 100)] * 2
-    )
+    # The second segment begins in a frame without boxes, with the first box only.
+    two = [[150, 30, 170, 50], [150, 70, 170, 90]]
+    assert lit([[[40, 40, 60, 60]], two, []], 100, 200)[2] == (130, 10, 190, 70)
 
 
 def test_before_any_box_the_whole_picture_is_lit() -> None:

@@ -179,6 +179,13 @@ def test_results_are_read_back(tmp_path: Path) -> None:
         "".join(json.dumps(asdict(j), ensure_ascii=False) + "\n" for j in judged), encoding="utf-8"
     )
     assert read_results(tmp_path) == read_results(file) == judged
+    row = asdict(judged[0])
+    wrong = {"id": 3, "tasks": ["AS", 3], "right": "no", "output": 3, "video": None}
+    changed = [json.dumps({**row, key: value}).encode() for key, value in wrong.items()]
+    for other in (b'{"id": "q"}', b"\xff\xfe", b"[" * 99_999, *changed):
+        file.write_bytes(json.dumps(row).encode() + b"\n" + other + b"\n")
+        with pytest.raises(ValueError, match=r"results.jsonl, line 2: not a judged answer"):
+            read_results(file)
     file.write_text('{"id": "q"}\n')
     with pytest.raises(ValueError, match=r"results.jsonl, line 1: not a judged answer"):
         read_results(tmp_path)
