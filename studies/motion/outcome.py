@@ -19,8 +19,8 @@ __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 _MEASURES = ("direction", "verb", "right", "looks", "distance")
 #: Measures that are compared seed by seed; table and plot show the first one.
 _COMPARED = ("direction", "right", "looks")
-#: Arms with which every other arm is compared, seed by seed.
-_AGAINST = ("plain", "teacher")
+#: Arms with which every other arm is compared, seed by seed, and their names in the table's head.
+_AGAINST = {"plain": "plain", "teacher": "the teacher's", "teacher, MTTI only": "MTTI only"}
 
 
 def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:
@@ -108,14 +108,15 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 def table(summary: dict[str, Any], order: Sequence[str]) -> str:
     """Markdown: an arm a row, in ``order``."""
-    head = ["maps", "seeds", "direction, %", "over plain", "over the teacher's"]
+    against = [other for other in _AGAINST if other in summary["arms"]]
+    head = ["maps", "seeds", "direction, %", *(f"over {_AGAINST[other]}" for other in against)]
     head += ["verb", "both", "looks", "lift"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for arm in order:
         row = summary["arms"].get(arm)
         if row is None:
             continue
-        gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in _AGAINST]
+        gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in against]
         cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
         cells += [f"{row[name]['mean']:.1f}" if name in row else "" for name in ("verb", "right", "looks")]
         cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
