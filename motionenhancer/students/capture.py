@@ -22,7 +22,7 @@ from torch import nn
 from motionenhancer.students.attention_registry import Callback, observe_attention
 from motionenhancer.students.entries import ForwardEntries
 from motionenhancer.students.locate import layers_read
-from motionenhancer.students.whole_layers import in_backward, whole_layers
+from motionenhancer.students.whole_layers import whole_layers
 
 __all__ = ["CapturedAttention", "capture_attention"]
 
@@ -164,8 +164,8 @@ class CapturedAttention:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        # Entries were read in the forward; a backward pass computes the layer again.
-        if in_backward():
+        # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
+        if torch._C._current_graph_task_id() != -1:
             return query
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)

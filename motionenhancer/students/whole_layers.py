@@ -16,12 +16,7 @@ from torch import nn
 from motionenhancer.students.attention_registry import Callback
 from motionenhancer.students.keys import Parts
 
-__all__ = ["in_backward", "whole_layers"]
-
-
-def in_backward() -> bool:
-    """Whether a backward pass runs: what is called then is a checkpoint's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+__all__ = ["whole_layers"]
 
 
 @contextlib.contextmanager
@@ -43,10 +38,9 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
 
     def part(*call: Any) -> torch.Tensor:
         _, module, query, *_ = call
-        if not in_backward():
-            if id(module) not in running:
-                raise ValueError(f"{type(module).__name__} runs without its hooks, so it cannot be read")
-            running[id(module)].append(call)
+        if id(module) not in running:
+            raise ValueError(f"{type(module).__name__} runs without its hooks, so it cannot be read")
+        running[id(module)].append(call)
         return query
 
     @torch._disable_dynamo
