@@ -52,10 +52,7 @@ def choose_tokens(
     if scores == "standardized":
         mean, deviation = each.mean(1, keepdim=True), each.std(1, correction=0, keepdim=True)
         constant = each.amax(1, keepdim=True) == each.amin(1, keepdim=True)
-        terms, each = (
-            torch.where(constant, 0.0, (one - mean) / torch.where(constant, 1.0, deviation))
-            for one in (terms, each)
-        )
+        terms, each = (torch.where(constant, 0.0, (one - mean) / deviation) for one in (terms, each))
     kept = select_tokens(each.sum(0), ratio)
     return terms.sum(0), eligible[torch.isin(units, kept)].cpu()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ from train_support import flags, report_of
 
 from motionenhancer import extract, train
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
+from motionenhancer.data.encode import encode_video
 from motionenhancer.data.sample import whole_words
+from motionenhancer.data.video import VideoError
 from motionenhancer.priors.arguments import PriorArguments
+from motionenhancer.priors.own_maps import OwnMaps
+from motionenhancer.priors.prior import PriorError
 from motionenhancer.priors.prior_settings import PriorSettings
+from motionenhancer.priors.requests import PriorRequest
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import load_student
 from motionenhancer.students.words import map_words
@@ -108,6 +114,23 @@ def test_what_names_a_prior(world: World, tmp_path: Path) -> None:
     assert prior.reading(PriorSettings(steps=10)) == prior.reading(PriorSettings())
 
 
+def test_what_a_student_cannot_read_has_a_reason(world: World, tmp_path: Path) -> None:
+    """A still has no motion, a student with NaN no maps, and images are no part of a prior."""
+    source = OwnMaps.open(PriorArguments(teacher=str(world.student), teacher_frames=2), torch.device("cpu"))
+    (sample,) = read_samples(world.data, world.videos, SkipLog(), limit=1)
+    encode_video(tmp_path / "still.mp4", torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy())
+    with pytest.raises(VideoError, match="has 1 frame, needs at least 2"):
+        source.decode(PriorRequest(tmp_path / "still.mp4", "x"))
+    with pytest.raises(ValueError, match="without images"):
+        source.said(replace(sample, images=(Path("a.png"),)), "both")
+    request = PriorRequest(Path(sample.videos[0]), prompt_text(sample)[0], said=source.said(sample, "both"))
+    video = source.decode(request)
+    assert source.read(request, video, PriorSettings())[0].attention.isfinite().all()
+    torch.nn.init.constant_(next(p for n, p in source.model.named_parameters() if "q_proj" in n), torch.nan)
+    with pytest.raises(PriorError, match="attention holds NaN or infinity"):
+        source.read(request, video, PriorSettings())
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -137,8 +160,6 @@ def test_clips_of_several_sizes_need_the_identity(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their grids differ, unless --teacher_size makes them one."""
-    from motionenhancer.data.encode import encode_video
-
     rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
     wide = torch.zeros(9, 32, 64, 3, dtype=torch.uint8).numpy()
     encode_video(tmp_path / "wide.mp4", wide)
