@@ -19,6 +19,7 @@ from .data.clip import segment_of
 from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sample import whole_words
+from .evaluation.generate import conversation
 from .flags import parse_arguments
 from .priors.arguments import PriorArguments
 from .priors.combination import combine_priors
@@ -97,10 +98,8 @@ def _view_of_clip(look: LookArguments, prior: PriorArguments, settings: PriorSet
     video, device = Path(look.video), PartialState().device
     read_frames(video, num_frames=2, min_frames=2)
     view = View(video.name, look.text.strip(), video, spans=whole_words(look.text.strip()))
-    asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": view.prompt}]}
     # Nothing that comes after a word changes how it attends; a conversation ends with an answer.
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-    sample = Sample(video.name, [asked, reply], (video,))
+    sample = conversation(video.name, view.prompt, video)
     if prior.teacher is not None:
         prior.check(settings, device)
         read = []

@@ -78,14 +78,12 @@ def lone_letter(output: str) -> str:
 def videomme_letter(output: str) -> str:
     """Read an option letter as Video-MME's authors do (``eval_your_results.py``).
 
-    Their openings of a sentence are struck out; of what is left, the first capital A to D counts, even inside
-    a word.
+    The first capital A to D counts, even inside a word. They strike out openings of a sentence before, which
+    hold no such capital.
 
     >>> [videomme_letter(s) for s in ("B. left", "The best answer is: (C)", "A D", "b", "Best option: C")]
     ['B', 'C', 'A', '', 'B']
     """
-    for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
-        output = output.replace(opening, "")
     found = re.search("[ABCD]", output)
     return found[0] if found else ""
 

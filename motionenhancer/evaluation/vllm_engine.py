@@ -132,7 +132,7 @@ def vllm_request(
     about = {**metadata(shown), "total_num_frames": len(shown.frames) * interval(video)}
     return Request(
         id,
-        [_vision(processor, token) for token in encoded.input_ids.tolist()],
+        _of_one_kind(processor, encoded.input_ids.tolist()),
         tokens_per_second is not None and _is_late(encoded, tokens_per_second),
         {
             "prompt": rendered.text[: rendered.answer_spans[0][0]],
@@ -150,10 +150,10 @@ def _is_late(encoded: Encoded, tokens_per_second: float) -> bool:
     return int((frames - 1) * step) >= max(sides)
 
 
-def _vision(processor: Any, token: int) -> int:
+def _of_one_kind(processor: Any, tokens: Sequence[int]) -> list[int]:
     """InternVL: in the places of a video vLLM has the token of images, which stands for the same vectors."""
-    ids = processor.tokenizer.convert_tokens_to_ids([processor.video_token, processor.image_token])
-    return ids[0] if token in ids else token
+    video, image = processor.tokenizer.convert_tokens_to_ids([processor.video_token, processor.image_token])
+    return [video if token == image else token for token in tokens]
 
 
 def _answers(llm: Any, sampling: Any, processor: Any, requests: Sequence[Request]) -> list[str]:
@@ -165,7 +165,7 @@ def _answers(llm: Any, sampling: Any, processor: Any, requests: Sequence[Request
         )
     found = llm.generate([request.prompt for request in requests], sampling, use_tqdm=False)
     for request, output in zip(requests, found, strict=True):
-        tokens = [_vision(processor, token) for token in output.prompt_token_ids]
+        tokens = _of_one_kind(processor, output.prompt_token_ids)
         if tokens != request.tokens:
             raise ValueError(
                 f"--engine vllm: question {request.id!r} is {len(tokens)} tokens to vLLM and "
