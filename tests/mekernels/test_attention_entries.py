@@ -5,7 +5,7 @@ import math
 import nonfinite
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
 from test_attention_rows import additive, pick
@@ -90,6 +90,7 @@ def of_window(options, rows, columns):
     return options | {"bias": bias}
 
 
+@settings(max_examples=100)
 @given(
     **SHAPES,
     columns=st.one_of(st.integers(0, 4), st.slices(9)),
@@ -130,6 +131,7 @@ def test_columns_against_the_reference(
         )
 
 
+@settings(max_examples=100)
 @given(
     **SHAPES,
     over=st.sampled_from(["rows", "columns"]),
