@@ -296,6 +296,33 @@ def entry_nonfinite(value, where, call, backend, device):
         assert changed
 
 
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_row_of_which_a_bias_hides_everything_is_zero(hidden):
+    row_hidden_by_bias(hidden, "torch", "cpu")
+
+
+def row_hidden_by_bias(hidden, backend, device):
+    query, key = (randn(1, 2, 9, 16, seed=seed, dtype=torch.float32).to(device) for seed in (0, 1))
+    bias = torch.zeros(1, 1, 9, 9, device=device)
+    bias[:, :, 4] = hidden
+    inputs = [item.requires_grad_() for item in (query, key)]
+    with mekernels.use_backend(backend):
+        lse = mekernels.attention_lse(*inputs, bias=bias)
+        found = (
+            attention_columns(*inputs, lse, slice(None), bias=bias),
+            attention_sums(*inputs, lse, over="columns", bias=bias)[0].mT,
+        )
+        statistics = mekernels.head_statistics(*inputs, lse, bias=bias)
+    assert (lse[:, :, 4] == -math.inf).all()
+    assert lse[:, :, 5].isfinite().all()
+    for read in found:
+        assert (read.reshape(9, -1)[4] == 0).all()
+        assert (read.reshape(9, -1)[5] > 0).all()
+        for gradient in torch.autograd.grad(read.square().sum(), inputs, retain_graph=True):
+            assert gradient.isfinite().all()
+    assert all(item.isfinite().all() for item in statistics)
+
+
 @pytest.mark.parametrize("over", ["rows", "columns"])
 def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
     masked_nan(over, "torch", "cpu")

@@ -9,7 +9,14 @@ import nonfinite
 import pytest
 import torch
 from kernel_support import assert_error_rule, randn, strided
-from test_attention_entries import assert_same_statistics, entry_nonfinite, logsumexp, masked_nan, of_window
+from test_attention_entries import (
+    assert_same_statistics,
+    entry_nonfinite,
+    logsumexp,
+    masked_nan,
+    of_window,
+    row_hidden_by_bias,
+)
 from test_attention_rows import additive, pick
 
 import mekernels
@@ -163,6 +170,11 @@ def test_logsumexp_and_its_gradient(number, dtype):
 @pytest.mark.parametrize("call", ["columns", "over rows", "over columns", "largest"])
 def test_input_that_is_not_finite_reaches_what_depends_on_it(value, where, call):
     entry_nonfinite(value, where, call, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_row_of_which_a_bias_hides_everything_is_zero(hidden):
+    row_hidden_by_bias(hidden, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("over", ["rows", "columns"])
