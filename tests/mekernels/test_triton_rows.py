@@ -137,6 +137,17 @@ def test_rows_of_which_a_bias_hides_everything(dtype, hidden):
         assert (grad_query[:, :, 2] == 0).all()
 
 
+def test_a_bias_that_is_no_number_is_not_hidden():
+    query, key, *_ = inputs(5, 1, 1, 2, 9, 40, 16, 1, 1, torch.float32, 40)
+    bias = torch.zeros(1, 1, 2, 40)
+    bias[0, 0, 0, 7] = math.nan
+    with mekernels.use_backend("triton"):
+        moved = (item.to(DEVICE) for item in (query, key, torch.tensor([[3, 4]])))
+        found = mekernels.attention_rows(*moved, slice(None), bias=bias.to(DEVICE))
+    assert found[0, 0].isnan().all()
+    assert found[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_query_and_many_cached_keys(dtype):
     query, key, *_ = inputs(5, 2, 2, 3, 1, 150, 32, 1, 1, dtype, 150)
