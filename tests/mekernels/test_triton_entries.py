@@ -118,8 +118,9 @@ LIMITS = [
 ]
 
 
-def limited(number, dtype, queries=70):
-    """Query, key and logsumexp with the limits of that number, and options of the whole map."""
+def limited(number):
+    """Query, key and logsumexp with the limits of that number, of one dtype, and options of the whole map."""
+    dtype, queries = DTYPES[number % len(DTYPES)], 70
     (query, key, _), _ = inputs(number, 2, 1, 2, queries, 75, 24, dtype)
     options = dict(LIMITS[number])
     if "bias" in options:
@@ -127,11 +128,10 @@ def limited(number, dtype, queries=70):
     return (query, key, logsumexp(query, key, **options)), options
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", range(1, len(LIMITS)))
 @pytest.mark.parametrize("call", ["columns", "chosen columns", "over rows", "over columns"])
-def test_windows_caps_and_biases(number, dtype, call):
-    tensors, options = limited(number, dtype)
+def test_windows_caps_and_biases(number, call):
+    tensors, options = limited(number)
     if call == "over rows":
         columns = slice(5, 72)
         compare("attention_sums", tensors, over="rows", columns=columns, **of_window(options, None, columns))
@@ -143,12 +143,11 @@ def test_windows_caps_and_biases(number, dtype, call):
         compare("attention_columns", tensors, columns, reduce="none", **of_window(options, None, columns))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", range(len(LIMITS)))
-def test_logsumexp_and_its_gradient(number, dtype):
-    (query, key, lse), options = limited(number, dtype)
+def test_logsumexp_and_its_gradient(number):
+    (query, key, lse), options = limited(number)
     found, seen = [], lse != -math.inf
-    for backend, kind in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
+    for backend, kind in (("triton", query.dtype), ("reference", torch.float64), ("reference", query.dtype)):
         on = DEVICE if backend == "triton" else "cpu"
         pair = [item.to(on, kind).detach().requires_grad_() for item in (query, key)]
         if backend == "triton":
@@ -182,11 +181,10 @@ def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
     masked_nan(over, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", range(1, len(LIMITS)))
 @pytest.mark.parametrize("sinks", [slice(0, 3), torch.tensor([[0, 3, -1], [7, 7, 1]])])
-def test_head_statistics_with_limits(number, dtype, sinks):
-    tensors, options = limited(number, dtype)
+def test_head_statistics_with_limits(number, sinks):
+    tensors, options = limited(number)
     options = of_window(options, slice(2, 69), None)
     with mekernels.use_backend("triton"):
         assert_same_statistics(
