@@ -234,7 +234,7 @@ def attention_rows(
         position = torch.arange(key.shape[2] // fold, device=key.device).repeat(fold)
         inside = (position >= key_range[:, 0, :1]) & (position < key_range[:, 0, 1:])
         key_mask = inside if key_mask is None else inside & key_mask
-    options |= {"key_mask": key_mask, "bias": bias}
+    options |= {"key_mask": key_mask, "bias": bias if rows.shape[1] else None}
     attention = fold_keys(attention_map(query, key, **options), fold)
     if isinstance(columns, slice):
         columns = torch.arange(attention.shape[-1], device=query.device)[columns].expand(len(query), -1)

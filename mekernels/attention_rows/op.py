@@ -171,8 +171,6 @@ def _windowed(window: tuple[int, int], rows: Tensor, shift: int, own: int) -> Te
 def _packed(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
     """(1, R, 2) first and one past the last token of the sequence that each row is in."""
     ends = cu_seqlens[1:].to(rows.dtype)
-    if not len(ends):
-        return rows.new_zeros(*rows.shape, 2)
     sequence = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
     return torch.stack([cu_seqlens[sequence].to(rows.dtype), ends[sequence]], -1)
 

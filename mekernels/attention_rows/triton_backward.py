@@ -336,7 +336,7 @@ def key_gradient(
         given = tl.load(of_keys[:, None] + place[None, :], mask=read[:, None], other=0.0)
         change = score_gradient(
             *(exact_dot(k, tl.trans(q)), bias, b_strides, sample, (head * GROUPS + m % GROUPS)[None, :]),
-            *(tl.minimum(m // GROUPS, count - 1)[None, :], n[:, None], lse[None, :], rest[None, :], given),
+            *((m // GROUPS)[None, :], n[:, None], lse[None, :], rest[None, :], given),
             *(slope[None, :], visible(position[:, None], first[None, :], last[None, :], RANGE)),
             *(scale, grad_scale, SOFTCAP, BIAS),
         )
@@ -425,7 +425,7 @@ def query_gradient(
         position = tl.where(seen, position, 2147483647)
         change = score_gradient(
             *(scores, bias, b_strides, sample, (head * GROUPS + m % GROUPS)[:, None]),
-            *(tl.minimum(m // GROUPS, count - 1)[:, None], n[None, :], lse[:, None], rest[:, None], given),
+            *((m // GROUPS)[:, None], n[None, :], lse[:, None], rest[:, None], given),
             *(slope[:, None], visible(position[None, :], first[:, None], last[:, None], RANGE)),
             *(scale, grad_scale, SOFTCAP, BIAS),
         )

@@ -5,7 +5,7 @@ import math
 import nonfinite
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
 from test_attention_rows import additive, pick
@@ -90,6 +90,7 @@ def of_window(options, rows, columns):
     return options | {"bias": bias}
 
 
+@settings(max_examples=100)
 @given(
     **SHAPES,
     columns=st.one_of(st.integers(0, 4), st.slices(9)),
@@ -130,6 +131,7 @@ def test_columns_against_the_reference(
         )
 
 
+@settings(max_examples=100)
 @given(
     **SHAPES,
     over=st.sampled_from(["rows", "columns"]),
@@ -292,6 +294,33 @@ def entry_nonfinite(value, where, call, backend, device):
         assert not changed
     elif math.isnan(value):
         assert changed
+
+
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_row_of_which_a_bias_hides_everything_is_zero(hidden):
+    row_hidden_by_bias(hidden, "torch", "cpu")
+
+
+def row_hidden_by_bias(hidden, backend, device):
+    query, key = (randn(1, 2, 9, 16, seed=seed, dtype=torch.float32).to(device) for seed in (0, 1))
+    bias = torch.zeros(1, 1, 9, 9, device=device)
+    bias[:, :, 4] = hidden
+    inputs = [item.requires_grad_() for item in (query, key)]
+    with mekernels.use_backend(backend):
+        lse = mekernels.attention_lse(*inputs, bias=bias)
+        found = (
+            attention_columns(*inputs, lse, slice(None), bias=bias),
+            attention_sums(*inputs, lse, over="columns", bias=bias)[0].mT,
+        )
+        statistics = mekernels.head_statistics(*inputs, lse, bias=bias)
+    assert (lse[:, :, 4] == -math.inf).all()
+    assert lse[:, :, 5].isfinite().all()
+    for read in found:
+        assert (read.reshape(9, -1)[4] == 0).all()
+        assert (read.reshape(9, -1)[5] > 0).all()
+        for gradient in torch.autograd.grad(read.square().sum(), inputs, retain_graph=True):
+            assert gradient.isfinite().all()
+    assert all(item.isfinite().all() for item in statistics)
 
 
 @pytest.mark.parametrize("over", ["rows", "columns"])

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strided
 
@@ -58,6 +58,7 @@ shapes = {
 }
 
 
+@settings(max_examples=100)
 @given(**shapes)
 def test_values_and_gradients_against_the_reference(
     seed,

@@ -102,6 +102,32 @@ def test_rows_while_generating_are_those_of_the_whole(backend, cached):
     assert_exact(found, whole[:, :, cached:])
 
 
+def test_keys_hidden_at_both_ends():
+    query, key = case()
+    rows, seen = torch.tensor([[0, 6], [3, -1]]), (torch.arange(7) > 1) & (torch.arange(7) < 5)
+    bias = randn(1, 6, 2, 7).masked_fill(~seen, -math.inf)
+    for options in ({"key_mask": seen.expand(2, -1)}, {"bias": bias}):
+        expected = reference.attention_rows(query, key, rows, slice(None), **options)
+        assert_exact(mekernels.attention_rows(query, key, rows, slice(None), **options), expected)
+
+
+def test_no_rows_with_a_bias_of_each():
+    query, key = case()
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    for backend in ("auto", "reference"):
+        with mekernels.use_backend(backend):
+            found = mekernels.attention_rows(query, key, none, slice(None), bias=torch.zeros(1, 6, 0, 7))
+        assert found.shape == (2, 0, 7)
+
+
+def test_a_row_beyond_packed_sequences_is_named():
+    query, key = case(batch=1)
+    with pytest.raises(ValueError, match=r"rows must lie between -1 \(padding\) and 6, got 7"):
+        mekernels.attention_rows(
+            query, key, torch.tensor([[7]]), slice(None), cu_seqlens=torch.tensor([0, 3, 7])
+        )
+
+
 def test_a_bias_that_is_no_number_is_not_hidden():
     query, key = case()
     bias = torch.zeros(1, 1, 1, 7).index_fill_(3, torch.tensor([2]), math.nan)

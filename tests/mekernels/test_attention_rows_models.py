@@ -165,3 +165,45 @@ def test_packed_sequences(build, monkeypatch):
     model.set_attn_implementation("sdpa")
     with pytest.raises(AssertionError):
         same(model, modules, inputs, rows, columns, monkeypatch)
+
+
+def test_sinks_and_windows_of_gpt_oss(monkeypatch):
+    """The model's eager attention counts a sink of each head, and every second layer has a window."""
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 5}
+    config = transformers.GptOssConfig(
+        **TEXT, **experts, attn_implementation="eager", experts_implementation="eager"
+    )
+    model = transformers.GptOssForCausalLM(config).double().eval()
+    sinks = [layer.self_attn.sinks for layer in model.model.layers]
+    with torch.no_grad():
+        for place, sink in enumerate(sinks):
+            sink.copy_(torch.linspace(-1, 2, 6) + place)
+    rows, columns, seen = torch.tensor([[15, 3, 9]]), slice(0, 12), []
+    original = modeling_gpt_oss.eager_attention_forward
+
+    def attention(module, query, key, *arguments, **options):
+        window = (4, -1) if module.sliding_window else None
+        given = {"softmax_scale": options["scaling"], "causal": True, "window": window}
+        read = mekernels.attention_rows(query, key, rows, columns, sinks=module.sinks, reduce="none", **given)
+        lse = mekernels.attention_lse(query, key, sinks=module.sinks, **given)
+        whole = mekernels.attention_columns(query, key, lse, columns, reduce="none", **given)
+        seen.append((module.sliding_window, read, whole))
+        return original(module, query, key, *arguments, **options)
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", attention)
+    with double_softmax(monkeypatch):
+        maps = model(torch.randint(1, 60, (1, 16)), output_attentions=True, use_cache=False).attentions
+    assert {bool(window) for window, *_ in seen} == {True, False}
+    for sink, one, (_, read, whole) in zip(sinks, maps, seen, strict=True):
+        assert (one.sum(-1) < 0.95).all()
+        for found, wanted in ((read, one[:, :, rows[0], columns]), (whole, one[..., columns])):
+            assert_exact(found, wanted, 1e-11)
+            weights = torch.linspace(-1, 2, found.numel(), dtype=torch.float64).view_as(found)
+            grads = [
+                torch.autograd.grad((item * weights).sum(), sink, retain_graph=True)[0]
+                for item in (found, wanted)
+            ]
+            assert_exact(*grads, 1e-11)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import assert_exact, randn
 from test_attention_entries import SHAPES, assert_same_statistics, case, limited, logsumexp, of_window
@@ -15,6 +15,7 @@ from mekernels import attention_columns, flash_attention, reference
 from mekernels.attention_entries import composite
 
 
+@settings(max_examples=100)
 @given(
     **SHAPES,
     sinks=st.sampled_from([slice(0, 1), slice(0, 0), 3]),
@@ -46,6 +47,7 @@ def test_head_statistics_against_the_reference(
         assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
 
 
+@settings(max_examples=100)
 @given(**SHAPES, sunk=st.booleans())
 def test_logsumexp_against_the_reference(
     seed, batch, heads, groups, queries, keys, width, causal, masked, window, softcap, bias, chunk, sunk

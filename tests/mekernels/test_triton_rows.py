@@ -117,7 +117,8 @@ def test_soft_caps_and_windows(dtype, columns, softcap):
 def test_sinks_and_biases(dtype, kind):
     query, key, rows, columns, _ = inputs(5, 2, 2, 2, 50, 70, 32, 6, 9 if kind else slice(3, 60), dtype, 70)
     bias = additive(kind, 2, 4, 6, 70, 1, dtype) if kind else None
-    mask, sinks = randn(2, 70, seed=2) > -1, randn(4, seed=9, dtype=torch.float32)
+    # One sink takes all the attention: its exponential is no float32.
+    mask, sinks = randn(2, 70, seed=2) > -1, torch.tensor([0.3, 200.0, -0.7, -200.0])
     options = {"softcap": 2.0, "reduce": "none"} if kind == "of a head" else {}
     compare(query, key, rows, columns, causal=True, key_mask=mask, sinks=sinks, bias=bias, **options)
 
@@ -134,6 +135,17 @@ def test_rows_of_which_a_bias_hides_everything(dtype, hidden):
         )
         assert (value[0, 1] == 0).all()
         assert (grad_query[:, :, 2] == 0).all()
+
+
+def test_a_bias_that_is_no_number_is_not_hidden():
+    query, key, *_ = inputs(5, 1, 1, 2, 9, 40, 16, 1, 1, torch.float32, 40)
+    bias = torch.zeros(1, 1, 2, 40)
+    bias[0, 0, 0, 7] = math.nan
+    with mekernels.use_backend("triton"):
+        moved = (item.to(DEVICE) for item in (query, key, torch.tensor([[3, 4]])))
+        found = mekernels.attention_rows(*moved, slice(None), bias=bias.to(DEVICE))
+    assert found[0, 0].isnan().all()
+    assert found[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
