@@ -1,4 +1,4 @@
-"""Code that all launches of Triton kernels share. It does not import triton, so it can report that it is missing.
+"""Code that all launches of Triton kernels share. It works without triton, to report that triton is missing.
 
 The folder of an op has ``triton.py``, its ``@triton.jit`` functions, and ``plan.py`` with two parts:
 functions that turn a call into a :class:`Launch`, the only place where tile sizes are chosen; and

@@ -28,7 +28,7 @@ def hidden_keys(
     window: tuple[int, int] | None = None,
     fold: int = 1,
 ) -> Tensor:
-    """(B or 1, 1, Nq, Nk) bool, True where a row may not see a key; options as in :func:`attention_scores`."""
+    """(B or 1, 1, Nq, Nk) bool, True where a key is hidden; options of :func:`attention_scores`."""
     queries, keys = query.shape[2], key.shape[2] // fold
     hidden = torch.zeros(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
     row = torch.arange(queries, device=query.device)[:, None]
@@ -287,7 +287,7 @@ class Statistics(NamedTuple):
 def motion_statistics(
     maps: Iterable[Tensor], video: VideoTokens, text_rows: Sequence[int] | Tensor | None = None
 ) -> Statistics:
-    """Average the folded maps (H, N, N) of all layers and steps per head; return the statistics of the mean."""
+    """Average folded maps (H, N, N) over all layers and steps; return the statistics of the mean."""
     pooled = torch.stack(list(maps)).mean(0)
     block = vision_block(pooled, video)
     rows = torch.arange(video.length)[video.text_slice] if text_rows is None else torch.as_tensor(text_rows)

@@ -24,7 +24,7 @@ def load_lse(pointer, stride, token, known):
 
 @triton.jit
 def load_tokens(pointer, strides, token, known, first, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) values of a head, starting at ``first``; zero for unknown tokens and past the width."""
+    """(tokens, BLOCK_D) values of a head from ``first`` on; zero for unknown tokens and past the width."""
     width = first + tl.arange(0, BLOCK_D)
     place = token.to(tl.int64)[:, None] * strides[2] + width.to(tl.int64)[None, :] * strides[3]
     return tl.load(pointer + place, mask=known[:, None] & (width < WIDTH)[None, :], other=0.0)
@@ -50,7 +50,7 @@ def add_diagonal_tile(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return (BLOCK_P, BLOCK_F, BLOCK_F) sums plus, for each position, the attention of its frames to its frames.
+    """(BLOCK_P, BLOCK_F, BLOCK_F) sums plus, for each position, the attention between its frames.
 
     ``lse`` and ``scale_log2`` are the natural-base values times log2(e).
     """

@@ -63,7 +63,7 @@ def flash_attention(
         "value",
         value,
         (*key.shape[:3], value.shape[3]),
-        meaning="(batch, heads and tokens of key, any width)",
+        meaning="(as key, any width)",
     )
     checks.boolean("causal", causal)
     checks.choice("backend", backend, ("auto", "reference", *backends.table("flash_attention")))

@@ -2,8 +2,8 @@
 
 Plain functions without autograd. They take strided tensors of one device and return new tensors. They run on
 torch's threads on the CPU and on the current stream on CUDA. Every function raises ``TypeError`` on a wrong
-dtype, ``ValueError`` on shapes or devices that do not fit, and :class:`NativeLoadError` if there is no library
-for the device. Sections refer to the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
+dtype, ``ValueError`` on shapes or devices that do not fit, and :class:`NativeLoadError` if the device has no
+library. Sections refer to the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _tensor(
     device: torch.device | None = None,
     dtypes: tuple[torch.dtype, ...] = _FLOAT32,
 ) -> Tensor:
-    """Check dtype, shape and device of a tensor, and make it contiguous. Named sizes of the shape may be any."""
+    """Check dtype, shape and device of a tensor and make it contiguous; named sizes of the shape are free."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -152,8 +152,8 @@ def resample_rows_forward(
         normalize: scale each row to sum to one; a row that sums to zero becomes zero.
 
     Returns:
-        ``(resampled, sums)``: (B, R, S_out) and (B, R) float32. Each row was divided by its entry of ``sums``,
-        which is 1 without ``normalize``.
+        ``(resampled, sums)``: (B, R, S_out) and (B, R) float32. Each row was divided by its sum, which is 1
+        without ``normalize``.
 
     Example:
         >>> import torch
@@ -279,8 +279,8 @@ def align_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Row L2 loss between resampled student rows and teacher rows, without the resampled map (Section 3).
 
-    Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`. The same pass over the teacher
-    computes the gradient, which has the shape of ``student``.
+    Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`. One pass over the
+    teacher computes both the loss and the gradient, which has the shape of ``student``.
 
     Args:
         student: (B, R, S_in) float32.
