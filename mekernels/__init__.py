@@ -1,22 +1,22 @@
 """Attention evidence without attention maps.
 
-Any flash attention hands back the logsumexp of its rows; with it every chosen entry of the attention map is
-one dot product and one exponential away, exactly. The ops here read such entries, pool them and score them,
-in memory far below the map's.
+Any flash attention returns the logsumexp of its rows. With it, one dot product and one exponential give any
+entry of the attention map exactly. The ops here read such entries, pool them and score them. They need far
+less memory than the map.
 
-Where things lie, for every op alike. A small op is one file, ``row_l2_loss.py``; a large one is a folder:
+All ops have the same structure. A small op is one file, ``row_l2_loss.py``; a large one is a folder:
 
-- ``attention_rows/op.py``: public function, checks, schema, autograd, and which backends there are;
-- ``attention_rows/call.py``: the named tuple that carries the arguments from there on;
+- ``attention_rows/op.py``: public function, checks, schema, autograd, and the list of backends;
+- ``attention_rows/call.py``: the named tuple that carries the checked arguments;
 - ``attention_rows/composite.py``: the op in plain torch, without a map;
 - ``attention_rows/triton.py``, ``triton_backward.py``: the kernels; ``plan.py``: how they are launched;
-- ``attention_rows/shared_query.py``: one gradient for the query of the model's attention and of its rows.
+- ``attention_rows/shared_query.py``: one gradient for the model's attention and the op.
 
 ``attention_entries/`` serves several functions with the same few kernels: columns, sums, statistics of heads,
 and the gradient of a logsumexp.
 
-``reference.py`` is the whole mathematics, naively: what every backend is tested against. ``backends.py``
-chooses who runs a call, ``launch.py`` is what all launches of Triton share, ``native/`` builds, loads and
+``reference.py`` is the naive mathematics; every backend is tested against it. ``backends.py`` chooses the
+backend of a call, ``launch.py`` is shared by all launches of Triton, ``native/`` builds, loads and
 calls the compiled library, and ``resources`` states what every kernel costs.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m mekernels``: what can run here, and what not and why."""
+"""``python -m mekernels``: which backends can run on this machine, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report() -> str:
     lines += [f"  torch {torch.__version__}", *(f"  {package} {_version(package)}" for package in packages)]
     lines += ["", "Devices", *(f"  {line}" for line in _devices())]
     lines += ["", "Native libraries", *(f"  {line}" for line in _native())]
-    lines += ["", "Backends of each op, in the order auto tries them"]
+    lines += ["", "Backends of each op, in the order in which auto tries them"]
     for op in backends.ops():
         lines.append(f"  {op}")
         for name, backend in backends.table(op).items():

@@ -1,4 +1,4 @@
-"""The distance of resampled student rows from a teacher's, without the resampled rows."""
+"""The distance between resampled student rows and teacher rows, without storing the resampled rows."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def align_rows(
     grid_out: Sequence[int],
     row_mask: Tensor | None = None,
 ) -> Tensor:
-    """Row L2 loss of the resampled student rows and the teacher's, both scaled to sum to one.
+    """Row L2 loss between the resampled student rows and the teacher rows, both scaled to sum to one.
 
-    The gradient is made along with the loss and is as small as ``student``: the native library never holds a
-    resampled map, and nothing but that gradient is kept for the backward.
+    The forward computes the gradient along with the loss. The gradient has the shape of ``student``, and only
+    it is kept for the backward. The native library never stores a resampled map.
 
     Args:
         student: (B, R, S_in) floating point, S_in = F * H * W in raster order.
         teacher: (B, R, S_out) floating point, any dtype; has no gradient.
         grid_in: (F, H, W) of the student's rows.
         grid_out: (F, H, W) of the teacher's rows.
-        row_mask: (B, R) bool, True where a row counts; all rows by default. What the others hold is never
-            read into the result, NaN included.
+        row_mask: (B, R) bool, True where a row counts; all rows by default. The values of other rows never
+            affect the result, not even NaN.
 
     Returns:
         A scalar, float64 where either input is float64 and float32 otherwise, differentiable in ``student``.
@@ -76,7 +76,10 @@ def _check(
     batch, rows = student.shape[:2]
     checks.shape("student", student, (batch, rows, volumes[0]), meaning="(batch, rows, F * H * W of grid_in)")
     checks.shape(
-        "teacher", teacher, (batch, rows, volumes[1]), meaning="(those of student, F * H * W of grid_out)"
+        "teacher",
+        teacher,
+        (batch, rows, volumes[1]),
+        meaning="(batch, rows of student, F * H * W of grid_out)",
     )
     checks.same_device("teacher", teacher, "student", student)
     if teacher.requires_grad:
@@ -146,7 +149,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(grad: Tensor, weights: Tensor, row_gradient: Tensor) -> Tensor:
-    """Its backward in plain torch."""
+    """The backward in plain torch."""
     return torch.where((weights > 0)[..., None], row_gradient * (grad * weights)[..., None], 0)
 
 

@@ -1,9 +1,9 @@
-"""Which backend can run which op here, and every reason why not.
+"""Which backend can run which op on this machine, and all reasons why not.
 
 Each op has a table of backends, fastest first. A backend answers a call with the list of reasons why it
-cannot take it. ``"auto"`` takes the first backend without reasons; an explicit backend with reasons raises
-one error that lists them. ``"reference"`` is the naive mathematics of :mod:`mekernels.reference`, which can
-run everything and is never chosen by itself.
+cannot run it. ``"auto"`` takes the first backend without reasons. A named backend with reasons raises one
+error that lists them. ``"reference"`` is the naive mathematics of :mod:`mekernels.reference`; it can run
+everything, and ``"auto"`` never chooses it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from . import checks
 
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
 CHOICES = tuple(name for name in BACKENDS if name != "reference")
-"""What an op is registered for: the reference is no op."""
+"""The backends for which an op is registered; the reference is not registered as an op."""
 
 ENVIRONMENT = {
-    "MEKERNELS_NATIVE": "build: auto, 0 or 1 (fail where it cannot be built) for the CPU library",
-    "MEKERNELS_CUDA": "build: auto, 0 or 1 (fail where it cannot be built) for the CUDA library",
+    "MEKERNELS_NATIVE": "build: the CPU library: auto, 0, or 1 (fail if it cannot be built)",
+    "MEKERNELS_CUDA": "build: the CUDA library: auto, 0, or 1 (fail if it cannot be built)",
     "MEKERNELS_CUDA_ARCHS": "build: GPU architectures, 80;90 by default",
-    "MEKERNELS_CXXFLAGS": "build: further flags of the C++ compiler",
+    "MEKERNELS_CXXFLAGS": "build: additional flags of the C++ compiler",
     "CXX": "build: the C++ compiler",
     "CUDACXX": "build: nvcc; else CUDA_HOME, CUDA_PATH and PATH are searched",
     "MAX_JOBS": "build: parallel jobs",
     "TRITON_INTERPRET": "read by triton: 1 runs Triton kernels in its interpreter",
     "OMP_NUM_THREADS": "read by torch and the native library: threads on the CPU",
-    "CUDA_VISIBLE_DEVICES": "read by CUDA: the devices this process sees",
+    "CUDA_VISIBLE_DEVICES": "read by CUDA: the devices that this process sees",
 }
 """Every environment variable that changes what runs, and what it does."""
 
@@ -42,7 +42,7 @@ _active: ContextVar[str] = ContextVar("mekernels_backend", default="auto")
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the one asked for, can run a call; the message lists every reason."""
+    """Neither ``"auto"`` nor the named backend can run a call; the message lists every reason."""
 
 
 def _no_reasons(*args: Any) -> list[str]:
@@ -56,9 +56,9 @@ class Backend:
     run: Callable[..., Any]
     """Takes the op's arguments."""
     reasons: Callable[..., list[str]]
-    """Takes the op's arguments; why this backend cannot run them. Cheap, and reads no tensor values."""
+    """Takes the op's arguments; returns why this backend cannot run them. Cheap: reads no tensor values."""
     machine: Callable[[], list[str]]
-    """Why this backend can run nothing on this machine."""
+    """Returns why this backend cannot run at all on this machine."""
 
 
 _table: dict[str, dict[str, Backend]] = {}
@@ -72,7 +72,7 @@ def register(
     reasons: Callable[..., list[str]] = _no_reasons,
     machine: Callable[[], list[str]] = _no_reasons,
 ) -> None:
-    """Add a backend to an op's table, behind those already there."""
+    """Add a backend at the end of an op's table."""
     _table.setdefault(op, {})[name] = Backend(run, reasons, machine)
 
 
@@ -87,7 +87,7 @@ def table(op: str) -> dict[str, Backend]:
 
 
 def active() -> str:
-    """The backend set by :func:`use_backend` for this thread or task, ``"auto"`` if none is."""
+    """The backend that :func:`use_backend` set for this thread or task, else ``"auto"``."""
     return _active.get()
 
 
@@ -123,7 +123,7 @@ def _scope(name: str) -> Iterator[None]:
 
 
 def reasons_of(backend: Backend, *args: Any) -> list[str]:
-    """All reasons of a backend: the machine's, or where there are none the call's."""
+    """All reasons of a backend: those of the machine, or if there are none, those of the call."""
     return backend.machine() or backend.reasons(*args)
 
 
@@ -131,7 +131,7 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
     """The implementation of ``op`` for these arguments.
 
     Raises:
-        BackendError: the named backend cannot run them, or with ``"auto"`` none can.
+        BackendError: the named backend cannot run them, or with ``"auto"`` no backend can.
     """
     backends = _table[op]
     if name == "auto":
@@ -160,27 +160,27 @@ def dispatch(op: str, name: str, *args: Any) -> Any:
 
 
 def _device(args: Iterable[Any]) -> torch.device:
-    """That of the first tensor, which may lie in a named tuple."""
+    """The device of the first tensor, which may be inside a named tuple."""
     first = next(iter(args))
     return first.device if isinstance(first, Tensor) else _device(first)
 
 
 class Op:
-    """An op of ``torch.library``, and for each backend that can be asked for by name a twin of it.
+    """An op of ``torch.library``, with one more op for each backend that can be named.
 
-    The backend is no argument: ``mekernels::<name>`` takes the fastest that can run the call,
-    ``mekernels::<name>_<backend>`` that backend or none. So a compiled graph, and a backward in whatever
-    thread it runs, keep what was chosen.
+    The backend is not an argument: ``mekernels::<name>`` runs the fastest backend that can take the call, and
+    ``mekernels::<name>_<backend>`` runs only that backend. So a compiled graph keeps the chosen backend, and
+    so does a backward in any thread.
 
-    A call is carried by named tuples: the schema has their fields, one after the other, and implementations,
-    fake and autograd get the tuples.
+    Named tuples carry the arguments of a call. The schema lists their fields in order; implementations, fake
+    and autograd get the tuples.
 
     Args:
         name: of the op and of its table of backends.
-        fake: the op's signature, and its result without values: takes tensors, numbers and named tuples of
-            such, each annotated.
+        fake: gives the op's signature, and its result without values. Its annotated arguments are tensors,
+            numbers and named tuples of these.
         mutates: names of the tensors the op writes to.
-        check: raises on values that do not fit; takes the arguments, and is called before any backend.
+        check: takes the arguments and raises on values that do not fit. It is called before any backend.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Op:
         result = None if hints["return"] is type(None) else hints["return"]
         del hints["return"]
         self._parts: list[tuple[Any, int, int]] = []
-        """Of each argument the named tuple that it is, or None, and where its fields lie among all."""
+        """For each argument: its named tuple or None, and the range of its fields among all fields."""
         fields: dict[str, Any] = {}
         for field, kind in hints.items():
             begin = len(fields)
@@ -231,9 +231,9 @@ class Op:
         """Register the gradient.
 
         Args:
-            save: takes the context, the op's arguments and its result. ``ctx.backend`` is the one chosen.
-            backward: takes the context and the gradients of the results; returns those of the first inputs,
-                as many as have any.
+            save: takes the context, the op's arguments and its result. ``ctx.backend`` is the chosen backend.
+            backward: takes the context and the gradients of the results; returns the gradients of the first
+                inputs, those that have a gradient.
         """
         for choice, twin in self._twins.items():
 
@@ -259,7 +259,7 @@ class Op:
                 self._formulas[choice] = type(self.name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
-        """Run the op on ``backend``, by default the one of :func:`use_backend`."""
+        """Run the op on ``backend``, by default the backend of :func:`use_backend`."""
         flat: list[Any] = []
         for value, (kind, _, _) in zip(args, self._parts, strict=True):
             flat += (value,) if kind is None else value
@@ -273,9 +273,9 @@ class Op:
 
 
 def _observed(flat: Iterable[Any]) -> bool:
-    """Whether something must see the call as one op: a compiler, a mode, a profiler, a kind of tensor.
+    """Whether a compiler, a mode, a profiler or a tensor subclass must see the call as one op.
 
-    Else the way through the dispatcher would only take the host's time.
+    Otherwise the dispatcher is skipped, because it would only cost host time.
     """
     return (
         torch.compiler.is_compiling()
@@ -288,7 +288,7 @@ def _observed(flat: Iterable[Any]) -> bool:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, bool, int, float, list, type(None)))
-"""Kinds of arguments of which there is nothing to observe."""
+"""Types of arguments that need no observation."""
 
 
 def _named(kind: Any) -> bool:
@@ -305,7 +305,7 @@ def _schema(fields: dict[str, Any], result: Any, mutates: Iterable[str]) -> str:
 
 
 def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a function of tensors and more with autocast off: it would round float32 products to half."""
+    """Call a function with autocast off, because autocast would round float32 products to half precision."""
     device = _device(args).type
     if not torch.is_autocast_enabled(device):
         return function(*args, **options)
@@ -324,7 +324,7 @@ def meet_in_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_reference(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a reference function, in float32 for half types: it would round every step of its maps."""
+    """Call a reference function, in float32 for half types, so that it does not round every step."""
     wide = [
         arg.float() if isinstance(arg, Tensor) and arg.dtype in (torch.float16, torch.bfloat16) else arg
         for arg in args

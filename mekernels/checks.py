@@ -1,4 +1,4 @@
-"""Argument checks: every message names the argument, what it was and what it must be."""
+"""Argument checks. Every message names the argument, its value and the requirement."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def ratio(name: str, value: object) -> float:
 
 
 def fold(value: object, keys: int) -> int:
-    """Require a number of key parts that divides the keys; returns the keys of one part."""
+    """Require a number of key parts that divides the number of keys; return the keys of one part."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"fold must be an int, got {type(value).__name__}")
     if value < 1:
@@ -108,7 +108,7 @@ def fold(value: object, keys: int) -> int:
 
 
 def scale(softmax_scale: object, width: int) -> float:
-    """The softmax scale, 1 / sqrt(width) where None was given."""
+    """The softmax scale; 1 / sqrt(width) for None."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(width)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
@@ -119,7 +119,7 @@ def scale(softmax_scale: object, width: int) -> float:
 
 
 def softcap(value: object) -> float:
-    """The soft cap of the scores, 0 where None was given."""
+    """The soft cap of the scores; 0 for None."""
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -140,7 +140,7 @@ def sinks(value: object, query: Tensor) -> None:
 
 
 def bias(value: object, query: Tensor, scores: tuple[int, int], *, meaning: str) -> None:
-    """Require what can be added to (B, Hq, *scores), of four dimensions and without a gradient, or None."""
+    """Require a 4-dimensional bias that broadcasts to (B, Hq, *scores) and needs no gradient, or None."""
     if value is None:
         return
     tensor("bias", value, 4, layout=meaning)
@@ -186,7 +186,7 @@ def window_size(value: object) -> None:
 
 
 def query_key(query: object, key: object) -> None:
-    """Require (batch, heads, tokens, width) queries and keys that fit, grouped-query heads allowed."""
+    """Require matching (batch, heads, tokens, width) queries and keys; grouped-query heads are allowed."""
     tensor("query", query, 4, layout="(batch, heads, tokens, width)")
     tensor("key", key, 4, layout="(batch, heads, tokens, width)")
     assert isinstance(query, Tensor)
@@ -228,7 +228,7 @@ def columns(value: object, query: Tensor, own: int) -> tuple[Tensor | None, int,
 
 
 def window(name: str, value: object, length: int) -> slice:
-    """Require a slice of step 1, or None for all; returns it with both ends."""
+    """Require a slice of step 1, or None for all; return it with both ends set."""
     if value is None:
         return slice(0, length)
     if not isinstance(value, slice):
@@ -251,7 +251,7 @@ def key_mask(value: object, key: Tensor) -> None:
 
 
 def logsumexp(value: object, query: Tensor) -> None:
-    """Require the (B, Hq, Nq) logsumexp of the rows in the dtype that it is computed in."""
+    """Require the (B, Hq, Nq) logsumexp of the rows, in the dtype in which it is computed."""
     tensor("lse", value, 3, layout="(batch, heads, tokens)")
     assert isinstance(value, Tensor)
     shape("lse", value, query.shape[:3], meaning="(batch, heads, tokens)")
@@ -262,7 +262,7 @@ def logsumexp(value: object, query: Tensor) -> None:
 
 
 def index_values(name: str, value: Tensor, limit: int) -> None:
-    """Require -1 <= value < limit. Only on the CPU: elsewhere reading the values would stall the device."""
+    """Require -1 <= value < limit. Only on the CPU: other devices would stall while values are read."""
     if value.device.type != "cpu" or not value.numel():
         return
     low, high = (int(item) for item in torch.aminmax(value))
@@ -278,7 +278,7 @@ def no_functorch(op: str) -> None:
 
 
 def no_tangents(op: str, values: Iterable[Any]) -> None:
-    """Refuse forward-mode derivatives: where no gradient is recorded they would be dropped without a word."""
+    """Refuse forward-mode derivatives. Without recorded gradients they would be dropped silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for value in values:
@@ -290,5 +290,5 @@ def no_tangents(op: str, values: Iterable[Any]) -> None:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept and results are returned in: float64 for float64, else float32."""
+    """The dtype of sums and results: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,9 +1,9 @@
-"""What the launchers of all Triton kernels share. Imports no triton, so that it can say that there is none.
+"""Code that all launches of Triton kernels share. It works without triton, to report that triton is missing.
 
 The folder of an op has ``triton.py``, its ``@triton.jit`` functions, and ``plan.py`` with two parts:
 functions that turn a call into a :class:`Launch`, the only place where tile sizes are chosen; and
 ``gates()``, which plans launches for tensors on the meta device at production shapes, for
-:mod:`mekernels.resources` to compile and judge. Strides go to a kernel as one tuple a tensor.
+:mod:`mekernels.resources` to compile and judge. A kernel gets the strides of each tensor as one tuple.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the kernels read."""
+"""The dtypes that the kernels read."""
 
 
 class Shape(NamedTuple):
-    """The attention of a real model, at which kernels are compiled and judged."""
+    """The attention shape of a real model. Kernels are compiled and judged at it."""
 
     heads: int
     width: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     @property
     def length(self) -> int:
-        """All tokens."""
+        """Number of all tokens."""
         return self.text + self.frames * self.positions
 
 
@@ -46,22 +46,22 @@ SHAPES = {
 
 
 class Target(NamedTuple):
-    """What a launch is planned for."""
+    """The GPU for which a launch is planned."""
 
     capability: int
-    """Compute capability as compiled for: 80 or 90."""
+    """Compute capability of the compilation: 80 or 90."""
     processors: int
-    """Multiprocessors."""
+    """Number of multiprocessors."""
 
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132)}
-"""An A100 and an H100: what launches for the meta device are planned for."""
+"""An A100 and an H100. Launches for the meta device are planned for them."""
 _planned = ContextVar("mekernels_target", default=TARGETS[90])
 
 
 @contextmanager
 def planned_for(capability: int) -> Iterator[None]:
-    """Plan launches for the meta device for one of :data:`TARGETS`; an H100 otherwise."""
+    """Plan launches on the meta device for one of :data:`TARGETS`; the default is an H100."""
     token = _planned.set(TARGETS[capability])
     try:
         yield
@@ -70,7 +70,7 @@ def planned_for(capability: int) -> Iterator[None]:
 
 
 def target(device: torch.device) -> Target:
-    """What launches on a device are planned for."""
+    """The target of launches on a device."""
     if device.type == "cuda":
         return _of_cuda(device)
     return _planned.get() if device.type == "meta" else Target(90, 1)
@@ -83,7 +83,7 @@ def _of_cuda(device: torch.device) -> Target:
 
 
 class Launch(NamedTuple):
-    """A kernel with everything needed to run or to compile it."""
+    """A kernel and everything that is needed to run or compile it."""
 
     kernel: Any
     """The ``@triton.jit`` function."""
@@ -98,7 +98,7 @@ def run(launch: Launch) -> Any:
     """Start a planned kernel on the device of its tensors; an empty grid does nothing.
 
     Returns:
-        The compiled kernel; None from an empty grid and from the interpreter.
+        The compiled kernel; None for an empty grid and in the interpreter.
     """
     if 0 in launch.grid:
         return None
@@ -108,7 +108,7 @@ def run(launch: Launch) -> Any:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Set the current device: Triton launches on it, and it may differ from the tensors' device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -125,14 +125,14 @@ Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Plan:
-    """Launches that calls of one kind share: the first call compiles them, later calls only start them.
+    """Launches that calls of one kind share. The first call compiles them; later calls only start them.
 
     Args:
-        launches: in their order; a :class:`Place` stands for each tensor. The tensors of all calls must agree
-            in what Triton makes versions of a kernel for: dtype, and whether 16 divides the address.
-        buffers: shape and dtype of the tensors by name that a call makes for itself and hands on.
-        scratch: those that nothing reads after the last launch. They share one allocation, and all but the
-            first call have addresses in it in place of tensors.
+        launches: the launches in order; a :class:`Place` stands for each tensor. Triton specializes a kernel
+            on dtype and on whether 16 divides the address, so the tensors of all calls must agree in both.
+        buffers: name → shape and dtype of tensors that a call allocates and returns.
+        scratch: name → shape and dtype of buffers that nothing reads after the last launch. They share one
+            allocation; after the first call, addresses in it take the place of tensors.
     """
 
     def __init__(self, launches: list[Launch], buffers: Buffers, scratch: Buffers | None = None) -> None:
@@ -147,7 +147,7 @@ class Plan:
         self._started: list[_Starter] = []
 
     def tensors(self, device: torch.device, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the launches take: the given tensors, and fresh buffers."""
+        """The tensors of the launches: the given tensors and new buffers."""
         for name, (shape, dtype) in self.buffers.items():
             given[name] = torch.empty(shape, dtype=dtype, device=device)
         return given
@@ -208,16 +208,16 @@ class _Piece(NamedTuple):
 
 
 class _Starter(NamedTuple):
-    """What ``compiled[grid](*values)`` does, without asking each time for the hooks of a profiler."""
+    """Does the work of ``compiled[grid](*values)`` without looking up profiler hooks each time."""
 
     begin: Any
     grid: tuple[int, ...]
     behind_stream: tuple[Any, ...]
     values: list[Any]
     places: list[tuple[int, str]]
-    """Which of the values are tensors."""
+    """Indices of the values that are tensors."""
     pieces: list[tuple[int, int]]
-    """Which of them are scratch memory, and how far from its begin."""
+    """Indices of the values in scratch memory, and their offsets in it."""
 
 
 def _starter(launch: Launch, compiled: Any, scratch: dict[str, _Piece]) -> _Starter:
@@ -261,7 +261,7 @@ def machine() -> list[str]:
 
 
 def reasons(query: Tensor) -> list[str]:
-    """Why a kernel cannot take the tensors that ``query`` stands for."""
+    """Why a kernel cannot run on tensors like ``query``."""
     found = []
     device = query.device
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
@@ -278,17 +278,17 @@ def reasons(query: Tensor) -> list[str]:
 
 
 def power_of_two(value: int) -> int:
-    """The least power of two that is not below ``value``."""
+    """The smallest power of two that is at least ``value``."""
     return 1 << max(0, value - 1).bit_length()
 
 
 def cdiv(value: int, step: int) -> int:
-    """Steps needed to cover ``value``."""
+    """Number of steps that cover ``value``."""
     return -(-value // step)
 
 
 def inner_block(width: int, dtype: torch.dtype) -> int:
-    """How much of the head width a tile holds: 64 at most, so that a wide head takes several steps."""
+    """The part of the head width that a tile holds: at most 64, so a wide head takes several steps."""
     if dtype == torch.float32:
         return 16
     # A head dimension of 80 takes five steps of 16; two steps of 64 would waste most of the second.

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """A sequence of text tokens and of one video's tokens, the latter in raster order frame, row, column.
+    """A sequence of text tokens and the tokens of one video, in raster order: frame, row, column.
 
     Args:
         frames: latent frames F, at least 1.
         height: token rows H of one frame, at least 1.
         width: token columns W of one frame, at least 1.
-        text: text tokens beside the video, padding included, since padding takes part in the softmax.
+        text: number of text tokens, padding included, because padding takes part in the softmax.
         text_first: whether the text stands before the video (CogVideoX) or after it (HunyuanVideo).
 
     Raises:
@@ -46,17 +46,17 @@ class VideoTokens:
 
     @property
     def positions(self) -> int:
-        """Token positions of one frame, P = H * W."""
+        """Number of token positions of one frame, P = H * W."""
         return self.height * self.width
 
     @property
     def vision(self) -> int:
-        """Video tokens, S = F * P."""
+        """Number of video tokens, S = F * P."""
         return self.frames * self.positions
 
     @property
     def length(self) -> int:
-        """All tokens of the sequence."""
+        """Number of all tokens of the sequence."""
         return self.text + self.vision
 
     @property
@@ -66,12 +66,12 @@ class VideoTokens:
 
     @property
     def vision_slice(self) -> slice:
-        """The video tokens' place in the sequence."""
+        """Slice of the video tokens in the sequence."""
         start = self.text if self.text_first else 0
         return slice(start, start + self.vision)
 
     @property
     def text_slice(self) -> slice:
-        """The text tokens' place in the sequence."""
+        """Slice of the text tokens in the sequence."""
         start = 0 if self.text_first else self.vision
         return slice(start, start + self.text)

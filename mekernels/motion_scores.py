@@ -1,4 +1,4 @@
-"""How strongly each head binds the same place over time."""
+"""How strongly each head attends to the same place over time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MotionScores:
         """Sum of the metrics, each standardised over the heads (population deviation), (H,).
 
         A metric that is the same for all heads contributes 0. An infinite DFC counts as the largest finite
-        one among the heads.
+        DFC of the heads.
         """
         total = sum(_standardise(metric.double()) for metric in (self.dfc, self.tcs, self.dsr))
         assert isinstance(total, Tensor)
@@ -54,17 +54,18 @@ def motion_scores(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) 
 
     Args:
         diagonal: (H, F, F, P) pooled attention of token (f, p) to token (g, p), floating point.
-        mean_attention: (H,) mean of the whole vision-to-vision block, the threshold.
-        square_sum: (H,) sum of all squares of that block, those of ``diagonal`` included.
+        mean_attention: (H,) mean of the whole vision-to-vision block; it is the threshold.
+        square_sum: (H,) sum of all squares of that block, including the entries of ``diagonal``.
 
     Returns:
         MotionScores with
 
-        - DFC: the squares on the diagonals over the squares off them. With nothing off them (always so for
-          P = 1) it is inf, or 0 where the diagonals are zero too. Not negative.
-        - TCS: for each position the mean length over all maximal runs of consecutive g with value >
-          ``mean_attention`` in the rows f of its F x F matrix, 0 without runs; mean over the positions.
-        - DSR: share of the F * F * P entries >= ``mean_attention``.
+        - DFC: the sum of squares on the diagonals divided by the sum of squares off them. If nothing is off
+          them (always for P = 1), it is inf, or 0 if the diagonals are zero too. Never negative.
+        - TCS: each position has an F x F matrix. Its value is the mean length of all maximal runs of
+          consecutive g, in the rows f, with entries > ``mean_attention``; 0 without runs. TCS is the mean
+          over the positions.
+        - DSR: share of the F * F * P entries that are >= ``mean_attention``.
 
         float64 for float64 ``diagonal`` and float32 otherwise. A NaN among a head's inputs makes the scores
         that depend on it NaN. Not differentiable.
@@ -133,7 +134,7 @@ def _composite(diagonal: Tensor, mean_attention: Tensor, square_sum: Tensor) -> 
 
 
 def energy_ratio(inside: Tensor, outside: Tensor) -> Tensor:
-    """inside / outside; with nothing outside inf, or 0 with nothing inside either; NaN stays NaN."""
+    """inside / outside. With outside 0 it is inf, or 0 if inside is 0 too. NaN stays NaN."""
     nothing_outside = torch.where(inside > 0, math.inf, 0.0).to(inside.dtype)
     ratio = torch.where(outside <= 0, nothing_outside, inside / outside)
     return torch.where(inside.isnan(), math.nan, ratio)

@@ -1,7 +1,7 @@
-"""The whole mathematics, naively, in plain torch and any float type: the ground truth of every kernel.
+"""The naive mathematics of all ops, in plain torch and any float type. Every kernel is tested against it.
 
-Whole attention maps are built here, and only here. Each function computes in the dtype it is given, so
-float64 in gives float64 out. Head selection, token selection and the alignment loss are those of the paper
+Only this file builds whole attention maps. Each function computes in the dtype of its input, so float64 input
+gives float64 output. Head selection, token selection and the alignment loss are those of the paper
 "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
 """
 
@@ -28,7 +28,7 @@ def hidden_keys(
     window: tuple[int, int] | None = None,
     fold: int = 1,
 ) -> Tensor:
-    """Where a row may not see a key, (B or 1, 1, Nq, Nk) bool; the options of :func:`attention_scores`."""
+    """(B or 1, 1, Nq, Nk) bool, True where a key is hidden; options of :func:`attention_scores`."""
     queries, keys = query.shape[2], key.shape[2] // fold
     hidden = torch.zeros(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
     row = torch.arange(queries, device=query.device)[:, None]
@@ -58,8 +58,8 @@ def attention_scores(
     """Scaled scores (B, Hq, Nq, Nk), -inf where a key is not allowed.
 
     Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq. A
-    window (left, right) is one of keys around i + n - Nq, -1 for no limit; a soft cap bends the scores; a
-    bias is added, and hides a key where it is at most half the lowest number of its dtype.
+    window (left, right) limits the keys around i + n - Nq, -1 for no limit. A soft cap bends the scores. A
+    bias is added; it hides a key where it is at most half the lowest number of its dtype.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -76,7 +76,7 @@ def attention_scores(
 def attention_map(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **options) -> Tensor:
     """Softmax attention (B, Hq, Nq, Nk); a row without any allowed key is zero.
 
-    Sinks (Hq,) are logits of one more key of each head, whose attention is left out.
+    Sinks (Hq,) are the logits of one more key of each head; the attention to that key is left out.
     """
     scores = with_sinks(attention_scores(query, key, **options), sinks)
     weights = (scores - scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)).exp()
@@ -85,14 +85,14 @@ def attention_map(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **
 
 
 def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Scores with a last column of sinks, one a head."""
+    """Scores with a last column of sinks, one sink for each head."""
     if sinks is None:
         return scores
     return torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
 
 
 def attention_lse(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **options) -> Tensor:
-    """Natural-log sum of the exponentials of every row's allowed scores, (B, Hq, Nq)."""
+    """(B, Hq, Nq) natural logarithm of the sum of exponentials of each row's allowed scores."""
     return with_sinks(attention_scores(query, key, **options), sinks).logsumexp(-1)
 
 
@@ -105,7 +105,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> tup
 def entry_exponents(query: Tensor, key: Tensor, lse: Tensor, **options) -> Tensor:
     """Logarithms of attention (B, Hq, Nq, Nk) from a given (B, Hq, Nq) logsumexp; -inf for a hidden key.
 
-    Differentiable in all three, each taken as a variable of its own.
+    Differentiable in all three, as independent variables.
     """
     hidden = hidden_keys(query, key, **{k: v for k, v in options.items() if k in HIDING})
     return (attention_scores(query, key, **options) - lse[..., None]).masked_fill(hidden, -math.inf)
@@ -116,7 +116,7 @@ HIDING = ("causal", "key_mask", "window")
 
 
 def biased_entries(exponents: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention from logarithms that lack the bias of its scores."""
+    """Attention from logarithms to which the bias of the scores is still to be added."""
     if bias is None:
         return exponents.exp()
     hidden = bias <= torch.finfo(bias.dtype).min / 2
@@ -124,7 +124,7 @@ def biased_entries(exponents: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def picked_columns(entries: Tensor, columns: Tensor | slice, hidden: float = 0.0) -> Tensor:
-    """Columns (B, C) of (B, Hq, R, Nk), ``hidden`` where there is none."""
+    """Columns (B, C) of (B, Hq, R, Nk); ``hidden`` for padding."""
     if isinstance(columns, slice):
         return entries[..., columns]
     picked = [
@@ -216,8 +216,8 @@ def attention_rows(
 ) -> Tensor:
     """Chosen rows and columns of the attention map: (B, R, C), or (B, Hq, R, C) with ``reduce="none"``.
 
-    With ``key_range`` (B, R, 2) each row sees only those positions of every part of the keys, and a ``bias``
-    (B or 1, Hq or 1, R or 1, Nk) is that of the chosen rows.
+    With ``key_range`` (B, R, 2), each row sees only these positions of every part of the keys. A ``bias``
+    (B or 1, Hq or 1, R or 1, Nk) belongs to the chosen rows.
     """
     options |= {"fold": fold}
     if (key_range is not None or bias is not None) and rows.shape[1] > 1:
@@ -272,7 +272,7 @@ def diagonal_attention(
 
 
 class Statistics(NamedTuple):
-    """What head and token selection read of the pooled maps."""
+    """The statistics of the pooled maps that head and token selection need."""
 
     diagonal: Tensor
     """(H, F, F, P) same-position entries."""
@@ -287,7 +287,7 @@ class Statistics(NamedTuple):
 def motion_statistics(
     maps: Iterable[Tensor], video: VideoTokens, text_rows: Sequence[int] | Tensor | None = None
 ) -> Statistics:
-    """Pool folded maps (H, N, N) of all layers and steps per head, then read the statistics off the mean."""
+    """Average folded maps (H, N, N) over all layers and steps; return the statistics of the mean."""
     pooled = torch.stack(list(maps)).mean(0)
     block = vision_block(pooled, video)
     rows = torch.arange(video.length)[video.text_slice] if text_rows is None else torch.as_tensor(text_rows)
@@ -296,7 +296,7 @@ def motion_statistics(
 
 
 def run_statistics(above: Tensor) -> tuple[int, int]:
-    """Entries and maximal runs of true values over all rows of one boolean matrix."""
+    """Numbers of true entries and of maximal runs of them, over all rows of one boolean matrix."""
     entries = runs = 0
     for row in above.tolist():
         entries += sum(row)
@@ -317,7 +317,7 @@ def temporal_consistency(diagonal: Tensor, threshold: Tensor) -> Tensor:
 
 
 def energy_ratio(inside: Tensor, outside: Tensor) -> Tensor:
-    """inside / outside; with nothing outside it is inf, or 0 where there is nothing inside either."""
+    """inside / outside. With outside 0 it is inf, or 0 if inside is 0 too."""
     ratio = torch.where(outside <= 0, torch.where(inside > 0, math.inf, 0.0), inside / outside)
     return torch.where(inside.isnan(), math.nan, ratio)
 
@@ -327,8 +327,8 @@ def motion_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DFC, TCS and DSR, each (H,), from the (H, F, F, P) diagonals, tau and the sum of squares.
 
-    With one position (P = 1) there is nothing off the diagonal, whatever the rounding of ``square_sum``.
-    A NaN among a head's inputs makes the scores that depend on it NaN, also those that only compare.
+    With one position (P = 1) nothing is off the diagonal, however ``square_sum`` is rounded. A NaN among a
+    head's inputs makes all scores that depend on it NaN, also scores that only compare.
     """
     inside = diagonal.square().sum((1, 2, 3))
     outside = square_sum - inside if diagonal.shape[-1] > 1 else torch.zeros_like(inside)
@@ -355,7 +355,7 @@ def motion_scores_of_map(block: Tensor, video: VideoTokens, width: int = 0) -> t
 def standardise(metric: Tensor) -> Tensor:
     """Zero mean and unit population deviation over the heads; a constant metric gives zeros.
 
-    An infinite value counts as the largest finite one among the heads.
+    An infinite value counts as the largest finite value of the heads.
     """
     finite = metric[torch.isfinite(metric)]
     if bool((metric == math.inf).any()) and len(finite):
@@ -419,7 +419,7 @@ def scaled_to_one(rows: Tensor) -> Tensor:
 
 
 def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None) -> Tensor:
-    """L2 norm of each row's difference, mean over a sample's valid rows, then over samples that have any.
+    """L2 norm of each row's difference: mean over a sample's valid rows, then over samples with a valid row.
 
     The gradient at a zero difference is zero.
     """
@@ -435,5 +435,5 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
 def align_rows(
     student: Tensor, teacher: Tensor, grid_in: Grid, grid_out: Grid, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Row L2 loss of the student's rows on the teacher's grid and the teacher's, all scaled to sum to one."""
+    """Row L2 loss between student rows on the teacher's grid and teacher rows, all scaled to sum to one."""
     return row_l2_loss(resample_rows(student, grid_in, grid_out), scaled_to_one(teacher), row_mask)

@@ -1,4 +1,4 @@
-"""Attention rows brought from one video grid to another."""
+"""Resampling of attention rows from one video grid to another."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ aten = torch.ops.aten
 def resample_rows(
     maps: Tensor, grid_in: Sequence[int], grid_out: Sequence[int], *, normalize: bool = True
 ) -> Tensor:
-    """Trilinear resampling of attention rows with half-pixel centres, each row then scaled to sum to one.
+    """Trilinear resampling of attention rows with half-pixel centres. Each row is then scaled to sum to one.
 
     Args:
         maps: (B, R, S_in) floating point, S_in = F * H * W in raster order.
         grid_in: (F, H, W) of the rows.
-        grid_out: (F, H, W) wanted. The weights are those of ``torch.nn.functional.interpolate`` with
-            ``mode="trilinear", align_corners=False``; no smoothing when shrinking.
+        grid_out: (F, H, W) of the result. The weights equal ``torch.nn.functional.interpolate`` with
+            ``mode="trilinear", align_corners=False``; there is no smoothing when the grid shrinks.
         normalize: divide each resampled row by its sum. A row whose sum is zero becomes zero, with zero
             gradient.
 
@@ -74,10 +74,10 @@ def _fake_backward(grad: Tensor, maps: Tensor, sums: Tensor, to: Resampling) -> 
 
 
 resample_rows_op = backends.Op("resample_rows", _fake)
-"""(B, R, S_out) rows and the (B, R) sums they were divided by, 1 without ``normalize``."""
+"""(B, R, S_out) rows, and the (B, R) sums by which they were divided: 1 without ``normalize``."""
 
 resample_rows_backward_op = backends.Op("resample_rows_backward", _fake_backward)
-"""Gradient (B, R, S_in) from that of the result, the rows and the sums that the forward returned."""
+"""Gradient (B, R, S_in) from the gradient of the result and the forward's rows and sums."""
 
 
 def _save(ctx, maps, to, output) -> None:
@@ -114,7 +114,7 @@ def forward(maps: Tensor, to: Resampling) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, maps: Tensor, sums: Tensor, to: Resampling) -> Tensor:
-    """Its backward in plain torch."""
+    """The backward in plain torch."""
     grid_in, grid_out, normalize = to
     batch, rows = sums.shape
     if not batch * rows:

@@ -14,13 +14,13 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
     Args:
         student: (B, R, S) floating point.
         teacher: (B, R, S) floating point, any dtype.
-        row_mask: (B, R) bool, True where a row counts; all rows by default. What the others hold is never
-            read into the result, NaN included.
+        row_mask: (B, R) bool, True where a row counts; all rows by default. The values of other rows never
+            affect the result, not even NaN.
 
     Returns:
         A scalar, float64 where either input is float64 and float32 otherwise, differentiable in both maps;
-        the gradient of a row without difference is zero. A sample without a valid row leaves the mean over
-        the samples; with none left the loss is 0.
+        the gradient of a row without difference is zero. The mean over the samples leaves out a sample
+        without a valid row. If no sample is left, the loss is 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -77,7 +77,7 @@ row_l2_loss_op = backends.Op("row_l2_loss", _fake)
 """The loss, and for the backward the rows' (B, R) norms and weights: loss = sum(norms * weights)."""
 
 row_l2_loss_backward_op = backends.Op("row_l2_loss_backward", _fake_backward)
-"""Gradient (B, R, S) of ``student``; that of ``teacher`` is its negative."""
+"""Gradient (B, R, S) of ``student``; the gradient of ``teacher`` is its negative."""
 
 
 def _save(ctx, student, teacher, row_mask, output) -> None:
@@ -112,7 +112,7 @@ def forward(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[
 
 
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
-    """Its backward in plain torch."""
+    """The backward in plain torch."""
     counts = ((norms != 0) & (weights > 0))[..., None]
     # Dividing first keeps tiny norms from overflowing.
     unit = (student.to(norms.dtype) - teacher.to(norms.dtype)) / norms.masked_fill(norms == 0, 1)[..., None]

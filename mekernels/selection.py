@@ -1,4 +1,4 @@
-"""Keeping the best heads and tokens."""
+"""Selection of the best heads and tokens."""
 
 from __future__ import annotations
 

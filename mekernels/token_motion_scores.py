@@ -9,7 +9,7 @@ from .layout import VideoTokens
 
 
 def token_motion_scores(text_attention: Tensor, video: VideoTokens) -> Tensor:
-    """Mean attention of a text token per frame, averaged, plus its mean absolute change between frames.
+    """Motion score of text tokens: mean attention over the frames, plus mean absolute change between frames.
 
     Args:
         text_attention: (T, S) floating point, attention of text rows to S = ``video.vision`` video tokens.

@@ -11,11 +11,11 @@ import sys
 
 COMMANDS = {
     "toy": "write a small world of moving shapes, with a trained teacher and student",
-    "extract": "read the motion priors of a data file from a teacher into a store",
+    "extract": "make the motion priors of a data file with a teacher and store them",
     "train": "fine-tune a student with its attention pulled toward the priors",
     "eval": "put a benchmark's questions to a student and score the answers",
-    "agreement": "measure how far single-pass priors agree with the full procedure",
-    "look": "write a page that shows a run, a folder of priors, or one clip",
+    "agreement": "measure how far single-evaluation priors agree with the full procedure",
+    "look": "write an html page that shows a run, a folder of priors, or one clip",
     "store": "list, verify or prune a folder of priors",
 }
 

@@ -1,7 +1,7 @@
-"""Compare priors of one evaluation with those of the full procedure, or two teachers, on your own clips.
+"""Compare single-evaluation priors with the full procedure, or two teachers, on your own clips.
 
 `python -m motionenhancer.agreement --teacher DIR --data FILE --video_root DIR --noise_levels 100,200,400`
-compares with the paper's full procedure, `--teacher DIR OTHER` two teachers.
+compares with the paper's full procedure. `--teacher DIR OTHER` compares two teachers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def measure(
     """Measure how far single evaluations at `levels` agree with the full procedure.
 
     Returns:
-        One row a noise level: mean agreement, evaluations and share of the time of a clip.
+        One row for each noise level: mean agreement, evaluations, share of the full procedure's time.
 
     Raises:
-        ValueError: a level that the teacher does not have; no clip could be read.
+        ValueError: the teacher does not have a noise level; no clip could be read.
     """
     assert data.data is not None
     if prior.source is not None:
@@ -70,13 +70,13 @@ def measure(
 def compare(
     data: DataArguments, prior: PriorArguments, settings: PriorSettings, skips: SkipLog
 ) -> list[dict[str, Any]]:
-    """Measure how far priors of the first teacher agree with those of each other one; none is stored.
+    """Measure how far the priors of the first teacher agree with each other teacher's. Priors are not stored.
 
     Returns:
-        One row for each of the others: the teacher, `clips`, and the means of what `compare_words` returns.
+        One row for each other teacher: the teacher, `clips`, and the means of the results of `compare_words`.
 
     Raises:
-        ValueError: no clip could be read by both.
+        ValueError: no clip could be read by both teachers.
     """
     assert data.data is not None
     device = PartialState().device
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print_teachers(first: str, rows: list[dict[str, Any]]) -> None:
     print(f"Agreement with the priors of {first}, on its grid")
-    print("words: the share of its words that the other kept too; cosine: the mean over the rows of these")
+    print("words: share of the first one's words that the other kept too; cosine: mean over their rows")
     print("words  cosine  clips  teacher")
     for row in rows:
         print(f"{row['words']:5.2f}  {row['cosine']:6.3f}  {row['clips']:5.0f}  {row['teacher']}")

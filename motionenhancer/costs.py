@@ -1,13 +1,13 @@
 """Estimate a run's cost before it starts: weights, gradients, optimizer, priors, evaluations.
 
-The one place for such figures. No weight is read: parameters are counted on the meta device or from the
-headers of safetensors files, sizes come from configuration files.
+All such figures come from this file. No weight is read: parameters are counted on the meta device or from the
+headers of safetensors files, and sizes come from configuration files.
 
 | figure | kind |
 | --- | --- |
 | weights, gradients, optimizer state, copies in half precision | counted, exact |
 | evaluations of the transformer | counted, exact |
-| attention that priors take in the store | upper bound: the longest selection of each text |
+| size of the priors in the store | upper bound: the longest selection of each text |
 | memory to read a clip | lower bound: the sums of one clip and one layer's hidden states |
 | memory to encode a clip | lower bound: the VAE's first layer; its peak is many times that |
 | activations of a student | guess: a rule of thumb over its layers' widths |
@@ -44,12 +44,12 @@ _STATE = {"sgd": 0, "adafactor": 4, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "lion_
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Bytes that a teacher takes on its device.
+    """Bytes that a teacher needs on its device.
 
     Attributes:
-        weights: by part.
-        host: weights that stay in the CPU's memory: an offloaded text encoder.
-        reading, encoding: least that reading or encoding a clip takes beside the weights.
+        weights: part of the model → bytes.
+        host: bytes of weights that stay in CPU memory: an offloaded text encoder.
+        reading, encoding: lower bounds of the memory, besides the weights, to read or encode a clip.
     """
 
     plan: TeacherPlan
@@ -60,7 +60,7 @@ class TeacherCost:
 
     @property
     def total(self) -> int:
-        """Lower bound of the total; clips are encoded and read one after the other."""
+        """Lower bound of the total. A clip is first encoded, then read."""
         return sum(self.weights.values()) + max(self.reading, self.encoding)
 
     def __str__(self) -> str:
@@ -94,8 +94,8 @@ def teacher_cost(
 
     Args:
         teacher, dtype, size, frames, vae_tiling, split_batch: as given to `load_teacher`.
-        text_encoder: where its weights are: "device", "host", or "none" if a text cache replaces it.
-        words: tokens of the longest text; by default as many as the teacher takes.
+        text_encoder: place of its weights: "device", "host", or "none" if a text cache replaces it.
+        words: number of tokens of the longest text; by default the teacher's maximum.
 
     Raises:
         ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
@@ -146,10 +146,10 @@ class ExtractionCost:
 def extraction_cost(
     missing: Iterable[str], settings: PriorSettings, teacher: str | Path, **options: Any
 ) -> ExtractionCost:
-    """Work out what making priors takes. Only the tokenizer and configuration files are read.
+    """Estimate the cost of making priors. Only the tokenizer and configuration files are read.
 
     Args:
-        missing: the text of every prior to make; not kept.
+        missing: the texts of all priors to make; they are not kept.
         settings, teacher, **options: as for `teacher_cost`.
 
     Raises:
@@ -179,12 +179,13 @@ def extraction_cost(
 
 @dataclass(frozen=True)
 class StudentCost:
-    """Bytes on each device of a training.
+    """Bytes on each device of a training run.
 
     Attributes:
-        weights, gradients, optimizer: of the model and the aligner.
-        copies: weights in the precision that is computed in, if it is another.
-        activations: of the language model and its logits for `tokens`; None where no sample was read.
+        weights, gradients, optimizer: bytes of the model and the aligner.
+        copies: bytes of weight copies in the precision of the computation, if it differs.
+        activations: bytes of the language model's activations and logits for `tokens`; None if no sample was
+            read.
     """
 
     weights: int
@@ -228,9 +229,9 @@ def student_cost(
     Args:
         model, training: the student, on any device, and its TrainingArguments.
         engine: "plain", "DDP", "FSDP", "ZeRO-1", "ZeRO-2" or "ZeRO-3".
-        processes: that share the model under FSDP and ZeRO.
-        tokens: of one sample; None leaves activations out.
-        aligner: parameters of the aligner, whole on each device.
+        processes: number of processes that share the model under FSDP and ZeRO.
+        tokens: number of tokens of one sample; None leaves activations out.
+        aligner: number of parameters of the aligner, which each device holds completely.
     """
     sizes = [(parameter_count(p), p.dtype.itemsize, p.requires_grad) for p in model.parameters()]
     everything = sum(count for count, _, _ in sizes)
@@ -262,7 +263,7 @@ def student_cost(
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """Return the size of a parameter, also if DeepSpeed holds only a part of it here."""
+    """Return the full size of a parameter, also if DeepSpeed holds only a part of it here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -277,10 +278,10 @@ def _activations(config: Any, tokens: int, width: int, checkpointed: bool) -> in
 
 
 def _layer(config: Any) -> int:
-    """Numbers per token that autograd keeps of one layer.
+    """Count the values per token that autograd keeps for one layer.
 
-    Both norms' input and output, queries, keys, values, the attention's output and projection, and the four
-    tensors of a gated feed-forward layer, or of those experts that see the token.
+    They are input and output of both norms, queries, keys, values, output and projection of the attention,
+    and the four tensors of a gated feed-forward layer, or of the experts that process the token.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     per_head = getattr(config, "head_dim", None) or hidden // heads
@@ -298,7 +299,7 @@ def _layer(config: Any) -> int:
 
 
 def measured_memory() -> dict[str, Any]:
-    """Return the peak memory of this process so far: of its GPU's allocator, else of the process."""
+    """Return the peak memory so far: of this process's GPU allocator, else of the process itself."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

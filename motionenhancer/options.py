@@ -1,6 +1,6 @@
-"""Which of transformers' TrainingArguments a run can use, and errors that name them.
+"""Which of transformers' TrainingArguments a run can use, and errors that name the others.
 
-What depends on the machine is not in the tables: `rehearsal` tries it.
+Options that depend on the machine are not in the tables: `rehearsal` tries them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from .flags import MAX_SEED
 
-#: Options that work, each at every value that is not in `REFUSED`.
+#: Options that work, with every value that is not in `REFUSED`.
 WORKS = frozenset(
     str.split("""
     output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps
@@ -40,14 +40,14 @@ WORKS = frozenset(
     """)
 )
 
-#: Options that do nothing without data to evaluate.
+#: Options that have no effect without --eval_data.
 EVALUATES = frozenset(
     str.split("""
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
     metric_for_best_model
     """)
 )
-#: What an evaluation logs, and `--metric_for_best_model` may name.
+#: What an evaluation logs. `--metric_for_best_model` may name each of them.
 METRICS = ("loss", "loss_ar", "loss_align", "loss_align_raw")
 
 _PREDICTIONS = "an evaluation computes losses only; score answers with python -m motionenhancer.eval"
@@ -65,7 +65,7 @@ _AVERAGED = (
 )
 _ORDER = "the order of the samples must not depend on chance, so that a stopped run can continue"
 
-#: Options that are refused if they are changed, or at some of their values: name → reason, or value → reason.
+#: Refused options: name → reason if any change is refused; name → {value: reason} if only some values are.
 REFUSED: Mapping[str, str | Mapping[str, str]] = {
     **dict.fromkeys(
         str.split("""
@@ -135,11 +135,11 @@ REFUSED_OF_ACCELERATE: Mapping[str, str] = {
 
 
 def refuse_options(training: TrainingArguments) -> None:
-    """Refuse options that no run can use, before transformers' own `__post_init__` acts on any.
+    """Refuse options that no run can use. Call it before transformers' own `__post_init__`.
 
     Raises:
-        ValueError: names the option, what it must be and why. An option that neither table knows, as one of a
-            later transformers, is refused too if it was changed.
+        ValueError: names the option, what it must be and why. A changed option that is in neither table, such
+            as a new option of a later transformers, is refused too.
     """
     defaults = {one.name: one.default for one in fields(training)}
     for name, value in changed_options(training).items():
@@ -157,7 +157,7 @@ def refuse_options(training: TrainingArguments) -> None:
 
 
 def refuse_accelerate_options(training: TrainingArguments) -> None:
-    """Refuse keys of `--accelerator_config` that no run can use, after transformers' own `__post_init__`.
+    """Refuse keys of `--accelerator_config` that no run can use. Call it after transformers' `__post_init__`.
 
     Raises:
         ValueError: names the key and the reason.
@@ -186,8 +186,8 @@ def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
 
     Args:
         given: options that may be at fault: name → value.
-        prefixes: of the options that the code inside reads. Where none of these was given, those are named
-            that the message speaks of.
+        prefixes: prefixes of the options that the code inside reads. If no option with such a prefix was
+            given, the error names the options that the message mentions.
 
     Raises:
         ValueError: one line.

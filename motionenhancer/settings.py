@@ -1,8 +1,8 @@
-"""Flags of the commands, once: the dataclasses that the code itself uses.
+"""The flags of the commands: dataclasses that the code itself uses. Each flag is declared once.
 
-Those of priors are in `motionenhancer.priors.arguments`, those of transformers' Trainer in
-`motionenhancer.training.arguments`, and those of `eval` in `motionenhancer.evaluation.arguments`. How a prior
-is read is `motionenhancer.priors.prior_settings`, whose fields are flags too.
+Flags of priors are in `motionenhancer.priors.arguments`, flags of transformers' Trainer in
+`motionenhancer.training.arguments`, and flags of `eval` in `motionenhancer.evaluation.arguments`. The fields
+of `motionenhancer.priors.prior_settings`, which say how a prior is read, are flags too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .priors.arguments import MakerArguments, PriorArguments
 from .students import StudentFamily
 
 MAX_FRAMES = 64
-"""Most frames of a clip by rate, in training."""
+"""Default maximum number of frames of a clip in training, where frames are taken at a rate."""
 ACTIONS = ("list", "verify", "prune")
 """What `store` does with a folder of priors."""
 SOURCES = ("store", "online", "hybrid")
 
 
 def checked_pixels(most: int | None, family: StudentFamily) -> int | None:
-    """Refuse a cap on pixels of a family whose frames have one size."""
+    """Refuse a pixel limit where the processor of the family gives all frames one size."""
     if most is not None and not family.sized:
         raise ValueError(
             f"--max_pixels {most} does nothing with {family.name}, whose processor gives all frames one "
@@ -43,8 +43,8 @@ class DataArguments(Settings):
     data: str | None = setting(
         None, "File of samples (json, jsonl, parquet), Hub id, or a benchmark's file; see docs/data.md."
     )
-    video_root: str | None = setting(None, "Folder of clips. Default: that of --data.", exists="folder")
-    limit: int | None = setting(None, "Use the first N samples or questions only.", least=1)
+    video_root: str | None = setting(None, "Folder of clips. Default: the folder of --data.", exists="folder")
+    limit: int | None = setting(None, "Use only the first N samples or questions.", least=1)
 
     #: Whether --data may be a folder of json files.
     data_folder: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class ToyArguments(Settings):
 
 @dataclass
 class StoreArguments(Settings):
-    """What is done, and with which priors."""
+    """The action, and the folder of priors."""
 
     action: str | None = setting(None, f"{', '.join(ACTIONS)}.", positional=True)
     prior_dir: str = setting(PriorArguments.prior_dir, "Folder of stored priors.")
@@ -102,16 +102,19 @@ class ShownArguments(Settings):
 
     student: str | None = setting(
         None,
-        "Transformers folder of a video VLM, or a Hub id (owner/model@revision). Without --data: the toy's.",
+        "Folder of a video VLM as transformers saves it, or a Hub id (owner/model@revision). Default without "
+        "--data: the toy student.",
     )
     num_frames: int | None = setting(
         None,
-        "Number of frames, evenly spaced. Default: the family's (InternVL: 8), or by rate; toy evaluation: "
-        "as trained, or 8.",
+        "Number of evenly spaced frames. Default: the family's number (InternVL: 8), else frames at "
+        "--video_fps; toy evaluation: as in training, or 8.",
         least=1,
     )
     video_fps: float | None = setting(None, "Frames per second. Default: 1.", above=0)
-    max_frames: int | None = setting(None, "Most frames by rate. Default: 64; evaluation: 768.", least=1)
+    max_frames: int | None = setting(
+        None, "Maximum number of frames at --video_fps. Default: 64; evaluation: 768.", least=1
+    )
     attn_implementation: str = setting("sdpa", "Attention implementation of the student.")
 
     def __post_init__(self) -> None:
@@ -132,17 +135,17 @@ class StudentArguments(ShownArguments):
     )
     alignment_weight: float = setting(1.0, "λ, the weight of alignment; 0 is plain fine-tuning.", least=0)
     alignment_schedule: str = setting("constant", "How λ changes over the run.", choices=SCHEDULES)
-    alignment_warmup: float = setting(0.0, "Steps in which λ rises; below 1: a share of all.", least=0)
+    alignment_warmup: float = setting(0.0, "Steps in which λ rises; below 1: a share of all steps.", least=0)
     alignment_end_weight: float = setting(0.0, "λ at the end of a linear or cosine schedule.", least=0)
     vision_learning_rate: float | None = setting(
         None, "Learning rate of the vision tower. Default: a fifth of --learning_rate.", least=0
     )
     alignment_layers: list[str] | None = setting(
         None,
-        "Layers whose attention is read: numbers from 0, or all. Default: all that attend globally, so "
-        "none with a sliding window.",
+        "Layers whose attention is read: numbers from 0, or all. Default: all layers with global attention, "
+        "without a sliding window.",
     )
-    alignment_heads: list[int] | None = setting(None, "Heads that are read: numbers from 0. Default: all.")
+    alignment_heads: list[int] | None = setting(None, "Heads to read: numbers from 0. Default: all.")
     alignment_reduce: str = setting(
         "mean",
         "mean: the mean over layers and heads is aligned; none: the map of every layer and head is aligned.",
@@ -150,23 +153,26 @@ class StudentArguments(ShownArguments):
     )
     alignment_loss: str = setting(
         "l2",
-        "Distance of two maps: norm of each row's difference, its square, its mean square, or KL divergence.",
+        "Distance of two rows. l2: norm of their difference; squared: its square; mse: its mean square; kl: "
+        "KL divergence.",
         choices=LOSSES,
     )
     normalize_rows: bool = setting(
-        True, "Scale the rows of both maps to sum to one; false: compare the attention mass as it is."
+        True, "Scale the rows of both maps to sum to one; false: compare the attention as it is."
     )
     aligner: str = setting(
         "mlp",
-        "Module between student and prior; not saved.",
+        "Module that the student's maps pass through before they are compared; not saved with the model.",
         choices=["mlp", "identity", "pointwise", "conv"],
     )
-    save_aligner: str | None = setting(None, "Safetensors file to which the trained aligner is written.")
-    prior_temperature: float = setting(1.0, "Below 1 it makes the prior's rows sharper.", above=0)
-    confidence_gate: float = setting(0.0, "Priors of less confidence are followed less; 0: off.", least=0)
+    save_aligner: str | None = setting(None, "Safetensors file for the trained aligner.")
+    prior_temperature: float = setting(1.0, "Temperature of the prior; below 1: sharper rows.", above=0)
+    confidence_gate: float = setting(
+        0.0, "Priors with less confidence than this get a smaller weight; 0: off.", least=0
+    )
     measure_alignment: bool = setting(False, "Log loss_align even if λ is 0.")
-    lora_r: int = setting(0, "Rank of adapters, trained instead of all weights; 0: none.", least=0)
-    lora_alpha: int | None = setting(None, "Adapters' scale × rank. Default: twice the rank.", least=1)
+    lora_r: int = setting(0, "Rank of LoRA adapters, trained in place of the weights; 0: none.", least=0)
+    lora_alpha: int | None = setting(None, "Adapters' scale times rank. Default: twice the rank.", least=1)
     lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
@@ -188,7 +194,7 @@ class StudentArguments(ShownArguments):
         return self.alignment_weight != 0 or self.measure_alignment
 
     def frames(self, family: StudentFamily) -> dict[str, Any]:
-        """How many frames of a clip a student sees, and their size, as options of `MotionDataset`.
+        """Number and size of the frames that a student sees, as options of `MotionDataset`.
 
         Raises:
             ValueError: --max_frames or --max_pixels would do nothing.
@@ -209,7 +215,7 @@ class StudentArguments(ShownArguments):
         """Which layers and heads are read, as options of `capture_attention`.
 
         Raises:
-            ValueError: a layer is no number.
+            ValueError: a layer is not a number.
         """
         layers: Any = self.alignment_layers
         if layers == ["all"]:
@@ -224,7 +230,7 @@ class StudentArguments(ShownArguments):
         """λ over the run.
 
         Raises:
-            ValueError: a flag of it is out of range.
+            ValueError: a flag of the schedule is out of range.
         """
         return AlignmentSchedule(
             self.alignment_weight, self.alignment_schedule, self.alignment_warmup, self.alignment_end_weight
@@ -268,18 +274,18 @@ class StudentArguments(ShownArguments):
 
 @dataclass
 class OnlineArguments(Settings):
-    """When the priors of a training are made."""
+    """When the priors of a training run are made."""
 
     priors_first: bool = setting(
         False,
-        "hybrid: make missing priors before training, then free the teacher, if teacher and "
-        "student do not fit into memory together.",
+        "With --prior_source hybrid: make missing priors before training, then free the teacher. For a "
+        "teacher and a student that do not fit into memory together.",
     )
-    prior_prefetch: int = setting(1, "Steps that the teacher reads ahead; 0: none.", least=0)
+    prior_prefetch: int = setting(1, "Steps by which the teacher works ahead; 0: none.", least=0)
     agreement_clips: int = setting(
         4,
-        "renoise: number of clips that are read by the full procedure too, at the start, to print "
-        "how well both agree; 0 skips this.",
+        "With --prior_mode renoise: number of clips that the full procedure reads too, at the start. The "
+        "agreement of both is printed. 0: none.",
         least=0,
     )
 
@@ -317,7 +323,7 @@ class OnlineArguments(Settings):
 class ReportArguments(Settings):
     """The page of the run."""
 
-    report_samples: int = setting(8, "Clips on the page; after a training, 0 writes no page.", least=0)
+    report_samples: int = setting(8, "Number of clips on the page; 0 after a training: no page.", least=0)
 
 
 @dataclass
@@ -325,13 +331,16 @@ class LookArguments(Settings):
     """What is shown, and the files that are written."""
 
     run: str | None = setting(None, "Output folder of a training. Its page is rewritten.", positional=True)
-    id: list[str] | None = setting(None, "Only these ids, or priors whose keys begin with these.")
+    id: list[str] | None = setting(
+        None, "Show only these sample ids, or priors with these beginnings of keys."
+    )
     video: str | None = setting(None, "Show this clip with --text, read by --teacher, --student or both.")
     text: str | None = setting(None, "With --video: text about the clip.")
-    student: str | None = setting(None, "With --video: transformers folder of a video VLM.")
-    num_frames: int | None = setting(None, "With --student: number of frames, evenly spaced.", least=1)
+    student: str | None = setting(None, "With --video: folder of a video VLM.")
+    num_frames: int | None = setting(None, "With --student: number of evenly spaced frames.", least=1)
     output: str | None = setting(
-        None, "File of the page. Default: report.html in RUN, look.html in --prior_dir or in this folder."
+        None,
+        "File of the page. Default: report.html in RUN, else look.html in --prior_dir or this folder.",
     )
     png: str | None = setting(None, "Also draw frames and maps of the first clip to this file.")
     mp4: str | None = setting(None, "Also write the first clip, overlaid with its maps, to this file.")

@@ -1,4 +1,4 @@
-"""What the ops that read entries are given, once their arguments are checked."""
+"""The checked arguments of the ops that read entries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class Call(NamedTuple):
     """A part of an attention map: some of its rows, and some of its keys in any order.
 
-    Row i, which lies at i + shift, sees a key at place p >= 0 that is at most ``left`` places before it and
-    ``right`` behind it; -1 is no limit.
+    Row i is at position i + shift. It sees a key at position p >= 0 if p is at most ``left`` positions before
+    it and at most ``right`` positions after it; -1 is no limit.
     """
 
     query: Tensor
@@ -19,9 +19,9 @@ class Call(NamedTuple):
     key: Tensor
     """(B, Hk, C, D)."""
     lse: Tensor
-    """(B, Hq, R), natural logarithm, of whole rows."""
+    """(B, Hq, R), natural logarithm, over all keys of a row."""
     places: Tensor | None
-    """(B, C) int64 positions of the keys, -1 for one no row sees; None where they count from ``start``."""
+    """(B, C) int64 positions of the keys, -1 for a key no row sees; None if they count up from ``start``."""
     bias: Tensor | None
     """(B or 1, Hq or 1, R or 1, C or 1), added to the scores."""
     start: int

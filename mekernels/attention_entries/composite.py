@@ -14,7 +14,7 @@ from ..attention_rows.reading import allowed
 from .call import Call
 
 CHUNK_ELEMENTS = 1 << 20
-"""Entries held at a time, where one row of the heads that share a key head allows it."""
+"""Maximum number of entries held at a time, but at least one row of the heads that share a key head."""
 
 
 class _Block(NamedTuple):
@@ -79,7 +79,7 @@ def _blocks(call: Call) -> Iterator[_Block]:
 
 
 def _window(call: Call, rows: slice) -> slice:
-    """The keys that any of the rows sees, as far as their order tells."""
+    """The range of keys that at least one of the rows sees, as far as the order of the keys tells it."""
     first, end = 0, call.key.shape[2]
     if call.places is None and call.left >= 0:
         first = max(0, rows.start + call.shift - call.left - call.start)
@@ -112,7 +112,7 @@ def columns(call: Call, mean: bool) -> Tensor:
 
 
 def sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
-    """Sums, or the largest, of the entries over the rows (B, Hq, C), or over the keys (B, Hq, R)."""
+    """Sum or maximum of the entries, over the rows (B, Hq, C) or over the keys (B, Hq, R)."""
     batch, heads, rows, keys = call.map_shape
     dtype = checks.accumulate_dtype(call.query.dtype)
     out = call.query.new_zeros((batch, heads, keys if over_rows else rows), dtype=dtype)
@@ -139,7 +139,7 @@ def row_statistics(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and logsumexp, given (B, Hq, R, C) for the entries."""
+    """Gradients of query, key and logsumexp, from the (B, Hq, R, C) gradient of the entries."""
     dtype = checks.accumulate_dtype(call.query.dtype)
     grad_query, grad_key, grad_lse = (
         torch.zeros(item.shape, dtype=dtype, device=item.device) for item in call[:3]

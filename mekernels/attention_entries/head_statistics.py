@@ -1,4 +1,4 @@
-"""What kind of head it is: entropy, distance and share of sinks of its attention, without the map."""
+"""Statistics that tell kinds of heads apart: entropy, distance and share of sinks, without the map."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class HeadStatistics(NamedTuple):
     """
 
     entropy: Tensor
-    """Of a row's attention, in nats: 0 where it looks at one key, log(n) where evenly at n."""
+    """Entropy of a row's attention in nats: 0 if the row looks at one key, log(n) if evenly at n keys."""
     distance: Tensor
-    """Tokens between a row and the keys that it looks at, weighted by attention."""
+    """Number of tokens between a row and its keys, weighted by attention."""
     sink: Tensor
     """Share of a row's attention on the sinks."""
 
@@ -53,14 +53,14 @@ def head_statistics(
             :func:`mekernels.attention_columns`.
         sinks: keys that count as sinks, (B, C) int64 positions, -1 is padding, or a slice; the first key by
             default.
-        rows: the window of rows that are averaged, a slice of step 1; all by default.
-        bias: (B or 1, Hq or 1, R or 1, Nk or 1), of the window of rows; else as in
+        rows: the window of rows to average, a slice of step 1; all by default.
+        bias: (B or 1, Hq or 1, R or 1, Nk or 1) for the window of rows; otherwise as in
             :func:`mekernels.attention_columns`.
 
     Returns:
         Entropy, distance and sink share, each (B, Hq), float64 for float64 input and float32 otherwise. Rows
-        that see no key are left out; where there is no other, all three are 0. A row's own place is the one
-        that ``causal`` gives it: i + Nk - Nq. Learned sinks, which are no keys, count in none of the three.
+        that see no key are left out; if no row sees a key, all three are 0. The position of row i is
+        i + Nk - Nq, as with ``causal``. Learned sinks are not keys: none of the three counts them.
         Not differentiable.
 
     Raises:

@@ -30,34 +30,34 @@ def attention_columns(
 ) -> Tensor:
     """Chosen columns of an attention map: how much every row looks at a few keys.
 
-    An entry is exp(score - logsumexp of its row), which no other key is needed for. So a column costs as much
-    as one key of the attention.
+    An entry is exp(score - logsumexp of its row). It needs no other key, so a column costs as much as one key
+    of the attention.
 
     Args:
         query: (B, Hq, Nq, D), floating point, any strides.
         key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
         lse: (B, Hq, Nq) natural-log logsumexp of the rows as :func:`mekernels.flash_attention` or
             :func:`mekernels.attention_lse` returns it, float64 for float64 input and float32 otherwise. It
-            must be that of the same attention: the same scale, masks, keys, caps and biases; and sinks, which
-            need nothing else.
-        columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. Values are checked on
-            the CPU only: elsewhere a position out of range counts as padding.
+            must come from the same attention: same scale, masks, keys, soft cap, bias and sinks. Sinks enter
+            here only through ``lse``.
+        columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. Values are checked
+            only on the CPU; on other devices a position out of range counts as padding.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
-        causal: row i sees key j when j <= i + Nk - Nq (ends aligned), also where queries continue cached
-            keys. A key that a row does not see gives 0.
+        causal: row i sees key j when j <= i + Nk - Nq (ends aligned), so queries may continue cached keys. A
+            key that a row does not see gives 0.
         key_mask: (B, Nk) bool, True where a key may be seen.
         window, softcap: as in :func:`mekernels.attention_rows`.
         bias: (B or 1, Hq or 1, Nq or 1, C or 1) floating point, added to the scores of the chosen columns,
-            after a soft cap; ``bias[..., c]`` is that of the key ``columns[:, c]``. -inf, or less than half
-            the lowest number of its dtype, hides a key. It has no gradient.
+            after a soft cap; ``bias[..., c]`` belongs to the key ``columns[:, c]``. -inf, or less than
+            half the lowest number of its dtype, hides a key. The bias has no gradient.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
         (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
-        Differentiable in query, key and lse, once: for the gradient of the softmax itself give it an lse that
-        is differentiable, as :func:`mekernels.flash_attention` returns it. The backward recomputes the
-        entries, and is the same from run to run; but several threads of a CPU add the gradients of equal
-        columns in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` is set.
+        Differentiable once, in query, key and lse. For the full gradient of the softmax, pass a
+        differentiable lse, as :func:`mekernels.flash_attention` returns it. The backward recomputes the
+        entries and is deterministic, with one exception: on a CPU, several threads add the gradients of
+        equal columns in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` is set.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -112,17 +112,17 @@ def attention_sums(
 ) -> Tensor:
     """Sums of an attention map over its rows or its columns: how much attention each key receives.
 
-    Memory is that of the result: no entry is written.
+    The only memory needed is the result: no entry is stored.
 
     Args:
         query, key, lse, softmax_scale, causal, key_mask, window, softcap: as in
             :func:`mekernels.attention_columns`.
-        over: ``"rows"``: of each key, over the rows that look at it. ``"columns"``: of each row, over the
-            keys that it looks at; the sum over all keys is 1.
+        over: ``"rows"``: for each key, the sum over the rows. ``"columns"``: for each row, the sum over the
+            keys, which is 1 over all keys.
         reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``.
         rows: the window of rows, a slice of step 1, such as ``slice(-32, None)``; all by default.
-        columns: the window of keys, likewise.
-        bias: (B or 1, Hq or 1, R or 1, C or 1), of the windows of rows and keys; else as in
+        columns: the window of keys, a slice of step 1; all by default.
+        bias: (B or 1, Hq or 1, R or 1, C or 1) for the windows of rows and keys; otherwise as in
             :func:`mekernels.attention_columns`.
 
     Returns:
@@ -132,11 +132,11 @@ def attention_sums(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. ``reduce="max"`` has no
-            gradient, and is refused where one is wanted.
+            gradient, so inputs that require one are refused.
         BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
 
-    Source: the accumulated attention of H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048), and over the last
-    rows the score of SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469).
+    Source: the accumulated attention of H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048). Over the last
+    rows it is the score of SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469).
 
     Example:
         >>> import torch, mekernels
@@ -186,18 +186,19 @@ def attention_lse(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The logsumexp of every row, where no attention hands it out: with masks, windows, caps, sinks, biases.
+    """The logsumexp of every row, also with masks, windows, soft caps, sinks and biases.
 
-    Costs the scores of an attention once, and no map.
+    Use it where the model's attention does not return the logsumexp. It computes the scores of the attention
+    once and stores no map.
 
     Args:
         query, key, softmax_scale, causal, key_mask, window, softcap, sinks: as in
             :func:`mekernels.attention_rows`.
-        bias: (B or 1, Hq or 1, Nq or 1, Nk or 1); else as in :func:`mekernels.attention_columns`.
+        bias: (B or 1, Hq or 1, Nq or 1, Nk or 1); otherwise as in :func:`mekernels.attention_columns`.
 
     Returns:
-        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, differentiable in
-        query, key and sinks, once; -inf for a row that sees nothing.
+        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise; -inf for a row that
+        sees no key. Differentiable once, in query, key and sinks.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -229,10 +230,10 @@ def attention_lse(
 
 
 def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: float, causal: bool) -> Tensor:
-    """The same logsumexp, differentiable in query and key, whichever attention has computed it.
+    """Make a given logsumexp differentiable in query and key, whichever attention computed it.
 
-    Its gradient is one more attention with the keys as values: d lse / d score is the attention itself. That
-    is computed only where a gradient reaches it.
+    Its gradient is one more attention with the keys as values, because d lse / d score is the attention
+    itself. It is computed only if a gradient reaches the logsumexp.
     """
     rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
     options = softmax_scale, -1, 0 if causal else -1, 0.0
@@ -240,7 +241,7 @@ def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: f
 
 
 LIMITS = ("softmax_scale", "causal", "window", "softcap")
-"""What the ops have in common, beside their tensors."""
+"""Options that the ops have in common, tensors aside."""
 
 Options = tuple[float, int, int, float]
 """The last fields of a call: scale, keys to the left and to the right, and soft cap."""
@@ -256,7 +257,7 @@ def checked(
     window: tuple[int, int] | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Options]:
-    """Checks what the ops have in common; returns query and key in one dtype, and the options of a call."""
+    """Check the common arguments; return query and key in one dtype, and the options of a call."""
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         query, key = backends.meet_in_autocast(query, key)
     checks.query_key(query, key)
@@ -290,7 +291,7 @@ def window_of(
 
 
 def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
-    """Those keys of a part with all keys that are listed, (B, C), or that lie from start to stop."""
+    """Of a part with all keys: the (B, C) listed keys, or the keys from start to stop."""
     key, places, bias = part.key, part.places, part.bias
     if index is None:
         places = None if places is None else places[:, start:stop]
@@ -335,13 +336,13 @@ attention_columns_op = backends.Op("attention_columns", _fake_columns)
 """(B, R, C) mean over the heads, or (B, Hq, R, C)."""
 
 attention_sums_op = backends.Op("attention_sums", _fake_sums)
-"""Sum, or the largest, over the rows (B, Hq, C) or over the keys (B, Hq, R)."""
+"""Sum or maximum over the rows (B, Hq, C) or over the keys (B, Hq, R)."""
 
 attention_lse_op = backends.Op("attention_lse", _fake_lse)
 """A copy of the logsumexp that has a gradient."""
 
 attention_entries_backward_op = backends.Op("attention_entries_backward", _fake_backward)
-"""Gradients of query, key and logsumexp from those of the entries, (B, Hq, R, C), which may be expanded."""
+"""Gradients of query, key and logsumexp from the (B, Hq, R, C) gradient of the entries, maybe expanded."""
 
 
 def _save(ctx: Any, call: Call, *rest: Any) -> None:

@@ -37,11 +37,11 @@ _TILES = {
     ),
     "gradient": (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 8, 2), *[Tiles(16, 32, 8, 1)] * 3),
 }
-"""For head widths up to 64, 128 and 256, in half precision and in float32: the largest that do not spill."""
+"""The largest tiles that do not spill, for head widths up to 64, 128, 256, in half precision and float32."""
 
 
 def _arguments(name: str, call: Call, inner: int, **more: Any) -> tuple[Tiles, dict[str, Any]]:
-    """Tiles, and what all kernels are given. ``inner`` is the length of the inner axis."""
+    """The tiles, and the arguments of all kernels. ``inner`` is the length of the inner axis."""
     width, half = call.query.shape[3], call.query.dtype != torch.float32
     tile = _TILES[name][(0 if width <= 64 else 1 if width <= 128 else 2) + (0 if half else 3)]
     if name == "gradient" and call.query.dtype == torch.float16 and 64 < width <= 128:
@@ -135,7 +135,7 @@ def plan_row_statistics(entropy: Tensor, distance: Tensor, call: Call) -> Launch
 
 
 def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and logsumexp, given (B, Hq, R, C) for the entries."""
+    """Gradients of query, key and logsumexp, from the (B, Hq, R, C) gradient of the entries."""
     found = [torch.empty_like(item, memory_format=torch.contiguous_format) for item in call[:3]]
     for planned in plan_backward(grad.float(), call, *found):
         launch.run(planned)
@@ -173,7 +173,7 @@ SHAPES = {
     "width 256": (8, 4, 256, 8192, torch.float16),
     "Qwen2.5-VL-7B float32": (28, 4, 128, 8192, torch.float32),
 }
-"""Query heads, key heads, width, keys and dtype the kernels are judged at."""
+"""Query heads, key heads, width, keys and dtype at which the kernels are judged."""
 
 
 def gates() -> list[resources.Gate]:

@@ -1,8 +1,8 @@
 """Triton kernels that read entries of an attention map from query, key and the rows' logsumexp.
 
-Sums and gradients have an outer axis, of which a program holds a block, and an inner one, over which it
-loops. Which of rows and keys is the outer one is known when a kernel is compiled (``KEYS``: the keys are).
-Every element of a result belongs to one program, so results do not change from run to run.
+For sums and gradients, a program holds a block of the outer axis and loops over the inner axis. ``KEYS``,
+known at compile time, says that the keys are the outer axis; otherwise the rows are. One program writes each
+element of a result, so results do not change from run to run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PER_KEY, PER_ROW = tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def key_places(places, sample, c, keys, start, LISTED: tl.constexpr):
-    """Positions of the keys ``c``, -1 for one that no row sees."""
+    """Positions of the keys ``c``, -1 for a key that no row sees."""
     if LISTED:
         return tl.load(places + sample * keys + c, mask=c < keys, other=-1).to(tl.int32)
     return tl.where(c < keys, start + c, -1)
@@ -54,7 +54,7 @@ def products(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_O, BLOCK_I) products. ``outer`` are the outer axis' vectors where a chunk is all of them."""
+    """(BLOCK_O, BLOCK_I) products. ``outer``: vectors of the outer axis, if one chunk holds them whole."""
     if CHUNK == BLOCK_D:
         return exact_dot(outer, tl.trans(vectors(at_inner, inner_known, inner_stride, 0, WIDTH, BLOCK_D)))
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
@@ -79,7 +79,7 @@ def inner_span(
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The part of the inner axis that an outer block has to look at."""
+    """The part of the inner axis that an outer block must read."""
     begin = 0
     end = keys
     if KEYS:
@@ -127,7 +127,7 @@ def column_entries(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile of entries: of one head, or their mean over all heads, (B, 1 or Hq, R, C)."""
+    """A tile of the entries of one head, or of the mean over all heads, (B, 1 or Hq, R, C)."""
     sample = tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(rows, BLOCK_O)
     row = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -175,7 +175,7 @@ def outer_block(
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Of tokens ``o`` of the outer axis: addresses, positions, whether known, and logsumexp of rows."""
+    """For tokens ``o`` of the outer axis: addresses, positions, which are valid, and logsumexp of rows."""
     if KEYS:
         place = key_places(places, sample, o, keys, start, LISTED)
         at = token_at(key, k_strides, sample, head // GROUPS, o.to(tl.int64))
@@ -222,8 +222,8 @@ def inner_block(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For tokens ``i`` of the inner axis: (BLOCK_O, BLOCK_I) entries, scores before their cap, and which are
-    seen; the tokens' addresses, and whether known."""
+    """For tokens ``i`` of the inner axis: (BLOCK_O, BLOCK_I) entries, scores before the soft cap, and which
+    are seen; addresses of the tokens, and which are valid."""
     if KEYS:
         at = token_at(query, q_strides, sample, head, i.to(tl.int64))
         inner_known = i < rows
@@ -278,7 +278,7 @@ def entry_sums(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum of the entries over the inner axis, or the largest of them and of 0, (B, Hq, outer axis)."""
+    """Sum of the entries over the inner axis, or their maximum (at least 0), (B, Hq, outer axis)."""
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
     rank = sample * tl.num_programs(1) + head

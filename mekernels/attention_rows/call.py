@@ -1,4 +1,4 @@
-"""What one call of ``attention_rows`` is given, once its arguments are checked."""
+"""The checked arguments of one call of ``attention_rows``."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ class Call(NamedTuple):
     softcap: float = 0.0
     """Scores are softcap * tanh(score / softcap); 0 leaves them as they are."""
     sinks: Tensor | None = None
-    """(Hq,), or (layers, Hq) where several are read together."""
+    """(Hq,), or (layers, Hq) if several layers are read together."""
     bias: Tensor | None = None
     """(B or 1, Hq or 1, R or 1, Nk), added to the scores of the chosen rows."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them; :meth:`of` makes a call of these and of :attr:`settings`."""
+        """All tensors of the call; :meth:`of` makes a call from them and :attr:`settings`."""
         return *self[:6], self.sinks, self.bias
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """The fields that are no tensors."""
+        """The fields that are not tensors."""
         return self[6:13]
 
     @classmethod
     def of(cls, tensors: Sequence[Any], settings: Sequence[Any]) -> Call:
-        """A call of :attr:`tensors` and :attr:`settings`."""
+        """Make a call from :attr:`tensors` and :attr:`settings`."""
         return cls(*tensors[:6], *settings, *tensors[6:])
 
     @property
     def width(self) -> int:
-        """Chosen columns."""
+        """Number of chosen columns."""
         return self.stop - self.start if self.columns is None else self.columns.shape[1]
 
     @property
     def own(self) -> int:
-        """Keys of one part."""
+        """Number of keys of one part."""
         return self.key.shape[2] // self.fold
 
     @property

@@ -1,10 +1,10 @@
-"""``attention_rows`` in plain torch, of one layer or of several at once: the CPU path, and any device's.
+"""``attention_rows`` in plain torch, for one layer or several at once, on the CPU and any other device.
 
-Layers that share rows and masks are read together: a small model's layer costs less than the dozens of calls
-that reading it alone would take. What is held is a block of about :data:`CHUNK_ELEMENTS` scores, where one
-row of one key head allows it; the backward computes the blocks again.
+Layers that share rows and masks are read together, because a layer of a small model costs less than the
+dozens of torch calls that read it. Memory is one block of about :data:`CHUNK_ELEMENTS` scores, or one row of
+one key head if that is larger. The backward computes the blocks again.
 
-Every layer lies first in the tensors here: (L, B, Hk, G, R, Nk), G query heads a key head.
+The layers are the first axis of the tensors here: (L, B, Hk, G, R, Nk), with G query heads for each key head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of the op: attention, the rows' logsumexp and its rest."""
+    """The forward of the op: attention, logsumexp of the rows and its rounding rest."""
     out, lse, rest = _Layers.of_call(call).read()
     return out.view(call.out_shape), lse[0], rest[0]
 
@@ -58,9 +58,9 @@ def layer_attention_rows(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Attention rows of several layers, mean over the heads and summed over the layers.
+    """Attention rows of several layers, averaged over the heads and summed over the layers.
 
-    The backward keeps of each layer its keys, and the queries of the chosen rows.
+    For the backward, the keys of each layer and the queries of the chosen rows are kept.
 
     Args:
         queries: for each layer (B, Hq, N, D), floating point, one shape for all.
@@ -68,16 +68,16 @@ def layer_attention_rows(
         rows: (B, R) int64 query positions; -1 is padding and gives zeros.
         columns: (B, C) int64 key positions, -1 gives zeros; or a slice of step 1.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
-        causal, key_mask, key_range: as in :func:`mekernels.attention_rows`. All limits hold together.
+        causal, key_mask, key_range: as in :func:`mekernels.attention_rows`. A key must pass all of them.
         softcap: scores are softcap * tanh(score / softcap); 0 for none.
         sinks: for each layer (Hq,) logits, as in :func:`mekernels.attention_rows`; none by default.
         mask: (B, 1 or Hq, R, N), bool (True where a key may be seen), or float that is added to the scores.
             Blocked entries of a float mask are -inf or the lowest number of the dtype.
-        dtype: queries and keys are rounded to it first; not at all by default.
+        dtype: queries and keys are first rounded to it; no rounding by default.
 
     Returns:
-        (B, R, C), float64 for float64 input and float32 otherwise; differentiable once in queries, keys
-        and sinks. A row that may see no key is zero.
+        (B, R, C), float64 for float64 input and float32 otherwise; differentiable once, in queries, keys
+        and sinks. A row that sees no key is zero.
 
     Example:
         >>> query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
@@ -131,7 +131,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _may_hold_nan(values: Tensor) -> bool:
-    """Whether the rare path must be taken; to look would stall any device but the CPU."""
+    """Whether NaN must be expected. Only the CPU looks, because any other device would have to wait."""
     return values.device.type != "cpu" or not bool(values.isfinite().all())
 
 
@@ -155,7 +155,7 @@ def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
 
 
 class _Part(NamedTuple):
-    """What is computed at a time, beside the samples and rows of a block."""
+    """The layers and heads that are computed at a time, for the samples and rows of a block."""
 
     samples: slice
     rows: slice
@@ -168,13 +168,13 @@ def _cuts(size: int, step: int) -> list[slice]:
 
 
 class _Layers:
-    """The chosen rows' queries and all keys of some layers, and what is read of them.
+    """The queries of the chosen rows and all keys of some layers, with the places to read.
 
     Args:
         picked: for each layer (B, Hq, R, D).
         keys: for each layer (B, Hk, Nk, D).
-        reading: what is read.
-        kind: queries and keys are rounded to this dtype first.
+        reading: rows, columns and visible keys.
+        kind: queries and keys are first rounded to this dtype.
     """
 
     def __init__(
@@ -188,14 +188,14 @@ class _Layers:
 
     @classmethod
     def of_call(cls, call: Call) -> _Layers:
-        """The one layer of a call of the op."""
+        """Make the single layer of a call of the op."""
         reading = reading_of(call)
         return cls([_picked(call.query, reading.rows)], [call.key], reading, call.key.dtype)
 
     def blocks(self) -> Iterator[tuple[slice, slice, list[_Part]]]:
         """Samples and rows that share a bias, and the parts of layers and heads to compute for them.
 
-        Layers are cut, or where one is too large its samples, its key heads, its rows.
+        The layers are split; if one layer is too large, its samples, then its key heads, then its rows.
         """
         window = self.reading.window
         room = CHUNK_ELEMENTS // max(1, self.members * (window.stop - window.start))
@@ -239,7 +239,7 @@ class _Layers:
         return query.reshape(size, -1, self.width), key.reshape(size, -1, self.width)
 
     def weights(self, part: _Part, bias: Tensor | None, query: Tensor, key: Tensor) -> _Weights:
-        """(l, b, h, G, r, n) exponentials of the scores above the largest of a row, and the rows' sums."""
+        """(l, b, h, G, r, n) exponentials of the scores minus the maximum of the row, and row sums."""
         rows, samples = part.rows.stop - part.rows.start, part.samples.stop - part.samples.start
         size = (-1, samples, part.groups.stop - part.groups.start, self.members, rows, key.shape[1])
         scores, bent = torch.bmm(query, key.mT).view(size), None
@@ -306,9 +306,9 @@ class _Layers:
         return out.div_(self.heads) if reading.mean else out, lse, rest
 
     def gradients(self, grad: Tensor, grad_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the picked queries (L, B, Hq, R, D) and of the sinks (L, Hq), given (B, 1 or Hq, R, C).
+        """Gradients of the picked queries (L, B, Hq, R, D) and the sinks (L, Hq), from (B, 1 or Hq, R, C).
 
-        Those of the keys are added to (L, B, Hk, Nk, D).
+        The gradients of the keys are added to (L, B, Hk, Nk, D).
         """
         reading = self.reading
         grad_picked = grad.new_zeros((len(self.keys), *self.picked[0].shape), dtype=self.dtype)
@@ -349,21 +349,21 @@ class _Layers:
 
 
 class _Weights(NamedTuple):
-    """What the softmax of some rows is made of: it is ``values`` times ``share``."""
+    """The softmax of some rows, as the product of ``values`` and ``share``."""
 
     values: Tensor
-    """Exponentials of the scores above ``top``."""
+    """Exponentials of the scores minus ``top``."""
     share: Tensor
     """1 / total, 0 for a row that sees no key."""
     top: Tensor
     total: Tensor
     bent: Tensor | None
-    """Hyperbolic tangents of the scores, where these have a soft cap."""
+    """Hyperbolic tangents of the scores, if there is a soft cap."""
     sunk: Tensor | None
-    """Exponentials of the sinks above ``top``, where there are any."""
+    """Exponentials of the sinks minus ``top``, if there are sinks."""
 
     def logsumexp(self) -> tuple[Tensor, Tensor]:
-        """Of each row, without the last axis, and what rounding it has lost."""
+        """The logsumexp of each row, without the last axis, and the part that its rounding lost."""
         top, logarithm = self.top[..., 0], self.total[..., 0].log()
         both = top + logarithm
         return both, torch.where(both == -math.inf, 0, top - both + logarithm)

@@ -33,41 +33,42 @@ def attention_rows(
 ) -> Tensor:
     """Softmax attention over all allowed keys, read at chosen rows and columns.
 
-    Exact and differentiable next to any attention the model runs: all it needs are the queries and keys that
-    attention was given. The map is never built; rows x keys is the most that is held, and on a GPU less.
+    Exact and differentiable beside any attention of the model: the op needs only the queries and keys of that
+    attention. The map is never built: at most rows x keys entries are held, on a GPU fewer.
 
     Args:
         query: (B, Hq, Nq, D), floating point, any strides.
         key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
-        rows: (B, R) int64 query positions; -1 is padding and gives zeros. Values are checked on the CPU only:
-            elsewhere a position out of range counts as padding.
-        columns: (B, C) int64 key positions, -1 as above, or a slice. With ``fold`` they count in the first
-            part.
+        rows: (B, R) int64 query positions; -1 is padding and gives zeros. Values are checked only on the CPU;
+            on other devices a position out of range counts as padding.
+        columns: (B, C) int64 key positions, -1 as above, or a slice. With ``fold`` they are positions in the
+            first part.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
-        causal: row i sees key j of a part of n keys when j <= i + n - Nq: ends aligned, j <= i where the
-            lengths agree. So queries that continue cached keys are right as they are.
+        causal: row i sees key j of a part of n keys when j <= i + n - Nq (ends aligned), so queries may
+            continue cached keys. With equal lengths this is j <= i.
         key_mask: (B, Nk) bool, True where a key may be seen.
-        key_range: (B, R, 2) int64, first and one past the last key position each row may see, for instance
-            those of its own sequence in a packed batch. Counted in a part; other limits hold as well.
-        window: keys that a row sees to its left and to its right, its own place aside, as flash-attn counts
-            them; -1 for no limit. A row's own place is i + n - Nq, as for ``causal``.
+        key_range: (B, R, 2) int64, the first key position that each row may see and one past the last, for
+            instance of its own sequence in a packed batch. Positions count within a part. The other limits
+            hold as well.
+        window: (left, right), the numbers of keys that a row sees left and right of its own position, as in
+            flash-attn; -1 for no limit. The position of row i is i + n - Nq, as with ``causal``.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; none by default.
-        sinks: (Hq,) floating point, a logit of each query head that its rows' softmax counts beside the keys,
-            as in gpt-oss. A row's attention then sums to less than 1.
+        sinks: (Hq,) floating point, one more logit in the softmax of each query head, as in gpt-oss. A row's
+            attention to the keys then sums to less than 1.
         bias: (B or 1, Hq or 1, R or 1, Nk) floating point, added to the scores of the chosen rows, after a
-            soft cap: ``bias[:, :, r]`` is that of the row ``rows[:, r]``. -inf, or less than half the lowest
-            number of its dtype, hides a key. It has no gradient.
-        cu_seqlens: (S + 1,) int32 or int64, 0 and the ends of the sequences that are packed one after the
-            other, as flash-attn takes them. Needs a batch of 1, and as many queries as keys of a part. A row
-            sees its own sequence only. The values are checked on the CPU only.
+            soft cap: ``bias[:, :, r]`` belongs to the row ``rows[:, r]``. -inf, or less than half the lowest
+            number of its dtype, hides a key. The bias has no gradient.
+        cu_seqlens: (S + 1,) int32 or int64, 0 and the ends of S packed sequences, as in flash-attn. Needs a
+            batch of 1, and as many queries as keys of a part. A row sees only its own sequence. The values
+            are checked only on the CPU.
         fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
             own keys.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
         (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
-        A row that may see no key is zero. Differentiable in query, key and sinks, once; the backward
-        recomputes the rows, and is the same from run to run.
+        A row that sees no key is zero. Differentiable once, in query, key and sinks. The backward recomputes
+        the rows and is deterministic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -152,7 +153,7 @@ def lse_of_rows(
     softcap: float,
     bias: Tensor | None,
 ) -> Tensor:
-    """The (B, Hq, Nq) logsumexp of all rows, from arguments that are checked; without a gradient."""
+    """The (B, Hq, Nq) logsumexp of all rows, without a gradient, from checked arguments."""
     own = key.shape[2]
     rows = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
     limits = None if window is None else _windowed(window, rows, own - query.shape[2], own)
@@ -161,7 +162,7 @@ def lse_of_rows(
 
 
 def _windowed(window: tuple[int, int], rows: Tensor, shift: int, own: int) -> Tensor:
-    """(B, R, 2) first and one past the last key that each row sees within a window."""
+    """(B, R, 2): first and one past the last key that each row sees within a window."""
     left, right = window
     first = torch.zeros_like(rows) if left < 0 else rows + (shift - left)
     last = torch.full_like(rows, own) if right < 0 else rows + (shift + right + 1)
@@ -169,7 +170,7 @@ def _windowed(window: tuple[int, int], rows: Tensor, shift: int, own: int) -> Te
 
 
 def _packed(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
-    """(1, R, 2) first and one past the last token of the sequence that each row is in."""
+    """(1, R, 2): first and one past the last token of the sequence of each row."""
     ends = cu_seqlens[1:].to(rows.dtype)
     sequence = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
     return torch.stack([cu_seqlens[sequence].to(rows.dtype), ends[sequence]], -1)
@@ -202,11 +203,11 @@ def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple
 attention_rows_op = backends.Op("attention_rows", _fake, check=_index_values)
 """(B, R, C) or (B, Hq, R, C) attention, the rows' (B, Hq, R) natural-log logsumexp, and its rest.
 
-Attention is exp(score - logsumexp - rest): the logsumexp of large scores alone is rounded too far.
+Attention is exp(score - logsumexp - rest). The rest corrects the rounding of a large logsumexp.
 """
 
 attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backward)
-"""Gradients of query, key and sinks, of which there may be none; ``lse`` and ``rest`` are the forward's."""
+"""Gradients of query, key and, if given, sinks; ``lse`` and ``rest`` come from the forward."""
 
 
 def _save(ctx, call, output) -> None:

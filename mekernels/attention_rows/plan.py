@@ -1,4 +1,4 @@
-"""How the kernels of ``attention_rows`` are called: tile sizes, cuts along the keys, and buffers."""
+"""How the kernels of ``attention_rows`` are launched: tile sizes, cuts along the keys, and buffers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import triton_backward as backward_kernels
 from .call import Call
 
 MAX_CUTS = 32
-"""Partial results of one row that a kernel combines."""
+"""Maximum number of partial results of one row that a kernel combines."""
 
 
 class Kind(NamedTuple):
-    """What the plan of a call depends on: calls that agree in it share their launches."""
+    """Everything that the plan of a call depends on. Calls of the same kind share their launches."""
 
     device: torch.device
     target: Target
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     ranged: bool
     sunk: bool
     bias: tuple[torch.dtype, tuple[int, ...]] | None
-    """Dtype and strides, 0 along what is the same for all."""
+    """Dtype and strides; stride 0 along an axis on which all values are the same."""
     softmax_scale: float
     causal: bool
     fold: int
@@ -91,12 +91,12 @@ class Kind(NamedTuple):
 
     @property
     def lists(self) -> tuple[int, ...]:
-        """(B,), or (B, Hq) without the mean: of each there are rows and columns."""
+        """(B,), or (B, Hq) without the mean: each entry has its own rows and columns."""
         return self.query[:1] if self.mean else self.query[:2]
 
     @property
     def half(self) -> bool:
-        """Whether the products are those of half precision."""
+        """Whether the matrix products run in half precision."""
         return self.dtype != torch.float32
 
     @property
@@ -127,7 +127,7 @@ def tiles(kernel: str, kind: Kind) -> Tiles:
 
 
 def _class(kind: Kind) -> int:
-    """Which entry of a table is that of the call."""
+    """Index of the table entry for this call."""
     width = kind.query[3]
     return (0 if width <= 64 else 1 if width <= 128 else 2) + (0 if kind.half else 3)
 
@@ -149,11 +149,11 @@ _TILES = {
         *[Tiles(16, 32, 8, 1)] * 3,
     ),
 }
-"""For head widths up to 64, 128 and 256, in half precision and in float32: the largest that do not spill."""
+"""The largest tiles that do not spill, for head widths up to 64, 128, 256, in half precision and float32."""
 
 
 def slots(kernel: str, kind: Kind) -> int:
-    """Programs of a kernel that the device holds at a time, as registers and shared memory allow."""
+    """Programs of a kernel that the device runs at a time, limited by registers and shared memory."""
     held = _RESIDENT[kernel][_class(kind)]
     return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors
 
@@ -163,21 +163,21 @@ _RESIDENT = {
     "row_slope": ((3, 2), (2, 1), (1, 1), (4, 5), (4, 5), (1, 1)),
     "query_gradient": ((3, 2), (2, 2), (1, 1), (2, 2), (2, 2), (1, 1)),
 }
-"""For the classes of :data:`_TILES`, on compute capability 9.0 and on 8.0: the least of any build."""
+"""For the classes of :data:`_TILES`, on compute capability 9.0 and 8.0: the minimum over all builds."""
 
 
 def cuts(held: int, programs: int, length: int, step: int, beside: int = 2) -> tuple[int, int]:
-    """Into how many cuts of how many places to divide ``length``.
+    """Return the number of cuts of ``length``, and the number of positions of one cut.
 
-    Of all cuts that which takes the least time, counted in steps: too few leave multiprocessors without work,
-    and one too many is another wave.
+    The choice takes the least time, counted in steps: with too few cuts some multiprocessors have no work,
+    and one cut too many starts another wave.
 
     Args:
-        held: programs that the device holds at a time.
-        programs: of the kernel without cuts.
-        length: places along the axis to cut.
-        step: places that a program takes at a time.
-        beside: steps that beginning and end of a program cost, and its result where that is combined.
+        held: number of programs that the device runs at a time.
+        programs: number of programs of the kernel without cuts.
+        length: number of positions along the axis to cut.
+        step: number of positions that a program reads at a time.
+        beside: cost in steps of the start and end of a program, and of combining its result.
     """
     steps = cdiv(length, step)
 
@@ -190,7 +190,7 @@ def cuts(held: int, programs: int, length: int, step: int, beside: int = 2) -> t
 
 
 def _places(*names: str, **others: str) -> dict[str, Place]:
-    """Arguments that are tensors of the call, of their own name or of another."""
+    """Placeholders for the tensors of the call, under their own name or another."""
     return {name: Place(name) for name in names} | {name: Place(other) for name, other in others.items()}
 
 
@@ -234,7 +234,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tiles, arguments: dict[str
 
 
 def _cut_rows(kernel: str, kind: Kind, length: int) -> tuple[Tiles, int, int, tuple[int, ...]]:
-    """Tile, number and length of the cuts, and grid of a kernel that cuts ``length``."""
+    """Tile, number of cuts, length of a cut, and grid of a kernel that cuts ``length``."""
     tile = tiles(kernel, kind)
     blocks, (batch, kv_heads) = cdiv(kind.stacked, tile.rows), kind.key[:2]
     # Partial gradients are whole vectors in memory and are read again in order.
@@ -341,7 +341,7 @@ def _plan(make: Any, kind: Kind) -> Plan:
 
 
 _KEEP = not interpreted()
-"""Whether to keep plans: the interpreter has nothing to gain from it."""
+"""Whether to keep plans. The interpreter gains nothing from kept plans."""
 
 
 def _bias(bias: Tensor, call: Call) -> Tensor:
@@ -349,7 +349,7 @@ def _bias(bias: Tensor, call: Call) -> Tensor:
 
 
 def _given(call: Call, **tensors: Tensor) -> dict[str, Tensor]:
-    """The tensors of a call by the names that the kernels give them."""
+    """The tensors of a call, by their names in the kernels."""
     tensors |= {"query": call.query, "key": call.key, "rows": call.rows.contiguous()}
     if call.bias is not None:
         tensors["bias"] = _bias(call.bias, call)
@@ -388,20 +388,20 @@ def _begin_backward(
 
 
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
-    """The launches of the forward, its result, the rows' logsumexp and the rest of it."""
+    """The launches of the forward, its result, the logsumexp of the rows and the rounding rest."""
     plan, tensors = _begin_forward(call)
     launches = plan.bound(call.query.device, tensors) if plan else []
     return launches, tensors["out"], tensors["lse"], tensors["rest"]
 
 
 def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of the backward and the gradients of query and key; those of sinks are no launch's."""
+    """The launches of the backward and the gradients of query and key. Gradients of sinks need no launch."""
     plan, tensors = _begin_backward(grad, lse, rest, call)
     return plan.bound(call.query.device, tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of the op: attention, the rows' logsumexp and its rest."""
+    """The forward of the op: attention, logsumexp of the rows and its rounding rest."""
     plan, tensors = _begin_forward(call)
     if plan:
         plan.run(call.query.device, tensors)
@@ -423,7 +423,7 @@ def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tenso
 
 
 class _Ordered(NamedTuple):
-    """Columns in order, and what they were made of: held, so that no other tensor gets its address."""
+    """Sorted columns and their source tensor, which is held so that no other tensor gets its address."""
 
     columns: Tensor
     made_of: tuple[Any, ...]
@@ -434,9 +434,9 @@ _ordered: list[_Ordered] = []
 
 
 def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """The places of a (B, C) list by their column, and (B, own + 1) where those of each column begin.
+    """Indices that sort a (B, C) list by column, and (B, own + 1) the first index of each column.
 
-    The layers of a model share one list, so the last result is kept for as long as the list does not change.
+    The layers of a model share one list, so the last result is kept until the list changes.
     """
     stream = torch.cuda.current_stream(columns.device) if columns.is_cuda else None
     kept = not columns.is_inference() and not (columns.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -454,7 +454,7 @@ def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
 
 
 SOFTCAP, SINKS = "Gemma-2-9B", "gpt-oss-20b"
-"""The shapes whose scores have a soft cap; sinks, and a bias of every head and key."""
+"""The shape with a soft cap, and the shape with sinks and a bias of every head and key."""
 
 SHAPES = {
     SOFTCAP: (16, 8, 256, 8192, torch.bfloat16),
@@ -465,7 +465,7 @@ SHAPES = {
     "width 256": (8, 4, 256, 8192, torch.float16),
     "Qwen2.5-VL-7B float32": (28, 4, 128, 8192, torch.float32),
 }
-"""Query heads, key heads, width, keys and dtype the kernels are judged at, with 64 rows."""
+"""Query heads, key heads, width, keys and dtype at which the kernels are judged, with 64 rows."""
 
 
 def gates() -> list[resources.Gate]:

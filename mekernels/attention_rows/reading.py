@@ -13,26 +13,26 @@ from .call import Call
 
 
 class Reading(NamedTuple):
-    """Which rows and columns are read, and which keys the rows see: the same for all layers."""
+    """Which rows and columns are read, and which keys the rows see. All layers share it."""
 
     rows: Tensor
-    """(B, R) query positions, 0 where there is no row."""
+    """(B, R) query positions, 0 for padding."""
     valid: Tensor | None
-    """(B, R) whether there is a row; None where every place is known to hold one."""
+    """(B, R) bool, False for padding; None if no row is padding."""
     limits: Tensor | None
-    """(B, R, 2) first and one past the last position of each part of the keys that a row sees."""
+    """(B, R, 2): first and one past the last key position, within each part, that a row sees."""
     key_mask: Tensor | None
-    """(B, Nk) whether a key may be seen."""
+    """(B, Nk) bool, True if a key may be seen."""
     mask: Tensor | None
     """(B, 1 or Hq, R, Nk) bool, or float that is added to the scores."""
     sinks: Tensor | None
-    """(L or 1, Hq) logits that every row's softmax counts beside its keys."""
+    """(L or 1, Hq) additional logits in the softmax of every row."""
     window: slice
     """The keys that are read; no row sees another."""
     columns: slice
     """Positions of a part that are read."""
     listed: Tensor | None
-    """(B, C) chosen columns, counted from the first of ``columns``, negative where there is none."""
+    """(B, C) chosen columns, counted from the start of ``columns``; negative for padding."""
     softmax_scale: float
     fold: int
     mean: bool
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     @property
     def inside(self) -> tuple[slice, slice]:
-        """Where ``columns`` and the window overlap, counted from the first of either."""
+        """The overlap of ``columns`` and the window, counted from the start of each."""
         first = 0 if self.fold > 1 else self.window.start
         end = self.columns.stop if self.fold > 1 else self.window.stop
         low = min(max(self.columns.start, first), self.columns.stop)
@@ -73,7 +73,7 @@ class Reading(NamedTuple):
         return bias.expand(*bias.shape[:3], self.window.stop - self.window.start)
 
     def chosen(self, dense: Tensor, samples: slice) -> Tensor:
-        """Of (b, h, r, columns) those that are listed."""
+        """The listed columns of (b, h, r, columns)."""
         if self.listed is None:
             return dense
         index = self.listed[samples, None, None]
@@ -81,7 +81,7 @@ class Reading(NamedTuple):
         return found.masked_fill_(index < 0, 0)
 
     def spread(self, grad: Tensor, samples: slice) -> Tensor:
-        """The transpose of :meth:`chosen`; equal columns are added."""
+        """The transpose of :meth:`chosen`; values of equal columns are added."""
         if self.listed is None:
             return grad
         index = self.listed[samples]
@@ -95,7 +95,7 @@ class Reading(NamedTuple):
 def row_limits(
     rows: Tensor, queries: int, keys: int, causal: bool, key_range: Tensor | None
 ) -> Tensor | None:
-    """(B, R, 2) first and one past the last of the keys of a part that a row sees; None where it sees all."""
+    """(B, R, 2): first and one past the last key of a part that a row sees; None if all rows see all keys."""
     if not causal:
         return key_range
     last = rows + (1 + keys - queries)
@@ -105,7 +105,7 @@ def row_limits(
 
 
 def reading_of(call: Call, mask: Tensor | None = None) -> Reading:
-    """What a call reads; ``mask`` is one where it has no bias."""
+    """The reading of a call; ``mask`` is for calls without a bias."""
     if call.bias is not None:
         mask = call.bias.expand(-1, -1, -1, call.key.shape[2])
     rows, own, queries = call.rows, call.own, call.query.shape[2]
@@ -133,7 +133,7 @@ def reading_of(call: Call, mask: Tensor | None = None) -> Reading:
 
 
 def _window(call: Call, valid: Tensor, limits: Tensor | None, mask: Tensor | None) -> tuple[int, int]:
-    """Bounds of the keys that any row sees."""
+    """First and one past the last key that at least one row sees."""
     first, end = 0, call.key.shape[2]
     if call.fold > 1:
         return first, end

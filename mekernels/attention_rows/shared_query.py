@@ -1,7 +1,7 @@
-"""The rows of a query that the model's own attention reads too, and one gradient for both.
+"""One gradient for a query that both the model's attention and ``attention_rows`` read.
 
-A dense gradient of the query costs as much memory traffic as the model's attention writes, though all but the
-chosen rows are zero. Here the rows' gradient is added to the gradient that attention has written.
+A dense gradient of the query costs as much memory traffic as the gradient of the model's attention, although
+it is zero outside the chosen rows. Here only the gradient of the rows is added to the attention's gradient.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def share_query(query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: (B, R) int64 query positions; -1 is padding.
 
     Returns:
-        The query, to be given to the model's attention in place of the argument, and its (B, Hq, R, D) rows.
-        Once both have a gradient, that of the rows is added to that of the query where it lies; it is copied
-        first only where something else holds it. On a GPU the order in which equal rows are added is not
-        fixed.
+        The query for the model's attention, to use in place of the argument, and its (B, Hq, R, D) rows.
+        Once both have a gradient, the gradient of the rows is added in place to the gradient of the query,
+        which is copied first only if something else holds it. On a GPU, equal rows are added in no fixed
+        order.
 
     Example:
         >>> import torch, mekernels
@@ -51,9 +51,9 @@ def share_query(query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def picked_rows(
     rows: Tensor, queries: int, keys: int, *, causal: bool = False, key_range: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`mekernels.attention_rows` is given with the rows of a query instead of the query.
+    """Arguments of :func:`mekernels.attention_rows` that replace a query by some of its rows.
 
-    The same for all layers of a model.
+    All layers of a model share them.
 
     Args:
         rows: (B, R) int64 query positions; -1 is padding.
@@ -62,8 +62,8 @@ def picked_rows(
         causal, key_range: as in :func:`mekernels.attention_rows`.
 
     Returns:
-        (B, R) places of the rows among those picked, -1 for padding, and (B, R, 2) ``key_range``, None where
-        a row may see every key; the call itself is not ``causal``.
+        (B, R) indices of the rows among the picked rows, -1 for padding, and (B, R, 2) ``key_range``, None if
+        every row may see every key. The call itself must not be ``causal``.
     """
     places = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     places = torch.where((rows >= 0) & (rows < queries), places, -1)
@@ -95,18 +95,18 @@ class _Shared(torch.autograd.Function):
 
 
 _COUNTS = hasattr(torch.Tensor, "_use_count")
-"""Whether this torch tells how many hold a tensor; where it does not, gradients are copied."""
+"""Whether this torch can count the holders of a tensor. If it cannot, gradients are copied."""
 
 
 def _only_here(grad: Tensor) -> bool:
-    """Whether nothing else, be it a gradient, a hook or a variable, holds the memory of a gradient."""
+    """Whether no other gradient, hook or variable holds the memory of a gradient."""
     if not _COUNTS or torch.compiler.is_compiling() or torch._debug_has_internal_overlap(grad):
         return False
     return _holders(grad) == _alone(grad._base is not None)
 
 
 def _holders(grad: Tensor) -> list[int]:
-    """How many hold a tensor, what it is a view of, and its memory."""
+    """Numbers of holders of a tensor, of the tensor it is a view of, and of its memory."""
     counts = [torch._C._storage_Use_Count(grad.untyped_storage()._cdata)]
     for item in (grad, grad._base):
         if item is not None:
@@ -116,7 +116,7 @@ def _holders(grad: Tensor) -> list[int]:
 
 @functools.cache
 def _alone(view: bool) -> list[int]:
-    """What is counted of a gradient that nothing else holds, and of one that is a view of such."""
+    """The counts of a gradient that nothing else holds, and of a view of such a gradient."""
     counts: list[list[int]] = []
 
     class Counting(torch.autograd.Function):

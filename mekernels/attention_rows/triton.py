@@ -1,12 +1,12 @@
-"""Triton kernels of ``attention_rows``: what runs on the device, and nothing of how it is called.
+"""Triton kernels of ``attention_rows``; ``plan.py`` says how they are launched.
 
 The chosen rows of all query heads that share a key head are stacked, ``row * GROUPS + head of the group``, so
-that one matrix product with a tile of keys serves them all and keys are never repeated. Work is cut along the
-keys too; every cut writes its own partial result, which the next kernel combines in a fixed order. No kernel
-adds to memory that another program writes, so results do not change from run to run.
+that one matrix product with a tile of keys serves all of them and keys are never repeated. The keys are also
+cut into parts. Every cut writes a partial result, and the next kernel combines these in a fixed order. No two
+programs write to the same memory, so results do not change from run to run.
 
-Each row sees the keys ``first <= position < last`` of every part of the key axis; a causal mask, packed
-sequences and padded rows are all such bounds.
+Each row sees the keys ``first <= position < last`` of every part of the key axis. A causal mask, packed
+sequences and padded rows are all expressed by these bounds.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ VARYING = [
     *("count", "queries", "keys", "own", "start", "stop", "width", "splits", "span", "size", "kv_heads"),
     *("rows", "ranges", "columns", "key_mask", "bias", "sinks", "lse_in", "rest_in", "grad"),
 ]
-"""Numbers that vary from call to call, and tensors that may begin anywhere.
+"""Numbers that vary from call to call, and tensors with any alignment.
 
-Triton makes no versions of a kernel for what divides them. In a tuple it would, whatever is asked of it."""
+Triton does not specialize a kernel on their divisors. Inside a tuple it would specialize nevertheless."""
 
 
 @triton.jit
 def row_bounds(rows, ranges, sample, r, count, queries, own, CAUSAL: tl.constexpr, RANGE: tl.constexpr):
-    """Query positions of the places ``r``, which are valid, and the keys they see: an invalid row none."""
+    """Query positions of the rows ``r``, which are valid, and their key bounds. An invalid row sees none."""
     inside = r < count
     row = tl.load(rows + sample * count + r, mask=inside, other=-1)
     valid = (row >= 0) & (row < queries)
@@ -52,7 +52,7 @@ def token_at(pointer, strides, sample, head, token):
 
 @triton.jit
 def vectors(at, inside, stride, begin, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Elements from ``begin`` on of the vectors at the addresses ``at``, zero beyond their ``WIDTH``."""
+    """Elements of the vectors at addresses ``at``, starting at ``begin``; zero beyond ``WIDTH``."""
     d = begin + tl.arange(0, BLOCK_D)
     places = at[:, None] + d[None, :] * stride
     if BLOCK_D == WIDTH:
@@ -79,7 +79,7 @@ def exact_dot(a, b):
 
 @triton.jit
 def exponential(x):
-    """e to the power of x. ``tl.exp`` spends three more instructions on results that are denormal."""
+    """e to the power of x. ``tl.exp`` would need three more instructions, for denormal results."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -96,7 +96,7 @@ def tanh(x):
 
 @triton.jit
 def capped(scores, SOFTCAP: tl.constexpr):
-    """Scores between -SOFTCAP and SOFTCAP, or as they are where that is 0."""
+    """Scores bent to between -SOFTCAP and SOFTCAP; unchanged if SOFTCAP is 0."""
     if SOFTCAP > 0:
         scores = SOFTCAP * tanh(scores * (1 / SOFTCAP))
     return scores
@@ -104,7 +104,7 @@ def capped(scores, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def biased(scores, bias, strides, sample, head, row, key, seen, BIAS: tl.constexpr):
-    """Scores with the bias of chosen rows, and which keys are seen still; a bias up to ``BIAS`` hides one."""
+    """Scores plus the bias of the chosen rows, and which keys stay seen. A bias <= ``BIAS`` hides a key."""
     if BIAS < 0:
         places = bias + sample * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
         extra = tl.load(places + key.to(tl.int64) * strides[3], mask=seen, other=0.0).to(tl.float32)
@@ -206,7 +206,7 @@ def combine_rows(
     SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The logsumexp of every row, and what scales its entries, from the cuts of ``row_lse`` in order."""
+    """The logsumexp of every row and the scale of its entries, from the cuts of ``row_lse`` in order."""
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -276,7 +276,7 @@ def row_columns(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Chosen columns of the chosen rows: of one query head, or the sum over those of one key head."""
+    """Chosen columns of the chosen rows: of one query head, or summed over those of one key head."""
     lists = tl.num_programs(1) // (1 if MEAN else GROUPS)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -323,7 +323,7 @@ def row_columns(
 
 @triton.jit(do_not_specialize=VARYING)
 def mean_heads(partial, out, size, kv_heads, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The mean over the heads, of (Hk, size) sums over those that share a key head."""
+    """The mean over the heads, from (Hk, size) sums over the query heads of each key head."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for head in range(kv_heads):

@@ -1,10 +1,10 @@
 """Triton kernels of the backward of ``attention_rows``; see :mod:`mekernels.attention_rows.triton`.
 
-With p the attention of a row and d the gradient of its entries (zero where nothing was read), the gradient of
-the scores is p (d - s), and s is the sum of p d over the columns that were read. So s comes first, from the
-columns alone. Then all that the two passes over the scores need of a row is gathered once, stacked and
-padded, so that they read it without a mask; each block of keys is written by one program, and the rows' part
-is cut along the keys.
+Let p be the attention of a row and d the gradient of its entries (zero where nothing was read). The gradient
+of the scores is p (d - s), where s is the sum of p d over the columns that were read. The first kernel
+computes s from the columns alone. The next gathers all values of a row that the two passes over the scores
+need, stacked and padded, so that the passes read them without a mask. One program writes each block of keys.
+The pass for the rows is cut along the keys.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .triton import (
 )
 
 PADDED = tl.constexpr(64)
-"""The gathered rows of a key head are padded to a multiple of this, the most of a tile."""
+"""The gathered rows of a key head are padded to a multiple of this, the largest tile."""
 
 
 @triton.jit
 def scaled_dot(a, b, SCALED: tl.constexpr):
-    """The product in the dtype of ``b``; where that is too narrow for ``a``, its rows are scaled first."""
+    """The product in the dtype of ``b``. If it is too narrow for ``a``, rows of ``a`` are scaled first."""
     if not SCALED:
         return exact_dot(a.to(b.dtype), b)
     size = tl.abs(a)
@@ -44,7 +44,7 @@ def scaled_dot(a, b, SCALED: tl.constexpr):
 
 @triton.jit
 def offsets(along, stride, WIDE: tl.constexpr):
-    """Offsets within one sample's gradient; 64 bits only where they must be, for they fill registers."""
+    """Offsets within one sample's gradient, with 64 bits only if needed, to save registers."""
     if WIDE:
         return along.to(tl.int64) * stride
     return along.to(tl.int32) * stride
@@ -52,7 +52,7 @@ def offsets(along, stride, WIDE: tl.constexpr):
 
 @triton.jit
 def grad_list(sample, head, GROUPS: tl.constexpr, MEAN: tl.constexpr):
-    """Number of the (rows, columns) that holds the gradients of a query head; a mean is that of all heads."""
+    """Index of the (rows, columns) gradient of a query head. With the mean, all heads share one."""
     if MEAN:
         return tl.zeros_like(head) + sample
     return sample * tl.num_programs(1) * GROUPS + head
@@ -147,8 +147,8 @@ def row_slope(
 def spread_columns(grad, ordered, begins, out, count, own, width, LISTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Gradients of listed columns at the positions of a part, (B, 1 or Hq, R, own); equal columns are added.
 
-    ``ordered`` are the places of the list by their column (B, C), and ``begins`` where those of each column
-    begin (B, own + 1).
+    ``ordered`` are the (B, C) indices that sort the list by column. ``begins`` are the (B, own + 1) first
+    indices of each column.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
@@ -190,11 +190,11 @@ def gather_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What the passes over the scores need of the stacked rows, padded with rows that see no key.
+    """Gather the values of the stacked rows for the passes over the scores, padded with rows that see no key.
 
-    ``packed`` are the queries (B, Hk, M, BLOCK_D), ``measures`` logsumexp, its rest to base 2 and the slope
-    (3, B, Hk, M), ``bounds`` the first key seen and one past the last (2, B, Hk, M), and ``places`` where the
-    gradients of a row begin (B, Hk, M).
+    ``packed``: the queries (B, Hk, M, BLOCK_D). ``measures``: logsumexp, its rest to base 2, and the slope
+    (3, B, Hk, M). ``bounds``: the first key seen and one past the last (2, B, Hk, M). ``places``: the offset
+    of the gradients of a row (B, Hk, M).
     """
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -228,7 +228,7 @@ def gather_rows(
 
 @triton.jit
 def gathered(measures, bounds, places, at, plane, RANGE: tl.constexpr):
-    """Of the gathered rows ``at``: logsumexp, its rest, slope, bounds and place of the gradients."""
+    """Logsumexp, its rest, slope, bounds and offset of the gradients, of the gathered rows ``at``."""
     lse = tl.load(measures + at)
     rest = tl.load(measures + plane + at)
     slope = tl.load(measures + 2 * plane + at)
@@ -241,7 +241,7 @@ def gathered(measures, bounds, places, at, plane, RANGE: tl.constexpr):
 
 @triton.jit
 def visible(position, first, last, RANGE: tl.constexpr):
-    """Whether rows see keys; no row sees a key at the largest position there is."""
+    """Whether rows see keys. No row sees a key at the largest representable position."""
     if RANGE:
         return (position >= first) & (position < last)
     return position < last
@@ -266,7 +266,7 @@ def score_gradient(
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """p (d - s) where a row sees a key, else zero; times the slope of the cap where there is one."""
+    """p (d - s) where a row sees a key, else zero; times the slope of the soft cap, if there is one."""
     scores = scores * scale
     if SOFTCAP > 0:
         bent = tanh(scores * (1 / SOFTCAP))
@@ -450,9 +450,9 @@ def scatter_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Write the gradient of a query position once: the sum over the cuts and over all places that chose it.
+    """Write the gradient of each query position once: the sum over the cuts and over all rows that chose it.
 
-    The first of equal rows writes.
+    Of equal rows, the first one writes.
     """
     place = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

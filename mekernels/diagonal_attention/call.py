@@ -1,4 +1,4 @@
-"""What one call of an op that reads the attention of a video beside its logsumexp is given."""
+"""The arguments of ops that read a video's attention from its logsumexp."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Call(NamedTuple):
     start: int
     """The first video token."""
     text: int
-    """Text keys of each part of the keys."""
+    """Number of text keys in each part of the keys."""
     text_start: int
-    """The first of them."""
+    """The first text key."""
     softmax_scale: float
     fold: int
 
@@ -30,16 +30,16 @@ class Call(NamedTuple):
     def of(
         cls, query: Tensor, key: Tensor, lse: Tensor, video: VideoTokens, softmax_scale: float, fold: int
     ) -> Call:
-        """The call for a layout."""
+        """Make a call for a layout."""
         layout = (video.frames, video.positions, video.vision_slice.start, video.text, video.text_slice.start)
         return cls(query, key, lse, *layout, softmax_scale, fold)
 
     @property
     def vision(self) -> int:
-        """Video tokens."""
+        """Number of video tokens."""
         return self.frames * self.positions
 
     @property
     def own(self) -> int:
-        """Keys of one part."""
+        """Number of keys of one part."""
         return self.key.shape[2] // self.fold

@@ -26,7 +26,7 @@ def diagonal_attention(
         key: (B, H, fold * N, D).
         lse: (B, H, N) natural-log logsumexp over all keys, as :func:`mekernels.flash_attention` returns it.
         video: where the video's tokens lie.
-        softmax_scale: factor on the scores, 1 / sqrt(D) by default; the one ``lse`` was made with.
+        softmax_scale: factor on the scores, 1 / sqrt(D) by default; the same factor that gave ``lse``.
         fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow the
             own keys.
 
@@ -61,7 +61,7 @@ def diagonal_attention(
 def check_side_inputs(
     query: Tensor, key: Tensor, lse: Tensor, video: VideoTokens, softmax_scale: float | None, fold: int
 ) -> float:
-    """Check query, key and logsumexp of one attention against a layout; returns the softmax scale."""
+    """Check query, key and logsumexp of one attention against a layout; return the softmax scale."""
     checks.video_tokens("video", video)
     checks.query_key(query, key)
     own = checks.fold(fold, key.shape[2])

@@ -23,7 +23,7 @@ def forward(call: Call) -> Tensor:
 
 
 def position_blocks(frames: int, width: int, dtype: torch.dtype, queries: int) -> dict[str, int]:
-    """Tile sizes for about so many queries a program; fewer positions where there are many frames."""
+    """Tile sizes for about ``queries`` queries a program; with more frames, fewer positions."""
     block_f = min(16 if dtype == torch.float32 else 32, max(16, launch.power_of_two(frames)))
     block_d = launch.inner_block(width, dtype)
     return {"BLOCK_P": max(1, queries // block_f), "BLOCK_F": block_f, "BLOCK_D": block_d}

@@ -1,8 +1,8 @@
 """Same-position attention of all frame pairs, from query, key and logsumexp.
 
-A program takes a few positions of one head. For each position the entries are the product of a (F, D) by a
-(D, F) matrix, so a tile of positions is one batched product on the tensor cores, and query and key are read
-once where all frames fit one tile (F <= 32).
+A program takes a few positions of one head. For each position, the entries are the product of an (F, D) and a
+(D, F) matrix. So a tile of positions is one batched product on the tensor cores. If all frames fit one tile
+(F <= 32), query and key are read once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load_lse(pointer, stride, token, known):
 
 @triton.jit
 def load_tokens(pointer, strides, token, known, first, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) values of a head from ``first`` on, zero for unknown tokens and beyond the width."""
+    """(tokens, BLOCK_D) values of a head from ``first`` on; zero for unknown tokens and past the width."""
     width = first + tl.arange(0, BLOCK_D)
     place = token.to(tl.int64)[:, None] * strides[2] + width.to(tl.int64)[None, :] * strides[3]
     return tl.load(pointer + place, mask=known[:, None] & (width < WIDTH)[None, :], other=0.0)
@@ -50,9 +50,9 @@ def add_diagonal_tile(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_P, BLOCK_F, BLOCK_F) sums, plus the attention of each position's query frames to its key frames.
+    """(BLOCK_P, BLOCK_F, BLOCK_F) sums plus, for each position, the attention between its frames.
 
-    ``lse`` and ``scale_log2`` are those of the natural base times log2(e).
+    ``lse`` and ``scale_log2`` are the natural-base values times log2(e).
     """
     shift = tl.reshape(lse, (BLOCK_P, BLOCK_F, 1))
     for part in range(FOLD):

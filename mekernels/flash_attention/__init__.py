@@ -1,4 +1,4 @@
-"""Attention with the row logsumexp, from the best flash backend present."""
+"""Attention and the row logsumexp, from the fastest installed flash backend."""
 
 from .op import flash_attention
 

@@ -1,4 +1,4 @@
-"""What each attention backend can do, asked of the backends themselves."""
+"""What each attention backend can do, according to the backend's own checks."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ABILITIES = {
     "width 256": _Shape(width=256, value_width=256),
     "float32": _Shape(dtype=torch.float32),
 }
-"""What is asked, by its name: each differs in one thing from a plain call in half precision."""
+"""The tested calls by name. Each differs in one property from a plain half-precision call."""
 
 
 def missing() -> dict[str, dict[str, list[str]]]:
-    """Of each backend and each ability the reasons against it; none where the backend has it."""
+    """For each backend and ability, the reasons why the backend lacks it; an empty list if it has it."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, backend in backends.table("flash_attention").items():
         anyway = backend.reasons(_Shape().call())
@@ -66,4 +66,4 @@ def report() -> list[str]:
         for ability, why in reasons.items()
         if why
     ]
-    return [*lines, "key masks, windows and soft caps: none, flash_attention has no such arguments"]
+    return [*lines, "key masks, windows and soft caps: no backend; flash_attention has no such arguments"]

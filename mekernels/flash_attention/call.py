@@ -1,4 +1,4 @@
-"""What one call of ``flash_attention`` is given, once its arguments are checked."""
+"""The checked arguments of one call of ``flash_attention``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Call(NamedTuple):
         return self.query.shape[1] // self.key.shape[1]
 
     def repeated(self) -> tuple[Tensor, Tensor]:
-        """Key and value with a head for every query head, for kernels without grouped heads."""
+        """Key and value, repeated to one head for every query head, for kernels without grouped heads."""
         if self.groups == 1:
             return self.key, self.value
         return self.key.repeat_interleave(self.groups, 1), self.value.repeat_interleave(self.groups, 1)

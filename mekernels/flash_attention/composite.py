@@ -12,7 +12,7 @@ from .. import checks
 from .call import Call, Result
 
 CHUNK_ELEMENTS = 1 << 20
-"""Scores held at a time."""
+"""Maximum number of scores held at a time."""
 
 
 def forward(call: Call) -> Result:

@@ -1,4 +1,4 @@
-"""The attention kernels of torch that hand out the logsumexp, and when each can run."""
+"""The attention kernels of torch that return the logsumexp, and when each can run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def cudnn_reasons(call: Call) -> list[str]:
 
 
 def prefers_cudnn(call: Call) -> bool:
-    """On Hopper and later cuDNN's attention outruns torch's own, which is written for Ampere."""
+    """On Hopper and later, cuDNN's attention is faster than torch's own, which is written for Ampere."""
     if call.query.device.type != "cuda" or torch.cuda.get_device_capability(call.query.device) < (9, 0):
         return False
     # Earlier ones gave wrong results at some lengths; torch itself avoids them.

@@ -1,4 +1,4 @@
-"""Attention with the row logsumexp, from the best flash backend present."""
+"""Attention and the row logsumexp, from the fastest installed flash backend."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def flash_attention(
     causal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention together with the logsumexp of every row.
+    """Softmax attention and the logsumexp of every row.
 
     Args:
         query: (B, Hq, Nq, D), floating point, any strides.
         key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads: query head h reads key head h * Hk // Hq).
         value: (B, Hk, Nk, Dv).
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
-        causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A row that sees nothing gives zeros.
+        causal: row i sees key j when j <= i + Nk - Nq (ends aligned). A row that sees no key gives zeros.
         backend: ``"auto"``, ``"torch"`` (chunked composite) or ``"reference"``; a kernel of torch:
-            ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``; or one of a package that is
-            installed: ``"flash_attn_3"``, ``"flash_attn"``, ``"xformers"``. Where it is ``"auto"`` the
-            backend of :func:`mekernels.use_backend` holds.
+            ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``; or an installed package:
+            ``"flash_attn_3"``, ``"flash_attn"``, ``"xformers"``. ``"auto"`` follows
+            :func:`mekernels.use_backend`.
 
     Returns:
-        out (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value, and lse
-        (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, differentiable in
-        query and key; -inf for a row that sees nothing. A gradient that reaches lse costs one more attention,
-        with the keys as values, whichever backend ran.
+        out and lse. out is (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value.
+        lse is (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, -inf for a row
+        that sees no key, differentiable in query and key. A gradient of lse costs one more attention, with
+        the keys as values, on any backend.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -59,7 +59,12 @@ def flash_attention(
     checks.tensor("value", value, 4, layout="(batch, heads, tokens, width)")
     checks.same_dtype("value", value, "query", query)
     checks.same_device("value", value, "query", query)
-    checks.shape("value", value, (*key.shape[:3], value.shape[3]), meaning="(those of key, any width)")
+    checks.shape(
+        "value",
+        value,
+        (*key.shape[:3], value.shape[3]),
+        meaning="(as key, any width)",
+    )
     checks.boolean("causal", causal)
     checks.choice("backend", backend, ("auto", "reference", *backends.table("flash_attention")))
     scale = checks.scale(softmax_scale, query.shape[3])

@@ -1,6 +1,6 @@
 """Attention of the optional packages flash-attn (2 and 3) and xformers, behind one signature.
 
-Both take (batch, tokens, heads, width) and hand back the natural-log logsumexp as (batch, heads, queries).
+Both take (batch, tokens, heads, width) and return the natural-log logsumexp as (batch, heads, queries).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from .call import Call, Result
 
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "xformers": "xformers.ops"}
-"""Backend names and the modules they need."""
+"""Backend names and the modules that they need."""
 
 _MEMBERS = {
     "flash_attn": ("flash_attn_func",),
     "flash_attn_3": ("flash_attn_func",),
     "xformers": ("fmha", "LowerTriangularMask"),
 }
-"""What each adapter takes from its module."""
+"""The functions that each adapter takes from its module."""
 
 
 @torch.compiler.assume_constant_result
@@ -58,7 +58,7 @@ def _missing(backend: str) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result
 def other_alignment(backend: str) -> tuple[str, ...]:
-    """Why a backend's causal mask differs from ours where queries and keys differ in number.
+    """Why a backend's causal mask differs from ours if the numbers of queries and keys differ.
 
     flash-attn aligns the last query with the last key, as we do, since 2.1 (its README, "Changelog").
     """
@@ -74,7 +74,7 @@ def other_alignment(backend: str) -> tuple[str, ...]:
 
 
 def _imported(name: str) -> Any:
-    """A module, or what importing it raised: a package built for another torch may raise anything."""
+    """A module, or the error of its import: a package built for another torch may raise any error."""
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -95,7 +95,7 @@ def flash_attn(call: Call) -> Result:
 
 
 def flash_attn_3(call: Call) -> Result:
-    """flash-attn 3 for Hopper. Early releases return the pair without being asked and know no such option."""
+    """flash-attn 3 for Hopper. Early releases always return the pair and have no option for it."""
     function = _module("flash_attn_3").flash_attn_func
     tensors = [item.transpose(1, 2) for item in call[:3]]
     options: dict[str, Any] = {"softmax_scale": call.softmax_scale, "causal": call.causal}
@@ -109,7 +109,7 @@ def flash_attn_3(call: Call) -> Result:
 
 
 def _blind_rows(lse: Tensor, keys: int, causal: bool) -> Tensor:
-    """flash-attn writes +inf as the logsumexp of a row that sees no key; it is -inf."""
+    """Turn +inf, which flash-attn writes as the logsumexp of a row that sees no key, into -inf."""
     blind = lse.shape[2] - keys if causal else 0
     if blind > 0:
         lse = lse.clone()
@@ -118,7 +118,7 @@ def _blind_rows(lse: Tensor, keys: int, causal: bool) -> Tensor:
 
 
 class _Xformers(torch.autograd.Function):
-    """The calls of xformers that hand out the logsumexp leave the gradient to their caller."""
+    """Autograd function for xformers, whose calls that return the logsumexp record no gradient."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Result:
@@ -145,7 +145,7 @@ class _Xformers(torch.autograd.Function):
 
 
 def xformers(call: Call) -> Result:
-    """Memory-efficient attention of xformers, whichever of its kernels takes the call."""
+    """Memory-efficient attention of xformers, with any of its kernels."""
     tensors = (item.transpose(1, 2) for item in (call.query, *call.repeated()))
     out, lse = _Xformers.apply(*tensors, call.softmax_scale, call.causal)
     # Some of its kernels pad the rows of the logsumexp.

@@ -1,4 +1,4 @@
-"""Running means of what head and token selection read of a model's attention maps."""
+"""Running means of the attention statistics that head and token selection need."""
 
 from .statistics import MotionStatistics
 

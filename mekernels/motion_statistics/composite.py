@@ -12,7 +12,7 @@ from ..diagonal_attention.composite import exp_, head_diagonal, head_inputs
 from .sums import Sums
 
 CHUNK_ELEMENTS = 1 << 18
-"""Attention entries held at a time: few enough to stay in a core's cache."""
+"""Attention entries held at a time: few enough for the cache of a core."""
 
 
 def update(sums: Sums, call: Call) -> None:
@@ -46,7 +46,7 @@ def _add_rows(total: Tensor, query: Tensor, key: Tensor, lse: Tensor) -> None:
 
 
 def _add_vision_mass(total: Tensor, query: Tensor, words: Tensor, lse: Tensor) -> None:
-    """One minus the mass on the text keys, which are far fewer than the video's."""
+    """Add one minus the mass on the text keys, of which there are far fewer than video keys."""
     if not words.shape[1]:
         total += 1 + (lse - lse)[:, 0]
         return

@@ -26,7 +26,7 @@ def _fake(sums: Sums, call: Call) -> None:
 motion_statistics_op = backends.Op(
     "motion_statistics_update", _fake, mutates=("diagonal", "rows", "vision_mass")
 )
-"""Add one map; the first axis of query and key is 1, and the ``text`` keys are no video tokens."""
+"""Add one map. The first axis of query and key is 1; the ``text`` keys are not video tokens."""
 
 
 def _triton(sums: Sums, call: Call, more: Sequence[Call] = ()) -> None:

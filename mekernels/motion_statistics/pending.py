@@ -1,4 +1,4 @@
-"""Maps of earlier updates that wait to be added together: the sums are then read and written once for all."""
+"""Maps of earlier updates that wait to be added together, so that the sums are read and written only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TENSORS = ("query", "key", "lse")
 
 
 class Pending:
-    """Calls of one layout, kept by reference, and the stream they were made on.
+    """Calls of one layout, kept by reference, and the stream on which they were made.
 
     Args:
         limit: bytes of memory that the kept tensors may hold between updates.
@@ -30,7 +30,7 @@ class Pending:
 
     @property
     def bytes(self) -> int:
-        """Memory that the kept tensors hold: that of their whole storages, each counted once."""
+        """Bytes of the storages of the kept tensors, each storage counted once."""
         storages = {}
         for tensor in (tensor for call in self._calls for tensor in _tensors(call)):
             storage = tensor.untyped_storage()
@@ -38,11 +38,11 @@ class Pending:
         return sum(storages.values())
 
     def takes(self, call: Call) -> bool:
-        """Whether this call may wait. An inference tensor may not: it does not count its writes."""
+        """Whether this call may wait. An inference tensor may not, because it does not count writes to it."""
         return self.limit > 0 and not any(tensor.is_inference() for tensor in _tensors(call))
 
     def add(self, sums: Sums, call: Call) -> None:
-        """Keep a call, and add all that are kept to the sums where they are many or of another layout."""
+        """Keep a call. First add the kept calls to the sums if there are many or their layout differs."""
         stream = torch.cuda.current_stream(call.query.device) if call.query.is_cuda else None
         if self._calls and (stream != self._stream or _layout(call) != _layout(self._calls[0])):
             self.flush(sums)
@@ -53,7 +53,7 @@ class Pending:
             self.flush(sums)
 
     def check(self) -> None:
-        """Refuse to go on where a kept tensor was overwritten.
+        """Raise if a kept tensor was overwritten.
 
         Raises:
             RuntimeError: names the tensor.
@@ -68,7 +68,7 @@ class Pending:
                     )
 
     def flush(self, sums: Sums) -> None:
-        """Add what is kept, on the stream of the updates, and keep nothing.
+        """Add all kept calls on the stream of the updates, then drop them.
 
         Raises:
             RuntimeError: a kept tensor was overwritten.
@@ -82,7 +82,7 @@ class Pending:
         self.drop()
 
     def drop(self) -> None:
-        """Keep nothing."""
+        """Drop all kept calls."""
         self._calls, self._versions, self._stream = [], [], None
 
 
@@ -95,6 +95,6 @@ def _versions(call: Call) -> tuple[int, ...]:
 
 
 def _layout(call: Call) -> tuple[Any, ...]:
-    """What the maps of one launch have in common; aligned addresses are another kernel than others."""
+    """What the maps of one launch have in common. Aligned addresses compile to a different kernel."""
     tensors = [(item.shape, item.stride(), item.dtype, item.data_ptr() % 16 == 0) for item in _tensors(call)]
     return *tensors, *call[len(TENSORS) :]

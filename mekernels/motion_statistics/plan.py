@@ -16,7 +16,7 @@ from .triton import motion_statistics_kernel
 
 
 def update(sums: Sums, call: Call, more: Sequence[Call] = ()) -> None:
-    """The op: add the map of one sample, and those of ``more`` calls of the same layout."""
+    """The op: add the map of one sample, and the maps of ``more`` calls of the same layout."""
     launch.run(plan(sums, call, more))
 
 
@@ -78,7 +78,7 @@ def _strides(name: str, tensor: torch.Tensor, *axes: str) -> dict[str, int]:
 
 
 def gates() -> list[resources.Gate]:
-    """All shapes, one and two key parts, 104 rows; one map, and as many as a launch takes."""
+    """All shapes, one and two key parts, 104 rows; one map, and MAPS maps."""
     found = []
     for name, shape in shapes().items():
         for dtype in launch.DTYPES:

@@ -1,4 +1,4 @@
-"""Which rows of the attention map MotionStatistics keeps whole."""
+"""Which rows of the attention map MotionStatistics keeps in full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..layout import VideoTokens
 
 
 def text_rows(text_rows: Sequence[int] | Tensor | None, video: VideoTokens) -> Tensor:
-    """(T,) int64 positions of text tokens in the sequence, all of them for None."""
+    """(T,) int64 positions of text tokens in the sequence; all text tokens for None."""
     text = video.text_slice
     if text_rows is None:
         return torch.arange(text.start, text.stop)
@@ -30,7 +30,7 @@ def text_rows(text_rows: Sequence[int] | Tensor | None, video: VideoTokens) -> T
 
 
 def sampled_count(sampled_rows: int | str, video: VideoTokens) -> int:
-    """How many video tokens to draw, at most all."""
+    """Number of video tokens to draw, at most all."""
     if isinstance(sampled_rows, str):
         checks.choice("sampled_rows", sampled_rows, ("all",))
         return video.vision
@@ -42,7 +42,7 @@ def sampled_count(sampled_rows: int | str, video: VideoTokens) -> int:
 
 
 def stratified(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """One index from each of ``count`` equal stretches of range(total), and the stretches' lengths."""
+    """One index from each of ``count`` equal parts of range(total), and the lengths of the parts."""
     edges = torch.arange(count + 1) * total // max(1, count)
     sizes = edges.diff()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The squares of a whole attention block from logsumexps alone."""
+"""The sum of squares of a whole attention block, from logsumexps alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def vision_square_sums(
 
     A folded entry is the sum over parts x of exp(s_x - lse), so its square is the sum over pairs (x, y) of
     exp(s_x + s_y - 2 lse), and the row's sum over video keys j is exp(L_xy - 2 lse) with the logsumexp
-    L_xy of s_xj + s_yj over the video keys only. For x = y that is attention at the doubled scale;
-    otherwise attention of the query beside itself to key x beside key y. Each pair x <= y costs one more
-    flash attention over the video tokens.
+    L_xy of s_xj + s_yj over the video keys only. For x = y this is attention at the doubled scale. Otherwise
+    it is attention of the query, concatenated with itself, to key x concatenated with key y. Each pair x <= y
+    costs one more flash attention over the video tokens.
 
     Args:
         query: (1, H, N, D).

@@ -1,4 +1,4 @@
-"""Running means of what head and token selection read of a model's attention maps."""
+"""Running means of the attention statistics that head and token selection need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .square_sums import vision_square_sums
 from .sums import Sums, padded
 
 CHUNK_ELEMENTS = 1 << 20
-"""Attention entries the composite holds at a time."""
+"""Maximum number of attention entries that the composite holds at a time."""
 PENDING_BYTES = 3 << 29
 """1.5 GiB: seven layers of CogVideoX-5B."""
 
@@ -30,34 +30,34 @@ PENDING_BYTES = 3 << 29
 class MotionStatistics:
     """Pools the attention of many layers and steps per head, exactly, without an attention map.
 
-    Kept per head are the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and every video
-    token's mass on the video (S,): memory O(heads * S * (F + T + R)). Sums are float32, or float64 for
-    float64 input.
+    For each head it keeps the diagonals (F, F, P), the text rows (T, S), some whole rows (R, S) and the mass
+    of every video token on the video (S,): memory O(heads * S * (F + T + R)). Sums are float32, or float64
+    for float64 input.
 
     Args:
         video: where text and video tokens lie.
         heads: number of heads, at least 1.
-        text_rows: positions of text tokens in the token sequence, in the order wanted; all text by default.
-            Padding tokens are best left out.
-        sampled_rows: how many video rows estimate the squares off the diagonals, or ``"all"``, which is exact
-            and holds the whole block. Rows are drawn one from each of that many equal stretches of the
-            sequence, hence evenly over the frames. The default rests on maps of six kinds (local, diagonal,
-            diffuse, sinks, mostly text, a few sharp rows): with 64 rows the root mean square of the relative
-            error of DFC is 1 to 12 % (21 % where a few rows are sharp), and 1 % of the chosen heads are
-            others than with all rows; with 32 rows 3 %, with 16 rows 6 %. Rows times tokens are also most
-            of what an update writes.
-        device: where the sums lie; that of the first update by default.
-        seed: of the drawn rows.
-        pooling: what the scores are of. ``"pooled"``: the mean of all maps, as in the paper. ``"per_layer"``:
-            every update's map on its own, averaged over the updates. Then no row is sampled
-            (``sampled_rows`` has no effect), the squares are exact, held memory is O(heads * S * T), and an
-            update costs one more flash attention over the video tokens, ``fold * (fold + 1) / 2`` of them
-            in general. Its squares off the diagonals are a difference, so in float32 a DFC above about 1e5
-            is rounding. Text rows are the same with both.
-        diagonal_width: two places p and p' of the grid, counted in raster order, count as one diagonal where
-            |p - p'| is at most this; the paper names no width. Every further place on
-            either side costs one more :func:`mekernels.diagonal_attention` an update and F * F * P more
-            entries a head. For ``pooling="pooled"`` only.
+        text_rows: positions of text tokens in the token sequence, in the order of the result; all text by
+            default. Leave out padding tokens.
+        sampled_rows: number of video rows that estimate the squares off the diagonals; or ``"all"``, which is
+            exact and holds the whole block. The sequence is cut into that many equal parts and one row is
+            drawn from each, so the rows are spread evenly over the frames. The default was chosen on six
+            kinds of maps (local, diagonal, diffuse, sinks, mostly text, a few sharp rows): with 64 rows the
+            root mean square of the relative error of DFC is 1 to 12 % (21 % for a few sharp rows), and 1 %
+            of the chosen heads differ from the choice with all rows; with 32 rows 3 %, with 16 rows 6 %.
+            Most of what an update writes is these rows times the tokens.
+        device: device of the sums; by default the device of the first update.
+        seed: seed of the drawn rows.
+        pooling: the maps that are scored. ``"pooled"``: the mean of all maps, as in the paper.
+            ``"per_layer"``: the map of every update, and the scores are averaged over the updates. Then no
+            row is sampled (``sampled_rows`` has no effect), the squares are exact, memory is
+            O(heads * S * T), and an update costs ``fold * (fold + 1) / 2`` more flash attentions over the
+            video tokens (one for ``fold=1``). The squares off the diagonals are then a difference, so in
+            float32 a DFC above about 1e5 is rounding noise. Text rows are the same with both.
+        diagonal_width: two places p and p' of the grid, numbered in raster order, count as one place if
+            |p - p'| is at most this; the paper names no width. Every additional place on either side costs
+            one more :func:`mekernels.diagonal_attention` for each update and F * F * P more entries for each
+            head. Only for ``pooling="pooled"``.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -106,9 +106,9 @@ class MotionStatistics:
         if pooling == "per_layer":
             count = 0
         self.sampled_rows, self.row_weights = row_choice.stratified(video.vision, count, seed)
-        """(R,) int64 sampled video tokens and (R,) how many tokens each stands for, on the CPU."""
+        """(R,) int64 sampled video tokens, and (R,) the number of tokens that each stands for, on the CPU."""
         self.updates = 0
-        """Maps pooled so far."""
+        """Number of maps pooled so far."""
         if isinstance(pending_bytes, bool) or not isinstance(pending_bytes, int):
             raise TypeError(f"pending_bytes must be an int, got {type(pending_bytes).__name__}")
         if pending_bytes < 0:
@@ -138,13 +138,13 @@ class MotionStatistics:
             query: (1, H, N, D) with N = ``video.length``, floating point, any strides.
             key: (1, H, fold * N, D).
             lse: (1, H, N) natural-log logsumexp over all keys.
-            softmax_scale: factor on the scores, 1 / sqrt(D) by default; the one ``lse`` was made with.
+            softmax_scale: factor on the scores, 1 / sqrt(D) by default; the same factor that gave ``lse``.
             fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow
                 the own keys.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. NaN is reported by
-                :meth:`scores` and :meth:`text_attention`, so that an update need not wait for the device.
+            TypeError, ValueError: an argument does not fit; the message names it. :meth:`scores` and
+                :meth:`text_attention` report NaN, so that an update need not wait for the device.
             RuntimeError: a kept tensor of an earlier update was overwritten; see ``pending_bytes``.
             BackendError: the backend of :func:`mekernels.use_backend` cannot run the call.
         """
@@ -226,10 +226,10 @@ class MotionStatistics:
         return dataclasses.replace(scores, dfc=energy_ratio(inside, outside).to(diagonal.dtype))
 
     def merge(self, other: MotionStatistics) -> MotionStatistics:
-        """Add what ``other`` pooled, every update counting the same; returns ``self``.
+        """Add the maps that ``other`` pooled; every update has the same weight. Returns ``self``.
 
         Raises:
-            TypeError: ``other`` is no MotionStatistics, or of another dtype.
+            TypeError: ``other`` is not a MotionStatistics, or has another dtype.
             ValueError: ``other`` has another video, number of heads, pooling, diagonal width, text rows or
                 sampled rows.
         """
@@ -255,10 +255,10 @@ class MotionStatistics:
         return self
 
     def scores(self) -> MotionScores:
-        """DFC, TCS and DSR of every head's pooled map, or with per-layer pooling their mean over the updates.
+        """DFC, TCS and DSR of every head's pooled map; with per-layer pooling, their mean over the updates.
 
-        The squares off the diagonals of a pooled map are those of the sampled rows, scaled up; all else is
-        exact. The denominator of DFC is kept in float64.
+        For a pooled map, the squares off the diagonals are estimated from the sampled rows; all else is
+        exact. The denominator of DFC is computed in float64.
 
         Raises:
             ValueError: there was no update yet, or an update had NaN or infinite values.
@@ -286,7 +286,7 @@ class MotionStatistics:
         return dataclasses.replace(scores, dsr=dsr.to(scores.dsr))
 
     def text_attention(self, heads: Tensor | Sequence[int]) -> Tensor:
-        """Text rows over video columns, mean over the given heads and all updates, (T, S).
+        """(T, S) attention of text rows to video columns, averaged over the given heads and all updates.
 
         Args:
             heads: head indices, as :func:`mekernels.select_heads` returns them; at least one.
@@ -313,7 +313,7 @@ class MotionStatistics:
         return {**state, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the sums by those of a MotionStatistics made with the same arguments.
+        """Replace the sums by the state of a MotionStatistics that has the same arguments.
 
         Raises:
             ValueError: entries are missing or unknown, or a shape differs.
@@ -406,7 +406,7 @@ def _broken(name: str, held: Tensor) -> bool:
 
 
 def _zero_diagonal(video: VideoTokens, heads: int, like: Tensor) -> Tensor:
-    """(H, F, F, P), positions first in memory: every update computes one position's F x F at a time."""
+    """(H, F, F, P) zeros, positions first in memory, as an update computes one position's F x F at a time."""
     return like.new_zeros(heads, video.positions, video.frames, video.frames).permute(0, 2, 3, 1)
 
 

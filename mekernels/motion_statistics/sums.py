@@ -1,4 +1,4 @@
-"""What ``MotionStatistics.update`` adds to."""
+"""The sums to which ``MotionStatistics.update`` adds."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 COLUMNS = 64
-"""The columns of the rows are padded to a multiple of this, so that a kernel writes whole blocks of them."""
+"""The number of columns of the rows is padded to a multiple of this, so that kernels write whole blocks."""
 MAPS = 8
-"""Maps that one launch adds at most."""
+"""Maximum number of maps that one launch adds."""
 
 
 class Sums(NamedTuple):
-    """Running sums over the maps, any strides."""
+    """Running sums over the maps, with any strides."""
 
     diagonal: Tensor
     """(H, F, F, P)."""
     rows: Tensor
-    """(H, R, S or more) whole rows over the video tokens; the columns from S on are padding of any value."""
+    """(H, R, S or more) whole rows over the video tokens; columns from S on are padding with any value."""
     vision_mass: Tensor
-    """(H, S) mass of every video token's row on the video."""
+    """(H, S) attention mass of every video token on the video."""
     tokens: Tensor
     """(R,) int64 positions of the rows in the token sequence; read only."""
 
 
 def padded(columns: int, block: int = COLUMNS) -> int:
-    """The least multiple of ``block`` that is not below ``columns``."""
+    """The smallest multiple of ``block`` that is at least ``columns``."""
     return -(-columns // block) * block

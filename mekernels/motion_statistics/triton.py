@@ -1,14 +1,14 @@
 """One launch that adds the diagonals, whole rows and mass on video of one or more maps to the running sums.
 
-The programs of a head stand together, so that its tokens are still in the cache for the later kinds:
+The programs of a head follow each other, so that its tokens are still in the cache for the later kinds:
 
 - position programs take a few positions of all frames: the batched product of their queries with their keys
   gives the diagonals;
 - key programs take a block of video keys and multiply it with all chosen rows;
-- query programs take a block of video queries: their product with the text keys is the mass not on video.
+- query programs take a block of video queries; their product with the text keys gives the mass not on video.
 
-A program reads its sums once, adds one map after the other, and writes them once. Every element of the sums
-belongs to one program, so nothing depends on the order they run in.
+A program reads its sums once, adds one map after the other, and writes the sums once. One program writes each
+element of the sums, so the result does not depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..diagonal_attention.triton import add_diagonal_tile, load_lse, load_tokens
 
 @triton.jit
 def of_map(first, more, place):
-    """The tensor of a map: a tuple cannot be indexed at run time, so the map's tensor is selected."""
+    """The tensor of a map, selected by comparisons because a tuple cannot be indexed at run time."""
     found = first
     for other in tl.static_range(len(more)):
         found = tl.where(place == other + 1, more[other], found)

@@ -1,4 +1,4 @@
-"""The compiled library: its kernels as plain functions of torch tensors, and what was built and runs here."""
+"""The compiled library: its kernels as plain functions of torch tensors, and a report of the build."""
 
 from .functions import (
     align_backward,

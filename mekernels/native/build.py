@@ -1,7 +1,7 @@
 """Builds the native libraries; ``python -m mekernels.build`` is the command.
 
-``setup.py`` loads this file by its path while nothing but setuptools and ninja is installed, so it imports
-the standard library alone. docs/building.md lists the environment variables.
+``setup.py`` loads this file by its path when only setuptools and ninja are installed, so it imports only the
+standard library. docs/building.md lists the environment variables.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CUDA_ARCHITECTURES = "80;90"
 
 
 class BuildError(RuntimeError):
-    """A library that was asked for could not be built."""
+    """A requested library could not be built."""
 
 
 @dataclass
 class Library:
-    """One line of the build report."""
+    """The part of the build report about one library."""
 
     library: str | None = None
     why_not: str | None = None
@@ -57,7 +57,7 @@ class Library:
 
 
 def switch(name: str) -> str:
-    """The value of a tri-state environment variable: auto, 0 or 1."""
+    """The value of an environment variable that is auto, 0 or 1."""
     value = os.environ.get(name, "").strip().lower() or "auto"
     if value not in ("auto", "0", "1"):
         raise BuildError(f"{name} must be auto, 0 or 1, got {value!r}")
@@ -116,19 +116,19 @@ def run(command: list[str], cwd: Path | None = None) -> tuple[int, str]:
 
 
 def version_line(command: list[str], pattern: str = r".+") -> str:
-    """The last line of ``--version`` that the pattern finds."""
+    """The last line of ``--version`` that matches the pattern."""
     found = re.findall(pattern, run([*command, "--version"])[1])
     return found[-1].strip() if found else "unknown"
 
 
 def cpu_levels(cxx: list[str]) -> dict[str, list[str]]:
-    """The vector variants besides the baseline that make sense for the machine the compiler targets."""
+    """The vector variants, besides the baseline, for the machine that the compiler targets."""
     machine = run([*cxx, "-dumpmachine"])[1].strip().split("-")[0]
     return dict(X86_LEVELS) if machine in ("x86_64", "amd64") else {}
 
 
 def gencode(architectures: str) -> list[str]:
-    """nvcc's flags for machine code of every architecture and PTX of the newest."""
+    """nvcc flags: machine code for every architecture, and PTX for the newest one."""
     numbers = [part for part in re.split(r"[;,\s]+", architectures) if part]
     if not numbers or not all(re.fullmatch(r"\d+[af]?", number) for number in numbers):
         raise BuildError(f'MEKERNELS_CUDA_ARCHS must be numbers such as "80;90", got {architectures!r}')
@@ -212,7 +212,7 @@ def add_cuda(ninja: Ninja, cxx: list[str], nvcc: list[str], architectures: str) 
 
 
 def tail(text: str, lines: int = 40) -> str:
-    """The end of a long output, where compilers put what matters."""
+    """The end of a long output, where compilers print the error."""
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
@@ -234,14 +234,14 @@ def make(ninja: list[str], folder: Path, targets: dict[str, Path], verbose: bool
 
 
 def install(source: Path, destination: Path) -> None:
-    """Put a library in place at once: a process that has the old one mapped keeps it."""
+    """Put a library in place atomically. A process that has mapped the old library keeps it."""
     temporary = destination.with_suffix(f".{os.getpid()}.tmp")
     shutil.copyfile(source, temporary)
     os.replace(temporary, destination)
 
 
 def plan_cpu() -> tuple[Library, list[str] | None, list[str] | None]:
-    """What stands in the way of the CPU library, its compiler and ninja."""
+    """The reason why the CPU library cannot be built, its compiler, and ninja."""
     cpu = Library()
     if switch("MEKERNELS_NATIVE") == "0":
         cpu.why_not = "switched off by MEKERNELS_NATIVE=0"
@@ -261,7 +261,7 @@ def plan_cpu() -> tuple[Library, list[str] | None, list[str] | None]:
 
 
 def plan_cuda(cpu: Library) -> tuple[Library, list[str] | None]:
-    """What stands in the way of the CUDA library, and its compiler."""
+    """The reason why the CUDA library cannot be built, and its compiler."""
     cuda = Library()
     if switch("MEKERNELS_CUDA") == "0":
         cuda.why_not = "switched off by MEKERNELS_CUDA=0"
@@ -281,7 +281,7 @@ def build(destination: Path = NATIVE, folder: Path | None = None, verbose: bool 
 
     Args:
         destination: folder of the libraries and of ``build_report.json``.
-        folder: where objects and build.ninja are kept for the next, incremental build.
+        folder: folder of objects and build.ninja, kept for the next, incremental build.
         verbose: print every command and all output of the compilers.
 
     Returns:
@@ -289,7 +289,7 @@ def build(destination: Path = NATIVE, folder: Path | None = None, verbose: bool 
         ``library``, ``why_not``, ``compiler`` and ``targets``.
 
     Raises:
-        BuildError: a switch has no meaning, or one that is 1 could not be satisfied.
+        BuildError: a switch has an invalid value, or the library of a switch that is 1 could not be built.
 
     Example:
         >>> from mekernels.native.build import build

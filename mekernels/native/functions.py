@@ -1,9 +1,9 @@
-"""The compiled kernels on torch tensors, and what is known about the library that holds them.
+"""The compiled kernels on torch tensors.
 
-Plain functions: strided tensors of one device in, new tensors out, on torch's threads on the CPU and on the
-current stream on CUDA, without autograd. Every function raises ``TypeError`` on a wrong dtype, ``ValueError``
-on shapes or devices that do not fit and :class:`NativeLoadError` where no library serves the device. Sections
-refer to the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
+Plain functions without autograd. They take strided tensors of one device and return new tensors. They run on
+torch's threads on the CPU and on the current stream on CUDA. Every function raises ``TypeError`` on a wrong
+dtype, ``ValueError`` on shapes or devices that do not fit, and :class:`NativeLoadError` if the device has no
+library. Sections refer to the paper "MotionEnhancer" (CVPR 2026, arXiv 2606.06853).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _tensor(
     device: torch.device | None = None,
     dtypes: tuple[torch.dtype, ...] = _FLOAT32,
 ) -> Tensor:
-    """A tensor of one of the dtypes, of a shape whose named sizes may be anything, made contiguous."""
+    """Check dtype, shape and device of a tensor and make it contiguous; named sizes of the shape are free."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -60,7 +60,7 @@ def _mask(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) 
 
 
 def _row_weights(row_mask: Tensor | None, rows: tuple[int, int], device: torch.device) -> Tensor:
-    """Weight (B, R) of each row's norm: mean over a sample's rows, then over the samples that have any."""
+    """Weight (B, R) of each row's norm, for the mean over a sample's rows, then over samples with any row."""
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=device)
     kept = row_mask.to(torch.float32)
@@ -79,8 +79,8 @@ def motion_scores(
         square_sum: (H,) float32, sum of all squares of that block.
 
     Returns:
-        ``(dfc, tcs, dsr)``, each (H,) float32. DFC is inf where nothing lies off the diagonal, 0 where
-        nothing lies on it either. A NaN among a head's inputs makes the scores that depend on it NaN.
+        ``(dfc, tcs, dsr)``, each (H,) float32. DFC is inf if nothing is off the diagonal, and 0 if
+        nothing is on it either. A NaN among a head's inputs makes the scores that depend on it NaN.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ def resample_rows_forward(
         normalize: scale each row to sum to one; a row that sums to zero becomes zero.
 
     Returns:
-        ``(resampled, sums)``: (B, R, S_out) and (B, R) float32; ``sums`` is what each row was divided by, 1
+        ``(resampled, sums)``: (B, R, S_out) and (B, R) float32. Each row was divided by its sum, which is 1
         without ``normalize``.
 
     Example:
@@ -178,8 +178,8 @@ def resample_rows_backward(
 
     Args:
         grad: (B, R, S_out) float32, gradient of the result.
-        maps: (B, R, S_in) float32, as given forward; read only with ``normalize``.
-        grid_in, grid_out, normalize: as given forward.
+        maps: (B, R, S_in) float32, as in the forward; read only with ``normalize``.
+        grid_in, grid_out, normalize: as in the forward.
 
     Returns:
         (B, R, S_in) float32; zero for a row that was set to zero.
@@ -200,12 +200,12 @@ def row_l2_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L2 norm of every row's difference (Section 3).
 
-    The mean is taken over a sample's rows, then over the samples that have any.
+    The mean is taken over the rows of each sample, then over the samples that have any row.
 
     Args:
         student: (B, R, S) float32.
         teacher: (B, R, S) float32, float16 or bfloat16.
-        row_mask: (B, R) bool, True where a row counts; rows that do not are never read. Default all.
+        row_mask: (B, R) bool, True where a row counts; other rows are never read. All rows by default.
 
     Returns:
         ``(loss, norms, weights)``: (), (B, R) and (B, R) float32; the loss is the sum of norms * weights,
@@ -232,12 +232,12 @@ def row_l2_loss_forward(
 def row_l2_loss_backward(
     grad: Tensor, student: Tensor, teacher: Tensor, norms: Tensor, weights: Tensor
 ) -> Tensor:
-    """Gradient of :func:`row_l2_loss_forward` in ``student``; that in ``teacher`` is its negative.
+    """Gradient of :func:`row_l2_loss_forward` in ``student``; the gradient in ``teacher`` is its negative.
 
     Args:
         grad: () float32, gradient of the loss.
-        student, teacher: as given forward.
-        norms, weights: (B, R) float32, as returned forward.
+        student, teacher: as in the forward.
+        norms, weights: (B, R) float32, from the forward.
 
     Returns:
         (B, R, S) float32; zero where a row's difference or weight is zero.
@@ -277,20 +277,20 @@ def align_forward(
     normalize_teacher: bool = True,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Row L2 loss of the resampled student rows and the teacher's, without the resampled map (Section 3).
+    """Row L2 loss between resampled student rows and teacher rows, without the resampled map (Section 3).
 
-    Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`; the gradient is made in the
-    same pass over the teacher and is as small as ``student``.
+    Equals :func:`resample_rows_forward` followed by :func:`row_l2_loss_forward`. One pass over the
+    teacher computes both the loss and the gradient, which has the shape of ``student``.
 
     Args:
         student: (B, R, S_in) float32.
         teacher: (B, R, S_out) float32, float16 or bfloat16.
         grid_in: (frames, height, width) of the student's rows.
         grid_out: (frames, height, width) of the teacher's rows.
-        row_mask: (B, R) bool, True where a row counts; rows that do not are never read. Default all.
+        row_mask: (B, R) bool, True where a row counts; other rows are never read. All rows by default.
         normalize: scale the student's resampled rows to sum to one.
         normalize_teacher: scale the teacher's rows likewise.
-        gradient: also return what :func:`align_backward` needs.
+        gradient: also return ``row_gradient``, which :func:`align_backward` needs.
 
     Returns:
         ``(loss, norms, weights, row_gradient)``: (), (B, R), (B, R) and (B, R, S_in) float32. The loss is
@@ -327,8 +327,8 @@ def align_backward(grad: Tensor, row_gradient: Tensor, weights: Tensor) -> Tenso
 
     Args:
         grad: () float32, gradient of the loss.
-        row_gradient: (B, R, S_in) float32, as returned forward.
-        weights: (B, R) float32, as returned forward.
+        row_gradient: (B, R, S_in) float32, from the forward.
+        weights: (B, R) float32, from the forward.
 
     Returns:
         (B, R, S_in) float32.

@@ -1,6 +1,6 @@
-"""The compiled libraries: their C interface, what was built, what loads here and why not, and calls.
+"""The compiled libraries: their C interface, the build report, loading, and calls.
 
-The interface is that of csrc/include/mek.h as ctypes sees it.
+The interface is csrc/include/mek.h, described for ctypes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
 
 ABI_VERSION = 1
-"""MEK_ABI_VERSION this code is written for."""
+"""The MEK_ABI_VERSION for which this code is written."""
 
 STATUS = {
     0: "MEK_OK",
@@ -32,7 +32,7 @@ STATUS = {
 """Status codes by number."""
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-"""Numbers of the MEK_ dtypes by torch's names."""
+"""torch's dtype name → number of the MEK_ dtype."""
 
 # Every pointer is passed as an integer address: tensors give one, and null is 0.
 _POINTER = ctypes.c_void_p
@@ -55,11 +55,11 @@ _VOLUMES = [_I64] * 7  # rows, then frames, height and width in, then out
 
 
 class Kernel(NamedTuple):
-    """The arguments that a function of the CPU library and its twin of the CUDA library share."""
+    """The arguments that a CPU function and the CUDA function of the same name share."""
 
     arguments: list[Any]
     sizes: list[Any] | None = None
-    """What the CUDA workspace depends on; None where there is no workspace."""
+    """Sizes on which the CUDA workspace depends; None if there is no workspace."""
 
 
 KERNELS: dict[str, Kernel] = {
@@ -98,7 +98,7 @@ class NativeError(RuntimeError):
 
 
 class NativeLoadError(NativeError):
-    """A native library is missing, of another version, or cannot be loaded."""
+    """A native library is missing, has another version, or cannot be loaded."""
 
 
 class Library:
@@ -109,7 +109,7 @@ class Library:
         table: its functions beside the common ones.
 
     Raises:
-        NativeLoadError: it cannot be loaded, or speaks another version of the interface.
+        NativeLoadError: it cannot be loaded, or has another version of the interface.
     """
 
     def __init__(self, path: str, table: dict[str, Signature]) -> None:
@@ -136,7 +136,7 @@ class Library:
         return function
 
     def text(self, name: str) -> str:
-        """Result of a function that takes nothing and returns text."""
+        """Call a function that takes nothing and returns text."""
         return self._functions[name]().decode()
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -145,7 +145,7 @@ class Library:
         Raises:
             ValueError: the library says that an argument is wrong.
             MemoryError: it ran out of host memory.
-            NativeError: anything else.
+            NativeError: any other failure.
         """
         status = self._functions[name](*arguments)
         if status == 0:
@@ -155,12 +155,12 @@ class Library:
 
 
 def build_report() -> dict[str, Any]:
-    """What the last build made, what it did not make, and why.
+    """What the last build built, what it did not build, and why not.
 
     Returns:
         ``{"abi": int, "cpu": part, "cuda": part}``; a part has ``built`` (bool), ``library`` (file name or
         None), ``why_not`` (text or None), ``compiler`` and ``targets`` (vector levels or GPU architectures).
-        Without any build both parts say so.
+        Before any build, both parts say so in ``why_not``.
 
     Example:
         >>> import mekernels.native
@@ -179,7 +179,7 @@ def build_report() -> dict[str, Any]:
 
 
 def _load(part: str, table: dict[str, Any]) -> Library | str:
-    """The library, or the reason why there is none."""
+    """The library, or the reason why it is missing."""
     report = build_report()[part]
     if not report["built"]:
         return f"not built: {report['why_not']}"
@@ -251,7 +251,7 @@ def library_for(device: torch.device) -> Library:
     """The library for tensors of a device.
 
     Raises:
-        NativeLoadError: there is none, with the reason.
+        NativeLoadError: there is no library; the message gives the reason.
     """
     if device.type not in ("cpu", "cuda"):
         raise NativeLoadError(f"no native library for device {device}, only for cpu and cuda")
@@ -273,9 +273,9 @@ def run(name: str, device: torch.device, arguments: Sequence[Any], sizes: Sequen
 
     Args:
         name: the function without its prefix.
-        device: where every tensor is.
+        device: device of all tensors.
         arguments: contiguous tensors, None or numbers, in the order of csrc/include/mek.h.
-        sizes: what the CUDA workspace depends on; empty where the function takes none.
+        sizes: sizes on which the CUDA workspace depends; empty if the function takes no workspace.
 
     Raises:
         NativeLoadError: there is no library for the device.
@@ -304,7 +304,7 @@ def device_reasons(device: torch.device) -> list[str]:
 
 
 def narrow_float_reasons(**tensors: Tensor) -> list[str]:
-    """Why no native kernel can run on these: all must be on its device and of 32 bits or fewer."""
+    """Why no native kernel can run on these tensors: all must be on one device, with at most 32 bits."""
     found = device_reasons(next(iter(tensors.values())).device)
     for name, value in tensors.items():
         if str(value.dtype).removeprefix("torch.") not in DTYPES:

@@ -1,18 +1,18 @@
-"""What every Triton kernel costs on the GPUs it is written for, found by compiling: no GPU is needed.
+"""The cost of every Triton kernel on its target GPUs, found by compiling it. No GPU is needed.
 
-``python -m mekernels.resources [part of a name]`` prints a table, ``--json`` all there is to know, ``--dump
-DIR`` writes the machine code; :mod:`mekernels.resources.prediction` says what is predicted and how. The
-``plan.py`` in the folder of an op joins it by a function ``gates()`` that returns a list of :class:`Gate`,
-its kernels at production shapes::
+``python -m mekernels.resources [part of a name]`` prints a table, ``--json`` prints all results, and ``--dump
+DIR`` writes the machine code. :mod:`mekernels.resources.prediction` says what is predicted and how. The
+``plan.py`` of an op adds its kernels with a function ``gates()`` that returns a list of :class:`Gate`,
+kernels at production shapes::
 
     def gates() -> list[Gate]:
         query = torch.empty(1, 48, 17776, 64, dtype=torch.float16, device="meta")
         return [Gate("my_op CogVideoX-5B float16", plan(query, ...), matrix_shaped=True)]
 
-``plan`` is the module's own function from tensors to a :class:`mekernels.launch.Launch`, so what is
-judged is what would run. The judgement: no register spilled, shared memory within the GPU's limit, and matrix
-instructions in every kernel that is ``matrix_shaped`` (set it for half-precision types; exact float32
-products have no matrix instruction).
+``plan`` is the module's function from tensors to a :class:`mekernels.launch.Launch`, so the judged kernel is
+the kernel that would run. A kernel passes if no register spills, shared memory is within the GPU's
+limit, and a ``matrix_shaped`` kernel has matrix instructions. Set ``matrix_shaped`` for half-precision types;
+exact float32 products have no matrix instruction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..launch import Launch, planned_for
 from . import sass
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory one program may use, for each compute capability compiled for."""
+"""Compute capability → bytes of shared memory that one program may use."""
 
 _TYPES = {
     torch.float16: "fp16",
@@ -66,7 +66,7 @@ class Resources(NamedTuple):
 
 
 def modules() -> list[Any]:
-    """The modules of the ops' folders that hold kernels or launch them. Needs triton."""
+    """The modules that hold kernels or launch them. Needs triton."""
     folder = Path(__file__).parents[1]
     paths = sorted([*folder.glob("*/triton*.py"), *folder.glob("*/plan.py")])
     return [importlib.import_module(f"mekernels.{path.parent.name}.{path.stem}") for path in paths]
@@ -75,7 +75,7 @@ def modules() -> list[Any]:
 def gates(capability: int = 90) -> list[Gate]:
     """All gates of all kernel modules, planned for a GPU of :data:`mekernels.launch.TARGETS`.
 
-    The kernels of a module without any are listed by :func:`ungated`.
+    :func:`ungated` lists the kernels without a gate.
     """
     with planned_for(capability):
         return [gate for module in modules() for gate in getattr(module, "gates", list)()]
@@ -138,7 +138,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """The output of ``cuobjdump`` or ``nvdisasm``, which Triton brings along."""
+    """The output of ``cuobjdump`` or ``nvdisasm``, which come with Triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -152,10 +152,10 @@ def usage(binary: Path) -> dict[str, dict[str, int]]:
 
 
 def parse_usage(text: str) -> dict[str, dict[str, int]]:
-    """What :func:`usage` gives, from the text of ``cuobjdump``.
+    """The result of :func:`usage`, from the text of ``cuobjdump``.
 
     Raises:
-        RuntimeError: there is no function, or one without all four numbers.
+        RuntimeError: there is no function, or a function lacks one of the four numbers.
     """
     found: dict[str, dict[str, int]] = {}
     architecture = ""
@@ -181,13 +181,13 @@ class Compiled(NamedTuple):
     code: list[sass.Instruction]
     cubin: bytes
     ir: str
-    """Triton's own, before it knows of the GPU."""
+    """Triton's own IR, which does not depend on the GPU."""
     sass: str
     """The disassembly, with places in the source."""
 
 
 def compiled(launch: Launch, capability: int) -> Compiled:
-    """Compile a launch and read what it uses off the machine code."""
+    """Compile a launch and read its resources from the machine code."""
     result = compile_for(launch, capability)
     cubin = result.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -207,12 +207,12 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
 
 def measure(launch: Launch, capability: int) -> Resources:
-    """What a launch uses on a compute capability."""
+    """The resources of a launch on a compute capability."""
     return compiled(launch, capability).resources
 
 
 def faults(gate: Gate, capability: int, found: Resources) -> list[str]:
-    """What is wrong with a compiled kernel; empty when nothing is."""
+    """The faults of a compiled kernel; empty if there are none."""
     wrong = []
     if found.spills:
         wrong.append(f"spills registers ({found.spills})")

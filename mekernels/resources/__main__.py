@@ -1,4 +1,4 @@
-"""``python -m mekernels.resources [part of a name] [--json | --dump DIR]``: what every kernel costs."""
+"""``python -m mekernels.resources [part of a name] [--json | --dump DIR]``: the cost of every kernel."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def table(report: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        "blocks: at a time on one multiprocessor. waves: of programs. inner loops: instructions of a turn.",
-        "MB: read and written at least. µs: PREDICTED, of the pipe that takes longest, which is the bound.",
-        "share: PREDICTED, of flash attention; for attention_rows of the floor of its forward and backward.",
+        "blocks: at a time on one multiprocessor. waves: of programs. inner loops: instructions a turn.",
+        "MB: minimum read and written. µs: PREDICTED time of the slowest pipe, which is the bound.",
+        "share: PREDICTED share of flash attention; attention_rows: of the floor of forward and backward.",
         f"Predictions are for {machines}; --json names everything assumed.",
     ]
     return "\n".join(lines)
 
 
 def native() -> dict[str, dict[str, int]]:
-    """What the CUDA kernels of csrc use, where their library was built."""
+    """The resources of the CUDA kernels of csrc, if their library was built."""
     from ..native import library
 
     path = Path(library.__file__).parents[1] / "_native" / "libmek_cuda.so"
@@ -87,9 +87,9 @@ def write(folder: Path, gate: Gate, capability: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print or write what was asked for."""
+    """Print or write the report."""
     parser = argparse.ArgumentParser(prog="python -m mekernels.resources", description=__doc__)
-    parser.add_argument("part", nargs="*", help="only kernels whose name contains this")
+    parser.add_argument("part", nargs="*", help="only kernels whose name contains this text")
     parser.add_argument("--json", action="store_true", help="print everything as JSON; times are predictions")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write every cubin and its launch to DIR")
     options = parser.parse_args(argv)

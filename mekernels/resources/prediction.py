@@ -1,9 +1,9 @@
-"""What a kernel would cost on a GPU, predicted from its machine code: nothing here was measured.
+"""The cost of a kernel on a GPU, predicted from its machine code. Nothing here is measured.
 
-For each pipe of a multiprocessor: the instructions of all warps of a launch (how often each runs comes from
-:mod:`mekernels.resources.turns`), over what the pipe issues in a cycle on every multiprocessor at once.
-Likewise the bytes that have to pass between the multiprocessors and memory at least. The largest of these
-times is the bound; waiting for memory, barriers, bank conflicts and a last wave that is not full come on top.
+The time of each pipe is the number of its instructions over all warps of a launch, divided by the number that
+all multiprocessors issue in a cycle (:mod:`mekernels.resources.turns` gives how often each runs). The time of
+the memory is the minimum number of bytes that must be moved, divided by the bandwidth. The largest of these
+times is the bound. Waiting for memory, barriers, bank conflicts and a last, partly filled wave come on top.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Machine(NamedTuple):
     processors: int
     """Multiprocessors."""
     clock: float
-    """Cycles a second."""
+    """Cycles per second."""
     bandwidth: float
-    """Bytes a second between memory and multiprocessors."""
+    """Bytes per second between memory and multiprocessors."""
     products: int
-    """Half-precision multiplications and additions a cycle of one multiprocessor."""
+    """Half-precision multiply-adds per cycle of one multiprocessor."""
     mma_share: float
-    """Share of them that HMMA reaches; HGMMA is taken to reach all."""
+    """Share of ``products`` that HMMA reaches; HGMMA is assumed to reach all."""
     flash: float
-    """Operations a second of half-precision flash attention, two a multiplication and addition."""
+    """Operations per second of half-precision flash attention; a multiply-add is two operations."""
     shared: int
-    """Bytes of shared memory of one multiprocessor, 1 KiB of which each block takes for itself."""
+    """Bytes of shared memory of one multiprocessor. Each block needs 1 KiB more than it asks for."""
 
 
 MACHINES = {
@@ -50,15 +50,15 @@ MACHINES = {
     90: Machine("H100 SXM", TARGETS[90].processors, 1.755e9, 3.0e12, 2048, 0.62, 490e12, 228 << 10),
 }
 RATES = {"issue": 4.0, "fp32": 4.0, "fp64": 2.0, "integer": 2.0, "mufu": 0.5, "uniform": 2.0}
-"""Warp instructions a cycle of one multiprocessor."""
+"""Warp instructions per cycle of one multiprocessor."""
 LANES = 128
-"""Bytes a cycle of one multiprocessor, to and from shared memory, and to and from its first cache."""
+"""Bytes per cycle of one multiprocessor, for shared memory and for its first cache."""
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-"""Of one multiprocessor."""
+"""Limits of one multiprocessor."""
 
 
 def occupancy(registers: int, shared: int, warps: int, machine: Machine) -> int:
-    """Blocks that fit one multiprocessor at a time."""
+    """Number of blocks that fit on one multiprocessor at a time."""
     each = -(-max(registers, 1) // 8) * 8 * 32
     by_registers = REGISTERS // (each * warps)
     by_shared = machine.shared // (-(-shared // 128) * 128 + 1024)
@@ -66,14 +66,14 @@ def occupancy(registers: int, shared: int, warps: int, machine: Machine) -> int:
 
 
 class Placed(NamedTuple):
-    """An instruction with how often each warp of all programs runs it, None where that is not known."""
+    """An instruction, and how often the warps of all programs run it; None if unknown."""
 
     instruction: sass.Instruction
     runs: float | None
 
 
 def _steps(region: Region) -> list[Region]:
-    """A region and all regions that contain it, the innermost first."""
+    """A region and all regions that contain it, innermost first."""
     found = [region]
     while found[-1].parent is not None:
         found.append(found[-1].parent)
@@ -81,20 +81,20 @@ def _steps(region: Region) -> list[Region]:
 
 
 class Body(NamedTuple):
-    """A loop of the machine code and the loop of the source it was made of."""
+    """A loop of the machine code, and the loop of the source from which it was compiled."""
 
     loop: sass.Loop
     own: list[sass.Instruction]
-    """Without those of inner loops."""
+    """Instructions of the loop, without inner loops."""
     source: Region | None
     unrolled: int
-    """Turns of the source's loop in one turn."""
+    """Iterations of the source loop in one iteration of this loop."""
     turns: float | None
-    """In the whole launch, of all programs."""
+    """Iterations in the whole launch, summed over all programs."""
 
 
 def bodies(code: list[sass.Instruction], turns: Turns) -> list[Body]:
-    """The loops of the machine code, and how often they turn."""
+    """The loops of the machine code and their numbers of iterations."""
     found: list[Body] = []
     loops = sass.loops(code)
     sources = [region for region in turns.regions if region.kind in ("for", "while")]
@@ -147,7 +147,7 @@ def _source(own: list[sass.Instruction], sources: list[Region]) -> Region | None
 
 
 def placed(code: list[sass.Instruction], turns: Turns, found: list[Body]) -> list[Placed]:
-    """Every instruction with how often it runs."""
+    """Every instruction and how often it runs."""
     around: dict[int, Body] = {}
     for body in found:
         for item in body.own:
@@ -184,7 +184,7 @@ def _runs(
 
 
 def seconds(code: list[Placed], warps: int, moved: float, machine: Machine) -> dict[str, float | None]:
-    """The time of each pipe, of issuing, and of bytes; only the last where a loop's length is unknown."""
+    """The time of each pipe, of issue and of memory; only of memory if the length of a loop is unknown."""
     if any(item.runs is None for item in code):
         return {"bytes": moved / machine.bandwidth}
     work = dict.fromkeys((*RATES, "tensor", "shared", "global"), 0.0)
@@ -208,7 +208,7 @@ def seconds(code: list[Placed], warps: int, moved: float, machine: Machine) -> d
 
 
 def attention_seconds(query: Tensor, key: Tensor, machine: Machine) -> float | None:
-    """Flash attention of these tensors; None for float32, for which there is none."""
+    """The time of flash attention of these tensors; None for float32, which it does not support."""
     if query.dtype == torch.float32:
         return None
     batch, heads, queries, width = query.shape
@@ -216,10 +216,10 @@ def attention_seconds(query: Tensor, key: Tensor, machine: Machine) -> float | N
 
 
 def rows_floor(query: Tensor, key: Tensor, rows: int, columns: int, machine: Machine) -> dict[str, float]:
-    """The least time of attention_rows, forward and backward: the largest of three.
+    """The minimum time of attention_rows, forward and backward: the largest of three times.
 
-    Bytes: keys twice, both gradients, and the result with its gradient. Products: scores and the read columns
-    forward, scores and both gradients backward. Exponentials: of the scores, forward and backward.
+    Bytes: keys twice, both gradients, and the result and its gradient. Products: scores and the read columns
+    in the forward, scores and both gradients in the backward. Exponentials: of the scores, in both.
     """
     batch, heads, _, width = query.shape
     keys, size = key.shape[2], query.element_size()
@@ -236,7 +236,7 @@ def rows_floor(query: Tensor, key: Tensor, rows: int, columns: int, machine: Mac
 
 
 def beside(gate: Gate, machine: Machine) -> dict[str, Any]:
-    """The time that a kernel's time is compared with: the floor of attention_rows, else flash attention."""
+    """The time to compare a kernel with: the floor of attention_rows, else flash attention."""
     arguments = gate.launch.arguments
     query, key = arguments.get("query"), arguments.get("key")
     if gate.name.startswith("attention_rows"):
@@ -273,11 +273,11 @@ ASSUMED = {
     "bytes": "each byte of a tensor is read once and written once, and no more than is asked for",
     "left out": "waiting for memory and barriers, bank conflicts, a last wave that is not full",
 }
-"""What the predictions rest on."""
+"""The assumptions of the predictions."""
 
 
 def describe(gate: Gate, capability: int) -> dict[str, Any]:
-    """All that is known of one kernel at one shape on one architecture; times are predictions."""
+    """All results of one kernel at one shape on one architecture; times are predictions."""
     machine = MACHINES[capability]
     built = compiled(gate.launch, capability)
     turns = Turns(built.ir, gate.launch.grid, gate.launch.arguments)
@@ -360,8 +360,8 @@ def everything(parts: Sequence[str] = ("",), workers: int = 2) -> dict[str, Any]
     """The report of all kernels.
 
     Args:
-        parts: a kernel is left out unless its gate's name has one of these in it.
-        workers: processes that compile.
+        parts: keep only kernels whose gate name contains one of these.
+        workers: number of processes that compile.
     """
     import triton
 
@@ -379,7 +379,7 @@ def everything(parts: Sequence[str] = ("",), workers: int = 2) -> dict[str, Any]
 
 
 def microseconds(value: float | None) -> str:
-    """A time in three digits."""
+    """A time with three digits."""
     return "-" if value is None else f"{1e6 * value:.3g}"
 
 

@@ -1,8 +1,8 @@
-"""Reads machine code as nvdisasm and cuobjdump print it: instructions, loops, and what each pipe has to do.
+"""Reads machine code as nvdisasm and cuobjdump print it: instructions, loops, and the work of each pipe.
 
-A loop is what compilers call a natural loop: the blocks from which control comes back to a head without
-leaving it. So loops within loops, loops with several ways back, blocks that were moved out of line and
-branches on uniform predicates are all found, and code that merely stands between is not counted.
+A loop is a natural loop, as in compilers: the blocks from which control returns to the loop head without
+leaving the loop. So nested loops, loops with several back edges, blocks that were moved out of line and
+branches on uniform predicates are all found. Code that only stands between them is not counted.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ PIPES = {
     "control": "BRA EXIT RET CALL BRX JMP BSSY BSYNC BREAK WARPSYNC YIELD NOP BAR DEPBAR LDGDEPBAR MEMBAR "
     "FENCE ERRBAR CCTL WARPGROUP SYNCS NANOSLEEP BMOV VOTE VOTEU S2R S2UR R2UR ARRIVES B2R ELECT ACQBULK",
 }
-"""Where each instruction is executed. Compares, selects, moves, and packing of halves share the integer pipe;
-conversions between integers and floating point share that of MUFU; the uniform datapath takes every other
-name that begins with U, and reads constants."""
+"""The pipe of each instruction. Compares, selects, moves, and packing of halves use the integer pipe.
+Conversions between integers and floating point use the MUFU pipe. The uniform datapath takes all other names
+that begin with U, and reads of constants."""
 _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
@@ -49,12 +49,12 @@ class Instruction(NamedTuple):
 
     address: int
     predicate: str
-    """As ``!P0`` or ``UP3``; empty where it always runs."""
+    """Such as ``!P0`` or ``UP3``; empty if the instruction always runs."""
     name: str
-    """With its modifiers, as ``LDG.E.128``."""
+    """Name with modifiers, such as ``LDG.E.128``."""
     operands: str
     target: int | None
-    """Address a branch goes to."""
+    """Address of a branch target."""
     frames: Frames
 
     @property
@@ -64,13 +64,13 @@ class Instruction(NamedTuple):
 
     @property
     def pipe(self) -> str:
-        """A key of :data:`PIPES`, ``uniform`` for the uniform datapath, ``other`` where it is not known."""
+        """A key of :data:`PIPES`, ``uniform`` for the uniform datapath, ``other`` if it is not known."""
         known = _PIPE.get(self.base)
         return known or ("uniform" if self.base.startswith("U") else "other")
 
     @property
     def bytes(self) -> int:
-        """Bytes a thread moves by a load or a store; 0 for all else."""
+        """Bytes that a load or store moves per thread; 0 for other instructions."""
         if self.base in ("LDSM", "STSM"):
             return 4 * max([int(count) for count in re.findall(r"\.(\d)(?=\.|$)", self.name)] or [1])
         if self.pipe not in ("load", "store", "shared", "local") or self.base in ("SHFL", "MOVM", "LDC"):
@@ -80,7 +80,7 @@ class Instruction(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Multiplications and additions of one matrix instruction, of a warp or (HGMMA) of a warpgroup."""
+        """Multiply-adds of one matrix instruction, per warp or (HGMMA) per warpgroup."""
         shape = re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)
         if shape:
             return int(shape.group(1)) * int(shape.group(2)) * int(shape.group(3))
@@ -94,11 +94,11 @@ class Loop(NamedTuple):
     head: int
     """Address of its first instruction."""
     addresses: frozenset[int]
-    """Of all instructions, those of inner loops included."""
+    """Addresses of all instructions, including inner loops."""
     depth: int
-    """1 for a loop that is in no other."""
+    """Nesting depth; 1 for an outermost loop."""
     advance: int | None
-    """What the counter that is compared at a way back grows by in one turn; None where none is found."""
+    """Step of the loop counter, which a back edge compares, in one iteration; None if it is not found."""
 
 
 def parse(text: str) -> list[Instruction]:
@@ -144,7 +144,7 @@ def _conditional(item: Instruction) -> bool:
 
 
 def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
-    """Basic blocks by the address of their first instruction, and where each may go on."""
+    """Basic blocks by the address of their first instruction, and the successors of each."""
     heads = {code[0].address} if code else set()
     for place, item in enumerate(code):
         if item.target is not None:
@@ -190,7 +190,7 @@ def _subroutine(start: int, blocks: dict[int, list[Instruction]], after: dict[in
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """All loops that can be reached, in the order of their heads; code that they call counts to them."""
+    """All reachable loops, in the order of their heads. Functions that a loop calls are part of it."""
     if not code:
         return []
     blocks, after = _blocks(code)
@@ -241,7 +241,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
 
 
 def _advance(body: list[Instruction], ends: list[Instruction]) -> int | None:
-    """Find the counter: a register that a compare for a way back reads and that constants are added to."""
+    """Find the counter: a register that a back edge compares and to which constants are added."""
     predicates = set()
     for end in ends:
         predicates |= set(re.findall(r"U?P\d", f"{end.predicate} {end.operands}"))

@@ -1,10 +1,9 @@
 """How often each part of a kernel runs in one launch, and what it reads and writes, from Triton's own IR.
 
-The scalars that a kernel computes from the numbers of its programs and from its arguments are computed here
-for all programs of the grid at once; loops and branches of the IR then say how often what is in them runs. A
-value that is read from memory is not known: a limit that depends on it is taken not to shorten anything, a
-branch that depends on it is taken both ways. So the counts are upper bounds where data decides, and exact
-elsewhere.
+This code evaluates the scalars of a kernel that depend on program ids and arguments, for all programs of the
+grid at once. From them, the loops and branches of the IR give how often their bodies run. Values read from
+memory are unknown: a loop limit that depends on one is assumed not to shorten the loop, and a branch that
+depends on one is taken both ways. So the counts are upper bounds if they depend on data, and exact otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from .sass import Frames
 
 Value = Any
-"""An array over all programs, a number, or None where it is not known."""
+"""An array over all programs, a number, or None if unknown."""
 
 
 @dataclass(eq=False)
@@ -32,36 +31,36 @@ class Region:
     """``kernel``, ``for``, ``while`` or ``if``."""
     parent: Region | None
     runs: float | None
-    """How often its body runs in the whole launch; None where that is not known."""
+    """How often its body runs in the whole launch; None if unknown."""
     per_program: Value
-    """How often for each program."""
+    """How often its body runs in each program."""
     step: int | None = None
-    """What a loop's counter grows by."""
+    """Step of the loop counter."""
     condition: Value = None
-    """Of a branch."""
+    """Condition of a branch."""
     frames: set[Frames] = field(default_factory=set)
-    """Places in the source of what is directly in it."""
+    """Source locations of the operations directly in it."""
     anchors: set[Frames] = field(default_factory=set)
-    """Those of loads, stores, products, sums and exponentials, which no compiler repeats elsewhere."""
+    """Source locations of loads, stores, products, sums, exponentials, which compilers do not duplicate."""
 
     @property
     def depth(self) -> int:
-        """Loops around it, itself included."""
+        """Number of loops around it, including itself."""
         own = self.kind in ("for", "while")
         return own + (self.parent.depth if self.parent else 0)
 
 
 @dataclass
 class Access:
-    """What one load or store of the IR asks for."""
+    """One load or store of the IR."""
 
     argument: str
     """The tensor."""
     store: bool
     elements: float
-    """In the whole launch, those that a mask leaves out included."""
+    """Number of elements in the whole launch, including masked elements."""
     lists: frozenset[str] = frozenset()
-    """Arguments with the places of what is accessed, where it is picked by such."""
+    """Arguments that list the accessed places, if the access uses such lists."""
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -97,7 +96,7 @@ class Turns:
     Args:
         ir: text of the kernel's ``ttir``.
         grid: programs along each axis.
-        arguments: of the launch, by name; tensors, numbers and tuples of such.
+        arguments: name → argument of the launch: tensors, numbers and tuples of these.
     """
 
     def __init__(self, ir: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -201,7 +200,7 @@ class Turns:
         return found
 
     def _yield(self, name: str | None, rest: str) -> None:
-        """The result of a branch is that of either side: its pointer may point into either tensor."""
+        """Merge the results of both sides of a branch: its pointer may point into either tensor."""
         given = _NAME.findall(rest.split(" : ")[0])
         for place, item in enumerate(given):
             for alias in (f"{name}#{place}", name if len(given) == 1 else None):
@@ -282,7 +281,7 @@ class Turns:
             return _OPERATIONS[short](*given) if short in _OPERATIONS else None
 
     def _lists_of(self, pointer: str) -> frozenset[str]:
-        """The arguments behind a pointer that are lists of places."""
+        """The arguments from which a pointer is computed and that are lists of places."""
         return frozenset(
             name for name in self._bases(pointer) if not self._arguments["%" + name].is_floating_point()
         )
@@ -302,9 +301,9 @@ class Turns:
         return found
 
     def forget_calls(self) -> None:
-        """Keep of each place only the innermost function, as some versions of Triton write it.
+        """Keep only the innermost function of each source location, as some versions of Triton write it.
 
-        A helper that several loops call then says nothing of where it was called: its loads are no anchors.
+        Then the call site of a helper that several loops call is unknown, so its loads are not anchors.
         """
         for region in self.regions:
             region.frames = {frames[:1] for frames in region.frames}
@@ -314,9 +313,9 @@ class Turns:
             region.anchors = {frames for frames in region.anchors if shared[frames] == 1}
 
     def moved(self) -> dict[str, dict[str, float]]:
-        """Bytes read and written of each tensor: each of its bytes once, and no more than is asked for.
+        """Bytes read and written of each tensor: each byte once, and at most the requested number of bytes.
 
-        Of a tensor whose tokens, its third axis, are picked by a list, no more tokens than the list has.
+        If a list picks the tokens of a tensor (its third axis), at most the tokens of the list count.
         """
         asked: dict[tuple[str, bool], float] = {}
         for access in self.accesses:
@@ -335,7 +334,7 @@ class Turns:
 
 
 class _Places:
-    """Where in the source an operation of the IR is, from its ``loc``."""
+    """The source location of an operation of the IR, from its ``loc``."""
 
     def __init__(self, ir: str) -> None:
         self._aliases = dict(re.findall(r"^(#loc\d*) = (.*)$", ir, flags=re.MULTILINE))

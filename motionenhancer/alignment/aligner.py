@@ -39,10 +39,10 @@ _METADATA = "motion_aligner"
 
 
 class Aligner(nn.Module):
-    """A residual map of attention rows; it begins as the identity, as its last layer begins at zero.
+    """A residual map of attention rows. It starts as the identity, because its last layer starts at zero.
 
-    Rows are handed to ``body`` in units of the uniform row 1/S, and what it gives is taken in the same units,
-    so that one learning rate suits every grid.
+    Input and output of ``body`` are in units of the uniform row 1/S, so that one learning rate suits every
+    grid.
     """
 
     def __init__(self, body: nn.Module, grid: Grid, *, volume: bool, kind: str = "", width: int = 0) -> None:
@@ -69,18 +69,18 @@ class Aligner(nn.Module):
 
 
 def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 0) -> nn.Module:
-    """Build an aligner; it is trained along with the student and thrown away afterwards.
+    """Build an aligner. It is trained together with the student and discarded afterwards.
 
     Args:
         name: ``"mlp"``: three linear layers along the S axis; ``"pointwise"``: three 1 x 1 x 1 convolutions;
-            ``"conv"``: three 3 x 3 x 3 convolutions; all residual, the last layer zero. ``"identity"``:
-            nothing.
+            ``"conv"``: three 3 x 3 x 3 convolutions. All three are residual, with a last layer of zeros.
+            ``"identity"``: no change.
         grid: (F, H, W) of the prior.
-        width: hidden width of the perceptron; the convolutions have a sixteenth of it as channels.
-        seed: of the first layers' weights. The global random state stays as it is.
+        width: hidden width of the perceptron; the convolutions have width / 16 channels.
+        seed: seed of the first layers' weights. The global random state does not change.
 
     Raises:
-        ValueError: an unknown name, a grid that is not three positive numbers, a width below 1.
+        ValueError: the name is unknown, the grid is not three positive numbers, or the width is below 1.
 
     >>> maps = torch.rand(1, 2, 24)
     >>> torch.equal(build_aligner("mlp", (2, 3, 4))(maps), maps)
@@ -120,10 +120,10 @@ def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 
 def save_aligner(aligner: nn.Module, path: str | Path) -> None:
     """Write an aligner of :func:`build_aligner` to a safetensors file that :func:`load_aligner` reads.
 
-    The file appears whole, by rename; its folder is made.
+    The file appears complete, by rename. Its folder is created.
 
     Raises:
-        ValueError: the identity, which has nothing to save, or another module.
+        ValueError: the module is the identity, which has nothing to save, or not an aligner.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "aligner.safetensors"
@@ -143,8 +143,8 @@ def load_aligner(path: str | Path) -> Aligner:
     """Read an aligner that :func:`save_aligner`, or a run with ``--save_aligner``, wrote.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no aligner.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an aligner.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"aligner {path}: no such file")
@@ -173,41 +173,41 @@ def align(
     normalize: bool = True,
     check_finite: bool = True,
 ) -> torch.Tensor:
-    """Return how far captured attention is from the prior, a scalar to add to the training loss.
+    """Return the distance of captured attention from the prior, a scalar to add to the training loss.
 
-    For each sample: the rows of one teacher token are averaged, resampled to the prior's grid and scaled to
-    sum to one, as the prior's own rows are; the aligner is applied; then the distance is taken row by row,
-    averaged over the sample's rows and over the samples that have any.
+    For each sample, the rows of each teacher token are averaged, resampled to the prior's grid and scaled to
+    sum to one, like the prior's rows. Then the aligner is applied. The distance is computed for each row and
+    averaged over the rows of a sample, then over the samples that have any row.
 
     Args:
-        captured: of :func:`motionenhancer.students.capture.capture_attention`, or its attention: (B, R, C);
-            or (B, L, H, R, C), of which each layer's and head's map is compared and the mean is taken.
-        prior: one for all of a batch of one, or a sequence of B; None for a sample that is not aligned.
+        captured: the result of :func:`motionenhancer.students.capture.capture_attention`, or its attention:
+            (B, R, C); or (B, L, H, R, C), where every layer's and head's map is compared and the distances
+            are averaged.
+        prior: one prior for a batch of one, or a sequence of B; None for a sample that is not aligned.
         grid: (F, H, W) of the student's vision tokens, one for all samples or a sequence of B. A sample's
-            columns are the first F * H * W; further ones are padding. By default the prior's own grid, where
-            C is its S.
-        row_tokens: (B, R) int64, which kept token of the prior each row belongs to, -1 = padding. By default
-            row i is token i, and rows that were captured as padding belong to none.
-        aligner: of :func:`build_aligner`; the identity by default.
+            columns are the first F * H * W; the rest is padding. The default is the prior's grid, which needs
+            C = S.
+        row_tokens: (B, R) int64, index of the prior's kept token for each row, -1 = padding. By default row i
+            belongs to token i, and rows captured as padding belong to no token.
+        aligner: from :func:`build_aligner`; the identity by default.
         loss: ``"l2"``: the L2 norm of a row's difference, as in eq. 15; ``"squared"``: its square, as in
-            eq. 20; ``"mse"``: its mean square; ``"kl"``: the divergence KL(prior row, student row), the
-            student's entries at least 1e-8 and summing to one.
-        weights: factor on each sample's distance, B of them, such as a confidence; the mean is still over
-            the number of samples, so that a small weight lowers the loss instead of raising the others'
-            share.
-        temperature: the prior's rows are raised to one over this before they are scaled: below 1 they become
-            sharper, as a mean over many layers and heads is more diffuse than each of them.
-        normalize: whether rows are scaled to sum to one. False compares the attention mass as it is, as in
-            eqs. 22 and 23: then the mass that a word gives to the video is pulled along with its place.
+            eq. 20; ``"mse"``: its mean square; ``"kl"``: the divergence KL(prior row, student row), with
+            the student's entries at least 1e-8 and scaled to sum to one.
+        weights: B factors on the samples' distances, such as confidences. The mean is still over the number
+            of samples, so a small weight lowers the loss and does not raise the share of other samples.
+        temperature: the prior's rows are raised to the power 1 / temperature before they are scaled. Below 1
+            they become sharper: a mean over many layers and heads is more diffuse than each map.
+        normalize: whether rows are scaled to sum to one. False compares the unscaled attention, as in eqs. 22
+            and 23; then the loss also pulls the attention mass that a word gives to the video.
         check_finite: look for NaN and infinity in ``captured``, which waits for its device. Without it,
-            entries that are read and not finite make the result NaN or infinite.
+            non-finite entries that are read make the result NaN or infinite.
 
     Returns:
-        A float32 scalar (float64 for float64 attention). Without any aligned row it is zero, and still
-        depends on the captured attention, so that ``backward`` works.
+        A float32 scalar (float64 for float64 attention). Without any aligned row it is zero. It still depends
+        on the captured attention then, so that ``backward`` works.
 
     Raises:
-        ValueError: a shape, grid, token index or name that does not fit; a temperature that is not above 0;
+        ValueError: a shape, grid, token index or name does not fit; a temperature is not above 0;
             ``normalize=False`` with a temperature or with ``"kl"``;
             NaN or infinity in the captured attention (see ``check_finite``) or in a prior.
 
@@ -267,7 +267,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def _unaligned(pairs: Sequence[_Pair], shape: Grid, wanted: Grid) -> list[torch.Tensor]:
-    """L2 distances that add up to those of the samples, without a resampled map."""
+    """L2 distances that sum to the distances of the samples, without a resampled map."""
     alike = len({target.dtype for _, target, _ in pairs}) == 1 and all(factor == 1.0 for *_, factor in pairs)
     if len(pairs) == 1 or not alike:
         terms: list[torch.Tensor] = []
@@ -312,7 +312,7 @@ def _checked_grid(name: str, grid: Sequence[int]) -> Grid:
 def _grids(
     grid: Sequence[int] | Sequence[Sequence[int]] | None, priors: Sequence[MotionPrior | None], width: int
 ) -> list[Grid | None]:
-    """The student's grid of each sample; None where there is no prior."""
+    """The student's grid of each sample; None if it has no prior."""
     if grid is None:
         for teacher in priors:
             if teacher is not None and teacher.attention.shape[1] != width:
@@ -344,7 +344,7 @@ def _row_tokens(
     batch: int,
     count: int,
 ) -> list[list[int]]:
-    """The prior's token of each sample and row, -1 where there is none."""
+    """The prior's token index of each sample and row; -1 for none."""
     if row_tokens is None:
         rows = getattr(captured, "rows", None)
         places = [[0] * count] * batch if rows is None else rows.tolist()
@@ -381,7 +381,7 @@ def _token_rows(maps: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, to
 def _teacher_rows(
     teacher: MotionPrior, kept: torch.Tensor, sample: int, temperature: float, check_finite: bool
 ) -> torch.Tensor:
-    """The chosen rows of a prior as they are stored, in float32 at most; sharpened in float32."""
+    """The chosen rows of a prior in their stored dtype, at most float32; sharpened rows are float32."""
     if teacher.attention.dim() != 2 or teacher.attention.shape[1] != math.prod(teacher.grid):
         raise ValueError(
             f"the prior of sample {sample} must be (tokens, {math.prod(teacher.grid)}) for its grid "
@@ -403,10 +403,10 @@ def _sum_to_one(rows: torch.Tensor) -> torch.Tensor:
 
 
 def check_normalize(normalize: bool, loss: str, temperature: float) -> None:
-    """Refuse what needs rows that sum to one.
+    """Refuse options that need rows that sum to one.
 
     Raises:
-        ValueError: names what was given beside ``normalize=False``.
+        ValueError: names the option that was given beside ``normalize=False``.
     """
     if not normalize and (loss == "kl" or temperature != 1.0):
         what = "alignment_loss 'kl'" if loss == "kl" else f"prior_temperature {temperature}"

@@ -1,6 +1,6 @@
-"""Training the aligner beside the model, and keeping it out of the model's files.
+"""Trains the aligner beside the model and keeps it out of the model's files.
 
-It has an optimizer of its own: FSDP2 and DeepSpeed take over the model's and know no other parameters.
+The aligner has its own optimizer, because FSDP2 and DeepSpeed handle only the model's parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AlignerTraining:
 
     Args:
         module: the aligner; some of its parameters require gradients.
-        settings: TrainingArguments; its Adam constants are used, without weight decay.
+        settings: TrainingArguments. The Adam constants are used; weight decay is not.
     """
 
     def __init__(self, module: nn.Module, settings: Any) -> None:
@@ -44,8 +44,8 @@ class AlignerTraining:
     ) -> torch.Tensor:
         """Average the accumulated gradients over processes, undo a scaler's factor, and clip them.
 
-        They are clipped by themselves: engines clip the model's on their own, where these are out of reach. A
-        `max_norm` of 0 leaves them as they are.
+        They are clipped separately, because engines clip the model's gradients without access to these. A
+        `max_norm` of 0 does not clip.
 
         Returns:
             The norm before clipping, the same in every process, () float32.
@@ -71,7 +71,7 @@ class AlignerTraining:
             parameter.grad = None
 
     def save(self, checkpoint: Path) -> None:
-        """Write weights and moments into a checkpoint's folder."""
+        """Write weights and Adam moments into a checkpoint folder."""
         folder = checkpoint / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.module.state_dict().items()}, folder / _WEIGHTS)
@@ -86,7 +86,7 @@ class AlignerTraining:
         """Continue from the files that `save` wrote.
 
         Raises:
-            ValueError: the checkpoint has no aligner, or another.
+            ValueError: the checkpoint has no aligner, or a different one.
         """
         folder = checkpoint / FOLDER
         if not (folder / _OPTIMIZER).is_file():

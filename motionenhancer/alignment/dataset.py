@@ -1,4 +1,4 @@
-"""Samples as the Trainer wants them: decoded, tokenised, with the prior's words found among the tokens."""
+"""Samples for the Trainer: decoded and tokenised, with the prior's words located among the tokens."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from ..students.words import WordMap, find_words
 
 @dataclass(frozen=True)
 class Alignment:
-    """What a batch needs for its alignment loss.
+    """The inputs of a batch's alignment loss.
 
-    Its tensors stay on the CPU when the batch goes to a device: what they hold decides what is run, and
-    reading it back would wait for the device.
+    Its tensors stay on the CPU when the batch goes to a device, because their values decide what runs, and
+    reading them from the device would wait for it.
 
     Attributes:
         rows: (B, R) int64 student token positions, -1 = padding.
         columns: (B, C) int64 vision token positions, -1 = padding.
-        row_tokens: (B, R) int64, which kept teacher token each row belongs to, -1 = padding.
-        grids: (F, H, W) of the student's vision tokens, one a sample.
-        priors: one a sample; None where the sample has no prior.
-        count: samples of the batch with at least one row.
-        words, mapped: kept teacher tokens of the batch, and how many of them were found among its tokens.
+        row_tokens: (B, R) int64, index of the kept teacher token of each row, -1 = padding.
+        grids: (F, H, W) of the student's vision tokens, one for each sample.
+        priors: one for each sample; None for a sample without a prior.
+        count: number of samples with at least one row.
+        words, mapped: number of kept teacher tokens of the batch, and how many of them were found among the
+            student's tokens.
     """
 
     rows: torch.Tensor
@@ -59,9 +60,9 @@ class PendingAlignment:
     """A batch's `Alignment` before its priors are made.
 
     Attributes:
-        wanted: each sample and the request of its prior; None where it has none.
-        layouts: where each sample's tokens lie in the padded batch.
-        source: the text the priors are made from.
+        wanted: each sample and the request of its prior; None for a sample without a request.
+        layouts: positions of each sample's tokens in the padded batch.
+        source: the text from which the priors are made: "both", "question" or "answer".
     """
 
     wanted: list[Wanted | None]
@@ -69,7 +70,7 @@ class PendingAlignment:
     source: str
 
     def complete(self, priors: Sequence[MotionPrior | None]) -> Alignment | None:
-        """The alignment with these priors, one per sample."""
+        """Return the alignment with these priors, one per sample."""
         words = [
             find_words(wanted.sample, prior, layout, self.source) if wanted and prior else None
             for wanted, layout, prior in zip(self.wanted, self.layouts, priors, strict=True)
@@ -79,7 +80,7 @@ class PendingAlignment:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample ready for collation: encoded, with its prior or the request of one that is not made yet."""
+    """One encoded sample for collation, with its prior, or with a request if the prior is not made yet."""
 
     id: str
     encoded: Encoded
@@ -90,20 +91,20 @@ class Item:
 
 
 class MotionDataset(Dataset[Item]):
-    """Samples, decoded and tokenised as they are asked for.
+    """Samples that are decoded and tokenised on access.
 
-    A sample that cannot be read gives way to the next one in the list and is named in `Item.skipped`, so that
-    every process of a distributed run makes the same number of steps.
+    If a sample cannot be read, the next one in the list takes its place and `Item.skipped` names it. So every
+    process of a distributed run makes the same number of steps.
 
     Args:
         samples, family, processor: from `read_samples` and `load_student`.
-        keys: sample id → key of its prior in `store`; samples without one are trained on without alignment.
-        requests: sample id → the prior it is to have, made while training; see `online`.
-        source: the text the priors were made from: "both", "question" or "answer".
-        fps: frames a second the student sees, thinned to at most `max_frames`. The sample's own row has
-            priority; see `data.Clip`.
-        num_frames: so many frames of each clip, evenly; takes the place of `fps` and `max_frames`.
-        max_pixels: most pixels of a frame; None leaves the processor's own limit.
+        keys: sample id → key of its prior in `store`; samples without a key are trained without alignment.
+        requests: sample id → request of the prior that is made during training; see `online`.
+        source: the text from which the priors were made: "both", "question" or "answer".
+        fps: frames per second that the student sees, thinned to at most `max_frames`. The keys of the
+            sample's row have priority; see `data.Clip`.
+        num_frames: number of evenly spaced frames of each clip; replaces `fps` and `max_frames`.
+        max_pixels: maximum pixels of a frame; None keeps the processor's own limit.
     """
 
     def __init__(
@@ -165,12 +166,12 @@ class MotionDataset(Dataset[Item]):
 
 
 class MotionCollator:
-    """Pads items to a batch of model inputs, plus `ids`, `skipped` and `alignment` for `MotionTrainer`.
+    """Pads items to a batch of model inputs and adds `ids`, `skipped` and `alignment` for `MotionTrainer`.
 
     Args:
         family, processor: the student's.
         padding_side: "right" or "left".
-        source: the text that requested priors are made from.
+        source: the text from which requested priors are made.
     """
 
     def __init__(
@@ -198,11 +199,11 @@ class MotionCollator:
 def align_batch(
     priors: Sequence[MotionPrior | None], words: Sequence[WordMap | None], layouts: Sequence[TokenLayout]
 ) -> Alignment | None:
-    """Rows, columns and priors of a batch; None where no sample has a prior with a mapped word.
+    """Rows, columns and priors of a batch; None if no sample has a prior with a mapped word.
 
     Args:
-        priors, words: each sample's prior and the rows of its words, if it has any.
-        layouts: where each sample's tokens lie in the padded batch.
+        priors, words: each sample's prior and the rows of its words, or None.
+        layouts: positions of each sample's tokens in the padded batch.
     """
     none = torch.zeros(0, dtype=torch.int64)
     rows, tokens, columns, grids, used = [], [], [], [], []

@@ -1,4 +1,4 @@
-"""What a training run logs beside the Trainer's own: both losses, λ, words mapped, confidence, time."""
+"""Additional log entries of a training run: both losses, λ, mapped words, confidence, time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class Stopwatch:
-    """Seconds spent inside `with stopwatch:`, which may be entered often and never nested.
+    """Seconds spent inside `with stopwatch:`. It may be entered many times, but never nested.
 
-    On a CUDA device the time is the stream's, and nothing waits for it before `seconds` is called.
+    On a CUDA device the stream's time is measured, and nothing waits for the device before `seconds`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Stopwatch:
             self._total += time.perf_counter() - self._began
 
     def seconds(self) -> float:
-        """The time since its last call."""
+        """The seconds measured since the last call of `seconds`."""
         total, self._total = self._total, 0.0
         for begin, end in self._events:
             end.synchronize()
@@ -47,8 +47,8 @@ class EvaluationLog:
     """Sums over the batches of one evaluation, on one process.
 
     Args:
-        device: of the losses.
-        counted: how many batches count, the first ones; None: all.
+        device: device of the losses.
+        counted: only the first `counted` batches count; None: all batches.
     """
 
     def __init__(self, device: torch.device, counted: int | None = None) -> None:
@@ -84,7 +84,7 @@ class EvaluationLog:
     def entries(self, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """`loss_ar`, the mean over all answer tokens, and `loss`, the sum of both terms.
 
-        Where a sample was aligned also `loss_align` and `loss_align_raw`, means over the aligned samples.
+        If any sample was aligned, also `loss_align` and `loss_align_raw`, means over the aligned samples.
         """
         losses, tokens, align, raw, aligned = total(self._sums).tolist()
         if not tokens:
@@ -114,7 +114,7 @@ class StepLog:
 
         Args:
             model_loss: a scalar.
-            alignment_losses: (2,), with the aligner and without it; None where nothing was aligned.
+            alignment_losses: (2,), with the aligner and without it; None if nothing was aligned.
         """
         self._losses[0] += model_loss.detach()
         if alignment_losses is not None:
@@ -133,10 +133,10 @@ class StepLog:
         """Return what to log, averaged over the steps since the last call, and start again at zero.
 
         Returns:
-            `loss_ar`; where there was any, `loss_align`, `loss_align_raw` (the same distance without the
-            aligner, which is how far the student itself is from the priors), `words_mapped` (share of the
-            priors' words found among the student's tokens), `confidence` (mean over priors) and
-            `alignment_seconds` (a step, in the forward).
+            `loss_ar`; and if any sample was aligned, `loss_align`, `loss_align_raw` (the distance without the
+            aligner, of the student itself), `words_mapped` (share of the priors' words found among the
+            student's tokens), `confidence` (mean over priors) and `alignment_seconds` (per step, of the
+            forward).
         """
         if not self.steps:
             return {}

@@ -1,6 +1,6 @@
-"""Priors made while a student trains: requested some batches ahead, awaited when their batch is used.
+"""Priors made during training: requested some batches ahead, and awaited when their batch is used.
 
-Source of the priors: MotionEnhancer (CVPR 2026, arXiv 2606.06853); reading them during training is our own.
+Source of the priors: MotionEnhancer (CVPR 2026, arXiv 2606.06853). Making them during training is our own.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Answers = dict[PriorRequest, Future[Made]]
 
 
 class NoPriorError(ValueError):
-    """The teacher failed on every clip, or on every clip from some point on; the message says why."""
+    """The teacher failed on every clip, or on every clip after some point; the message says why."""
 
 
 @dataclass
 class OnlineCounts:
-    """Counts of a process's priors, over the batches that it trained on; failed samples count every time.
+    """Counts of a process's priors over its training batches. A failed sample counts each time it is used.
 
     Attributes:
-        busy_seconds: wall time the teacher spent on those made.
-        waited_seconds: wall time the training stood still for priors.
+        busy_seconds: wall time that the teacher spent on finished priors.
+        waited_seconds: wall time that the training waited for priors.
     """
 
     made: int = 0
@@ -47,7 +47,7 @@ class OnlineCounts:
 
     @property
     def hidden_share(self) -> float | None:
-        """Share of the teacher's time that the training did not wait for; None where it made nothing."""
+        """Share of the teacher's time during which training did not wait; None if no prior was made."""
         if not self.busy_seconds:
             return None
         return min(1.0, max(0.0, 1.0 - self.waited_seconds / self.busy_seconds))
@@ -58,17 +58,17 @@ class OnlineCounts:
 
 @dataclass
 class OnlinePriors:
-    """Fills in the alignment of batches whose priors are made while training: `MotionTrainer(online=...)`.
+    """Completes the alignment of batches with priors made during training: `MotionTrainer(online=...)`.
 
     Attributes:
-        maker: makes the priors; closed with this.
-        prefetch: steps ahead of which priors are asked for; 0 makes each step wait for its own.
-        grid: priors on another grid count as failed; None takes any.
-        patience: clips that may all fail, from the first on, before the run stops.
-        settled: a prior was made already, as in a run that goes on: clips that fail stop it no more.
-        counts, skips: of the batches handed out so far.
+        maker: makes the priors; `close` closes it.
+        prefetch: number of steps for which priors are requested ahead; with 0, each step waits for them.
+        grid: priors on another grid count as failed; None accepts any grid.
+        patience: the run stops if the first `patience` clips all fail.
+        settled: whether a prior was made already, as in a continued run; then failing clips do not stop it.
+        counts, skips: of the batches yielded so far.
         described: sample id → its prior's description as JSON (see `MotionPrior.describe`).
-        roundtrip: inversion error of a first clip, if the maker measures it.
+        roundtrip: inversion error of the first clip, if the maker measures it.
 
     Raises:
         ValueError: prefetch below 0.
@@ -94,7 +94,7 @@ class OnlinePriors:
             raise ValueError(f"--prior_prefetch must be at least 0, got {self.prefetch}")
 
     def feed(self, batches: Iterator[Batch], accumulation: int = 1) -> Iterator[Batch]:
-        """Yield the batches aligned, `accumulation` per step; a second call with an iterator continues it."""
+        """Yield aligned batches, `accumulation` per step. A second call with an iterator continues it."""
         if self._feed is None or self._batches is not batches:
             self._drop()
             self._batches, self._feed = batches, self._aligned(batches, self.prefetch * accumulation)
@@ -128,7 +128,7 @@ class OnlinePriors:
         return answers
 
     def complete(self, pending: PendingAlignment, answers: Answers | None = None) -> Alignment | None:
-        """Wait for the priors of a batch and align it; a sample without a prior is not aligned."""
+        """Wait for the priors of a batch and align it. A sample without a prior is not aligned."""
         if answers is None:
             answers = self.ask(pending)
         counted: set[PriorRequest] = set()
@@ -173,16 +173,15 @@ class OnlinePriors:
             count_failed(sample, error, self.skips)
 
     def judge(self, total: Callable[[torch.Tensor], torch.Tensor], *, final: bool = False) -> None:
-        """Stop a run whose teacher fails on everything; every process must call it at the same steps.
+        """Stop a run whose teacher always fails. Every process must call it at the same steps.
 
         Args:
             total: sums a tensor over all processes.
-            final: nothing more will come; a teacher that died on the way costs no more than it has.
+            final: whether no more priors are needed. A teacher that died earlier then raises no error.
 
         Raises:
-            NoPriorError: no prior was read by any process, and `patience` clips that were tried failed, or
-                any at
-                the end; or a teacher is taken for dead (see `Patience`).
+            NoPriorError: no process made a prior, and `patience` clips failed (at the end: any clip); or a
+                teacher counts as dead (see `Patience`).
         """
         read = self.counts.made + self.counts.stored
         failures = self.counts.failed if final else self._tried

@@ -32,30 +32,30 @@ from .weight import AlignmentSchedule
 
 
 class _Check(NamedTuple):
-    """A value of the current step that must be finite; the device is read once per step."""
+    """A value of the current step that must be finite. The device is read once per step."""
 
     finite: torch.Tensor
     """() bool."""
     problem: str
-    """What to say where it is not."""
+    """Message if the value is not finite."""
     value: torch.Tensor | None
-    """() to say with it."""
+    """() value to print with the message."""
     ids: Sequence[str]
-    """The samples."""
+    """Ids of the samples."""
 
 
 class MotionTrainer(ValidatedTrainer):
     """`transformers.Trainer` whose loss is the model's own plus λ times the alignment to a motion prior.
 
-    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`); it is taken out before the
-    model sees the batch. With `alignment_weight=0` and `measure_alignment=False` every step is the plain
+    A batch may hold one more entry, `alignment` (see `dataset.MotionCollator`), which the model does not see.
+    With `alignment_weight=0` and `measure_alignment=False` every step is the plain
     Trainer's.
 
-    Both terms are means over the whole global batch, the model's over its answer tokens and the alignment's
-    over its samples with a prior: accumulation steps and processes change neither.
+    Both terms are means over the global batch: the model's loss over answer tokens, the alignment over
+    samples with a prior. The numbers of accumulation steps and processes change neither.
 
-    The host waits for the device once a step, before the optimizer: it looks there at the losses of all
-    micro-batches, the gradient's norm and the aligner's together, in all processes.
+    The host waits for the device once per step, before the optimizer. There, all processes check the losses
+    of all micro-batches, the gradient norm and the aligner's gradient norm together.
 
     Args:
         *args, **kwargs: the Trainer's.
@@ -63,24 +63,23 @@ class MotionTrainer(ValidatedTrainer):
         alignment_loss, normalize_rows, prior_temperature: `loss`, `normalize` and `temperature` of
             `aligner.align`.
         attention: options of `capture_attention`: which layers and heads are read.
-        aligner: module applied to the student's maps, or None for the identity. It is trained along by an
-            AdamW of its own and kept outside the model; checkpoints for resuming hold it in a folder of its
-            own.
-        confidence_gate: priors less confident than this are followed proportionally less; 0 is no gate.
-        learning_rates: name of a parameter → its own peak learning rate; None leaves the Trainer's.
+        aligner: module applied to the student's maps, or None for the identity. Its own AdamW trains it, and
+            it stays outside the model. Checkpoints for resuming hold it in a separate folder.
+        confidence_gate: priors with less confidence than this get a proportionally smaller weight; 0: off.
+        learning_rates: parameter name → peak learning rate of that parameter; None: the Trainer's rate.
         measure_alignment: log `loss_align` also when λ is 0.
-        online: makes the priors that batches still wait for, while the batches before are trained on.
+        online: makes missing priors ahead, while earlier batches are trained.
 
     Raises:
-        ValueError: fp16 under DeepSpeed with an aligner to train, whose gradients would stay scaled; a
-            DeepSpeed config with an optimizer or scheduler of its own.
+        ValueError: fp16 under DeepSpeed with a trainable aligner, whose gradients would stay scaled; a
+            DeepSpeed config that defines an optimizer or scheduler.
         FloatingPointError: from `train`, when the loss or the gradient is NaN or infinite; names the samples.
     """
 
     _checks: tuple[_Check, ...] = ()
-    """Of the current step."""
+    """Checks of the current step."""
     _norm: torch.Tensor | None = None
-    """The gradient's, of the current step."""
+    """Gradient norm of the current step."""
 
     def __init__(
         self,
@@ -207,7 +206,7 @@ class MotionTrainer(ValidatedTrainer):
         return self.alignment_schedule.at(self.state.global_step, self.state.max_steps)
 
     def _align(self, captured: Any, alignment: Any, weight: float) -> torch.Tensor:
-        """Return (2,) distances: the trained one, and the one without the aligner, which is only measured."""
+        """Return (2,) distances: the trained one, and the one without the aligner, which is only logged."""
         gates = None
         if self.confidence_gate:
             sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
@@ -241,7 +240,7 @@ class MotionTrainer(ValidatedTrainer):
             self._log.add_batch(alignment)
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
-        """Whether the Trainer will divide the returned loss by the accumulation steps; families differ."""
+        """Whether the Trainer divides the returned loss by the accumulation steps; families differ."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = (
@@ -252,7 +251,7 @@ class MotionTrainer(ValidatedTrainer):
     def _share_of(
         self, mean: torch.Tensor, count: torch.Tensor | int, *, which: int, parts: int
     ) -> torch.Tensor:
-        """Turn this micro-batch's mean over `count` into its share of the global batch's mean.
+        """Turn the mean of this micro-batch over `count` into its share of the mean of the global batch.
 
         Engines average gradients over processes, and the Trainer divides by the `parts` of accumulation.
         """
@@ -261,7 +260,7 @@ class MotionTrainer(ValidatedTrainer):
         return mean * (count * parts * self.args.world_size / self._step_totals[which].clamp(min=1))
 
     def summary(self) -> str:
-        """Return one line with the totals of alignment; every process must call it."""
+        """Return one line with the totals of the alignment. Every process must call it."""
         counts = torch.tensor(list(self.counts.values()))
         samples, aligned, words, found, cut = self.total_over_processes(counts).tolist()
         return (
@@ -281,7 +280,7 @@ class MotionTrainer(ValidatedTrainer):
     def _expect_finite(
         self, ids: Sequence[str], value: torch.Tensor, problem: str, *, show: bool = False
     ) -> None:
-        """Check a value of these samples together with the other values of the step."""
+        """Register a value of these samples, to be checked with the other values of the step."""
         value = value.detach()
         finite = value.isfinite().all().to(self.args.device, non_blocking=value.device.type == "cpu")
         self._checks = (*self._checks, _Check(finite, problem, value.mean() if show else None, ids))
@@ -293,17 +292,17 @@ class MotionTrainer(ValidatedTrainer):
         return any(kind in self.args.optim for kind in ("lomo", "layerwise"))
 
     def _refuse_losses(self, *, everywhere: bool = True, others: Sequence[torch.Tensor] = ()) -> list[float]:
-        """Raise in all processes if one met a non-finite number; if only one raised, the others would wait.
+        """Raise in all processes if one has a non-finite number, since the others would wait for it.
 
         Args:
-            everywhere: all processes call this, and stop together.
-            others: () bool, read at the same time.
+            everywhere: whether all processes call this, to stop together.
+            others: () bool that is read in the same transfer.
 
         Returns:
             ``others``, 1 or 0.
 
         Raises:
-            FloatingPointError: names the first such number of every process that has one, and its samples.
+            FloatingPointError: names the first non-finite number of each process, and its samples.
         """
         checks, self._checks = self._checks, ()
         flags = [check.finite for check in checks] + list(others)
@@ -331,9 +330,7 @@ class MotionTrainer(ValidatedTrainer):
         return norm
 
     def finish_aligner_gradients(self) -> None:
-        """Stop before the optimizers if the step met a non-finite number.
-
-        Makes the aligner's gradients ready for its step first.
+        """Finish the aligner's gradients; raise before the optimizers if a number is not finite.
 
         Raises:
             FloatingPointError: a loss, or the norm of the model's or the aligner's gradient, is not finite.
@@ -381,7 +378,7 @@ class MotionTrainer(ValidatedTrainer):
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move parameters with a learning rate of their own into groups of their own."""
+        """Move parameters with their own learning rate into separate groups."""
         assert self.model is not None
         own = {id(p): self.learning_rates(name) for name, p in self.model.named_parameters()}
         for group in list(optimizer.param_groups):
@@ -394,7 +391,7 @@ class MotionTrainer(ValidatedTrainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
     def _rate_share(self) -> float:
-        """The current learning rate over its peak; all groups share it, as they share one schedule."""
+        """The current learning rate divided by its peak, the same for all groups."""
         assert self.optimizer is not None
         group = self.optimizer.param_groups[0]
         peak = group.get("initial_lr") or group["lr"]
@@ -452,10 +449,10 @@ class MotionTrainer(ValidatedTrainer):
 
 
 def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:
-    """Refuse a DeepSpeed config that makes the optimizer itself.
+    """Refuse a DeepSpeed config that defines its own optimizer or scheduler.
 
     Raises:
-        ValueError: names the section; groups with learning rates of their own would be lost, silently.
+        ValueError: names the section. It would silently drop the groups with their own learning rates.
     """
     for section in ("optimizer", "scheduler"):
         if section in config:
@@ -467,19 +464,19 @@ def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """The configuration's own attributes."""
+    """The attributes of the configuration itself."""
     config = getattr(model, "config", None)
     return {} if config is None else vars(config)
 
 
 def _counting_tokens(batch: dict[str, Any]) -> torch.Tensor | int:
-    """Count the answer tokens in a batch's loss; the first token of a sequence is not predicted."""
+    """Count the answer tokens in a batch's loss. The first token of a sequence is not predicted."""
     labels = batch.get("labels")
     return 0 if labels is None else (labels[..., 1:] != -100).sum()
 
 
 class _StepEnd(TrainerCallback):
-    """Steps the aligner with the model; the Trainer knows nothing of it."""
+    """Steps the aligner with the model, because the Trainer does not know the aligner."""
 
     def __init__(self, trainer: MotionTrainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Losses on samples that are not trained on: exact means, the same on any number of processes."""
+"""Losses on validation samples: exact means that do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .logs import EvaluationLog
 class ValidatedTrainer(Trainer):
     """`transformers.Trainer` whose evaluations log both losses, `eval_loss_ar` and `eval_loss_align`.
 
-    A `MotionDataset` is evaluated in batches that do not depend on the number of processes. Another data set
-    is dealt out by the Trainer, which fills the last batches up with samples that were seen already.
+    The batches of a `MotionDataset` do not depend on the number of processes. The Trainer distributes any
+    other data set, and fills its last batches with samples that were evaluated already.
     """
 
     _evaluation: EvaluationLog | None = None
     _counted: int | None = None
-    """Batches of this process that count; None: all of them."""
+    """Number of batches of this process that count; None: all."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """See `Trainer`."""
@@ -63,7 +63,7 @@ class ValidatedTrainer(Trainer):
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of every process's counts."""
+        """The sum of the counts of all processes."""
         return self._over_processes(counts.to(self.args.device)) if self.args.world_size > 1 else counts
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""λ over a run: how strongly each step is pulled toward the prior."""
+"""λ over a run: the weight of the alignment in each step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ SCHEDULES = ("constant", "linear", "cosine")
 class AlignmentSchedule:
     """λ as a function of the step.
 
-    The paper (MotionEnhancer, arXiv 2606.06853) keeps λ constant; the others are for ablations.
+    The paper (MotionEnhancer, arXiv 2606.06853) keeps λ constant; the other schedules are for ablations.
 
     Attributes:
-        weight: λ at its strongest.
-        schedule: "constant"; or from `weight` to `end_weight` by the last step, "linear" or along half a
+        weight: the largest λ.
+        schedule: "constant"; or from `weight` to `end_weight` at the last step, "linear" or as half a
             "cosine".
-        warmup: λ first rises linearly to `weight` over so many steps, or below 1 over this share of all
-            steps.
-        end_weight: λ where a falling schedule ends.
+        warmup: number of steps in which λ first rises linearly to `weight`; below 1: a share of all steps.
+        end_weight: λ at the end of a falling schedule.
 
     Raises:
-        ValueError: an unknown schedule, a number out of range, an end weight that would not be used.
+        ValueError: the schedule is unknown, a number is out of range, or the end weight would not be used.
 
     Example:
         >>> falling = AlignmentSchedule(2.0, "linear", warmup=2)

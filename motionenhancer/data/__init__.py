@@ -1,4 +1,4 @@
-"""Training data: samples from json files, frames from video files, a count of what was left out."""
+"""Training data: samples from json files, frames from video files, and counts of skipped samples."""
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.readers import read_samples

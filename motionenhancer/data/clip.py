@@ -1,4 +1,4 @@
-"""A video as a row of a data file names it: the file, the part that is shown, and its frames."""
+"""A video as a row of a data file describes it: the file, the segment to show, and the frames."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ CLIP_KEYS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and how its row wants it shown. It can be opened like a path.
+    """A video file and how to show it, according to its row. It can be opened like a path.
 
-    A video of which the row says nothing more is a plain `Path`.
+    If the row names only the file, the video is a plain `Path`.
 
     Attributes:
         path: the file.
-        start, end: seconds since the file's first frame. The frames with `start <= time <= end` are shown, as
-            in qwen-vl-utils; the others are not there.
-        fps: frames a second that a student is shown; takes the place of the run's.
-        num_frames: frames that a student is shown, evenly; takes the place of the run's number or rate.
-        min_frames, max_frames: limits of the frames by rate, in place of the run's.
-        min_pixels, max_pixels: limits of a frame as the student sees it, where its size is not fixed.
+        start, end: seconds since the file's first frame. Only frames with `start <= time <= end` are shown,
+            as in qwen-vl-utils.
+        fps: frames per second that a student sees; replaces the value of the run.
+        num_frames: number of evenly spaced frames that a student sees; replaces the run's number or rate.
+        min_frames, max_frames: limits of the number of frames at a rate; replace the limits of the run.
+        min_pixels, max_pixels: limits of the pixels of a frame as the student sees it, if its size is not
+            fixed.
     """
 
     path: Path
@@ -67,10 +68,10 @@ def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
 
     Args:
         path: the file.
-        said: values of `CLIP_KEYS`.
+        said: key of `CLIP_KEYS` → value.
 
     Returns:
-        A `Clip`, or `path` where nothing is said that changes anything.
+        A `Clip`, or `path` if no key has an effect.
 
     Raises:
         ValueError: a value is out of range, or two exclude each other.
@@ -109,20 +110,20 @@ def _number(key: str, value: Any) -> Any:
 
 
 def segment_of(video: Path | Clip) -> Path | Clip:
-    """The part of a video that a teacher sees: its segment. The student's sampling has no effect."""
+    """The segment of a video that a teacher sees. The student's frame sampling has no effect on it."""
     if not isinstance(video, Clip) or (video.start is None and video.end is None):
         return Path(video)
     return Clip(video.path, video.start, video.end)
 
 
 def named_by(digest: str, video: Path | Clip) -> str:
-    """The name of what is shown in a prior's key: the digest of the file's bytes, and the segment if any."""
+    """The part of a prior's key that names the video: digest of the file's bytes, and the segment if any."""
     shown = segment_of(video)
     return f"{digest} {shown.start} {shown.end}" if isinstance(shown, Clip) else digest
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file exists; False for a name that no file can have."""
+    """Whether a file exists; False for an impossible file name."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a null in it

@@ -1,4 +1,4 @@
-"""Turn one decoded row of a data file into a sample, or count why it cannot be one."""
+"""Turn one decoded row of a data file into a sample, or count why it is skipped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _BadSample(Exception):
 
 
 class _File(NamedTuple):
-    """A file as a row names it, and its keys that say how it is shown (see `CLIP_KEYS`)."""
+    """A file that a row names, and the row's keys for how to show it (see `CLIP_KEYS`)."""
 
     name: str
     said: dict[str, Any]
@@ -57,15 +57,15 @@ def convert(
     require_video: bool = True,
     check_files: bool = True,
 ) -> Sample | None:
-    """Turn a decoded row into a `Sample`; None for a row that cannot be used, which is counted in `log`.
+    """Turn a decoded row into a `Sample`. A row that cannot be used gives None and is counted in `log`.
 
     Args:
         row: as decoded from json.
-        line, offset: where it starts in the data file: its 1-based line and its first byte.
-        root: what relative paths are relative to.
-        log: counts the row if it is skipped, and unknown keys in its notes.
-        require_video: refuse a row without any video.
-        check_files: refuse a row whose files are not there.
+        line, offset: start of the row in the data file: 1-based line and byte offset.
+        root: folder of relative paths.
+        log: counts the row if it is skipped; its notes count unknown keys.
+        require_video: refuse a row without a video.
+        check_files: refuse a row whose files do not exist.
     """
     name = ""
     try:
@@ -117,7 +117,7 @@ def _check_keys(
     where: str,
     log: SkipLog,
 ) -> dict[str, Any]:
-    """Refuse keys that cannot be honoured and note unknown ones; return what is said of a video's frames."""
+    """Refuse unsupported keys and note unknown keys; return the keys about a video's frames."""
     if why := refusal(found, kind):
         raise _BadSample("unsupported key", f"{where}{why}")
     for key in found:
@@ -127,7 +127,7 @@ def _check_keys(
 
 
 def _listed_files(row: dict[str, Any], kind: str, log: SkipLog) -> list[_File] | None:
-    """Return the files under `kind` or its plural; None when the row has neither key."""
+    """Return the files under the key `kind` or its plural; None if the row has neither key."""
     keys = [key for key in (kind, kind + "s") if row.get(key) is not None]
     if not keys:
         return None
@@ -188,7 +188,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
 
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool | None:
-    """Whether a turn is marked as trained or not; None without a mark."""
+    """Whether a turn is marked as trained; None if it has no mark."""
     said = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (int, float)) or value not in (0, 1):
@@ -200,7 +200,7 @@ def _is_trained(turn: Mapping[str, Any], where: str) -> bool | None:
 
 
 def _parts(content: Any, inline: dict[str, list[_File]], where: str, log: SkipLog) -> list[dict[str, Any]]:
-    """Normalise a message's content; files that its parts carry are added to `inline`."""
+    """Normalise a message's content; files named in its parts are added to `inline`."""
     if not isinstance(content, (str, list)):
         raise _BadSample(
             "missing fields", f"{where} must be a text or a list of parts, got {_short(content)}"
@@ -270,7 +270,7 @@ def _check_tags(kind: str, tags: int, files: int) -> None:
 def _locate(
     kind: str, files: list[_File], root: Path, check: bool, whole: Mapping[str, Any]
 ) -> tuple[Path | Clip, ...]:
-    """Find files below the root; `whole` holds the video keys of the row itself."""
+    """Find files below the root. `whole` holds the video keys of the row itself."""
     if whole and len(files) != 1:
         raise _BadSample("unsupported key", f"{min(whole)!r} is given for a row with {len(files)} videos")
     located: list[Path | Clip] = []

@@ -1,4 +1,4 @@
-"""Open a video file and decode it as a stream; every kind of failure is named."""
+"""Open a video file and decode it as a stream. Every failure is named."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FORMATS = (
     "wtv,rm,dv,nsv,ivf,obu,av1,h261,h263,h264,hevc,vvc,m4v,mjpeg,yuv4mpegpipe,vc1,vc1test,dirac,cavsvideo,amv,"
     "gif,apng,gif_pipe,jpeg_pipe,png_pipe,webp_pipe,webp,bmp_pipe,tiff_pipe"
 )
-"""The demuxers that may open a clip: each reads one file. No playlist, no image sequence, no device."""
+"""The demuxers that may open a clip. Each reads one file: no playlist, image sequence or device."""
 
 PIXELS, BYTES = "MOTIONENHANCER_FRAME_PIXELS", "MOTIONENHANCER_CLIP_BYTES"
 FRAMES = "MOTIONENHANCER_CLIP_FRAMES"
-"""Names of the variables of the environment that limit what is decoded; see :func:`limit`."""
+"""Names of the environment variables that limit decoding; see :func:`limit`."""
 
 _LIMITS = {PIXELS: 2**26, BYTES: 2**33, FRAMES: 2 * 10**6}
 
@@ -34,9 +34,9 @@ _PASSING = {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EACCES}
 
 
 class VideoError(ValueError):
-    """A video that cannot be used: ``path`` and ``reason``. Survives pickling, so it may cross processes.
+    """A video that cannot be used: ``path`` and ``reason``. It can be pickled, so it may cross processes.
 
-    ``passing``: for all that is known the file is good, and the machine could not read it just now.
+    ``passing``: the machine could not read the file at this time, and the file itself may be good.
     """
 
     def __init__(self, path: str | Path, reason: str, passing: bool = False) -> None:
@@ -48,12 +48,12 @@ class VideoError(ValueError):
 
 
 def limit(name: str) -> int:
-    """Return what a machine decodes at most: pixels of a frame (``PIXELS``), bytes and frames of a clip.
+    """Return a decoding limit of this machine: pixels of a frame (``PIXELS``), bytes or frames of a clip.
 
-    A file of 300 bytes can show a picture that fills the memory, so it is refused by its size.
+    A file of 300 bytes can hold a picture that fills the memory, so the picture's size is checked.
 
     Raises:
-        ValueError: the variable is set to something else than a whole number above 0.
+        ValueError: the variable is not a whole number above 0.
     """
     value = os.environ.get(name) or str(_LIMITS[name])
     if not (value.isascii() and value.isdecimal() and int(value)):
@@ -62,7 +62,7 @@ def limit(name: str) -> int:
 
 
 def refuse_size(path: Path, size: int, what: str, name: str) -> None:
-    """Refuse a clip that is too large for this machine: it is put on record nowhere, as others may read it.
+    """Refuse a clip that is too large for this machine. It is not recorded, as other machines may read it.
 
     Raises:
         VideoError: ``size`` is above the limit.
@@ -74,13 +74,13 @@ def refuse_size(path: Path, size: int, what: str, name: str) -> None:
 
 @dataclass
 class Progress:
-    """What a decoder has done so far.
+    """The progress of a decoder.
 
     Attributes:
-        decoded: frames that came out.
-        errors: packets that failed to decode.
-        first_error: the first failure, in words.
-        last_error: frames that had come out when a packet failed last; -1 if none failed.
+        decoded: number of decoded frames.
+        errors: number of packets that failed to decode.
+        first_error: message of the first failure.
+        last_error: number of frames decoded before the last failure; -1 if there was none.
         corrupt: indices of frames that the decoder marks as damaged.
     """
 
@@ -96,14 +96,14 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a file and its best video stream.
 
     Args:
-        path: a regular file. Its name is taken literally: a colon or a percent sign has no meaning.
+        path: a regular file. Its name is taken literally: a colon or percent sign has no special meaning.
 
     Yields:
-        PyAV's container and stream: the one that libav ranks first, never a cover picture.
+        PyAV's container and video stream. The stream is libav's first choice, never a cover picture.
 
     Raises:
-        VideoError: a missing or empty file, one of a format that is not in ``FORMATS``, no video stream, or
-            frames of more pixels than the ``limit``.
+        VideoError: the file is missing or empty, its format is not in ``FORMATS``, it has no video stream, or
+            its frames have more pixels than the ``limit``.
     """
     # ffmpeg itself refuses larger frames, also where the header gives no size. It counts padded lines.
     largest = {"max_pixels": str(2 * limit(PIXELS) + 2**20)}
@@ -175,14 +175,14 @@ def say(error: BaseException) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the machine caused an error, not the file: no memory, too many open files, no network share."""
+    """Whether the machine caused an error, not the file: no memory, too many open files, no share."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 
 def decode(path: Path, progress: Progress) -> Iterator[Any]:
-    """Yield the frames of a clip in the order in which they are shown; count them in ``progress``.
+    """Yield the frames of a clip in display order; count them in ``progress``.
 
-    A packet that fails to decode is counted and passed over.
+    A packet that fails to decode is counted and skipped.
     """
     with opened(path) as (container, stream):
         packets = container.demux(stream)

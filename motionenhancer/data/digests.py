@@ -1,4 +1,4 @@
-"""Digests of files, kept between runs: an unchanged file is not read again to make its key."""
+"""Digests of files, kept between runs, so that unchanged files are not read again for their keys."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REST = 2_000_000_000
 def file_digest(path: Path) -> str:
     """The sha256 of all bytes of a model's file, in hex.
 
-    That of a large file that nobody touched is kept in the user's cache folder, and not computed again.
+    The digest of a large file is kept in the user's cache folder until the file changes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     seen = _look(path)
     try:
@@ -49,11 +49,11 @@ def _remembered(path: Path, seen: tuple[bytes, int]) -> str:
 
 
 class DigestCache:
-    """What `content_digest` gave in earlier runs, about 64 bytes of memory a file; kept in `.digests`.
+    """Results of `content_digest` from earlier runs, kept in `.digests`; about 64 bytes of memory a file.
 
-    A digest counts for one path, size, time of modification and time of change; anything else is read anew.
-    Every process of a run that reads new files writes them to a file of its own, a whole record at a time; a
-    record that was cut short or altered counts as none. A folder that cannot be written is no error.
+    A digest is valid for one path, size, modification time and change time; otherwise the file is read again.
+    Each process that reads new files writes their digests to its own file, one whole record at a time. A
+    record that is cut or altered is ignored. A folder that cannot be written is not an error.
 
     Example:
         >>> import tempfile
@@ -87,7 +87,7 @@ class DigestCache:
         """The `content_digest` of a file.
 
         Raises:
-            VideoError: a file that is not there or cannot be read.
+            VideoError: the file does not exist or cannot be read.
         """
         seen = _look(video)
         known = None if seen is None else self._find(seen[0])
@@ -121,7 +121,7 @@ class DigestCache:
 
 
 def _look(video: Path) -> tuple[bytes, int] | None:
-    """Return an id of a file's present state, and when it last changed; None if it cannot be read."""
+    """Return an id of a file's current state and its last change time; None if it cannot be read."""
     try:
         found = os.stat(video)
     except OSError:

@@ -1,4 +1,4 @@
-"""Writing frames to a video file."""
+"""Write frames to a video file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 
 def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec: str | None = None) -> None:
-    """Encode frames as mp4, whatever the file's suffix; the same frames give the same bytes every time.
+    """Encode frames as mp4, with any file suffix. The same frames always give the same bytes.
 
     Args:
         path: the file to write.
         frames: (n, h, w, 3) uint8, RGB; h and w are even.
-        fps: frames a second.
-        codec: libav's name of an encoder. Default: "libx264" where PyAV has it, otherwise "mpeg4".
+        fps: frames per second.
+        codec: libav's name of an encoder. Default: "libx264" if PyAV has it, else "mpeg4".
 
     Raises:
-        ValueError: frames have another shape or dtype, an odd side, or none is there; fps is not positive.
+        ValueError: frames have another shape or dtype, an odd side, or are empty; fps is not positive.
     """
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:

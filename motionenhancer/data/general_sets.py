@@ -1,6 +1,6 @@
-"""Questions of the benchmarks of general video, read from their files as published.
+"""Questions of the general video benchmarks, read from their files as published.
 
-Where a benchmark's authors put the options behind the question, `Question.text` holds them as printed there.
+If a benchmark's authors append the options to the question, `Question.text` holds them as they print them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEEDBENCH_TASKS = {10: "Action Recognition", 11: "Action Prediction", 12: "Proce
 """SEED-Bench's video parts: `question_type_id` → name. Parts 1 to 9 are about images."""
 _IMAGES = range(1, 10)
 _BREAKFAST_FPS = 15
-"""Frames a second of the clips of part 12, whose segments are counted in frames."""
+"""Frames per second of the clips of part 12. The segments of that part are counted in frames."""
 
 MVBENCH_TASKS = {
     "action_sequence": ("AS", "star/Charades_v1_480"),
@@ -53,7 +53,7 @@ MVBENCH_FOLDERS = {
     "nturgbd": "nturgbd_convert",
     "ssv2_video": "ssv2_video_mp4",
 }
-"""Folder of clips → what the later archives call it. Clips of a `_segment` folder are cut already."""
+"""Folder of clips → its name in later archives. Clips of a `_segment` folder are cut already."""
 
 
 def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
@@ -61,15 +61,15 @@ def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
 
     A row is ``{"question_id", "videoID", "duration", "question", "options", "answer"}``. The template nests
     the questions of a clip and calls the keys ``duration_category`` and ``choices`` (Video-MME, arXiv
-    2405.21075, and its repository). A clip is called by its ``videoID``, else by the id in its ``url``, else
-    by its ``video_id``.
+    2405.21075, and its repository). The name of a clip is its ``videoID``, else the id in its ``url``,
+    else its ``video_id``.
 
     Args:
         path: the file.
         log: counts what cannot be read.
 
     Raises:
-        ValueError: there is no such file, or a duration that Video-MME does not have.
+        ValueError: the file does not exist, or a duration is not one of Video-MME.
     """
     for line, row in read_objects(path, log):
         nested = row.get("questions")
@@ -99,7 +99,7 @@ def read_mvbench(path: Path, log: SkipLog) -> Iterator[Question]:
     ``#`` and its index; its answer is the letter of the candidate.
 
     Raises:
-        ValueError: no such file, no file in the folder, or a file that is no task of MVBench.
+        ValueError: the file does not exist, the folder has no file, or a file is not a task of MVBench.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
@@ -137,10 +137,11 @@ def read_tempcompass(path: Path, log: SkipLog, *, form: str) -> Iterator[Questio
     Args:
         path: the file.
         log: counts what cannot be read.
-        form: "multi-choice", "yes_no" or "caption_matching"; what the file is called.
+        form: "multi-choice", "yes_no" or "caption_matching": the name of the file.
 
     Raises:
-        ValueError: no such file, an aspect that TempCompass does not have, or questions of another form.
+        ValueError: the file does not exist, an aspect is not one of TempCompass, or questions have another
+            form.
     """
     for id, video, aspect, entry in _tempcompass_rows(path, log):
         question, answer = entry.get("question"), _text(entry, "answer") or _text(entry, "mc_answer")
@@ -189,14 +190,14 @@ def _tempcompass_rows(path: Path, log: SkipLog) -> Iterator[tuple[str, str, Any,
 
 
 def read_seedbench(path: Path, log: SkipLog) -> Iterator[Question]:
-    """Read the questions of SEED-Bench's three video parts; those about images are a note.
+    """Read the questions of SEED-Bench's three video parts. Questions about images are counted as a note.
 
     The file is ``{"questions": [...]}`` or its rows: ``{"question_id", "question_type_id", "data_id",
     "question", "choice_a" to "choice_d", "answer"}``, with a ``segment`` in seconds (part 11) or in frames at
     15 a second (part 12) (SEED-Bench, arXiv 2307.16125, and its repository).
 
     Raises:
-        ValueError: no such file, or a part that SEED-Bench does not have.
+        ValueError: the file does not exist, or a part is not one of SEED-Bench.
     """
     whole = _document(path)
     rows = whole.get("questions") if isinstance(whole, dict) else None
@@ -231,7 +232,7 @@ def read_seedbench(path: Path, log: SkipLog) -> Iterator[Question]:
 
 
 def _cut(name: str, bounds: dict[str, Any], id: str, line: int, log: SkipLog) -> Any:
-    """`Question.video` of that name and segment; None, and counted, where the segment is impossible."""
+    """`Question.video` with this name and segment. An impossible segment gives None and is counted."""
     try:
         clip = clip_of(Path(name), bounds)
     except ValueError as error:
@@ -249,7 +250,7 @@ def _known(name: Any, names: Any, what: str, path: Path) -> Any:
 
 
 def _document(path: Path) -> Any:
-    """The json value that a file is as a whole; None for lines of json, parquet, or none."""
+    """The json value of a whole file; None for json lines, parquet, or a missing file."""
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -257,7 +258,7 @@ def _document(path: Path) -> Any:
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    """A name or number of a row as text; empty where it is none."""
+    """A name or number of a row as text; empty for any other value."""
     value = row.get(key)
     return str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 

@@ -32,12 +32,12 @@ _ENTRY = {"file_name", "hf_hub_url", "revision", "split", "formatting", "columns
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set that a `dataset_info.json` names.
+    """A data set of a `dataset_info.json`.
 
     Attributes:
-        data: its file, or its id of the Hub.
-        alpaca: whether its rows have an instruction and an output, and no list of turns.
-        columns, tags: what its columns and turns are called.
+        data: its file or its Hub id.
+        alpaca: whether its rows have an instruction and an output instead of a list of turns.
+        columns, tags: the names of its columns and of the keys and roles of its turns.
     """
 
     data: str
@@ -46,7 +46,7 @@ class Entry:
     tags: Mapping[str, str]
 
     def row(self, row: Row) -> Row:
-        """A row with `messages`; one that is no object stays as it is."""
+        """Return the row with `messages`. A value that is not an object is returned unchanged."""
         if not isinstance(row.value, dict):
             return row
         given, columns = row.value, self.columns
@@ -70,10 +70,10 @@ class Entry:
 
 
 def read_entry(file: Path, name: str) -> Entry:
-    """The entry `name` of a `dataset_info.json`; where it has one entry only, the name may be empty.
+    """The entry `name` of a `dataset_info.json`. The name may be empty if there is only one entry.
 
     Raises:
-        ValueError: no such file or entry, or one with something that is not understood, which is named.
+        ValueError: the file or entry does not exist, or the entry has an unsupported key, which is named.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def read_entry(file: Path, name: str) -> Entry:
 def alpaca_messages(row: Mapping[str, Any], columns: Mapping[str, str] = _ALPACA) -> Any:
     """The turns of a row in the alpaca form.
 
-    The question is the prompt and, on a line of its own, the query; `history` holds pairs of turns before it.
+    The question is the prompt and then, on a new line, the query. `history` holds earlier pairs of turns.
 
     >>> row = {"instruction": "<video>What moves?", "input": "", "output": "A ring."}
     >>> [turn["content"] for turn in alpaca_messages(row)]

@@ -12,7 +12,7 @@ __all__ = ["decode_mask"]
 def decode_mask(rle: Any) -> np.ndarray:
     """Decode a run-length mask of COCO, SAM 2 and pycocotools.
 
-    Runs of background and mask follow each other, background first, column after column.
+    Runs of background and mask alternate, background first, in column-major order.
 
     Args:
         rle: `{"size": [height, width], "counts": ...}`; counts is a list of runs, or the text that
@@ -22,7 +22,7 @@ def decode_mask(rle: Any) -> np.ndarray:
         (height, width) bool.
 
     Raises:
-        ValueError: it is no such mask, or its runs do not fill its size.
+        ValueError: it is not such a mask, or its runs do not fill its size.
 
     Example:
         >>> decode_mask({"size": [2, 3], "counts": [1, 2, 3]}).astype(int).tolist()
@@ -41,12 +41,12 @@ def decode_mask(rle: Any) -> np.ndarray:
 
 
 def _runs(text: str) -> list[int]:
-    """Read COCO's text: five bits of a number a character, the least first.
+    """Read COCO's text: each character holds five bits of a number, least significant first.
 
-    From the fourth on, a number is the run less the last run but one.
+    From the fourth number on, a number is the run minus the run two places before.
 
     Raises:
-        ValueError: a character is none of COCO's, or the last number is cut.
+        ValueError: a character is not one of COCO's, or the last number is cut.
     """
     runs: list[int] = []
     value = shift = 0

@@ -1,4 +1,4 @@
-"""Motion data sets as published, brought into the form of a conversation."""
+"""Published motion data sets, converted to conversations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from motionenhancer.data.llama_factory import alpaca_messages
 
 CAPTION_QUESTION = "Describe the motion in this video in detail."
-"""What is asked where a data set has captions and no questions."""
+"""The question for data sets that have captions but no questions."""
 
 
 _ALPACA_FORMS = (
@@ -17,21 +17,20 @@ _ALPACA_FORMS = (
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of another form as one with ``conversations`` or ``messages``; None for one that has them.
+    """Convert a row of another form to ``conversations`` or ``messages``; None if the row has them already.
 
     - MotionBench-Train (MotionBench, arXiv 2501.02955; ``MotionBenchCaption-train/train.jsonl`` of its data
       set): ``{"video_path", "motion_caption"}``. It has no questions: ``CAPTION_QUESTION`` is asked.
     - MotionVid-QA (MotionSight, arXiv 2506.01674, and its repository): ``{"video", "question", "chosen",
-      "rejected"}``, the preference part, of which the chosen answer is kept, or ``{"video", "question",
+      "rejected"}``, the preference part (only the chosen answer is kept), or ``{"video", "question",
       "answer"}``.
     - VideoChat2-IT (MVBench, arXiv 2311.17005, and ``it_dataset.py`` of its repository): ``{"video", "QA":
-      [{"i", "q", "a"}], "start"?, "end"?}``. The first instruction "i" is the system's text; where captions
-      have no question, it is the question. Start and end are seconds.
+      [{"i", "q", "a"}], "start"?, "end"?}``. The first instruction "i" is the system text. For captions
+      without a question, it is the question. Start and end are in seconds.
+    - the alpaca form of LLaMA-Factory: ``{"instruction", "input"?, "output", "history"?}``; and of ms-swift:
+      ``{"query", "response", "history"?}``.
 
-    - the alpaca form, as LLaMA-Factory reads it: ``{"instruction", "input"?, "output", "history"?}``; and as
-      ms-swift does: ``{"query", "response", "history"?}``.
-
-    Values are passed on as they are: whether they are usable is for the reader of conversations to say.
+    Values are not checked here; the reader of conversations checks them.
 
     >>> row = as_conversation({"video": "a.mp4", "question": "Who?", "chosen": "He.", "rejected": "She."})
     >>> [turn["value"] for turn in row["conversations"]]
@@ -61,7 +60,7 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def tagged(question: Any, kind: str) -> Any:
-    """A question with a tag in front unless it has one."""
+    """A question with a leading <video> tag, added if it has none."""
     if not isinstance(question, str) or "<video>" in question or "<image>" in question:
         return question
     return f"<{kind}>\n{question}"

@@ -23,7 +23,7 @@ MOTIONBENCH_TASKS: dict[str, str] = {
     "Action Order": "AO",
     "Repetition Count": "RC",
 }
-"""Published name of a task → its code. The toy world asks questions of these tasks too."""
+"""Published name of a task → its code. The toy world has questions of these tasks too."""
 FAVOR_TASKS: tuple[str, ...] = ("AS", "HAC", "SAD", "MAD", "CM", "NSM")
 
 _MOTIONBENCH_CODES = {name.lower(): code for name, code in MOTIONBENCH_TASKS.items()} | {
@@ -38,13 +38,13 @@ class Question:
     """One question of a benchmark, as published.
 
     id: unique in its benchmark.
-    video: name of its clip in the file, with or without extension; a :class:`Clip` of that name where the
-        file says which part of it is shown, or with which frames.
-    text: the question, untouched.
-    answer: the right answer; None where it is not public.
-    tasks: codes of the tasks it counts for, mostly one.
-    options: texts of the options, where the file gives them apart from the question.
-    line: 1-based line of the file where its entry starts.
+    video: name of its clip in the file, with or without extension; a :class:`Clip` if the file also gives a
+        segment or frames.
+    text: the question, unchanged.
+    answer: the right answer; None if it is not public.
+    tasks: codes of its tasks, usually one.
+    options: texts of the options, if the file gives them separately from the question.
+    line: 1-based line of the file where the entry starts.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Question:
 
 
 def video_stem(name: str | Clip) -> str:
-    """Return ``name`` without the extension of a video file; any other dot stays.
+    """Return ``name`` without a video file extension; other dots stay.
 
     >>> video_stem("clip_0.5_2.MP4"), video_stem("clip_0.5_2")
     ('clip_0.5_2', 'clip_0.5_2')
@@ -71,15 +71,15 @@ def read_motionbench(path: Path, log: SkipLog) -> Iterator[Question]:
     """Stream MotionBench's questions from ``video_info.meta.jsonl``, one clip a line.
 
     Each line is ``{"key", "video_path", "question_type", "qa": [{"uid", "question", "answer"}], ...}``
-    (MotionBench, arXiv 2501.02955, and its repository). Options stand inline in the question; the answer is a
-    letter, and ``"NA"`` on the test split, whose answers are not public: there ``Question.answer`` is None.
+    (MotionBench, arXiv 2501.02955, and its repository). Options are part of the question text. The answer is
+    a letter; on the test split it is ``"NA"``, not public, and ``Question.answer`` is None.
 
     Args:
         path: the file.
-        log: counts what cannot be read; an unknown question type is a note and becomes a task of its own.
+        log: counts unreadable entries. An unknown question type is a note and becomes a new task.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: the file does not exist.
     """
     for line, row in read_objects(path, log):
         video = next((row[k] for k in ("video_path", "key") if filled(row.get(k))), None)
@@ -164,7 +164,7 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
 
 
 def read_objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a data set with their lines; whatever is not one is counted in ``log``."""
+    """The objects of a data set with their lines. Other values are counted in ``log``."""
     for line, _, value, problem in open_source(path).rows():
         if problem:
             log.add("invalid json", line=line, detail=problem)
@@ -186,7 +186,7 @@ def _is_text(value: Any) -> bool:
 
 
 def filled(value: Any) -> TypeGuard[str]:
-    """Whether a value is a text that is not blank."""
+    """Whether a value is a non-blank text."""
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -23,36 +23,34 @@ def read_samples(
     require_video: bool = True,
     limit: int | None = None,
 ) -> Iterator[Sample]:
-    """Stream the samples of a data set; count and report those that cannot be used.
+    """Stream the samples of a data set. Rows that cannot be used are counted and reported.
 
-    Six forms, told apart by their keys, line by line:
+    Each row has one of six forms, which differ in their keys:
 
     - LLaVA: ``{"id", "video": str or list, "image"?, "conversations": [{"from": "human" | "gpt" | "system",
       "value": "<video>\\n..."}]}``
     - messages: ``{"id"?, "messages": [{"role", "content": str with <video> tags or list of parts}],
       "videos": [...]}``; a part ``{"type": "video", "video": path}`` may name its file itself
     - MotionBench-Train: ``{"video_path", "motion_caption"}``, with a question of our own
-    - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, of which the rejected answer is left out,
+    - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, where the rejected answer is ignored,
       or ``{"video", "question", "answer"}``
     - VideoChat2-IT: ``{"video", "QA": [{"i", "q", "a"}], "start"?, "end"?}``
     - alpaca: ``{"instruction", "input"?, "output", "history"?, "videos"}``, or ``{"query", "response",
       "history"?, "videos"}``
 
-    Keys that change what is learnt are honoured, or the row is skipped as ``unsupported key``; see
-    ``docs/data.md``. Neither a jsonl file nor one that is a json array is ever held in memory.
+    A key that changes what is learnt is applied, or the row is skipped as ``unsupported key``; see
+    ``docs/data.md``. Neither a jsonl file nor a json array is held in memory.
 
     Args:
-        path: the data file, utf-8; or anything else that `sources.open_source` takes.
-        video_root: what relative paths of videos and images are relative to; the data file's folder by
-            default.
-        on_skip: where skipped lines are counted, by line, id and reason; unknown keys are counted in its
-            notes.
-        require_video: leave out samples without any video.
-        limit: stop after so many samples.
+        path: the data file, utf-8; or any other source that `sources.open_source` takes.
+        video_root: folder of relative paths of videos and images; by default the folder of the data file.
+        on_skip: counts skipped lines by line, id and reason; its notes count unknown keys.
+        require_video: leave out samples without a video.
+        limit: maximum number of samples.
 
     Raises:
-        ValueError: at the call, a data file or video_root that is not there; at the end of the iteration, a
-            file without a single usable sample, with the first reasons.
+        ValueError: at the call, the data file or video_root does not exist; at the end of the iteration, no
+            sample of the file was usable, with the first reasons.
 
     >>> import json, tempfile
     >>> turns = [{"from": "human", "value": "<video>What moves?"}, {"from": "gpt", "value": "A ring."}]
@@ -89,7 +87,7 @@ def read_samples(
 
 
 def load_samples(path: Any, video_root: str | Path | None, limit: int | None, skips: SkipLog) -> list[Sample]:
-    """Return the samples of a data file as a list; an id that occurs again gets a number.
+    """Return the samples of a data file as a list. A repeated id gets a number.
 
     Raises:
         ValueError: as `read_samples`.

@@ -1,4 +1,4 @@
-"""Keys of rows, turns and parts that would change what is learnt and cannot be honoured, with the reasons."""
+"""Unsupported keys of rows, turns and parts that would change what is learnt, with the reasons."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def refusal(found: Mapping[str, Any], where: str) -> str:
 
     Args:
         found: its keys and values. None and empty values count as not given.
-        where: "row", "turn", "video", "image" or "text", the last three being parts.
+        where: "row", "turn", or a part: "video", "image" or "text".
 
     Example:
         >>> refusal({"weight": 2}, "row")

@@ -1,4 +1,4 @@
-"""The rows of json and jsonl files as a stream, each with its place in the file."""
+"""Stream the rows of json and jsonl files, each with its position in the file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 _TOO_DEEP = "nested too deeply"
 _PIECE = 1 << 20
-"""Bytes of an array that are read at a time."""
+"""Number of bytes of an array that are read at a time."""
 
 
 class Row(NamedTuple):
     """One decoded value of a data file.
 
-    line: 1-based line where it starts; offset: its first byte in the file; problem: why there is no value,
-    empty when there is one.
+    line: 1-based line where it starts. offset: its first byte in the file. problem: why there is no value;
+    empty if there is one.
     """
 
     line: int
@@ -29,13 +29,13 @@ class Row(NamedTuple):
 
 
 def stream_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of json lines, or of one json array; neither is ever held in memory whole.
+    """Stream the rows of a jsonl file or of one json array. Neither is held in memory as a whole.
 
-    A line that cannot be decoded is a row with a problem. In an array everything after a broken element is
-    lost, and said to be.
+    A line that cannot be decoded is a row with a problem. In an array, everything after a broken element is
+    lost, and the problem of that row says so.
 
     Raises:
-        ValueError: at the call, there is no such file.
+        ValueError: at the call, the file does not exist.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -73,7 +73,7 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
 
 
 def _is_array(file: BinaryIO) -> bool:
-    """Tell one top-level array from lines, the first of which may be an array by mistake."""
+    """Whether a file is one top-level array, not lines whose first line may be an array by mistake."""
     first = b""
     for line in iter(lambda: file.readline(_PIECE), b""):
         first = line.removeprefix(_BOM).strip()
@@ -86,9 +86,9 @@ def _is_array(file: BinaryIO) -> bool:
 
 
 class _Text:
-    """A window on a file's text that grows while a value in it is incomplete and forgets what was read.
+    """A window on a file's text. It grows while a value is incomplete and drops text that was read.
 
-    A byte that is no utf-8 stands in it as half a surrogate pair, which utf-8 itself cannot hold.
+    A byte that is not utf-8 becomes half a surrogate pair, which utf-8 text cannot contain.
     """
 
     def __init__(self, file: BinaryIO, piece: int = _PIECE) -> None:
@@ -99,7 +99,7 @@ class _Text:
         self.done = False
 
     def grow(self) -> bool:
-        """Read more of the file, which doubles the window; False at the end of the file."""
+        """Read more of the file, doubling the window; False at the end of the file."""
         if self.done:
             return False
         size = max(self.piece, len(self.text) - self.at)
@@ -109,14 +109,14 @@ class _Text:
         return True
 
     def move(self, to: int) -> None:
-        """Pass over the text up to a position."""
+        """Skip the text up to a position."""
         passed = self.text[self.at : to]
         self.offset += _size(passed)
         self.line += passed.count("\n")
         self.at = to
 
     def next(self) -> str:
-        """Return the next character that is not a space, without passing it; empty at the end."""
+        """Return the next non-space character without skipping it; empty at the end."""
         while True:
             to = self.at
             while to < len(self.text) and self.text[to] in _SPACE:
@@ -128,10 +128,10 @@ class _Text:
                 return ""
 
     def value(self) -> Any:
-        """Pass over the json value that starts here, and return it.
+        """Skip the json value that starts here, and return it.
 
         Raises:
-            json.JSONDecodeError, RecursionError, ValueError: there is none.
+            json.JSONDecodeError, RecursionError, ValueError: there is no valid json value.
         """
         while True:
             try:

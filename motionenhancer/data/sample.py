@@ -1,4 +1,4 @@
-"""A sample: a conversation about videos, and the text of it that the teacher is given."""
+"""A sample: a conversation about videos, and the part of its text for the teacher."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from motionenhancer.data.clip import Clip
 class Sample:
     """One conversation in the form that chat templates take.
 
-    id: the data file's own, or ``line-<n>``.
+    id: the id of the data file, or ``line-<n>``.
     messages: ``[{"role": "system" | "user" | "assistant", "content": [part, ...]}]``, each part one of
         ``{"type": "text", "text": str}``, ``{"type": "video"}`` and ``{"type": "image"}``. Texts are stripped
-        and not empty. An answer that is not to be learnt has ``"loss": False`` beside its content.
-    videos, images: files, in the order of their parts; of a video whose row says which part of it is shown,
-        or with which frames, a :class:`Clip`.
-    line: 1-based line of the data file where the sample starts; offset: its first byte.
-    task: what the row says that it is a case of, for reports only; may be empty.
-    regions: what the row says of where words are, as it is written; see `motionenhancer.priors.regions`.
+        and not empty. An answer that is not learnt has ``"loss": False`` beside its content.
+    videos, images: files, in the order of their parts. A video whose row gives a segment or frames is a
+        :class:`Clip`.
+    line: 1-based line of the data file where the sample starts. offset: its first byte.
+    task: the row's task, for reports only; may be empty.
+    regions: the row's regions of words, unchanged; see `motionenhancer.priors.regions`.
     """
 
     id: str
@@ -45,25 +45,25 @@ _ROLES: dict[str, tuple[str, ...]] = {
 def prompt_text(
     sample: Sample, source: Literal["both", "question", "answer"] = "both"
 ) -> tuple[str, list[tuple[int, int, int]]]:
-    """Return the text given to the teacher, and where each piece of it comes from.
+    """Return the text for the teacher, and the source of each piece of it.
 
-    The text parts of the chosen messages, in their order, joined by one space. System messages, and answers
-    that are left out of the loss, are never part of it.
+    The text parts of the chosen messages, in order, are joined by one space. System messages are never
+    included, nor answers that are left out of the loss.
 
-    The paper (MotionEnhancer, arXiv 2606.06853) never settles which text it is: its Algorithm 1 gives the
-    teacher the question, its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. The
-    default, question and answer together, holds what is asked about and what is seen.
+    The paper (MotionEnhancer, arXiv 2606.06853) does not settle which text the teacher gets: its Algorithm 1
+    gives it the question; its figures (1A, 2 and 3B, and 3 and 5 of the supplement) show a description. The
+    default is question and answer together.
 
     Args:
-        sample: as the readers give it.
+        sample: a sample of the readers.
         source: "both", "question" (user messages only) or "answer" (assistant messages only).
 
     Returns:
-        The text and its segments, each (start, end, message_index): `text[start:end]` stands character for
-        character in a text part of `sample.messages[message_index]`. Segments ascend and do not overlap.
+        The text and its segments, each (start, end, message_index): `text[start:end]` is an exact
+        part of a text of `sample.messages[message_index]`. Segments ascend and do not overlap.
 
     Raises:
-        ValueError: an unknown source, or a sample without any text of that source.
+        ValueError: the source is unknown, or the sample has no text of that source.
 
     Example:
         >>> turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}

@@ -13,10 +13,11 @@ from motionenhancer.data.video import Video, read_frames
 class Frames:
     """How a run shows its clips.
 
-    num_frames: so many, evenly; takes the place of the rate.
-    fps: frames a second.
-    min_frames, max_frames: fewest, as far as the clip holds them, and most frames by rate.
-    max_pixels: most pixels of a frame as the model sees it; None leaves the processor's own limit.
+    num_frames: number of evenly spaced frames; replaces the rate.
+    fps: frames per second.
+    min_frames, max_frames: limits of the number of frames at a rate. A clip with fewer frames than the
+        minimum gives all of them.
+    max_pixels: maximum pixels of a frame as the model sees it; None keeps the processor's own limit.
     """
 
     num_frames: int | None = None
@@ -26,10 +27,10 @@ class Frames:
     max_pixels: int | None = None
 
     def of(self, video: Path | Clip) -> Video:
-        """Decode the frames of a video that are shown; the keys of its row (see `Clip`) override the run's.
+        """Decode the frames of a video to show. The keys of its row (see `Clip`) override the run's values.
 
         Raises:
-            VideoError: it cannot be read.
+            VideoError: the video cannot be read.
         """
         num_frames, fps = self.num_frames, self.fps
         least, most = self.min_frames, self.max_frames

@@ -1,4 +1,4 @@
-"""One place where everything that is left out is counted, with its reason."""
+"""The one place that counts everything that is left out, with its reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("motionenhancer")
 
 
 class Skip(NamedTuple):
-    """One thing that was left out: its id, its 1-based line in the data file (0: none) and why."""
+    """One skipped thing: its id, its 1-based line in the data file (0: none) and the reason."""
 
     id: str
     line: int
@@ -23,18 +23,18 @@ class Skip(NamedTuple):
         return self.said(self.reason)
 
     def said(self, reason: str = "") -> str:
-        """Where it was and why: ``"line 3, id a: reason: detail"``, without unknown parts."""
+        """Place and reason, such as ``"line 3, id a: reason: detail"``, without unknown parts."""
         place = [f"line {self.line}"] * bool(self.line) + [f"id {self.id}"] * bool(self.id)
         return ": ".join(part for part in (", ".join(place), reason, self.detail) if part)
 
 
 @dataclass
 class SkipLog:
-    """Counts skipped things by reason, keeps the first of them, and warns about the first of each reason.
+    """Counts skipped things by reason, keeps the first ones, and warns about the first of each reason.
 
     Args:
-        keep: how many entries to keep in full; all of them are counted, so memory stays bounded.
-        shout: how many entries of each reason to write to the ``motionenhancer`` logger.
+        keep: number of entries to keep in full. All entries are counted, but memory stays bounded.
+        shout: number of entries of each reason that the ``motionenhancer`` logger gets.
 
     >>> log = SkipLog()
     >>> log.add("empty text", id="a", line=3)
@@ -51,11 +51,11 @@ class SkipLog:
 
     @property
     def total(self) -> int:
-        """How many things were skipped."""
+        """Number of skipped things."""
         return sum(self.counts.values())
 
     def add(self, reason: str, *, id: str = "", line: int = 0, detail: str = "") -> None:
-        """Count one skipped thing under ``reason``, a fixed phrase; what differs goes into ``detail``."""
+        """Count one skipped thing under ``reason``, a fixed phrase; ``detail`` holds the variable part."""
         skip = Skip(str(id), line, reason, detail)
         self.counts[reason] += 1
         if len(self.entries) < self.keep:
@@ -65,9 +65,9 @@ class SkipLog:
             logger.warning("skipped %s%s", skip, " (more of these are counted, not printed)" if last else "")
 
     def note(self, what: str) -> None:
-        """Count something odd that was not skipped; its first occurrence is a warning.
+        """Count something odd that was not skipped. Its first occurrence is a warning.
 
-        Beyond ``keep`` different ones, new ones are counted together.
+        After ``keep`` different notes, new notes are counted together.
         """
         if what not in self.notes and len(self.notes) >= self.keep:
             what = "further notes of other kinds"

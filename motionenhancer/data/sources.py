@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a data set of the Hub, a `datasets.Dataset`, LLaMA-Factory's list of sets."""
+"""Sources of rows: a file, a data set of the Hub, a `datasets.Dataset`, LLaMA-Factory's list of data sets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Source:
     """Rows of a data set.
 
     Attributes:
-        name: as it was given.
-        rows: streams them from the start.
-        root: what relative paths of clips are relative to by default.
-        file: the file; None where the rows come from no single one.
+        name: the given name.
+        rows: streams the rows from the start.
+        root: default folder of relative paths of clips.
+        file: the file; None if the rows do not come from a single file.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Source:
 
 
 def check_source(data: Any, flag: str, *, folder: bool = False) -> None:
-    """Refuse what is no data, and what needs a package that is not installed; nothing is read.
+    """Refuse invalid data, and data that needs a package that is not installed. Nothing is read.
 
     Args:
         data: see `open_source`.
-        flag: names it in errors, for instance ``"--data"``.
-        folder: whether it may be a folder of json files.
+        flag: name for errors, for instance ``"--data"``.
+        folder: whether a folder of json files is allowed.
 
     Raises:
-        ValueError: names the flag, and what would be right.
+        ValueError: names the flag and what would be right.
     """
     if _is_dataset(data):
         if not hasattr(data, "column_names") or not hasattr(data, "__len__") or hasattr(data, "keys"):
@@ -84,10 +84,10 @@ def open_source(data: Any, *, folder: bool = False) -> Source:
         data: a json, jsonl or parquet file; `dataset_info.json:NAME`, an entry of LLaMA-Factory's list; a
             data set of the Hub, `owner/name`, `owner/name@revision` or `owner/name:split`; or a
             `datasets.Dataset`.
-        folder: whether it may be a folder; its rows are those of its json files, in the order of their names.
+        folder: whether a folder is allowed. Its rows are the rows of its json files, ordered by name.
 
     Raises:
-        ValueError: it cannot be read, or needs a package that is not installed.
+        ValueError: the data cannot be read, or it needs a package that is not installed.
     """
     if _is_dataset(data):
         check_source(data, "data")
@@ -151,7 +151,7 @@ def _dataset_rows(dataset: Any) -> Iterator[Row]:
 
 
 def _given(value: Any) -> Any:
-    """A value without what is null: in a table, a key that one row has is null in all others."""
+    """A value without its null entries: in a table, a key that only one row has is null in all others."""
     if isinstance(value, dict):
         return {key: _given(one) for key, one in value.items() if one is not None}
     return [_given(one) for one in value] if isinstance(value, list) else value

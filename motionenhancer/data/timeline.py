@@ -1,4 +1,4 @@
-"""When each frame of a clip is shown: predicted from its packets, and measured from decoded frames."""
+"""The display time of each frame of a clip, predicted from packets or measured on decoded frames."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ MISSING_SHARE = 0.05
 """A clip is refused when more than this share of it is missing or fails to decode."""
 
 _HELD = 4
-"""Frames that may still come out of a decoder after the packet that it fails to decode."""
+"""Number of frames that a decoder may still return after a packet that fails to decode."""
 
 _REORDERED = 16
-"""A codec reorders at most this many frames; a stamp that falls by more starts a joined clip."""
+"""A codec reorders at most this many frames. A time stamp that falls by more starts a joined clip."""
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The frames of a clip in the order in which they are shown.
+    """The frames of a clip in display order.
 
     Attributes:
-        stamps: each frame's own time stamp in the stream's time base; None for a frame without one.
-        times: (n,) float64, strictly increasing, seconds. Equal to the stamps where those increase; elsewhere
-            the order of the frames rules.
+        stamps: time stamp of each frame in the stream's time base; None for a frame without a time stamp.
+        times: (n,) float64, strictly increasing, seconds. Equal to the time stamps where these increase;
+            elsewhere the order of the frames decides.
         duration: seconds from the first frame to the end of the last.
         fps: mean frame rate.
         whole: whether the file's own bytes prove that it is not cut off.
@@ -56,7 +56,7 @@ class Timeline:
 
 
 def timelines(path: Path) -> Iterator[Timeline]:
-    """Yield the timeline that a clip's packets announce, if any, and then that of the decoded frames.
+    """Yield the timeline predicted from a clip's packets, if any, then the timeline of the decoded frames.
 
     Raises:
         VideoError: as :func:`foretell` and :func:`measure`.
@@ -68,7 +68,7 @@ def timelines(path: Path) -> Iterator[Timeline]:
 
 
 def _clock(stream: Any) -> tuple[float, float]:
-    """Seconds per unit of a stream's time stamps, and its frames per second; 0 where it does not say."""
+    """Seconds per unit of a stream's time stamps, and its frames per second; 0 if unknown."""
     return float(stream.time_base or 0), float(stream.average_rate or stream.guessed_rate or 0)
 
 
@@ -76,12 +76,13 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
     """Read all packets of a clip without decoding any.
 
     Returns:
-        The timeline if every packet has a time stamp of its own, else None; and whether the file's own bytes
-        prove that it is not cut off. The timeline is a prediction: a decoder may show fewer frames (leading
-        pictures without their reference, packets without a picture) or other stamps.
+        The timeline if every packet has its own time stamp, else None; and whether the file's bytes prove
+        that
+        it is not truncated. The timeline is a prediction: a decoder may return fewer frames (leading pictures
+        without their reference, packets without a picture) or other time stamps.
 
     Raises:
-        VideoError: a file that cannot be opened, holds no packets, is damaged between them, or is cut off.
+        VideoError: the file cannot be opened, has no packets, is damaged between packets, or is truncated.
     """
     stamps: list[int | None] = []
     most = limit(FRAMES)
@@ -132,10 +133,10 @@ def _cut_reason(missing: float, count: int) -> str:
 
 
 def measure(path: Path, whole: bool, progress: Progress) -> Timeline:
-    """Decode a clip, keep no frame, and return the timeline of the decoded frames.
+    """Decode a clip and return the timeline of the decoded frames. No frame is kept.
 
     Args:
-        whole: as :func:`foretell` returned it.
+        whole: result of :func:`foretell`.
         progress: counts the frames and errors.
 
     Raises:
@@ -182,7 +183,7 @@ def _increasing(pts: list[int | None], dts: list[int | None], base: float, rate:
 
 
 def _filled(stamps: list[int | None], step: float) -> np.ndarray:
-    """Give frames without a stamp one between their neighbours', or ``step`` beyond the first or last."""
+    """Give frames without a time stamp one between their neighbours, or ``step`` beyond the first or last."""
     index = np.array([i for i, stamp in enumerate(stamps) if stamp is not None], np.int64)
     places = np.arange(len(stamps), dtype=np.float64)
     if not len(index):
@@ -196,13 +197,13 @@ def _filled(stamps: list[int | None], step: float) -> np.ndarray:
 
 
 def _usual(stamps: np.ndarray, step: float) -> float:
-    """The median of the rising steps between stamps; ``step`` if none rises."""
+    """The median of the positive steps between time stamps; ``step`` if there are none."""
     steps = np.diff(stamps)
     return float(np.median(steps[steps > 0])) if (steps > 0).any() else step
 
 
 def _joined(stamps: np.ndarray, step: float) -> np.ndarray:
-    """Let each clip of a joined file begin where the clip before it ended."""
+    """Let each clip of a joined file start at the end of the previous clip."""
     step = _usual(stamps, step)
     result, offset, latest = stamps.copy(), 0.0, stamps[0]
     for i in range(1, len(stamps)):
@@ -214,7 +215,7 @@ def _joined(stamps: np.ndarray, step: float) -> np.ndarray:
 
 
 def _spread(stamps: np.ndarray, step: float) -> np.ndarray:
-    """Spread frames of one stamp evenly up to the next stamp."""
+    """Spread frames with the same time stamp evenly up to the next time stamp."""
     values, index, counts = np.unique(stamps, return_inverse=True, return_counts=True)
     steps = np.append(np.diff(values), np.median(np.diff(values)) if len(values) > 1 else step * counts[-1])
     within = np.arange(len(stamps)) - (np.cumsum(counts) - counts)[index]
@@ -222,15 +223,15 @@ def _spread(stamps: np.ndarray, step: float) -> np.ndarray:
 
 
 def judge(path: Path, progress: Progress, whole: bool) -> None:
-    """Refuse a clip of which too much failed to decode.
+    """Refuse a clip if too much of it failed to decode.
 
     Args:
-        progress: of a decoder that reached the end.
-        whole: whether the file's own bytes prove that it is not cut off. Where nothing does, damaged last
-            frames tell of a cut.
+        progress: progress of a decoder that reached the end.
+        whole: whether the file's bytes prove that it is not truncated. Without proof, damaged last frames
+            count as truncation.
 
     Raises:
-        VideoError: no frame came out, more than ``MISSING_SHARE`` failed, or the last frames are damaged.
+        VideoError: no frame was decoded, more than ``MISSING_SHARE`` failed, or the last frames are damaged.
     """
     decoded, errors, first = progress.decoded, progress.errors, progress.first_error
     if decoded == 0:

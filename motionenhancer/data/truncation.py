@@ -1,4 +1,4 @@
-"""Whether a file ends before its content does, by the evidence of its own bytes."""
+"""Detect truncated files from their own bytes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def missing_share(path: Path, stream: Any) -> float | None:
-    """Return which share of a clip lies beyond the end of its file.
+    """Return the share of a clip that is missing at the end of its file.
 
-    A count of frames in a header is no evidence: edit lists and empty chunks lower what is shown.
+    A frame count in a header proves nothing: with edit lists and empty chunks, fewer frames are shown.
 
     Args:
         path: the file.
         stream: PyAV's video stream, after all packets were read.
 
     Returns:
-        0 for a file that is proven whole, 1 for one that is cut at an unknown place, a share between them if
-        the file says how much it held, and None if the format leaves no evidence.
+        0 for a file that is proven complete, 1 for a file that is cut at an unknown place, a share between
+        these if the file states its size, and None if the format gives no evidence.
     """
     name = stream.container.format.name
     size = os.path.getsize(path)
@@ -73,11 +73,11 @@ def _flv_size(head: bytes) -> int | None:
 
 
 _DECLARED = {"avi": _riff_size, "matroska,webm": _matroska_size, "asf": _asf_size, "flv": _flv_size}
-"""By libav's name of a format: reads the file's size in bytes from its header; None if it states none."""
+"""libav's format name → function that reads the file's size in bytes from its header, or None."""
 
 
 def _ends_with_tag(file: BinaryIO, size: int) -> bool:
-    """Whether an FLV file ends with the size of its last tag, behind that tag."""
+    """Whether an FLV file ends with its last tag and the size of that tag."""
     file.seek(size - 4)
     length = int.from_bytes(file.read(4), "big")
     if not 11 <= length <= size - 4:
@@ -88,7 +88,7 @@ def _ends_with_tag(file: BinaryIO, size: int) -> bool:
 
 
 def _ends_with_packet(file: BinaryIO, size: int) -> bool:
-    """Whether a transport stream ends behind a packet; also where the packets' length is not known."""
+    """Whether a transport stream ends at the end of a packet; True if the packet length is unknown."""
     file.seek(0)
     head = file.read(_HEAD)
     for length, first in ((188, 0), (192, 4), (204, 0)):
@@ -107,4 +107,4 @@ def _ends_with_last_page(file: BinaryIO, size: int) -> bool:
 
 
 _ENDS = {"flv": _ends_with_tag, "mpegts": _ends_with_packet, "ogg": _ends_with_last_page}
-"""By libav's name of a format: whether a file of so many bytes ends as such files do."""
+"""libav's format name → function of file and size: whether the file ends as the format requires."""

@@ -1,4 +1,4 @@
-"""Frames from video files: sampled over the clip, decoded as a stream, checked for damage."""
+"""Read frames of video files: sample over the clip, decode as a stream, check for damage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from motionenhancer.data.decode import BYTES, Progress, VideoError, av, decode, 
 from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
 
 TIE = 1e-6
-"""Seconds; two frames whose distances to a wanted time differ by less are equally near."""
+"""Seconds. Two frames whose distances to a requested time differ by less count as equally near."""
 
 _LEAST = 16 * 16
-"""Pixels that a frame is counted with before its size is known."""
+"""Assumed number of pixels of a frame before its size is known."""
 
 SKEW = math.tan(math.radians(1))
-"""A picture turned by less than one degree off a quarter turn is taken for a quarter turn."""
+"""A rotation within one degree of a quarter turn counts as a quarter turn."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Video:
     """Sampled frames of a clip.
 
     Attributes:
-        frames: (n, h, w, 3) uint8, as the display matrix shows them.
-        timestamps: (n,) float64, seconds since the clip's first frame; equal where a frame was taken twice.
+        frames: (n, h, w, 3) uint8, with the display matrix applied.
+        timestamps: (n,) float64, seconds since the clip's first frame; equal if a frame is repeated.
         fps: mean frame rate of the clip.
-        duration: seconds of the clip or its segment, the last frame's own time included.
-        decoded: frames that came out of the decoder; decoding stops behind a segment.
-        source_frames: frames that the clip or its segment shows.
-        errors: packets that failed to decode.
+        duration: seconds of the clip or its segment, including the display time of the last frame.
+        decoded: number of decoded frames; decoding stops after a segment.
+        source_frames: number of frames of the clip or its segment.
+        errors: number of packets that failed to decode.
     """
 
     frames: np.ndarray
@@ -49,7 +49,7 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds: frames, upright size in pixels, mean frame rate, seconds, undecodable packets."""
+    """Content of a file: frames, upright size in pixels, mean frame rate, seconds, undecodable packets."""
 
     frames: int
     height: int
@@ -60,7 +60,7 @@ class VideoInfo:
 
 
 class _Turn(NamedTuple):
-    """How a decoded picture becomes the shown one: transposed first, then flipped."""
+    """How a decoded picture becomes the displayed one: first transposed, then flipped."""
 
     transposed: bool = False
     upside_down: bool = False
@@ -71,7 +71,7 @@ class _Turn(NamedTuple):
 
 
 def _turn(path: Path, frame: Any) -> _Turn:
-    """Read a frame's display matrix: where x and y of a decoded pixel go."""
+    """Read a frame's display matrix, which maps x and y of a decoded pixel."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return _Turn()
@@ -85,7 +85,7 @@ def _turn(path: Path, frame: Any) -> _Turn:
 
 
 def _below(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
-    """Return a size of at most `max_pixels` pixels, with the aspect ratio kept as far as integers allow."""
+    """Return a size of at most `max_pixels` pixels, with the aspect ratio kept up to rounding."""
     if max_pixels is None or height * width <= max_pixels:
         return height, width
     scale = math.sqrt(max_pixels / (height * width))
@@ -96,8 +96,8 @@ def _below(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
 class _Choice(NamedTuple):
     """Which frames of a clip are kept.
 
-    indices: ascending; one occurs twice where a clip is too short. start, stop: the first frame of the
-    segment, and the first behind it. duration: seconds of the segment.
+    indices: ascending; repeated if a clip is too short. start, stop: the first frame of the segment, and the
+    first after it. duration: seconds of the segment.
     """
 
     indices: np.ndarray
@@ -166,23 +166,24 @@ def read_frames(
     start: float | None = None,
     end: float | None = None,
 ) -> Video:
-    """Decode frames of a clip, sampled over its time, and keep only the frames that are asked for.
+    """Decode frames of a clip, sampled over its time, and keep only the requested frames.
 
-    The timeline is that of the frames that decode, in the order in which they are shown. Where their time
-    stamps do not increase, the order rules. For each wanted time the nearest frame is kept; a tie goes to the
-    earlier one. Frames are shown as the file's display matrix says: turned, mirrored, or both.
+    The timeline consists of the decodable frames in display order. Where their time stamps do not increase,
+    the order decides. For each requested time the nearest frame is kept; of two equally near frames, the
+    earlier one. The file's display matrix (rotation, mirroring) is applied.
 
     Args:
-        path: a file of a container format that libav reads (``motionenhancer.data.decode.FORMATS``); of a
-            :class:`Clip` its segment, unless start or end are given.
-        num_frames: exactly this many, evenly from the first to the last; a shorter clip repeats frames.
-        fps: frames a second from the first frame on, never more than the clip holds.
-        max_frames: with fps or alone: if there are more, this many evenly from the first to the last.
-        max_pixels: shrink frames to at most this many pixels, shape kept.
+        path: a file of a supported container format (``motionenhancer.data.decode.FORMATS``). A :class:`Clip`
+            gives its segment, unless start or end is given.
+        num_frames: exactly this many, evenly spaced from the first to the last; a shorter clip repeats
+            frames.
+        fps: frames per second from the first frame on, never more than the clip has.
+        max_frames: with fps or alone: if there are more frames, this many, evenly spaced from first to last.
+        max_pixels: shrink frames to at most this many pixels and keep the aspect ratio.
         size: (height, width) in pixels to resize to.
         min_frames: refuse a clip with fewer frames; 2 refuses stills.
         start, end: read only frames with ``start <= time <= end``, in seconds since the clip's first frame,
-            as qwen-vl-utils does. All sampling happens within them.
+            as qwen-vl-utils does. Frames are sampled only from these.
 
     Without num_frames, fps and max_frames all frames are returned. A clip is refused if its frames have more
     pixels than ``MOTIONENHANCER_FRAME_PIXELS``, or take more bytes than ``MOTIONENHANCER_CLIP_BYTES``, or if
@@ -192,9 +193,9 @@ def read_frames(
         Video: timestamps count from the clip's first frame, also for a segment.
 
     Raises:
-        VideoError: missing, empty, not a video, no video stream, no frames, truncated, damaged, too short,
-            too large.
-        ValueError, TypeError: an argument out of range, or two that exclude each other.
+        VideoError: the file is missing, empty, not a video, truncated, damaged, too short or too large, or
+            has no video stream or no frames.
+        ValueError, TypeError: an argument is out of range, or two arguments exclude each other.
 
     >>> import tempfile
     >>> from motionenhancer.data.encode import encode_video
@@ -236,7 +237,7 @@ def read_frames(
 
 
 def _refuse_bytes(path: Path, frames: int, pixels: int) -> None:
-    """Refuse so many frames of so many pixels, before memory is taken for them; see `refuse_size`."""
+    """Refuse a clip by its numbers of frames and pixels before memory is allocated; see `refuse_size`."""
     size = 3 * frames * pixels
     refuse_size(path, size, f"{frames:,} frames of {pixels:,} pixels take {size:,} bytes", BYTES)
 
@@ -248,7 +249,7 @@ def _pick(
     size: tuple[int, int] | None,
     max_pixels: int | None,
 ) -> Video | None:
-    """Decode a clip and convert the chosen frames; None if there are none, or others than the timeline's."""
+    """Decode a clip and convert the chosen frames; None if there are none or not the timeline's."""
     chosen, stop = choice.indices, choice.stop
     if not len(chosen):
         return None
@@ -304,7 +305,7 @@ def _to_array(converter: Any, frame: Any, turn: _Turn, shape: tuple[int, ...]) -
 
 
 def check_video(path: str | Path) -> VideoInfo:
-    """Decode a whole clip, keep nothing, and return what it holds.
+    """Decode a whole clip and return its content as numbers. No frame is kept.
 
     Raises:
         VideoError: as :func:`read_frames`.
@@ -317,10 +318,10 @@ def check_video(path: str | Path) -> VideoInfo:
 
 
 def content_digest(path: str | Path | Clip) -> str:
-    """Return the sha256 of a file's bytes in hex, whatever the file's name; read in pieces.
+    """Return the sha256 of a file's bytes in hex; it does not depend on the file's name. Read in pieces.
 
     Raises:
-        VideoError: a file that is not there or cannot be read.
+        VideoError: the file does not exist or cannot be read.
     """
     try:
         with open(path, "rb") as file:

@@ -24,26 +24,30 @@ class EvalArguments(ShownArguments, DataArguments):
     data_folder: ClassVar[bool] = True
 
     predictions: str | None = setting(
-        None, "json file, question id to output: score these answers, and ask no student.", exists="file"
+        None, "json file of question ids and outputs: score these answers, and ask no student.", exists="file"
     )
-    benchmark: str = setting("toy", "Benchmark whose questions and rules are used.", choices=list(BENCHMARKS))
+    benchmark: str = setting("toy", "Benchmark: questions and scoring rules.", choices=list(BENCHMARKS))
     output_dir: str | None = setting(None, "Folder for answers and scores. Default: runs/eval.")
     prompt: str | None = setting(None, "Your own prompt, with {question} and {options}.")
     answer_hidden: bool = setting(False, "Also ask questions that have no public answer.")
-    min_frames: int | None = setting(None, "Minimum number of frames by rate. Default: 4.", least=1)
+    min_frames: int | None = setting(None, "Minimum number of frames at --video_fps. Default: 4.", least=1)
     max_pixels: int | None = setting(
-        None, "Most pixels of a frame; 0: the processor's limit. Default: 151200; toy: as trained.", least=0
+        None,
+        "Maximum pixels of a frame; 0: the processor's limit. Default: 151200; toy: as in training.",
+        least=0,
     )
     engine: str = setting(
         "transformers",
-        "What answers: transformers, or vllm, which is faster, where it is installed.",
+        "Software that runs the student: transformers; or vllm, which is faster and must be installed.",
         choices=["transformers", "vllm"],
     )
     batch_size: int | None = setting(
         None, "Number of questions that a process answers at once. Default: 4; vllm: 64.", least=1
     )
     max_new_tokens: int | None = setting(
-        None, "Most tokens of an answer. Default: the benchmark's, see docs/evaluation.md.", least=1
+        None,
+        "Maximum number of tokens of an answer. Default: the benchmark's, see docs/evaluation.md.",
+        least=1,
     )
     dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
     workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)
@@ -51,20 +55,21 @@ class EvalArguments(ShownArguments, DataArguments):
     bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
     subtitles: str | None = setting(
-        None, "Video-MME: show the subtitles of this folder, files called <videoID>.srt.", exists="folder"
+        None, "Video-MME: folder of subtitles to show, files <videoID>.srt.", exists="folder"
     )
     visual_prompt: str = setting(
         "none",
-        "MotionSight: spotlight darkens what is outside of --boxes, trails blends frames with those before; "
-        "motionsight: trails for questions about the camera (CM), spotlight for others.",
+        "Visual prompt of MotionSight. spotlight: darken the frame outside of --boxes; trails: blend each "
+        "frame with earlier frames; motionsight: trails for questions about the camera (CM), spotlight for "
+        "all other questions.",
         choices=PROMPTS,
     )
-    boxes: str | None = setting(None, "Boxes of objects, see docs/evaluation.md.", exists="file")
+    boxes: str | None = setting(None, "File of object boxes, see docs/evaluation.md.", exists="file")
     lmms_eval: str | None = setting(
-        None, "Folder: write the questions there as a task of lmms-eval, and do nothing else."
+        None, "Write the questions to this folder as a task of lmms-eval, and do nothing else."
     )
     judge_url: str | None = setting(
-        None, "OpenAI-compatible address, up to /v1: a model judges answers that no rule can read."
+        None, "OpenAI-compatible address that ends with /v1. Its model judges answers that no rule can read."
     )
     judge_model: str | None = setting(None, "With --judge_url: the name of the model.")
     compare: list[str] | None = setting(
@@ -116,7 +121,7 @@ class EvalArguments(ShownArguments, DataArguments):
 
     @property
     def batch(self) -> int:
-        """How many questions a process answers at once."""
+        """Number of questions that a process answers at once."""
         return self.batch_size or {"transformers": 4, "vllm": 64}[self.engine]
 
     def _check_judge(self) -> None:
@@ -135,12 +140,12 @@ class EvalArguments(ShownArguments, DataArguments):
     def frames(self, family: int | None, trained: Frames | None = None) -> Frames:
         """How clips are shown: as the flags say, by default as in the paper.
 
-        The pixel cap, and 4 and 768 as the fewest and most frames, are those of FAVOR-Bench's published
-        script and of the sampler it calls.
+        The default pixel limit and the limits of 4 and 768 frames come from FAVOR-Bench's published script
+        and the sampler that the script calls.
 
         Args:
-            family: frames of a clip that the student's family takes; None where it takes frames by rate.
-            trained: how clips were shown in the student's training; counts where no flag says otherwise.
+            family: number of frames that the student's family takes; None if it takes frames at a rate.
+            trained: how clips were shown in the student's training; used if no flag of frames is given.
         """
         pixels = 360 * 420 if self.max_pixels is None else self.max_pixels or None
         if trained is not None and not any(
@@ -157,13 +162,13 @@ class EvalArguments(ShownArguments, DataArguments):
         )
 
     def pixels(self, family: StudentFamily, trained: Frames | None = None) -> int | None:
-        """Most pixels of a frame; the default holds for families whose processor takes any limit only.
+        """Maximum pixels of a frame. The default is only for families whose processor takes a pixel limit.
 
         Args:
             trained: see `frames`.
 
         Raises:
-            ValueError: --max_pixels would do nothing.
+            ValueError: --max_pixels would have no effect.
         """
         if self.max_pixels is not None:
             return checked_pixels(self.max_pixels or None, family)

@@ -50,29 +50,36 @@ class PriorArguments(Settings):
 
     teacher: Any = setting(
         None,
-        "Diffusers folder of a video model, or a Hub id (owner/model@revision); or without a video model: "
-        "regions, those that the data file gives for words; self, the student's own attention before it is "
-        "tuned, or the folder of another student. Several are combined.",
+        "Folder of a video model as diffusers saves it, or a Hub id (owner/model@revision). Without a video "
+        "model: regions (the regions of words in the data file), self (the student's own attention before "
+        "training), or the folder of another student. Several teachers are combined.",
         type=str,
         nargs="+",
     )
     teacher_weights: list[str] | None = setting(
-        None, "Weights of several teachers, one each, or confidence: of each prior. Default: all alike."
+        None,
+        "One weight for each of several teachers; or confidence: each prior counts by its confidence. "
+        "Default: equal weights.",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
     prompt_source: str = setting("both", "Text for the teacher.", choices=["both", "question", "answer"])
     teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
-    teacher_size: str | None = setting(None, "HEIGHTxWIDTH of its clips. Default: as it was trained.")
-    teacher_frames: int | None = setting(
-        None, "Maximum number of frames of its clips. Default: as it was trained.", least=1, most=1000
+    teacher_size: str | None = setting(
+        None, "HEIGHTxWIDTH of the teacher's clips. Default: the size of its training."
     )
-    vae_tiling: bool = setting(False, "Encode clips in tiles: less memory, slightly other latents.")
+    teacher_frames: int | None = setting(
+        None,
+        "Maximum number of frames of the teacher's clips. Default: the number of its training.",
+        least=1,
+        most=1000,
+    )
+    vae_tiling: bool = setting(False, "Encode clips in tiles: less memory, slightly different latents.")
     offload_text_encoder: bool = setting(False, "Keep the text encoder on the CPU.")
-    text_cache: str | None = setting(None, "Folder that keeps text embeddings, for later runs too.")
+    text_cache: str | None = setting(None, "Folder of text embeddings, which later runs use again.")
     compile_teacher: bool = setting(False, "Compile the transformer's blocks with torch.compile.")
-    split_batch: bool = setting(False, "Evaluate the two texts of guidance one after the other.")
+    split_batch: bool = setting(False, "Evaluate the two texts of guidance in turn, not in one batch.")
     measure_roundtrip: bool = setting(False, "Also invert and rebuild the first clip, and report the error.")
-    region_grid: str = setting("8x16x16", "FRAMESxHEIGHTxWIDTH of the grid that regions are drawn on.")
+    region_grid: str = setting("8x16x16", "Grid for regions: FRAMESxHEIGHTxWIDTH.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +93,7 @@ class PriorArguments(Settings):
 
     @property
     def teachers(self) -> list[str]:
-        """All that are named."""
+        """The names of all teachers."""
         if self.teacher is None:
             return []
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
@@ -96,21 +103,21 @@ class PriorArguments(Settings):
             raise ValueError(f"--teacher must name different teachers, got {' '.join(self.teachers)}")
 
     def each(self) -> list[PriorArguments]:
-        """The same with one teacher each: everything but these and `store` is of one."""
+        """One copy for each teacher. Only `teachers` and `store` work with several teachers at once."""
         if isinstance(self.teacher, str):
             return [self]
         return [replace(self, teacher=one, teacher_weights=None) for one in self.teachers]
 
     @property
     def scaled(self) -> bool:
-        """Whether rows of the priors sum to one, and are no attention mass."""
+        """Whether the rows of the priors sum to one. Otherwise they are attention mass."""
         return REGIONS in self.teachers or len(self.teachers) > 1
 
     def weights(self) -> Weights:
-        """Weights of the teachers; None: each prior's confidence.
+        """Weights of the teachers. None: each prior's confidence is its weight.
 
         Raises:
-            ValueError: they are no weights, or not one a teacher.
+            ValueError: a weight is not a number above 0, or their number differs from the teachers'.
         """
         given, count = self.teacher_weights, len(self.teachers)
         if given is None:
@@ -128,11 +135,11 @@ class PriorArguments(Settings):
         return weights
 
     def common_grid(self, device: torch.device | str) -> Grid | None:
-        """(F, H, W) that priors of several teachers are brought to, that of the first; see `grid`."""
+        """(F, H, W) of the first teacher: priors of all teachers are resampled to it; see `grid`."""
         return self.each()[0].grid(device)
 
     def waits(self, where: MakerArguments) -> str:
-        """Why all priors must be made before the training; empty where they can be made meanwhile."""
+        """The reason why all priors must be made before training; empty if there is none."""
         if len(self.teachers) > 1 and where.prior_engine == "ray":
             return "several teachers in a Ray cluster would wait for each other's GPUs"
         for one in self.each():
@@ -141,19 +148,19 @@ class PriorArguments(Settings):
         return ""
 
     def store(self, device: torch.device | str) -> CombinedStore:
-        """The priors that are kept, of several teachers combined."""
+        """The store of priors. Priors of several teachers are combined."""
         grid = self.common_grid(device) if len(self.teachers) > 1 else None
         return CombinedStore(Path(self.prior_dir), self.weights(), grid)
 
     def find(self, *, dry_run: bool = False, student: str | None = None) -> None:
-        """Replace an id of the Hub by its folder, and `self` by the student.
+        """Replace each Hub id by its folder, and `self` by the student's folder.
 
         Args:
             dry_run: download nothing; see `model_folder`.
-            student: folder of the student that is trained, if one is.
+            student: folder of the student; None if no student is trained.
 
         Raises:
-            ValueError: there is no such model, or no student.
+            ValueError: there is no such model, or `self` is named and there is no student.
         """
         found = []
         for name in self.teachers:
@@ -168,20 +175,20 @@ class PriorArguments(Settings):
 
     @property
     def source(self) -> type[Source] | None:
-        """What makes the priors, if it is no video model."""
+        """The class that makes the priors; None for a video model."""
         assert self.teacher is not None
         return source_class(self.teacher)
 
     def reading(self, settings: PriorSettings) -> PriorSettings:
-        """The settings that priors are made with: those that play no part are left out."""
+        """The settings that affect the priors of this teacher; the others get their defaults."""
         return settings if self.source is None else self.source.settings(settings)
 
     def check(self, settings: PriorSettings, device: torch.device | str) -> None:
-        """Check that the teachers are understood and have what is asked of them; no weight is read.
+        """Check that the teachers are supported and that the settings fit them; no weight is read.
 
         Raises:
-            ValueError: see `check_settings`; a size that a teacher does not take; a flag that does nothing
-                with any of them.
+            ValueError: see `check_settings`; a size that a teacher does not take; a flag that has no effect
+                with any of the teachers.
             OSError: a folder or its files are missing.
         """
         idle = [one._idle(settings, device) for one in self.each()]
@@ -190,7 +197,7 @@ class PriorArguments(Settings):
             raise ValueError(f"--{useless[0]} does nothing with --teacher {teachers}; leave it out")
 
     def _idle(self, settings: PriorSettings, device: torch.device | str) -> list[str]:
-        """Check one teacher; return the flags that are given and do nothing with it."""
+        """Check one teacher; return the given flags that have no effect with it."""
         source = self.source
         if source is None:
             check_settings(settings, self.teacher)
@@ -213,7 +220,7 @@ class PriorArguments(Settings):
         return prior_keys(self.teacher_id(device), self.reading(settings))
 
     def grid(self, device: torch.device | str) -> Grid | None:
-        """(F, H, W) of the longest clips' priors; None where it depends on the clip.
+        """(F, H, W) of the priors of the longest clips; None if the grid depends on the clip.
 
         Raises:
             ValueError, OSError: as from `plan_teacher`.
@@ -227,15 +234,15 @@ class PriorArguments(Settings):
     def requests(
         self, samples: Iterable[Sample], skips: SkipLog, **options: Any
     ) -> Iterator[tuple[Sample, PriorRequest]]:
-        """Say which prior each sample needs; `options` are further ones of `request_priors`."""
+        """Yield each sample with the request of its prior; `options` go to `request_priors`."""
         said = None if self.source is None else self.source.said
         return request_priors(samples, self.prompt_source, skips, said=said, **options)
 
     def identity(self, device: torch.device | str) -> dict[str, Any]:
-        """The options of `load_teacher` that change what is computed, and so the teacher's id.
+        """The options of `load_teacher` that change the result, and with it the teacher's id.
 
         Raises:
-            ValueError: --teacher_size is no size, or none that the teacher takes.
+            ValueError: --teacher_size is not a size, or the teacher does not take it.
         """
         size = None
         if self.teacher_size is not None:
@@ -259,11 +266,11 @@ class PriorArguments(Settings):
         return {"dtype": dtype, "size": size, "frames": self.teacher_frames, "vae_tiling": self.vae_tiling}
 
     def cost_options(self, device: torch.device | str, *, cached: bool = False) -> dict[str, Any]:
-        """Return what `teacher_cost` needs to know of how the teacher is loaded.
+        """Return the options of `teacher_cost`: how the teacher is loaded.
 
         Args:
-            device: that it runs on.
-            cached: the text cache holds all texts, so that no text encoder is loaded.
+            device: the teacher's device.
+            cached: whether the text cache holds all texts; then no text encoder is loaded.
         """
         offloaded = self.offload_text_encoder and torch.device(device).type != "cpu"
         encoder = "none" if cached and self.text_cache is not None else "host" if offloaded else "device"
@@ -277,9 +284,9 @@ class PriorArguments(Settings):
         return teacher_id(self.teacher, **self.identity(device))
 
     def load(self, device: torch.device | str, *, text_encoder: bool = True) -> Teacher | Source:
-        """The teacher, loaded as these options say.
+        """Load the teacher with these options.
 
-        Without its text encoder it knows the texts of `text_cache` only.
+        Without its text encoder, the teacher takes only texts that are in `text_cache`.
         """
         assert self.teacher is not None
         if self.source is not None:
@@ -296,7 +303,7 @@ class PriorArguments(Settings):
         )
 
     def absolute(self) -> PriorArguments:
-        """Return the same with absolute paths: Ray's actors start in folders of their own."""
+        """Return a copy with absolute paths, because each Ray actor starts in its own folder."""
         names = ["prior_dir", "text_cache", *(["teacher"] if self.teacher != REGIONS else [])]
         paths = {name: value for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **{name: os.path.abspath(value) for name, value in paths.items()})
@@ -326,11 +333,13 @@ class MakerArguments(Settings):
         aliases=["--decode_workers", "--decode-workers"],
         least=1,
     )
-    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, or a new one.")
+    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, else a new one.")
     ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     ray_wait: float | None = setting(
-        None, "Stop the run after N seconds without a teacher, or on one prior. Default: 3600.", above=0
+        None,
+        "Stop the run after N seconds without any teacher, or N seconds spent on one prior. Default: 3600.",
+        above=0,
     )
 
     def __post_init__(self) -> None:

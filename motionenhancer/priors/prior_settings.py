@@ -25,26 +25,29 @@ class PriorSettings:
     """How a prior is read: every choice that changes its values, except the teacher's own options."""
 
     steps: int = setting(
-        5, "DDIM steps each way; must divide the teacher's training timesteps.", flag="ddim_steps", least=1
+        5,
+        "DDIM steps of inversion, and of reconstruction; must divide the teacher's training timesteps.",
+        flag="ddim_steps",
+        least=1,
     )
     guidance_scale: float = setting(6.0, "Scale of classifier-free guidance; 1 switches it off.", least=0)
     start: str = setting("inverted", "Latent from which the reconstruction starts.", choices=STARTS)
     memory: bool = setting(True, "Reconstruction also attends to the inverted clip's keys and values.")
     head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.", above=0, most=1)
     token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.", above=0, most=1)
-    sampled_rows: int | str = setting(64, 'Rows that estimate a head\'s square sum, or "all".', type=str)
+    sampled_rows: int | str = setting(64, 'Rows that estimate a sum of squares per head, or "all".', type=str)
     seed: int = setting(
         0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
     )
     mode: str = setting(
         "reconstruct",
-        "reconstruct: inversion and reconstruction, as in the paper; renoise: one noised evaluation.",
+        "reconstruct: inversion and reconstruction, as in the paper; renoise: one evaluation, noised clip.",
         flag="prior_mode",
         choices=MODES,
     )
     noise_level: int = setting(200, "Noise level of renoise: a training timestep, 0 to 999.")
     step_weights: tuple[float, ...] | None = setting(
-        None, "Weights of the steps in the pooled map, noisiest step first: 0,0,0,1,1.", type=str
+        None, "Weights of the steps in the pooled map, noisiest step first, such as 0,0,0,1,1.", type=str
     )
     head_selection: str = setting(
         "mhs",
@@ -56,22 +59,22 @@ class PriorSettings:
         "mtti", "mtti: motion-salient token identification; off: keep all words.", choices=TOKEN_SELECTIONS
     )
     guidance_scale_2: float | None = setting(
-        None, "Guidance of the second expert, for low noise (Wan 2.2 A14B). Default: the same.", least=0
+        None, "guidance_scale of the low-noise expert (Wan 2.2 A14B). Default: --guidance_scale.", least=0
     )
     diagonal_width: int = setting(
         0,
-        "Head selection: places of the grid up to this distance in raster order count as the same place.",
+        "Head selection: two places of the grid count as one up to this distance in raster order.",
         least=0,
     )
     token_scores: str = setting(
         "raw",
-        "How token selection adds mean attention and its change: raw, or each standardized over the words of "
-        "the text first.",
+        "Before token selection adds mean attention and its change, leave both as they are (raw), or "
+        "standardize each over the words of the text.",
         choices=SCORES,
     )
     token_unit: str = setting(
         "piece",
-        "Unit of token selection: the tokenizer's pieces of words, or whole words.",
+        "What token selection chooses: the tokenizer's pieces of words, or whole words.",
         choices=UNITS,
     )
 
@@ -115,7 +118,7 @@ class PriorSettings:
                 object.__setattr__(self, name, float(value))
 
     def rows(self, *, split: bool = False) -> int:
-        """Batch rows of one evaluation; with `split`, where texts are evaluated one after the other."""
+        """Batch rows of one evaluation. With `split`, the two texts are evaluated one after the other."""
         if self.mode == "renoise":
             return 1
         texts = 1 if split or self.guidance_scale == 1.0 else 2
@@ -128,7 +131,7 @@ class PriorSettings:
 
 
 def batch_settings(settings: PriorSettings, plan: TeacherPlan) -> PriorSettings:
-    """Settings as the batch of a teacher sees them: guidance that is an input of the model takes no row."""
+    """Settings that give the teacher's batch rows: guidance that is a model input needs no second row."""
     return replace(settings, guidance_scale=1.0) if plan.embedded_guidance else settings
 
 
@@ -140,10 +143,10 @@ def _numbers(given: str | Sequence[float]) -> tuple[float, ...]:
 
 
 def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
-    """Check that a teacher is understood and has what settings ask for, from its configuration files.
+    """Check from its configuration files that a teacher is supported and that the settings fit it.
 
     Raises:
-        ValueError: a field of a configuration is not understood, or the teacher lacks a level or an expert.
+        ValueError: a configuration field is not supported, or the teacher lacks a noise level or an expert.
         OSError: the folder or its files are missing.
     """
     family, parts = read_folder(teacher)
@@ -164,7 +167,7 @@ def check_settings(settings: PriorSettings, teacher: str | Path) -> None:
 
 
 def check_heads(settings: PriorSettings, joint: bool) -> None:
-    """Raise where settings choose among heads of a cross-attention that the teacher does not have."""
+    """Raise if settings select heads of a cross-attention, but the teacher has none."""
     if settings.head_selection == "cross" and joint:
         raise ValueError(
             "head_selection='cross' (--head_selection) needs a teacher with a cross-attention to the text; "
@@ -173,7 +176,7 @@ def check_heads(settings: PriorSettings, joint: bool) -> None:
 
 
 def check_guidance(settings: PriorSettings, boundary: float | None) -> None:
-    """Raise where settings name a guidance for a second expert that the teacher does not have."""
+    """Raise if settings give a guidance for a second expert, but the teacher has none."""
     if settings.guidance_scale_2 is not None and boundary is None:
         raise ValueError(
             f"guidance_scale_2={settings.guidance_scale_2} (--guidance_scale_2) needs a teacher with a "

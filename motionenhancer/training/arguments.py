@@ -1,4 +1,4 @@
-"""The flags of transformers' Trainer that a run takes, and those of its validation."""
+"""The flags of transformers' Trainer, and the flags of validation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class TrainArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = setting(
         None,
-        "With --load_best_model_at_end: the loss that decides. Default: loss, the sum of both.",
+        "With --load_best_model_at_end: the loss that decides which model is best. Default: loss, the sum of "
+        "both terms.",
         choices=[*METRICS, *(f"eval_{name}" for name in METRICS)],
     )
     report_to: None | str | list[str] = setting("none", "Trackers: tensorboard, wandb, none ...")  # noqa: RUF036
@@ -108,7 +109,7 @@ class TrainArguments(TrainingArguments):
                     setattr(self, name, options)
 
     def take_upload(self) -> Upload | None:
-        """Where the finished model goes. The Trainer is not told, nor is the token left for its files.
+        """Take the upload out of the options, so that the Trainer neither uploads nor stores the token.
 
         Raises:
             ValueError: see `Upload`.
@@ -128,13 +129,14 @@ class TrainArguments(TrainingArguments):
 
 @dataclass
 class ValidationArguments(Settings):
-    """Samples that are not trained on, and when a run stops by their losses."""
+    """Validation samples, and when their losses stop a run."""
 
     eval_data: str | None = setting(
-        None, "Validation samples (file or Hub id), whose losses are logged. Default: after each epoch."
+        None,
+        "Validation samples (file or Hub id). Their losses are logged, by default after each epoch.",
     )
     eval_video_root: str | None = setting(
-        None, "Folder of the validation clips. Default: that of --eval_data.", exists="folder"
+        None, "Folder of the validation clips. Default: the folder of --eval_data.", exists="folder"
     )
     early_stopping_patience: int | None = setting(
         None, "Stop after N evaluations without a new best --metric_for_best_model.", least=1
@@ -146,14 +148,14 @@ class ValidationArguments(Settings):
             check_source(self.eval_data, "--eval_data")
 
     def check(self, training: TrainArguments, *, data: str | None, aligned: bool) -> None:
-        """Refuse what cannot work, and evaluate after each epoch unless told when.
+        """Refuse what cannot work. Evaluate after each epoch unless a flag says when.
 
         Args:
-            data: that is trained on, if it is not the toy's.
-            aligned: whether `loss_align` is known.
+            data: the training data; None for the toy's.
+            aligned: whether `loss_align` is computed.
 
         Raises:
-            ValueError: names the flag, and what it needs.
+            ValueError: names the flag and what the flag needs.
         """
         asked = [name for name in training.given if name in EVALUATES]
         asked += [name for name in ("eval_video_root", "early_stopping_patience") if getattr(self, name)]
