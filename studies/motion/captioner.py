@@ -21,8 +21,8 @@ from studies.motion.clips import GRID, MAP_GRID, Clips, Maps, words_of
 __all__ = ["Captioner", "Regime", "measure", "own_rows", "train"]
 
 _CELLS = math.prod(GRID)
-#: Which words of a caption are the colour and the shape of the last object.
-_LAST_NAME = slice(12, 14)
+#: Which word of a caption is the colour of the last object.
+_LAST_COLOUR = 12
 #: Clips of one forward pass without gradients.
 _PART = 200
 
@@ -188,8 +188,8 @@ def measure(model: Captioner, clips: Clips) -> dict[str, float]:
         ``right``: percent of the clips in which it says the right words, "moves left" or "stays still".
         ``verb``: percent of the clips with the right verb.
         ``direction``: percent of the moving objects with the right direction, given the verb.
-        ``looks``: percent of the clips in which it names the last object by the right colour and shape, each
-            given all words before it.
+        ``colour``: percent of the clips in which it names the last object's colour rightly, given all words
+            before it. The pairs of colour and shape are new to it, the colours are not.
         ``distance``: of its content words' attention to the true masks, as the alignment measures it.
     """
     words = word_positions(clips)
@@ -205,12 +205,12 @@ def measure(model: Captioner, clips: Clips) -> dict[str, float]:
     # "The red square moves left": the verb is token 3, the direction token 4.
     said = torch.cat(found).double()
     verb, direction = said[:, 2], said[:, 3]
-    colour, shape = said.gather(1, words[:, _LAST_NAME] - _CELLS - 1).T
+    colour = said.gather(1, words[:, _LAST_COLOUR, None] - _CELLS - 1)
     moves = clips.tokens[:, 3] == t5_tokenizer().convert_tokens_to_ids("▁moves")
     return {
         "right": 100 * float((verb * direction).mean()),
         "verb": 100 * float(verb.mean()),
         "direction": 100 * float(direction[moves].mean()),
-        "looks": 100 * float((colour * shape).mean()),
+        "colour": 100 * float(colour.mean()),
         "distance": sum(distances) / len(clips.tokens),
     }

@@ -16,9 +16,9 @@ from studies.toy.study_report import finite, interval
 
 __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
-_MEASURES = ("direction", "verb", "right", "looks", "distance")
+_MEASURES = ("direction", "verb", "right", "colour", "distance")
 #: Measures that are compared seed by seed; table and plot show the first one.
-_COMPARED = ("direction", "right", "looks")
+_COMPARED = ("direction", "right", "colour")
 #: Arms with which every other arm is compared, seed by seed, and their names in the table's head.
 _AGAINST = {"plain": "plain", "teacher": "the teacher's", "teacher, MTTI only": "MTTI only"}
 
@@ -110,7 +110,7 @@ def table(summary: dict[str, Any], order: Sequence[str]) -> str:
     """Markdown: an arm a row, in ``order``."""
     against = [other for other in _AGAINST if other in summary["arms"]]
     head = ["maps", "seeds", "direction, %", *(f"over {_AGAINST[other]}" for other in against)]
-    head += ["verb", "both", "looks", "lift"]
+    head += ["verb", "both", "colour", "lift"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for arm in order:
         row = summary["arms"].get(arm)
@@ -118,7 +118,7 @@ def table(summary: dict[str, Any], order: Sequence[str]) -> str:
             continue
         gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in against]
         cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
-        cells += [f"{row[name]['mean']:.1f}" if name in row else "" for name in ("verb", "right", "looks")]
+        cells += [f"{row[name]['mean']:.1f}" if name in row else "" for name in ("verb", "right", "colour")]
         cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

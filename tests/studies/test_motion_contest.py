@@ -52,19 +52,17 @@ def test_a_right_answer_is_the_whole_phrase(wrong: tuple[int, ...], right: float
     assert measure(Told(said), clips)["right"] == 100.0  # type: ignore[arg-type]
 
 
-def test_looks_are_the_colour_and_the_shape_of_the_last_object() -> None:
+def test_the_colour_is_that_of_the_last_object() -> None:
     clips = make_clips(0, "test", 6)
-    names = [re.findall(r"\w+", text)[12:14] for text in clips.texts]
-    scenes = [draw(0, "test", i)[0] for i in range(6)]
-    assert names == [scene.objects[-1].name.split() for scene in scenes]
-    assert measure(Told(clips.tokens), clips)["looks"] == 100.0  # type: ignore[arg-type]
-    for word in (0, 1):
-        said = clips.tokens.clone()
-        for i in (0, 4):
-            said[i, [t5_tokenizer().decode([t]) for t in said[i]].index(names[i][word])] = 0
-        found = measure(Told(said), clips)  # type: ignore[arg-type]
-        assert found["looks"] == pytest.approx(100 * 4 / 6)
-        assert found["right"] == pytest.approx(100.0)
+    colours = [re.findall(r"\w+", text)[12] for text in clips.texts]
+    assert colours == [draw(0, "test", i)[0].objects[-1].colour for i in range(6)]
+    assert measure(Told(clips.tokens), clips)["colour"] == 100.0  # type: ignore[arg-type]
+    said = clips.tokens.clone()
+    for i in (0, 4):
+        said[i, [t5_tokenizer().decode([t]) for t in said[i]].index(colours[i])] = 0
+    found = measure(Told(said), clips)  # type: ignore[arg-type]
+    assert found["colour"] == pytest.approx(100 * 4 / 6)
+    assert found["right"] == pytest.approx(100.0)
 
 
 def test_own_maps_are_the_models_attention() -> None:
@@ -165,7 +163,7 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     def record(arm: str, seed: int, right: float, lift: float) -> dict[str, Any]:
-        test = {"right": 5.0, "verb": 70.0, "direction": right, "looks": 5.0, "distance": 0.3}
+        test = {"right": 5.0, "verb": 70.0, "direction": right, "colour": 5.0, "distance": 0.3}
         return {"arm": arm, "seed": seed, "regime": asdict(TINY), "test": test, "lift": lift}
 
     (tmp_path / "runs").mkdir()
@@ -210,7 +208,7 @@ def test_lift_is_set_against_the_gain_of_all_maps_but_the_true_ones(tmp_path: Pa
         *(("plain", 10.0, None), ("true masks", 5.0, 9.0), ("teacher", 30.0, 3.0)),
         *(("teacher, inverted", 40.0, 4.0), ("teacher, no selection", 20.0, 2.0), ("uniform", 90.0, 1.0)),
     ):
-        test = dict.fromkeys(("direction", "verb", "right", "looks", "distance"), right)
+        test = dict.fromkeys(("direction", "verb", "right", "colour", "distance"), right)
         record = {"arm": arm, "seed": 1, "regime": asdict(TINY), "test": test}
         record |= {} if lift is None else {"lift": lift}
         (tmp_path / "runs" / f"{arm}.json").write_text(json.dumps(record))
