@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from mekernels.attention_rows import shared_query
 from motionenhancer.students import capture_attention
+from motionenhancer.students.entries import ForwardEntries
 
 ROWS, COLUMNS = torch.tensor([[4, 5]]), slice(0, 3)
 
@@ -319,6 +320,47 @@ def test_weights_that_are_not_numbers_show(model: Any, ids: torch.Tensor) -> Non
         weight[0, 0] = kept
     assert captured.attention.isnan().all()
     assert words.attention.isnan().all()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_positions_that_the_host_does_not_check(
+    monkeypatch: pytest.MonkeyPatch, model: Any, ids: torch.Tensor, reduce: str
+) -> None:
+    """As on another device, where to look at them would wait: one beyond the sequence shows everywhere."""
+    read = []
+    for rows, columns in ((ROWS, [[0, 6]]), (torch.tensor([[4, 7]]), [[0, 6]]), (ROWS, [[0, 7]])):
+        with capture_attention(model, ROWS, torch.tensor([[0, 6]]), reduce=reduce) as captured:
+            model(input_ids=ids)
+        with monkeypatch.context() as patch:
+            patch.setattr("motionenhancer.students.entries.read_by_host", lambda _: False)
+            with capture_attention(model, rows, torch.tensor(columns), reduce=reduce) as unchecked:
+                model(input_ids=ids)
+        read.append(unchecked.attention)
+    torch.testing.assert_close(read[0], captured.attention)
+    assert read[1].isnan().all()
+    assert read[2].isnan().all()
+
+
+def test_flash_attention_rounds_what_single_precision_norms_made() -> None:
+    """Its queries and keys take the dtype of the layer's weights, as transformers casts them."""
+    query, key = torch.randn(2, 1, 2, 5, 4)
+    read = []
+    for dtype in (torch.float32, torch.bfloat16):
+        entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "mean")
+        layer = nn.Linear(4, 4, dtype=torch.bfloat16)
+        entries.read("flash_attention_2", layer, query.to(dtype), key.to(dtype), None, {"is_causal": False})
+        read.append(entries.attention)
+    assert torch.equal(*read)
+
+
+def test_options_that_are_given_by_position(model: Any) -> None:
+    module = model.model.language_model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 7, 16)
+    with (
+        capture_attention(model, ROWS, COLUMNS),
+        pytest.raises(ValueError, match="must pass the options of its attention by keyword"),
+    ):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, key, None, 0.0, 0.25)
 
 
 def test_empty_rows_and_columns(model: Any, ids: torch.Tensor) -> None:

@@ -177,6 +177,15 @@ def test_flash_refuses_what_it_cannot_read() -> None:
         read_mask("flash_attention_2", call(None, rows, 5, **options))
 
 
+def test_a_bias_is_more_than_which_keys_are_seen() -> None:
+    """Even where it hides what a causal mask hides."""
+    rows = torch.tensor([[1, 4]])
+    bias = torch.randn(1, 1, 5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), float("-inf"))
+    visible = read_mask("eager", call(bias, rows, 5))
+    assert visible.explicit is not None
+    assert torch.equal(visible.explicit[0, 0], bias[0, 0, rows[0]])
+
+
 def test_dense_refuses_other_shapes() -> None:
     rows = torch.tensor([[1]])
     for shape in ((1, 5, 5), (1, 1, 4, 5), (1, 1, 5, 4), (2, 1, 5, 5), (1, 3, 5, 5)):
