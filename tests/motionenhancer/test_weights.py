@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import motionenhancer.toy
 from motionenhancer.students import load_student
 from motionenhancer.teachers import load_teacher
-from motionenhancer.weights import check_loaded
+from motionenhancer.weights import check_loaded, not_finite, refuse_weights, student_digest
 
 SHIPPED = Path(motionenhancer.toy.__file__).parent / "weights"
 
@@ -117,3 +117,34 @@ def test_many_weights_are_counted() -> None:
     info = {"missing_keys": ["d", "b", "a", "c"], "unexpected_keys": ["x"]}
     with pytest.raises(ValueError, match=r"m: 4 weights are missing \(a, b, c, \.\.\.\) and 1 weight is not"):
         check_loaded("m", info)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_not_saved(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are trained, of any process; frozen ones were looked at when they were loaded."""
+    model = torch.nn.Linear(2, 2)
+    refuse_weights([None, model], 3, 1)
+    with torch.no_grad():
+        model.bias[1] = value
+    with pytest.raises(FloatingPointError, match="the weight bias is NaN or infinite after step 3"):
+        refuse_weights([None, model], 3, 1)
+    model.bias.requires_grad_(False)
+    refuse_weights([None, model], 3, 1)
+    monkeypatch.setattr("motionenhancer.weights.gather_object", lambda mine: [*mine, "theirs"])
+    refuse_weights([model], 3, 1)
+    with pytest.raises(FloatingPointError, match="the weight theirs is NaN"):
+        refuse_weights([model], 3, 2)
+    assert not_finite([("eight", torch.zeros(2).to(torch.float8_e4m3fn)), ("none", torch.zeros(0))]) == ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "a.safetensors", "chat_template.jinja", "merges.txt"])
+def test_a_student_is_named_by_what_its_checkpoint_consists_of(name: str, tmp_path: Path) -> None:
+    for kept in ("config.json", "a.safetensors", "chat_template.jinja", "merges.txt"):
+        (tmp_path / kept).write_text("{}")
+    found = student_digest(tmp_path)
+    for other in ("motion_report.json", "trainer_state.json", "README.md"):
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "checkpoint-2.json").mkdir()
+    assert student_digest(tmp_path) == found
+    (tmp_path / name).write_text("{ }")
+    assert student_digest(tmp_path) != found
