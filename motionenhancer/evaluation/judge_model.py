@@ -57,7 +57,7 @@ def judge_doubts(
 
     Args:
         benchmark: with a ``doubt``.
-        questions: those with a public answer are judged.
+        questions: with public answers, as all of TempCompass have.
         outputs: question id to output.
         rules: of the benchmark.
         folder: holds the judgements.
@@ -74,7 +74,7 @@ def judge_doubts(
     file = folder / JUDGEMENTS
     mend_answers(file)
     kept = {(row.get("model"), row.get("request")): row.get("right") for row in read_lines(file)}
-    answered = [q for q in questions if q.answer and q.id in outputs]
+    answered = [q for q in questions if q.id in outputs]
     requests = [(q.id, benchmark.doubt(q, outputs[q.id], rules)) for q in answered]
     verdicts: dict[str, bool] = {}
     for id, request in tqdm([pair for pair in requests if pair[1]], desc="judge", unit="answer"):

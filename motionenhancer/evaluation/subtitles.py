@@ -43,7 +43,7 @@ def read_subtitles(file: Path) -> list[tuple[float, float, str]]:
         ValueError: a subtitle has no times, or the text is not utf-8.
     """
     found: list[tuple[float, float, str]] = []
-    for block in re.split(r"\n\s*\n", file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()):
+    for block in re.split(r"\n\s*\n", file.read_bytes().decode("utf-8-sig").strip()):
         span = _SPAN.search(block)
         said = " ".join(re.sub(r"<[^>]*>", "", block[span.end() if span else 0 :]).split())
         if span is not None:

@@ -173,6 +173,12 @@ def test_predictions_in_every_form(tmp_path: Path, text: str) -> None:
     assert read_predictions(file, SkipLog()) == {"a#0": "x", "v.b": "y", "n": ""}
 
 
+def test_questions_that_another_run_skipped_have_no_answer(tmp_path: Path) -> None:
+    rows = [{"id": "a", "skipped": "unreadable"}, {"id": "b", "output": "B", "clip": "1 2 x"}]
+    (tmp_path / "answers-00000.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_predictions(tmp_path / "answers-00000.jsonl", SkipLog()) == {"b": "B"}
+
+
 def test_an_id_answered_twice(tmp_path: Path) -> None:
     file, log = tmp_path / "answers.json", SkipLog()
     file.write_text('{"a": "B", "a": "C", "b": "", "b": "D", "c": "?", "c": "!"}')

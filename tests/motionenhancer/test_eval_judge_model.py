@@ -140,16 +140,23 @@ def test_a_judgement_is_asked_for_once(judge: Judge, tmp_path: Path, capsys: Any
     judge.asked.clear()
     assert run(tmp_path, *asking(judge)) == 0
     assert len(judge.asked) == 1, "the first judgement is kept, half a line is none"
+    assert len(kept(tmp_path)) == 2, "nor is anything left of it"
     assert scores(tmp_path)["overall"] == 50
     assert run(tmp_path, *asking(judge)[:3], "wiser") == 0
     assert len(judge.asked) == 3, "another model judges anew"
 
 
-def test_replies_without_a_verdict_and_a_server_that_comes_back(judge: Judge, tmp_path: Path) -> None:
-    judge.replies = [503, "Hm.", "It is Incorrect, not Correct", "The prediction is Correct"]
-    assert run(tmp_path, *asking(judge)) == 0
+def test_replies_without_a_verdict_and_a_server_that_comes_back(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(judge_model, "_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(judge_model.time, "sleep", slept.append)
+    judge.replies = [503, 429, "Hm.", "It is Incorrect, not Correct", "Correct, so not Incorrect"]
+    assert run(tmp_path, "--judge_url", f"{judge.url}/", "--judge_model", "wise") == 0
     assert [row["right"] for row in kept(tmp_path)] == [False, True]
-    assert len(judge.asked) == 4
+    assert [path for path, *_ in judge.asked] == ["/v1/chat/completions"] * 5
+    assert slept == [0.01, 0.02]
 
 
 def test_a_judge_that_never_decides_is_wrong(judge: Judge, tmp_path: Path) -> None:
