@@ -102,6 +102,15 @@ def test_rows_while_generating_are_those_of_the_whole(backend, cached):
     assert_exact(found, whole[:, :, cached:])
 
 
+def test_a_learned_bias_is_read_where_no_gradient_is_wanted():
+    query, key = case()
+    rows, bias = torch.tensor([[0, 6], [3, -1]]), randn(1, 6, 2, 7)
+    expected = mekernels.attention_rows(query, key, rows, slice(None), bias=bias)
+    with torch.no_grad():
+        found = mekernels.attention_rows(query, key, rows, slice(None), bias=bias.requires_grad_())
+    assert torch.equal(found, expected)
+
+
 def test_keys_hidden_at_both_ends():
     query, key = case()
     rows, seen = torch.tensor([[0, 6], [3, -1]]), (torch.arange(7) > 1) & (torch.arange(7) < 5)
