@@ -137,7 +137,7 @@ class Benchmark:
 def load_questions(
     benchmark: Benchmark, path: str | Path, log: SkipLog, *, limit: int | None = None, hidden: bool = False
 ) -> list[Question]:
-    """Read a benchmark's questions. Questions without a public answer, and repeated ids, are counted in ``log``.
+    """Read a benchmark's questions. Those without a public answer, and repeated ids, are counted in ``log``.
 
     Args:
         path: the benchmark's file.
