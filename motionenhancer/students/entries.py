@@ -193,12 +193,14 @@ class ForwardEntries:
             )
         elif keys < self.tokens and not attends_locally(module, kwargs):
             raise ValueError(
-                f"the key-value cache holds {keys} of {self.tokens} tokens, so where its keys were is unknown"
+                f"the key-value cache holds {keys} of {self.tokens} tokens, so the positions of its keys "
+                "are unknown"
             )
         elif keys > length == self.tokens and attends_locally(module, kwargs):
             raise ValueError(
                 f"the sliding-window cache of {kind} holds {keys} keys for the first {length} queries, so "
-                "where its keys were is unknown: begin with an empty dynamic cache, or leave such layers out"
+                "the positions of its keys are unknown: begin with an empty dynamic cache, or leave out "
+                "such layers"
             )
         for name, positions in (("rows", self.rows), ("columns", self.columns)):
             if isinstance(positions, torch.Tensor) and positions.shape[0] != batch:

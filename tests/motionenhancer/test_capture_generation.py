@@ -198,5 +198,5 @@ def test_caches_whose_positions_are_unknown(model: Any) -> None:
     with capture_attention(model, None, slice(0, 2)):
         cache = model(input_ids=torch.arange(4)[None], use_cache=True).past_key_values
         cache.crop(-1)
-        with pytest.raises(ValueError, match="holds 4 of 5 tokens, so where its keys were is unknown"):
+        with pytest.raises(ValueError, match="holds 4 of 5 tokens, so the positions of its keys are unknown"):
             model(input_ids=torch.arange(1)[None], past_key_values=cache)
