@@ -1,4 +1,4 @@
-"""Put a benchmark's questions to a student and score its answers as the benchmark's authors do.
+"""Ask a student the questions of a benchmark and score its answers as the benchmark's authors do.
 
 `python -m motionenhancer.eval --student DIR --benchmark favor --data FILE --video_root DIR --output_dir DIR`
 """
@@ -56,16 +56,16 @@ _IDENTITY = ("limit", "answer_hidden", "dtype", "attn_implementation")
 
 
 def evaluate(**options: Any) -> dict[str, Any]:
-    """Evaluate, or compare two runs, from Python, as the command does.
+    """Evaluate a student, or compare two runs, from Python.
 
     Args:
         options: the command's flags, without dashes.
 
     Returns:
-        What is in `scores.json`; of `compare`, what is in `comparison.json`.
+        The content of `scores.json`; for `compare`, of `comparison.json`.
 
     Raises:
-        ValueError, OSError: see `run` and `compare`; a flag that does not exist is named.
+        ValueError, OSError: see `run` and `compare`; an unknown flag is named.
 
     >>> evaluate(student="out", benchmark="favor", data="video_perspective.json")  # doctest: +SKIP
     """
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
-    """Ask, or read, and score; returns what it wrote to `scores.json`.
+    """Get answers from a student or a file and score them; return the content of `scores.json`.
 
     Raises:
         ValueError, OSError: a setting, folder or file is wrong.
@@ -154,10 +154,10 @@ def _run(arguments: EvalArguments, rules: Rules, report: RunReport) -> dict[str,
 
 
 def compare(arguments: EvalArguments) -> dict[str, Any]:
-    """Compare two scored runs and print the result; with `--output_dir` write `comparison.json` too.
+    """Compare two scored runs and print the result; with `--output_dir` also write `comparison.json`.
 
     Raises:
-        ValueError: a run is not scored, or the two are not of the same questions.
+        ValueError: a run is not scored, or the runs have different questions.
     """
     assert arguments.compare is not None
     a, b = arguments.compare
@@ -170,10 +170,10 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 
 
 def export(arguments: EvalArguments, rules: Rules) -> None:
-    """Write the questions as a task of lmms-eval; those without a public answer or a clip are left out.
+    """Write the questions as a task of lmms-eval, without questions that lack a public answer or a clip.
 
     Raises:
-        ValueError: a file is wrong, no clip is there, or a question shows a part of its clip.
+        ValueError: a file is wrong, there is no clip, or a question shows a segment of its clip.
     """
     assert arguments.lmms_eval is not None
     benchmark = BENCHMARKS[arguments.benchmark]
@@ -213,9 +213,9 @@ def _read(
     report: RunReport,
     skips: SkipLog,
 ) -> Answers | None:
-    """Read answers made elsewhere; None if this same run has finished.
+    """Read answers from a file; None if this run has already finished.
 
-    A question without an answer is wrong, unless `--video_root` shows that its clip is missing.
+    A question without an answer is wrong, unless its clip is missing in `--video_root`.
     """
     assert arguments.predictions is not None
     outputs = read_predictions(arguments.predictions, skips)
@@ -324,7 +324,7 @@ def _ask(
 
 
 def _trained_frames(student: Path) -> Frames | None:
-    """How clips were shown in the training that left this folder, or the checkpoint in it."""
+    """How clips were shown in the training that wrote this folder or its checkpoint."""
     for folder in (student, *([student.parent] if student.name.startswith("checkpoint-") else [])):
         with suppress(OSError, ValueError, KeyError):
             return Frames(**json.loads((folder / REPORT).read_text(encoding="utf-8"))["frames"])
@@ -343,11 +343,11 @@ def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: 
     """Create the report's folder, or continue in it; a folder of another run is refused.
 
     Args:
-        kept: the line that says what is kept if the run is interrupted.
-        answered: no question is left to ask.
+        kept: line that says what is kept if the run is interrupted.
+        answered: whether all questions have an answer.
 
     Returns:
-        Whether this same run has finished there, with the same files and rules.
+        Whether this run, with the same files and rules, has finished there.
     """
     report.identity = identity
     state = PartialState()

@@ -1,4 +1,4 @@
-"""Read a whole data file's motion priors from a teacher into a store.
+"""Make the motion priors of a whole data file with a teacher, and store them.
 
 `python -m motionenhancer.extract --teacher DIR --data FILE --video_root DIR --prior_dir DIR`
 """
@@ -43,14 +43,14 @@ PROG = "python -m motionenhancer.extract"
 
 
 def extract(**options: Any) -> dict[str, Any]:
-    """Extract priors from Python, as the command does.
+    """Extract priors from Python, like the command.
 
     Args:
         options: the command's flags, without dashes; `data` may also be a `datasets.Dataset`.
 
     Returns:
-        What is in `extraction.json` of the priors' folder: counts, settings and what was skipped; empty for a
-        dry run of a folder that has none.
+        The content of `extraction.json` in the priors' folder: counts, settings and skipped samples; empty
+        for a dry run in a folder without it.
 
     Raises:
         ValueError, OSError, DeadTeacher: see `run`; a flag that does not exist is named.
@@ -211,7 +211,7 @@ def _make(
     counts: dict[str, int],
     skips: SkipLog,
 ) -> dict[str, float] | None:
-    """Make what is missing, with a bar over the bytes of the data file; count, return the inversion error."""
+    """Make missing priors, with a progress bar over the data file's bytes; return the inversion error."""
     roundtrip = None
     size, hidden = 0 if data is None else data.stat().st_size, not PartialState().is_main_process
     bar = tqdm(desc="priors", total=size, unit="B", unit_scale=True, disable=hidden)
@@ -235,7 +235,7 @@ def _make(
 
 
 def _forecast(data: DataArguments, prior: PriorArguments, settings: PriorSettings, engine: Engine) -> int:
-    """Say what making the missing priors will take; no model is loaded. Returns as `run`."""
+    """Print the cost of the missing priors; no model is loaded. Returns as `run`."""
     assert data.data is not None
     assert prior.teacher is not None
     store, skips, seen = PriorStore(Path(prior.prior_dir)), SkipLog(), dict[str, bool]()

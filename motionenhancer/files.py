@@ -1,4 +1,4 @@
-"""Files that appear whole, by rename, or not at all; and how their sizes are said."""
+"""Write files that appear complete, by rename, or not at all; print sizes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["readable", "whole_file", "write_json", "write_text"]
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give out a temporary path; rename it to `path` at the end, or remove it after an error.
+    """Yield a temporary path; rename it to `path` at the end, or remove it after an error.
 
     Args:
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
 
     Raises:
         OSError: the folder or the file cannot be written.
@@ -63,7 +63,7 @@ def write_json(path: str | Path, body: Any) -> None:
 
 
 def readable(size: float) -> str:
-    """Return bytes for people.
+    """Return a number of bytes as readable text.
 
     >>> readable(1536)
     '1.5 KB'

@@ -1,6 +1,6 @@
-"""Flags of the commands, read from the dataclasses that the code itself uses.
+"""Parse the flags of the commands into the dataclasses that the code itself uses.
 
-A field's `metadata` holds its help text and all else that `setting` is told of it.
+The `metadata` of a field holds its help text and the other arguments of `setting`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     """Declare a field of a dataclass with its help text.
 
     Args:
-        default: its value where it is not given.
-        help: shown by `--help`.
-        metadata: `flag`, where two dataclasses of one command have a field of the same name; `aliases`, older
-            names; `type`, what the command line is read as; `positional`, whether a text is given without its
-            flag; and what `check_fields` holds its value to:
-            `choices`; bounds of a number, `least`, `above`, `most` and `below`, with `off`, a value
-            outside of them that switches it off; `exists`, "file" or "folder".
+        default: value if the flag is not given.
+        help: text of `--help`.
+        metadata: `flag`, the flag's name if it differs from the field's; `aliases`, older names; `type`, the
+            type of the command-line value; `positional`, whether the value is given without its flag. These
+            are checked by `check_fields`: `choices`; bounds of a number, `least`, `above`, `most` and
+            `below`, with `off`, a value outside of the bounds that switches it off; `exists`, "file" or
+            "folder".
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -73,14 +73,14 @@ def check_fields(settings: Any) -> None:
 
 
 class Settings:
-    """Base of dataclasses of flags: checks the fields when an object is made."""
+    """Base class of flag dataclasses: checks the fields of a new object."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
-    """Return what a value must be; empty if the value is right."""
+    """Return the requirement that a value violates; empty if the value is right."""
     bounds = [(*_BOUNDS[name], rules[name]) for name in _BOUNDS if name in rules]
     if bounds and value != rules.get("off"):
         finite = [] if math.isfinite(value) else ["finite"]
@@ -97,7 +97,7 @@ def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
 
 
 class _Parser(HfArgumentParser):
-    """Shows our own groups under --help, and those of transformers too under --help_all."""
+    """Shows our own groups under --help, and also transformers' groups under --help_all."""
 
     def __init__(self, classes: Sequence[Any], prog: str, in_python: bool) -> None:
         self.in_python = in_python
@@ -169,7 +169,7 @@ class _Help(argparse.Action):
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """Suggest what a misspelt name may mean, in brackets; empty if nothing is like it."""
+    """Suggest the right name for a misspelt name, in brackets; empty if no name is similar."""
     found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
@@ -188,11 +188,11 @@ def parse_arguments(
         classes: dataclasses, no two with a flag of the same name.
         argv: the command line without the program's name; None reads `sys.argv`.
         prog: shown in help and errors.
-        recipe: returns a yaml file of defaults, or None, from the flags and the config.
-        held: in a call from Python, values that the command line cannot hold.
+        recipe: function from the flags and the config to a yaml file of defaults, or None.
+        held: in a call from Python, values that a command line cannot hold.
 
     Returns:
-        One object a class.
+        One object for each class.
 
     Raises:
         SystemExit: a bad flag, a missing or malformed yaml file, or an unknown field in it, which is named;
@@ -219,7 +219,7 @@ def parse_options(
     prog: str,
     recipe: Callable[[argparse.Namespace], Path | None] = lambda chosen: None,
 ) -> tuple[Any, ...]:
-    """Read a command's flags from keyword arguments; what is None counts as not given.
+    """Read a command's flags from keyword arguments; None counts as not given.
 
     Args:
         classes, prog, recipe: see `parse_arguments`.

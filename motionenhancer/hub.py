@@ -1,4 +1,4 @@
-"""Models by their names: a folder, or an id of the Hugging Face Hub with an optional revision; uploads."""
+"""Find models by folder or by Hugging Face Hub id with an optional revision; upload models."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w(@[\w./-]+)?", re.ASCII)
 def model_folder(name: str | Path, flag: str, *, dry_run: bool = False) -> Path:
     """The folder of a model.
 
-    A folder is taken as it is. An id such as ``owner/model`` or ``owner/model@revision`` is looked up in the
+    A folder is used as it is. An id such as ``owner/model`` or ``owner/model@revision`` is looked up in the
     Hugging Face cache and, unless ``HF_HUB_OFFLINE`` is set, downloaded into it. Only configurations,
     tokenizers and safetensors are downloaded.
 
     Args:
-        name: a folder or an id. What is neither, such as a folder that is missing, is returned as it is.
+        name: a folder or an id. Any other name, such as a missing folder, is returned unchanged.
         flag: names the argument in errors, for instance ``"--student"``.
         dry_run: download nothing.
 
     Raises:
         ValueError: the id has no complete model in the cache, and none can be downloaded. The message is one
-            line that says why and how to download it; of a dry run, how much a run would download.
+            line: the reason, and how to download it; in a dry run, how much a run would download.
 
     >>> str(model_folder("runs/toy/with/student", "--student"))
     'runs/toy/with/student'
@@ -103,12 +103,12 @@ class Upload:
 
     Args:
         name: ``owner/model``, or ``model`` of the user who is logged in.
-        token: of the Hub; by default that of `hf auth login`.
+        token: token of the Hub; by default the token of `hf auth login`.
         private: whether a new repository is private; None leaves it to the Hub.
         revision: a branch other than the main one.
 
     Raises:
-        ValueError: the Hub cannot be reached, as `HF_HUB_OFFLINE` is set.
+        ValueError: `HF_HUB_OFFLINE` is set, so the Hub cannot be reached.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Upload:
         self._api = HfApi(token=token)
 
     def open(self) -> str:
-        """Make the repository, unless it is there; return what is wrong, or nothing."""
+        """Create the repository if it does not exist; return an error text, or an empty text."""
         try:
             self.name = self._api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
             if self.revision is not None:
@@ -130,11 +130,11 @@ class Upload:
         return ""
 
     def push(self, folder: Path, left_out: str) -> str:
-        """Upload a folder's model and model card, and nothing of the folders in it; return their address.
+        """Upload a folder's model and model card, without subfolders; return their address.
 
         Args:
-            folder: of a model and other files.
-            left_out: a file of it that has the name of a model's.
+            folder: folder of a model and other files.
+            left_out: a file in it that is not uploaded, although it is named like a file of a model.
 
         Raises:
             OSError: it cannot be uploaded.

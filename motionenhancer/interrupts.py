@@ -1,4 +1,4 @@
-"""How a command ends at SIGINT or SIGTERM: in one line that says what is kept and which command goes on."""
+"""End a command at SIGINT or SIGTERM with one line: what is kept, and which command continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _kept: Callable[[], str] = lambda: "nothing was begun"  # noqa: E731
 def watch_signals() -> None:
     """End this process at SIGINT with exit code 130 and at SIGTERM with 143.
 
-    Nothing is unwound: a thread may be in the middle of a clip, and another process in the middle of a sum.
+    No stack is unwound: a thread may be in the middle of a clip, and another process in a reduction.
     """
     owner = os.getpid()
 
@@ -59,11 +59,11 @@ def watch_signals() -> None:
 
 
 def on_interrupt(kept: Callable[[], str]) -> None:
-    """Register `kept`, which is called at a signal from now on.
+    """Register `kept`, which is called at a signal.
 
     Args:
-        kept: writes what the run leaves behind and returns what is kept, in words. It runs between any two
-            instructions of the run, and must not wait for another process or thread.
+        kept: writes the final files of the run and returns a text that says what is kept. It may run between
+            any two instructions of the run, and must not wait for another process or thread.
     """
     global _kept
     _kept = kept

@@ -1,4 +1,4 @@
-"""See what a teacher and a student attend to, as one html file: of a run, of a folder of priors, of one clip.
+"""Show what a teacher and a student attend to, in one html file: for a run, a folder of priors, or one clip.
 
 `motionenhancer look RUN`, `look --prior_dir DIR`, `look --video FILE --text TEXT --teacher DIR --student DIR`
 """
@@ -128,7 +128,7 @@ def _view_of_clip(look: LookArguments, prior: PriorArguments, settings: PriorSet
 def _views_of_store(
     ids: list[str], data: DataArguments, prior: PriorArguments, settings: PriorSettings
 ) -> Iterator[View]:
-    """Yield priors of a folder: those of a data file's samples with their clips, or else by their keys."""
+    """Yield priors of a folder: of a data file's samples, with clips; otherwise by their keys."""
     store = PriorStore(Path(prior.prior_dir))
     if not store.folder.is_dir():
         raise ValueError(f"--prior_dir {store.folder}: no such folder")

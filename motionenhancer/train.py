@@ -1,6 +1,6 @@
-"""Fine-tune a video VLM with its attention pulled toward a motion prior.
+"""Fine-tune a video VLM while its attention is pulled toward a motion prior.
 
-`python -m motionenhancer.train` with no arguments does the whole path on a small world of moving shapes.
+`python -m motionenhancer.train` without arguments runs all steps on a small world of moving shapes.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ CLASSES = (
 
 
 def train(**options: Any) -> RunReport:
-    """Train from Python, as the command does.
+    """Train from Python, like the command.
 
     Args:
         options: the command's flags, without dashes; `data` and `eval_data` may also be a `datasets.Dataset`.
 
     Returns:
-        The report that is beside the checkpoint, with its `folder`.
+        The report that is written beside the checkpoint, with its `folder`.
 
     Raises:
         ValueError, OSError, FloatingPointError: see `run`; a flag that does not exist is named.
@@ -124,8 +124,8 @@ def run(
 ) -> RunReport:
     """One training run, from data to checkpoint; returns the report it wrote beside the checkpoint.
 
-    Under `student.dry_run` it prints what it would do and returns: no weight is read, no teacher runs and no
-    file is written, the toy world of a command without arguments aside.
+    With `student.dry_run` it prints the plan and returns: no weight is read, no teacher runs and no file is
+    written, except the toy world of a command without arguments.
 
     Raises:
         ValueError, OSError: a setting, folder or file is wrong; nothing has been trained.
@@ -303,7 +303,7 @@ def _interrupted(report: RunReport, training: TrainArguments) -> str:
 
 
 def _eval_samples(validation: ValidationArguments, skips: SkipLog) -> list[Sample]:
-    """The samples of `--eval_data`, with ids that no sample of `--data` has."""
+    """The samples of `--eval_data`, with ids that differ from all ids of `--data`."""
     if validation.eval_data is None:
         return []
     samples = load_samples(validation.eval_data, validation.eval_video_root, None, skips)
@@ -336,7 +336,7 @@ def _test(
 
 
 def _student(student: StudentArguments, training: TrainArguments) -> tuple[Any, Any, StudentFamily]:
-    """The student to train, with its adapters; without weights if it will not be trained."""
+    """The student to train, with its adapters; without weights for a dry run."""
     assert student.student is not None
     # Mixed precision trains float32 weights and casts them to compute; frozen ones can stay in 16 bits.
     dtype = torch.bfloat16 if student.lora_r and training.bf16 else torch.float32

@@ -1,4 +1,4 @@
-"""Loads and names the weights of students, teachers and checkpoints; refuses a folder that lacks some."""
+"""Load weights of students, teachers and checkpoints, compute their ids, and refuse incomplete folders."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
     """Load a model of transformers or diffusers from safetensors on this disk.
 
     Args:
-        model_class: its class.
-        folder: with its configuration and all of its weights.
-        **options: others of `from_pretrained`.
+        model_class: class of the model.
+        folder: folder of its configuration and all of its weights.
+        **options: other options of `from_pretrained`.
 
     Raises:
         ValueError: see `check_loaded`; a file of weights is damaged, or a weight is NaN or infinite.
@@ -61,7 +61,7 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def read_weights(folder: str | Path, *, content: bool = True) -> Iterable[tuple[str, torch.Tensor]]:
-    """The names and tensors of a folder's safetensors files; with `content` false, none of a readable file.
+    """Yield names and tensors of a folder's safetensors files; with `content` false, only check the files.
 
     Raises:
         ValueError: names the file that cannot be read.
@@ -76,14 +76,14 @@ def read_weights(folder: str | Path, *, content: bool = True) -> Iterable[tuple[
 
 
 def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processes: int) -> None:
-    """Stop a run before it saves weights that are not finite; every process must call this.
+    """Stop a run before it saves non-finite weights. Every process must call this.
 
     Args:
-        models: of a run, after `step` steps.
-        processes: of the run.
+        models: models of the run after `step` steps.
+        processes: number of processes of the run.
 
     Raises:
-        FloatingPointError: in all processes; names the first such weight.
+        FloatingPointError: in all processes; names the first non-finite weight.
     """
     # Each process looks at the weights that it holds: DeepSpeed and FSDP2 shard them.
     held = (
@@ -104,10 +104,10 @@ def refuse_weights(models: Iterable[torch.nn.Module | None], step: int, processe
 
 @contextmanager
 def saving(folder: str | Path) -> Iterator[None]:
-    """Name the folder when a model or its optimizer cannot be saved: a full disk is found by libraries.
+    """Raise an error that names the folder if a model or its optimizer cannot be saved, as on a full disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     try:
         yield
@@ -136,13 +136,14 @@ def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def check_loaded(folder: str | Path, info: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights were not all in its folder, or whose folder holds others.
+    """Refuse a model if its folder lacks some of its weights or has unexpected weights.
 
-    transformers and diffusers only warn: they fill missing weights with random numbers, and drop others.
+    transformers and diffusers only warn: they fill missing weights with random numbers and drop unexpected
+        ones.
 
     Args:
-        folder: that the model was loaded from.
-        info: what `from_pretrained(..., output_loading_info=True)` returned beside the model.
+        folder: folder of the loaded model.
+        info: the loading info that `from_pretrained(..., output_loading_info=True)` returned.
 
     Raises:
         ValueError: names the folder and the first of the weights.
@@ -165,10 +166,10 @@ def _said(what: str, keys: Collection[str]) -> list[str]:
 
 
 def student_digest(folder: str | Path) -> str:
-    """Name a student's weights and settings: 32 hexadecimal digits.
+    """An id of a student's weights and settings: 32 hexadecimal digits.
 
-    Only the files a checkpoint consists of are read, in the folder itself: runs kept below it, and reports
-    beside it, change nothing.
+    Only the files of the checkpoint itself are read. Other runs below the folder, and reports, do not change
+    the id.
     """
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):

@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape what a test printed and utf-8 cannot hold: the processes of `pytest -n N` exchange utf-8."""
+    """Escape printed text that utf-8 cannot hold, because the processes of `pytest -n N` exchange utf-8."""
     report = yield
     report.sections = [
         (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections

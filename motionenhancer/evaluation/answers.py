@@ -1,4 +1,4 @@
-"""Answers on disk: appended one by one, read again after a kill, or made elsewhere."""
+"""Answers on disk: appended one by one, read again after a kill, or read from other programs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..files import whole_file
 
 
 def answers_file(process: int) -> str:
-    """Name of the file that one process of a run appends to."""
+    """Name of the file to which one process of a run appends."""
     return f"answers-{process:05d}.jsonl"
 
 
 def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line a row and return only once they are on the disk."""
+    """Append one line for each row; return only when the lines are on disk."""
     with path.open("ab") as file:
         file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         file.flush()
@@ -30,13 +30,13 @@ def append_answers(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def mend_answers(path: Path) -> None:
-    """Cut off a last line that a kill left half-written, so that the next one starts on its own."""
+    """Remove a half-written last line after a kill, so that the next line starts on its own."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def drop_answers(folder: Path, ids: Collection[str]) -> None:
-    """Take the answers of these ids out of every process's file, each of which stays whole."""
+    """Remove the answers of these ids from the files of all processes. Each file stays valid."""
     for path in folder.glob("answers*.jsonl") if ids else ():
         lines = path.read_bytes().split(b"\n")
         kept = [line for line in lines if not _is_of(line, ids)]
@@ -54,7 +54,7 @@ def _is_of(line: bytes, ids: Collection[str]) -> bool:
 
 
 def mark_clip(video: Path | Clip) -> str:
-    """What an answer keeps of its clip: size, time of modification, and digest of its bytes.
+    """The record of a clip in an answer: size, modification time, and digest of its bytes.
 
     Raises:
         OSError, VideoError: it cannot be read.
@@ -64,7 +64,7 @@ def mark_clip(video: Path | Clip) -> str:
 
 
 def is_marked(mark: object, video: Path | Clip) -> bool:
-    """Whether a clip is still the one that an answer was given to; read again only where its time changed."""
+    """Whether a clip is still the clip of an answer. It is read again only if its time changed."""
     if not isinstance(mark, str):
         return True  # an answer that was written before clips were marked
     try:
@@ -90,8 +90,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """Read every process's answers, id to row; half-written and unreadable lines are ignored.
 
-    A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. Of an id, an output replaces what was
-    skipped, and else a later row an earlier one.
+    A row is ``{"id", "output"}``, or ``{"id", "skipped": reason}``. For one id, an output replaces a skip;
+    otherwise a later row replaces an earlier row.
     """
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("answers*.jsonl")):
@@ -104,17 +104,18 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
-    """Read answers made elsewhere: a json object, question id to output, or lines or a list of rows.
+    """Read answers of another program: a json object from question id to output, or lines or a list of rows.
 
-    A null output is an empty one. A clip's extension in an id is dropped, as in the questions' ids. Of an id
-    given twice, the first output with a letter A to D counts, else the last: MotionBench's own rule.
+    A null output is an empty output. A clip's extension in an id is dropped, as in the ids of questions. If
+    an id is given twice, the first output with a letter A to D counts, else the last (MotionBench's own
+    rule).
 
     Args:
         path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.
         log: ids given twice are counted in its notes.
 
     Raises:
-        ValueError: no such file, not json, or an output that is no text.
+        ValueError: the file does not exist or is not json, or an output is not a text.
     """
     path = Path(path)
     if not path.is_file():

@@ -117,7 +117,9 @@ class EvalArguments(ShownArguments, DataArguments):
         if self.visual_prompt != "none" and (self.predictions is not None or self.lmms_eval is not None):
             raise ValueError("--visual_prompt does not go with --predictions and --lmms_eval")
         if (self.visual_prompt in ("spotlight", "motionsight")) != (self.boxes is not None):
-            raise ValueError("--visual_prompt spotlight and motionsight need --boxes, and no other does")
+            raise ValueError(
+                "--visual_prompt spotlight and motionsight need --boxes; with none and trails leave it out"
+            )
 
     @property
     def batch(self) -> int:

@@ -75,10 +75,11 @@ READINGS = {"letter": ("published", "lone"), "option": ("caseless", "published")
 
 @dataclass(frozen=True)
 class Rules(Settings):
-    """Which form of a benchmark's rule judges an answer.
+    """The variant of a benchmark's rule that judges an answer.
 
-    letter: the authors' own, such as :func:`first_letter` for MotionBench, or :func:`lone_letter`.
-    option: "published" where the authors' code differs (see :func:`names_option`), for FAVOR-Bench.
+    letter: "published", the authors' rule, such as :func:`first_letter` for MotionBench; or "lone", for
+        :func:`lone_letter`.
+    option: for FAVOR-Bench; "published" as in the authors' code, see :func:`names_option`.
     """
 
     letter: str = setting(
@@ -99,8 +100,8 @@ class Rules(Settings):
 class Benchmark:
     """What differs between benchmarks.
 
-    name, title: on the command line, in print.
-    file: what its file is called where it is published.
+    name, title: name on the command line, and in print.
+    file: published name of its file.
     tasks: codes in the order of the table.
     read: file and log to questions.
     prompt: template of a request; ``{question}`` and ``{options}`` are filled in.
@@ -136,15 +137,15 @@ class Benchmark:
 def load_questions(
     benchmark: Benchmark, path: str | Path, log: SkipLog, *, limit: int | None = None, hidden: bool = False
 ) -> list[Question]:
-    """Read a benchmark's questions; those without a public answer and repeated ids are counted in ``log``.
+    """Read a benchmark's questions. Those without a public answer, and repeated ids, are counted in ``log``.
 
     Args:
         path: the benchmark's file.
-        limit: keep so many questions.
-        hidden: keep the questions without a public answer too; they are counted all the same.
+        limit: maximum number of questions.
+        hidden: keep the questions without a public answer; they are still counted.
 
     Raises:
-        ValueError: no such file, or no question in it.
+        ValueError: the file does not exist or has no question.
     """
     questions = []
     seen: set[str] = set()

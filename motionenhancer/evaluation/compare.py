@@ -1,4 +1,4 @@
-"""Two runs on the same questions: difference, its interval, McNemar's test, and what flipped."""
+"""Compare two runs on the same questions: difference, interval, McNemar's test, and flipped answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare_runs` found; differences are B minus A, in points.
+    """The result of :func:`compare_runs`; differences are B minus A, in points.
 
-    questions: how many both runs have, after the filter.
-    only: how many only A, and only B, has.
-    overall, average: for each of A, B and difference the value, and the difference's 95 % interval.
-    gained, lost: questions that only B, and only A, has right.
+    questions: number of questions that both runs have, after the filter.
+    only: numbers of questions that only A, and only B, has.
+    overall, average: values of A, B and the difference, and the 95 % interval of the difference.
+    gained, lost: questions that only B, and only A, answered right.
     p_value: McNemar's exact test of gained against lost, two-sided.
     """
 
@@ -68,7 +68,7 @@ def read_results(path: str | Path) -> list[Judged]:
             evaluation lies in it or beside it.
 
     Raises:
-        ValueError: there is none, or more than one, or it is not one of ours.
+        ValueError: there is no evaluation, more than one, or it was not written by this package.
     """
     file = _results_file(Path(path))
     judged = []
@@ -104,7 +104,7 @@ def _results_file(path: Path) -> Path:
 
 
 def _student_of(results: Path) -> str | None:
-    """The digest of the student that gave these answers, without that of its adapters' base."""
+    """The digest of the student that gave these answers, without the digest of its adapters' base."""
     try:
         report = json.loads((results.parent / "motion_report.json").read_text(encoding="utf-8"))
         return str(report["identity"]["student"]).partition("+")[0]
@@ -121,7 +121,7 @@ def compare_runs(
     seed: int = 0,
     unit: str = "question",
 ) -> Comparison:
-    """Compare two runs question by question, on those that both have.
+    """Compare two runs question by question, on the questions that both have.
 
     Args:
         a, b: judged answers of the two runs.
@@ -129,7 +129,7 @@ def compare_runs(
         samples, seed, unit: of the bootstrap, as for :func:`score`; both runs are resampled together.
 
     Raises:
-        ValueError: no question in common, a task that none has, or different right answers to one question.
+        ValueError: there is no common question, no question of the task, or a question has two right answers.
 
     >>> rows = [[Judged(str(i), ("AS",), "v", "x", "x", "x", i < n) for i in range(4)] for n in (1, 3)]
     >>> found = compare_runs(*rows, samples=100)

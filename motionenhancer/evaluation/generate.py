@@ -1,4 +1,4 @@
-"""Put questions to a student in batches, so that a kill changes nothing in the answers."""
+"""Ask a student questions in batches, so that a kill does not change the answers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from .subtitles import with_subtitles
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its request and its clip's file; None where there is no file.
+    """A question with its request and the file of its clip; None if there is no file.
 
-    subtitles: the srt file whose text is put before the request; None where the run shows no subtitles.
-    look: what is done to the clip's frames before they are shown; None where nothing is.
+    subtitles: srt file whose text is put before the request; None if the run shows no subtitles.
+    look: change of the clip's frames before they are shown; None for no change.
     """
 
     question: Question
@@ -88,10 +88,10 @@ def encode_request(
     clip: Path | Clip | None = None,
     max_pixels: int | None = None,
 ) -> Encoded:
-    """Tokens of a user's turn, video first, up to where the assistant's answer begins.
+    """Tokens of a user's turn, video first, up to the start of the assistant's answer.
 
-    The conversation is encoded with a stand-in for the answer, as for training, and cut where its labels
-    begin: so an answer is asked for exactly where training put it, in every family.
+    The conversation is encoded as in training, with a placeholder for the answer, and cut where its labels
+    begin. So in every family the answer starts at the same place as in training.
 
     Args:
         family, processor: the student's.
@@ -122,7 +122,7 @@ def encode_request(
 
 
 def greedy(model: Any, max_new_tokens: int, pad_token_id: int) -> Any:
-    """The model's own generation settings with sampling off: its repetition penalty and end tokens stay."""
+    """The model's own generation settings without sampling. Its repetition penalty and end tokens stay."""
     config = copy.deepcopy(model.generation_config)
     config.update(
         do_sample=False,
@@ -175,12 +175,12 @@ def answer_questions(
 ) -> None:
     """Answer every question without an answer in ``folder``, with one process or several.
 
-    Batches are cut from the whole list, whatever is answered already and however many processes there are,
-    and a batch that was not finished is asked again as a whole: padding and thereby rounding are the same in
-    a run that was killed, so are the answers. Each batch is on the disk before the next one starts.
+    Batches are cut from the whole list, independent of existing answers and the number of processes. An
+    unfinished batch is asked again as a whole. So padding, rounding and answers are the same after a kill.
+    Each batch is on disk before the next one starts.
 
-    Clips that cannot be read, and questions that cannot be put, are written down as skipped, with the reason,
-    and tried again by the next run.
+    Unreadable clips, and questions that cannot be encoded, are recorded as skipped with the reason. The next
+    run tries them again.
 
     Args:
         load: returns who answers; called at most once, and only when an answer is missing.
@@ -234,7 +234,7 @@ def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[li
 
 
 def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[str]:
-    """Ids of answers to another clip than the one that is there now."""
+    """Ids of answers whose clip was replaced since."""
     marks = {item.question.id: rows.get(item.question.id, {}).get("clip") for item in asked}
     return {
         item.question.id

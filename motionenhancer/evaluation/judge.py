@@ -1,4 +1,4 @@
-"""When an answer is right: each benchmark's published rule, and a second rule beside it."""
+"""Rules for right answers: the published rule of each benchmark, and a second rule."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _LETTERS = "ABCDEF"
 def first_letter(output: str) -> str:
     """Read an option letter as MotionBench's authors do (``polish_answer`` of their repository).
 
-    What comes before the first closing bracket counts, of that what follows its first opening bracket, and
-    of that the first character. So ``"(B)"``, ``"B. left"`` and ``"I choose (B)"`` are B. The rule is blunt:
+    The rule takes the text before the first closing bracket, then the part after its first opening bracket,
+    and then the first character. So ``"(B)"``, ``"B. left"`` and ``"I choose (B)"`` are B. The rule is blunt:
     case is kept, ``"Because"`` is B, ``"A or C"`` is A, and ``"The answer is B"`` is T.
 
     >>> [first_letter(s) for s in ("B", " (B) left", "B) left", "b", "Because", "It is B", "")]
@@ -49,12 +49,12 @@ def first_letter(output: str) -> str:
 
 
 def lone_letter(output: str) -> str:
-    """Read the one option letter A to F that stands alone; empty where there is none, or more than one.
+    """Read the single option letter A to F that stands alone; empty if there is none or more than one.
 
     A lone lower-case letter counts only as the whole answer or in brackets: "a" is also a word. A capital
     "A" is taken for the article where a noun can follow it: before a lower-case word that is no verb,
     conjunction, preposition, pronoun or the like. After "option", "choice" or "letter" it is none, and after
-    "option" a lower-case letter counts too. Takes time in proportion to the output's length.
+    "option" a lower-case letter counts too. The time is linear in the length of the output.
 
     >>> [lone_letter(s) for s in ("(b)", "b.", "The answer is B.", "B) a dog")]
     ['B', 'B', 'B', 'B']

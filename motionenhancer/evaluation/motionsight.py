@@ -1,7 +1,7 @@
-"""MotionSight's visual prompts: moving objects in a spotlight, or frames with trails of those before them.
+"""MotionSight's visual prompts: moving objects in a spotlight, or frames with trails of earlier frames.
 
-A baseline without training (arXiv 2506.01674). What its paper leaves open is as in its repository: questions
-about the camera see trails, all others the spotlight.
+A baseline without training (arXiv 2506.01674). Details that the paper leaves open follow its repository:
+questions about the camera get trails, all other questions get the spotlight.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from motionenhancer.priors.regions import check_box, places_of
 
 PROMPTS = ("none", "spotlight", "trails", "motionsight")
 _DIMMED = 0.1
-"""What is left of the light outside of the spotlight."""
+"""Brightness factor outside of the spotlight."""
 _MARGIN = 20
-"""Pixels around the objects that are lit too."""
+"""Margin of the spotlight around the objects, in pixels."""
 _SMALL, _ENLARGED = 10, 100
-"""Pixels of a side: where one is below the first, both are made at least the second."""
+"""Side lengths in pixels. If a side is below the first, both sides are enlarged to at least the second."""
 _FAR, _LEAST, _KEPT = 0.3, 3, 0.7
-"""A segment of at least so many boxes ends where the objects' centre is farther from the running centre, in
-sides of the picture. The running centre keeps this share of itself at every frame."""
+"""Maximum distance from the running centre, as a share of the picture's side; minimum number of boxes of a
+segment; share of the running centre that is kept at every frame. A farther centre ends a segment."""
 _TRAIL, _DECAY = 7, 0.65
-"""Frames of a trail, the shown one included, and by how much each counts less than the one behind it."""
+"""Number of frames of a trail, including the shown one, and the weight ratio of an older to a newer frame."""
 
 Box = Sequence[float]
 Look = Callable[[Video], Video]
@@ -45,16 +45,16 @@ def looks(
     boxes: Mapping[str, Any],
     max_pixels: int | None,
 ) -> list[Look | None]:
-    """What is done to the frames of each question's clip; None where they are shown as they are.
+    """The change of the frames of each question's clip; None for no change.
 
     Args:
         prompt: one of ``PROMPTS``.
         questions, clips: the clips in the order of the questions.
         boxes: from :func:`read_boxes`.
-        max_pixels: most pixels of a frame of which trails are made.
+        max_pixels: maximum pixels of a frame for trails.
 
     Raises:
-        ValueError: boxes that are those of no question and no clip.
+        ValueError: boxes belong to no question and no clip.
     """
     found: list[Look | None] = []
     given = [boxes.get(q.id) or boxes.get(video_stem(q.video)) for q in questions]
@@ -100,10 +100,10 @@ def read_boxes(path: str | Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def spotlight(video: Video, regions: Sequence[dict[str, Any]]) -> Video:
-    """Darken what lies outside of the objects' box.
+    """Darken the frame outside of the objects' box.
 
-    Each object has, in each shown frame, its box of the nearest time. Frames follow each other in segments in
-    which the objects stay near; the box of a segment holds all of its boxes.
+    In each shown frame, an object has its box of the nearest time. Consecutive frames in which the objects
+    stay near form a segment. The box of a segment contains all of its boxes.
 
     Raises:
         ValueError: a box outside of the picture, a frame or time outside of the clip; it is named.
@@ -147,9 +147,9 @@ def _boxes(video: Video, regions: Sequence[dict[str, Any]]) -> list[list[Box]]:
 
 
 def lit(boxes: Sequence[Sequence[Box]], height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """The one box of each frame that is lit: of all boxes of its segment, with a margin.
+    """The spotlight box of each frame: around all boxes of its segment, with a margin.
 
-    A frame without boxes has the first one of the frame before it; before any, the whole picture.
+    A frame without boxes gets the first box of the previous frame; before any box, the whole picture.
 
     >>> lit([[[30, 30, 50, 50]], [[34, 30, 54, 50]]], 100, 200)
     [(10, 10, 74, 70), (10, 10, 74, 70)]
@@ -185,7 +185,7 @@ def _around(boxes: np.ndarray, height: int, width: int) -> tuple[int, int, int, 
 
 
 def trails(video: Video, clip: Path | Clip, max_pixels: int | None) -> Video:
-    """Blend each shown frame with those before it, at the clip's own frame rate.
+    """Blend each shown frame with the frames before it, at the clip's own frame rate.
 
     Raises:
         VideoError: the clip cannot be read.

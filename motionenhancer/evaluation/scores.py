@@ -1,4 +1,4 @@
-"""From judged answers to accuracies, their averages, and bootstrap intervals."""
+"""Compute accuracies, averages and bootstrap intervals from judged answers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .benchmarks import Benchmark, Rules
 
 @dataclass(frozen=True)
 class Judged:
-    """One question with its answer and whether that is right.
+    """One question with its answer, and whether the answer is right.
 
-    output: what the model said; None where it said nothing, which is wrong.
+    output: the model's output; None if there is none, which is wrong.
     parsed: the answer read from it.
     """
 
@@ -38,7 +38,7 @@ def judge_answers(
     rules: Rules,
     verdicts: Mapping[str, bool] = MappingProxyType({}),
 ) -> list[Judged]:
-    """Judge every question with a public answer by its output, ``outputs[id]``; one without any is wrong."""
+    """Judge every question with a public answer by ``outputs[id]``. A question without output is wrong."""
     judged = []
     for q in questions:
         if q.answer is None:
@@ -111,7 +111,7 @@ def score(
 
 
 def tally(runs: Sequence[Sequence[Judged]], order: Sequence[str]) -> np.ndarray:
-    """What each question adds to the sums: (questions, runs + 1, 1 + tasks) int64.
+    """The contribution of each question to the sums: (questions, runs + 1, 1 + tasks) int64.
 
     Along the second axis: right in each of the runs, then asked. Along the third: Overall, then each task.
     """
@@ -126,8 +126,8 @@ def tally(runs: Sequence[Sequence[Judged]], order: Sequence[str]) -> np.ndarray:
 def bootstrap(tables: np.ndarray, judged: Sequence[Judged], samples: int, seed: int, unit: str) -> np.ndarray:
     """Sums over resampled units: (N, R, C) of :func:`tally` to (samples, R, C) float64.
 
-    Equal units are drawn as one cell of a multinomial, so that the cost depends on how many different units
-    there are, not on how many questions.
+    Equal units are drawn as one cell of a multinomial, so the cost depends on the number of different units,
+    not on the number of questions.
 
     Raises:
         ValueError: an unknown unit.

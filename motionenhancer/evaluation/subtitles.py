@@ -11,11 +11,11 @@ _TIME = r"(\d+):(\d\d):(\d\d)[,.](\d{3})"
 _SPAN = re.compile(rf"{_TIME}\s*-->\s*{_TIME}")
 _BEFORE = "This video's subtitles are listed below:\n"
 _NONE = "No subtitles available"
-"""What lmms-eval says of a clip without subtitles; the authors do not say."""
+"""lmms-eval's text for a clip without subtitles; the authors give none."""
 
 
 def subtitle_file(folder: str | Path, clip: str) -> Path:
-    """Where the subtitles of a clip of that name are, if it has any."""
+    """The path of the subtitles of a clip with this name; the file may not exist."""
     return Path(folder) / f"{clip}.srt"
 
 
@@ -24,11 +24,11 @@ def with_subtitles(prompt: str, file: Path, timestamps: Iterable[float]) -> str:
 
     Args:
         prompt: the request without subtitles.
-        file: an srt file, or none where the clip has no subtitles.
-        timestamps: of the frames, in seconds.
+        file: an srt file, which does not exist if the clip has no subtitles.
+        timestamps: times of the frames in seconds.
 
     Raises:
-        ValueError: the file is no srt file.
+        ValueError: the file is not an srt file.
     """
     times = list(timestamps)
     lines = read_subtitles(file) if file.is_file() else []

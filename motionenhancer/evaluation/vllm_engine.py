@@ -1,4 +1,4 @@
-"""vLLM as what answers: it is given the same requests as transformers, many at once."""
+"""vLLM as the engine: it gets the same requests as transformers, many at once."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _READ = frozenset(
 
 
 class Request(NamedTuple):
-    """What vLLM is given, and the tokens that it must make of it.
+    """The input of vLLM, and the tokens that vLLM must make of it.
 
-    id: of the question.
-    tokens: as transformers is given them, the tokens of the video included.
-    late: whether transformers places the words after the clip elsewhere than vLLM.
+    id: id of the question.
+    tokens: input tokens of transformers, including the tokens of the video.
+    late: whether transformers and vLLM give the words after the clip different positions.
     prompt: text, the decoded frames and the options of their processor.
     """
 
@@ -48,10 +48,10 @@ class Request(NamedTuple):
 
 
 def check_vllm(student: Path, family: StudentFamily) -> None:
-    """Refuse what vLLM would answer otherwise than transformers, or not at all.
+    """Refuse students that vLLM would answer differently from transformers, or not at all.
 
     Raises:
-        ValueError: a family that was not compared, adapters, or several processes.
+        ValueError: the family was not compared, there are adapters, or there are several processes.
     """
     if family.name not in FAMILIES:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Alignment in other people's training loops: three pieces that know no framework, and plug-ins made of them.
+"""Alignment in other training loops: three framework-independent pieces, and plug-ins made from them.
 
-`PriorLookup` gives the prior of a video, a question and an answer. `read_layout` says what token ids that
-anyone made stand for. `AlignedCollator` adds the alignment to the batches of any collator. The plug-ins are
+`PriorLookup` gives the prior of a video, a question and an answer. `read_layout` gives the meaning of token
+ids from any template. `AlignedCollator` adds the alignment to the batches of any collator. The plug-ins are
 `trl.AlignedSFTTrainer`, `ms_swift.register` and `llamafactory.register`.
 """
 

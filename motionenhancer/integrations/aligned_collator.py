@@ -24,13 +24,13 @@ class AlignedCollator:
     """Adds `alignment` and `ids`, which `MotionTrainer` reads, to the batches of a collator.
 
     Args:
-        collate: the framework's own collator: features → `input_ids` (B, N) and whatever else.
-        priors: where the priors are.
-        processor: of the student.
+        collate: the framework's own collator: features → `input_ids` (B, N) and other inputs.
+        priors: lookup of the priors.
+        processor: processor of the student.
         row_of: the conversation of a feature, as a row of a data file with `messages` and `videos`, or None;
             called before `collate`, so that it may take the row out of the feature. By default the feature
             itself, or its `prompt` and `completion`.
-        root: folder that the rows' videos are relative to.
+        root: folder of relative paths of the rows' videos.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class AlignedCollator:
         """Collate, and align the samples whose priors are stored.
 
         Raises:
-            ValueError: the batch does not hold one row a feature, as with packing; none of many samples has
-                a prior; a video's tokens do not fill a grid.
+            ValueError: the batch does not hold one row for each feature, as with packing; none of many
+                samples has a prior; a video's tokens do not fill a grid.
         """
         features = list(features)
         rows = [self.row_of(feature) for feature in features]

@@ -1,4 +1,4 @@
-"""Priors of several teachers as one: stored apart, and combined when they are used."""
+"""Combine the priors of several teachers, which are stored separately, when they are used."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["Combined", "CombinedStore", "Weights", "combine_priors", "compare_wo
 
 Grid = tuple[int, int, int]
 Weights = tuple[float, ...] | None
-"""One a teacher; None weighs each prior by its confidence."""
+"""One weight for each teacher; None: the weight of each prior is its confidence."""
 Span = tuple[int, int]
 
 
 def word_rows(prior: MotionPrior, grid: Grid) -> dict[Span, torch.Tensor]:
-    """Bring a prior to whole words and another grid.
+    """Convert a prior to whole words and another grid.
 
     Returns:
-        Character range of each word with a kept token → (S,) float32, the mean of its tokens' rows, each of
-        which sums to one.
+        Character range of each word with a kept token → (S,) float32, the mean of the rows of its tokens.
+        Each of these rows is first scaled to sum to one.
     """
     rows = resample_rows(prior.attention.float()[None], prior.grid, grid)[0]
     found = {}
@@ -47,21 +47,21 @@ def word_rows(prior: MotionPrior, grid: Grid) -> dict[Span, torch.Tensor]:
 def combine_priors(
     priors: Sequence[MotionPrior | None], weights: Weights, grid: Grid | None = None
 ) -> MotionPrior:
-    """Combine the priors that several teachers have of one clip and text.
+    """Combine the priors of several teachers for one clip and text.
 
-    A word is kept if any of them kept it. Its row is the weighted mean of the rows of those that did, so that
-    a word which one teacher dropped takes the others' rows.
+    A word is kept if any teacher kept it. Its row is the weighted mean of the rows of the teachers that kept
+    it.
 
     Args:
-        priors: one a teacher; None of one that has none.
-        weights: see `Weights`. Priors without any confidence count alike.
-        grid: (F, H, W) of the result; that of the first prior by default.
+        priors: one for each teacher; None for a teacher without a prior.
+        weights: see `Weights`. If all confidences are 0, the weights are equal.
+        grid: (F, H, W) of the result; by default the grid of the first prior.
 
     Returns:
-        One prior of whole words. A single one that has the grid is returned as it is.
+        One prior of whole words. A single prior that already has the grid is returned unchanged.
 
     Raises:
-        ValueError: there is none, or they are of different texts.
+        ValueError: there is no prior, or the priors belong to different texts.
     """
     given = zip(priors, weights or (None,) * len(priors), strict=True)
     used = [
@@ -107,18 +107,18 @@ def combine_priors(
 
 
 def _mean(weighed: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    """The weighted mean of rows; rows without any weight count alike."""
+    """The weighted mean of rows; equal weights if all weights are 0."""
     weights = torch.tensor([weight for weight, _ in weighed])
     shares = weights / weights.sum() if weights.any() else torch.full_like(weights, 1 / len(weighed))
     return (shares[:, None] * torch.stack([row for _, row in weighed])).sum(dim=0)
 
 
 def compare_words(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
-    """Agreement of two teachers' priors of one clip and text, on the first one's grid.
+    """Agreement of two teachers' priors of one clip and text, on the grid of the first prior.
 
     Returns:
-        words: share of the first prior's words that the second kept too.
-        cosine: mean cosine of the rows of words that both kept, NaN if there are none.
+        words: share of the first prior's words that the second prior kept too.
+        cosine: mean cosine of the rows of words that both priors kept; NaN if there are none.
     """
     mine, theirs = word_rows(one, one.grid), word_rows(other, one.grid)
     shared = [span for span in mine if span in theirs]
@@ -129,7 +129,7 @@ def compare_words(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CombinedStore(PriorStore):
-    """A store that is read by the keys of several teachers' priors, with `+` between them.
+    """A store whose keys join the keys of several teachers' priors with `+`.
 
     Attributes:
         weights, grid: see `combine_priors`.
@@ -139,18 +139,18 @@ class CombinedStore(PriorStore):
     grid: Grid | None = None
 
     def read(self, key: str) -> MotionPrior:
-        """Load and combine; the key of a teacher that has no prior is empty. See `PriorStore.read`."""
+        """Load and combine priors. The key of a teacher without a prior is empty. See `PriorStore.read`."""
         read = super().read
         return combine_priors([read(one) if one else None for one in key.split("+")], self.weights, self.grid)
 
 
 class Combined:
-    """Asks several makers for the parts of a request and combines what they make; see `PriorMaker`.
+    """Submits the parts of a request to several makers and combines their priors; see `PriorMaker`.
 
-    A clip that some of the teachers cannot read takes the priors of the others.
+    If some teachers cannot read a clip, the priors of the others are used.
 
     Args:
-        makers: one a teacher; closed with this one.
+        makers: one for each teacher; `close` closes them.
         weights, grid: see `combine_priors`.
     """
 
@@ -159,7 +159,7 @@ class Combined:
         self.capacity = min(maker.capacity for maker in makers)
 
     def submit(self, request: PriorRequest) -> Future[Made]:
-        """See `PriorMaker`; the request's `parts` are those of the makers."""
+        """See `PriorMaker`. The request has one part for each maker."""
         parts = zip(self.makers, request.parts, strict=True)
         asked = [None if part is None else maker.submit(part) for maker, part in parts]
         return _when_all(asked, partial(self._combine, asked))
@@ -195,7 +195,7 @@ class Combined:
 
 
 def _when_all(asked: Sequence[Future[Made] | None], combine: Callable[[], Made]) -> Future[Made]:
-    """Return a future of what is combined once all are done; to cancel it cancels them."""
+    """Return a future of the combination of all results. Cancelling it cancels them."""
     answer: Future[Made] = Future()
     waiting = [one for one in asked if one is not None]
     left, lock = [len(waiting)], Lock()

@@ -1,4 +1,4 @@
-"""How far two ways of reading a prior agree."""
+"""Measure the agreement of two ways to make a prior."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
 
     Returns:
         head_rank: Spearman's rank correlation of the composite head scores.
-        heads, tokens: shares of the first prior's chosen heads and kept tokens that the second chose too.
-        cosine: mean cosine of the rows of tokens that both kept, NaN if there are none.
+        heads, tokens: shares of the first prior's chosen heads and kept tokens that the second prior has too.
+        cosine: mean cosine of the rows of tokens that both priors kept; NaN if there are none.
 
     Raises:
-        ValueError: priors of different prompts or grids.
+        ValueError: the priors have different prompts or grids.
     """
     if one.prompt != other.prompt or one.grid != other.grid:
         raise ValueError("priors must have the same prompt and the same grid to be compared")
@@ -43,7 +43,7 @@ def compare_priors(one: MotionPrior, other: MotionPrior) -> dict[str, float]:
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN where one side is constant."""
+    """Rank correlation; ties get their mean rank; NaN if one side is constant."""
     ranks = [_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other)]
     centred = [r - r.mean() for r in ranks]
     scale = float(centred[0].norm() * centred[1].norm())
@@ -63,13 +63,13 @@ def read_in_ways(
     skips: SkipLog,
     reason: str,
 ) -> list[list[dict[str, float]]]:
-    """Read clips in several ways, none of which is stored, and compare the first way with each other one.
+    """Read clips in several ways and compare the first way with each other way. No prior is stored.
 
     Clips that cannot be read in every way are counted in `skips` under `reason`.
 
     Returns:
-        One list a clip that could be read, with an entry for each way but the first: what `compare_priors`
-        returns, `time_share`, `evaluations` and `full_evaluations`.
+        One list for each clip that could be read, with an entry for each way except the first: the results of
+        `compare_priors`, `time_share`, `evaluations` and `full_evaluations`.
 
     Raises:
         DeadTeacher: no more priors can be made.
@@ -100,7 +100,7 @@ def read_in_ways(
 
 
 def mean_agreement(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the clips where it is a number, and `clips`, how many there are."""
+    """The mean of each figure over the clips where it is not NaN, and `clips`, the number of clips."""
     means = {}
     for name in rows[0]:
         numbers = [row[name] for row in rows if not math.isnan(row[name])]
@@ -117,10 +117,10 @@ def measure_agreement(
 ) -> dict[str, float] | None:
     """Measure how far single-pass priors of a run's first clips agree with the full procedure.
 
-    Every process reads its share of them; all get the mean. Clips that cannot be read are counted in `skips`.
+    Each process reads its share of the clips; all get the mean. Unreadable clips are counted in `skips`.
 
     Returns:
-        What `mean_agreement` returns; None if no clip was read.
+        The result of `mean_agreement`; None if no clip was read.
     """
     state = PartialState()
     distinct: dict[tuple[Path | Clip, str], tuple[Sample, PriorRequest]] = {}

@@ -1,6 +1,6 @@
-"""How informative a motion prior is: how concentrated it is, and how much it changes over time.
+"""The confidence of a motion prior: how concentrated it is, and how much it changes over time.
 
-The paper names diffuse priors of large static subjects as a limit and gating by confidence as a remedy.
+The paper names diffuse priors of large static subjects as a limitation, and gating by confidence as a remedy.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 def prior_confidence(attention: torch.Tensor, grid: tuple[int, int, int]) -> dict[str, float]:
     """Compare a prior's rows with the uniform map, which has confidence 0.
 
-    Each row is scaled to sum to one. *Concentration* is 1 − H/log S, H the row's entropy in nats: 0 for a
-    uniform row, 1 for a single place. *Variation* is the mean total-variation distance between the places of
-    consecutive frames, each frame scaled to sum to one: 0 where nothing moves, 1 where no place stays.
-    *Confidence* is their geometric mean. All are averaged over the rows first.
+    Each row is scaled to sum to one. *Concentration* is 1 − H/log S with the row's entropy H in nats: 0 for a
+    uniform row, 1 for a single place. *Variation* is the mean total-variation distance between consecutive
+    frames, each scaled to sum to one: 0 if nothing moves, 1 if consecutive frames share no place. Both are
+    averaged over the rows. *Confidence* is the geometric mean of the two averages.
 
     Args:
         attention: (T', S) rows of A_VDM.
@@ -52,7 +52,7 @@ def prior_confidence(attention: torch.Tensor, grid: tuple[int, int, int]) -> dic
 
 
 def gate_weight(confidence: float, gate: float) -> float:
-    """The share of λ for a prior of this confidence: 1 from `gate` on, less below; 0 is no gate.
+    """The factor on λ for a prior of this confidence: 1 from `gate` up, proportional below; gate 0: always 1.
 
     Example:
         >>> gate_weight(0.1, 0.2), gate_weight(0.3, 0.2), gate_weight(0.1, 0.0)

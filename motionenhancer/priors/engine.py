@@ -26,8 +26,8 @@ class Engine:
     """Starts teachers.
 
     Attributes:
-        device: what a teacher runs on.
-        teachers: how many there are for this process.
+        device: device of a teacher.
+        teachers: number of teachers for this process.
         maker: `maker(load, teacher_id, settings, roundtrip=False)` returns a maker, to be closed by the
             caller.
             `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
@@ -50,16 +50,16 @@ def open_engine(
     cpus: int | None = None,
     wait: float | None = None,
 ) -> Iterator[Engine]:
-    """Open an engine for as long as the context lasts.
+    """Open an engine for the time of the context.
 
     Args:
         name: "local" or "ray".
         decode_workers: threads that decode clips ahead of a local teacher.
-        address: of the Ray cluster; None takes `RAY_ADDRESS`, then one that runs on this machine, then a new
+        address: address of the Ray cluster. None: `RAY_ADDRESS`, else a cluster on this machine, else a new
             one. Several processes join one cluster and share its GPUs.
-        actors: teachers of this process; None is this process's share of the cluster's GPUs, at least one.
-        cpus: cores that each actor reserves and computes with; None is 1.
-        wait: seconds without a teacher, or for one prior, after which the run stops; None is an hour.
+        actors: number of teachers of this process; None: its share of the cluster's GPUs, at least one.
+        cpus: number of cores that each actor reserves and uses; None: 1.
+        wait: seconds without any teacher, or for one prior, after which the run stops; None: an hour.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster.

@@ -1,4 +1,4 @@
-"""The record of the newest extraction into a folder, and how a sample's stored prior is found by it."""
+"""The record of the newest extraction into a folder, and the lookup of a sample's prior by this record."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ EXTRACTION = "extraction.json"
 
 
 class ExtractionRecord:
-    """Writes `extraction.json`: one teacher's report, or those of several under `teachers`.
+    """Writes `extraction.json`: one teacher's report, or the reports of several teachers under `teachers`.
 
     Args:
-        folder: of the priors.
-        reports: what each teacher's extraction is. Where the folder holds the same one, finished, that stays.
-        common: what else is written beside the reports of several.
+        folder: folder of the priors.
+        reports: report of each teacher's extraction. A finished report of the same extraction in the folder
+            is kept.
+        common: additional entries beside the reports of several teachers.
     """
 
     def __init__(self, folder: Path, reports: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> None:
@@ -46,12 +47,12 @@ class ExtractionRecord:
         self.reports = [old or new for old, new in zip(self.finished, waiting, strict=True)]
 
     def write(self, place: int, status: str, results: Mapping[str, Any]) -> None:
-        """Write how the extraction from the teacher at `place` stands."""
+        """Write the state of the extraction from the teacher at index `place`."""
         self.reports[place] = {"status": status, **self.asked[place], **results}
         self.save()
 
     def save(self) -> None:
-        """Write the file whole, unless it says so already."""
+        """Write the whole file, unless its content is already the same."""
         body = self.reports[0]
         if len(self.reports) > 1:
             open_ = [one["status"] for one in self.reports if one["status"] != "finished"]
@@ -67,13 +68,13 @@ def _reports(record: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StoredPriors:
-    """How the priors of a folder were made, and so which one is a sample's.
+    """How the priors of a folder were made, which gives the key of a sample's prior.
 
     Attributes:
         teachers: path → `prior_keys` of the teacher and its settings.
-        source: the text they were given: "both", "question" or "answer".
-        store: reads the priors; those of several teachers combined.
-        data, video_root, limit: the samples that they were made for.
+        source: the text of the teachers: "both", "question" or "answer".
+        store: reads the priors; priors of several teachers are combined.
+        data, video_root, limit: the samples of the extraction.
     """
 
     teachers: Mapping[str, Callable[[str, str], str]]
@@ -84,14 +85,14 @@ class StoredPriors:
     limit: int | None = None
 
     def keys(self, sample: Sample, digest: Callable[[Path], str]) -> list[str]:
-        """The keys of a sample's priors, one a teacher; empty for one that can make none of it.
+        """The keys of a sample's priors, one for each teacher; empty for a teacher that can make no prior.
 
         Args:
-            sample: about one video.
+            sample: a sample with one video.
             digest: reads a clip's `content_digest`.
 
         Raises:
-            ValueError, OSError: no teacher can make one, or the clip cannot be read.
+            ValueError, OSError: no teacher can make a prior, or the clip cannot be read.
         """
         if len(sample.videos) != 1:
             raise ValueError(f"alignment needs one video, the sample has {len(sample.videos)}")
@@ -112,10 +113,10 @@ class StoredPriors:
         return keys
 
     def read(self, keys: Sequence[str]) -> MotionPrior:
-        """Read the prior of `keys`, as far as the store has them.
+        """Read the prior of `keys`, from those keys that the store has.
 
         Raises:
-            KeyError, OSError, DamagedPrior: it has none of them; see `PriorStore.read`.
+            KeyError, OSError, DamagedPrior: the store has none of the keys; see `PriorStore.read`.
         """
         there = [key if key and key in self.store else "" for key in keys]
         if not any(there):
@@ -127,8 +128,8 @@ def read_extraction(folder: str | Path) -> StoredPriors:
     """Return how the newest extraction into a folder made its priors.
 
     Raises:
-        FileNotFoundError: there was none.
-        ValueError: its record cannot be read.
+        FileNotFoundError: there was no extraction.
+        ValueError: the record cannot be read.
     """
     path = Path(folder) / EXTRACTION
     try:

@@ -1,4 +1,4 @@
-"""What `--teacher` names: a video diffusion model, or a source of priors that needs none."""
+"""The kinds of `--teacher`: a video diffusion model, or a source of priors without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REGIONS, SELF = "regions", "self"
 
 
 def source_class(teacher: str) -> type[Source] | None:
-    """The class that makes the priors of what is named; None for a video diffusion model.
+    """The class that makes the priors of a named teacher; None for a video diffusion model.
 
     >>> source_class("regions").__name__, source_class("CogVideoX-5b")
     ('Regions', None)
@@ -27,7 +27,7 @@ def source_class(teacher: str) -> type[Source] | None:
 
 
 def _is_student(folder: Path) -> bool:
-    """Whether a folder holds a model of transformers, which all have a type."""
+    """Whether a folder holds a transformers model: its config has a `model_type`."""
     try:
         return "model_type" in json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The one maker of priors: whoever wants a prior submits a request and gets a future."""
+"""The makers of priors. Callers submit a request for a prior and get a future."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .storage import DamagedPrior, PriorStore, Refusal
 __all__ = ["DeadTeacher", "LocalMaker", "Made", "PriorMaker", "RefusedClip", "Stored", "make_all"]
 
 PATIENCE = 8
-"""A teacher is taken for dead when it fails on this many clips in a row through no fault of theirs."""
+"""A teacher counts as dead when it fails on this many clips in a row and the clips are not the cause."""
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,7 @@ class DeadTeacher(RuntimeError):
 
 
 class RefusedClip(ValueError):
-    """The store has a record that this clip and text give no prior; `refusal` says why."""
+    """The store has a record that this clip and text give no prior; `refusal` has the reason."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -47,31 +47,31 @@ class RefusedClip(ValueError):
 
 
 class PriorMaker(Protocol):
-    """Makes priors; `capacity` requests are worked on at once, and more wait their turn."""
+    """Makes priors. It works on `capacity` requests at once; further requests wait."""
 
     capacity: int
 
     def submit(self, request: PriorRequest) -> Future[Made]:
-        """Ask for a prior.
+        """Request a prior.
 
-        The future's errors: `VideoError` or `PriorError` where the clip or text is to blame, `DeadTeacher`
-        where no more priors can be made, anything else for a failure of this one attempt.
+        Errors of the future: `VideoError` or `PriorError` if the clip or text is the cause, `DeadTeacher` if
+        no more priors can be made, any other error for a failure of this attempt.
         """
         ...
 
     def close(self) -> None:
-        """Cancel what has not begun, and wait for the rest."""
+        """Cancel requests that have not begun, and wait for the others."""
         ...
 
 
 @dataclass
 class Patience:
-    """Declares a teacher dead after `PATIENCE` failures in a row that no clip caused."""
+    """Declares a teacher dead after `PATIENCE` consecutive failures that were not caused by clips."""
 
     failures: int = 0
 
     def judge(self, error: Exception) -> Exception:
-        """Count a failed attempt; return the error to answer with. A prior sets `failures` to 0."""
+        """Count a failed attempt; return the error for the caller. A finished prior sets `failures` to 0."""
         if isinstance(error, VideoError | PriorError | DeadTeacher):
             return error
         self.failures += 1
@@ -86,17 +86,17 @@ class Patience:
 
 
 class LocalMaker:
-    """A teacher in a thread of this process; on a GPU it runs on a stream of its own.
+    """A teacher in a thread of this process; on a GPU it runs on its own stream.
 
-    Requests are answered in the order in which they came. Clips are decoded ahead in threads; at most
-    `decode_workers` + 1 decoded clips are held. Nothing draws from a global random generator, so a prior does
-    not depend on when it is made, nor does a training depend on priors being made beside it.
+    Requests are answered in the order of submission. Threads decode clips ahead; at most `decode_workers` + 1
+    decoded clips are held. No global random generator is used. So a prior does not depend on the time when it
+    is made, and training does not depend on priors that are made at the same time.
 
     Args:
         load: returns the teacher; called once, at the first request.
-        settings: of the priors.
-        decode_workers: threads that decode.
-        roundtrip: also measure the inversion error of the first clip that is read.
+        settings: settings of the priors.
+        decode_workers: number of threads that decode.
+        roundtrip: also measure the inversion error of the first clip.
 
     Raises:
         ValueError: decode_workers below 1.
@@ -125,10 +125,10 @@ class LocalMaker:
         self._dead: DeadTeacher | None = None
 
     def ready(self) -> Teacher | Source:
-        """Load the teacher if it was not yet. While a request is open nothing else may use it.
+        """Load the teacher if needed. Nothing else may use it while a request is open.
 
         Raises:
-            DeadTeacher: it cannot be loaded.
+            DeadTeacher: the teacher cannot be loaded.
         """
         with self._lock:
             if self._dead is not None:
@@ -190,7 +190,7 @@ class LocalMaker:
         return made
 
     def _settled(self, job: _Job) -> None:
-        """Forget a job that was answered or cancelled, and decode another one."""
+        """Drop a job that was answered or cancelled, and decode the next one."""
         with self._lock:
             if job.video is None:
                 self._waiting.remove(job)
@@ -232,16 +232,16 @@ def _use_own_stream(device: torch.device) -> None:
 class Stored:
     """Looks in a store first; missing priors are made and written to the store.
 
-    A damaged file is set aside and its prior made anew. A clip and text that can give no prior are put on
-    record, and not tried again; a fault of the machine never is. Requests of one key that are open at once
-    are answered by one attempt; `Made.fresh` and `Made.seconds` go to the first of them.
+    A damaged file is set aside and its prior is made again. If a clip and text can give no prior, this is
+    recorded, and they are not tried again. A fault of the machine is never recorded. Concurrent requests with
+    the same key share one attempt; only the first of them gets `Made.fresh` and `Made.seconds`.
 
     Args:
-        store: of the priors.
-        maker: makes what is missing; closed with this one.
+        store: store of the priors.
+        maker: makes missing priors; `close` closes it.
         name: `prior_keys` of the teacher and its settings.
-        retry: try again, once, what was put on record before now.
-        strict: a store that cannot be written is an error of every request; otherwise the prior is used, and
+        retry: whether to try recorded refusals of earlier runs once more.
+        strict: if the store cannot be written, every request fails. Otherwise the prior is used, and
             `Made.lost` says why it is not kept.
     """
 
@@ -263,7 +263,7 @@ class Stored:
         self._open: dict[str, Future[Made]] = {}
 
     def submit(self, request: PriorRequest) -> Future[Made]:
-        """See `PriorMaker`; a request that the store has on record as refused gets `RefusedClip`."""
+        """See `PriorMaker`. A request with a recorded refusal gets `RefusedClip`."""
         if not request.key or request.settings is not None:
             return self.maker.submit(request)
         with self._lock:
@@ -317,10 +317,10 @@ class Stored:
         return replace(made, damaged=damaged, lost=lost)
 
     def look(self, key: str) -> tuple[MotionPrior | None, str]:
-        """Return a stored prior, or None; and what was wrong with a damaged file, which is set aside.
+        """Return a stored prior or None, and the fault of a damaged file, which is set aside.
 
         Raises:
-            RefusedClip: it is on record that there can be none.
+            RefusedClip: the store has a record that there can be no prior.
         """
         try:
             return self.store.read(key), ""
@@ -340,7 +340,7 @@ class Stored:
         return None, ""
 
     def _check_clip(self, request: PriorRequest) -> str:
-        """Return the clip's name in its key; `VideoError` if it changed since, which may be hours ago."""
+        """Return the clip's name in its key; `VideoError` if the clip changed since the key was made."""
         digest = content_digest(request.video)
         if request_key(self._name, digest, request) != request.key:
             raise VideoError(Path(request.video), "changed during the run; start again")
@@ -382,7 +382,7 @@ def refusal_of(error: VideoError | PriorError | RefusedClip) -> Refusal:
 
 
 def count_made(sample: Sample, made: Made, skips: SkipLog) -> None:
-    """Note what is unusual about a prior that is used, and count what of it was left out."""
+    """Note unusual facts about a used prior, and count the parts that were left out of it."""
     for reason, detail in made.left_out:
         skips.add(reason, id=sample.id, line=sample.line, detail=detail)
     if made.damaged:
@@ -405,11 +405,11 @@ def count_failed(sample: Sample, error: Exception, skips: SkipLog) -> None:
 def make_all(
     requests: Iterable[tuple[Item, PriorRequest]], maker: PriorMaker
 ) -> Iterator[tuple[Item, PriorRequest, Made | Exception]]:
-    """Submit requests, a bounded number ahead, and yield the result of each, in order.
+    """Submit a bounded number of requests ahead, and yield their results in order.
 
     Args:
-        requests: each with whatever its caller wants back beside it; read only as far ahead as needed.
-        maker: not closed here.
+        requests: pairs of any item and its request; read only as far ahead as needed.
+        maker: the maker; it is not closed here.
 
     Yields:
         The item, its request, and the prior or the error.

@@ -1,4 +1,4 @@
-"""Priors of a video VLM's own attention: of the student before it is tuned, or of another one."""
+"""Priors from a video VLM's own attention: of the student before training, or of another student."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .requests import PriorRequest
 __all__ = ["OwnMaps"]
 
 FRAMES = 16
-"""Frames of a clip for a family that is shown clips by rate."""
+"""Number of frames of a clip for a family that takes frames at a rate."""
 
 
 class OwnMaps(Source):
-    """Makes priors of a student's text-to-vision attention, the mean over its layers and heads.
+    """Makes priors from a student's text-to-vision attention, averaged over its layers and heads.
 
-    The student reads the sample's own conversation, as in training, answers included. A word's row is the
-    mean over its tokens. Words are kept by their motion scores, as a teacher's.
+    The student reads the sample's conversation with the answers, as in training. A word's row is the mean
+    over its tokens. Words are kept by their motion scores, like the words of a teacher.
 
     Args:
         model, processor, family: from `load_student`.
         id: see `teacher_id`.
-        frames: of each clip, evenly.
-        size: (height, width) in pixels that they are resized to; None leaves their size to the processor.
+        frames: number of evenly spaced frames of each clip.
+        size: (height, width) in pixels of the resized frames; None: the processor chooses the size.
     """
 
     reads = frozenset({"token_ratio", "token_selection"})

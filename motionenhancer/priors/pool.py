@@ -1,4 +1,4 @@
-"""A teacher's attention pooled over layers and steps as it is read, per head."""
+"""Pool a teacher's attention over layers and steps, per head, while it is read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .prior_settings import PriorSettings
 
 
 class AttentionPool:
-    """An `AttentionReader` that keeps what a prior needs: MotionStatistics, and cross-attention rows if any.
+    """An `AttentionReader` that keeps the data of a prior: MotionStatistics, and cross-attention rows if any.
 
     Args:
-        layout: where self-attention keeps text and vision.
-        heads: heads of the self-attention.
-        tokens: real tokens of the prompt.
-        settings: which rows are sampled, and how the steps are weighted.
-        rows: their places among the text; by default they come first.
+        layout: positions of text and vision in the self-attention.
+        heads: number of heads of the self-attention.
+        tokens: number of real tokens of the prompt.
+        settings: say which rows are sampled and how the steps are weighted.
+        rows: positions of the real tokens in the text; by default the first ones.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class AttentionPool:
     # ---- reading ----
 
     def at_level(self, level: int) -> AttentionPool | None:
-        """The reader of a noise level, 1 the cleanest; None where the level has no weight."""
+        """The reader of a noise level, where 1 is the cleanest; None if the level has no weight."""
         weights = self.settings.step_weights
         if weights is None:
             return self
@@ -77,14 +77,14 @@ class AttentionPool:
     # ---- what was read ----
 
     def scores(self) -> MotionScores:
-        """Motion scores of the heads from which some are chosen."""
+        """Motion scores of the heads, by which heads are selected."""
         self._finish()
         if self._by_head:
             return word_scores(self._mean_words(), self.layout)
         return self._statistics.scores()
 
     def text_attention(self, heads: torch.Tensor) -> torch.Tensor:
-        """(T, S): each word's row, mean over the chosen heads, or over all where none are chosen."""
+        """(T, S): each word's row, averaged over the chosen heads, or over all heads without selection."""
         self._finish()
         if self._joint:
             return self._statistics.text_attention(heads)
@@ -128,11 +128,11 @@ class AttentionPool:
 
 
 def word_scores(words: torch.Tensor, layout: VideoTokens) -> MotionScores:
-    """Motion scores of the heads of a cross-attention, by where their words look over time.
+    """Motion scores of the heads of a cross-attention, from the places of their words over time.
 
-    Two places belong together as far as the same words look at both: in place of a map of self-attention
-    stands the mean over words of the product of a word's masses at the two places. It is not built: its
-    diagonals are F × F products at each position, its squares those of the words' products with each other.
+    The map of a self-attention is replaced by a map between places: its entry is the product of a word's
+    masses at the two places, averaged over words. This map is not built. Its diagonals are F × F products at
+    each position, and its squares follow from the products of the words with each other.
 
     Args:
         words: (heads, T, S) rows of text tokens over vision, each summing to one.

@@ -39,31 +39,31 @@ class MotionPrior:
     """Where and when the teacher places each motion-salient word of a text in a video.
 
     Attributes:
-        attention: (T', S) float16 on the CPU, A_VDM: one row a kept token, over the S = F·H·W vision
+        attention: (T', S) float16 on the CPU, A_VDM: one row for each kept token, over the S = F·H·W vision
             tokens in raster order t, h, w. Rows are attention mass and do not sum to one.
         tokens: T' token strings, as the teacher's tokenizer spells them.
         spans: T' character ranges in `prompt`.
-        prompt: the text given to the teacher.
+        prompt: the text of the teacher.
         grid: (F, H, W) of the vision tokens.
-        heads: indices of the chosen heads, ascending; all of them where none were selected. They are of the
-            self-attention, and of the cross-attention with `head_selection="cross"`.
-        head_scores: {"dfc", "tcs", "dsr", "composite"}: one value a head, all heads.
+        heads: ascending indices of the chosen heads; all heads without selection. They are heads of the
+            self-attention; with `head_selection="cross"`, of the cross-attention.
+        head_scores: {"dfc", "tcs", "dsr", "composite"}: one value for each head.
         all_tokens: every real token of the prompt, kept or not.
         all_spans: their character ranges.
         token_scores: motion score of every real token.
         kept: indices of the kept tokens among all, ascending.
         confidence: {"concentration", "variation", "confidence"}, each in [0, 1]; see `prior_confidence`.
         teacher: digest of the teacher's folder.
-        settings: how it was extracted.
-        frames_given: video frames received.
-        frames_used: video frames the teacher encoded.
-        truncated: tokens of the text that did not fit into the teacher.
-        unknown: characters of the text that the teacher's tokenizer has no piece for; see `TextEncoding`.
-        evaluations: transformer evaluations spent, counted per batch row.
-        seconds: wall time by stage; not part of what is compared or keyed.
-        times: F seconds, when each frame of the grid is, since the clip's first frame; empty where the frames
-            came without their times.
-        clip: digest of the clip's file and its segment, as in the prior's key; empty where no store keeps it.
+        settings: settings of the extraction.
+        frames_given: number of given video frames.
+        frames_used: number of video frames that the teacher encoded.
+        truncated: number of text tokens that were cut because the teacher takes fewer.
+        unknown: number of characters for which the teacher's tokenizer has no piece; see `TextEncoding`.
+        evaluations: number of transformer evaluations, counted per batch row.
+        seconds: stage → wall time; it is neither compared nor part of the key.
+        times: F times in seconds since the clip's first frame, one for each frame of the grid; empty if the
+            times of the frames were not given.
+        clip: digest of the clip's file and its segment, as in the prior's key; empty without a store.
     """
 
     attention: torch.Tensor
@@ -96,7 +96,7 @@ class MotionPrior:
         return html_table(self)
 
     def describe(self) -> dict[str, Any]:
-        """Everything but the attention itself, ready for JSON."""
+        """All fields except the attention, ready for JSON."""
 
         def listed(kept: bool) -> list[dict[str, Any]]:
             return [
@@ -129,7 +129,7 @@ class MotionPrior:
 
 
 class PriorError(ValueError):
-    """This clip and text cannot give a prior; the message says why. Others are unaffected."""
+    """This clip and text cannot give a prior; the message says why. Other clips are not affected."""
 
 
 @torch.no_grad()
@@ -149,16 +149,17 @@ def extract_prior(
 ) -> MotionPrior:
     """Read the motion prior of one clip and text from a frozen teacher.
 
-    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, reconstructed under the text,
-    and the attention of the conditional generated stream pooled over all layers and steps; half of the
-    heads and half of the tokens are kept by the paper's parameter-free scores.
+    The clip is encoded, inverted in `steps` DDIM steps with an empty prompt, and reconstructed under the
+    text. The attention of the conditional generated stream is pooled over all layers and steps. The paper's
+    parameter-free scores select the heads and tokens to keep, by default half of each.
 
     Args:
         teacher: from `load_teacher`.
-        frames: (n, h, w, 3) uint8, n ≥ 2; resampled to a frame count and resized to a size the teacher takes.
-        text: what happens in the clip; its tokens are the rows of the prior.
+        frames: (n, h, w, 3) uint8, n ≥ 2; resampled and resized to a frame count and size that the teacher
+            takes.
+        text: description of the clip; its tokens are the rows of the prior.
         steps, guidance_scale, start, memory, head_ratio, token_ratio: see `PriorSettings`.
-        times: (n,) seconds, of the frames; the prior then keeps when each frame of its grid is.
+        times: (n,) times of the frames in seconds; the prior then has `times` for the frames of its grid.
         **options: the other fields of `PriorSettings`: sampled_rows, seed, mode, noise_level, step_weights,
             head_selection, token_selection, guidance_scale_2, diagonal_width, token_scores, token_unit.
 
@@ -166,10 +167,11 @@ def extract_prior(
         A `MotionPrior`.
 
     Raises:
-        TypeError: frames or text of the wrong type, an unknown option.
-        ValueError: frames of the wrong shape, a setting out of range, steps that do not divide the schedule.
-        PriorError: empty text, text that the teacher's tokenizer has no pieces for, or NaN or infinity in the
-            teacher's attention.
+        TypeError: frames or text have the wrong type, or an option is unknown.
+        ValueError: frames have the wrong shape, a setting is out of range, or steps do not divide the
+            schedule.
+        PriorError: the text is empty, the teacher's tokenizer has no pieces for it, or the teacher's
+            attention holds NaN or infinity.
 
     Example:
         >>> prior = extract_prior(teacher, frames, "the red square moves left")   # doctest: +SKIP
@@ -186,7 +188,7 @@ def extract_prior(
 
 @dataclass(frozen=True)
 class Reading:
-    """A clip's attention under a text, read once; `select_prior` chooses what is kept."""
+    """A clip's attention under a text, read once; `select_prior` selects heads and tokens."""
 
     pool: AttentionPool
     video: VideoLatents
@@ -204,10 +206,9 @@ def read_attention(
     text: str,
     settings: PriorSettings,
 ) -> Reading:
-    """Read a clip's attention under a text from a frozen teacher; see `extract_prior` for both.
+    """Read a clip's attention under a text from a frozen teacher; arguments as in `extract_prior`.
 
-    A clip that is read in several ways need be encoded only once: `frames` may be what
-    `teacher.encode_video` made of them.
+    To read a clip in several ways, encode it only once: `frames` may be the result of `teacher.encode_video`.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
@@ -258,7 +259,7 @@ def read_attention(
 
 @torch.no_grad()
 def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
-    """Choose heads and tokens of a reading, with the settings it was read with but for the selection's own.
+    """Select heads and tokens of a reading. `settings` may differ from its own only in the selection.
 
     Raises:
         PriorError: NaN or infinity in the teacher's attention.

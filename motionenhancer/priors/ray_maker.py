@@ -1,7 +1,7 @@
-"""Teachers on the GPUs of a Ray cluster: one actor each, one request at a time an actor.
+"""Teachers on the GPUs of a Ray cluster: each in its own actor, which takes one request at a time.
 
-Ray Data is not used: a clip that kills the worker that decodes it would be tried again and again, and errors
-would name blocks of rows. Here such a clip is found, recorded and left out. Importing this module needs Ray.
+Ray Data is not used: it would retry a clip that kills its worker again and again, and its errors name blocks
+of rows. Here such a clip is found, recorded and left out. Importing this module needs Ray.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .reader import Reader, Source
 from .requests import Made, PriorRequest
 
 TRIES = 2
-"""A clip that kills its actor is tried this often before it is left out."""
+"""Number of attempts with a clip that kills its actor, before the clip is left out."""
 
 DEATHS = 12
-"""The run stops after this many deaths of actors in a row without a prior between them."""
+"""The run stops after this many consecutive deaths of actors without a finished prior."""
 
 SLOW = 60
-"""Seconds after which an actor that has not started is a warning."""
+"""Seconds after which an actor that has not started causes a warning."""
 
 WAIT = 3600
-"""Seconds that the run goes on without any teacher, or that an actor takes for one prior."""
+"""Default maximum of seconds without any teacher, or of an actor for one prior."""
 
 SAME_FILES = "with Ray all nodes need the same files at the same paths"
 
@@ -52,7 +52,7 @@ logger = logging.getLogger("motionenhancer")
 
 
 class UnseenFile(RuntimeError):
-    """A node does not see a file that the driver sees."""
+    """A node does not see a file that exists on the driver."""
 
 
 class KillerClip(VideoError):
@@ -76,7 +76,7 @@ class _Actor:
         self.roundtrip = roundtrip
 
     def open(self) -> None:
-        """Load the teacher, or raise `DeadTeacher`: it cannot be loaded on this node, or is another one."""
+        """Load the teacher. Raise `DeadTeacher` if this node cannot load it or has a different teacher."""
         node = ray.util.get_node_ip_address()
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DeadTeacher(f"an actor on node {node} has no GPU that it can use")
@@ -92,7 +92,7 @@ class _Actor:
         self.reader = Reader(teacher, self.settings, self.roundtrip)
 
     def make(self, request: PriorRequest) -> Made:
-        """Make a prior; see `PriorMaker.submit` for what it raises."""
+        """Make a prior; errors as in `PriorMaker.submit`."""
         if not Path(request.video).exists():
             raise UnseenFile(ray.util.get_node_ip_address())
         return self.reader.read(request, self.reader.decode(request))
@@ -122,15 +122,15 @@ class Cluster:
 class RayMaker:
     """Actors on any GPUs of any nodes of a Ray cluster; see `PriorMaker`.
 
-    A request is given to an actor that has its teacher, so no request waits for an actor that finds no place
-    in the cluster while others work, and no clip is blamed for a death while a teacher was loaded. A clip
-    whose actor dies is tried once more on a new one and then refused (`KillerClip`).
+    Only an actor with a loaded teacher gets requests. So no request waits for an actor that has no place in
+    the cluster while other actors work, and a death during loading is not blamed on a clip. If an actor dies,
+    its clip is tried once more on a new actor and then refused (`KillerClip`).
 
-    Every wait ends: the teacher is taken for dead after `cluster.wait` seconds in which no actor had one, or
-    in which an actor did not answer one request.
+    Every wait has a limit: the teacher counts as dead if for `cluster.wait` seconds no actor has a teacher,
+    or an actor does not answer a request.
 
     Args:
-        cluster: where the actors find their places.
+        cluster: the share of the cluster for the actors.
         load: returns the teacher on a device; pickled into every actor.
         teacher_id: id of the teacher that the driver sees.
         settings, roundtrip: see `Reader`.
@@ -196,7 +196,7 @@ class RayMaker:
             hand.join()
 
     def _serve(self) -> None:
-        """Give jobs to one actor, one at a time; start another if it died."""
+        """Give jobs to one actor, one at a time; start a new actor if it died."""
         actor = None
         while True:
             with self._changed:
@@ -219,12 +219,12 @@ class RayMaker:
             self._alone_since = monotonic()
 
     def _needs(self) -> str:
-        """What an actor needs of the cluster, and what there is."""
+        """The resources that an actor needs, and those that the cluster has."""
         held = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         return f"it needs {self._options['num_cpus']} cores and {self._options['num_gpus']} GPUs of {held}"
 
     def _hire(self) -> Any:
-        """Return a new actor with its teacher; None where it died, or the maker is closed meanwhile."""
+        """Return a new actor with its teacher; None if it died or the maker was closed meanwhile."""
         actor: Any = None
         waited = 0
         try:
@@ -378,7 +378,7 @@ def open_cluster(
 
 
 def gpu_share(gpus: int, actors: int) -> float:
-    """Return the share of a GPU that each actor reserves, so that the actors of all processes fit.
+    """Return the share of a GPU that each actor reserves, so that all actors of all processes fit.
 
     >>> gpu_share(2, 3)  # as two on one GPU: an actor does not spread over two
     0.5

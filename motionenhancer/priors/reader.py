@@ -1,4 +1,4 @@
-"""Those who read clips: a teacher with the settings of its priors, or a source that needs no teacher."""
+"""Readers of clips: a teacher with settings, or a source of priors without a teacher."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Grid = tuple[int, int, int]
 
 
 class Source(ABC):
-    """Makes priors without a video diffusion model; otherwise it is handled as a `Teacher`.
+    """Makes priors without a video diffusion model. It has the same role as a `Teacher`.
 
     Attributes:
-        id: changes whenever its priors would, for the same clip, text and settings.
-        device: where it runs.
+        id: changes whenever the priors of the same clip, text and settings change.
+        device: device of the source.
         reads: fields of `PriorSettings` that change its priors.
-        options: options of the teacher that it takes.
+        options: teacher options that it takes.
 
-    A `teacher` below is what --teacher names. `given` are the options of `load_teacher` that change what is
-    computed, and "region_grid".
+    In the methods, `teacher` is the value of --teacher. `given` holds the options of `load_teacher` that
+    change the result, and "region_grid".
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -44,65 +44,65 @@ class Source(ABC):
     @staticmethod
     @abstractmethod
     def check(teacher: str, given: dict[str, Any]) -> None:
-        """Raise ValueError or OSError where it cannot be opened; no weight is read."""
+        """Raise ValueError or OSError if the source cannot be opened; no weight is read."""
 
     @classmethod
     @abstractmethod
     def named(cls, teacher: str, given: dict[str, Any]) -> str:
-        """Its id, without opening it."""
+        """Return the id of the source without opening it."""
 
     @classmethod
     @abstractmethod
     def open(cls, teacher: str, given: dict[str, Any], device: torch.device | str) -> Source:
-        """Get it ready."""
+        """Load the source."""
 
     @staticmethod
     @abstractmethod
     def said(sample: Sample, source: str) -> str:
-        """What it reads of a sample beside its clip and text; see `PriorRequest.said`.
+        """Return the sample data, besides clip and text, that the source reads; see `PriorRequest.said`.
 
         Raises:
-            ValueError: it cannot read this sample.
+            ValueError: the source cannot read this sample.
         """
 
     @staticmethod
     @abstractmethod
     def grid(given: dict[str, Any]) -> Grid | None:
-        """(F, H, W) of its priors; None where that depends on the clip."""
+        """(F, H, W) of the priors; None if it depends on the clip."""
 
     @abstractmethod
     def decode(self, request: PriorRequest) -> Video:
-        """The frames that it reads; VideoError where a clip cannot be read."""
+        """Decode the frames that the source reads; VideoError if the clip cannot be read."""
 
     @abstractmethod
     def read(
         self, request: PriorRequest, video: Video, settings: PriorSettings
     ) -> tuple[MotionPrior, list[tuple[str, str]]]:
-        """Make a prior; return with it what was left out, as (reason, detail).
+        """Make a prior; also return what was left out, as (reason, detail).
 
         Raises:
-            PriorError: the clip and text can give none.
+            PriorError: the clip and text can give no prior.
         """
 
     @classmethod
     def settings(cls, given: PriorSettings) -> PriorSettings:
-        """The same settings without those that play no part, so that these never tell equal priors apart."""
+        """The settings with unused ones reset, so that equal priors get the same key."""
         kept = {name: getattr(given, name) for name in cls.reads}
         return PriorSettings(**{"head_selection": "off", "token_selection": "off", **kept})
 
     @classmethod
     def idle(cls, given: PriorSettings) -> list[str]:
-        """Flags of settings that are given and play no part."""
+        """Given flags of settings that have no effect."""
         others = [one for one in fields(given) if one.name not in cls.reads]
         return [flag_of(one) for one in others if getattr(given, one.name) != one.default]
 
 
 @dataclass
 class Reader:
-    """A teacher or source that reads requests one after the other; nothing else may use it meanwhile.
+    """A teacher or source that reads requests one after the other. Nothing else may use it meanwhile.
 
     Attributes:
-        roundtrip: also measure the inversion error of the first clip that is read.
+        roundtrip: also measure the inversion error of the first clip.
     """
 
     teacher: Teacher | Source
@@ -110,7 +110,7 @@ class Reader:
     roundtrip: bool = False
 
     def decode(self, request: PriorRequest) -> Video:
-        """The frames that the teacher reads; VideoError where a clip cannot be read."""
+        """Decode the frames that the teacher reads; VideoError if the clip cannot be read."""
         if isinstance(self.teacher, Source):
             return self.teacher.decode(request)
         # At the teacher's own size: a clip of large frames would otherwise fill the memory.
@@ -118,7 +118,7 @@ class Reader:
         return read_frames(request.video, num_frames=self.teacher.max_frames, min_frames=2, size=size)
 
     def read(self, request: PriorRequest, video: Video) -> Made:
-        """Make a prior; PriorError where the clip and text can give none."""
+        """Make a prior; PriorError if the clip and text can give none."""
         settings, began, times = request.settings or self.settings, perf_counter(), video.timestamps
         if isinstance(self.teacher, Source):
             found, left_out = self.teacher.read(request, video, settings)

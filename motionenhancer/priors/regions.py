@@ -1,4 +1,4 @@
-"""Priors without a model: the regions that a data file gives for words, from annotation or a tracker."""
+"""Priors without a model: regions of words in the data file, from annotations or a tracker."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ Picture = tuple[int, int]
 
 
 class Regions(Source):
-    """Makes a prior of a sample's `regions`: each word's row is spread evenly over its regions.
+    """Makes a prior from a sample's `regions`: each word's row is spread evenly over its regions.
 
-    A cell's value is the share of it that the regions cover, and a row sums to one. A frame of the grid shows
-    the frames of the clip that fall into it: the n-th of N frames lies at (n + 0.5) / N of the clip.
+    A cell's value is proportional to the share of the cell that the regions cover, and a row sums to one. A
+    frame of the grid covers the clip's frames in its part of the clip: frame n of N is at (n + 0.5) / N.
 
     Args:
         grid: (F, H, W) of the priors.
@@ -52,7 +52,7 @@ class Regions(Source):
 
     @staticmethod
     def grid(given: dict[str, Any]) -> Grid:
-        """(F, H, W) of --region_grid; ValueError where it is none."""
+        """(F, H, W) of --region_grid; ValueError if it is not a grid."""
         sides = given["region_grid"].lower().split("x")
         if len(sides) != 3 or not all(side.isdecimal() and 1 <= int(side) <= 512 for side in sides):
             raise ValueError(
@@ -125,7 +125,7 @@ class Regions(Source):
 
 
 def _checked(region: Any) -> dict[str, Any]:
-    """Refuse what is no region, or one that says a thing twice or not at all."""
+    """Refuse an invalid region: unknown keys, or alternative keys that are given twice or not at all."""
     if not isinstance(region, dict):
         raise ValueError(f"must be an object, got {str(region)[:60]!r}")
     given = {key for key, value in region.items() if value is not None}
@@ -159,7 +159,7 @@ def _spans(region: dict[str, Any], text: str) -> list[tuple[int, int]]:
 
 
 def _covered(region: dict[str, Any], video: Video, grid: Grid) -> torch.Tensor:
-    """(F, H, W) float64: the share of each cell that the region covers, of the frames that it names."""
+    """(F, H, W) float64: the share of each cell that the region covers in its frames."""
     picture = video.frames.shape[1:3]
     key = next(key for key in _SHAPES if region.get(key) is not None)
     draw = {"box": _box, "rle": _mask, "point": _point, "track": _point}[key]
@@ -188,7 +188,7 @@ def _covered(region: dict[str, Any], video: Video, grid: Grid) -> torch.Tensor:
 
 
 def places_of(region: dict[str, Any], video: Video) -> list[float] | None:
-    """Where the frames of a region lie in the clip, from 0 to 1; None for all of it."""
+    """Positions of a region's frames in the clip, from 0 to 1; None for the whole clip."""
     frames, times = region.get("frames"), region.get("times")
     if frames is not None:
         given = frames if isinstance(frames, list) else [frames]
@@ -210,10 +210,10 @@ def places_of(region: dict[str, Any], video: Video) -> list[float] | None:
 
 
 def check_box(box: Any, picture: Picture) -> None:
-    """Refuse what is no box, or lies outside of the picture, of (height, width) pixels.
+    """Refuse an invalid box, or a box outside of the picture of (height, width) pixels.
 
     Raises:
-        ValueError: it is.
+        ValueError: the box is invalid or outside.
     """
     if not _numbers(box, 4) or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"box must be [x0, y0, x1, y1] in pixels, x0 < x1 and y0 < y1, got {str(box)[:60]}")
@@ -251,7 +251,7 @@ def _point(point: Any, picture: Picture, cells: Picture) -> torch.Tensor:
 
 
 def _overlaps(cells: int, length: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(cells, intervals): the share of each cell of a side of `length` pixels that intervals cover."""
+    """(cells, intervals): for a side of `length` pixels, the share of each cell that each interval covers."""
     edges = np.arange(cells + 1) * (length / cells)
     shared = np.minimum(edges[1:, None], high) - np.maximum(edges[:-1, None], low)
     return shared.clip(min=0) * (cells / length)

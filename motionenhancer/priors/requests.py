@@ -1,4 +1,4 @@
-"""Which prior each sample needs, and what comes of asking for it."""
+"""Requests of priors for samples, and their results."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class PriorRequest:
     """A request of a prior.
 
     Attributes:
-        video: the clip, or the segment of it that is shown.
-        text: what the teacher is told of it.
-        key: of the prior in a store; empty for a prior that is never stored.
-        settings: how to read it, if not as the maker reads all others; such a prior is never stored.
-        said: what else of a sample goes into the prior, as json; empty for a teacher that is told the text
-            only.
-        parts: in the place of one prior, those of several teachers, None of one that is not asked; they are
-            combined.
+        video: the clip, or its segment.
+        text: the text for the teacher.
+        key: key of the prior in a store; empty for a prior that is not stored.
+        settings: settings of this prior, if they differ from the maker's; such a prior is not stored.
+        said: other data of the sample that the prior depends on, as json; empty for a teacher that reads only
+            clip and text.
+        parts: one request for each of several teachers, whose priors are combined; None for a teacher that is
+            not asked.
     """
 
     video: Path | Clip
@@ -49,15 +49,15 @@ class PriorRequest:
 
 @dataclass(frozen=True)
 class Made:
-    """A prior that was asked for.
+    """The result of a request.
 
     Attributes:
         prior: the prior.
-        fresh: made now, and not found in the store.
+        fresh: whether it was made now, not found in the store.
         seconds: wall time that the teacher spent on it.
-        damaged: what was wrong with a stored file that was set aside; empty if there was none.
-        lost: why the store does not keep the prior although it should; empty if it keeps it.
-        left_out: (reason, detail) of each thing that the prior was made without.
+        damaged: fault of a stored file that was set aside; empty if there was none.
+        lost: why the store could not keep the prior; empty if it is kept.
+        left_out: (reason, detail) of each part that was left out of the prior.
         roundtrip: inversion error of the clip, if it was measured; see `inversion_errors`.
     """
 
@@ -70,7 +70,7 @@ class Made:
     roundtrip: dict[str, float] | None = None
 
     def describe(self, sample: Sample, request: PriorRequest) -> dict[str, Any]:
-        """What a run's report says of a sample's prior, ready for JSON."""
+        """The entry of a sample's prior in the run's report, ready for JSON."""
         about = {"id": sample.id, "video": str(request.video), "key": request.key or None}
         return {**about, "made_now": self.fresh, **self.prior.describe()}
 
@@ -81,13 +81,13 @@ def request_key(name: Callable[[str, str], str], digest: str, request: PriorRequ
     Args:
         name: `prior_keys` of the teacher and its settings.
         digest: `content_digest` of the clip's file.
-        request: of the prior.
+        request: request of the prior.
     """
     return name(clip_name(digest, request), request.text)
 
 
 def clip_name(digest: str, request: PriorRequest) -> str:
-    """The name of what is shown in a prior's key: the clip's file, its segment, and what else is said."""
+    """The part of a prior's key that names the input: the clip's file, its segment, and `said`."""
     shown = named_by(digest, request.video)
     return f"{shown} {sha256(request.said.encode()).hexdigest()}" if request.said else shown
 
@@ -104,20 +104,20 @@ def request_priors(
     part: int = 0,
     parts: int = 1,
 ) -> Iterator[tuple[Sample, PriorRequest]]:
-    """Say which prior each sample needs, one sample after the other, however many there are.
+    """Yield each sample with the request of its prior, as a stream.
 
     Samples without exactly one video, without text or without a readable clip are counted in `skips`.
 
     Args:
         samples: from `read_samples`.
-        source: "both", "question" or "answer": the text given to the teacher.
-        skips: receives samples without a prior and why.
-        name: `prior_keys` of the teacher and its settings. None leaves keys empty and reads no clip.
+        source: "both", "question" or "answer": the text for the teacher.
+        skips: counts samples without a prior, with the reason.
+        name: `prior_keys` of the teacher and its settings. None: keys are empty and no clip is read.
         digest: reads a clip's `content_digest`; needed with `name`.
-        said: (sample, source) → `PriorRequest.said`, ValueError where there can be no prior; by default "".
-        workers: threads that read clips, a few samples ahead of the one that is given out.
-        part, parts: give out the samples of every `parts`-th clip only, by a hash of its path; the parts
-            together hold each sample once, and each part counts its own skips only.
+        said: (sample, source) → `PriorRequest.said`; ValueError if there can be no prior. By default "".
+        workers: number of threads that read clips a few samples ahead.
+        part, parts: yield only the samples of this part. A hash of a clip's path gives its part, so each
+            sample is in exactly one part. Each part counts only its own skips.
     """
     read = digest if name is not None else _look
     assert read is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def one_line(prior: Any) -> str:
-    """The text, words, grid and teacher of a `MotionPrior`, and the settings that are not the defaults."""
+    """The text, words, grid and teacher of a `MotionPrior`, and its non-default settings, in one line."""
     words = ", ".join(prior.prompt[slice(*span)] for span in prior.spans)
     given = [
         f"{one.name}={value}"
@@ -27,7 +27,7 @@ def one_line(prior: Any) -> str:
 
 
 def html_table(prior: Any) -> str:
-    """Each word's share of attention on each frame, darker where it is more."""
+    """A table of each word's share of attention on each frame; darker means more."""
     frames, high, wide = prior.grid
     rows = prior.attention.float().reshape(-1, frames, high * wide).sum(dim=2)
     shares = rows / rows.sum(dim=1, keepdim=True).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Where priors are kept: one safetensors file a prior, named by everything that went into it."""
+"""The store of priors: one safetensors file for each prior, named by a digest of all of its inputs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class DamagedPrior(ValueError):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a clip and text can give no prior: what a store keeps in the prior's place.
+    """The reason why a clip and text can give no prior, which a store keeps instead of the prior.
 
     Attributes:
-        reason: a fixed phrase that such clips are counted under.
-        detail: what was wrong with this one.
-        unreadable: the clip itself cannot be read; otherwise it is of no use to the teacher alone.
-        passing: it was the machine's fault, not the clip's: such a one is not put on record.
+        reason: a fixed phrase under which such clips are counted.
+        detail: the fault of this clip or text.
+        unreadable: the clip itself cannot be read; otherwise only the teacher cannot use it.
+        passing: the machine caused the failure, not the clip; such a refusal is not recorded.
     """
 
     reason: str
@@ -62,7 +62,7 @@ def _key(head: str, video_digest: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class PriorStore:
-    """A folder of priors. Writers may run side by side: each file appears whole, by rename, or not at all.
+    """A folder of priors. Several writers may run at once: files appear complete, by rename, or not at all.
 
     Example:
         >>> import tempfile
@@ -89,9 +89,10 @@ class PriorStore:
                     yield entry.name[: -len(_SUFFIX)]
 
     def write(self, key: str, prior: MotionPrior) -> Path:
-        """Store a prior under `key`; an existing file is replaced in one step, a refusal forgotten.
+        """Store a prior under `key`. An existing file is replaced atomically, and a refusal is removed.
 
-        Half precision loses at most 2⁻¹¹ of an entry's size above 6.1e-5, and 3e-8 absolutely below it.
+        The error of half precision is at most 2⁻¹¹ relative for entries above 6.1e-5, and 3e-8 absolute
+        below.
         """
         attention = prior.attention.to(torch.float16).contiguous()
         text = text_of_prior(prior)
@@ -110,18 +111,18 @@ class PriorStore:
         return self.refusal_path(key)
 
     def refusal(self, key: str) -> Refusal | None:
-        """Return why a key can have no prior; None without a readable record."""
+        """Return the reason why a key can have no prior; None without a readable record."""
         try:
             return Refusal(**json.loads(self.refusal_path(key).read_text("utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def settled(self, key: str) -> bool:
-        """Whether there is nothing to make: the prior is stored, or recorded as impossible."""
+        """Whether the prior is stored or recorded as impossible, so that it need not be made."""
         return key in self or self.refusal(key) is not None
 
     def refusals(self) -> Iterator[tuple[str, Refusal]]:
-        """Yield all keys that are recorded as without a prior, and why."""
+        """Yield all keys with a recorded refusal, and the refusal."""
         for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_REFUSED}"):
             key = path.name[: -len(_REFUSED)]
             if (found := self.refusal(key)) is not None:
@@ -160,7 +161,7 @@ class PriorStore:
             raise DamagedPrior(f"{path}: {error}") from error
 
     def set_aside(self, key: str) -> Path:
-        """Rename a damaged file so that it is neither read again nor lost; returns its new path."""
+        """Rename a damaged file, so that it is kept but not read again; return its new path."""
         path = self.path(key)
         aside = path.with_name(path.name + DAMAGED)
         os.replace(path, aside)
@@ -168,7 +169,7 @@ class PriorStore:
 
 
 def text_of_prior(prior: MotionPrior) -> str:
-    """All of a prior but its attention and timings as json, the same text for the same prior."""
+    """All fields of a prior except attention and timings, as json. Equal priors give equal text."""
     left_out = ("attention", "seconds", "settings")
     about = {f.name: getattr(prior, f.name) for f in fields(prior) if f.name not in left_out}
     about["settings"] = asdict(prior.settings)
@@ -176,10 +177,10 @@ def text_of_prior(prior: MotionPrior) -> str:
 
 
 def prior_from_text(attention: torch.Tensor, text: str) -> MotionPrior:
-    """The prior that `text_of_prior` gave this text for, without its timings.
+    """The inverse of `text_of_prior`; the prior has no timings.
 
     Raises:
-        KeyError, TypeError, ValueError: the text is no prior's.
+        KeyError, TypeError, ValueError: the text does not describe a prior.
     """
     about: dict[str, Any] = json.loads(text)
     settings = PriorSettings(**about.pop("settings"))
@@ -190,7 +191,7 @@ def prior_from_text(attention: torch.Tensor, text: str) -> MotionPrior:
 
 
 def _out_of_range(prior: MotionPrior) -> str:
-    """Name the first thing of a prior that no maker gives, or nothing."""
+    """Name the first field of a prior with an impossible value; empty if there is none."""
     words, all_words, scores = len(prior.kept), len(prior.all_tokens), prior.head_scores
     heads, length = {len(values) for values in scores.values()}, len(prior.prompt)
     spans, all_spans = ((0 <= a <= b <= length for a, b in s) for s in (prior.spans, prior.all_spans))
@@ -213,7 +214,7 @@ def _finite(attention: torch.Tensor) -> bool:
 
 
 def _ascending(places: list[int], count: int) -> bool:
-    """Whether these are distinct places among `count`, in order, and at least one."""
+    """Whether these are ascending, distinct indices below `count`, and at least one."""
     inside = all(isinstance(place, int) and 0 <= place < count for place in places)
     return bool(places) and inside and sorted(set(places)) == places
 

@@ -1,4 +1,4 @@
-"""Which tokens of a text a prior keeps: motion-salient token identification, and readings of it.
+"""Selection of the tokens that a prior keeps: motion-salient token identification and its variants.
 
 Source: MotionEnhancer (CVPR 2026, arXiv 2606.06853), eq. 14; figure 3 has negative scores of whole words.
 """
@@ -23,16 +23,16 @@ def choose_tokens(
     scores: str = "raw",
     unit: str = "piece",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the tokens of a text and keep the best of those that are words or pieces of words.
+    """Score the tokens of a text, and keep the best tokens among those that are words or parts of words.
 
     Args:
         text_attention: (T, S) rows of the real tokens over the video.
         prompt: the text, T real tokens.
         video: the grid of the S video tokens.
-        ratio: share of the pieces or words that is kept.
-        scores: "raw": mean attention plus its mean change between frames. "standardized": each of the two has
-            mean 0 and population deviation 1 over the pieces or words before they are added; a constant one
-            adds 0.
+        ratio: share of the pieces or words to keep.
+        scores: "raw": mean attention plus its mean change between frames. "standardized": each of the two
+            is first standardized to mean 0 and population deviation 1 over the pieces or words; a constant
+            one adds 0.
         unit: "piece": every piece has its own score. "word": the pieces of a word share the mean of their
             scores, and are kept or dropped together.
 
@@ -58,9 +58,9 @@ def choose_tokens(
 
 
 def word_numbers(prompt: TextEncoding) -> list[int]:
-    """For each token that is no bare space and no unknown piece, the number of its word, ascending from 0.
+    """The word number of each token, ascending from 0, without bare spaces and unknown pieces.
 
-    A word is letters, digits and marks without a gap; every piece of punctuation stands alone.
+    A word is a run of letters, digits and marks. Each piece of punctuation is a word of its own.
     """
     numbers: list[int] = []
     end = -1

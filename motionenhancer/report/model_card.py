@@ -1,4 +1,4 @@
-"""The card of a trained checkpoint: what it was made of, how, and what was measured."""
+"""The model card of a trained checkpoint: its sources, settings and measurements."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
     """Write `README.md` into a checkpoint's folder.
 
     Args:
-        folder: of the checkpoint.
-        report: the run's, with `alignment`, `training` and, where accuracies were measured, `evaluation`.
+        folder: folder of the checkpoint.
+        report: report of the run, with `alignment`, `training` and, if accuracies were measured,
+            `evaluation`.
         identity: see `run_identity`.
     """
     base, teacher = _hub_name(identity["student"]), identity.get("teacher")
@@ -74,7 +75,7 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
 
 
 def _hub_name(path: str) -> str:
-    """The id of a model in the Hugging Face cache; any other path as it is.
+    """The id of a model in the Hugging Face cache; any other path is returned unchanged.
 
     >>> _hub_name("/home/me/hub/models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/0a1b")
     'Qwen/Qwen2.5-VL-3B-Instruct'

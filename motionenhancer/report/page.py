@@ -1,4 +1,4 @@
-"""One self-contained HTML file that shows clips, their maps, and the run they are from."""
+"""One self-contained HTML file that shows clips, their maps, and their run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
     Args:
         folder: the run's output folder.
         output: the file; `report.html` in the folder by default.
-        ids: samples to show; all that the run kept by default.
+        ids: samples to show; by default all samples that the run kept.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: the folder is no training run's, or it kept no sample of an id.
+        ValueError: the folder is not a training run, or it has no sample with a given id.
         OSError: a file cannot be read or written.
     """
     try:
@@ -74,7 +74,7 @@ def pick(views: Sequence[View], ids: Sequence[str] | None, where: str) -> list[V
     """Return the views of these ids, in their order.
 
     Raises:
-        ValueError: there is none of an id.
+        ValueError: an id has no view.
     """
     if not ids:
         return list(views)
@@ -218,7 +218,7 @@ def _flat(value: Any, name: str = "") -> list[list[str]]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for NaN and infinity, which json does not know."""
+    """The same with null for NaN and infinity, which json does not have."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

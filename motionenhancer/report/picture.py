@@ -59,9 +59,9 @@ def overlay(
 
     Args:
         frame: (h, w, 3) uint8.
-        maps: of one source.
-        row: of the word; a word without a map leaves the frame as it is.
-        time: of the frame, in seconds: the nearest frame of the grid is drawn.
+        maps: maps of one source.
+        row: row of the word; for a word without a map, the frame is unchanged.
+        time: time of the frame in seconds; the nearest frame of the grid is drawn.
         scale: density of the brightest colour.
         smooth: interpolate between the grid's cells.
         colours: a name of `COLOURS`.
@@ -91,11 +91,11 @@ def contact_sheet(
 
     Args:
         view: the clip with its maps.
-        words: which; the three that move most by default.
-        frames: of the clip, evenly.
+        words: words to draw; by default the three that move most.
+        frames: number of evenly spaced frames.
         smooth: interpolate between the grid's cells.
         colours: a name of `COLOURS`.
-        height: of a frame, in pixels.
+        height: height of a frame in pixels.
 
     Raises:
         ValueError: a word has no map.
@@ -170,8 +170,8 @@ def draw_prior(
 
     Args:
         prior: from `extract_prior` or a store.
-        video: its clip; without it the maps are drawn on black.
-        words: which; the three that move most by default.
+        video: the clip of the prior; without it, the maps are drawn on black.
+        words: words to draw; by default the three that move most.
         **how: options of `contact_sheet`.
 
     Raises:

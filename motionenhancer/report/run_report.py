@@ -1,4 +1,4 @@
-"""`motion_report.json`: what a run was, what it saw and what it left out."""
+"""`motion_report.json`: settings, samples and skipped samples of a run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RunReport:
     """The report of one output folder. It is written when the run starts and again when it ends.
 
     Attributes:
-        identity: what makes a run this run: a folder holding another run's report is refused.
-        content: everything else, free-form and JSON-ready.
-        begun: whether this process has written it.
+        identity: settings that identify the run; a folder with the report of another run is refused.
+        content: all other entries, free-form and JSON-ready.
+        begun: whether this process has written the report.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class RunReport:
         """Create the folder for this run, or continue in it.
 
         Raises:
-            ValueError: it holds another run, or files that are no run of ours.
+            ValueError: it holds another run, or files that are not from a run of this package.
             OSError: it cannot be created or written.
         """
         try:
@@ -52,7 +52,7 @@ class RunReport:
         self.check()
 
     def finished(self) -> bool:
-        """Whether the folder holds this same run, finished, with all that `content` holds now."""
+        """Whether the folder holds this run, finished, with all current entries of `content`."""
         try:
             report = json.loads(self.path.read_text())
         except (OSError, ValueError):
@@ -61,7 +61,7 @@ class RunReport:
         return report.get("status") == "finished" and mine.items() <= report.items()
 
     def check(self) -> None:
-        """Whether the folder could be this run's; nothing is written.
+        """Check that the folder can be used for this run; nothing is written.
 
         Raises:
             ValueError: as from `claim`.
@@ -123,7 +123,7 @@ def status_of(error: BaseException) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that decides a run's numbers."""
+    """Versions of all packages that affect a run's numbers."""
     names = str.split("motionenhancer torch triton transformers diffusers accelerate tokenizers av")
     found = {"python": platform.python_version()}
     for name in names:

@@ -1,4 +1,4 @@
-"""What a page shows of one clip: its text, its prior and a student's maps before and after training."""
+"""The data of one clip on a page: its text, its prior and a student's maps before and after training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Maps(NamedTuple):
     Attributes:
         grid: (F, H, W).
         times: F seconds since the clip's first frame.
-        rows: row of `View.spans` → (F·H·W,) float32, its mean is 1; such maps compare on any grids.
+        rows: row of `View.spans` → (F·H·W,) float32 with mean 1, so that maps on any grids are comparable.
     """
 
     grid: Grid
@@ -47,17 +47,17 @@ class View:
     """One clip of a page.
 
     Attributes:
-        id: of the sample, or the start of the prior's key.
-        prompt: the text given to the teacher.
-        video: the file, or its segment; None where it is not known.
-        task: what the sample is counted under; may be empty.
-        prior: the teacher's.
-        spans: character ranges in `prompt` of the words that have maps: of a prior its kept tokens.
+        id: id of the sample, or the start of the prior's key.
+        prompt: the text of the teacher.
+        video: the file or its segment; None if unknown.
+        task: task of the sample; may be empty.
+        prior: the teacher's prior.
+        spans: character ranges in `prompt` of the words with maps; for a prior, of its kept tokens.
         grid, times: (F, H, W) of the student's vision tokens, and F seconds.
-        found: which of `spans` stand among the student's tokens.
+        found: indices of the `spans` that are among the student's tokens.
         maps: "before", "after" → (len(found), F·H·W) half precision, the student's attention.
         scores: "before", "after" → {"loss_ar", "loss_align", "right", "said"}, as far as they are known.
-        answer: what the student is trained to say.
+        answer: the answer that the student is trained on.
     """
 
     id: str
@@ -75,7 +75,7 @@ class View:
 
     @classmethod
     def of_prior(cls, prior: MotionPrior, **known: Any) -> View:
-        """Return a view of a prior alone; `known` are further fields."""
+        """Return a view of a prior only; `known` holds other fields."""
         return cls(**{"id": "prior", "prompt": prior.prompt, "prior": prior, "spans": prior.spans, **known})
 
     def sources(self, duration: float) -> dict[str, Maps]:
@@ -147,14 +147,14 @@ class View:
 
 
 def _densities(rows: torch.Tensor) -> np.ndarray:
-    """Scale each row to the mean 1; a row of zeros stays."""
+    """Scale each row to mean 1; a row of zeros stays."""
     values = rows.float().numpy()
     mean = values.mean(axis=1, keepdims=True)
     return values / np.where(mean == 0, 1, mean)
 
 
 def read_clip(view: View, max_pixels: int = 480 * 320) -> Video | None:
-    """Decode at most `MOST_FRAMES` frames of a view's clip, made small; None where it cannot be read."""
+    """Decode at most `MOST_FRAMES` small frames of a view's clip; None if it cannot be read."""
     if view.video is None:
         return None
     try:
@@ -186,10 +186,10 @@ def save_views(folder: Path, views: Sequence[View]) -> Path:
 
 
 def load_views(folder: Path) -> list[View]:
-    """Read what `save_views` kept; an empty list where a run kept nothing.
+    """Read the views that `save_views` wrote; an empty list if the run kept nothing.
 
     Raises:
-        ValueError: the file is not one of `save_views`.
+        ValueError: `save_views` did not write the file.
     """
     if not (folder / KEPT).is_file():
         return []

@@ -34,7 +34,7 @@ class StudentReading(StudentMaps):
 
     Attributes:
         scores: {"loss_ar", "right", "said"}.
-        answer: what the labels spell.
+        answer: the text of the labels.
     """
 
     scores: dict[str, Any]
@@ -45,11 +45,11 @@ def add_maps(view: View, when: str, read: StudentReading, sample: Sample, source
     """Add to a view a student's maps of its words; return whether any of them was found.
 
     Args:
-        view: of the sample; receives the maps.
+        view: view of the sample, which gets the maps.
         when: "before" or "after".
-        read: of the sample.
-        sample: as it was read.
-        source: the text of it that the view shows: "both", "question" or "answer".
+        read: the student's reading of the sample.
+        sample: the sample.
+        source: the text that the view shows: "both", "question" or "answer".
     """
     rows = read.of_words(find_words(sample, view, read.layout, source))
     if rows:
@@ -64,14 +64,14 @@ def read_student(
 ) -> StudentReading:
     """Run a student over one sample in evaluation mode; no random number is drawn.
 
-    An answer counts as right if the likeliest token at each of its places, given the right ones before it,
-    spells it: if greedy decoding would write it.
+    An answer counts as right if each of its tokens is the most likely one, given the right tokens before it,
+    that is, if greedy decoding would write it.
 
     Args:
-        model: of the dataset's family; its mode is restored.
-        dataset: says how clips are shown and texts encoded.
-        sample: with one video.
-        autocast: of the training's mixed precision.
+        model: a model of the dataset's family; its mode is restored.
+        dataset: gives frame sampling and text encoding.
+        sample: a sample with one video.
+        autocast: autocast context of the training's mixed precision.
 
     Raises:
         ValueError, OSError: the sample cannot be read, or has no single video.
@@ -110,16 +110,16 @@ def task_of(sample: Sample) -> str:
 
 @dataclass
 class Watch:
-    """Reads samples of a run before and after training, and keeps and shows what it read.
+    """Reads samples of a run before and after training, saves the readings, and writes the page.
 
-    It changes nothing of the training, and none of its methods raises: a page is no reason to lose a run.
+    It does not change the training. Its methods never raise, so that a page cannot end a run.
 
     Attributes:
         trainer: has the student on its device, and the samples.
-        count: samples; 0 reads nothing and writes no page.
-        whole: this process has all weights. Otherwise all processes must call `read` together, inside the
-            training: the engine shards the student's weights when the training begins.
-        readings: "before", "after" → sample id → how the student read it.
+        count: number of samples; 0 reads nothing and writes no page.
+        whole: whether this process has all weights. If not, all processes must call `read` together during
+            training, because the engine shards the weights when the training begins.
+        readings: "before", "after" → sample id → reading of the student.
     """
 
     trainer: MotionTrainer

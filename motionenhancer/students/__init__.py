@@ -1,4 +1,4 @@
-"""Students: one file a model family, the capture of their attention, the words among their tokens."""
+"""Students: model families, the capture of their attention, and the location of words among their tokens."""
 
 from motionenhancer.students.capture import CapturedAttention, capture_attention
 from motionenhancer.students.families import known_families, student_family

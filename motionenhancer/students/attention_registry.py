@@ -1,7 +1,7 @@
-"""Watch calls of transformers' attention functions for a limited time, by patches of their registry.
+"""Observe calls of transformers' attention functions for a limited time, by patching their registry.
 
-A function is wrapped under its own name: a model looks up its mask by that name, and a new one would silently
-get no mask at all.
+A function is wrapped under its own name, because a model looks up its mask by that name. A new name would
+silently get no mask.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _observer: _Observer | None = None
 
 @contextlib.contextmanager
 def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Iterator[None]:
-    """Call ``callback`` before each attention of ``modules``; others, such as a vision tower's, pass unseen.
+    """Call ``callback`` before each attention of ``modules``; other modules are not observed.
 
-    It is given the implementation's name (see ``implementation_name``), the module, query (B, Hq, N, D),
-    key (B, Hkv, N, D), the mask and the keyword arguments, and returns what the attention is given as its
-    query. When the context ends, in whatever way, the registry is as it was.
+    The callback gets the implementation's name (see ``implementation_name``), the module, query (B, Hq, N,
+    D), key (B, Hkv, N, D), the mask and the keyword arguments. It returns the query for the attention. At the
+    end of the context, also after an error, the registry is restored.
 
     Raises:
-        RuntimeError: another observation is going on.
-        ValueError: a module does not call transformers' registry, or an implementation that is not in it.
+        RuntimeError: another observation is active.
+        ValueError: a module does not call transformers' registry, or its implementation is not registered.
     """
     global _observer
     if not _lock.acquire(blocking=False):
@@ -63,7 +63,7 @@ def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Itera
 
 
 def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[None]]:
-    """One patch for each implementation that the modules use, and each place where they look it up."""
+    """One patch for each implementation that the modules use, and for each place where it is looked up."""
     patches: dict[tuple[int, str], contextlib.AbstractContextManager[None]] = {}
     for module in modules:
         kind = type(module).__name__
@@ -134,7 +134,7 @@ _READ = {
 
 
 def _unread(function: Callable[..., Any]) -> dict[str, Any]:
-    """Options of an attention function that a capture does not read, with their defaults."""
+    """Options of an attention function that a capture does not support, with their defaults."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(function).parameters.values())[5:]  # the tensors and the mask
     return {p.name: p.default for p in parameters if p.kind in named and p.name not in _READ}

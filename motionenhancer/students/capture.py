@@ -1,12 +1,12 @@
 """Capture attention at chosen rows and columns while a model runs its own fast attention.
 
-The chosen entries are computed from the very queries and keys of each self-attention: next to each call by
+The chosen entries are computed from the same queries and keys as each self-attention: beside each call by
 :func:`mekernels.attention_rows`, or on a CPU for several layers together. The queries of the chosen rows are
-taken out first, and their gradient is added to the one that the attention makes of its query.
+taken first, and their gradient is added to the attention's gradient of its query.
 
-Under gradient checkpointing the entries leave the checkpointed layer as a side output. What they need for
-their own backward (keys and the queries of the chosen rows) is kept outside the checkpoint's bookkeeping, so
-the recomputation is the ordinary one, need not know of the capture, and may happen long after it.
+Under gradient checkpointing, the entries leave the checkpointed layer as a side output. The tensors for their
+backward (keys and the queries of the chosen rows) are kept outside of the checkpoint. So the recomputation is
+unchanged, does not know the capture, and may happen long after it.
 """
 
 from __future__ import annotations
@@ -43,46 +43,46 @@ def capture_attention(
     reduce: str = "mean",
     module: str | None = None,
 ) -> Iterator[CapturedAttention]:
-    """Capture the attention of ``model`` while it runs, mean over layers and heads.
+    """Capture the attention of ``model`` while it runs, by default averaged over layers and heads.
 
     Section 4 of the MotionEnhancer paper (CVPR 2026, arXiv 2606.06853) calls it A_VLM. Entries are exact and
-    differentiable, whichever of ``eager``, ``sdpa``, ``flash_attention_2`` and ``flex_attention`` the model
-    runs: those by which ``eager`` weighs its values, before any attention dropout. Padding, packing, sliding
-    windows, soft caps and learned sinks are honoured as the model's own attention does.
+    differentiable with ``eager``, ``sdpa``, ``flash_attention_2`` and ``flex_attention``: they are the
+    attention weights of ``eager`` before dropout. Padding, packing, sliding windows, soft caps and learned
+    sinks have the same effect as in the model's own attention.
 
     Args:
         model: a transformers model, bare or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
-        rows: (B, R) int64, positions of query tokens in the sequence that is attended over; negative entries
-            are padding and give rows of zeros. Best on the CPU, wherever the model is: values there are
-            checked. Reading them from another device would wait for it, so there a position beyond the
-            sequence makes every captured entry NaN. None takes the last row of every forward, so that
-            ``model.generate`` gives a row for each word: what the word was predicted from.
-        columns: (B, C) int64, positions of key tokens, negative entries give columns of zeros, otherwise as
-            ``rows``; or a slice of step 1 that all samples share. With ``rows=None`` they count in the whole
-            sequence, prompt and words; a word that is not there yet gives zeros. Without a slice, B are the
-            sequences that run, such as samples times beams.
-        layers: numbers of the layers to read, counted from 0 over all layers of the language model; ``"all"``
-            with self-attention; by default all that attend globally, see
-            :func:`motionenhancer.students.locate.layers_read`. ``layers`` and ``left_out`` of what is yielded
-            say how many were read and left out.
-        heads: the query heads to read, by default all.
+        rows: (B, R) int64, positions of query tokens in the sequence; negative entries are padding and give
+            rows of zeros. Pass them on the CPU, also for a model on a GPU: values on the CPU are checked.
+            Values on another device are not checked, because reading them would wait for it; there, a
+            position beyond the sequence makes every captured entry NaN. None reads the last row of every
+            forward, so that ``model.generate`` gives one row for each word: the position that predicted it.
+        columns: (B, C) int64, positions of key tokens; negative entries give columns of zeros, otherwise as
+            ``rows``. Or a slice of step 1 that all samples share. With ``rows=None`` they are positions in
+            the whole sequence, prompt and words; a word that does not exist yet gives zeros. B is the number
+            of sequences that run, such as samples times beams.
+        layers: numbers of the layers to read, from 0 over all layers of the language model; ``"all"`` layers
+            with self-attention; by default all layers with global attention, see
+            :func:`motionenhancer.students.locate.layers_read`. ``layers`` and ``left_out`` of the yielded
+            object are the numbers of layers that are read and left out.
+        heads: the query heads to read; all by default.
         reduce: ``"mean"`` over layers and heads, or ``"none"``.
-        module: a module's name in the transformers model, such as ``"model.visual"``: the attention inside it
-            is read, not the language model's. B and positions are those of its attention: images or frames,
-            or 1 where a tower packs all patches to one sequence, in the order in which its layers see them.
+        module: name of a module in the transformers model, such as ``"model.visual"``: its attention is read
+            instead of the language model's. B and positions are those of its attention: B is the number of
+            images or frames; or 1 if a tower packs all patches into one sequence, in the order of its layers.
 
     Yields:
         An object whose ``attention`` is, after the forward, (B, R, C) float32 (float64 for a float64 model);
         with ``reduce="none"`` (B, L, H, R, C), layers and heads in ascending order. With ``rows=None`` it is
-        readable after every forward, and R is the number of forwards so far.
-        Reading it earlier, after a forward that failed, or with ``rows`` after a second forward is a
-        RuntimeError. It stays readable, and its graph valid, after the context has ended.
+        readable after every forward, and R is the number of forwards so far. It is a RuntimeError to read it
+        before a forward, after a failed forward, or with ``rows`` after a second forward. After the end of
+        the context it stays readable, and its graph stays valid.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or dtype; the model has no self-attention,
-            or an implementation whose masks are unknown; re-entrant gradient checkpointing; during the
-            forward, a mask or a key-value cache that cannot be honoured exactly, heads split over devices, or
-            a batch or length that does not fit ``rows`` and ``columns``.
+            or an implementation whose masks are unknown; re-entrant gradient checkpointing is on. During the
+            forward: a mask or key-value cache cannot be read exactly, heads are split over devices, or the
+            batch or length does not fit ``rows`` and ``columns``.
         RuntimeError: a capture is already active.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -142,7 +142,7 @@ class CapturedAttention:
 
     @property
     def attention(self) -> torch.Tensor:
-        """(B, R, C), mean over layers and heads, or (B, L, H, R, C); differentiable where the forward was."""
+        """(B, R, C), mean over layers and heads, or (B, L, H, R, C); differentiable if the forward was."""
         if self._repeated:
             raise RuntimeError("the model ran more than once inside the capture; give each forward its own")
         if not self._forwards:

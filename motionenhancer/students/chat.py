@@ -1,4 +1,4 @@
-"""Render a conversation with the processor's chat template, and find messages and answers in the text."""
+"""Render a conversation with the processor's chat template; locate messages and answers in the text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ __all__ = ["Rendered", "answer_labels", "expand", "render"]
 class Rendered:
     """A conversation as text.
 
-    text: what the chat template gave.
-    text_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
-    answer_spans: (start, end) of the content of each assistant message that is to be learnt, and of the token
-        that ends it.
+    text: the output of the chat template.
+    text_spans: for each message the (start, end) in ``text`` of its non-blank text parts.
+    answer_spans: (start, end) of the content of each learnt assistant message, and of the token that ends it.
     """
 
     text: str
@@ -32,15 +31,15 @@ class Rendered:
 def render(processor: Any, sample: Sample, template: str | None = None) -> Rendered:
     """Render ``sample`` with the chat template of ``processor``, or with ``template``.
 
-    A text part lies where the rendering changes when the part does. An answer begins where the prompt for it
-    ends, or with its own text where the template shows an answer after something else, such as other white
-    space or a block of thoughts. It ends with what the template puts behind the last message of a
-    conversation, white space left out.
+    A text part is located where the rendering changes when the part changes. An answer begins at the end of
+    its prompt; or with its own text if the template puts something before it, such as white space or a block
+    of thoughts. It ends with the text that the template puts after the last message of a conversation,
+    without white space.
 
     Raises:
-        ValueError: no messages, no assistant message, the first message is the assistant's, a template that
-            fails, or one that renders earlier messages differently once later ones are added, in more than
-            such a block.
+        ValueError: there are no messages or no assistant message; the first message is the assistant's; the
+            template fails; or it renders earlier messages differently, besides such a block, once later
+            messages are added.
     """
     messages = sample.messages
     if not messages:
@@ -98,7 +97,7 @@ def _first(spans: _Spans, end: int) -> int:
 def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str, spans: _Spans) -> int:
     """Return the end of the last of ``messages`` in ``text``; ``part`` is that message rendered alone.
 
-    A template that shows thoughts in the last answer only renders an earlier one differently, but ends it in
+    A template that shows thoughts only in the last answer renders an earlier answer differently, but ends it
     the same way.
     """
     if text.startswith(part):
@@ -141,14 +140,15 @@ def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Cal
 
     Args:
         text: rendered conversation.
-        replacements: (placeholder, what stands for it), in order of appearance; each is searched after the
-            last.
+        replacements: (placeholder, replacement) in order of appearance; each is searched after the previous
+            one.
 
     Returns:
-        text with the replacements, and a function from a position in the old text to that in the new one.
+        The text with replacements, and a function from positions in the old text to positions in the new
+        text.
 
     Raises:
-        ValueError: a placeholder is not there.
+        ValueError: a placeholder is missing.
 
     >>> text, moved = expand("a <v> b", [("<v>", "<v><v>")])
     >>> text, moved(5), moved(6)
@@ -170,7 +170,7 @@ def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Cal
 def answer_labels(
     input_ids: torch.Tensor, offsets: torch.Tensor, answer_spans: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
-    """Return (N,) labels: ``input_ids`` where a token has a character of an answer, -100 elsewhere.
+    """Return (N,) labels: ``input_ids`` for tokens with a character of an answer, -100 otherwise.
 
     >>> ids, offsets = torch.tensor([5, 6, 7]), torch.tensor([[0, 2], [2, 5], [5, 6]])
     >>> answer_labels(ids, offsets, [(3, 6)]).tolist()

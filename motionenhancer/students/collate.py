@@ -15,7 +15,8 @@ __all__ = ["collate", "joined"]
 def joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate a vision input of several media.
 
-    Images, tiles, channels, height and width: images of fewer tiles get empty ones, which models leave out.
+    In a (images, tiles, channels, height, width) tensor, images with fewer tiles get empty tiles, which
+    models ignore.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -42,11 +43,11 @@ def collate(
     """Pad token tensors to one length, concatenate vision tensors, and move the layouts along.
 
     Args:
-        samples: at least one.
+        samples: at least one sample.
         pad_token_id: fills ``input_ids``; ``labels`` are filled with -100 and everything else with 0.
         padding_side: ``"right"`` or ``"left"``.
-        pad_to_multiple_of: the length is rounded up to a multiple of it.
-        join: the dimension along which a vision input is concatenated, where it is not 0.
+        pad_to_multiple_of: the length is rounded up to a multiple of this.
+        join: name of a vision input → dimension of its concatenation, if not 0.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` and the samples' token inputs, (B, N) int64; their
@@ -54,7 +55,7 @@ def collate(
         :class:`~motionenhancer.students.layout.TokenLayout` in positions of the padded batch.
 
     Raises:
-        ValueError: no samples, a padding side that is neither, or samples with different token inputs.
+        ValueError: there are no samples, the padding side is unknown, or samples have different token inputs.
     """
     if not samples:
         raise ValueError("samples must not be empty")

@@ -1,4 +1,4 @@
-"""The chosen attention entries of one forward, read layer by layer, or on a CPU several layers together."""
+"""The chosen attention entries of one forward, read layer by layer, or several layers together on a CPU."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from motionenhancer.students.locate import attends_locally
 __all__ = ["ForwardEntries"]
 
 PENDING_NUMBERS = 1 << 21
-"""Queries and keys of layers that wait on a CPU to be read together; their gradients are as large."""
+"""Maximum number of values of queries and keys that wait on a CPU, for layers that are read together."""
 
 
 class _Reading(NamedTuple):
-    """What layers with the same masks share: where is read, and which keys the rows see."""
+    """Rows, columns and visible keys, which layers with the same masks share."""
 
     rows: torch.Tensor
     places: torch.Tensor
-    """(B, R) of the rows among those that are picked, -1 for padding."""
+    """(B, R) indices of the rows among the picked rows, -1 for padding."""
     columns: Any
     limits: dict[str, Any]
-    """``mask``, or ``key_mask`` and ``key_range``, as the picked rows see it."""
+    """``mask``, or ``key_mask`` and ``key_range``, for the picked rows."""
     held: tuple[Any, ...]
-    """What the key of the cache names by its id, which is not to be used again."""
+    """Objects whose ids are in the cache key; they are held so that no id is reused."""
 
 
 class _Kind(NamedTuple):
-    """What layers must share to be read together."""
+    """Properties that layers must share to be read together."""
 
     query: tuple[torch.Size, torch.dtype]
     key: tuple[torch.Size, torch.dtype]
@@ -55,11 +55,11 @@ class ForwardEntries:
     Args:
         rows: (B, R) int64 positions among the forward's queries; negative entries are padding.
         columns: (B, C) int64 or a slice, positions of keys.
-        layers: how many are read.
+        layers: number of layers to read.
         heads: ascending numbers of the query heads to read; None for all.
         reduce: ``"mean"`` or ``"none"``.
-        tokens: tokens so far, this forward's included, where it may have a key-value cache with earlier ones.
-            Columns then are positions in the whole sequence, and those of later tokens give zeros.
+        tokens: number of tokens so far, including this forward, if a key-value cache may hold earlier tokens.
+            Columns are then positions in the whole sequence; columns of later tokens give zeros.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ForwardEntries:
         mask: Any,
         kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
-        """Read a layer that was checked; returns the query that its attention is to be given for its own."""
+        """Read a checked layer; return the query that its attention must use instead of its own."""
         scale, sinks, cap = kwargs.get("scaling"), kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
         dtype, device = _compute_dtype(implementation, module, query), query.device
         with outside_checkpoint(), torch.autocast(device.type, enabled=False):
@@ -132,7 +132,7 @@ class ForwardEntries:
         return query
 
     def forget(self) -> None:
-        """Let go of what only the forward needs."""
+        """Release the objects that only the forward needs."""
         self._readings.clear()
         self._pending.clear()
 
@@ -168,7 +168,7 @@ class ForwardEntries:
     def check(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]
     ) -> None:
-        """Refuse a call whose entries would not be those that are asked for."""
+        """Refuse a call whose entries would not be the requested ones."""
         batch, heads, length = query.shape[:3]
         keys, kind = key.shape[2], type(module).__name__
         if self.tokens is None:
@@ -193,12 +193,14 @@ class ForwardEntries:
             )
         elif keys < self.tokens and not attends_locally(module, kwargs):
             raise ValueError(
-                f"the key-value cache holds {keys} of {self.tokens} tokens, so where its keys were is unknown"
+                f"the key-value cache holds {keys} of {self.tokens} tokens, so the positions of its keys "
+                "are unknown"
             )
         elif keys > length == self.tokens and attends_locally(module, kwargs):
             raise ValueError(
                 f"the sliding-window cache of {kind} holds {keys} keys for the first {length} queries, so "
-                "where its keys were is unknown: begin with an empty dynamic cache, or leave such layers out"
+                "the positions of its keys are unknown: begin with an empty dynamic cache, or leave out "
+                "such layers"
             )
         for name, positions in (("rows", self.rows), ("columns", self.columns)):
             if isinstance(positions, torch.Tensor) and positions.shape[0] != batch:
@@ -226,7 +228,7 @@ class ForwardEntries:
         mask: Any,
         kwargs: Mapping[str, Any],
     ) -> _Reading:
-        """Masks that layers share are examined once."""
+        """Return the reading of a call. Masks that layers share are examined only once."""
         (_, heads, length, _), keys, device = query.shape, key.shape[2], query.device
         call = AttentionCall(module, mask, kwargs, self.rows, heads=heads, length=length, keys=keys)
         held = mask, kwargs.get("cu_seq_lens_q")
@@ -244,7 +246,7 @@ class ForwardEntries:
         return self._readings[shared]
 
     def _placed(self, positions: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-        """Positions on a device; those beyond the sequence that the host did not check become padding."""
+        """Positions on a device. Unchecked positions beyond the sequence become padding."""
         moved = to_device(positions, device)
         if self.tokens is not None or read_by_host(positions):
             return moved
@@ -253,7 +255,7 @@ class ForwardEntries:
         return moved.masked_fill(beyond, -1)
 
     def _columns(self, keys: int, device: torch.device) -> torch.Tensor | slice:
-        """Where the columns are among the keys, of which a cache may have dropped the first."""
+        """Positions of the columns among the keys; a cache may have dropped the first keys."""
         columns, dropped = self.columns, max(0, (self.tokens or 0) - keys)
         if isinstance(columns, slice):
             if not dropped and columns.stop <= keys:
@@ -270,7 +272,7 @@ class ForwardEntries:
 def _chosen_heads(
     query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, heads: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The queries and sinks of some heads, and for each of them its keys."""
+    """The queries and sinks of some heads, and the keys of each of these heads."""
     index = torch.tensor(heads, device=query.device)
     own = key[:, index // (query.shape[1] // key.shape[1])]
     return query[:, index], own, None if sinks is None else sinks[index]
@@ -302,7 +304,7 @@ def _each_head(
 
 @contextlib.contextmanager
 def outside_checkpoint() -> Iterator[None]:
-    """Keep what is saved for backward out of a surrounding checkpoint's list of tensors to recompute."""
+    """Keep tensors that are saved for backward out of the tensors that a checkpoint recomputes."""
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         yield
         return
@@ -327,12 +329,12 @@ def _saves_selected_activations() -> bool:
 
 
 def read_by_host(positions: torch.Tensor | slice) -> bool:
-    """Whether the host checks positions; on another device a check would wait for the device."""
+    """Whether the host checks positions. On another device, a check would wait for the device."""
     return isinstance(positions, slice) or positions.device.type == "cpu"
 
 
 def _highest_position(rows: torch.Tensor, columns: torch.Tensor | slice) -> int:
-    """The highest position that is known without a wait for a device."""
+    """The highest position that is known without waiting for a device."""
     known = [columns.stop - 1] if isinstance(columns, slice) else []
     for positions in (rows, columns):
         if isinstance(positions, torch.Tensor) and read_by_host(positions) and positions.numel():

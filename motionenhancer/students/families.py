@@ -1,4 +1,4 @@
-"""The families of students, and which one a model belongs to."""
+"""The families of students, and the family of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["interval", "known_families", "student_family"]
 
 
 def _patches(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
-    """Patches merged to tokens; a compression mask, if any, says which tokens were kept."""
+    """Patches merged to tokens. A compression mask, if any, says which tokens were kept."""
     frames, height, width = made["video_grid_thw"][0].tolist()
     merge = processor.video_processor.merge_size
     grid = (frames, height // merge, width // merge)
@@ -28,9 +28,9 @@ def _patches(processor: Any, video: Video, made: Mapping[str, Any], tokens: int)
 
 
 def _squares(before: int = 0, after: int = 0) -> Places:
-    """A square of tokens for each frame, ``before`` tokens ahead of each square, ``after`` at the very end.
+    """A square of tokens for each frame, with ``before`` tokens before each square and ``after`` at the end.
 
-    A frame whose edges are cropped has places there all the same, without a token.
+    The cropped edges of a frame also have places, but no tokens.
     """
 
     def places(
@@ -56,7 +56,7 @@ def _squares(before: int = 0, after: int = 0) -> Places:
 
 
 def _pooled(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
-    """Gemma 4: patches have positions (x, y), and ``pooling_kernel_size`` squared of them make a token."""
+    """Gemma 4: patches have positions (x, y); ``pooling_kernel_size`` squared patches make a token."""
     positions = made["video_position_ids"]
     width, height = (positions.flatten(0, -2).amax(0) + 1) // processor.video_processor.pooling_kernel_size
     grid = (len(video.frames), int(height), int(width))
@@ -64,7 +64,7 @@ def _pooled(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) 
 
 
 def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
-    """MiniCPM-V: a frame, or a small frame (whose tokens are not read) and then its slices, larger."""
+    """MiniCPM-V: a frame; or a small version of it (whose tokens are not read) and then its larger slices."""
     if processor.video_processor.stack_frames > 1:
         raise ValueError(
             f"stack_frames must be 1 for videos, got {processor.video_processor.stack_frames}: a stack of "
@@ -89,7 +89,7 @@ _GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 
 
 def _fewer_tokens(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Gemma 4: a frame gets at most ``max_soft_tokens`` tokens, one of a few numbers."""
+    """Gemma 4: a frame gets at most ``max_soft_tokens`` tokens, which must be one of a few numbers."""
     token = (part.pooling_kernel_size * part.patch_size) ** 2
     fitting = [n for n in _GEMMA_TOKENS if n * token <= most]
     if not fitting:
@@ -99,7 +99,7 @@ def _fewer_tokens(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]
 
 
 def _fewer_slices(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]:
-    """MiniCPM-V: fewer slices of a frame, or one that is smaller."""
+    """MiniCPM-V: fewer slices of a frame, or a smaller frame."""
     own, mode = part.scale_resolution, part.downsample_mode
     token = part.patch_size * (2 if mode == "4x" else 4)
     options: dict[str, Any] = {"patch_size": part.patch_size, "downsample_mode": mode, "allow_upscale": True}
@@ -132,8 +132,9 @@ def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[
 def interval(video: Video) -> float:
     """Mean seconds between two frames; one second for a single frame, where it does not matter.
 
-    The model rounds times down to its own grid, and a decoded frame is only the nearest to its ideal time:
-    what is within 2 % of a whole number of frames a second, or of seconds a frame, is taken for it.
+    The model rounds times down to its own grid, and a decoded frame is only the nearest one to its ideal
+    time. So a value within 2 % of a whole number of frames per second, or of seconds per frame, is rounded to
+    it.
     """
     stamps = video.timestamps
     if len(stamps) < 2 or stamps[-1] <= stamps[0]:
@@ -156,7 +157,7 @@ def _frames_as_images(processor: Any, video: Video | None, made: dict[str, Any])
 
 
 def _local_id(processor: Any, n: int) -> str:
-    """MiniCPM-V: videos and images are numbered, each kind by itself."""
+    """MiniCPM-V: videos and images are numbered separately."""
     if not processor.default_use_image_id:
         return ""
     return f"{processor.image_id_start_token}{n}{processor.image_id_end_token}"
@@ -241,7 +242,7 @@ def student_family(model_or_config: Any) -> StudentFamily:
     """Return the family of a model, wrapped or not, of a configuration, or of a ``model_type``.
 
     Raises:
-        ValueError: no family handles its ``model_type``; the message lists those that are known.
+        ValueError: no family handles its ``model_type``; the message lists the known types.
 
     >>> student_family("qwen2_5_vl").name
     'qwen2_5_vl'

@@ -1,7 +1,7 @@
-"""What a student family is: the processors of transformers share one interface, which does nearly all of it.
+"""Student families. The processors of transformers share one interface, which does nearly all of the work.
 
-A processor says what stands for a video in the text (``replace_video_token``) and makes the model's inputs. A
-family adds which place of the video each of those tokens has, and the few things that differ.
+A processor returns the text that stands for a video (``replace_video_token``) and makes the model's inputs. A
+family adds the place of each of these tokens in the video, and the few things that differ.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["Grid", "Places", "StudentFamily", "metadata"]
 
 Grid = tuple[int, int, int]
 Places = Callable[[Any, Video, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
-"""(processor, video, what its video processor made, vision tokens) → grid, and (tokens,) int64: the place of
-each token in raster order t, h, w, or -1 for a token that shows no single place, such as a line break."""
+"""(processor, video, output of its video processor, number of vision tokens) → grid and (tokens,) int64: the
+place of each token in raster order t, h, w; -1 for a token without a single place, such as a line break."""
 Inputs = Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]]
 
 _TOWER = re.compile(r"\.(visual|vision_tower|vision_model|video_tower|image_tower)\.")
@@ -43,25 +43,25 @@ _PROJECTOR = re.compile(r"\.(merger|deepstack_merger_list)\.")
 
 @dataclass(frozen=True)
 class StudentFamily:
-    """Models whose inputs one kind of processor makes.
+    """Models with the same kind of processor.
 
     Attributes:
         name: as in ``student_family(...).name``.
-        model_types: the ``model_type`` of the configurations it handles.
-        places: where a video's tokens lie; see :data:`Places`.
-        num_frames: how many frames of a clip it is shown by default; None where frames a second are given.
-        equal_frames: whether all videos of a batch must have equally many frames.
+        model_types: the ``model_type`` of the configurations that it handles.
+        places: places of a video's tokens; see :data:`Places`.
+        num_frames: default number of frames of a clip; None if frames are taken at a rate.
+        equal_frames: whether all videos of a batch must have the same number of frames.
         images_with_videos: whether a batch may hold both.
-        pixels: frames that the processor's limits of pixels count together: ``"frame"`` one, ``"clip"`` all,
-            ``"most"`` all in the most and one in the least. None: no such limits choose the size of a frame.
-        shrink: (processor of videos or images, most pixels, (height, width) of a frame) → options of that
-            processor under which a frame has no more pixels. None: its own options choose no size either.
-        image_frames: how many frames an image counts as in those limits.
+        pixels: unit of the processor's pixel limits: ``"frame"``: one frame; ``"clip"``: all frames;
+            ``"most"``: all frames in the maximum and one in the minimum. None: limits do not set the size.
+        shrink: (processor of videos or images, maximum pixels, (height, width) of a frame) → options of that
+            processor that keep a frame within the maximum. None: no option of it sets the size.
+        image_frames: number of frames that an image counts for in these limits.
         token_types: whether the model takes ``mm_token_type_ids``.
-        image_options: options that the processor gives its image processor by default.
-        images_together: whether an image is processed differently where a sample has several.
-        join: the dimension along which a vision input of several media is concatenated, where it is not 0.
-        inputs: (processor, video or None, what its part made) → inputs under the names that the model takes.
+        image_options: default options that the processor passes to its image processor.
+        images_together: whether an image is processed differently if a sample has several images.
+        join: name of a vision input → dimension of its concatenation over media, if not 0.
+        inputs: (processor, video or None, output of its processor) → inputs under the names of the model.
         label: (processor, n) → text before the n-th video or image of a sample.
         template: (processor, sample) → chat template, None for the folder's own.
     """
@@ -87,13 +87,13 @@ class StudentFamily:
 
     @property
     def sized(self) -> bool:
-        """Whether a cap on pixels can change the size of a frame."""
+        """Whether a pixel limit can change the size of a frame."""
         return self.pixels is not None or self.shrink is not None
 
     def in_vision_tower(self, parameter: str) -> bool:
-        """Whether the parameter of this name belongs to the vision tower, which learns more slowly.
+        """Whether the parameter of this name belongs to the vision tower, which has a lower learning rate.
 
-        What projects its output to the language model does not.
+        The projection of its output to the language model does not belong to it.
         """
         name = f".{parameter}"
         return bool(_TOWER.search(name)) and not _PROJECTOR.search(name)
@@ -111,16 +111,16 @@ class StudentFamily:
         """Render and tokenise one conversation with its decoded videos.
 
         Args:
-            processor: the folder's.
+            processor: the processor of the student's folder.
             sample: the conversation.
-            videos: one for each that it shows. Their frames keep their own time stamps.
-            images: decoded; None opens the sample's own files.
-            max_pixels: cap on the pixels of a frame as the model sees it, where the family is ``sized``.
-            max_length: cuts the text after so many tokens; vision tokens are never cut.
+            videos: one for each video of the sample. Their frames keep their own time stamps.
+            images: decoded images; None opens the sample's files.
+            max_pixels: maximum pixels of a frame as the model sees it, if the family is ``sized``.
+            max_length: maximum number of tokens; the text is cut, but vision tokens are never cut.
 
         Raises:
             ValueError: videos or images do not fit the conversation, a text contains a special token of the
-                model, ``max_length`` would cut vision tokens, or the template cannot be followed.
+                model, ``max_length`` would cut vision tokens, or messages cannot be located in the template.
         """
         images = open_images(sample) if images is None else list(images)
         # Marks of turns in the text would become real turns.
@@ -176,7 +176,7 @@ class StudentFamily:
         )
 
     def _check_batch(self, frames: Sequence[int], images: int) -> None:
-        """Refuse videos (their numbers of frames) and images that the model cannot take in one batch."""
+        """Refuse videos (by their numbers of frames) and images that the model cannot take in one batch."""
         if self.equal_frames and len(set(frames)) > 1:
             raise ValueError(
                 f"videos must have the same number of frames, as {self.name} runs them as one tensor; got "
@@ -191,13 +191,13 @@ class StudentFamily:
     def prepared(
         self, processor: Any, sample: Sample, video: Video, max_pixels: int | None
     ) -> tuple[Video, dict[str, Any]]:
-        """One of a sample's videos as it is given to a video processor, and the processor's options for it.
+        """The input of the video processor for one of a sample's videos, and the options of the processor.
 
         Args:
             max_pixels: as for :meth:`encode`.
 
         Returns:
-            The video, with at least as many frames as a token needs, and the options.
+            The video, with at least the number of frames of one token, and the options.
 
         Raises:
             ValueError: a limit is below the pixels of one token.
@@ -258,7 +258,7 @@ class StudentFamily:
 
 
 def metadata(video: Video) -> dict[str, Any]:
-    """Give the frames' own times, by fractional indices at one frame per second: frame n is at n seconds."""
+    """Metadata with the frames' own times, as fractional indices at one frame per second."""
     return {
         "total_num_frames": len(video.frames),
         "fps": 1.0,
@@ -268,7 +268,7 @@ def metadata(video: Video) -> dict[str, Any]:
 
 
 def _at_least(video: Video, count: int) -> Video:
-    """Repeat the last frame of a clip that has fewer frames than a token needs."""
+    """Repeat the last frame of a clip with fewer frames than one token covers."""
     missing = count - len(video.frames)
     if missing <= 0:
         return video

@@ -1,4 +1,4 @@
-"""Which keys a row may see: read from what each attention implementation is given, exactly or not at all."""
+"""The keys that a row may see, read from the arguments of the attention implementation. Exact, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device, from the CPU without a wait: the source is kept until it is copied."""
+    """Copy a tensor to a device. From the CPU this does not wait: the source is kept until it is copied."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
@@ -43,7 +43,7 @@ class AttentionCall:
 
     @property
     def causal(self) -> bool:
-        """The causal flag that the implementation uses."""
+        """The causal flag in effect in the implementation."""
         flag = self.kwargs.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
 
@@ -52,10 +52,10 @@ class AttentionCall:
 class VisibleKeys:
     """The keys of each row: a causal flag, a (B, N) key mask and (B, R, 2) key ranges, or an explicit mask.
 
-    ``key_range`` holds the first and one past the last key of each row, as packing and windows leave them;
-    the key mask takes padding between them away.
-    ``explicit`` (B, 1 or Hq, R, N) is boolean, or a float mask that is added to the scores (blocked entries
-    are -inf or the type's lowest number). Where it is given it says everything and the others are unused.
+    ``key_range`` holds the first key of each row and one past the last, after packing and windows. The key
+    mask removes padding between them. ``explicit`` (B, 1 or Hq, R, N) is boolean, or a float mask that is
+    added to the scores (blocked entries are -inf or the lowest number of the dtype). If it is given, the
+    other fields are unused.
     """
 
     causal: bool = True
@@ -64,7 +64,7 @@ class VisibleKeys:
     explicit: torch.Tensor | None = None
 
     def options(self, device: torch.device) -> dict[str, Any]:
-        """The keys as arguments of :func:`mekernels.attention_rows`, or of its reading of layers."""
+        """The keys as arguments of :func:`mekernels.attention_rows` or ``layer_attention_rows``."""
         if self.explicit is not None:
             return {"mask": self.explicit.to(device)}
         key_mask = None if self.key_mask is None else self.key_mask.to(device)
@@ -74,9 +74,9 @@ class VisibleKeys:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """In the place of a mask: the sequence is packed, and each part of it attends to itself.
+    """Stands for a mask: the sequence is packed, and each part attends to itself.
 
-    ``starts`` holds the first position of each part and the end of the last, as ``cu_seqlens`` do.
+    ``starts`` holds the first position of each part and the end of the last part, like ``cu_seqlens``.
     """
 
     starts: torch.Tensor
@@ -86,7 +86,7 @@ MaskReader = Callable[[AttentionCall], VisibleKeys]
 MASK_READERS: dict[str, MaskReader] = {}
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Options that tell flash attention of a packed sequence; it reads them only together."""
+"""Options by which flash attention knows a packed sequence; it uses them only together."""
 
 _UNSUPPORTED = {
     "sinks": "attention sinks",
@@ -103,8 +103,8 @@ _UNSUPPORTED = {
 def register_mask_reader(name: str) -> Callable[[MaskReader], MaskReader]:
     """Register how the masks of the attention implementation ``name`` are read.
 
-    The function gets an :class:`AttentionCall` and returns :class:`VisibleKeys`; it raises ValueError for a
-    mask it cannot honour exactly.
+    The function gets an :class:`AttentionCall` and returns :class:`VisibleKeys`. It raises ValueError for a
+    mask that it cannot express exactly.
 
     >>> @register_mask_reader("my_causal_kernel")
     ... def _reader(call):
@@ -120,18 +120,18 @@ def register_mask_reader(name: str) -> Callable[[MaskReader], MaskReader]:
 
 
 def implementation_name(name: str, function: Callable[..., Any]) -> str:
-    """Return the implementation by which the masks of ``function``, registered as ``name``, are read.
+    """Return the implementation whose mask reader fits ``function``, which is registered as ``name``.
 
-    With the package ``kernels`` transformers replaces ``flash_attention_2`` by the name of a repository. The
-    name may carry a revision and a function. What is registered under it is transformers' own function for
-    flash attention. Earlier versions also put the prefix of a paged cache before any name.
+    With the package ``kernels``, transformers replaces ``flash_attention_2`` by the name of a repository. The
+    name may include a revision and a function. transformers' own function for flash attention is registered
+    under this name. Earlier versions also put the prefix of a paged cache before any name.
 
     Args:
         name: as in ``config._attn_implementation``.
-        function: what is registered under it.
+        function: the function registered under the name.
 
     Returns:
-        A name of ``MASK_READERS``, or ``name`` where the function is unknown.
+        A name of ``MASK_READERS``, or ``name`` if the function is unknown.
     """
     from transformers import modeling_flash_attention_utils as flash
     from transformers.integrations.flash_attention import flash_attention_forward
@@ -149,8 +149,8 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
     """Return the keys that each row of ``call`` may see under ``implementation``.
 
     Raises:
-        ValueError: the implementation is unknown, or the call uses something whose effect on the attention
-            weights cannot be reproduced from queries and keys.
+        ValueError: the implementation is unknown, or the call uses an option whose effect on the attention
+            weights cannot be computed from queries and keys.
     """
     if implementation not in MASK_READERS:
         raise ValueError(
@@ -171,7 +171,7 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
 
 
 def _dense(call: AttentionCall) -> VisibleKeys:
-    """Gather the rows of a (1 or B, 1 or Hq, N, N) mask; a causal flag and a key mask may say the same."""
+    """Gather the rows of a (1 or B, 1 or Hq, N, N) mask. A causal flag and a key mask may replace it."""
     mask, rows = call.mask, call.rows
     if mask.dim() != 4 or mask.shape[2] != call.length or mask.shape[3] < call.keys:
         raise ValueError(
@@ -191,7 +191,7 @@ def _dense(call: AttentionCall) -> VisibleKeys:
 
 
 def _simplify(explicit: torch.Tensor, rows: torch.Tensor) -> VisibleKeys:
-    """Use key ranges and a key mask if they say the same as ``explicit`` (B, 1, R, N)."""
+    """Use key ranges and a key mask if they are equivalent to ``explicit`` (B, 1, R, N)."""
     biased = torch.zeros((), dtype=torch.bool, device=explicit.device)
     allowed = explicit
     if explicit.dtype != torch.bool:
@@ -271,7 +271,7 @@ def _flash(call: AttentionCall) -> VisibleKeys:
 
 
 def _documents(call: AttentionCall) -> torch.Tensor | None:
-    """Number the packed sequences of a batch without padding: (B, N) int64, None where nothing is packed."""
+    """Number the packed sequences of a batch without padding: (B, N) int64; None if nothing is packed."""
     kwargs, batch = call.kwargs, call.rows.shape[0]
     if all(kwargs.get(name) is not None for name in _PACKED):
         starts, ends = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]

@@ -1,4 +1,4 @@
-"""What a sample's tokens stand for: characters of its text, and places of its videos."""
+"""The meaning of a sample's tokens: characters of its text, and places of its videos."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["Encoded", "TokenLayout", "VisionLayout"]
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Where one video's tokens lie among a sample's tokens.
+    """Positions of one video's tokens among a sample's tokens.
 
-    positions: (F * H * W,) int64 token positions in raster order t, h, w; -1 at a place that has no token.
+    positions: (F * H * W,) int64 token positions in raster order t, h, w; -1 for a place without a token.
     grid: (F, H, W) after spatial and temporal merging.
     """
 
@@ -22,7 +22,7 @@ class VisionLayout:
 
     @property
     def columns(self) -> slice | torch.Tensor:
-        """A slice where the tokens are contiguous and every place has one, else their positions."""
+        """A slice if the tokens are contiguous and every place has a token; otherwise their positions."""
         first, count = int(self.positions[0]), len(self.positions)
         contiguous = first >= 0 and torch.equal(self.positions, torch.arange(first, first + count))
         return slice(first, first + count) if contiguous else self.positions
@@ -39,14 +39,14 @@ class VisionLayout:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which characters and which pixels the tokens of a sample stand for.
+    """The characters and video places of a sample's tokens.
 
-    text: the conversation as rendered by the chat template, placeholders expanded.
-    offsets: (N, 2) int64 character range of each token in ``text``; empty for a token of no characters.
-    message_spans: for each message the (start, end) in ``text`` of its text parts, blank ones left out.
-    videos: one layout a video, in order of appearance.
-    start: padding tokens before the first token; ``videos`` count from the padded beginning, ``offsets`` do
-        not: token i is at position start + i.
+    text: the conversation rendered by the chat template, with expanded placeholders.
+    offsets: (N, 2) int64 character range of each token in ``text``; empty for a token without characters.
+    message_spans: for each message the (start, end) in ``text`` of its non-blank text parts.
+    videos: one layout for each video, in order of appearance.
+    start: number of padding tokens before the first token. Positions in ``videos`` include them; the rows of
+        ``offsets`` do not: token i is at position start + i.
     """
 
     text: str
@@ -65,9 +65,9 @@ class TokenLayout:
 class Encoded:
     """One sample as tensors, not padded.
 
-    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on the assistant's answers that
-        are to be learnt and the token that ends each.
-    token_inputs: further (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
+    input_ids, attention_mask, labels: (N,) int64; labels are -100 except on learnt answers of the assistant
+        and the token that ends each answer.
+    token_inputs: other (N,) int64 model inputs, padded with 0 (e.g. ``mm_token_type_ids``).
     vision_inputs: model inputs whose first dimension counts patches or videos; batches concatenate them.
     layout: characters and vision tokens.
     """

@@ -1,4 +1,4 @@
-"""Load a student from a folder; refuse models that the installed transformers would compute wrongly."""
+"""Load a student from a folder. Refuse models that the installed transformers would compute wrongly."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def load_student(
     Args:
         path: a folder with ``config.json``, safetensors weights and the processor's files, or with adapters
             (LoRA) as PEFT saves them, or a Hub id; see :func:`motionenhancer.hub.model_folder`.
-        dtype: of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; as stored by default.
-        device: where to put the model; the CPU by default.
+        dtype: dtype of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; as stored by default.
+        device: device of the model; the CPU by default.
         attn_implementation: as in ``from_pretrained``.
 
     Returns:
-        model, processor, family. The model is in evaluation mode; with adapters a ``peft.PeftModel``.
+        model, processor, family. The model is in evaluation mode; with adapters it is a ``peft.PeftModel``.
 
     Raises:
-        ValueError: ``path`` is not a folder, has no readable ``config.json``, weights or processor, holds a
-            model type that no family handles, lacks weights of the model, or has a tokenizer with tokens that
+        ValueError: ``path`` is not a folder; it has no readable ``config.json``, weights or processor; no
+            family handles its model type; weights of the model are missing; or the tokenizer has tokens that
             the model does not have.
 
     >>> model, processor, family = load_student("path/to/student")  # doctest: +SKIP
@@ -114,7 +114,8 @@ def load_processor(folder: Path) -> Any:
     """The processor of a student's folder.
 
     Raises:
-        ValueError: there is none, or it takes no videos, gives no character offsets, or has no template.
+        ValueError: there is no processor, or it takes no videos, gives no character offsets, or has no
+            template.
     """
     from transformers import AutoProcessor
 
@@ -127,10 +128,10 @@ def load_processor(folder: Path) -> Any:
 
 
 def base_folder(folder: Path) -> Path:
-    """The folder of a student's whole weights: its own, or that of the model that its adapters are for.
+    """The folder with a student's whole weights: its own folder, or the folder of its adapters' base model.
 
     Raises:
-        ValueError: adapters that name no model that is there.
+        ValueError: the base model that the adapters name does not exist.
     """
     file = folder / _ADAPTER
     if (folder / "config.json").is_file() or not file.is_file():
@@ -174,17 +175,17 @@ def _model_type(folder: Path) -> str:
 def check_config(folder: Path) -> StudentFamily:
     """Check that a student's class reads the fields of ``config.json`` that change attention or logits.
 
-    transformers keeps a field that a class does not read, and computes as if it were not there.
+    transformers keeps a field that a class does not read, and ignores it in the computation.
 
     Args:
-        folder: with a ``config.json``.
+        folder: a folder with a ``config.json``.
 
     Returns:
         The student's family.
 
     Raises:
-        ValueError: no family handles the student; a field of ``_CHANGES`` is set that no class of the
-            configuration knows; or transformers refuses the configuration. The message names the field.
+        ValueError: no family handles the student; a field of ``_CHANGES`` is set but no class of the
+            configuration reads it; or transformers refuses the configuration. The message names the field.
     """
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -1,4 +1,4 @@
-"""Find the language model and its self-attention modules inside what a training loop wrapped around it."""
+"""Find the language model and its self-attention modules inside the wrappers of a training loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WRAPPER_ATTRIBUTES = ("_orig_mod", "_fsdp_wrapped_module", "module")
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Take off ``torch.compile``, DDP, FSDP, DeepSpeed and PEFT wrappers and return the transformers model.
+    """Remove ``torch.compile``, DDP, FSDP, DeepSpeed and PEFT wrappers; return the transformers model.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -70,7 +70,8 @@ def _child(module: nn.Module, name: str) -> Any:
 def text_model(model: nn.Module) -> nn.Module:
     """Return the language model inside ``model``: never its vision tower.
 
-    ``model`` may be wrapped as in :func:`unwrap_model`. A model without an own text model is its own.
+    ``model`` may be wrapped as in :func:`unwrap_model`. A model without a separate text model is returned
+    itself.
     """
     inner = unwrap_model(model)
     get_decoder = getattr(inner, "get_decoder", None)
@@ -81,7 +82,7 @@ def text_model(model: nn.Module) -> nn.Module:
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Return the self-attention modules of the language model of ``model``, first layer first.
 
-    They are the modules whose weights ``output_attentions=True`` would return.
+    They are the modules whose attention weights ``output_attentions=True`` would return.
 
     Raises:
         ValueError: no self-attention was found.
@@ -132,16 +133,16 @@ def _calls_registry(module: nn.Module) -> bool:
 
 
 def attends_locally(module: nn.Module, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a self-attention, called with these options, sees a part of the sequence only."""
+    """Whether a self-attention, called with these options, sees only a part of the sequence."""
     return getattr(module, "layer_type", None) in _LOCAL or options.get("sliding_window") is not None
 
 
 class LayersRead(NamedTuple):
     """Which layers of a language model are read.
 
-    modules: their self-attention, first layer first.
-    left_out: other layers with self-attention.
-    without: layers without any, such as those of linear attention.
+    modules: self-attention modules of the read layers, first layer first.
+    left_out: number of other layers with self-attention.
+    without: number of layers without self-attention, such as layers of linear attention.
     """
 
     modules: list[nn.Module]
@@ -163,13 +164,13 @@ def layers_read(
 
     Args:
         model: bare or wrapped.
-        layers: numbers of layers, counted over all layers of the language model from 0; ``"all"`` that have
-            self-attention; or None for those that attend globally. Layers with a sliding window, from which a
-            word may not see the video, are then left out, unless the model has no others.
-        module: as ``name`` of :func:`named_attention`, whose layers are then counted in their order.
+        layers: numbers of layers, from 0 over all layers of the language model; ``"all"`` layers with
+            self-attention; or None for layers with global attention. None leaves out layers with a sliding
+            window, through which a word may not see the video, unless the model has no other layers.
+        module: as ``name`` of :func:`named_attention`. Then ``layers`` counts the layers of this module.
 
     Raises:
-        ValueError: a layer has no self-attention, is named twice, or there is none.
+        ValueError: a layer has no self-attention or is named twice, or no layer is left.
     """
     modules = attention_modules(model) if module is None else named_attention(model, module)
     numbers = [int(getattr(layer, "layer_idx", None) or 0) for layer in modules]
@@ -194,7 +195,7 @@ def layers_read(
 
 
 def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The modules that are wanted in order, each once and none inside another."""
+    """The requested modules in order, each once, without modules inside another one."""
     found: dict[int, nn.Module] = {}
     waiting = [module]
     while waiting:

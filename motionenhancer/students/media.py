@@ -1,4 +1,4 @@
-"""From a rendered conversation and its processed videos and images to an encoded sample: for all families."""
+"""Encode a sample from its rendered conversation and its processed videos and images, for all families."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Medium", "assemble", "check_media", "frame_size", "media_order", "op
 
 
 _FORMATS = frozenset(str.split("JPEG JPEG2000 PNG WEBP BMP GIF TIFF PPM AVIF"))
-"""Pillow's names of the formats that an image may have."""
+"""Pillow's names of the supported image formats."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Medium:
     """The tokens and the layout of one video or image.
 
     kind: ``"video"`` or ``"image"``.
-    placeholder, expansion: what the chat template rendered, and what the model is given for it.
-    inputs: the model's inputs of this medium; empty where another has them.
-    places: of a video: number of its vision tokens → its grid and each token's place on it.
+    placeholder, expansion: text of the chat template for it, and the text for the model.
+    inputs: the model's inputs of this medium; empty if another medium holds them.
+    places: for a video: number of vision tokens → its grid and the place of each token.
     """
 
     kind: str
@@ -46,7 +46,7 @@ def open_images(sample: Sample) -> list[Any]:
     """Decode the sample's own image files as RGB.
 
     Raises:
-        ValueError: a file is missing, no image of a usual format, or larger than
+        ValueError: a file is missing, not an image of a supported format, or larger than
             ``motionenhancer.data.decode.limit``.
     """
     from PIL import Image
@@ -68,11 +68,11 @@ def open_images(sample: Sample) -> list[Any]:
 def check_media(
     sample: Sample, videos: Sequence[Video], images: Sequence[Any], reserved: Sequence[str]
 ) -> None:
-    """Refuse what does not fit the conversation.
+    """Refuse media that do not fit the conversation.
 
     Raises:
-        ValueError: the messages show other numbers of media than ``videos`` and ``images``, or a text
-            contains one of the ``reserved`` tokens, such as those that stand for vision.
+        ValueError: the numbers of media in the messages differ from ``videos`` and ``images``, or a text
+            contains one of the ``reserved`` tokens, such as the vision tokens.
     """
     kinds: list[str] = []
     for i, message in enumerate(sample.messages):
@@ -104,16 +104,16 @@ def media_order(text: str, placeholders: Mapping[str, str]) -> list[str]:
 def frame_size(
     part: Any, max_pixels: int | None, videos: Sequence[Any] = (), frames: tuple[int, int] = (1, 1)
 ) -> dict[str, dict[str, int]]:
-    """The limits of a frame's pixels as an option of a processor of images or videos.
+    """The limits of a frame's pixels, as an option of an image or video processor.
 
     Args:
-        part: the processor; its own limits hold where nothing is said.
-        max_pixels: the run's, which are never exceeded.
-        videos: a sample's, whose rows may give limits of their own, one for all of them.
-        frames: how many frames the processor's least and most pixels count together.
+        part: the processor; its own limits are the default.
+        max_pixels: maximum of the run, which is never exceeded.
+        videos: videos of a sample, whose rows may give their own limits, the same for all videos.
+        frames: numbers of frames that the processor's minimum and maximum of pixels cover.
 
     Returns:
-        `{"size": {"shortest_edge", "longest_edge"}}`, in pixels, or nothing where the processor's own hold.
+        `{"size": {"shortest_edge", "longest_edge"}}`, in pixels; empty if the processor's own limits apply.
 
     Raises:
         ValueError: a limit is below the pixels of one token.
@@ -144,19 +144,20 @@ def assemble(
     token_types: bool = False,
     max_length: int | None = None,
 ) -> Encoded:
-    """Expand the placeholders, tokenise, and note where texts, answers and vision tokens lie.
+    """Expand the placeholders, tokenise, and record the positions of texts, answers and vision tokens.
 
     Args:
-        processor: its ``tokenizer``, and its tokens of images and videos.
+        processor: gives the ``tokenizer`` and the tokens of images and videos.
         sample: named in errors.
-        rendered: the conversation as the chat template gave it.
-        media: in the order of the rendered text.
-        vision_inputs: kept as they are.
-        token_types: add ``mm_token_type_ids``.
-        max_length: cuts the text, never vision tokens.
+        rendered: output of the chat template.
+        media: media in the order of the rendered text.
+        vision_inputs: returned unchanged.
+        token_types: whether to add ``mm_token_type_ids``.
+        max_length: maximum number of tokens; only text is cut, never vision tokens.
 
     Raises:
-        ValueError: a video has other vision tokens than its family says, or ``max_length`` would cut some.
+        ValueError: a video has another number of vision tokens than its family expects, or ``max_length``
+            would cut vision tokens.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
     # As transformers does: the tokenizer must not repeat a token with which the template begins.

@@ -1,4 +1,4 @@
-"""One reading of a sample by a student: where the words of its text look."""
+"""Read one sample with a student: where the words of its text look."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TextRange:
-    """Character ranges of a text, as words to be found."""
+    """Character ranges of a text, as words to locate."""
 
     prompt: str
     spans: list[tuple[int, int]]
@@ -32,12 +32,12 @@ class TextRange:
 
 @dataclass(frozen=True)
 class StudentMaps:
-    """Where a text's tokens looked.
+    """The attention of a text's tokens to the video.
 
     Attributes:
-        layout: what the sample's tokens spell.
-        grid, times: (F, H, W) of its vision tokens, and F seconds.
-        rows: positions of the text's tokens that can see the video.
+        layout: layout of the sample's tokens.
+        grid, times: (F, H, W) of the vision tokens, and F times in seconds.
+        rows: positions of the text tokens that can see the video.
         attention: (len(rows), F·H·W) float32 on the CPU.
     """
 
@@ -48,7 +48,7 @@ class StudentMaps:
     attention: torch.Tensor
 
     def of_words(self, words: WordMap) -> dict[int, torch.Tensor]:
-        """The mean row of each word that was found, (F·H·W,)."""
+        """The mean row (F·H·W,) of each word that was found."""
         place = {row: i for i, row in enumerate(self.rows)}
         rows: dict[int, list[int]] = {}
         for row, word in zip(words.rows, words.row_tokens, strict=True):
@@ -72,14 +72,14 @@ def read_maps(
 
     Args:
         model, family, processor: as `load_student` returns them; the model's mode is restored.
-        sample: with one video.
-        video: as it is shown.
-        source: the text that is read: "both", "question" or "answer".
+        sample: a sample with one video.
+        video: the sampled frames.
+        source: the text to read: "both", "question" or "answer".
         max_pixels: as for `StudentFamily.encode`.
-        autocast: of a training's mixed precision.
+        autocast: autocast context of the training's mixed precision.
 
     Returns:
-        The maps, what the model returned, and (N - 1,) labels of its logits but the last.
+        The maps, the model's output, and (N - 1,) labels for all logits except the last.
 
     Raises:
         ValueError: the sample cannot be encoded.

@@ -1,4 +1,4 @@
-"""Attention of modules that attend to a packed sequence part by part, gathered to one of each module.
+"""Gather the attention calls of a module that attends to a packed sequence part by part into one call.
 
 Vision towers of Qwen's kind call ``eager`` and ``sdpa`` attention once for each image, frame or window.
 """

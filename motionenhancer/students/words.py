@@ -1,4 +1,4 @@
-"""Find a teacher's words among a student's tokens, by the characters they share."""
+"""Find a teacher's words among a student's tokens, by their common characters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["WordMap", "Worded", "find_words", "map_words"]
 class WordMap:
     """Which student tokens stand for which teacher tokens.
 
-    rows: student token indices, grouped by teacher token, ascending within one.
-    row_tokens: for each row the index of its teacher token; as long as ``rows``.
-    dropped: indices of the teacher tokens that have no row.
+    rows: student token indices, grouped by teacher token and ascending within each group.
+    row_tokens: index of the teacher token of each row; same length as ``rows``.
+    dropped: indices of the teacher tokens without a row.
     count: number of teacher tokens.
     """
 
@@ -34,7 +34,7 @@ class WordMap:
 
     @property
     def mapped(self) -> int:
-        """How many teacher tokens have a row."""
+        """Number of teacher tokens with a row."""
         return self.count - len(self.dropped)
 
     def after(self, row: int) -> WordMap:
@@ -50,7 +50,7 @@ class WordMap:
 
 
 class Worded(Protocol):
-    """What has words: a prior, or a text alone.
+    """An object with words: a prior, or only a text.
 
     spans: character ranges of the words in ``prompt``.
     """
@@ -63,9 +63,9 @@ class Worded(Protocol):
 
 
 def find_words(sample: Sample, prior: Worded, layout: TokenLayout, source: str) -> WordMap:
-    """Which of a sample's tokens stand for a prior's words; `layout` says what its tokens spell.
+    """Map a prior's words to a sample's tokens; `layout` is the layout of these tokens.
 
-    Tokens before the video cannot see it, so a word that stands there only is dropped.
+    Tokens before the video cannot see it. So a word that is only before the video is dropped.
     """
     _, segments = prompt_text(sample, source)  # type: ignore[arg-type]
     words = map_words(
@@ -98,13 +98,13 @@ def map_words(
         text: the student's rendered conversation.
         offsets: (N, 2) character ranges of the student's tokens in ``text``, in order.
         message_spans: for each message the (start, end) in ``text`` of its text parts, as in
-            :class:`motionenhancer.students.layout.TokenLayout`; the n-th segment of a message is searched in
-            the n-th of them only. Without them segments are searched one after another from the beginning,
-            so that an earlier repetition of a text that the teacher was not given is taken for it.
+            :class:`motionenhancer.students.layout.TokenLayout`; the n-th segment of a message is searched
+            only in the n-th of these. Without ``message_spans``, segments are searched one after another from
+            the beginning, so an earlier repetition of a segment may be found instead.
 
     Returns:
-        A :class:`WordMap`. A segment that the text does not contain, up to differing white space, maps
-        nothing.
+        A :class:`WordMap`. A segment that the text does not contain maps nothing; differences in white space
+        are ignored.
 
     Raises:
         ValueError: a span or segment lies outside its text, or a segment names a message or part of one that
@@ -172,7 +172,7 @@ def _locate(
     text: str,
     message_spans: Sequence[Sequence[tuple[int, int]]] | None,
 ) -> dict[int, int]:
-    """Where each character of the segments, white space aside, stands in ``text``."""
+    """Positions in ``text`` of the characters of the segments, without white space."""
     counterpart: dict[int, int] = {}
     parts: Counter[int] = Counter()
     cursor = 0

@@ -1,4 +1,4 @@
-"""Teachers: frozen video diffusion transformers, one file a family."""
+"""Teachers: frozen video diffusion transformers, one file for each family."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def load_teacher(
     Args:
         path: folder with `model_index.json`, as `save_pretrained` writes it, or a Hub id; see
             `hub.model_folder`.
-        device: default the first CUDA device, else the CPU.
-        dtype: default bfloat16 on CUDA, float32 on the CPU.
-        size: (height, width) in pixels clips are resized to; default what the model was trained on.
-        frames: most frames of a clip; default what the model was trained on.
-        vae_tiling: encode large frames in overlapping tiles; less memory, slightly other latents.
-        offload_text_encoder: leave the text encoder on the CPU.
+        device: default: the first CUDA device, else the CPU.
+        dtype: default: bfloat16 on CUDA, float32 on the CPU.
+        size: (height, width) in pixels of resized clips; default: the size of the model's training.
+        frames: maximum number of frames of a clip; default: the number of the model's training.
+        vae_tiling: encode large frames in overlapping tiles; less memory, slightly different latents.
+        offload_text_encoder: keep the text encoder on the CPU.
         compile: compile the transformer's blocks with `torch.compile`; a string names the backend.
-        split_batch: evaluate guidance's two texts one after the other. It is switched on by itself when
-            memory runs out.
+        split_batch: evaluate the two texts of guidance one after the other. It is switched on automatically
+            when memory runs out.
         text_encoder: False leaves the text encoder out; all texts must then come from `texts`.
         texts: a cache of text embeddings.
 
     Raises:
         FileNotFoundError: the folder or its `model_index.json` is missing.
-        ValueError: the pipeline class is not a supported family, a field of a configuration is not
-            understood, or a size or frame count does not fit.
+        ValueError: the pipeline class is not a supported family, a configuration field is unknown, or a size
+            or frame count does not fit.
 
     Example:
         >>> teacher = load_teacher("runs/toy/teacher")          # doctest: +SKIP

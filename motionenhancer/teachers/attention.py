@@ -1,4 +1,4 @@
-"""Self-attention with cross-stream memory, read at one row of the batch: shared by all families."""
+"""Self-attention with cross-stream memory that is read at one batch row; shared by all families."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def attend(
     memory: bool,
     row: int,
 ) -> torch.Tensor:
-    """Self-attention of a batch, read at one row; with memory, its first half also attends to its second.
+    """Self-attention of a batch, read at one row. With memory, the first half also attends to the second.
 
     Args:
         query, key, value: (batch, heads, tokens, width).
         reader: receives row `row` of the first half, or of the whole batch without memory; None reads
             nothing.
-        memory: rows of the second half are references, each of the row of the same place in the first half.
+        memory: whether row i of the second half is the reference of row i of the first half.
 
     Returns:
         (batch, heads, tokens, width).
@@ -58,14 +58,14 @@ def attend_valid(
     memory: bool,
     row: int,
 ) -> torch.Tensor:
-    """`attend` for samples that end with masked padding, which is cut off, one sample after the other.
+    """`attend` for samples with masked padding at the end. It is cut off for one sample after the other.
 
     Args:
         query, key, value, reader, memory, row: as for `attend`.
-        valid: (batch,) tokens of each sample before its padding; with memory, alike in both halves.
+        valid: (batch,) numbers of tokens before the padding; with memory, the same in both halves.
 
     Returns:
-        (batch, heads, tokens, width), zero at padding, which nothing attends to.
+        (batch, heads, tokens, width), zero at padding. No token attends to padding.
     """
     out = torch.zeros_like(query)
     half = len(query) // 2 if memory else len(query)

@@ -1,4 +1,4 @@
-"""CogVideoX 2B, 5B and 1.5 as a teacher: diffusers' classes, read through an attention processor."""
+"""CogVideoX 2B, 5B and 1.5 as a teacher: diffusers' classes with an attention processor that reads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""CogVideoX image-to-video as a teacher: each evaluation is also given the clip's first frame.
+"""CogVideoX image-to-video as a teacher: each evaluation also gets the clip's first frame.
 
-Source: diffusers, `CogVideoXImageToVideoPipeline`. The frame's latents are the posterior's mode, as a clip's.
+Source: diffusers, `CogVideoXImageToVideoPipeline`. The frame's latents are the posterior's mode, as for a
+    clip.
 """
 
 from __future__ import annotations

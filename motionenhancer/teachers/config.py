@@ -1,4 +1,4 @@
-"""Reading a teacher's configuration files, and refusing by name what is not understood or does not fit."""
+"""Read a teacher's configuration files. Refuse, by name, unknown fields and fields that do not fit."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _COUNT = re.compile(r"^num_|_(dim|size|channels|heads|layers)$|^d_|^hidden_size$
 
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
-    """Read the configurations of a teacher's parts; refuse what is not understood.
+    """Read the configurations of a teacher's parts; refuse unknown fields.
 
     Args:
         path: a diffusers folder.
 
     Returns:
-        The family, and the fields of each part that a pipeline would use, by the part's name, defaults filled
-        in. "pipeline" holds those of `model_index.json`.
+        The family; and part name → fields of the parts that a pipeline would use, including defaults.
+        "pipeline" holds the fields of `model_index.json`.
 
     Raises:
         FileNotFoundError: the folder or one of its configurations is missing.
-        ValueError: the pipeline class is not a supported family, a class or a field is not understood, or
-            parts do not fit together. The message names the file and the field.
+        ValueError: the pipeline class is not a supported family, a class or a field is unknown, or parts do
+            not fit together. The message names the file and the field.
     """
     folder, file = Path(path), Path(path, "model_index.json")
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _check_fields(
     file: Path, name: str, given: Mapping[str, Any], more: Fields | None = None
 ) -> dict[str, Any]:
-    """The fields of a configuration of class `name`, with its defaults; raise where one is not understood."""
+    """The fields of a configuration of class `name`, with defaults; raise for an unknown field or value."""
     known, defaults = {**KNOWN[name], **(more or {})}, _defaults(name)
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
@@ -104,12 +104,12 @@ def _check_fields(
 
 
 def _counts(field: str, value: Any) -> bool:
-    """Whether a field, such as a number of heads, has a count for its value."""
+    """Whether the value of a field must be a count, such as a number of heads."""
     return bool(_COUNT.search(field)) and isinstance(value, int) and value > 0 and not isinstance(value, bool)
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, lists and tuples alike; 1 is not True."""
+    """Whether two values are equal. Lists equal tuples; 1 does not equal True."""
     if isinstance(value, list | tuple) and isinstance(other, list | tuple):
         return len(value) == len(other) and all(map(_same, value, other))
     return value == other and isinstance(value, bool) == isinstance(other, bool)
@@ -120,7 +120,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """What a class assumes for fields that a file leaves out."""
+    """The defaults of a class for fields that a file leaves out."""
     import diffusers
     import transformers
     from diffusers.pipelines import ltx2
@@ -233,12 +233,12 @@ def _check_shift(folder: Path, found: Parts) -> None:
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:
-    """The shift of a flow's noise levels, as its scheduler's configuration gives it."""
+    """The shift of a flow's noise levels, from its scheduler's configuration."""
     return scheduler["flow_shift"] if "flow_shift" in scheduler else scheduler["shift"]
 
 
 def boundary_of(parts: Parts) -> float | None:
-    """The timestep below which `transformer_2` serves; None where there is one transformer for all.
+    """The timestep below which `transformer_2` is used; None if one transformer is used for all levels.
 
     Args:
         parts: from `check_folder`.
@@ -258,7 +258,7 @@ def _check_widths(
 
 
 def _check_channels(folder: Path, part: str, found: Parts, channels: int, given: int | None = None) -> None:
-    """A model that takes more than noisy latents and a text, such as a picture, has other widths."""
+    """Refuse a model with other channel counts: it takes more inputs, such as a picture."""
     file, config = folder / part / "config.json", found[part]
     for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
         if config[field] != wanted:
@@ -269,7 +269,7 @@ def _check_channels(folder: Path, part: str, found: Parts, channels: int, given:
 
 
 def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
-    """A model's width for a text is that of the text encoder's hidden states."""
+    """Refuse a model whose text width differs from the width of the text encoder's hidden states."""
     name = "d_model" if "d_model" in found[encoder] else "hidden_size"
     file, width, given = folder / part / "config.json", found[encoder].get(name), found[part][field]
     if width != given:

@@ -1,4 +1,4 @@
-"""What all families share: loading a diffusers folder, and text with the characters of its tokens."""
+"""Shared by all families: loading a diffusers folder, and tokenising with character ranges."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def tokenize(
     Args:
         tokenizer: a fast one.
         text: the prompt.
-        length: tokens to pad and cut to, beside those of `crop`.
-        template: what the model reads before and after the prompt.
-        crop: tokens at the start that the model does not keep; they belong to the template.
-        add_special_tokens: let the tokenizer add those of its own.
+        length: number of tokens after padding and cutting, without the tokens of `crop`.
+        template: text that the model reads before and after the prompt.
+        crop: number of template tokens at the start that the model drops.
+        add_special_tokens: whether the tokenizer adds its own special tokens.
         padding_side: "right" for a tokenizer that pads on the left, and a model that moves tokens first.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Bring a clip to the frame count and the size that a teacher takes."""
+"""Convert a clip to the frame count and the size that a teacher takes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def nearest_valid_count(count: int, stride: int, offset: int) -> int:
 
 
 def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
-    """Pick `count` of (n, h, w, 3) uint8 frames, spread evenly; repeats where there are fewer.
+    """Pick `count` evenly spaced frames of (n, h, w, 3) uint8 frames; repeat frames if there are fewer.
 
     Raises:
-        TypeError, ValueError: frames of another shape or dtype, or fewer than two of them.
+        TypeError, ValueError: frames have another shape or dtype, or there are fewer than two.
     """
     if not isinstance(frames, np.ndarray):
         raise TypeError(f"frames must be a numpy array (n, h, w, 3) uint8, got {type(frames).__name__}")
@@ -39,15 +39,15 @@ def _evenly(given: int, count: int) -> np.ndarray:
 
 
 def grid_times(times: Sequence[float] | np.ndarray, used: int, grid_frames: int, stride: int) -> list[float]:
-    """Return when each frame of a teacher's grid is: the mean time of the video frames that it was made from.
+    """Return the time of each frame of a teacher's grid: the mean time of its video frames.
 
-    The first frame of a grid stands for what its later ones leave, mostly the first video frame alone.
+    The first frame of a grid covers the video frames that the later ones do not cover, mostly only the first.
 
     Args:
-        times: (n,) seconds, of the video frames that the teacher received.
-        used: video frames after `resample_frames`.
-        grid_frames: F, frames of the grid.
-        stride: video frames that each frame of the grid stands for, the first aside.
+        times: (n,) times in seconds of the video frames that the teacher received.
+        used: number of video frames after `resample_frames`.
+        grid_frames: F, number of frames of the grid.
+        stride: number of video frames that each frame of the grid covers, except the first.
 
     Example:
         >>> grid_times([0.0, 0.5, 1.0, 1.5, 2.0], 5, 2, 4)

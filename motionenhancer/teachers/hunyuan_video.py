@@ -1,7 +1,7 @@
-"""HunyuanVideo text-to-video as a teacher: joint attention, text last, its padding masked and so cut off.
+"""HunyuanVideo text-to-video as a teacher: joint attention with the text last; its padding is cut off.
 
-Source: diffusers, `HunyuanVideoPipeline`, whose prompt template and lengths these are. Guidance-distilled
-models take guidance as an input.
+Source: diffusers, `HunyuanVideoPipeline`, with its prompt template and lengths. Guidance-distilled models
+take guidance as an input.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _project(
 
 
 def stack_texts(*texts: torch.Tensor) -> torch.Tensor:
-    """Texts (1, length, width) of several encoders, one after the other, filled with zeros to one width."""
+    """Concatenate texts (1, length, width) of several encoders; zeros fill the missing width."""
     width = max(text.shape[-1] for text in texts)
     return torch.cat([F.pad(text, (0, width - text.shape[-1])) for text in texts], dim=1)
 

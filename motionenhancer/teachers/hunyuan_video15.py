@@ -1,7 +1,8 @@
 """HunyuanVideo 1.5 text-to-video as a teacher: three streams of text, valid tokens first.
 
-The text tokens of the attention are the quoted words of a prompt, letter by letter, then its tokens; no
-picture is given. Source: diffusers, `HunyuanVideo15Pipeline`, whose template and lengths these are.
+The text tokens of the attention are the letters of the quoted words of a prompt, then the tokens of the
+prompt.
+There is no picture. Source: diffusers, `HunyuanVideo15Pipeline`, with its template and lengths.
 """
 
 from __future__ import annotations

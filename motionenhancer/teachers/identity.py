@@ -1,4 +1,4 @@
-"""A name for a teacher that changes whenever its weights or settings do."""
+"""An id of a teacher that changes whenever its weights or settings change."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def teacher_id(
     frames: int | None = None,
     vae_tiling: bool = False,
 ) -> str:
-    """Digest (32 hexadecimal digits) of a diffusers folder and of every option that changes its arithmetic.
+    """Digest (32 hexadecimal digits) of a diffusers folder and of all options that change the arithmetic.
 
-    All bytes of all files count. The digest of a large file is remembered as long as its size and times stay
-    the same (see `file_digest`), so that a folder of 20 GB is read once.
+    All bytes of all files count. The digest of a large file is kept while its size and times stay the same
+    (see `file_digest`), so that a folder of 20 GB is read once.
 
     Raises:
         FileNotFoundError: the folder does not exist or is empty.
@@ -41,7 +41,7 @@ def teacher_id(
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below, also through links to folders, each real folder once."""
+    """All files below a folder, also through links to folders; each real folder once."""
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(root))

@@ -1,4 +1,4 @@
-"""DDIM inversion of a clip and its reconstruction with guidance and memory, attention read on the way.
+"""DDIM inversion of a clip, and its reconstruction with guidance and memory while attention is read.
 
 Source: MotionEnhancer (arXiv 2606.06853), section on the teacher's attention and its supplement.
 """
@@ -24,17 +24,17 @@ LevelReader = Callable[[int], AttentionReader | None]
 def invert(
     teacher: Teacher, latents: torch.Tensor, schedule: Schedule, embeds: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Carry clean latents to noise in K deterministic steps, without guidance.
+    """Bring clean latents to noise in K deterministic steps, without guidance.
 
-    Step i goes from level i to level i + 1 and evaluates the model at the level it goes to, as diffusers'
-    inverse scheduler does.
+    Step i goes from level i to level i + 1 and evaluates the model at its target level, like diffusers'
+    inverse scheduler.
 
     Args:
         teacher, latents, schedule: the model, (1, ...) clean latents, and K levels.
-        embeds: (1, length, width) text hidden states, the empty prompt's in the paper's procedure.
+        embeds: (1, length, width) text hidden states; in the paper's procedure, of the empty prompt.
 
     Returns:
-        K + 1 latents in float32; entry 0 is the input, entry i + 1 lies at `schedule.timesteps[i]`.
+        K + 1 latents in float32; entry 0 is the input, entry i + 1 is at `schedule.timesteps[i]`.
     """
     trajectory = [latents.float()]
     for level, timestep in enumerate(schedule.timesteps):
@@ -58,20 +58,20 @@ def reconstruct(
     seed: int = 0,
     readers: LevelReader = lambda level: None,
 ) -> torch.Tensor:
-    """Denoise back in K steps under the prompt, reading the conditional generated stream.
+    """Denoise back in K steps under the prompt, and read the conditional generated stream.
 
-    The batch is (generated × [empty, prompt], reference × [empty, prompt]); the empty half is left out when
-    `guidance_scale` is 1 and the reference half without `memory`. Each reference row carries the text of the
-    generated row it serves, is fed the inverted latent of the same noise level, attends to itself only, and
-    its prediction is discarded.
+    The batch is (generated × [empty, prompt], reference × [empty, prompt]). The rows of the empty prompt are
+    left out if `guidance_scale` is 1, and the reference rows without `memory`. Each reference row has the
+    text of its generated row. Its input is the inverted latent of the same noise level. It attends only to
+    itself, and its prediction is discarded.
 
     Args:
         teacher, trajectory, schedule: the model, the K + 1 latents that `invert` returned, and the same
             levels.
         prompt_embeds, empty_embeds: (1, length, width) of the text and of the empty prompt.
-        guidance_scale: classifier-free guidance, or what a model takes as an input in its place; 1 is off.
-        guidance_scale_2: guidance of the levels that a second expert serves; None: the same.
-        start: "inverted" begins at the inverted noise, "random" at Gaussian noise of `seed`.
+        guidance_scale: scale of classifier-free guidance, or the guidance input of a model; 1 is off.
+        guidance_scale_2: guidance at the levels of a second expert; None: the same.
+        start: "inverted" starts at the inverted noise, "random" at Gaussian noise of `seed`.
         memory: give the generated stream the keys and values of the reference stream.
         readers: level → reader of its evaluation.
 
@@ -112,7 +112,7 @@ def renoise(
     *,
     seed: int = 0,
 ) -> None:
-    """Read a clip in one evaluation: its latents with seeded Gaussian noise, under the prompt, unguided.
+    """Read a clip in one evaluation of its latents with seeded Gaussian noise, under the prompt, unguided.
 
     Args:
         teacher, latents, schedule: the model, (1, ...) clean latents, and one level.
@@ -124,7 +124,7 @@ def renoise(
 
 
 def gaussian(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Standard normal float32 noise of the same shape on any device, the same for the same seed."""
+    """Standard normal float32 noise; the same seed gives the same noise on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
 
@@ -137,7 +137,7 @@ def _evaluate(
     timestep: float,
     reader: AttentionReader | None,
 ) -> torch.Tensor:
-    """The generated rows' predictions, one a text; the last row is read. Splits where memory ran out."""
+    """Predictions of the generated rows, one per text; the last row is read. Splits if memory runs out."""
     if not teacher.split_batch and len(texts) > 1:
         resumable = None if reader is None else _Resumable(reader)
         try:
@@ -171,13 +171,13 @@ def _batch(
 
 
 class _Resumable:
-    """Passes layers on to a reader and remembers how many, so that a repeated evaluation reads none twice."""
+    """Passes layers to a reader and counts them, so that a repeated evaluation reads no layer twice."""
 
     def __init__(self, reader: AttentionReader, skip: int = 0) -> None:
         self.reader, self.skip, self.seen, self.inside = reader, skip, 0, False
 
     def rest(self) -> _Resumable:
-        """A reader for the same evaluation run again, which ignores the layers already read."""
+        """A reader for a repetition of the evaluation, which ignores layers that were already read."""
         return _Resumable(self.reader, self.seen)
 
     def _pass(self, read: Callable[..., None], *args: object) -> None:
@@ -197,10 +197,10 @@ class _Resumable:
 def roundtrip_error(
     teacher: Teacher, latents: torch.Tensor, schedule: Schedule, embeds: torch.Tensor
 ) -> float:
-    """Relative L2 error of latents inverted and reconstructed with the same text, no guidance, no memory.
+    """Relative L2 error of latents that are inverted and reconstructed without guidance, memory or new text.
 
-    It vanishes as the steps of a schedule that stops short of zero SNR grow (`Schedule.below`). At the
-    zero-SNR end the last latent is pure noise in the model's eyes, whatever the clip, so some error stays.
+    On a schedule that stops before zero SNR (`Schedule.below`), it tends to 0 with more steps. At zero SNR,
+    the model treats the last latent of any clip as pure noise, so some error stays.
     """
     trajectory = invert(teacher, latents, schedule, embeds)
     back = reconstruct(teacher, trajectory, schedule, embeds, embeds, guidance_scale=1.0, memory=False)

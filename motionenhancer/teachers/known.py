@@ -1,9 +1,8 @@
-"""Which fields of a teacher's configuration files are understood; every other one is refused by name.
+"""The known fields of a teacher's configuration files. Every other field is refused by name.
 
-A field that changes what a model computes, and that this package does not know, would give wrong priors
-without a word. Each field below is known for one of three reasons: the class that runs, of diffusers or
-transformers, reads it; the family's file reads it; or it changes nothing in a prior. Some fields are known at
-certain values only.
+An unknown field that changes the computation of a model would silently give wrong priors. Each field below is
+known for one of three reasons: the class of diffusers or transformers that runs reads it; the family's file
+reads it; or it does not change a prior. Some fields are known only with certain values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LTX-Video text-to-video as a teacher: a flow whose shift grows with the clip, cross-attention to text.
 
-A word's row is read as Wan's is: the softmax, over all vision positions, of that word's scores. Source:
-diffusers, `LTXPipeline`, whose lengths and frame rate these are.
+A word's row is read as in Wan: the softmax of the word's scores over all vision positions. Source: diffusers,
+`LTXPipeline`, with its lengths and frame rate.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LTXProcessor(ReadingProcessor):
         return apply_rotary_emb(states, rotary)
 
     def gate(self, attn: Any, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """What a head's output (batch, tokens, heads, width) becomes before the heads are mixed."""
+        """Change the output of the heads (batch, tokens, heads, width) before the heads are mixed."""
         return out
 
 

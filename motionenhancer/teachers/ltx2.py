@@ -1,9 +1,9 @@
-"""LTX-2 text-to-video as a teacher: its video stream, apart from its sound.
+"""LTX-2 text-to-video as a teacher: its video stream without its sound.
 
-A clip comes without sound, so the streams are isolated, as the model itself can be: video does not attend to
-sound. Before the transformer a connector moves a text's tokens to the front and fills the places of padding
-with learnt registers, which are attended to; so a word's row is its place among the valid tokens. Source:
-diffusers, `LTX2Pipeline`, whose lengths and frame rate these are.
+A clip has no sound, so the streams are isolated, which is an option of the model: video does not attend to
+sound. Before the transformer, a connector moves the text tokens to the front and replaces padding by learnt
+registers, to which the model attends. So a word's row is read at its position among the valid tokens. Source:
+diffusers, `LTX2Pipeline`, with its lengths and frame rate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a teacher is and costs, from the configuration files of its folder alone."""
+"""Sizes and parameter counts of a teacher, from the configuration files of its folder alone."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class TeacherPlan:
     """Sizes of a teacher, known without loading it.
 
     Attributes:
-        frames: most video frames of a clip.
-        size: (height, width) in pixels clips are resized to.
-        scale: pixels across a latent.
-        compression: video frames of a latent frame; the first latent frame is one video frame.
-        patch: (frames, height, width) in latents of a vision token.
-        text_length: tokens a prompt is padded to.
-        joint: text and vision tokens attend to each other in one sequence.
-        heads, layers: of one evaluation: of one expert, where there are two.
-        width: of a token's hidden state.
-        text_first: in one sequence, text stands before vision.
-        fixed: clips have this size and count and no other.
-        embedded_guidance: guidance is an input of the model: no empty prompt is evaluated beside the text.
-        weights: parameters by part of the pipeline. Only `plan_teacher` counts them.
+        frames: maximum number of video frames of a clip.
+        size: (height, width) in pixels of resized clips.
+        scale: number of pixels per latent along a side.
+        compression: number of video frames per latent frame; the first latent frame is one video frame.
+        patch: (frames, height, width) of a vision token, in latents.
+        text_length: number of tokens of a padded prompt.
+        joint: whether text and vision tokens attend to each other in one sequence.
+        heads, layers: numbers in one evaluation; with two experts, of one expert.
+        width: width of a token's hidden state.
+        text_first: whether text comes before vision in the joint sequence.
+        fixed: whether clips must have exactly this size and number of frames.
+        embedded_guidance: whether guidance is an input of the model; then no empty prompt is evaluated.
+        weights: part of the pipeline → number of parameters. Only `plan_teacher` counts them.
     """
 
     frames: int
@@ -66,7 +66,7 @@ class TeacherPlan:
 
     @property
     def multiple(self) -> int:
-        """Pixels that height and width must be multiples of."""
+        """Height and width must be multiples of this number of pixels."""
         return self.scale * self.patch[1]
 
     @property
@@ -82,17 +82,17 @@ class TeacherPlan:
         return math.prod(self.grid)
 
     def valid_frames(self, count: int) -> int:
-        """The nearest number of video frames the model takes: 4m+1, and 8m+5 with a temporal patch of two."""
+        """The nearest valid number of video frames: 4m+1, or 8m+5 with a temporal patch of two."""
         patch = self.patch[0]
         if self.fixed:
             return self.frames
         return nearest_valid_count(count, self.compression * patch, 1 + self.compression * (patch - 1))
 
     def fitted(self, size: tuple[int, int] | None, frames: int | None) -> TeacherPlan:
-        """The same model for clips of another size and count; None leaves what it was trained on.
+        """The plan for another size and number of frames; None keeps the values of the training.
 
         Raises:
-            ValueError: the size is not positive multiples of `multiple` pixels.
+            ValueError: height or width is not a positive multiple of `multiple` pixels.
         """
         size = self.size if size is None else size
         step = self.multiple
@@ -107,7 +107,7 @@ class TeacherPlan:
 
 
 def teacher_class(family: str) -> Any:
-    """The class of a family; its module is imported now."""
+    """The class of a family; this imports its module."""
     return getattr(importlib.import_module(f".{family}", __package__), _CLASSES[family])
 
 
@@ -121,7 +121,7 @@ def plan_teacher(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not JSON, the family is not supported, or a field is not understood.
+        ValueError: a file is not JSON, the family is not supported, or a field is unknown.
 
     Example:
         >>> plan_teacher("runs/toy/teacher").grid          # doctest: +SKIP
@@ -133,7 +133,7 @@ def plan_teacher(
 
 
 def size_multiple(path: str | Path) -> int:
-    """Pixels that height and width of a teacher's clips must be multiples of, from its configuration files.
+    """The number of pixels of which a clip's height and width must be multiples, from configuration files.
 
     Raises:
         FileNotFoundError, ValueError: as from `plan_teacher`.
@@ -143,7 +143,7 @@ def size_multiple(path: str | Path) -> int:
 
 
 def _parameters(folder: Path) -> int:
-    """Count the numbers in a part's safetensors files, from their headers; other variants do not count."""
+    """Count the parameters in a part's safetensors files, from their headers; other variants do not count."""
     count, files = 0, sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no safetensors weights in it")

@@ -15,7 +15,7 @@ class AttentionReader(Protocol):
     """Receives the attention of one batch row, layer by layer, while a teacher's `reading` is open."""
 
     def self_attention(self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, fold: int) -> None:
-        """One layer's attention among vision tokens, and in joint models text tokens.
+        """Take one layer's self-attention of vision tokens; in joint models, also of text tokens.
 
         query (1, heads, tokens, width), key (1, heads, fold · tokens, width), lse (1, heads, tokens), natural
         logarithm. Reference keys, if any, follow the own keys.
@@ -23,10 +23,9 @@ class AttentionReader(Protocol):
         ...
 
     def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
-        """One layer's cross-attention of a model whose vision tokens look at the text.
+        """Take one layer's cross-attention from vision tokens to the text.
 
-        text (1, heads, length, width), the keys of the text, padding included; vision (1, heads, S, width),
-        the queries.
+        text (1, heads, length, width): the keys, including padding. vision (1, heads, S, width): the queries.
         """
         ...
 
@@ -36,14 +35,14 @@ class TextEncoding:
     """A prompt as the teacher reads it.
 
     Attributes:
-        embeds: (1, length, width) hidden states of the text encoder, padding included.
-        tokens: the surface text of each real token (no padding, no end token).
+        embeds: (1, length, width) hidden states of the text encoder, including padding.
+        tokens: the surface text of each real token (not padding, not the end token).
         spans: character range of each real token in `text`.
         text: the prompt.
         words: indices of the real tokens that are neither a bare space nor an unknown piece.
-        truncated: how many real tokens did not fit and were cut off.
-        rows: place of each real token among the text tokens of the attention; None: they come first.
-        attended: text tokens that are attended to, where padding is masked; None: all, padding included.
+        truncated: number of real tokens that were cut.
+        rows: position of each real token among the text tokens of the attention; None: they come first.
+        attended: number of attended text tokens, if padding is masked; None: all, including padding.
     """
 
     embeds: torch.Tensor
@@ -57,7 +56,7 @@ class TextEncoding:
 
     @property
     def unknown(self) -> int:
-        """Number of letters, digits, signs and marks of the text, up to its cut, that are in no word.
+        """Number of letters, digits, signs and marks of the text, up to its cut, that no word contains.
 
         They belong to unknown pieces, or the tokenizer dropped them.
         """
@@ -69,16 +68,16 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class VideoLatents:
-    """A clip in the teacher's latent space, with what was done to get it there.
+    """A clip in the teacher's latent space, and how it was encoded.
 
     Attributes:
-        latents: (1, ...) float32, scaled as the transformer wants them; frames and channels in the family's
-            own order.
-        tokens: where self-attention keeps text and vision; `text` is 0 where it sees vision only.
-        frames_given: video frames received.
-        frames_used: video frames encoded, after resampling to a count the family accepts.
-        picture: latents of the first frame, for a model that starts from one; see `Teacher.showing`.
-        stride: video frames that each frame of the grid stands for, the first aside.
+        latents: (1, ...) float32, in the scale of the transformer; frames and channels in the order of the
+            family.
+        tokens: positions of text and vision in the self-attention; `text` is 0 if it has only vision.
+        frames_given: number of given video frames.
+        frames_used: number of encoded video frames, after resampling to a count that the family takes.
+        picture: latents of the first frame, for an image-to-video model; see `Teacher.showing`.
+        stride: number of video frames that each frame of the grid covers, except the first.
     """
 
     latents: torch.Tensor

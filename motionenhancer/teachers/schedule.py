@@ -18,8 +18,8 @@ class Schedule(ABC):
     """The noise levels of a deterministic run, from clean (level 0) to noisy (level `steps`).
 
     Attributes:
-        timesteps: what the model is conditioned on at levels 1 to K, ascending.
-        levels: K + 1 values, entry 0 of the clean end, entry i + 1 of `timesteps[i]`: ᾱ of a diffusion in
+        timesteps: the timesteps of the model at levels 1 to K, ascending.
+        levels: K + 1 values, entry 0 at the clean end, entry i + 1 at `timesteps[i]`: ᾱ of a diffusion in
             float64, σ of a flow.
     """
 
@@ -36,13 +36,13 @@ class Schedule(ABC):
 
     @abstractmethod
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
-        """Clean latents brought to `level` with the given Gaussian noise."""
+        """Add the given Gaussian noise to clean latents, for `level`."""
 
     def below(self, timestep: float) -> Self:
-        """Only the levels under `timestep`, for a run that stops before the noisy end.
+        """The schedule of the levels below `timestep`, for a run that stops before the noisy end.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such level.
         """
         kept = tuple(t for t in self.timesteps if t < timestep)
         if not kept:
@@ -61,7 +61,7 @@ class DiffusionSchedule(Schedule):
     prediction_type: str
 
     def step(self, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        """The same formula both ways: x₀ and ε from the output at the source, recombined at the target.
+        """One formula for both directions: x₀ and ε from the output at the source, recombined at the target.
 
         Source: Song et al., "Denoising Diffusion Implicit Models", eq. 12.
         """
@@ -93,7 +93,7 @@ class FlowSchedule(Schedule):
 def flow_schedule(steps: int, shift: float, terminal: float | None = None) -> FlowSchedule:
     """K evenly spaced levels of a flow, shifted by its scheduler's `shift` toward noise (1: no shift).
 
-    The levels above the clean end are stretched down to σ = `terminal`; None or 0 leaves them.
+    The levels above the clean end are stretched down to σ = `terminal`; None or 0: no stretching.
 
     Raises:
         ValueError: steps do not divide the 1000 training timesteps.
@@ -115,16 +115,16 @@ def flow_level(timestep: int) -> FlowSchedule:
     """A schedule of one noise level of a flow.
 
     Raises:
-        ValueError: the timestep is none of the 1000.
+        ValueError: the timestep is not one of the 1000.
     """
     check_level(timestep, FLOW_TIMESTEPS)
     return FlowSchedule((float(timestep),), (0.0, timestep / FLOW_TIMESTEPS))
 
 
 def is_low_noise(timestep: float, boundary: float | None) -> bool:
-    """Whether the second of two experts serves a noise level: those below the boundary.
+    """Whether the second of two experts is used at a noise level, which is the case below the boundary.
 
-    A level that lies on the boundary but for rounding belongs to the first.
+    A level that equals the boundary up to rounding belongs to the first expert.
 
     Source: diffusers, `WanPipeline.__call__`.
 
@@ -136,7 +136,7 @@ def is_low_noise(timestep: float, boundary: float | None) -> bool:
 
 
 def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool) -> None:
-    """Raise where a noise level has no expert: a folder may hold the one for low noise levels alone."""
+    """Raise if a noise level has no expert. A folder may hold only the expert for low noise levels."""
     lacking = [] if high else [t for t in timesteps if not is_low_noise(t, boundary)]
     if lacking:
         raise ValueError(
@@ -147,13 +147,13 @@ def check_experts(timesteps: Iterable[float], boundary: float | None, high: bool
 
 
 def make_schedule(scheduler: Any, steps: int) -> DiffusionSchedule:
-    """The levels a diffusers DDIM-style forward `scheduler` visits in `steps` steps.
+    """The levels that a DDIM-style `scheduler` of diffusers visits in `steps` steps.
 
-    ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift: diffusers'
-    `DDIMInverseScheduler` drops the shift without a word, so it is not used here.
+    ᾱ is read from the scheduler itself, after its own zero-terminal-SNR rescaling and SNR shift. diffusers'
+    `DDIMInverseScheduler` is not used, because it silently drops the shift.
 
     Raises:
-        ValueError: steps do not divide the training timesteps; an ε-prediction model at zero SNR.
+        ValueError: steps do not divide the training timesteps, or an ε-prediction model has zero SNR.
     """
     check_steps(steps, int(scheduler.config.num_train_timesteps))
     scheduler.set_timesteps(steps)

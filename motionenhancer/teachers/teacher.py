@@ -1,4 +1,4 @@
-"""A frozen video diffusion transformer whose attention can be read; one file a model family completes it."""
+"""A frozen video diffusion transformer whose attention can be read. Each model family is a subclass."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ class Teacher(ABC):
     """A frozen video diffusion transformer, loaded from an ordinary diffusers folder by `load_teacher`.
 
     Args:
-        pipeline: diffusers' own, on its device.
-        parts: its configurations, from `known.read_folder`.
-        plan: its sizes and those of its clips.
-        id: see `teacher_id`: changes whenever weights, settings or arithmetic do.
-        device: where it runs.
-        dtype: of weights and activations; noise levels and latents are kept in float32.
-        split_batch: evaluate the prompt's and the empty prompt's rows one after the other, to halve memory.
-        texts: keeps text embeddings on disk; a text that is there needs no text encoder.
+        pipeline: diffusers' pipeline, on its device.
+        parts: configurations of the pipeline, from `known.read_folder`.
+        plan: sizes of the model and its clips.
+        id: see `teacher_id`; changes whenever weights, settings or arithmetic change.
+        device: device of the teacher.
+        dtype: dtype of weights and activations; noise levels and latents are float32.
+        split_batch: evaluate the rows of the prompt and of the empty prompt one after the other, to halve
+            memory.
+        texts: cache of text embeddings on disk; a cached text needs no text encoder.
 
     Attributes:
-        heads, layers: of one evaluation: of one expert, where there are two.
-        size: (height, width) in pixels clips are resized to.
-        max_frames: most video frames it reads of one clip; longer clips are thinned to it.
-        guidance: embedded guidance of its evaluations, where the model has such an input; 1 is none.
-        picture: latents of the first frame of the clip that is shown; see `showing`.
-        boundary: timestep below which a second expert predicts, as `is_low_noise` says; None where one
-            transformer serves all noise levels.
+        heads, layers: numbers in one evaluation; with two experts, of one expert.
+        size: (height, width) in pixels of resized clips.
+        max_frames: maximum number of video frames of a clip; longer clips are thinned.
+        guidance: guidance input of the evaluations, if the model has such an input; 1: no guidance.
+        picture: latents of the first frame of the current clip; see `showing`.
+        boundary: timestep below which a second expert predicts, see `is_low_noise`; None if one transformer
+            is used for all noise levels.
     """
 
     pipeline_class: ClassVar[Any]
@@ -82,14 +83,14 @@ class Teacher(ABC):
 
     @abstractmethod
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents (1, C, F, H, W) float32, scaled and ordered as the transformer wants them."""
+        """Scale and order the VAE's latents (1, C, F, H, W) float32 for the transformer."""
 
     @abstractmethod
     def embed(self, encoded: Any) -> torch.Tensor:
-        """(1, length, width) hidden states of what the tokenizer returned."""
+        """(1, length, width) hidden states of the tokenizer's output."""
 
     def encode(self, text: str) -> TextEncoding:
-        """The text's tokens and what `embed` makes of them."""
+        """Tokenise a text and embed it with `embed`."""
         encoded, tokens = tokenize(self.pipeline.tokenizer, text, self.plan.text_length)
         return replace(tokens, embeds=self.embed(encoded))
 
@@ -97,12 +98,12 @@ class Teacher(ABC):
     def schedule(self, steps: int, vision: int | None = None) -> Schedule:
         """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels.
 
-        Some flows shift them by the clip's number of vision tokens; None is that of the longest clip.
+        Some flows shift them by the clip's number of vision tokens; None: the number of the longest clip.
         """
 
     @abstractmethod
     def level(self, timestep: int) -> Schedule:
-        """A schedule of the one noise level `timestep`."""
+        """A schedule with the single noise level `timestep`."""
 
     @abstractmethod
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -110,11 +111,11 @@ class Teacher(ABC):
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> VideoLatents:
-        """uint8 frames (n, h, w, 3) → latents; n and the size are brought to what the family accepts.
+        """uint8 frames (n, h, w, 3) → latents; first converts n and the size to values that the family takes.
 
         Raises:
-            TypeError, ValueError: frames of another shape or dtype, or fewer than two of them; the VAE cannot
-                encode clips of this size in tiles.
+            TypeError, ValueError: frames have another shape or dtype, or there are fewer than two; the VAE
+                cannot encode clips of this size in tiles.
         """
         used = min(self.plan.valid_frames(len(frames)), self.max_frames)
         pixels = to_pixels(resample_frames(frames, used), self.size).to(self.device, self.dtype)
@@ -137,7 +138,7 @@ class Teacher(ABC):
         """The hidden states and tokens of a text.
 
         Raises:
-            ValueError: the text is not in the cache, and the text encoder was let go.
+            ValueError: the text is not in the cache, and there is no text encoder.
         """
         if not text and self._empty is not None:
             return self._empty
@@ -167,7 +168,7 @@ class Teacher(ABC):
 
     @contextmanager
     def showing(self, video: VideoLatents) -> Iterator[None]:
-        """While open, evaluations are of this clip: an image-to-video model gets its first frame."""
+        """While open, evaluations belong to this clip: an image-to-video model gets its first frame."""
         before = self.picture
         self.picture = video.picture
         try:
@@ -179,8 +180,8 @@ class Teacher(ABC):
     def reading(self, reader: AttentionReader | None, *, memory: bool, row: int) -> Iterator[None]:
         """While open, evaluations pass the attention of batch row `row` to `reader`.
 
-        With `memory` the second half of the batch is the reference stream: row i of the first half attends to
-        its own keys and to those of row i of the second half, side by side.
+        With `memory`, the second half of the batch is the reference stream: row i of the first half attends
+        to its own keys and to the keys of row i of the second half, concatenated.
         """
         layers = blocks(self.pipeline, self.blocks)
         modules = [getattr(block, name) for block in layers for name in self.attentions]

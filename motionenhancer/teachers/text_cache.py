@@ -1,4 +1,4 @@
-"""A teacher's text embeddings on disk: its text encoder need not be in memory while a student trains."""
+"""A teacher's text embeddings on disk, so that its text encoder need not be in memory during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .protocol import TextEncoding
 
 
 def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
-    """Digest of a diffusers folder's text encoder and tokenizer and of the dtype they run in.
+    """Digest of a diffusers folder's text encoder, tokenizer and their dtype.
 
     Raises:
         FileNotFoundError: the folder has no text encoder or no tokenizer.
@@ -32,9 +32,9 @@ def encoder_id(teacher: str | Path, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TextCache:
-    """A folder of text embeddings, one safetensors file a text, named by the text and its encoder.
+    """A folder of text embeddings: one safetensors file for each text, named by the text and its encoder.
 
-    Files appear whole, by rename. One that is damaged counts as missing and is written anew.
+    Files appear complete, by rename. A damaged file counts as missing and is written again.
 
     Attributes:
         folder: created on the first write.
@@ -49,7 +49,7 @@ class TextCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, text: str) -> TextEncoding | None:
-        """The encoding of a text, `embeds` on the CPU in the encoder's dtype; None where there is none."""
+        """The encoding of a text, with `embeds` on the CPU in the encoder's dtype; None if not cached."""
         path = self.path(text)
         if not path.is_file():
             return None
@@ -93,7 +93,7 @@ class TextCache:
 
 
 def _digest(name: str, embeds: torch.Tensor, said: str) -> str:
-    """A digest of a file's name and content: what was altered or exchanged is written anew."""
+    """A digest of a file's name and content, to detect altered or exchanged files."""
     body = embeds.contiguous().view(torch.uint8).numpy().tobytes() if embeds.numel() else b""
     return hashlib.sha256(
         f"{name}\0{embeds.dtype}\0{tuple(embeds.shape)}\0{said}\0".encode() + body

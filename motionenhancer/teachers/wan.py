@@ -1,11 +1,11 @@
 """Wan 2.1 and 2.2 text-to-video as a teacher: flow matching, vision self-attention, cross-attention to text.
 
-Vision tokens are the queries of the cross-attention, so a word's row is taken the other way round: the
-softmax, over all vision positions, of that word's scores. Heads of the two attentions are unrelated: head
-selection scores the self-attention's, and a word's row is the mean over all heads of the cross-attention.
+Vision tokens are the queries of the cross-attention. So a word's row is the softmax of the word's scores over
+all vision positions. The heads of the two attentions are unrelated: head selection scores the heads of the
+self-attention, and a word's row is the mean over all heads of the cross-attention.
 
-Wan 2.2 A14B has two experts of one shape: one for noise levels from a boundary up, one for those below. Each
-level is evaluated, and its attention read, in its own expert. A head is pooled by its index over both.
+Wan 2.2 A14B has two experts of the same shape: one for noise levels at or above a boundary, one for levels
+below. Each level is evaluated and read in its expert. Heads are pooled by index over both experts.
 """
 
 from __future__ import annotations

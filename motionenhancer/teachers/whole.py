@@ -1,4 +1,4 @@
-"""Load a model whole, even if an engine shards the trained one."""
+"""Load a whole model, even if an engine shards the trained model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _lock = threading.RLock()
 def whole_weights() -> Iterator[None]:
     """While open, transformers loads models as if no engine were configured.
 
-    Under ZeRO-3 `from_pretrained` splits every model it loads over the processes, and under FSDP with
-    RAM-efficient loading it leaves all but the first process without weights. A teacher's text encoder,
-    which no engine will ever gather, must be spared both.
+    Under ZeRO-3, `from_pretrained` splits every model over the processes. Under FSDP with RAM-efficient
+    loading, only the first process gets weights. No engine would ever gather a teacher's text encoder, so it
+    must be loaded without both.
     """
     from transformers.integrations import deepspeed
 

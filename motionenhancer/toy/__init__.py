@@ -1,1 +1,1 @@
-"""A small world of moving shapes with tiny real models: what every command runs on by default."""
+"""A small world of moving shapes with tiny real models, the default of every command."""

@@ -1,4 +1,4 @@
-"""How well a student answers the toy world's test questions."""
+"""Accuracy of a student on the toy world's test questions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from motionenhancer.toy.world import ToyFolder
 __all__ = ["accuracy", "accuracy_table", "samples_of", "shown_clip"]
 
 FRAMES = 8
-"""Frames of a clip that the toy student is shown; ``recipe.yaml`` names the same number."""
+"""Number of frames that the toy student sees of a clip; ``recipe.yaml`` has the same number."""
 
 
 def shown_clip(path: Path | Clip, shown: str, index: int) -> Video:
-    """What a student is shown of a clip: "video", its frames "shuffled", or its "middle" frame repeated."""
+    """The shown frames of a clip: "video" as it is, "shuffled", or the "middle" frame repeated."""
     video = read_frames(path, num_frames=FRAMES)
     if shown == "shuffled":
         return replace(video, frames=video.frames[np.random.default_rng([404, index]).permutation(FRAMES)])
@@ -35,7 +35,7 @@ def shown_clip(path: Path | Clip, shown: str, index: int) -> Video:
 
 
 def samples_of(path: Path, videos: Path) -> list[Sample]:
-    """Read a toy world's file of samples, which must be whole."""
+    """Read a toy world's file of samples, which must be complete."""
     skips = SkipLog()
     samples = list(read_samples(path, videos, skips))
     if skips.total:
@@ -52,14 +52,14 @@ def accuracy(
     shown: str = "video",
     frames: Frames | None = None,
 ) -> dict[str, Any]:
-    """Percent of the test questions answered rightly: overall, the mean over tasks, and by task.
+    """Percentage of right answers to the test questions: overall, mean over tasks, and by task.
 
     Args:
         model, processor, family: from `load_student`.
         world: the toy world.
         shown: see `shown_clip`.
-        frames: of a clip; answers are then judged as the benchmark does. Without it the student is shown
-            `FRAMES` of them and must answer word for word, as in the study.
+        frames: number of frames of a clip; answers are then judged by the benchmark's rule. Without it, the
+            student sees `FRAMES` frames and must answer word for word, as in the study.
     """
     folder, benchmark = ToyFolder(world), BENCHMARKS["toy"]
     longest = 16 if frames is None else benchmark.max_new_tokens

@@ -21,8 +21,8 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
         student: its `StudentArguments`, if it trains one.
 
     Raises:
-        ValueError: some of student, teacher and data are named and others, which are needed, are not; clips
-            without the file that names them.
+        ValueError: some of student, teacher and data are named but other required ones are not; or clips are
+            named without their data file.
     """
     if data.data is None and data.video_root is not None:
         raise ValueError(f"--video_root {data.video_root} needs --data, the file that names its clips")
@@ -42,14 +42,14 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
 
 
 def require_all(needed: dict[str, Any], others: dict[str, Any] | None = None) -> None:
-    """Refuse flags that name a part of a run and leave the rest to the toy.
+    """Refuse flags that name only a part of a run, so that the toy would supply the rest.
 
     Args:
         needed: flags that must be given together, each with its value, or None.
-        others: further flags that do not go with the toy.
+        others: other flags that cannot be combined with the toy.
 
     Raises:
-        ValueError: one of either is given and one of `needed` is not.
+        ValueError: a flag of `needed` or `others` is given, but not all of `needed`.
     """
     given = [name for name, value in {**needed, **(others or {})}.items() if value is not None]
     missing = [name for name, value in needed.items() if value is None]

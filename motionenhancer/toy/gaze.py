@@ -58,16 +58,17 @@ def _named(text: str, objects: list[dict[str, Any]]) -> list[tuple[tuple[int, in
 
 @torch.no_grad()
 def attention_on_objects(model: Any, processor: Any, family: Any, world: Path) -> dict[str, float]:
-    """Where the words of objects' names look, in the test questions with their right answers.
+    """Measure where the words of objects' names look, in the test questions with their right answers.
 
     Args:
         model, processor, family: of the student; the model is in evaluation mode.
         world: folder of a toy world.
 
     Returns:
-        "share": percent of a word's attention over the video that lies on the cells that the named object
-        touches, mean over words and clips. "area": percent of the cells that these are, what a uniform map
-        would give. "clips": how many clips name an object.
+        "share": percentage of a word's attention over the video that falls on the cells of the named object,
+        averaged over words and clips. "area": percentage of all cells that these cells are, which is the
+            share
+        of a uniform map. "clips": number of clips that name an object.
     """
     folder = ToyFolder(world)
     lines = folder.worlds.read_text(encoding="utf-8").splitlines()

@@ -39,16 +39,16 @@ TASKS: dict[str, str] = {
     "AO": "action order",
     "RC": "repetition count",
 }
-"""What can be asked, by MotionBench's own codes."""
+"""The tasks, by MotionBench's codes."""
 
 TRAVEL = 0.34
-"""How far an object goes in one direction over the clip, as a share of the frame's side."""
+"""Distance that an object moves in one direction over the clip, as a share of the frame's side."""
 LEG = 0.22
-"""How far it goes in each of two directions, one after the other."""
+"""Distance that an object moves in each of two successive directions."""
 HOP = 0.20
-"""How high it hops."""
+"""Height of a hop."""
 PAN = 0.34
-"""How far the camera goes."""
+"""Distance that the camera moves."""
 MOST_HOPS = 3
 #: How far a moving object in a task's scenes goes from its middle, to either side.
 _MARGIN = {

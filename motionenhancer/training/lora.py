@@ -14,17 +14,17 @@ from ..students.locate import text_model
 
 
 def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
-    """Freeze a student and put adapters on it, as `--lora_*` say; they begin as the identity.
+    """Freeze a student and add adapters as `--lora_*` say. Adapters start as the identity.
 
     The student's layers are replaced in place. `seed` draws the adapters' weights; the global random state
-    stays as it is.
+    does not change.
 
     Returns:
         A `peft.PeftModel`.
 
     Raises:
-        ValueError: PEFT is not installed; `lora_target` names no layer, or under `lora_merge` one whose
-            weight is another layer's too.
+        ValueError: PEFT is not installed; `lora_target` names no layer; or with `lora_merge`, a named layer
+            shares its weight with another layer.
     """
     try:
         from peft import LoraConfig, get_peft_model

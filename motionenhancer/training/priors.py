@@ -1,4 +1,4 @@
-"""The priors of a training run: which samples have one, and how those that are missing are made."""
+"""The priors of a training run: which samples have a prior, and how missing priors are made."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class RunPriors:
     """The state of a run's priors.
 
     Attributes:
-        samples: all that are trained on, with a prior or without.
-        keys, requests: sample id → key of its prior in the store, or its prior to be made while training.
+        samples: all training samples, with or without a prior.
+        keys, requests: sample id → key of its prior in the store, or request of its prior during training.
         grids: (F, H, W) of all priors.
-        online: makes them.
+        online: makes the requested priors.
     """
 
     samples: list[Sample]
@@ -55,16 +55,16 @@ class RunPriors:
 
     @property
     def any(self) -> bool:
-        """Whether a sample has a prior, or a request of one."""
+        """Whether any sample has a prior or a request."""
         return bool(self.keys or self.requests)
 
     def finish(
         self, report: RunReport, skips: SkipLog, total: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Report the priors made while training; all processes call it after the last step.
+        """Report the priors made during training. All processes call it after the last step.
 
         Raises:
-            NoPriorError: priors were to be made while training, and none ever was.
+            NoPriorError: priors were requested during training, but none was made.
         """
         online = self.online
         if online is None:
@@ -87,7 +87,7 @@ class RunPriors:
 
 
 def extract_command(prior: PriorArguments, settings: PriorSettings, identity: Mapping[str, Any]) -> str:
-    """The command that makes the priors of a run, with every flag that is not its default."""
+    """The command that makes the priors of a run, with all non-default flags."""
     chosen = {name: identity[name] for name in ("data", "video_root") if identity.get(name) is not None}
     for given in (prior, settings):
         for one in fields(given):
@@ -101,7 +101,7 @@ def extract_command(prior: PriorArguments, settings: PriorSettings, identity: Ma
 
 @dataclass(frozen=True)
 class _Run:
-    """What getting the priors of a run needs to know; see `open_priors`."""
+    """The arguments for getting the priors of a run; see `open_priors`."""
 
     samples: list[Sample]
     student: StudentArguments
@@ -123,7 +123,7 @@ class _Run:
     def maker(
         self, load: Callable[[torch.device], Teacher | Source], store: PriorStore | None, strict: bool
     ) -> PriorMaker:
-        """A maker that keeps what it makes in a store, if there is one."""
+        """A maker that stores its priors, if there is a store."""
         settings, roundtrip = self.prior.reading(self.settings), self.prior.measure_roundtrip
         maker = self.engine.maker(load, self.teacher_id, settings, roundtrip=roundtrip)
         if isinstance(maker, LocalMaker) and not strict:
@@ -132,10 +132,10 @@ class _Run:
         return maker if store is None else Stored(store, maker, self.name, strict=strict)
 
     def count_missing(self, pairs: Pairs, store: PriorStore) -> int:
-        """Say how many priors a store has and lacks; return how many are to be made.
+        """Print how many priors are stored and missing; return the number of priors to make.
 
         Raises:
-            ValueError: some are, under `--prior_source store`.
+            ValueError: priors are missing with `--prior_source store`.
         """
         # A process that looks later might find priors that another process made meanwhile.
         missing, none = from_main(
@@ -163,7 +163,7 @@ class _Run:
         return missing
 
     def make(self, pairs: Pairs, store: PriorStore) -> list[dict[str, Any]]:
-        """Check what is stored and make what is missing; return the descriptions of all processes' priors."""
+        """Check stored priors and make missing ones; return the descriptions of all processes' priors."""
         state, mine = PartialState(), SkipLog()
         # By the key, so that the samples of one prior fall to one process.
         share = [p for p in pairs if int(p[1].key[:8], 16) % state.num_processes == state.process_index]
@@ -186,7 +186,7 @@ class _Run:
         return [entry for part, *_ in everyone for entry in part]
 
     def require(self, found: Mapping[str, Any]) -> None:
-        """Raise where there is nothing to align."""
+        """Raise if there is nothing to align."""
         if not found and self.student.alignment_weight != 0:
             raise ValueError(
                 f"none of the {len(self.samples)} samples has a prior, so no sample would be aligned; "
@@ -214,7 +214,7 @@ def open_priors(
     description.
 
     Raises:
-        ValueError: priors are missing under `--prior_source store`, or nothing is left to align.
+        ValueError: priors are missing with `--prior_source store`, or nothing is left to align.
     """
     how, where = how or OnlineArguments(), where or MakerArguments()
     source, main = student.prior_source, PartialState().is_main_process
@@ -252,7 +252,7 @@ def plan_memory(
     how: OnlineArguments,
     where: MakerArguments,
 ) -> list[tuple[TeacherCost, str]]:
-    """Return what each of the run's video models will take and when, if it makes priors; no weight is read.
+    """Return the memory of each video model of the run, and when it is needed. No weight is read.
 
     Raises:
         ValueError, OSError: the teacher's folder lacks files, or is of a family that is not supported.
@@ -272,7 +272,7 @@ Pairs = list[tuple[Sample, PriorRequest]]
 
 
 def _ask(runs: list[_Run], cache: DigestCache | None = None) -> list[Pairs]:
-    """Return the priors that each teacher is to make, named where there is a cache of digests."""
+    """Return the requests for each teacher; with a cache of digests, they have keys."""
     found: list[Pairs] = []
     for run in runs:
         # Several teachers mostly refuse the same samples: each sample and reason counts once.
@@ -288,10 +288,10 @@ def _ask(runs: list[_Run], cache: DigestCache | None = None) -> list[Pairs]:
 
 
 def _beforehand(prior: PriorArguments, runs: list[_Run], asked: list[Pairs], store: PriorStore) -> RunPriors:
-    """Check the stored priors, make the missing ones by one teacher after the other, and free each.
+    """Check the stored priors and make the missing ones with one teacher after the other; free each teacher.
 
-    As while training, a sample without its prior stays: whether and in which order clips are trained on must
-    not depend on when priors are made, or on λ.
+    A sample without a prior stays, as with priors made during training: the samples and their order must not
+    depend on when priors are made, or on λ.
     """
     report, samples = runs[0].report.content, runs[0].samples
     described = [run.make(pairs, store) for run, pairs in zip(runs, asked, strict=True)]
@@ -319,7 +319,7 @@ def _while_training(
     store: PriorStore | None,
     stack: ExitStack,
 ) -> RunPriors:
-    """Get the teachers ready; they stay until the end of the training."""
+    """Prepare the teachers; they stay until the end of the training."""
     run, settings, how = runs[0], runs[0].settings, runs[0].how
     wanted = _wanted(run.samples, asked)
     run.require(wanted)
@@ -345,7 +345,7 @@ def _while_training(
 
 
 def _wanted(samples: list[Sample], asked: list[Pairs]) -> dict[str, PriorRequest]:
-    """Return each sample's prior: of several teachers, one whose parts are theirs."""
+    """Return the request of each sample's prior; with several teachers, it has one part for each."""
     named = [{sample.id: request for sample, request in pairs} for pairs in asked]
     if len(named) == 1:
         return named[0]
@@ -359,7 +359,7 @@ def _wanted(samples: list[Sample], asked: list[Pairs]) -> dict[str, PriorRequest
 
 
 def _ready(prior: PriorArguments, texts: list[str], device: torch.device) -> Teacher | Source:
-    """Load a teacher; with a cache of its texts, fill it and free the text encoder."""
+    """Load a teacher. With a text cache, fill the cache and free the text encoder."""
     cache = prior.texts(device)
     if cache is None:
         return prior.load(device)

@@ -1,4 +1,4 @@
-"""A rehearsal of a run's options: a missing package or device is found before a model is loaded."""
+"""Try a run's options on a tiny model, to find a missing package or device before a model is loaded."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .arguments import TrainArguments
 
 
 def rehearse(training: TrainArguments, engine: str) -> None:
-    """Train a model of a few weights for one step with a run's options, and keep nothing.
+    """Train a tiny model for one step with a run's options; nothing is kept.
 
-    What the options need, such as a package, a compiler or a GPU, is then known to be there before a model is
-    loaded. Under FSDP everything is built and no step is taken; under DeepSpeed, of which a process has one
-    engine only, the optimizer and the schedule alone are built.
+    This checks, before a model is loaded, that the options have what they need, such as a package, a compiler
+    or a GPU. Under FSDP everything is built but no step is taken. Under DeepSpeed only the optimizer and the
+    schedule are built, because a process can have only one engine.
 
     Raises:
         ValueError: the options cannot work here; names them.
@@ -79,10 +79,10 @@ def rehearse(training: TrainArguments, engine: str) -> None:
 
 
 def build_optimizer(training: TrainArguments, model: Any) -> None:
-    """Build the optimizer and the schedule that the options name for a model, and keep neither.
+    """Build the optimizer and the schedule of the options for a model; neither is kept.
 
     Raises:
-        ValueError: a package is missing, or they cannot be built with these options; names them.
+        ValueError: a package is missing, or they cannot be built with these options. Names the options.
     """
     with naming_options(training.given, "optim"):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
@@ -105,7 +105,7 @@ class _OneStep(TrainerCallback):
 
 
 def _steps(training: TrainArguments) -> int:
-    """Number of steps of a run that does not name it: that of a long run."""
+    """Number of steps; if the run does not name it, the number of a long run."""
     return training.max_steps if training.max_steps > 0 else 1000
 
 

@@ -1,4 +1,4 @@
-"""What identifies a training run, and where it continues after a kill."""
+"""The identity of a training run, and the checkpoint from which it continues."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _options(prior: PriorArguments) -> dict[str, Any]:
 
 
 def checkpoint_format(engine: str, processes: int) -> str:
-    """How checkpoints are split: they can be loaded only in the format in which they were saved.
+    """How checkpoints are split. A checkpoint can be loaded only in the format in which it was saved.
 
     Example:
         >>> checkpoint_format("plain", 1) == checkpoint_format("DDP", 8)
@@ -116,10 +116,12 @@ def checkpoint_format(engine: str, processes: int) -> str:
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
     """The checkpoint named by `--resume_from_checkpoint`, else the newest good one of the output folder.
 
-    A damaged one of the output folder is passed over and named. One process looks; all processes call this.
+    A damaged checkpoint of the output folder is named and skipped. One process looks; all processes call
+    this.
 
     Raises:
-        ValueError: the one that is named is none, or is damaged; or all of the output folder's are.
+        ValueError: the named checkpoint does not exist or is damaged; or all checkpoints of the output folder
+            are damaged.
     """
     found = from_main(_to_resume(training) if PartialState().is_main_process else ("", None))
     if found[0]:
@@ -128,7 +130,7 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
 
 
 def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
-    """Return what is wrong with the checkpoints, or the one to continue from."""
+    """Return the faults of the checkpoints, or the checkpoint to continue from."""
     given = training.resume_from_checkpoint
     if given is not None and _state(Path(given)) is None:
         return f"--resume_from_checkpoint {given}: not the folder of a whole checkpoint", None
@@ -147,7 +149,7 @@ def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
 
 
 def _flaw(folder: Path, whole: bool) -> str:
-    """Return why a run cannot continue from a checkpoint; empty if it can. Only an unsharded one is read."""
+    """Return why a run cannot continue from a checkpoint; empty if it can. Sharded weights are not read."""
     if _state(folder) is None:
         return f"{folder / TRAINER_STATE_NAME}: damaged"
     if not whole:
@@ -179,12 +181,12 @@ def aligned_before(checkpoint: str | Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a run's folder."""
+    """The newest complete checkpoint of a run's folder."""
     return next((str(found) for found in _newest_first(folder) if _state(found) is not None), None)
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    """A run's checkpoints, whole or not."""
+    """A run's checkpoints, newest first, complete or not."""
     numbered = {
         int(f.name[11:]): f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name[11:].isdecimal()
     }

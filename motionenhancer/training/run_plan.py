@@ -1,4 +1,4 @@
-"""What a training run will do, said before it starts; under `--dry_run` without reading any weight."""
+"""The plan of a training run, printed before it starts. With `--dry_run`, no weight is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .lora import plain_name
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the student: its parameters, how many are trained, and their peak learning rate."""
+    """A part of the student: its parameters, the number of trained ones, and their peak learning rate."""
 
     name: str
     parameters: int
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a run is: optimizer steps per pass over `samples` and in all, each of `batch` samples."""
+    """The length of a run: optimizer steps per pass over `samples` and in total, of `batch` samples each."""
 
     samples: int
     batch: int
@@ -56,8 +56,8 @@ class RunPlan:
     Attributes:
         engine: "plain", "DDP", "FSDP" or "ZeRO-1" to "ZeRO-3".
         schedule: λ in words.
-        priors: {"stored", "missing"}, where they were counted.
-        attention: which layers are read, in words; None where nothing is aligned.
+        priors: {"stored", "missing"}, if they were counted.
+        attention: the read layers in words; None if nothing is aligned.
     """
 
     parts: list[Part]
@@ -106,10 +106,10 @@ def plan_run(
 
     Args:
         model, family, student, training: the student, on any device, and the run's settings.
-        samples: that are trained on.
-        grid: of the priors; None where nothing is aligned.
-        tokens: of one sample, for the memory of activations.
-        priors: how many there are and are not.
+        samples: the training samples.
+        grid: grid of the priors; None if nothing is aligned.
+        tokens: number of tokens of one sample, for the memory of activations.
+        priors: numbers of stored and missing priors.
     """
     vision = vision_rate(student, training)
     counts: dict[str, list[int]] = {}
@@ -142,7 +142,7 @@ def plan_run(
 
 
 def _attention(model: nn.Module, student: StudentArguments) -> str:
-    """Return the layers that are read, and check that they exist."""
+    """Return the read layers, after a check that they exist."""
     options = student.attention()
     config: Any = text_model(model).config
     heads = config.num_attention_heads
@@ -155,7 +155,7 @@ def _attention(model: nn.Module, student: StudentArguments) -> str:
 
 
 def part_of(family: StudentFamily, parameter: str) -> str:
-    """The part of the student a parameter belongs to, adapters with the layers they are on."""
+    """The part of the student to which a parameter belongs; adapters belong to the part of their layer."""
     name = plain_name(parameter)
     if family.in_vision_tower(name):
         return "vision tower"
@@ -192,14 +192,14 @@ def plan_steps(samples: int, training: TrainArguments) -> Steps:
 
 
 def global_batch(training: TrainArguments) -> int:
-    """Samples an optimizer step, over all processes and accumulated micro-batches."""
+    """Number of samples of an optimizer step, over all processes and accumulated micro-batches."""
     return training.train_batch_size * training.world_size * training.gradient_accumulation_steps
 
 
 def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: PriorSettings) -> dict[str, int]:
-    """How many priors the store holds and how many are to be made; clips are read, no model is loaded.
+    """Numbers of stored priors and of priors to make. Clips are read; no model is loaded.
 
-    Those that the store has on record as impossible are neither.
+    Priors that are recorded as impossible count in neither number.
     """
     store, silent = PriorStore(Path(prior.prior_dir)), SkipLog(shout=0)
     keys = set()
@@ -213,7 +213,7 @@ def count_priors(samples: Sequence[Sample], prior: PriorArguments, settings: Pri
 
 
 def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
-    """The grid of the longest clips' priors; None where the teacher's folder does not say."""
+    """The grid of the priors of the longest clips; None if the teacher's folder does not give it."""
     try:
         return prior.common_grid("cpu")
     except (ValueError, OSError, KeyError):
@@ -223,10 +223,10 @@ def teacher_grid(prior: PriorArguments) -> tuple[int, int, int] | None:
 def outline_student(
     folder: str | Path, attn_implementation: str, dtype: torch.dtype
 ) -> tuple[Any, Any, StudentFamily]:
-    """`load_student` in outline: a student without weights, on the meta device, its processor and family.
+    """Like `load_student` without weights: a student on the meta device, its processor and family.
 
     Raises:
-        ValueError: no such folder, no configuration, processor or weights in it, or an unknown family.
+        ValueError: the folder or its configuration, processor or weights are missing; the family is unknown.
     """
     path = Path(folder)
     if not any(path.glob("*.safetensors")):

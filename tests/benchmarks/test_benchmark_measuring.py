@@ -1,4 +1,4 @@
-"""What is measured: memory, samples, and where it can be measured at all."""
+"""Measurements of memory and time, and the machines on which they can run."""
 
 import os
 import subprocess

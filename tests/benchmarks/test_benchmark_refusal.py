@@ -1,4 +1,4 @@
-"""A benchmark says nothing about a kernel that is wrong, however slightly."""
+"""A benchmark gives no figure for a kernel with wrong results, even slightly wrong ones."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ for name, backend in list(backends.table("motion_scores").items()):
 
 
 def break_op(monkeypatch, op, which):
-    """Make one entry of what every backend of an op gives a thousandth too large."""
+    """Make one entry of the result of every backend of an op too large by a thousandth."""
 
     def worse(tensor):
         place = torch.unravel_index(tensor.abs().argmax(), tensor.shape)
@@ -106,7 +106,7 @@ def test_a_broken_kernel_is_refused(monkeypatch, plans, op, which):
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_a_broken_capture_is_refused(monkeypatch, which):
-    """A capture reads by another way on a CPU than on a GPU."""
+    """A capture reads in a different way on a CPU than on a GPU."""
     plan = student_layer.plans("tiny")[0]
     assert verify(plan.build(), "ours") == ""
     with monkeypatch.context() as patch:
@@ -127,7 +127,7 @@ def test_a_broken_capture_is_refused(monkeypatch, which):
     "plans", [teacher_layer.layer_plans, student_rows.plans, scores.head_plans, alignment.plans]
 )
 def test_unwritten_elements_are_refused(monkeypatch, plans):
-    """What a kernel leaves as it found it is NaN during a check."""
+    """Elements that a kernel does not write are NaN during a check."""
     plan = plans("tiny")[0]
     work = plan.build()
     right = work.roles["ours"]

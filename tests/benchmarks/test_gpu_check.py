@@ -45,7 +45,7 @@ def run(*arguments, env=None):
 
 @pytest.fixture
 def stub(tmp_path):
-    """An interpreter that only notes what it is asked for, and a compute-sanitizer that runs it."""
+    """An interpreter that only records its arguments, and a compute-sanitizer that runs it."""
 
     def make(
         gpu=0,
@@ -203,7 +203,7 @@ def test_a_missing_sanitizer_fails_its_stage(stub, tmp_path):
 
 
 def test_results_go_straight_to_out(stub, tmp_path):
-    """A run that is killed keeps what it had found: each line is there before the next stage begins."""
+    """A killed run keeps its results: each line is written before the next stage begins."""
     out = tmp_path / "out"
     out.mkdir()
     seen = f"cat {shlex.quote(str(out))}/*.jsonl > {shlex.quote(str(tmp_path / 'seen'))}"
@@ -270,7 +270,7 @@ def test_every_test_of_a_kernel_is_selected_without_the_other_packages(tmp_path)
 
 
 def test_goals_are_written_as_they_come(tmp_path, monkeypatch):
-    """One that fails, one that is missed, one without a bound, one that lacks something: each its line."""
+    """A goal that fails, one that is missed, one without a bound, one without a package: a line for each."""
     import goals
 
     def broken():

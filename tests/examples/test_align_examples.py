@@ -1,4 +1,4 @@
-"""The scripts for other training loops run as they are, and bring the student nearer to its priors."""
+"""The scripts for other training loops run unchanged, and move the student closer to its priors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts of the how-to run as they are, and print what eager attention says."""
+"""The scripts of the how-to run unchanged, and print the values of eager attention."""
 
 import re
 import runpy

@@ -1,9 +1,9 @@
-"""What each compiled kernel may cost at most, and how a report compares with that.
+"""The maximum cost of each compiled kernel, and the comparison of a report with it.
 
 ``python -m mekernels.resources --json > REPORT.json`` writes a report, ``python tests/mekernels/ceilings.py
-REPORT.json`` prints every difference to ``ceilings.json``, what grew first. ``--write`` puts the report's
-numbers in place of those of its version of Triton. Nothing may spill; what does so at present is held to what
-it spills, and ``--write`` never raises that.
+REPORT.json`` prints every difference to ``ceilings.json``, increases first. ``--write`` replaces the numbers
+of the report's version of Triton. No new kernel may spill; a kernel that spills at present may not spill
+more, and ``--write`` never raises this ceiling.
 """
 
 from __future__ import annotations

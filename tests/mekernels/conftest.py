@@ -14,7 +14,7 @@ settings.load_profile("fixed")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests of the Triton kernels: they run on the GPU where there is one."""
+    """Mark the tests of the Triton kernels, which run on the GPU if there is one."""
     for item in items:
         if item.path.parent == Path(__file__).parent and item.path.name.startswith("test_triton_"):
             item.add_marker(pytest.mark.gpu)
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """Fill every fresh tensor with NaN, so that an element no kernel writes shows."""
+    """Fill every new tensor with NaN, so that elements that no kernel writes are detected."""
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     assert torch.empty(3).isnan().all()

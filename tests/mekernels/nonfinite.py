@@ -1,4 +1,4 @@
-"""Input that is not finite, against the reference: shared by the tests of all backends."""
+"""Non-finite input against the reference; shared by the tests of all backends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = {"slice": slice(2, 9), "index": torch.tensor([[0, 3, 3, 10, -1, 4]])}
 
 
 def read(backend, place, value, columns, options, device="cpu", dtype=torch.float32):
-    """Values and gradients with ``value`` at one place; None where the options have no such place."""
+    """Values and gradients with ``value`` at one place; None if the options have no such place."""
     query, key = randn(1, 4, 9, 16, dtype=dtype), randn(1, 2, 11, 16, seed=1, dtype=dtype)
     where = {
         PLACES[0]: (query, (0, 1, 8, 2)),

@@ -22,7 +22,7 @@ def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=9, width=5, dtype=t
 
 
 def assert_same_statistics(query, key, lse, tolerance=1e-12, device="cpu", **options):
-    """Those of the reference, from the backend that is in use."""
+    """Compare the statistics of the current backend with the reference."""
     wide = [item.double() for item in (query, key, lse)]
     with mekernels.use_backend("reference"):
         expected = mekernels.head_statistics(*wide, **options)

@@ -90,7 +90,7 @@ def test_packed_sequences_that_do_not_fit_are_refused(wrong):
 @pytest.mark.parametrize("cached", [0, 1, 8])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_rows_while_generating_are_those_of_the_whole(backend, cached):
-    """Queries that continue cached keys, down to a single one, see what they see in one pass over all."""
+    """Queries that continue cached keys, also a single one, see the same keys as in one pass over all."""
     query, key = case(queries=9, keys=9)
     query, key, sinks = strided(query), strided(key), randn(6, seed=3)
     rows = torch.arange(9).expand(2, -1)

@@ -78,7 +78,7 @@ def graded_where_finite(function, inputs):
 
 
 def test_statistics_of_heads_that_are_known():
-    """A head that looks evenly, and one whose rows look at the key before them."""
+    """A head with uniform attention, and a head whose rows look at the previous key."""
     code = torch.eye(8, dtype=torch.float64)
     query = torch.stack([torch.zeros_like(code), 500 * code.roll(1, 1)])[None].roll(-2, 3)
     key = code.expand(1, 2, -1, -1)

@@ -1,4 +1,4 @@
-"""Maps that wait to be added together: on a CPU none does."""
+"""Maps that wait to be added together. On a CPU, no map waits."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_the_bound_counts_the_memory_that_a_map_holds(batch, monkeypatch):
 
 @pytest.mark.parametrize("positions", [9, 32, 33])
 def test_padding_of_the_sums_is_not_seen(positions):
-    """Neither its zeros nor what a kernel leaves there."""
+    """Neither the zeros in the padding nor values that a kernel writes there."""
     video = VideoTokens(2, 1, positions, text=3)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
     statistics = MotionStatistics(video, 2, sampled_rows="all")
@@ -95,7 +95,7 @@ def test_padding_of_the_sums_is_not_seen(positions):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("text", [0, 4])
 def test_a_row_without_a_softmax_is_never_finite(value, token, backend, text):
-    """An infinite logsumexp is that of a row with an infinite score, or of one that sees nothing."""
+    """A row with an infinite score, or a row that sees no key, has an infinite logsumexp."""
     video = VideoTokens(3, 2, 3, text=text)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
     lse = reference.attention_lse(query, key)

@@ -1,4 +1,4 @@
-"""What sampling rows costs: the error of DFC and of the chosen heads over several kinds of maps."""
+"""The error of sampled rows: in DFC and in the chosen heads, over several kinds of maps."""
 
 import functools
 
@@ -76,7 +76,7 @@ def test_error_of_the_chosen_heads_at_the_default():
 
 
 def test_the_kinds_are_what_they_say():
-    """Each kind stands out where it should, so that the errors above are of different maps."""
+    """Each kind of map has its typical property, so that the errors above come from different maps."""
     kinds = tuple((kind, 1.0) for kind in KINDS)
     query, key = layer(list(kinds), VIDEO, 0)
     attention = dict(zip(KINDS, mekernels.reference.attention_map(query, key)[0], strict=True))

@@ -1,4 +1,4 @@
-"""The ctypes table, the header and the libraries say the same; wrong calls are refused."""
+"""The ctypes table, the header and the libraries agree; wrong calls are refused."""
 
 import ctypes
 import re
@@ -200,7 +200,7 @@ def test_the_cpu_library_refuses_every_wrong_argument(name):
 
 @pytest.mark.parametrize("name", sorted(good_calls(0)))
 def test_the_cuda_library_refuses_every_wrong_argument(name):
-    """Also memory of the host or of another device, devices that are none, workspace that does not fit."""
+    """Also memory of the host or of another device, invalid devices, and workspace that does not fit."""
     library, controls = cuda_on_host()
     memory, elsewhere, workspace = torch.zeros(4096), torch.zeros(4096), aligned_bytes(1 << 16)
     name_cuda = name.replace("mek_", "mek_cuda_")

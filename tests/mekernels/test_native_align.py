@@ -299,7 +299,7 @@ def test_threads_do_not_change_the_result():
 
 
 def test_cuda_does_not_depend_on_the_order_of_threads(monkeypatch):
-    """A barrier that is missing shows when threads and blocks run the other way round."""
+    """A missing barrier is detected when threads and blocks run in reverse order."""
     from native_support import run_on_host
 
     _, controls = cuda_on_host()
@@ -358,7 +358,7 @@ print(grown(lambda: align(64)), grown(interpolate), teacher.nbytes)
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read the way Linux gives it")
 def test_align_allocates_far_less_than_one_resampled_map():
-    """By how much the peak of a fresh process grows; interpolating in it shows that the peak is seen."""
+    """The growth of the peak of a new process; an interpolation in it shows that the peak is measured."""
     done = subprocess.run([sys.executable, "-c", MEMORY], text=True, capture_output=True, check=True)
     align, interpolate, resampled = map(int, done.stdout.split())
     assert interpolate > 0.9 * resampled

@@ -1,4 +1,4 @@
-"""NaN and infinity reach what depends on them, and nothing else, on every backend that runs on a CPU."""
+"""Non-finite values reach exactly the results that depend on them, on every backend that runs on a CPU."""
 
 import math
 
@@ -121,7 +121,7 @@ def test_token_scores(backend, value):
 @pytest.mark.parametrize("which", ["student", "teacher", "gradient"])
 @pytest.mark.parametrize("op", ["row_l2_loss", "align_rows"])
 def test_losses_and_their_gradients(backend, value, which, op):
-    """Not a number anywhere in a row makes the loss and the gradient of that row NaN, never zero."""
+    """A NaN in a row makes the loss and the gradient of that row NaN, never zero."""
     student, teacher = rand(1, 3, 12, dtype=torch.float32), rand(1, 3, 12, seed=1, dtype=torch.float32)
     if which != "gradient":
         {"student": student, "teacher": teacher}[which][0, 1, 7] = value

@@ -1,4 +1,4 @@
-"""The report of what kernels cost: machine code and IR written by hand, and what must come out of them."""
+"""The report of kernel costs, on hand-written machine code and IR with known results."""
 
 import importlib.util
 import json

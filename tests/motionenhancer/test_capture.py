@@ -27,7 +27,7 @@ from motionenhancer.students import capture_attention
 
 @pytest.fixture(scope="module")
 def student() -> Any:
-    """In double precision, where two right ways to compute the same agree to many digits."""
+    """A student in double precision, where two correct computations agree to many digits."""
     return sharp_student(dtype=torch.float64)
 
 

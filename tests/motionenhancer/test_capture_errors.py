@@ -1,4 +1,4 @@
-"""What a capture refuses, and that it leaves everything as it was."""
+"""A capture refuses unsupported calls and leaves everything unchanged."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_positions_that_do_not_fit(
 
 
 def test_weights_that_are_not_numbers_show(model: Any, ids: torch.Tensor) -> None:
-    """They give no zeros and no other number, in a forward and while generating."""
+    """Non-finite weights give non-finite entries, not other numbers, in a forward and in generation."""
     weight = model.model.language_model.layers[1].self_attn.q_proj.weight
     with torch.no_grad():
         kept = weight[0, 0].item()

@@ -96,7 +96,7 @@ def mistral() -> Any:
 @pytest.mark.parametrize("make", [gemma2, gpt_oss, mistral])
 @pytest.mark.parametrize("columns", [slice(0, 11), slice(2, 16), slice(12, 14)])
 def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
-    """A cache of a sliding window drops keys: positions are those of the whole sequence all the same."""
+    """A sliding-window cache drops keys, but positions still count in the whole sequence."""
     model = make()
     batch, _, _ = drawn()
     expected, _ = eager_rows(model, batch)
@@ -141,7 +141,7 @@ def test_no_step_keeps_its_mask(model: Any) -> None:
 
 
 def test_beams_and_samples(model: Any) -> None:
-    """Rows are those of the sequences that run: as many as beams, in their order of the step."""
+    """The rows belong to the running sequences: one for each beam, in the order of the step."""
     ids = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(0))
     options = {"num_beams": 2, "do_sample": True}
     expected, _ = eager_rows(model, {"input_ids": ids}, **options)
@@ -152,7 +152,7 @@ def test_beams_and_samples(model: Any) -> None:
 
 
 def test_step_by_step_with_gradients(model: Any) -> None:
-    """A loop of one's own, that begins with earlier tokens; rows so far can be read after every step."""
+    """A custom loop that starts with earlier tokens; the rows so far can be read after every step."""
     ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(1))
     model.set_attn_implementation("eager")
     with full_precision_softmax():
@@ -198,5 +198,5 @@ def test_caches_whose_positions_are_unknown(model: Any) -> None:
     with capture_attention(model, None, slice(0, 2)):
         cache = model(input_ids=torch.arange(4)[None], use_cache=True).past_key_values
         cache.crop(-1)
-        with pytest.raises(ValueError, match="holds 4 of 5 tokens, so where its keys were is unknown"):
+        with pytest.raises(ValueError, match="holds 4 of 5 tokens, so the positions of its keys are unknown"):
             model(input_ids=torch.arange(1)[None], past_key_values=cache)

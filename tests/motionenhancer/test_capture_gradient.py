@@ -1,4 +1,4 @@
-"""The gradient of the chosen rows goes into the one that the attention makes of its query."""
+"""The gradient of the chosen rows is added to the attention's gradient of its query."""
 
 from __future__ import annotations
 

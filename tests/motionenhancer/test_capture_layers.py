@@ -1,4 +1,4 @@
-"""Which layers and heads are read, and each of them for itself."""
+"""The layers and heads that are read, together and separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each attention implementation is given as a mask, against the map that the mask describes."""
+"""The mask argument of each attention implementation, against the map that the mask describes."""
 
 from __future__ import annotations
 
@@ -373,7 +373,7 @@ def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
 def test_layers_together_are_the_layers_apart(
     monkeypatch: pytest.MonkeyPatch, room: int, heads_apart: bool
 ) -> None:
-    """However few scores are computed at a time; some keys that no row sees, a row that sees none."""
+    """With any chunk size; some keys are seen by no row, and one row sees no key."""
     monkeypatch.setattr(composite, "CHUNK_ELEMENTS", room)
     generator = torch.Generator().manual_seed(room)
     batch, groups, width, n, d, layers = 2, 2, 2, 9, 4, 3

@@ -68,7 +68,7 @@ def test_heads_and_rows_are_those_of_maps_written_out(
 
 
 def test_a_head_whose_words_stay_in_their_place_is_chosen() -> None:
-    """One head looks at the same place in all frames, the other at a place of its own in each."""
+    """One head looks at the same place in all frames, the other head at a different place in each frame."""
     layout = VideoTokens(4, 2, 4)
     words = torch.full((2, 1, 4, 8), 1e-3)
     words[0, 0, :, 3] = 1.0

@@ -30,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def rows_of(root: Path) -> list[dict[str, Any]]:
-    """The second has keys that the first has not, and the other way round."""
+    """Two rows, each with keys that the other does not have."""
     return [
         {"id": "x", "messages": TURNS, "videos": ["a.mp4"], "task": "MR"},
         {"id": "y", "messages": TURNS[1:], "videos": ["b.mp4"], "video_start": 0.5},

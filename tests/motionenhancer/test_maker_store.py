@@ -54,7 +54,7 @@ def test_what_a_clip_or_text_is_to_blame_for_is_put_on_record_and_not_tried_agai
 def test_what_is_on_record_is_tried_again_once_where_that_is_asked_for(
     fake: Fake, store: PriorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after the installation of another decoder: the clip is the same, what reads it is not."""
+    """As after the installation of another decoder: the clip is unchanged, but its reader is new."""
     broken, blank = fake.requests("broken", "blank")
     with kept(fake, store) as stored:
         for request in (broken, blank):
@@ -93,7 +93,7 @@ def test_what_the_machine_is_to_blame_for_is_never_put_on_record(
 
 
 def test_a_clip_that_is_gone_or_another_one_is_not_put_on_record(fake: Fake, store: PriorStore) -> None:
-    """Under the key of what it was, a refusal of what it is now would be found for good."""
+    """A refusal of the new clip under the key of the old clip would be found forever."""
     for harm in ("gone", "changed"):
         request = fake.request("good", name=harm)
         if harm == "gone":

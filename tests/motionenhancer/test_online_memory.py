@@ -1,4 +1,4 @@
-"""What a teacher beside the student is said to take, against what it takes."""
+"""The predicted memory of a teacher beside the student, against the measured memory."""
 
 from __future__ import annotations
 

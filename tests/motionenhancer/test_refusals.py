@@ -1,4 +1,4 @@
-"""Clips that can give no prior: on record in the store, said every time, and tried again only when asked."""
+"""Clips that can give no prior: recorded in the store, reported every time, retried only on request."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_out_of_reach_is_not_held_against_its_content(world: Worl
 def test_a_clip_that_changes_after_planning_gives_no_prior_and_no_record(
     world: World, tmp_path: Path
 ) -> None:
-    """Under the key of what it was, a prior or a refusal of what it is now would be found for good."""
+    """A prior or refusal of the new clip under the key of the old clip would be found forever."""
     requests, store = requests_of(world, tmp_path)[:2], PriorStore(tmp_path / "priors")
     moved = tmp_path / "moved.mp4"
     shutil.copy(requests[0].video, moved)
@@ -186,7 +186,7 @@ def test_a_full_disk_costs_the_store_and_not_the_step(
 def test_what_is_the_machines_fault_is_not_held_against_a_clip(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """One clip out of reach costs that clip; nothing of it is put on record."""
+    """An unreachable clip is only left out; it is not recorded."""
     request, store = requests_of(world, tmp_path)[0], PriorStore(tmp_path / "priors")
     teacher, stat = load_teacher(world.teacher, "cpu"), Path.stat
 
@@ -281,7 +281,7 @@ def test_training_from_a_store_goes_without_what_extraction_could_not_read(
 def test_extraction_tries_again_what_is_on_record(
     world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a new decoder: the clip is the same, what reads it is not."""
+    """As after a new decoder: the clip is unchanged, but its reader is new."""
 
     def read_frames(path: Path, **options: int) -> None:
         raise VideoError(path, "no decoder for it")

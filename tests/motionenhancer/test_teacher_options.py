@@ -26,7 +26,7 @@ def teacher(teacher_dir: Path):
 
 
 def full_attention(teacher, clip: np.ndarray, **options: object) -> torch.Tensor:
-    """A_VDM of all heads and words, so that nothing depends on a selection."""
+    """A_VDM of all heads and words, without any selection."""
     options = {"steps": 2, "head_ratio": 1.0, "token_ratio": 1.0, "sampled_rows": "all", **options}
     return extract_prior(teacher, clip, TEXT, **options).attention.double()
 

@@ -1,4 +1,4 @@
-"""An aligner kept aside, and what its own optimizer saves and loads."""
+"""An aligner outside the model, and the state that its own optimizer saves and loads."""
 
 from __future__ import annotations
 

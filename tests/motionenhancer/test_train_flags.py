@@ -1,4 +1,4 @@
-"""Flags that would do nothing are refused, each with what would be right."""
+"""Flags without effect are refused, each with a correct alternative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a run another one, what does not, and from which checkpoints a run goes on."""
+"""Changes that make a run a different run, changes that do not, and the checkpoints to continue from."""
 
 from __future__ import annotations
 

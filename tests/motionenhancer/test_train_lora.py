@@ -1,4 +1,4 @@
-"""Adapters: what they train is what whole weights would, and what is saved is PEFT's or the family's own."""
+"""Adapters train like whole weights, and the saved files are in PEFT's or the family's format."""
 
 from __future__ import annotations
 

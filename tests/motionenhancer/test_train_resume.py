@@ -1,4 +1,4 @@
-"""Killed at any step, a run ends where the undisturbed one does; bad numbers leave the last good weights."""
+"""A run killed at any step ends like an undisturbed run; non-finite values keep the last good weights."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_bad_numbers_keep_the_last_good_checkpoint(
 def test_weights_that_a_step_spoiled_are_never_saved(
     world: World, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Nothing looks at what the last step left but what saves it."""
+    """Only the code that saves the weights checks them after the last step."""
     original = MotionTrainer.step_aligner
 
     def spoiled(self: MotionTrainer) -> None:
@@ -141,7 +141,7 @@ def test_weights_that_a_step_spoiled_are_never_saved(
 def test_the_checkpoint_holds_nothing_but_the_familys_files(
     whole: Path, world: World, tmp_path: Path
 ) -> None:
-    """What plain transformers, vLLM and lmms-eval read is what save_pretrained writes, file by file."""
+    """The checkpoint has exactly the files of save_pretrained, for transformers, vLLM and lmms-eval."""
     model, processor, _ = load_student(world.student)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

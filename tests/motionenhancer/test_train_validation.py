@@ -1,4 +1,4 @@
-"""Losses on samples that are not trained on, and what is made of them."""
+"""Losses on validation samples, and their use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from motionenhancer.students.capture import capture_attention
 
 @pytest.fixture(scope="module")
 def held_out(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three of the samples, which have ids that the others have too."""
+    """Three of the samples; the other samples have the same ids."""
     file = tmp_path_factory.mktemp("held_out") / "eval.jsonl"
     file.write_text("".join(world.data.read_text().splitlines(keepends=True)[:3]))
     return file

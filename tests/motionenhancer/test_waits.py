@@ -1,4 +1,4 @@
-"""A training step waits for its device once, before the optimizers, and nothing bad passes there."""
+"""A training step waits for its device once, before the optimizers; non-finite values stop there."""
 
 from __future__ import annotations
 
