@@ -88,6 +88,18 @@ def test_a_table_gives_the_samples_of_json_lines(
     assert open_source(other).digest() != open_source(table).digest()
 
 
+def test_rows_of_tables_have_numbers_and_no_nulls(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    rows = [{"a": 1, "b": [{"c": None, "d": 2}]}, {"a": None, "b": [{"c": 3, "d": None}]}]
+    table, asked = datasets.Dataset.from_list(rows), []
+    table.to_parquet(root / "rows.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or table)
+    given = [(1, {"a": 1, "b": [{"d": 2}]}), (2, {"b": [{"c": 3}]})]
+    for data in (table, root / "rows.parquet", "someone/things"):
+        assert [(row.line, row.value) for row in open_source(data).rows()] == given
+    assert asked == [{"revision": None, "split": "train"}], "where none is named"
+
+
 def test_clips_in_a_column_of_videos_are_not_decoded(root: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     rows = [{"id": "x", "messages": TURNS, "video": str(root / "a.mp4")}]
