@@ -19,7 +19,7 @@ IDENTITY = {
     "data": "d.jsonl",
 }
 COUNTS = {"samples": 40, "words": 80, "mapped_words": 70, "aligned_samples": 30}
-REPORT = {
+REPORT: dict[str, Any] = {
     "alignment": COUNTS,
     "frames": {"num_frames": None, "fps": 2.0, "max_frames": 64},
     "training": {"log": []},
