@@ -10,7 +10,8 @@ from train_support import flags, shared_priors
 
 from motionenhancer import train
 from motionenhancer.alignment.trainer import refuse_deepspeed_sections
-from motionenhancer.evaluation.arguments import EvalArguments, StudentArguments
+from motionenhancer.evaluation.arguments import EvalArguments
+from motionenhancer.settings import StudentArguments
 from motionenhancer.students import student_family
 
 
