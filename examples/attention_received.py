@@ -18,7 +18,7 @@ picture, name, clip = (sys.argv[1:] + ["received.png", WEIGHTS / "student", None
 clip = clip or min(write_world(tempfile.mkdtemp(), clips=1, test_clips=6).videos.glob("*.mp4"))
 model, processor, family = load_student(name, dtype=torch.float32)
 video = read_frames(clip, num_frames=8)
-asked = encode_request(family, processor, "", "What does the red square do?", video)
+asked = encode_request(family, processor, "", "What does the green ring do?", video)
 vision, received, heads = asked.layout.videos[0], [], []
 
 
