@@ -115,7 +115,7 @@ def test_a_broken_capture_is_refused(monkeypatch, which):
         elif which == "forward":
             right = composite.layer_attention_rows
             broken = lambda *args, **options: right(*args, **options) * 1.001  # noqa: E731
-            patch.setattr("motionenhancer.students.capture.layer_attention_rows", broken)
+            patch.setattr("motionenhancer.students.entries.layer_attention_rows", broken)
         else:
             right = composite._Layers.gradients
             broken = lambda *args: right(*args) * 1.001  # noqa: E731
