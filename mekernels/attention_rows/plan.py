@@ -115,21 +115,22 @@ class Tiles(NamedTuple):
 
 
 def tiles(kernel: str, kind: Kind) -> Tiles:
-    """Tiles that fit the registers and the shared memory of compute capability 8.0 and later."""
+    """Tiles that fit registers, which biases and float16's scale take too, and shared memory from 8.0 on."""
     rows = max(16, power_of_two(kind.rows if kernel == "row_columns" else kind.stacked))
-    if kernel == "row_lse" and kind.half and rows >= 128 and kind.query[3] <= 128:
-        return Tiles(128, 64, 8, 3)
+    biased = kind.half and kind.bias is not None
     tile = _TILES[kernel][_class(kind)]
-    if kernel == "query_gradient" and kind.dtype == torch.float16 and 64 < kind.query[3] <= 128:
-        # The scale that float16 needs takes registers.
+    if kernel == "query_gradient" and 64 < kind.query[3] <= 128 and (kind.dtype == torch.float16 or biased):
         tile = Tiles(32, 64, 4, 2)
+    if kernel == "row_lse" and kind.half and rows >= 128 and kind.query[3] <= (64 if biased else 128):
+        tile = Tiles(128, 64, 8, 3)
+    elif biased and (kernel, _class(kind)) in _BIASED:
+        tile = tile._replace(keys=tile.keys // 2)
     return tile._replace(rows=min(rows, tile.rows))
 
 
 def _class(kind: Kind) -> int:
     """Index of the table entry for this call."""
-    width = kind.query[3]
-    return (0 if width <= 64 else 1 if width <= 128 else 2) + (0 if kind.half else 3)
+    return (0 if kind.query[3] <= 64 else 1 if kind.query[3] <= 128 else 2) + (0 if kind.half else 3)
 
 
 _SMALL, _TALL = Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)
@@ -150,11 +151,13 @@ _TILES = {
     ),
 }
 """The largest tiles that do not spill, for head widths up to 64, 128, 256, in half precision and float32."""
+_BIASED = {("row_lse", 0), ("row_lse", 1), ("row_columns", 1), ("query_gradient", 1), ("row_slope", 2)}
+"""Kernels and classes that spill with a tile of biases of that size: they read half as many keys."""
 
 
 def slots(kernel: str, kind: Kind) -> int:
     """Programs of a kernel that the device runs at a time, limited by registers and shared memory."""
-    held = _RESIDENT[kernel][_class(kind)]
+    held = _RESIDENT[kernel][_class(kind)] if kind.bias is None else (1, 1)
     return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors
 
 
@@ -492,7 +495,6 @@ def gates() -> list[resources.Gate]:
         )
         launches, out, lse, rest = plan_forward(call)
         for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:
-            kernel = launch.kernel.__name__
-            shaped = dtype != torch.float32 and kernel in _TILES
-            found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, shaped))
+            kernel, half = launch.kernel.__name__, dtype != torch.float32
+            found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, half and kernel in _TILES))
     return found

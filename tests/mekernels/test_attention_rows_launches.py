@@ -103,8 +103,22 @@ def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
         width = gate.launch.arguments["WIDTH"]
         kind = SimpleNamespace(query=(0, 0, 0, width), half=dtype != torch.float32)
         expected = plan._RESIDENT[name][plan._class(kind)][0 if capability == 90 else 1]
+        if gate.launch.arguments["bias"] is not None:
+            expected = 1
         found = resources.measure(gate.launch, capability)
         assert held(found, gate.launch.options["num_warps"], capability) >= expected, gate.name
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_a_width_that_no_gate_has_spills_nothing(monkeypatch, dtype):
+    """The tiles of other kernels of this width leave no registers for it."""
+    monkeypatch.setattr(plan, "SHAPES", {plan.SINKS: (28, 4, 128, 8192, dtype)})
+    with launch.planned_for(90):
+        gates = plan.gates()
+    spilled = {gate.name: resources.measure(gate.launch, 90).spills for gate in gates}
+    assert len(spilled) > 4
+    assert not any(spilled.values()), spilled
 
 
 @compiles
