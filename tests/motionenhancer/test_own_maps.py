@@ -116,7 +116,8 @@ def test_what_names_a_prior(world: World, tmp_path: Path) -> None:
 
 def test_what_a_student_cannot_read_has_a_reason(world: World, tmp_path: Path) -> None:
     """A still has no motion, a student with NaN no maps, and images are no part of a prior."""
-    source = OwnMaps.open(PriorArguments(teacher=str(world.student), teacher_frames=2), torch.device("cpu"))
+    source = PriorArguments(teacher=str(world.student), teacher_frames=2).load("cpu")
+    assert isinstance(source, OwnMaps)
     (sample,) = read_samples(world.data, world.videos, SkipLog(), limit=1)
     encode_video(tmp_path / "still.mp4", torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy())
     with pytest.raises(VideoError, match="has 1 frame, needs at least 2"):

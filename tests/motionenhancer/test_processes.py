@@ -130,4 +130,6 @@ def test_a_teacher_that_dies_in_one_process_ends_all_with_its_reason(world: Worl
     assert (
         "error: the teacher failed on 1 clips in a row, the last time with RuntimeError: CUDA" in done.stderr
     )
-    assert json.loads((tmp_path / "p" / "extraction.json").read_text())["status"] == "running"
+    report = json.loads((tmp_path / "p" / "extraction.json").read_text())
+    assert report["status"] == "failed"
+    assert "the teacher failed on 1 clips in a row" in report["error"]
