@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from motionenhancer.alignment.aligner import build_aligner
 from motionenhancer.alignment.dataset import Alignment
 from motionenhancer.alignment.trainer import MotionTrainer
-from motionenhancer.students import capture, capture_attention
+from motionenhancer.students import capture_attention, entries
 from motionenhancer.students.keys import AttentionCall, read_mask
 
 META = torch.device("meta")
@@ -116,6 +116,7 @@ def test_packing_is_read_without_a_wait() -> None:
         torch.zeros(1, 2, dtype=torch.int64, device=META),
         heads=2,
         length=9,
+        keys=9,
     )
     assert read_mask("flash_attention_2", call).key_range.shape == (1, 2, 2)
 
@@ -163,7 +164,7 @@ def test_attention_that_is_not_finite_is_named(
 ) -> None:
     model, dataset, collator = parts(world, tmp_path)
     monkeypatch.setattr(
-        capture.CapturedAttention, "_add", lambda self, read: setattr(self, "_sum", read * torch.inf)
+        entries.ForwardEntries, "_add", lambda self, read: setattr(self, "_sum", read * torch.inf)
     )
     trainer = MotionTrainer(
         model=model, args=arguments(tmp_path), train_dataset=dataset, data_collator=collator
@@ -186,7 +187,7 @@ class TestPositionsElsewhere:
     @pytest.mark.parametrize("columns", [slice(0, 3), torch.tensor([[0, 1, 2]])])
     def test_that_fit(self, columns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = self.captured(columns)
-        monkeypatch.setattr(capture, "_read_by_host", lambda positions: isinstance(positions, slice))
+        monkeypatch.setattr(entries, "read_by_host", lambda positions: isinstance(positions, slice))
         assert torch.equal(self.captured(columns), wanted)
 
     @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ class TestPositionsElsewhere:
         columns = columns if isinstance(columns, slice) else torch.tensor(columns)
         with pytest.raises(ValueError, match="must be below the 7 tokens"):
             self.captured(columns, torch.tensor(rows))
-        monkeypatch.setattr(capture, "_read_by_host", lambda positions: isinstance(positions, slice))
+        monkeypatch.setattr(entries, "read_by_host", lambda positions: isinstance(positions, slice))
         assert self.captured(columns, torch.tensor(rows)).isnan().all()
         # Nor is a mask read beyond its end.
         padded = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
