@@ -226,7 +226,12 @@ def attention_lse(
     with torch.no_grad():
         lse = lse_of_rows(query, key, options[0], causal, key_mask, window, options[3], bias)
     lse = attention_lse_op(window_of(query, key, lse, rows, columns, options, key_mask, bias))
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    if sinks is None:
+        return lse
+    # A sink of -inf changes nothing. Beside a row that sees no key, its derivative would be NaN.
+    off = (sinks == -torch.inf)[:, None]
+    sunk = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].masked_fill(off, 0.0))
+    return torch.where(off, lse, sunk)
 
 
 def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: float, causal: bool) -> Tensor:
@@ -373,7 +378,7 @@ def _of_lse(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_second_backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
-    raise RuntimeError("mekernels.attention_columns and attention_sums can be differentiated once, not twice")
+    raise RuntimeError("mekernels' readings of an attention map can be differentiated once, not twice")
 
 
 attention_columns_op.differentiable(_save, functools.partial(_backward, spread=_of_columns))

@@ -98,6 +98,8 @@ def attention_rows(
     checks.index_tensor("rows", rows, 2, layout="(batch, rows)")
     checks.same_device("rows", rows, "query", query)
     checks.shape("rows", rows, (query.shape[0], rows.shape[1]), meaning="(the batch of query, any number)")
+    if rows.shape[1] and not query.shape[2]:
+        raise ValueError(f"query must have tokens to read {rows.shape[1]} rows, got 0 tokens")
     index, start, stop = checks.columns(columns, query, own)
     checks.boolean("causal", causal)
     checks.key_mask(key_mask, key)

@@ -166,7 +166,7 @@ _RESIDENT = {
     "row_slope": ((3, 2), (2, 1), (1, 1), (4, 5), (4, 5), (1, 1)),
     "query_gradient": ((3, 2), (2, 2), (1, 1), (2, 2), (2, 2), (1, 1)),
 }
-"""For the classes of :data:`_TILES`, on compute capability 9.0 and 8.0: the minimum over all builds."""
+"""For the classes of :data:`_TILES`, on capability 9.0 and 8.0: the minimum over the builds of `gates`."""
 
 
 def cuts(held: int, programs: int, length: int, step: int, beside: int = 2) -> tuple[int, int]:

@@ -129,6 +129,15 @@ def test_no_rows_with_a_bias_of_each():
         assert found.shape == (2, 0, 7)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_rows_of_no_query_are_named(backend):
+    """Padding too: there is no token that it could stand for."""
+    query, key = torch.randn(1, 2, 0, 8), torch.randn(1, 1, 4, 8)
+    refused = pytest.raises(ValueError, match="query must have tokens to read 2 rows, got 0")
+    with mekernels.use_backend(backend), refused:
+        mekernels.attention_rows(query, key, torch.tensor([[-1, -1]]), slice(0, 2))
+
+
 def test_a_row_beyond_packed_sequences_is_named():
     query, key = case(batch=1)
     with pytest.raises(ValueError, match=r"rows must lie between -1 \(padding\) and 6, got 7"):

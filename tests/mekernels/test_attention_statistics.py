@@ -68,6 +68,20 @@ def test_logsumexp_against_the_reference(
         assert_exact(one.nan_to_num(neginf=0), other.nan_to_num(neginf=0), 1e-11)
 
 
+def test_a_sink_of_minus_infinity_changes_nothing():
+    """Nor any gradient, in a row that sees no key too."""
+    query, key = (randn(1, 2, 3, 4, seed=seed).requires_grad_() for seed in (0, 1))
+    sinks = torch.tensor([-math.inf, 0.5], dtype=torch.float64, requires_grad=True)
+    options = {"causal": True, "key_mask": torch.tensor([[False, True, True]])}
+    plain = mekernels.attention_lse(query, key, **options)
+    sunk = mekernels.attention_lse(query, key, sinks=sinks, **options)
+    assert torch.equal(sunk[:, 0], plain[:, 0])
+    wanted = torch.autograd.grad(plain[:, 0, 1:].sum(), (query, key))
+    found = torch.autograd.grad(sunk[:, 0].sum(), (query, key, sinks))
+    for one, other in zip(found, (*wanted, torch.zeros(2, dtype=torch.float64)), strict=True):
+        assert torch.equal(one, other)
+
+
 def graded_where_finite(function, inputs):
     """Values, and gradients of those that are not -inf: there the reference has none."""
     inputs = [item.detach().clone().requires_grad_() for item in inputs]

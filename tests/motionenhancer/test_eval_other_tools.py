@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from motionenhancer import eval as evaluate
 from motionenhancer.data import SkipLog
 from motionenhancer.data.question import video_stem
-from motionenhancer.evaluation.benchmarks import BENCHMARKS, load_questions, render_prompt
+from motionenhancer.evaluation.benchmarks import BENCHMARKS, Rules, load_questions, render_prompt
 from motionenhancer.toy.world import build_toy
 
 needs_lmms_eval = pytest.mark.skipif(
@@ -154,7 +155,7 @@ _Loader.add_constructor("!function", _function)
 )
 @pytest.mark.parametrize("rule", ["published", "other"])
 def test_a_written_task_scores_as_we_do(
-    name: str, file: str, answers: list[str], rule: str, tmp_path: Path
+    name: str, file: str, answers: list[str], rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = Path(__file__).parent / "data_eval" / file
     questions = load_questions(BENCHMARKS[name], data, SkipLog())
@@ -162,10 +163,15 @@ def test_a_written_task_scores_as_we_do(
         (tmp_path / video_stem(question.video)).with_suffix(".mp4").touch()
     rules = ["--letter_rule", "lone", "--option_rule", "published"] if rule == "other" else []
     flags = ["--benchmark", name, "--data", str(data), *rules]
-    assert evaluate.main([*flags, "--video_root", str(tmp_path), "--lmms_eval", str(tmp_path / "task")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([*flags, "--video_root", ".", "--lmms_eval", "task"]) == 0
+    # lmms-eval may start in another folder.
+    monkeypatch.chdir("/")
     task = yaml.load((tmp_path / "task" / f"motionenhancer_{name}.yaml").read_text(), Loader=_Loader)
     docs = list(map(json.loads, Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()))
     assert [doc["id"] for doc in docs] == [q.id for q in questions]
+    other = {"letter": "lone", "option": "published"}
+    assert all(doc["rules"] == (other if rules else asdict(Rules())) for doc in docs)
     assert [task["doc_to_text"](doc) for doc in docs] == [
         render_prompt(BENCHMARKS[name].prompt, q) for q in questions
     ]

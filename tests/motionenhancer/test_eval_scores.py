@@ -14,6 +14,7 @@ import pytest
 from motionenhancer.evaluation.compare import compare_runs, mcnemar, read_results
 from motionenhancer.evaluation.scores import Judged, score
 from motionenhancer.evaluation.table import PAPER_ROWS, comparison_text, score_table
+from motionenhancer.weights import student_digest
 
 
 def rows(right: list[int], tasks: list[str], videos: list[str] | None = None) -> list[Judged]:
@@ -214,3 +215,19 @@ def test_table_stands_beside_the_papers_rows() -> None:
     table = score_table("Video-MME", "mine", score(judged, samples=0), ("AS", "NSM"), "videomme")
     assert table.splitlines()[-1].split() == ["base", "model", "+", "MotionEnhancer", "61.40"]
     assert "paper" not in score_table("toy", "mine", score(judged, samples=0), (), "toy")
+
+
+def test_a_folder_of_adapters_finds_its_evaluation(tmp_path: Path) -> None:
+    """The evaluation also names the base, which the folder of adapters does not."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    (tmp_path / "out" / "motion_report.json").write_text("{}")
+    digest = student_digest(tmp_path / "out")
+    for name, student in (("other", "0123+4567"), ("scores", f"{digest}+4567")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "motion_report.json").write_text(json.dumps({"identity": {"student": student}}))
+        row = {"id": name, "video": "v", "tasks": ["MR"], "answer": "A"}
+        row |= {"output": "A", "parsed": "A", "right": True}
+        (tmp_path / name / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert [one.id for one in read_results(tmp_path / "out")] == ["scores"]
