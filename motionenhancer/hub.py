@@ -22,6 +22,9 @@ __all__ = ["Upload", "model_folder"]
 #: What a model is loaded from: configurations, tokenizers and safetensors. No pickle and no code.
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
+#: What a call of the Hub may raise: errors of its network library too, which depends on the Hub's version.
+_FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w(@[\w./-]+)?", re.ASCII)
 
 
@@ -62,7 +65,7 @@ def model_folder(name: str | Path, flag: str, *, dry_run: bool = False) -> Path:
         reason = "there is no such folder, and the Hugging Face cache has no complete model of this id"
         if constants.HF_HUB_OFFLINE:
             reason += "; HF_HUB_OFFLINE is set"
-    except (HfHubHTTPError, OSError) as error:
+    except _FAILURES as error:
         reason = f"the download failed: {' '.join(str(error).split())}"
     command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     raise ValueError(f"{flag} {name}: {reason}; download it with `{command}`")
@@ -125,7 +128,7 @@ class Upload:
             self.name = self._api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
             if self.revision is not None:
                 self._api.create_branch(self.name, branch=self.revision, exist_ok=True)
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             return f"--push_to_hub true: {self.name} cannot be written ({' '.join(str(error).split())})"
         return ""
 
@@ -151,7 +154,7 @@ class Upload:
                 revision=self.revision,
                 commit_message="Upload the model of a finished run",
             )
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             raise OSError(
                 f"--push_to_hub true: the finished run in {folder} was not uploaded "
                 f"({' '.join(str(error).split())}); the same command tries again"

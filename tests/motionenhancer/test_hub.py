@@ -243,6 +243,16 @@ def test_the_model_of_a_finished_run_is_uploaded_and_nothing_else(
     assert not any(b"hf_secret" in file.read_bytes() for file in out.rglob("*") if file.is_file())
 
 
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the real client, whose network library has errors of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    upload = hub.Upload("owner/model", token="hf_secret")
+    assert upload.open().startswith("--push_to_hub true: owner/model cannot be written (")
+    with pytest.raises(OSError, match="owner/model cannot be written"):
+        upload.push(tmp_path, "")
+
+
 def test_an_upload_that_cannot_be_is_refused_before_any_work(
     world: World,
     tmp_path: Path,
