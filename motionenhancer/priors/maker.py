@@ -185,6 +185,9 @@ class LocalMaker:
             made = self._reader.read(job.request, job.video.result())
         except Exception as error:
             judged = self._patience.judge(error)
+            if isinstance(judged, DeadTeacher):
+                # Requests that wait are not tried, and get the same reason.
+                self._dead = judged
             raise judged from judged.__cause__
         self._patience.failures = 0
         return made

@@ -165,6 +165,25 @@ def test_a_teacher_is_dead_after_so_many_failures_in_a_row_and_not_before(fake: 
         assert dead.__cause__ is MACHINE_FAULTS["memory"]
         often = f"the teacher failed on {PATIENCE} clips in a row"
         assert str(dead) == f"{often}, the last time with MemoryError: cannot allocate"
-        dead = answer(maker.submit(fake.request("cuda")))
+        with pytest.raises(DeadTeacher) as again:
+            maker.submit(fake.request("good"))
+        assert again.value is dead
+    with local(fake) as maker:
+        for _ in range(PATIENCE):
+            dead = answer(maker.submit(fake.request("cuda")))
         assert isinstance(dead, DeadTeacher)
         assert "\n" not in str(dead)
+
+
+def test_requests_that_wait_for_a_dead_teacher_get_its_reason(fake: Fake) -> None:
+    with local(fake) as maker:
+        release = fake.hold("held")
+        waiting = [maker.submit(fake.request("held"))]
+        waiting += [maker.submit(fake.request(f"cuda {i}")) for i in range(PATIENCE)]
+        waiting += [maker.submit(fake.request("good")), maker.submit(fake.request("memory"))]
+        release()
+        found = [answer(one) for one in waiting]
+    assert isinstance(found[0], Made)
+    assert {type(error) for error in found[1:PATIENCE]} == {RuntimeError}
+    assert isinstance(found[PATIENCE], DeadTeacher)
+    assert found[PATIENCE + 1 :] == [found[PATIENCE]] * 2
