@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -42,14 +43,21 @@ def test_requests_are_answered_in_order_each_with_its_own_prior(fake: Fake, work
 @pytest.mark.parametrize("workers", [1, 3])
 def test_decoded_clips_are_bounded(fake: Fake, workers: int) -> None:
     with local(fake, decode_workers=workers) as maker:
-        for future in [maker.submit(fake.request(f"good {i}")) for i in range(30)]:
-            assert isinstance(answer(future), Made)
-        assert 1 < fake.most <= workers + 1
+        release = fake.hold("good 0")
+        waiting = [maker.submit(fake.request(f"good {i}")) for i in range(30)]
+        wait_until(lambda: fake.alive == workers + 1)
+        release()
+        assert all(isinstance(answer(future), Made) for future in waiting)
+        assert fake.most == workers + 1
         # A clip that was read is not kept until the next one comes.
-        ends = time.monotonic() + SECONDS
-        while fake.alive and time.monotonic() < ends:
-            time.sleep(0.01)
-        assert fake.alive == 0
+        wait_until(lambda: fake.alive == 0)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    ends = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_a_teacher_is_loaded_when_it_is_first_needed(fake: Fake, store: PriorStore) -> None:
