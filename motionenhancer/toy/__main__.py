@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, what in (
         (toy.train, "training samples"),
         (toy.test, "test samples"),
-        (toy.videos, "clips, the --video_root of both"),
+        (toy.videos, "clips, the --video_root of both sample files"),
         (toy.worlds, "what is in each clip, with boxes"),
         (toy.teacher, "CogVideoX teacher, trained on this world"),
         (toy.student, "Qwen2.5-VL student, trained on its still pictures"),

@@ -58,8 +58,8 @@ def accuracy(
         model, processor, family: from `load_student`.
         world: the toy world.
         shown: see `shown_clip`.
-        frames: number of frames of a clip; answers are then judged by the benchmark's rule. Without it, the
-            student sees `FRAMES` frames and must answer word for word, as in the study.
+        frames: number of frames of a clip; the benchmark's rule then judges the answers. None: the student
+            sees `FRAMES` frames, and an answer is right if every word agrees, as in the study.
     """
     folder, benchmark = ToyFolder(world), BENCHMARKS["toy"]
     longest = 16 if frames is None else benchmark.max_new_tokens
@@ -92,10 +92,10 @@ def accuracy(
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
-    """Lines of figures, one for each of ``found``: name → what :func:`accuracy` returned.
+    """A table of figures, one line for each of ``found``: name → result of :func:`accuracy`.
 
-    With "gaze", from `motionenhancer.toy.gaze.attention_on_objects`, the last column says how much of the
-    attention of objects' names lies on these objects.
+    With "gaze", from `motionenhancer.toy.gaze.attention_on_objects`, the last column is the share of
+    the attention of objects' names that lies on these objects.
     """
     gaze = all("gaze" in one for one in found.values())
     names = ("Overall", *TASKS, *(["on object"] if gaze else []))

@@ -17,8 +17,8 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
 
     Args:
         data: the command's `DataArguments`.
-        prior: its `PriorArguments`.
-        student: its `StudentArguments`, if it trains one.
+        prior: the command's `PriorArguments`.
+        student: its `StudentArguments`, if the command trains a student.
 
     Raises:
         ValueError: some of student, teacher and data are named but other required ones are not; or clips are

@@ -1,4 +1,4 @@
-"""Whether a toy student's words look at the object that they name."""
+"""Whether the words of a toy student attend to the object that they name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BATCH = 25
 
 
 def cells_of(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, int, int]) -> np.ndarray:
-    """Which cells of a grid an object touches.
+    """Find the cells of a grid that an object touches.
 
     Args:
         boxes: (n, 4) x0, y0, x1, y1 in pixels, of n frames; an empty box is an object out of the frame.
         size: height and width of a frame.
-        grid: (F, H, W); each of F holds as many of the n frames as the others, but for the last.
+        grid: (F, H, W); each of the F places holds the same number of the n frames, the last may hold fewer.
 
     Returns:
         (F·H·W,) bool in raster order.
@@ -58,17 +58,17 @@ def _named(text: str, objects: list[dict[str, Any]]) -> list[tuple[tuple[int, in
 
 @torch.no_grad()
 def attention_on_objects(model: Any, processor: Any, family: Any, world: Path) -> dict[str, float]:
-    """Measure where the words of objects' names look, in the test questions with their right answers.
+    """Measure the attention of objects' names to the objects, in the test questions with right answers.
 
     Args:
         model, processor, family: of the student; the model is in evaluation mode.
         world: folder of a toy world.
 
     Returns:
-        "share": percentage of a word's attention over the video that falls on the cells of the named object,
-        averaged over words and clips. "area": percentage of all cells that these cells are, which is the
-            share
-        of a uniform map. "clips": number of clips that name an object.
+        "share": percentage of a word's attention over the video that lies on the cells of the named object,
+            averaged over words and clips.
+        "area": percentage of all cells that are cells of the object, the share of a uniform map.
+        "clips": number of clips that name an object.
     """
     folder = ToyFolder(world)
     lines = folder.worlds.read_text(encoding="utf-8").splitlines()

@@ -43,7 +43,7 @@ def place(obj: ToyObject, axis: int) -> str:
 
 
 def question(scene: Scene, task: str) -> tuple[str, str]:
-    """Return the question of one of the six tasks about a scene drawn for it, and its answer."""
+    """Return the question of one of the six tasks about a scene of this task, and the answer."""
     asked = scene.objects[0]
     if task in ("MR", "AO", "RC"):
         what = {
@@ -66,7 +66,7 @@ def question(scene: Scene, task: str) -> tuple[str, str]:
 
 
 def still_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Return a question that the middle frame alone answers, and its answer; lists go from left to right."""
+    """Return a question about the middle frame, and the answer; lists go from left to right."""
     kind = str(rng.choice(list(_LOOKS), p=list(_LOOKS.values())))
     obj = scene.objects[int(rng.integers(len(scene.objects)))]
     if kind == "caption":
@@ -83,7 +83,7 @@ def still_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def corpus() -> Iterator[str]:
-    """Yield sentences that hold every word of the toy world; the same ones every time."""
+    """Yield sentences with every word of the toy world, in each call the same sentences."""
     phrases = ["stays still", *(f"hops {count}" for count in _COUNT.values())]
     phrases += [f"moves {d}" for d in DIRECTIONS]
     phrases += [f"moves {a} then {b}" for a in DIRECTIONS for b in DIRECTIONS]

@@ -40,7 +40,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _unit_scale(vae: Any, frames: int, height: int, width: int) -> float:
-    """Return one over the deviation of the latents of two toy clips, to four digits."""
+    """Return one divided by the deviation of the latents of two toy clips, to four digits."""
     clips = [
         render(sample_scene(np.random.default_rng(i)), frames=frames, height=height, width=width)
         for i in range(2)
@@ -79,15 +79,15 @@ def make_teacher(
         layers, heads, head_dim: of the transformer; with rotary positions head_dim is a multiple of 16.
         positions: ``"rotary"`` as in 5B, ``"sinusoidal"`` as in 2B, ``"learned"`` as in 5B image-to-video (a
             stored table next to rotary positions, for exactly the sample size).
-        patch_size_t: None for CogVideoX 1.0; 2 for 1.5, which then wants an even number of latent frames.
+        patch_size_t: None for CogVideoX 1.0; 2 for 1.5, which needs an even number of latent frames.
         frames, height, width: the clip that the sample size is made for, in frames and pixels.
         text_length: text tokens, padding included.
-        vae_channels: one entry a VAE block; n entries shrink the picture by 2 ** (n - 1).
-        temporal_compression: by how much the VAE shrinks time: 1, 2 or 4, as in the released models.
+        vae_channels: one entry per VAE block; n entries shrink the picture by 2 ** (n - 1).
+        temporal_compression: factor by which the VAE shrinks time: 1, 2 or 4, as in the released models.
         latent_channels: channels of the latents.
         text_width: width of the T5 encoder.
-        snr_shift_scale: of the scheduler; None takes the released models' own, 3.0 for sinusoidal (2B), else
-            1.0.
+        snr_shift_scale: of the scheduler; None takes the value of the released models, 3.0 for sinusoidal
+            (2B), else 1.0.
         scaling_factor: of the VAE; None measures it on two toy clips, so that latents have unit deviation.
 
     Raises:
@@ -216,7 +216,7 @@ def make_student(
         vision_hidden_size, vision_layers: of the vision tower, which has 2 heads.
         patch_size: side of a vision patch in pixels; 2 x 2 patches make a token.
         temporal_patch_size: frames that make a token.
-        tokens_per_second: steps of the temporal rotary position in a second, of which it takes whole ones.
+        tokens_per_second: temporal rotary positions per second; a position is rounded down to an integer.
         max_pixels: the video processor shrinks larger frames to at most this.
         vocab_size: of the tokenizer, without special tokens.
 

@@ -57,7 +57,7 @@ def _stretch(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 def _ground(seed: int, height: int, width: int) -> np.ndarray:
     """Return a dull patterned ground, (2 h, 2 w, 3) float64 in 0..255, of which the camera sees a quarter.
 
-    It grows redder to the right and bluer to the bottom, so that a part of a picture says where it is.
+    It gets redder to the right and bluer to the bottom, so that a part of a picture shows its place.
     """
     rng = np.random.default_rng(seed)
     base = np.array([128.0, 122.0, 112.0]) + rng.uniform(-6, 6, 3)

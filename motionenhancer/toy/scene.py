@@ -3,8 +3,8 @@
 A scene is pure data, drawn from a seed. :mod:`motionenhancer.toy.render` turns it into frames and
 :mod:`motionenhancer.toy.language` into sentences.
 
-No single frame says what moves: at the middle of the clip every object's place has the same distribution
-whatever it does, and colour, shape and motion are drawn independently.
+No single frame shows what moves: an object's place at the middle of the clip does not depend on its motion,
+and colour, shape and motion are drawn independently.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HOP = 0.20
 PAN = 0.34
 """Distance that the camera moves."""
 MOST_HOPS = 3
-#: How far a moving object in a task's scenes goes from its middle, to either side.
+#: Distance of a moving object from its middle place, to either side, in the scenes of a task.
 _MARGIN = {
     "MR": TRAVEL / 2,
     "LM": TRAVEL / 2,
@@ -112,8 +112,8 @@ class ToyObject:
 class Scene:
     """A clip's content.
 
-    ``objects[0]`` is the one a question asks for; ``ground`` seeds the texture of the ground; ``camera`` is
-    "still" or the direction in which it moves, so that everything in the picture goes the other way.
+    ``objects[0]`` is the object that the question asks for; ``ground`` seeds the texture of the ground;
+    ``camera`` is "still" or the direction of its motion; the whole picture moves in the opposite direction.
     """
 
     objects: tuple[ToyObject, ...]
@@ -160,9 +160,9 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
     lie on two sides of the frame's middle.
 
     Args:
-        rng: where everything is drawn from.
+        rng: source of all random numbers.
         task: one of :data:`TASKS`; any by default.
-        split: "train" or "test" keeps to that split's pairs of colour and shape, None takes all.
+        split: "train" or "test": only the pairs of colour and shape of this split; None: all pairs.
 
     >>> scene = sample_scene(np.random.default_rng(0), "MO")
     >>> len(scene.movers), len(scene.objects)
@@ -206,7 +206,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
 
 
 def _apart(a: ToyObject, b: ToyObject) -> bool:
-    """Whether two objects lie on two sides of the frame's middle, across their direction."""
+    """Whether two objects lie on opposite sides of the frame's middle, across their direction."""
     axis = 1 if a.motion in ("left", "right") else 0
     low, high = sorted((a.middle[axis], b.middle[axis]))
     return low < 0.5 - a.radius / 2 and high > 0.5 + a.radius / 2

@@ -62,7 +62,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-"""Renders messages to the very characters that Qwen2.5-VL's published template renders them to."""
+"""Renders messages to the same characters as Qwen2.5-VL's published template."""
 
 
 def t5_tokenizer(texts: Iterable[str] | None = None, *, max_length: int = 48) -> T5Tokenizer:

@@ -72,16 +72,16 @@ class _Settings:
 
 
 def task_of(index: int) -> str:
-    """The task that clip ``index`` is drawn for: they take turns."""
+    """The task of clip ``index``: the tasks take turns."""
     return list(TASKS)[index % len(TASKS)]
 
 
 def draw_clip(
     seed: int, split: str, index: int, *, frames: int = FRAMES, size: int = SIZE
 ) -> tuple[Scene, Clip]:
-    """Draw clip ``index`` of ``split`` ("train" or "test"), each from a random stream of its own.
+    """Draw clip ``index`` of ``split`` ("train" or "test"), each from its own random stream.
 
-    The two splits share colours and shapes, but no pair of them.
+    The two splits share colours and shapes, but no pair of colour and shape.
     """
     rng = np.random.default_rng([seed, _SPLITS[split], index])
     scene = sample_scene(rng, task_of(index), split=split)
@@ -121,7 +121,7 @@ def _world_row(settings: _Settings, split: str, index: int, scene: Scene, clip: 
 
 
 def _sweep(folder: Path) -> None:
-    """Remove temporary files of runs that died; younger ones may belong to a run beside this one."""
+    """Remove temporary files of runs that died; younger files may belong to another running command."""
     for left in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 600:
@@ -129,7 +129,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _claim(folder: ToyFolder, settings: _Settings) -> None:
-    """Create the folder, or check that it holds this same world, begun or finished."""
+    """Create the folder, or check that it holds a started or finished copy of this world."""
     if folder.root.exists() and not folder.root.is_dir():
         raise ValueError(f"output_dir must be a folder, {folder.root} is a file")
     marker = folder.root / "world.json"
@@ -174,8 +174,8 @@ def write_world(
     A file has its final name only once it is complete.
 
     Args:
-        output_dir: an empty, missing or half-written folder of the same world.
-        clips, test_clips: how many clips of each split, one sample a clip; test_clips defaults to a quarter.
+        output_dir: a folder that is empty, does not exist yet, or holds a started copy of this world.
+        clips, test_clips: clips of each split, one sample per clip; test_clips defaults to a quarter.
         seed: at least 0.
         frames, size, fps: length, side in pixels (even) and rate of each clip.
         progress: show a progress bar.
@@ -230,7 +230,7 @@ def write_world(
 
 
 def _make_once(target: Path, make: Callable[[Path], Any]) -> None:
-    """Run ``make`` on a temporary folder and rename it to ``target``, unless that is there already."""
+    """Run ``make`` on a temporary folder and rename it to ``target``, unless ``target`` exists."""
     if target.exists():
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -1,1 +1,1 @@
-"""Can a video model's priors be told from a student's own attention? A captioner that learns from scratch."""
+"""Do a video model's priors help more than a student's own attention? A study of captioners from scratch."""

@@ -21,21 +21,21 @@ from studies.motion.clips import GRID, MAP_GRID, Clips, Maps, words_of
 __all__ = ["Captioner", "Regime", "measure", "own_rows", "train"]
 
 _CELLS = math.prod(GRID)
-#: Which word of a caption is the colour of the last object.
+#: Index of the word of a caption that is the colour of the last object.
 _LAST_COLOUR = 12
-#: Clips of one forward pass without gradients.
+#: Number of clips of one forward pass without gradients.
 _PART = 200
 
 
 @dataclass(frozen=True)
 class Regime:
-    """What all arms share.
+    """The settings that all arms share.
 
     Attributes:
-        clips, test_clips: how many there are of each.
-        world_seed: of the clips.
+        clips, test_clips: number of training and test clips.
+        world_seed: seed of the clips.
         steps, batch, learning_rate: of the training, whose rate falls along a cosine to nearly zero.
-        weight: λ at the start; it falls to zero linearly.
+        weight: λ at the start; λ falls to zero linearly.
         width, layers: of the captioner.
     """
 
@@ -75,7 +75,7 @@ class Captioner(nn.Module):
             self.places = nn.ParameterList([nn.Parameter(0.5 * torch.randn(n, width)) for n in GRID])
             for name, weight in self.language.named_parameters():
                 if weight.dim() == 2:
-                    # The family's 0.02 is made for wide models and leaves attention uniform here.
+                    # The family's 0.02 is made for wide models; this narrow one would have uniform attention.
                     nn.init.normal_(weight, 0.0, 0.5 if "embed_tokens" in name else weight.shape[1] ** -0.5)
 
     def forward(self, tubes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Captioner(nn.Module):
 
 
 def word_positions(clips: Clips) -> torch.Tensor:
-    """(N, W) int64, where in the model's sequence each word of the captions is."""
+    """(N, W) int64, the place of each word of the captions in the model's sequence."""
     found = []
     for text, spans in zip(clips.texts, clips.spans, strict=True):
         starts = {int(start): i for i, (start, end) in enumerate(spans) if end > start}
@@ -98,7 +98,7 @@ def word_positions(clips: Clips) -> torch.Tensor:
 
 
 class Targets:
-    """Maps as the alignment wants them: padded rows of words, and one prior a clip."""
+    """Maps as the alignment takes them: padded rows of words, and one prior per clip."""
 
     def __init__(self, maps: Maps, words: torch.Tensor) -> None:
         self.options: dict[str, Any] = {
@@ -130,10 +130,10 @@ def train(clips: Clips, maps: Maps | None, seed: int, regime: Regime) -> Caption
     """Train a captioner from the weights of ``seed``, in the order of ``seed``.
 
     Args:
-        clips: what it learns from.
-        maps: what its words' attention is pulled towards; None trains it plainly.
+        clips: the training clips.
+        maps: targets of the words' attention; None for plain training.
         seed: of the weights and of the order of the clips.
-        regime: everything else.
+        regime: all other settings.
     """
     model = Captioner(clips.tubes.shape[-1], seed, regime.width, regime.layers).train()
     optimizer = torch.optim.AdamW(
@@ -182,15 +182,15 @@ def own_rows(model: Captioner, clips: Clips) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(model: Captioner, clips: Clips) -> dict[str, float]:
-    """How well a captioner says what the first named object does, given its name.
+    """How well a captioner says what the first named object does, after the object's name.
 
     Returns:
         ``right``: percent of the clips in which it says the right words, "moves left" or "stays still".
         ``verb``: percent of the clips with the right verb.
         ``direction``: percent of the moving objects with the right direction, given the verb.
-        ``colour``: percent of the clips in which it names the last object's colour rightly, given all words
-            before it. The pairs of colour and shape are new to it, the colours are not.
-        ``distance``: of its content words' attention to the true masks, as the alignment measures it.
+        ``colour``: percent of the clips in which it names the last object's colour, after all words before
+            it. The captioner has seen the colours in training, but not these pairs of colour and shape.
+        ``distance``: between its content words' attention and the true masks, as the alignment measures it.
     """
     words = word_positions(clips)
     targets = Targets(clips.masks, words)

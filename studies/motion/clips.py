@@ -17,7 +17,7 @@ from studies.toy.masks import looks_prior
 
 __all__ = ["GRID", "MAP_GRID", "Clips", "Maps", "draw", "make_clips", "words_of"]
 
-#: A random stream of its own: no clip of the toy's own models is drawn again.
+#: A separate random stream: no training clip of the toy's models is drawn again.
 _STREAM = 7_000_404
 GRID = (2, 4, 4)
 """Frames, rows and columns of the captioner's vision tokens: four frames of 8 x 8 pixels each."""
@@ -27,7 +27,7 @@ MAP_GRID = (5, 4, 4)
 
 @dataclass(frozen=True)
 class Maps:
-    """One map a word of each caption, and which words are pulled towards theirs.
+    """One map for each word of each caption, and which words are pulled towards their maps.
 
     Attributes:
         rows: (N, W, S) float16, not scaled; S counts the cells of MAP_GRID.
@@ -50,8 +50,8 @@ class Clips:
         tubes: (N, S, pixels) float16 in [-1, 1], the pixels of each vision token; S counts the cells of GRID.
         tokens: (N, T) int64, the captions' tokens. All captions have the same number of words.
         texts: the captions.
-        spans: of each caption the T tokens' (start, end) characters; the last token, the end, has none.
-        masks: where the object truly is that each content word speaks of; the other words have no map.
+        spans: for each caption, (start, end) characters of the T tokens; the last token, the end, has none.
+        masks: the true mask of each content word's object; other words have no map.
     """
 
     tubes: torch.Tensor
@@ -62,9 +62,9 @@ class Clips:
 
 
 def draw(seed: int, split: str, index: int) -> tuple[Scene, Clip]:
-    """Draw a clip of three objects, two of which move, each in a direction of its own.
+    """Draw a clip of three objects, two of which move, each in its own direction.
 
-    The objects come in an order drawn at random, so that an object's place in the caption does not tell what
+    The objects come in an order drawn at random, so that an object's place in the caption does not show what
     it does. The pairs of colour and shape of "train" and "test" differ.
     """
     rng = np.random.default_rng([_STREAM, seed, split == "test", index])

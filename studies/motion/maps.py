@@ -1,4 +1,4 @@
-"""What a captioner is pulled towards: the teacher's maps, the true masks, and controls made from either."""
+"""The targets of a captioner's attention: the teacher's maps, the true masks, and controls made from both."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ WAYS: dict[str, PriorSettings] = {
 
 
 def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Sequence[str]) -> None:
-    """Read the teacher's maps of the training clips under their captions; goes on where it was stopped.
+    """Read the teacher's maps of the training clips with their captions; continues where it was stopped.
 
     One file holds a hundred clips read in one way: the rows of all words, and which words token selection
-    keeps, with head selection ("mhs") and without it ("off"). What it keeps of punctuation is left out.
+    keeps, with head selection ("mhs") and without it ("off"). Kept punctuation is left out.
     """
     parts = [(way, start) for way in ways for start in range(0, count, _PART)]
     missing = [part for part in parts if not _part(folder, seed, *part).exists()]
@@ -69,7 +69,7 @@ def _part(folder: Path, seed: int, way: str, start: int) -> Path:
 def teacher_maps(
     folder: Path, seed: int, count: int, way: str, *, heads: bool, words: bool, temperature: float
 ) -> Maps:
-    """What :func:`read_teacher` stored, with or without either selection."""
+    """The maps that :func:`read_teacher` stored, with or without each of the selections."""
     parts = [load_file(_part(folder, seed, way, start)) for start in range(0, count, _PART)]
     name = "mhs" if heads else "off"
     rows = torch.cat([part[f"{name}.rows"] for part in parts])
@@ -85,7 +85,7 @@ def _frames(maps: Maps) -> torch.Tensor:
 
 
 def another_clip(maps: Maps, seed: int) -> Maps:
-    """Each clip has the maps of another, drawn at random, word for word."""
+    """Each clip has the maps of another clip, drawn at random: the n-th word has the n-th map."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(maps.rows), generator=generator)
     rows = torch.empty_like(maps.rows)
@@ -98,7 +98,7 @@ def uniform(maps: Maps) -> Maps:
 
 
 def mean_map(maps: Maps) -> Maps:
-    """Each word has the mean of that word's rows over all clips, each scaled to sum to one."""
+    """Each word has the mean of its rows over all clips, each row scaled to sum to one."""
     rows = maps.rows.float()
     mean = (rows / rows.sum(-1, keepdim=True)).mean(0, keepdim=True)
     return replace(maps, rows=mean.expand_as(rows).half())
@@ -119,7 +119,7 @@ def reversed_frames(maps: Maps) -> Maps:
 
 
 def another_object(maps: Maps) -> Maps:
-    """Each word has the row of the word in its place in the next object's phrase; "and" has its own."""
+    """Each word has the row of the same place in the next object's phrase; "and" keeps its row."""
     phrase = 5
     words = list(range(maps.rows.shape[1]))
     phrases = [words[0:phrase], words[phrase : 2 * phrase], words[-phrase:]]
@@ -130,7 +130,7 @@ def another_object(maps: Maps) -> Maps:
 
 
 def lift(maps: Maps, masks: Maps) -> float:
-    """How many times as dense the maps are on the objects that their words speak of as a uniform map.
+    """Density of the maps on the objects of their words, divided by the density of a uniform map.
 
     The mean over the content words that are kept, after sharpening.
     """

@@ -1,4 +1,4 @@
-"""Table and plot of the contest, from the files its runs left."""
+"""Table and plot of the contest, from the result files of its runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AGAINST = {"plain": "plain", "teacher": "the teacher's", "teacher, MTTI only": 
 
 
 def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:
-    """How many seeds a 95 % interval of ± ``half`` would take, at the spread of these paired differences."""
+    """Number of seeds for a 95 % interval of ± ``half``, at the spread of these paired differences."""
     if len(differences) < 2:
         return None
     return max(2, math.ceil((1.96 * float(np.std(differences, ddof=1)) / half) ** 2))
@@ -34,7 +34,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> dict[str, 
     """Spearman's rank correlation of pairs, with the 95 % interval of 10,000 bootstrap draws of the pairs.
 
     Returns:
-        "mean", "low", "high" and "pairs". A draw whose ranks are all equal on one side counts as 0.
+        "mean", "low", "high" and "pairs". A draw in which all ranks of one variable are equal counts as 0.
     """
     x, y = np.asarray(one, float), np.asarray(other, float)
     chosen = np.random.default_rng(0).integers(0, len(x), (10_000, len(x)))
@@ -51,7 +51,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _foretelling(arms: dict[str, Any]) -> dict[str, Any]:
-    """How well the lift of an arm's maps foretells its gain, over all maps but the true masks."""
+    """How well the lift of an arm's maps predicts its gain, over all maps but the true masks."""
     found = {}
     for name, prefix in (("all maps", ""), ("readings of the teacher", "teacher")):
         known = [
@@ -107,7 +107,7 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 
 def table(summary: dict[str, Any], order: Sequence[str]) -> str:
-    """Markdown: an arm a row, in ``order``."""
+    """A Markdown table with one row for each arm, in ``order``."""
     against = [other for other in _AGAINST if other in summary["arms"]]
     head = ["maps", "seeds", "direction, %", *(f"over {_AGAINST[other]}" for other in against)]
     head += ["verb", "both", "colour", "lift"]

@@ -17,12 +17,12 @@ class Arm:
     Attributes:
         name: in tables.
         weight: λ at the start; 0 is plain fine-tuning.
-        schedule: of λ over the run, which a "linear" one takes to 0.
-        prior: "teacher", "masks" for where the objects truly are, "student" for the base student's own
-            maps of the words that the teacher's priors keep, "none".
-        control: name in `controls.CONTROLS` of what takes the place of the teacher's maps; "" is nothing.
+        schedule: of λ over the run; "linear" falls to 0.
+        prior: "teacher"; "masks", the true masks of the objects; "student", the base student's own maps of
+            the words that the teacher's priors keep; or "none".
+        control: name in `controls.CONTROLS` of the maps that replace the teacher's; "" for none.
         mode, noise_level, steps, head_selection, token_selection, ratio: of the teacher's reading, as in
-            `PriorSettings`; ratio is that of heads and of words.
+            `PriorSettings`; ratio is the ratio of heads and of words.
         aligner, loss: of the alignment.
         temperature: of the teacher's priors, see `align`; true masks are sharp.
         shown: "video"; or a control that hides motion: "shuffled" frames or the "middle" frame alone.
@@ -45,7 +45,7 @@ class Arm:
     shown: str = "video"
 
     def settings(self) -> PriorSettings:
-        """How the teacher makes this arm's priors."""
+        """The teacher's settings for this arm's priors."""
         return PriorSettings(
             steps=self.steps,
             mode=self.mode,

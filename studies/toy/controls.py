@@ -1,4 +1,4 @@
-"""Maps that take the place of a teacher's in the study: what in a prior helps is seen by taking it away."""
+"""Maps that replace the teacher's in the study; each removes a property of priors, to measure its effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Priors = Sequence[MotionPrior]
 
 
 def _another_clip(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
-    """Rows of another clip of the same task: the n-th kept word has the other's n-th row."""
+    """Rows of another clip of the same task: the n-th kept word gets the n-th row of the other clip."""
     rows = [prior.attention for prior in priors]
     for task in range(len(TASKS)):
         same = list(range(task, len(priors), len(TASKS)))
@@ -32,7 +32,7 @@ def _another_clip(priors: Priors, generator: torch.Generator) -> list[torch.Tens
 
 
 def _another_word(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
-    """Each kept word has the row of another kept word of the clip, all the same number of words away."""
+    """Each kept word gets the row of another kept word of the clip, at one distance in words for all."""
     found = []
     for prior in priors:
         count = len(prior.attention)
@@ -57,7 +57,7 @@ def _reversed(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
 
 
 def _shuffled(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
-    """A clip's frames are in another order, the same for all its words."""
+    """A clip's frames get another order, the same for all of its words."""
     return [
         prior.attention.unflatten(-1, prior.grid)[
             :, torch.randperm(prior.grid[0], generator=generator)
@@ -66,7 +66,7 @@ def _shuffled(priors: Priors, generator: torch.Generator) -> list[torch.Tensor]:
     ]
 
 
-#: Name of a control → function of all clips' priors and a random generator that returns all clips' maps.
+#: Name of a control → function that makes maps for all clips from all priors and a random generator.
 CONTROLS: dict[str, Callable[[Priors, torch.Generator], list[torch.Tensor]]] = {
     "another clip's": _another_clip,
     "another word's": _another_word,

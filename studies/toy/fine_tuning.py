@@ -34,7 +34,7 @@ from studies.toy.train_student import Items, narrowed, widened
 
 __all__ = ["fine_tune", "make_priors", "models"]
 
-#: Settings that select from a reading after it was made, at their values that select nothing.
+#: Settings that select from a finished reading, with the values that select nothing.
 UNSELECTED: dict[str, Any] = {
     "head_selection": "off",
     "token_selection": "off",
@@ -44,14 +44,14 @@ UNSELECTED: dict[str, Any] = {
 
 
 def models(arm: Arm, teacher: Path, student: Path) -> dict[str, str]:
-    """Which models a result is of: the student's digest and, where it teaches, the teacher's id."""
+    """The models of a result: the student's digest and, if the arm has a teacher, the teacher's id."""
     found = {"student": content_digest(student / "model.safetensors")}
     return {"teacher": teacher_name(teacher), **found} if arm.prior in ("teacher", "student") else found
 
 
 @functools.lru_cache(maxsize=1)
 def _encoded(world: Path, student: Path, shown: str) -> list[tuple[Sample, Encoded]]:
-    """The training samples as the student reads them; kept for the next run of this process."""
+    """The encoded training samples of the student, cached for the next run of this process."""
     _, processor, family = load_student(student, dtype=torch.float32)
     made = []
     for i, sample in enumerate(_training_samples(world)):
@@ -81,9 +81,9 @@ def _priors(
 
 
 def make_priors(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: range) -> int:
-    """Store some training clips' priors under each of the settings; returns how many clips that were.
+    """Store the priors of some training clips for each of the settings; returns the number of clips.
 
-    A clip is encoded once, and read once for all settings that differ in what is selected only.
+    A clip is encoded once, and read once for all settings that differ only in the selection.
     """
     torch.set_num_threads(1)
     store, name, loaded = PriorStore(folder / "priors"), teacher_name(teacher), _loaded(teacher)
@@ -136,8 +136,8 @@ def fine_tune(
         arm: how the student is aligned.
         regime: what all arms share.
         seed: of the order of the samples and of the aligner's weights.
-        folder: holds ``world/``, whose training clips and test questions are used, ``validation/``, a world
-            of another seed, and the ``priors/`` of :func:`make_priors`.
+        folder: holds ``world/`` with the training clips and test questions, ``validation/``, a world of
+            another seed, and the ``priors/`` of :func:`make_priors`.
         teacher: the teacher's folder; its priors are read from ``folder``.
         student: the base student's folder, which is not changed.
 

@@ -1,9 +1,9 @@
-"""Where the toy teacher's words look: how much more of a word's attention lies on its object than area alone.
+"""How much attention the toy teacher's words pay to the object that they speak of.
 
 ``python -m studies.toy.lift --teacher DIR`` prints, for each noise level and word class, the *lift*:
-the share of a word's row on the object it speaks of, over that object's share of the picture. 1 is blind.
-And how often of the objects in the clip it is this one that the row is densest on. Last, how good a choice
-of heads head selection makes, beside all other choices of as many.
+the share of a word's row that lies on its object, divided by the object's share of the picture. A uniform
+row has a lift of 1. It also prints how often the row is densest on its object among the clip's objects, and
+compares the chosen heads with all other choices of the same number of heads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Lift:
 
 
 def densest(row: torch.Tensor, masks: torch.Tensor) -> int:
-    """Which of ``masks`` (objects, S) a ``row`` (S,) is densest on: most of its mass for their area."""
+    """Index of the mask of ``masks`` (objects, S) with the largest share of ``row`` (S,) for its area."""
     return int(((masks @ row) / masks.sum(-1)).argmax())
 
 
@@ -59,15 +59,15 @@ def sharpened_lift(rows: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def compare_choices(clips: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """How the heads that are averaged change the sharpened lift of all words.
+    """Compare choices of the heads that are averaged, by the sharpened lift of all words.
 
     Args:
         clips: of each, every head's rows (H, T, S), the object's mask (S,) and the chosen heads (k,).
 
     Returns:
-        Means over the clips: ``chosen`` and ``all`` heads; of all choices of k heads, the same for all clips,
-        the ``least``, ``median`` and ``largest``, and ``below``, the share that the chosen heads are above.
-        These four are left out where there would be more than a thousand choices.
+        Mean lifts over the clips: of the ``chosen`` and of ``all`` heads; the ``least``, ``median`` and
+        ``largest`` of all choices of k heads (the same for all clips); and ``below``, the share of choices
+        below the chosen heads. The last four are left out if there are more than a thousand choices.
     """
     heads, count = len(clips[0][0]), len(clips[0][2])
     found = {
@@ -87,7 +87,7 @@ def compare_choices(clips: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0) -> dict[str, Any]:
     """By word class: lift of chosen, other and all heads, how often they find the object, words kept.
 
-    And :func:`compare_choices` of the heads.
+    Also the result of :func:`compare_choices`.
     """
     lifts: dict[str, dict[str, Lift]] = defaultdict(lambda: defaultdict(Lift))
     found: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
@@ -137,7 +137,7 @@ def measure(teacher: Any, settings: PriorSettings, clips: int, *, seed: int = 0)
 
 
 def lines(name: str, found: dict[str, Any]) -> str:
-    """A table of one reading: a row a word class."""
+    """A table of one reading, one line for each word class."""
     rows = [f"{name}: share of clips that choose each head {found['chosen']}"]
     for kind, row in found["lift"].items():
         heads = " ".join(f"{row[f'head{h}']:.2f}" for h in range(len(found["chosen"])))

@@ -1,4 +1,4 @@
-"""Where the objects of a toy clip truly are, on a teacher's grid: the best prior there could be."""
+"""True masks of the objects of a toy clip on a teacher's grid: the best possible prior."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def word_class(word: str) -> str:
 def grid_mask(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     """Average an object's (n, h, w) coverage over the cells of ``grid`` (F, H, W).
 
-    The first of F cells in time is the first frame alone, as the teacher's VAE has it; the others share the
-    rest evenly.
+    The first of the F cells in time is the first frame alone, as in the teacher's VAE; the other cells hold
+    equal numbers of the other frames.
     """
     frames, rows, columns = grid
     count, height, width = mask.shape
@@ -50,7 +50,7 @@ def grid_mask(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 
 
 def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior:
-    """Return the prior whose every content word of ``text`` looks at ``mask`` (n, h, w) and nowhere else.
+    """Return the prior in which every content word of ``text`` attends to ``mask`` (n, h, w) only.
 
     Raises:
         ValueError: the text has no content word; the sizes do not divide.
@@ -63,10 +63,10 @@ def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> Motio
 
 
 def looks_prior(text: str, scene: Scene, masks: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior | None:
-    """Return the prior whose content words look at the object each speaks of; None where there is none.
+    """Return the prior in which every content word attends to its object; None if no word has an object.
 
-    A colour or shape speaks of the object that has it, any other word of the one named last before it in its
-    sentence, or where there is none, next after it.
+    The object of a colour or shape is the one that has it. The object of any other word is the last one named
+    before it in its sentence, or else the first one named after it.
 
     Args:
         text: question and answer, of several sentences.

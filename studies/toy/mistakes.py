@@ -1,4 +1,4 @@
-"""Put wrong words into a sentence of the toy world, for a model that learns to set them right."""
+"""Put wrong words into a sentence of the toy world, for a model that learns to correct them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _GROUPS = (tuple(COLOURS), SHAPES, (*DIRECTIONS, "top", "bottom"), ("one", "two"
 _GROUP_OF = {word: group for group in _GROUPS for word in group}
 
 CHECKED = (*_GROUP_OF, "moves", "stays", "still", "hops", "object", "camera")
-"""Words that a picture or clip can contradict, and that stand where it does."""
+"""Words that a picture or clip can contradict."""
 
 
 def mistaken(text: str, rng: np.random.Generator, *, rate: float = 0.35) -> str:
-    """Exchange words of ``text`` for others of their kind; every place of a word gets the same one.
+    """Exchange words of ``text`` for others of their kind; all occurrences of a word get the same new word.
 
     Colours, shapes, sides and directions, and counts change with probability ``rate`` each; "moves left" and
-    "stays still" now and then change places, so that verbs can be wrong too. The number of words stays. A
-    quarter of the texts stay as they are.
+    "stays still" sometimes change places, so that verbs can be wrong too. The number of words stays the
+    same. A quarter of the texts are not changed.
 
     >>> mistaken("The red ring moves left.", np.random.default_rng(1))
     'The red post moves bottom.'

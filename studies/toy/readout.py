@@ -1,8 +1,9 @@
-"""What the pixels under an object's mask tell of its motion: ``python -m studies.toy.readout``.
+"""What the pixels under an object's mask say about its motion: ``python -m studies.toy.readout``.
 
-A student that looks exactly at the asked object reads a mean over the object's cells. A small perceptron is
-trained to answer from such means, as many clips a task as the study has, and from the object's true path.
-So what it cannot answer is not to be had by looking, and what it can the student could learn.
+A student whose attention lies exactly on the asked object reads a mean over the object's cells. A small
+perceptron is trained to answer from such means, with as many clips per task as the study, and from the
+object's true path. Attention alone cannot answer what the perceptron cannot answer, and a student could
+learn to answer what the perceptron can.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from motionenhancer.toy.world import draw_clip
 
 __all__ = ["accuracy_of", "main", "readings"]
 
-#: Cells of 8 x 8 pixels in each direction, and frames of a token, as the toy's student has them.
+#: Cells of 8 x 8 pixels in each direction, and frames of a token, as in the toy student.
 _CELLS, _TOKEN = 4, 4
 
 
 def readings(seed: int, split: str, task: str, count: int) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """For ``count`` clips of a task what can be read of the asked object, and what it does.
+    """For ``count`` clips of a task: features of the asked object, and what the object does.
 
     Returns:
         Way → ((count, features), answers): "cells", the mean of the pixels of the cells that it covers,
-        weighted by how much it covers them; "path", where its middle is in each frame that is shown.
+        weighted by its share of each cell; "path", the place of its middle in each shown frame.
     """
     cells, paths, answers = [], [], []
     for k in range(count):
@@ -54,7 +55,7 @@ def readings(seed: int, split: str, task: str, count: int) -> dict[str, tuple[to
 def accuracy_of(
     train: tuple[torch.Tensor, list[str]], test: tuple[torch.Tensor, list[str]], seed: int, steps: int = 600
 ) -> float:
-    """Percent of ``test`` that a perceptron with one hidden layer, trained on ``train``, answers rightly."""
+    """Percent of right answers on ``test`` of a perceptron with one hidden layer, trained on ``train``."""
     names = sorted(set(train[1]))
     wanted = torch.tensor([names.index(name) for name in train[1]])
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-3
@@ -74,7 +75,7 @@ def accuracy_of(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print, and write where asked to, the accuracy by task and way; 0."""
+    """Print the accuracy by task and way, and write it if a file is given; 0."""
     parser = argparse.ArgumentParser(prog="python -m studies.toy.readout", description=__doc__)
     add = parser.add_argument
     add("--clips", type=int, default=1600, help="training clips a task (%(default)s)")

@@ -28,7 +28,7 @@ from studies.toy.study_report import write_report
 
 #: Added to the seed of the clips: settings may be chosen on the clips of that seed.
 VALIDATION = 2
-#: Clips whose priors a process makes at a time.
+#: Number of clips whose priors a process makes at a time.
 _PART = 100
 
 
@@ -48,7 +48,7 @@ class Run:
 def planned(
     regime: Regime, seeds: int, names: Sequence[str], sweeps: Sequence[str], sweep_seeds: int
 ) -> list[Run]:
-    """All runs, the seeds taking turns so that a study cut short is still balanced."""
+    """All runs, seed after seed, so that a stopped study has nearly the same seeds in all arms."""
     arms = [arm for arm in ARMS if not names or arm.name in names]
     runs = [Run(arm, seed, regime) for seed in range(seeds) for arm in arms]
     for seed in range(sweep_seeds):
@@ -57,7 +57,7 @@ def planned(
 
 
 def _one(run: Run, folder: Path, teacher: Path, student: Path) -> str:
-    """Run in a worker process; the result's file appears whole or not at all."""
+    """Run in a worker process; the result's file appears complete or not at all."""
     from studies.toy.fine_tuning import fine_tune, models
 
     began = time.process_time()
@@ -77,7 +77,7 @@ def _read(wanted: Sequence[PriorSettings], folder: Path, teacher: Path, clips: r
 
 
 def wanted_priors(runs: Sequence[Run]) -> list[PriorSettings]:
-    """The different ways in which these runs' priors are made."""
+    """The different settings of these runs' priors."""
     return list(dict.fromkeys(run.arm.settings() for run in runs if run.arm.prior in ("teacher", "student")))
 
 
@@ -85,7 +85,7 @@ def unfinished(runs: Sequence[Run], folder: Path, teacher: Path, student: Path) 
     """The runs without a result.
 
     Raises:
-        ValueError: a result of the same name is of another arm or regime, or of other models.
+        ValueError: a result of the same name has another arm, regime or models.
     """
     from studies.toy.fine_tuning import models
 

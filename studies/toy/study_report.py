@@ -1,4 +1,4 @@
-"""Tables and plots of a toy study, from the files its runs left."""
+"""Tables and plots of a toy study, from the result files of its runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _load(folder: Path, regime: Regime) -> dict[str, dict[int, dict[str, Any]]]:
-    """Arm's name → seed → what the run left."""
+    """Arm's name → seed → the run's result."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted((folder / "runs").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
 
 
 def _pairs(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For each of `PAIRS` that share seeds, by how much the first arm's Overall is above the second's."""
+    """For each of `PAIRS` with common seeds: the difference of Overall, first arm minus second."""
     rows = []
     for one, other in PAIRS:
         shared = sorted(set(found.get(one, {})) & set(found.get(other, {})))
@@ -119,10 +119,10 @@ def _row(name: str, row: dict[str, Any]) -> str:
 
 
 def _groups(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of the arms that were run, and of each sweep's, by title."""
+    """The names of the arms that were run: by title, those of the ablation and of each sweep."""
     named = {"Arms": ARMS, **{f"Sweep: {sweep}": arms for sweep, arms in SWEEPS.items()}}
     there = {title: [a.name for a in arms if a.name in summary["arms"]] for title, arms in named.items()}
-    # The first row of a sweep is the unchanged arm; alone it is no sweep.
+    # The first row of a sweep is the unchanged arm; a sweep needs more rows than this.
     return {title: names for title, names in there.items() if set(names) - {LEVEL.name}}
 
 
@@ -181,14 +181,14 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Put null for the interval of a single run: json has no infinity."""
+    """Replace the infinite interval of a single run by null: json has no infinity."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def write_report(folder: Path, regime: Regime) -> str:
-    """Write ``results.json`` and ``tables.md``, and ``plots.png`` where matplotlib is; returns the tables.
+    """Write ``results.json``, ``tables.md`` and, with matplotlib, ``plots.png``; returns the tables.
 
     Without any result there is nothing to plot, and the tables are empty.
     """

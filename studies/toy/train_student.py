@@ -1,8 +1,8 @@
 """Train the toy's base student on still pictures: ``python -m studies.toy.train_student``.
 
-It learns what things look like and where they are, to look at what it names, and how answers about motion are
-phrased, from clips that stand still at their middle frame. What moved cannot be seen there, so at motion it
-is left to guess.
+The training clips stand still at their middle frame. The student learns what objects look like and where they
+are, to attend to what it names, and how answers about motion are phrased. It cannot see what moved, so its
+answers about motion are guesses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STUDENT: dict[str, Any] = {
     "temporal_patch_size": FRAMES_A_TOKEN,
     "tokens_per_second": 4,
 }
-#: One of this many pictures is shown as a whole clip that stands still, not as one token frame.
+#: One in this number of pictures is shown as a whole clip that stands still, not as one token frame.
 LONG = 4
 
 
@@ -67,7 +67,7 @@ def as_sample(id: str, asked: str, answer: str) -> Sample:
 
 
 def still_sample(seed: int, index: int, *, motion: float = 0.15) -> tuple[Sample, Scene, Clip]:
-    """Return sample ``index``, its scene and its picture; a share ``motion`` asks what cannot be seen."""
+    """Return sample ``index``, its scene and its picture; a share ``motion`` of samples asks about motion."""
     rng = np.random.default_rng([_STREAM, seed, index])
     task = str(rng.choice(list(TASKS)))
     scene = sample_scene(rng, task)
@@ -76,7 +76,7 @@ def still_sample(seed: int, index: int, *, motion: float = 0.15) -> tuple[Sample
 
 
 def narrowed(encoded: Encoded) -> Encoded:
-    """Hold pixels in half precision: many samples fit into memory."""
+    """Keep pixels in half precision, so that many samples fit into memory."""
     inputs = {
         n: v.half() if v.dtype == torch.float32 and v.dim() > 1 else v
         for n, v in encoded.vision_inputs.items()
@@ -114,10 +114,10 @@ def still_item(processor: Any, seed: int, index: int) -> Item:
 
 
 def widen(model: nn.Module, seed: int) -> None:
-    """Draw weights anew with a deviation of one over the root of their inputs, embeddings with one half.
+    """Draw weights again, with a deviation of one over the root of their inputs; embeddings: one half.
 
-    The family's 0.02 is made for wide models; at a width of 64 attention then takes thousands of steps to
-    leave uniformity.
+    The family's 0.02 is made for wide models; at a width of 64, attention with it stays uniform for
+    thousands of steps.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def widen(model: nn.Module, seed: int) -> None:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write weights in half precision, to be loaded in full, in which they can be trained on a CPU."""
+    """Write weights in half precision; loading them in full precision allows training on a CPU."""
     model.half().save_pretrained(folder)
     config = folder / "config.json"
     text = config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"')

@@ -1,9 +1,10 @@
 """Train the toy teacher from the toy world alone: ``python -m studies.toy.train_teacher``.
 
 First the VAE learns to rebuild clips. Then the transformer and its text encoder learn to denoise latents
-under a text, first of single pictures, then of clips. In the text some words are wrong, and throwaway heads
-on the transformer's text stream, one after each block but the first, learn to name the right ones: with the
-denoising alone a model of this size takes hardly any notice of its text. Everything follows from the seed.
+under a text, first of single pictures, then of clips. The text contains wrong words. Heads on the
+transformer's text stream, one after each block but the first, learn to name the right words, and are removed
+after training: with denoising alone, a model of this size hardly uses its text. All weights follow from the
+seed.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ TEACHER: dict[str, Any] = {
     "temporal_compression": 2,
     "scaling_factor": 1.0,
 }
-#: A random stream of its own: no clip of the student is drawn again.
+#: A separate random stream: no clip of the student is drawn again.
 _STREAM = 7_000_101
 _SHORT = 5
 
 
 def draw(seed: int, index: int, *, still: bool = False) -> tuple[Scene, str]:
-    """Return scene ``index`` of the teacher's own stream and the task it was drawn for; train pairs only."""
+    """Return scene ``index`` of the teacher's random stream and its task; training pairs only."""
     task = list(TASKS)[index % len(TASKS)]
     rng = np.random.default_rng([_STREAM, seed, int(still), index])
     return sample_scene(rng, task, split="train"), task
@@ -112,7 +113,7 @@ def encode(vae: Any, clips: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Scaled latents, what each is drawn from, how it is put into words; ``steps`` of ``batch``."""
+    """Scaled latents, the scene of each, the function that writes its text; ``steps`` of ``batch``."""
 
     latents: torch.Tensor
     scenes: list[tuple[Scene, str]]
@@ -122,7 +123,7 @@ class Lesson:
 
 
 def sharpen(transformer: nn.Module) -> None:
-    """Start the scales of queries and keys at 1.5: normalised heads of 16 are then as sharp as wider ones."""
+    """Start the scales of queries and keys at 1.5, which makes heads of width 16 as sharp as wider ones."""
     with torch.no_grad():
         for name, weight in transformer.named_parameters():
             if name.endswith(("norm_q.weight", "norm_k.weight")):
@@ -135,7 +136,7 @@ def train_transformer(
     """Teach the transformer and the text encoder one lesson after the other.
 
     Words are exchanged at the rate ``wrong``. Yields each step's denoising loss and the share of wrong words
-    that were set right, of those that more signal than noise was there for.
+    that were corrected, among those at levels with more signal than noise.
 
     The learning rate falls along a cosine in the last lesson. The weights kept are their running mean over
     about its last five hundred steps.
@@ -225,13 +226,13 @@ def train_transformer(
 
 
 def save(pipe: Any, record: dict[str, Any], folder: Path) -> None:
-    """Write the pipeline in half precision, as an ordinary diffusers folder, and how it came about."""
+    """Write the pipeline in half precision as a diffusers folder, and the record of its training."""
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(steps: Iterator[Any], count: int, what: str, names: Sequence[str]) -> dict[str, list[float]]:
-    """Run through ``steps`` behind a progress bar; returns the mean of every hundred, by name."""
+    """Run through ``steps`` with a progress bar; returns the mean of every hundred steps, by name."""
     seen: list[Any] = []
     with tqdm(steps, total=count, desc=what, unit="step", mininterval=2) as bar:
         for step in bar:
