@@ -140,7 +140,7 @@ def choose(op: str, name: str, *args: Any) -> Callable[..., Any]:
             reasons = reasons_of(backend, *args)
             if label == "triton" and not reasons and _device(args).type == "cpu":
                 # A thousand times slower than all others: it runs only on request.
-                reasons = ["its interpreter runs only what asks for it"]
+                reasons = ["auto does not choose triton's interpreter: ask for backend triton"]
             if not reasons:
                 return backend.run
             refused += [f"{label}: {reason}" for reason in reasons]

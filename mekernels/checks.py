@@ -163,8 +163,8 @@ def cu_seqlens(value: object, query: Tensor, own: int) -> None:
     same_device("cu_seqlens", value, "query", query)
     if query.shape[0] != 1 or query.shape[2] != own:
         raise ValueError(
-            "cu_seqlens needs a batch of 1 and as many queries as keys of a part, "
-            f"got a batch of {query.shape[0]}, {query.shape[2]} queries and {own} keys; see key_range"
+            "cu_seqlens needs a batch of 1 and as many queries as own keys, got a batch of "
+            f"{query.shape[0]}, {query.shape[2]} queries and {own} own keys; see key_range"
         )
     if value.device.type != "cpu":
         return

@@ -116,7 +116,7 @@ HIDING = ("causal", "key_mask", "window")
 
 
 def biased_entries(exponents: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention from logarithms to which the bias of the scores is still to be added."""
+    """Attention from its logarithms without the bias, which is added here."""
     if bias is None:
         return exponents.exp()
     hidden = bias <= torch.finfo(bias.dtype).min / 2

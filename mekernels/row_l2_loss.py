@@ -36,7 +36,7 @@ def row_l2_loss(student: Tensor, teacher: Tensor, row_mask: Tensor | None = None
     """
     checks.tensor("student", student, 3, layout="(batch, rows, tokens)")
     checks.tensor("teacher", teacher, 3, layout="(batch, rows, tokens)")
-    checks.shape("teacher", teacher, student.shape, meaning="(that of student)")
+    checks.shape("teacher", teacher, student.shape, meaning="(the shape of student)")
     checks.same_device("teacher", teacher, "student", student)
     check_row_mask(row_mask, student)
     checks.no_functorch("row_l2_loss")

@@ -48,7 +48,7 @@ def measure(
     """
     assert data.data is not None
     if prior.source is not None:
-        raise ValueError(f"--teacher {prior.teacher}: noise levels are of a video model")
+        raise ValueError(f"--teacher {prior.teacher} has no noise levels: give a video model")
     full = replace(settings, mode="reconstruct")
     ways = [full, *(replace(full, mode="renoise", noise_level=level) for level in levels)]
     for way in ways:
@@ -97,7 +97,7 @@ def compare(
     for teacher, others in zip(prior.teachers[1:], read[1:], strict=True):
         both = [compare_words(mine, others[id]) for id, mine in read[0].items() if id in others]
         if not both:
-            raise ValueError(f"no clip could be read by {prior.teachers[0]} and {teacher}. {skips.summary()}")
+            raise ValueError(f"{prior.teachers[0]} and {teacher} read no clip in common. {skips.summary()}")
         rows.append({"teacher": teacher, **mean_agreement(both)})
     return rows
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print_teachers(first: str, rows: list[dict[str, Any]]) -> None:
     print(f"Agreement with the priors of {first}, on its grid")
-    print("words: share of the first one's words that the other kept too; cosine: mean over their rows")
+    print("words: share of the first teacher's words that this one keeps too; cosine: mean over their rows")
     print("words  cosine  clips  teacher")
     for row in rows:
         print(f"{row['words']:5.2f}  {row['cosine']:6.3f}  {row['clips']:5.0f}  {row['teacher']}")

@@ -69,9 +69,9 @@ class TeacherCost:
         weights = f"{readable(sum(self.weights.values()))} ({parts}){host}"
         return (
             f"at least {readable(self.total)}: weights {weights}, "
-            f"at least {readable(self.reading)} to read a clip and {readable(self.encoding)} to encode it, "
-            "one after the other (lower bounds, of single layers: encoding takes many times its bound at its "
-            "peak, which only a run measures)"
+            f"and then at least {readable(self.encoding)} to encode a clip, or {readable(self.reading)} to "
+            "read it (each is the bound of one layer; the peak of encoding is many times its bound, and only "
+            "a run measures it)"
         )
 
     def to_json(self) -> dict[str, Any]:

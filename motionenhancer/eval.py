@@ -365,8 +365,8 @@ def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: 
             report.claim()
         elif held := sorted(path.name for path in report.folder.glob("*") if _FOREIGN.fullmatch(path.name)):
             raise ValueError(
-                f"--output_dir {report.folder}: holds {', '.join(held[:3])} of something else, and no report "
-                "of an evaluation; give another folder"
+                f"--output_dir {report.folder}: holds {', '.join(held[:3])}, but no report of an evaluation; "
+                "give another folder"
             )
         report.write("running")
     on_interrupt(interrupted)

@@ -273,7 +273,7 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
     keys: dict[str, str] = {}
     for key in given:
         if (other := keys.setdefault(names[key], key)) != key:
-            raise ValueError(f"--config {path}: {other} and {key} are two names of one option")
+            raise ValueError(f"--config {path}: {other} and {key} are two names of one option; give one")
     actions = {action.dest: action for action in reversed(parser._actions)}
     return {
         name: _as_flag(actions[name], given[key], f"--config {path}: {name}") for name, key in keys.items()

@@ -57,7 +57,7 @@ _UPLOAD = "only the finished model is uploaded, once"
 _LENGTHS = "lengths are known only when a clip has been decoded; use random or sequential"
 _IN_BACKWARD = (
     "it changes the weights during the backward pass, so a run could not stop before NaN reaches them; use "
-    "an optimizer that takes a step of its own"
+    "an optimizer that changes them after the backward pass"
 )
 _AVERAGED = (
     "the weights to keep are averages of the trained ones, but the Trainer saves the trained ones; use an "
@@ -76,7 +76,7 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     ),
     "bf16_full_eval": _CASTS,
     "fp16_full_eval": _CASTS,
-    "do_eval": "give --eval_data, which is evaluated",
+    "do_eval": "give --eval_data, the samples to evaluate",
     "greater_is_better": {"True": "every metric is a loss"},
     "hub_strategy": dict.fromkeys(("every_save", "checkpoint", "all_checkpoints"), _UPLOAD),
     "hub_always_push": _UPLOAD,
@@ -96,7 +96,7 @@ REFUSED: Mapping[str, str | Mapping[str, str]] = {
     "label_smoothing_factor": (
         "with video models the Trainer would smooth each token's own label, not the next one's"
     ),
-    "remove_unused_columns": "samples carry their priors",
+    "remove_unused_columns": "the Trainer would remove the priors from the samples",
     "label_names": "the labels are those that the student's own processor makes",
     "auto_find_batch_size": (
         "the Trainer would start again with a smaller batch, but with weights that are already trained; give "

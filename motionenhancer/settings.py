@@ -153,8 +153,8 @@ class StudentArguments(ShownArguments):
     )
     alignment_loss: str = setting(
         "l2",
-        "Distance of two rows. l2: norm of their difference; squared: its square; mse: its mean square; kl: "
-        "KL divergence.",
+        "Distance of two rows. l2: norm of the difference; squared: squared norm; mse: mean squared "
+        "difference; kl: KL divergence.",
         choices=LOSSES,
     )
     normalize_rows: bool = setting(
@@ -168,11 +168,13 @@ class StudentArguments(ShownArguments):
     save_aligner: str | None = setting(None, "Safetensors file for the trained aligner.")
     prior_temperature: float = setting(1.0, "Temperature of the prior; below 1: sharper rows.", above=0)
     confidence_gate: float = setting(
-        0.0, "Priors with less confidence than this get a smaller weight; 0: off.", least=0
+        0.0, "Priors with lower confidence get a smaller weight; 0: off.", least=0
     )
     measure_alignment: bool = setting(False, "Log loss_align even if λ is 0.")
     lora_r: int = setting(0, "Rank of LoRA adapters, trained in place of the weights; 0: none.", least=0)
-    lora_alpha: int | None = setting(None, "Adapters' scale times rank. Default: twice the rank.", least=1)
+    lora_alpha: int | None = setting(
+        None, "The adapters' scale is lora_alpha / lora_r. Default: 2 · lora_r.", least=1
+    )
     lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
@@ -323,7 +325,7 @@ class OnlineArguments(Settings):
 class ReportArguments(Settings):
     """The page of the run."""
 
-    report_samples: int = setting(8, "Number of clips on the page; 0 after a training: no page.", least=0)
+    report_samples: int = setting(8, "Number of clips on the page; 0: a training writes no page.", least=0)
 
 
 @dataclass

@@ -69,7 +69,7 @@ def _list(store: PriorStore) -> int:
     for key, refusal in refused:
         why = f"{refusal.reason}: {refusal.detail}".encode("utf-8", "backslashreplace").decode()
         print(f"{key[:16]}  {'none':>11}  {why}")
-    print(f"{count} priors, {total:,} bytes, {len(refused)} clips that can give none in {store.folder}")
+    print(f"{count} priors, {total:,} bytes, {len(refused)} clips without a prior in {store.folder}")
     return 0
 
 

@@ -149,7 +149,7 @@ def run(
     whole = engine in ("plain", "DDP")  # each process has all weights
     rehearse(training, engine)
     if student.lora_merge and not whole:
-        raise ValueError(f"--lora_merge: not under {engine}; merge the saved adapter afterwards")
+        raise ValueError(f"--lora_merge does not work under {engine}; merge the saved adapter afterwards")
     if student.aligned:
         assert prior.teacher is not None
         prior.check(settings, PartialState().device)

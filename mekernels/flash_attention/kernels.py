@@ -25,9 +25,7 @@ def common_reasons(call: Call, package: str = "") -> list[str]:
     if not (query.numel() and key.numel()):
         reasons.append("a tensor is empty")
     if causal and scale <= 0:
-        reasons.append(
-            f"causal attention with a scale of {scale} gives NaN in fused kernels, it must be positive"
-        )
+        reasons.append(f"causal attention needs a softmax_scale above 0: fused kernels give NaN with {scale}")
     if causal and query.shape[2] != key.shape[2]:
         reasons.extend(other_alignment(package))
     return reasons

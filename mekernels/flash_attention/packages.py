@@ -64,13 +64,13 @@ def other_alignment(backend: str) -> tuple[str, ...]:
     """
     if backend == "flash_attn_3":
         return ()
-    what = "causal attention with different query and key lengths"
+    what = "causal attention with different numbers of queries and keys"
     if backend != "flash_attn":
-        return (f"{what} is aligned at the other end",)
+        return (f"{what} aligns their starts, not their ends",)
     version = str(getattr(_imported(PACKAGES[backend]), "__version__", "unknown"))
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (2, 1):
         return ()
-    return (f"{what} needs flash-attn 2.1 or later, whose mask is aligned at the end; found {version}",)
+    return (f"{what} needs flash-attn 2.1 or later, which aligns their ends; found {version}",)
 
 
 def _imported(name: str) -> Any:

@@ -174,7 +174,7 @@ class Ninja:
 
 
 def export_options() -> list[str]:
-    """Linker options that keep everything but the C interface inside the library."""
+    """Linker options that hide all symbols but those of the C interface."""
     return [f"--version-script={SOURCES / 'exports.map'}"] if sys.platform.startswith("linux") else []
 
 

@@ -132,7 +132,7 @@ def save_aligner(aligner: nn.Module, path: str | Path) -> None:
     (2, 3, 4)
     """
     if not isinstance(aligner, Aligner) or not aligner.kind:
-        raise ValueError(f"aligner must be one of build_aligner with weights, got {type(aligner).__name__}")
+        raise ValueError(f"aligner must be of build_aligner and have weights, got {type(aligner).__name__}")
     about = {"name": aligner.kind, "grid": list(aligner.grid), "width": aligner.width}
     weights = {name: value.detach().cpu().contiguous() for name, value in aligner.state_dict().items()}
     with whole_file(path) as temporary:
@@ -219,8 +219,8 @@ def align(
     attention = captured if isinstance(captured, torch.Tensor) else captured.attention
     if attention.dim() not in (3, 5):
         raise ValueError(
-            f"captured attention must be (batch, rows, columns), got {tuple(attention.shape)}; without a "
-            "mean it is (batch, layers, heads, rows, columns)"
+            "captured attention must be (batch, rows, columns), or with reduce='none' "
+            f"(batch, layers, heads, rows, columns), got {tuple(attention.shape)}"
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
@@ -317,8 +317,8 @@ def _grids(
         for teacher in priors:
             if teacher is not None and teacher.attention.shape[1] != width:
                 raise ValueError(
-                    f"captured attention has {width} columns, but the prior {teacher.attention.shape[1]}: "
-                    "pass the student's grid=(frames, height, width)"
+                    f"captured attention has {width} columns, but the prior has "
+                    f"{teacher.attention.shape[1]}: pass the student's grid=(frames, height, width)"
                 )
         return [None if teacher is None else _checked_grid("prior.grid", teacher.grid) for teacher in priors]
     each: list[Any] = [grid] * len(priors) if _is_grid(grid) else list(grid)
@@ -349,7 +349,7 @@ def _row_tokens(
         rows = getattr(captured, "rows", None)
         places = [[0] * count] * batch if rows is None else rows.tolist()
         tokens = [[-1 if place < 0 else row for row, place in enumerate(listed)] for listed in places]
-        what = "captured attention without row_tokens"
+        what = "numbers of the captured rows (row_tokens is None)"
     else:
         if row_tokens.dtype != torch.int64 or row_tokens.shape != (batch, count):
             found = f"{tuple(row_tokens.shape)} {row_tokens.dtype}"
@@ -359,7 +359,7 @@ def _row_tokens(
         kept = 0 if teacher is None else teacher.attention.shape[0]
         highest = max(listed, default=-1)
         if teacher is not None and highest >= kept:
-            raise ValueError(f"{what} must stay below the prior's {kept} kept tokens, got {highest}")
+            raise ValueError(f"{what} must be below the prior's {kept} kept tokens, got {highest}")
     return tokens
 
 

@@ -148,8 +148,8 @@ class MotionDataset(Dataset[Item]):
         run = self.frames.num_frames
         if self.family.equal_frames and run is not None and (own := {len(v.frames) for v in videos} - {run}):
             raise ValueError(
-                f"its row asks for {max(own)} frames, but {self.family.name} needs the same number in all "
-                f"clips, which is {run} in this run"
+                f"its row asks for {max(own)} frames, but {self.family.name} needs the same number of frames "
+                f"in all clips, and this run takes {run}"
             )
         encoded = self.family.encode(self.processor, sample, videos, max_pixels=self.max_pixels)
         prior, words = None, None

@@ -145,7 +145,7 @@ class OnlinePriors:
         try:
             found = answer.result()
             if self.grid is not None and found.prior.grid != self.grid:
-                raise ValueError(f"its prior has grid {found.prior.grid}, but the aligner {self.grid}")
+                raise ValueError(f"its prior has grid {found.prior.grid}, the aligner has grid {self.grid}")
         except Exception as error:
             self._fail(wanted, error)
             return None

@@ -159,7 +159,7 @@ class MotionTrainer(ValidatedTrainer):
         alignment = inputs.pop("alignment", None)
         if isinstance(alignment, PendingAlignment):
             if self.online is None:
-                raise ValueError("the batch has requests, not priors: give MotionTrainer the argument online")
+                raise ValueError("the batch requests priors: give MotionTrainer the argument online")
             alignment = self.online.complete(alignment)
         ids = inputs.pop("ids", [])
         self.skipped.update(inputs.pop("skipped", {}))
@@ -452,13 +452,13 @@ def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:
     """Refuse a DeepSpeed config that defines its own optimizer or scheduler.
 
     Raises:
-        ValueError: names the section. It would silently drop the groups with their own learning rates.
+        ValueError: the config has one; DeepSpeed would silently drop our groups with other learning rates.
     """
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ValueError(
-                f'the DeepSpeed config must have no "{section}" section, as it would replace the learning '
-                "rates of the vision tower and the aligner: remove it, and give --learning_rate, "
+                f'the DeepSpeed config must have no "{section}" section, which would replace the learning '
+                "rates of the vision tower and the aligner: remove the section, and give --learning_rate, "
                 "--weight_decay, --lr_scheduler_type and --warmup_steps"
             )
 

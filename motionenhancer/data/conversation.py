@@ -75,7 +75,7 @@ def convert(
         row = as_conversation(row) or row
         whole = _check_keys(row, "row", _ROW_KEYS, _ROW_CLIP_KEYS, "", log)
         if any(row.get(key) is not None for key in _REJECTED):
-            log.note("rejected answer of a preference not read")
+            log.note("rejected answer of a preference pair, not read")
         listed = {kind: _listed_files(row, kind, log) for kind in ("video", "image")}
         inline: dict[str, list[_File]] = {"video": [], "image": []}
         messages = _messages(row, inline, log)
@@ -87,7 +87,9 @@ def convert(
         _check_roles(messages)
         for kind in files:
             if inline[kind] and listed[kind] is not None:
-                raise _BadSample("tag count differs", f"has {kind} files in the messages and beside them")
+                raise _BadSample(
+                    "tag count differs", f"{kind} files are both in the messages and beside them"
+                )
             _check_tags(kind, sum(part["type"] == kind for part in media), len(files[kind]))
         if require_video and not files["video"]:
             raise _BadSample("no video", "neither a video nor a <video> tag")
@@ -99,7 +101,7 @@ def convert(
     task = next((row[key] for key in _TASK_KEYS if isinstance(row.get(key), str)), "")
     regions = row.get("regions") or ()
     if not isinstance(regions, list | tuple):
-        log.note("regions that are no list, ignored")
+        log.note("regions ignored: they must be a list")
         regions = ()
     return Sample(name, messages, videos, images, line, offset, task, tuple(regions))
 
@@ -132,7 +134,7 @@ def _listed_files(row: dict[str, Any], kind: str, log: SkipLog) -> list[_File] |
     if not keys:
         return None
     if len(keys) == 2:
-        raise _BadSample("missing fields", f"both {keys[0]!r} and {keys[1]!r} are given")
+        raise _BadSample("missing fields", f"{keys[0]!r} and {keys[1]!r} exclude each other")
     value = row[keys[0]]
     found = []
     for entry in value if isinstance(value, list) else [value]:
@@ -179,7 +181,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
         trained = _is_trained(turn, where)
         if trained and role != "assistant":
             raise _BadSample(
-                "unsupported key", f"{where}: only answers are trained, this is the {role}'s turn"
+                "unsupported key", f"{where}: only turns of the assistant are trained on, got the {role}'s"
             )
         if trained is False and role == "assistant":
             message["loss"] = False
@@ -247,7 +249,7 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
     roles = [message["role"] for message in messages]
     talk = roles[1:] if roles[0] == "system" else roles
     if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
-        expected = "must be user, assistant in turns after at most one system"
+        expected = "must be at most one system, then user and assistant in turns"
         raise _BadSample("wrong roles", f"{expected}, got {', '.join(roles)}")
     for i, message in enumerate(messages):
         kinds = {part["type"] for part in message["content"]}

@@ -62,7 +62,7 @@ def limit(name: str) -> int:
 
 
 def refuse_size(path: Path, size: int, what: str, name: str) -> None:
-    """Refuse a clip that is too large for this machine. It is not recorded, as other machines may read it.
+    """Refuse a clip that is too large for this machine. No record is kept, as other machines may read it.
 
     Raises:
         VideoError: ``size`` is above the limit.
@@ -128,7 +128,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             metadata_errors="replace",
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise unreadable(path, error, "cannot be opened, damaged or not a video") from None
+        raise unreadable(path, error, "cannot be opened: damaged, or not a video") from None
     try:
         stream = _best_stream(container)
         if stream is None:
@@ -138,8 +138,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         _refuse_frame(path, stream)
         if stream.frames > size:
             # To list them all could take hours.
-            raise VideoError(path, f"damaged: lists {stream.frames:,} frames in {size:,} bytes")
-        refuse_size(path, stream.frames, f"lists {stream.frames:,} frames", FRAMES)
+            raise VideoError(path, f"damaged: its header lists {stream.frames:,} frames in {size:,} bytes")
+        refuse_size(path, stream.frames, f"its header lists {stream.frames:,} frames", FRAMES)
         stream.codec_context.options = largest
         # A DataLoader already has a process a core; a converter and a decoder take one thread each.
         stream.codec_context.thread_count = 1

@@ -159,7 +159,7 @@ def read_tempcompass(path: Path, log: SkipLog, *, form: str) -> Iterator[Questio
                 "is not supported: a language model judges it" if found == "captioning" else "is another file"
             )
             raise ValueError(
-                f"--data {path} must be TempCompass's {form}.json, {id!r} is of {found}, which {other}"
+                f"--data {path} must be TempCompass's {form}.json; {id!r} belongs to {found}, which {other}"
             )
         task = _known(aspect, TEMPCOMPASS_ASPECTS, "aspect of TempCompass", path)
         yield Question(id, video, question, answer, (task,), options)

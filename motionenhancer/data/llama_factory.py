@@ -78,19 +78,19 @@ def read_entry(file: Path, name: str) -> Entry:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: no readable list of data sets ({error})") from error
+        raise ValueError(f"{file}: not a readable list of data sets ({error})") from error
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{file}: must map names to data sets")
     if not name and len(entries) == 1:
         name = next(iter(entries))
     if name not in entries:
-        raise ValueError(f"{file}: give one of its data sets, {INFO}:NAME; it has {', '.join(entries)}")
+        raise ValueError(f"{file}: give {INFO}:NAME, where NAME is one of {', '.join(entries)}")
     entry, where = entries[name], f"{file}, {name!r}"
     form = entry.get("formatting", "alpaca")
     if form not in ("alpaca", "sharegpt"):
         raise ValueError(f"{where}: formatting must be alpaca or sharegpt, got {form!r}")
     if entry.get("ranking"):
-        raise ValueError(f"{where}: ranking: preferences are not learnt")
+        raise ValueError(f"{where}: ranking must not be true: training on preferences is not supported")
     known = {*_SHARED, *((*_ALPACA, "history") if form == "alpaca" else ("messages",))}
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     # ms_hub_url is the data set's name at ModelScope, which is not read here.
@@ -99,7 +99,7 @@ def read_entry(file: Path, name: str) -> Entry:
     wrong += [f"columns.{key}" for key in columns if key not in known]
     wrong += [f"tags.{key}" for key in tags if key not in _TAGS]
     if wrong:
-        raise ValueError(f"{where}: {', '.join(wrong)} cannot be honoured")
+        raise ValueError(f"{where}: not supported: {', '.join(wrong)}")
     if "hf_hub_url" in entry:
         data = entry["hf_hub_url"] + (f"@{entry['revision']}" if entry.get("revision") else "")
         data += f":{entry['split']}" if entry.get("split") else ""

@@ -149,7 +149,7 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
         if sample is None:
             continue
         if len(sample.messages) != 2:
-            log.add("unsupported key", id=id, line=line, detail="'system': questions have none")
+            log.add("unsupported key", id=id, line=line, detail="'system': a question has no system message")
             continue
         kind = id.rsplit("-", 1)[-1]
         task = kind if kind in MOTIONBENCH_TASKS.values() else "other"

@@ -12,8 +12,8 @@ _TOOLS = "tools are not shown to the model"
 _WEIGHT = "every sample has the same weight; repeat or remove samples instead"
 _WHOLE = "an answer is trained on whole or not at all"
 _SOUND = "sound is not shown to the model"
-_BOXES = "boxes are not written into texts; write them out"
-_FILES = "a turn's files belong beside the messages or into the parts of its content"
+_BOXES = "boxes are not put into texts; write their numbers into the text"
+_FILES = "put a turn's files beside the messages or into the parts of its content"
 _THOUGHT = "hidden reasoning is not shown; write it into the content"
 _FRAME_SIZE = "give min_pixels and max_pixels instead"
 _SECONDS = "give video_start and video_end, in seconds"
@@ -31,7 +31,7 @@ _REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("audio", "audios"), _SOUND),
         **dict.fromkeys(("label", "kto_tag"), _UNWANTED),
         "objects": _BOXES,
-        "history": "earlier turns belong into the conversation",
+        "history": "put earlier turns into the conversation",
         **_VIDEO,
     },
     "turn": {

@@ -130,7 +130,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         file = ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: no readable parquet file ({error})") from error
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
     def rows() -> Iterator[Row]:
         line = 0

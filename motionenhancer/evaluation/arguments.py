@@ -52,7 +52,7 @@ class EvalArguments(ShownArguments, DataArguments):
     dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
     workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)
     bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
-    bootstrap_unit: str = setting("question", "Unit of the bootstrap.", choices=["question", "video"])
+    bootstrap_unit: str = setting("question", "Unit that the bootstrap draws.", choices=["question", "video"])
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
     subtitles: str | None = setting(
         None, "Video-MME: folder of subtitles to show, files <videoID>.srt.", exists="folder"

@@ -90,7 +90,7 @@ class Rules(Settings):
     )
     option: str = setting(
         "caseless",
-        "FAVOR-Bench. published: case matters if one option contains another; caseless: it never does.",
+        "FAVOR-Bench. published: case matters if one option contains another; caseless: case never matters.",
         flag="option_rule",
         choices=READINGS["option"],
     )

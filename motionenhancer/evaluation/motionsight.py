@@ -59,7 +59,7 @@ def looks(
     found: list[Look | None] = []
     given = [boxes.get(q.id) or boxes.get(video_stem(q.video)) for q in questions]
     if boxes and not any(given):
-        raise ValueError("--boxes has boxes of no question and no clip of this run")
+        raise ValueError("--boxes must name questions or clips of this run, it names none of them")
     for question, clip, regions in zip(questions, clips, given, strict=True):
         if clip is None:
             found.append(None)
@@ -122,7 +122,7 @@ def spotlight(video: Video, regions: Sequence[dict[str, Any]]) -> Video:
 def _boxes(video: Video, regions: Sequence[dict[str, Any]]) -> list[list[Box]]:
     """The boxes of each shown frame."""
     if len(video.timestamps) < 2:
-        raise ValueError("a spotlight needs two frames or more")
+        raise ValueError("--visual_prompt spotlight needs clips of two frames or more")
     times = (video.timestamps - video.timestamps[0]) / video.duration
     found: list[list[Box]] = [[] for _ in times]
     for number, region in enumerate(regions):

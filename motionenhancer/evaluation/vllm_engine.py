@@ -55,8 +55,8 @@ def check_vllm(student: Path, family: StudentFamily) -> None:
     """
     if family.name not in FAMILIES:
         raise ValueError(
-            f"--engine vllm must be used with one of {', '.join(FAMILIES)}, not with {family.name}, for "
-            "which answers by vLLM are not known to be those by transformers"
+            f"--engine vllm supports {', '.join(FAMILIES)}, got {family.name}: it is not known whether vLLM "
+            "gives its answers as transformers does; leave --engine out"
         )
     if base_folder(student) != student:
         raise ValueError(
@@ -160,17 +160,17 @@ def _answers(llm: Any, sampling: Any, processor: Any, requests: Sequence[Request
     late = [request.id for request in requests if request.late]
     if late:
         raise ValueError(
-            f"--engine vllm: the clip of question {late[0]!r} is too long: behind it vLLM counts "
-            "positions in another way than transformers; leave --engine out"
+            f"--engine vllm: the clip of question {late[0]!r} is too long: vLLM and transformers "
+            "number the positions after it differently; leave --engine out"
         )
     found = llm.generate([request.prompt for request in requests], sampling, use_tqdm=False)
     for request, output in zip(requests, found, strict=True):
         tokens = _of_one_kind(processor, output.prompt_token_ids)
         if tokens != request.tokens:
             raise ValueError(
-                f"--engine vllm: question {request.id!r} is {len(tokens)} tokens to vLLM and "
-                f"{len(request.tokens)} to transformers, which must be the same tokens: this vLLM prepares "
-                "clips in another way; leave --engine out"
+                f"--engine vllm: question {request.id!r} has {len(tokens)} tokens in vLLM and "
+                f"{len(request.tokens)} in transformers, and both must be the same: this version of vLLM "
+                "prepares clips differently; leave --engine out"
             )
     said = [list(output.outputs[0].token_ids) for output in found]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

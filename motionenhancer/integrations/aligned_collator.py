@@ -81,7 +81,7 @@ class AlignedCollator:
 
     def _sample(self, row: Mapping[str, Any] | None) -> Sample | None:
         if row is None:
-            self.priors.leave_out("its row was not kept", "a sample")
+            self.priors.leave_out("the data set did not keep its row", "a sample")
             return None
         given = {name: row[name] for name in _KEYS if row.get(name) is not None}
         log = SkipLog(shout=0)

@@ -75,7 +75,7 @@ class PriorLookup:
         try:
             prior = self._stored.read(self._stored.keys(sample, self._digests.digest))
             if self.grid is not None and prior.grid != self.grid:
-                raise ValueError(f"its grid is {prior.grid}, the aligner's {self.grid}")
+                raise ValueError(f"its prior has grid {prior.grid}, the aligner has grid {self.grid}")
         except (ValueError, OSError) as error:
             self.leave_out(str(error), sample.id)
         except KeyError:
@@ -94,8 +94,8 @@ class PriorLookup:
         self.missing[reason] += 1
         if not self.found and self.missing.total() >= PATIENCE:
             raise ValueError(
-                f"none of the first {PATIENCE} samples has a prior in {self.store.folder}, which "
-                f"{self.teacher} made from the {self.source} text; the last is {name}: {reason}. Extract "
+                f"none of the first {PATIENCE} samples has a prior in {self.store.folder} (teacher "
+                f"{self.teacher}, --prompt_source {self.source}); the last is {name}: {reason}. Extract "
                 "priors from the same videos and conversations"
             )
 

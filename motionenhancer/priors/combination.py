@@ -76,7 +76,7 @@ def combine_priors(
     if len(used) == 1 and first.grid == grid:
         return first
     if any(prior.prompt != first.prompt for prior, _ in used):
-        raise ValueError("priors must be of one text to be combined")
+        raise ValueError("priors must have the same prompt to be combined")
     rows: dict[Span, list[tuple[float, torch.Tensor]]] = {}
     for prior, weight in used:
         for span, row in word_rows(prior, grid).items():
@@ -182,7 +182,7 @@ class Combined:
         if not there:
             raise errors[0]
         refused = [refusal_of(error) for error in errors]
-        left_out = [(f"{one.reason}, others' priors used", one.detail) for one in refused]
+        left_out = [(f"{one.reason}; the other teachers' priors are used", one.detail) for one in refused]
         return Made(
             combine_priors([None if one is None else one.prior for one in made], self.weights, self.grid),
             fresh=any(one.fresh for one in there),

@@ -343,7 +343,7 @@ class Stored:
         return None, ""
 
     def _check_clip(self, request: PriorRequest) -> str:
-        """Return the clip's name in its key; `VideoError` if the clip changed since the key was made."""
+        """Return the clip's part of its key; `VideoError` if the clip changed since the key was made."""
         digest = content_digest(request.video)
         if request_key(self._name, digest, request) != request.key:
             raise VideoError(Path(request.video), "changed during the run; start again")

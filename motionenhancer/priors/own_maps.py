@@ -80,7 +80,7 @@ class OwnMaps(Source):
     @staticmethod
     def said(sample: Sample, source: str) -> str:
         if sample.images:
-            raise ValueError("a student's own maps are read of samples without images")
+            raise ValueError("a student's own maps need samples without images")
         return json.dumps({"messages": sample.messages, "source": source}, sort_keys=True)
 
     def decode(self, request: PriorRequest) -> Video:

@@ -28,7 +28,7 @@ from .shown import html_table, one_line
 from .token_choice import choose_tokens
 
 #: Note of a prior whose text has characters that are in none of its words; see `MotionPrior.unknown`.
-PARTLY_UNKNOWN = "priors of texts with characters that the teacher's tokenizer has no piece for"
+PARTLY_UNKNOWN = "priors whose text has characters unknown to the teacher's tokenizer"
 
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
 FORMAT = 5

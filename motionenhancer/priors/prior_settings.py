@@ -41,7 +41,7 @@ class PriorSettings:
     )
     mode: str = setting(
         "reconstruct",
-        "reconstruct: inversion and reconstruction, as in the paper; renoise: one evaluation, noised clip.",
+        "reconstruct: invert and reconstruct, as in the paper; renoise: one evaluation of the noised clip.",
         flag="prior_mode",
         choices=MODES,
     )
@@ -63,13 +63,13 @@ class PriorSettings:
     )
     diagonal_width: int = setting(
         0,
-        "Head selection: two places of the grid count as one up to this distance in raster order.",
+        "Head selection: places up to N steps apart in the grid's raster order count as one place.",
         least=0,
     )
     token_scores: str = setting(
         "raw",
-        "Before token selection adds mean attention and its change, leave both as they are (raw), or "
-        "standardize each over the words of the text.",
+        "Token selection adds mean attention and its change. raw: both as they are; standardized: both "
+        "standardized over the words of the text.",
         choices=SCORES,
     )
     token_unit: str = setting(

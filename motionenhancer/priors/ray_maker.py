@@ -279,7 +279,7 @@ class RayMaker:
                     self._jobs.appendleft(job)
                     self._changed.notify()
             if job.deaths >= TRIES:
-                said, passing = f"{TRIES} actors died while they read it", is_machines(error)
+                said, passing = f"{TRIES} actors died while they read this clip", is_machines(error)
                 killer = KillerClip(Path(job.request.video), said, passing=passing)
                 job.answer.set_exception(self._dead or killer)
             elif not again:

@@ -168,7 +168,7 @@ def _covered(region: dict[str, Any], video: Video, grid: Grid) -> torch.Tensor:
     if several and (not isinstance(shapes, list) or places is None or len(shapes) != len(places)):
         count = len(shapes) if isinstance(shapes, list) else 0
         raise ValueError(
-            f"{key} must have one entry for each of its frames or times, {len(places or ())}, has {count}"
+            f"{key} must have one entry for each of its frames or times ({len(places or ())}), has {count}"
         )
     whole = torch.zeros(grid, dtype=torch.float64)
     counts = torch.zeros(grid[0], dtype=torch.float64)
@@ -196,7 +196,7 @@ def places_of(region: dict[str, Any], video: Video) -> list[float] | None:
             raise ValueError(f"frames must be whole numbers, got {str(frames)[:60]}")
         count = video.source_frames
         if outside := [n for n in given if not 0 <= n < count]:
-            raise ValueError(f"frames must be from 0 to {count - 1}, the clip's, got {outside[0]}")
+            raise ValueError(f"frames must be from 0 to {count - 1} in this clip, got {outside[0]}")
         return [(n + 0.5) / count for n in given]
     if times is not None:
         given = times if isinstance(times, list) else [times]
@@ -204,7 +204,7 @@ def places_of(region: dict[str, Any], video: Video) -> list[float] | None:
             raise ValueError(f"times must be numbers of seconds, got {str(times)[:60]}")
         start, end = float(video.timestamps[0]), float(video.timestamps[0]) + video.duration
         if outside := [t for t in given if not start <= t <= end]:
-            raise ValueError(f"times must be from {start:g} to {end:g} s, the clip's, got {outside[0]:g}")
+            raise ValueError(f"times must be from {start:g} to {end:g} s in this clip, got {outside[0]:g}")
         return [(t - start) / (end - start) for t in given]
     return None
 
@@ -233,7 +233,7 @@ def _box(box: Any, picture: Picture, cells: Picture) -> torch.Tensor:
 def _mask(rle: Any, picture: Picture, cells: Picture) -> torch.Tensor:
     mask = decode_mask(rle)
     if mask.shape != tuple(picture):
-        raise ValueError(f"rle's size must be the picture's, {list(picture)}, got {list(mask.shape)}")
+        raise ValueError(f"rle's size must be {list(picture)}, the picture's size, got {list(mask.shape)}")
     rows, columns = (
         _overlaps(count, length, np.arange(length), np.arange(length) + 1)
         for count, length in zip(cells, picture, strict=True)

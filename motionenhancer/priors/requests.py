@@ -139,7 +139,7 @@ def request_priors(
                 continue
             if len(sample.videos) != 1:
                 reason = "no prior: alignment needs one video"
-                skips.add(reason, id=sample.id, line=sample.line, detail=f"has {len(sample.videos)}")
+                skips.add(reason, id=sample.id, line=sample.line, detail=f"has {len(sample.videos)} videos")
                 continue
             try:
                 text, _ = prompt_text(sample, source)  # type: ignore[arg-type]

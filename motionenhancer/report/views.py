@@ -142,7 +142,9 @@ class View:
         for word in words:
             if word.lower() not in known:
                 names = ", ".join(piece["text"] for piece in listed)
-                raise ValueError(f"--word {word}: {self.id} has no map of it, only of {names or 'no word'}")
+                raise ValueError(
+                    f"--word {word}: {self.id} has no map of this word, only of {names or 'no word'}"
+                )
         return [known[word.lower()] for word in words]
 
 

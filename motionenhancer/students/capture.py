@@ -102,7 +102,7 @@ def capture_attention(
     """
     _check_positions(rows, columns)
     if rows is None and module is not None:
-        raise ValueError("rows must be a tensor to capture a named module; only generated words go without")
+        raise ValueError("rows must be a tensor if module is given: rows=None reads generated words only")
     found = layers_read(model, layers, module)
     if reduce not in ("mean", "none"):
         raise ValueError(f'reduce must be "mean" or "none", got {reduce!r}')

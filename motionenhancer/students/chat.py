@@ -104,7 +104,7 @@ def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str
         return len(part)
     behind = part[_text_spans(shown, messages, part)[-1][-1][1] :] if spans else ""
     if not behind.strip() or not text.startswith(behind.rstrip(), spans[-1][1]):
-        raise ValueError("an earlier answer does not end like the last one")
+        raise ValueError("the chat template ends an earlier answer differently from the last answer")
     return spans[-1][1] + len(behind)
 
 
@@ -159,7 +159,7 @@ def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Cal
     for placeholder, replacement in replacements:
         at = text.find(placeholder, ends[-1])
         if at < 0:
-            raise ValueError(f"the rendered conversation has too few {placeholder!r}")
+            raise ValueError(f"the rendered conversation has too few placeholders {placeholder!r}")
         pieces += [text[ends[-1] : at], replacement]
         ends.append(at + len(placeholder))
         growths.append(growths[-1] + len(replacement) - len(placeholder))

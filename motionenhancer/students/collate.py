@@ -65,7 +65,7 @@ def collate(
         raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
     names = set(samples[0].token_inputs)
     if any(set(sample.token_inputs) != names for sample in samples):
-        raise ValueError("samples must all have the same token inputs")
+        raise ValueError("all samples must have the same names in token_inputs")
     length = max(len(sample.input_ids) for sample in samples)
     if pad_to_multiple_of is not None:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of

@@ -94,7 +94,7 @@ def _fewer_tokens(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]
     fitting = [n for n in _GEMMA_TOKENS if n * token <= most]
     if not fitting:
         least = _GEMMA_TOKENS[0]
-        raise ValueError(f"max_pixels must be at least {least * token}, {least} tokens, got {most}")
+        raise ValueError(f"max_pixels must be at least {least * token} ({least} tokens), got {most}")
     return {"max_soft_tokens": min(part.max_soft_tokens, fitting[-1])}
 
 
@@ -122,8 +122,8 @@ def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[
     seconds = processor.video_processor.temporal_patch_size * interval(video)
     if seconds != round(seconds) and _truncates_seconds():
         warnings.warn(
-            "transformers before 5.18 truncates the seconds between token frames to whole numbers; upgrade "
-            "it, or sample frames so that two of them are whole seconds apart",
+            "transformers before 5.18 truncates the seconds between token frames to whole numbers: upgrade "
+            "transformers, or sample frames so that token frames are whole seconds apart",
             stacklevel=3,
         )
     return {**made, "second_per_grid_ts": torch.tensor([seconds], dtype=torch.float32)}

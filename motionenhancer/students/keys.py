@@ -164,7 +164,7 @@ def read_mask(implementation: str, call: AttentionCall) -> VisibleKeys:
             )
     if isinstance(call.mask, Parts):
         if call.causal:
-            raise ValueError(f"causal parts of {type(call.module).__name__} are not read")
+            raise ValueError(f"{type(call.module).__name__} attends causally in parts: not supported")
         packed = dict.fromkeys(_PACKED, call.mask.starts)
         return _flash(replace(call, mask=None, kwargs={**packed, "is_causal": False}))
     return MASK_READERS[implementation](call)

@@ -116,7 +116,7 @@ def named_attention(model: nn.Module, name: str) -> list[nn.Module]:
     if name not in modules:
         close = difflib.get_close_matches(name, modules, 3) or [n for n, _ in inner.named_children()]
         raise ValueError(
-            f"module must name a module of {type(inner).__name__}, {name!r} does not; near are {close}"
+            f"module must name a module of {type(inner).__name__}, got {name!r}; similar names: {close}"
         )
     found = _outermost(modules[name], _calls_registry)
     if not found:
@@ -150,7 +150,7 @@ class LayersRead(NamedTuple):
     without: int
 
     def __str__(self) -> str:
-        others = {"attend to a part of the sequence or are not asked for": self.left_out}
+        others = {"have a sliding window or are not among --alignment_layers": self.left_out}
         others["have no softmax attention"] = self.without
         total = len(self.modules) + sum(others.values())
         said = "".join(f"; {count} {what}" for what, count in others.items() if count)

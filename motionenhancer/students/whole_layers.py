@@ -39,7 +39,7 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
     def part(*call: Any) -> torch.Tensor:
         _, module, query, *_ = call
         if id(module) not in running:
-            raise ValueError(f"{type(module).__name__} runs without its hooks, so it cannot be read")
+            raise ValueError(f"{type(module).__name__} runs without its forward hooks: not supported")
         running[id(module)].append(call)
         return query
 
@@ -62,8 +62,8 @@ def _joined(calls: Sequence[tuple[Any, ...]], known: dict[tuple[Any, ...], Parts
     implementation, module, query, _, _, kwargs = calls[0]
     if any(call[4] is not None or len(call[2]) != 1 for call in calls):
         raise ValueError(
-            f"{type(module).__name__} attends in {len(calls)} parts that are masked or are batches, which is "
-            "not read"
+            f"{type(module).__name__} attends in {len(calls)} parts, which cannot be captured with a mask or "
+            "a batch above 1"
         )
     queries, keys = (torch.cat([call[place] for call in calls], 2) for place in (2, 3))
     ends = tuple(accumulate(call[2].shape[2] for call in calls))

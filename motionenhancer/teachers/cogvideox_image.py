@@ -36,6 +36,6 @@ class CogVideoXImageTeacher(CogVideoXTeacher):
 
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
         if self.picture is None:
-            raise ValueError("an image-to-video teacher is evaluated within `teacher.showing(video)`")
+            raise ValueError("an image-to-video teacher must be evaluated within `teacher.showing(video)`")
         picture = self.picture.expand(len(latents), -1, -1, -1, -1)
         return super().predict(torch.cat([latents, picture.to(latents)], dim=2), embeds, timestep)

@@ -144,7 +144,7 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         # Without a boundary a pipeline never uses its second transformer.
         found.pop("transformer_2", None)
         if "transformer" not in found:
-            raise ValueError(f"{file}: names no transformer, and no boundary_ratio for a transformer_2")
+            raise ValueError(f"{file}: must name a transformer, or a boundary_ratio and a transformer_2")
     elif not _is_number(ratio) or not 0 <= ratio <= 1:
         raise ValueError(f"{file}: boundary_ratio is {ratio!r}; it must be a number from 0 to 1")
     elif "transformer_2" not in found:

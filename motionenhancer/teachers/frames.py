@@ -30,7 +30,7 @@ def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames must be (n, h, w, 3) uint8, got {frames.shape} {frames.dtype}")
     if len(frames) < 2:
-        raise ValueError(f"frames: got {len(frames)} frame(s), motion needs at least 2")
+        raise ValueError(f"frames must hold at least 2 frames, as motion needs two, got {len(frames)}")
     return frames if len(frames) == count else frames[_evenly(len(frames), count)]
 
 

@@ -53,7 +53,7 @@ def test_peak_is_exact():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the caching allocator rounds sizes up")
 def test_peak_sees_inside_operators():
-    """What an op of our own allocates is not hidden behind its registration."""
+    """The peak includes what a registered op allocates inside."""
     left = torch.randn(256, 256)
 
     def through_a_custom_op():
@@ -136,7 +136,7 @@ def test_grids_are_those_of_the_released_models():
 
 
 def test_collected_where_decoding_and_diffusers_are_missing(tmp_path):
-    """Kernels and students are measured on machines that have no teacher and read no clips."""
+    """Benchmarks of kernels and students are collected without the packages of teachers and of decoding."""
     (tmp_path / "without_some.py").write_text(WITHOUT)
     command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "--collect-only", "-q", "-rs"]
     command += ["--size", "tiny", "-p", "without_some", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
@@ -169,7 +169,7 @@ def test_students_step_without_them(tmp_path):
 
 
 class Stand:
-    """As much of pytest-benchmark's fixture as the sampler uses."""
+    """A stand-in for pytest-benchmark's fixture, with the parts that the sampler uses."""
 
     def __init__(self):
         self.extra_info, self.group = {}, None
@@ -195,7 +195,7 @@ def test_baselines_take_turns_with_ours():
 
 
 class Queue:
-    """A GPU on the host's clock: it sleeps first, then does what was started in turn."""
+    """A stand-in for a GPU, on the host's clock: it sleeps first, then does the started work in order."""
 
     def __init__(self, monkeypatch, seconds_of=None, capacity=10**9):
         self.free, self.seconds_of, self.capacity, self.batches = 0.0, seconds_of or {}, capacity, []
@@ -266,7 +266,7 @@ def test_a_full_queue_is_filled_less(monkeypatch):
     times = device.queued_seconds([lambda: queue.start(1e-4)], 16)
     assert times.filled
     assert times.device[0] == pytest.approx([1e-4] * 16)
-    # A batch of 4 has 9 events, the one behind the wait included.
+    # A batch of 4 has 9 events, including the event after the wait.
     assert queue.batches == [17 + 16, 17, 9, 9, 9, 9]
 
 

@@ -247,7 +247,7 @@ def test_a_rehearsal_needs_no_gpu(stub, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_test_of_a_kernel_is_selected_without_the_other_packages(tmp_path):
-    """As the GPU's stage selects, on a machine without av and diffusers, even from the folder above."""
+    """The GPU stage selects them on a machine without av and diffusers too, also from the parent folder."""
     (tmp_path / "without_some.py").write_text(WITHOUT)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
     paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -270,7 +270,7 @@ def test_every_test_of_a_kernel_is_selected_without_the_other_packages(tmp_path)
 
 
 def test_goals_are_written_as_they_come(tmp_path, monkeypatch):
-    """A goal that fails, one that is missed, one without a bound, one without a package: a line for each."""
+    """There is one line for each: a goal that fails, is missed, has no bound, or lacks a package."""
     import goals
 
     def broken():
@@ -309,7 +309,7 @@ def test_goals_are_written_as_they_come(tmp_path, monkeypatch):
 
 
 def test_goals_run_here():
-    """At the smallest size, as a rehearsal: nothing is judged, nothing fails."""
+    """At the smallest size the goals run without judging figures, and none fails."""
     import goals
 
     entries = [goals.take(goal, judged=False) for goal in goals.goals("tiny")]

@@ -78,7 +78,7 @@ def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     def recorded(captured: Any, priors: Any, **options: Any) -> torch.Tensor:
         value = align(captured, priors, **options)
-        if torch.is_grad_enabled():  # Without it, the distance without the aligner is measured.
+        if torch.is_grad_enabled():  # without gradients, the distance without the aligner is measured
             assert value.requires_grad
             calls.append((captured, priors, options, float(value.detach())))
         return value
@@ -102,7 +102,7 @@ def test_trl(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         attention[rows.clamp(min=0)][:, columns.clamp(min=0)] * (rows >= 0)[:, None] * (columns >= 0)
         for attention, rows, columns in zip(maps, captured.rows, captured.columns, strict=True)
     ]
-    # The aligner, trained by now, was the identity in that step.
+    # In the first step the aligner was still the identity.
     expected = float(align(torch.stack(chosen), priors, **{**options, "aligner": None}))
     assert value == pytest.approx(expected, rel=1e-4)
     assert log[0]["loss_align"] == pytest.approx(expected, rel=1e-4)

@@ -66,7 +66,7 @@ def assert_error_rule(
 
 
 def compiled_variants(launches: Iterable[Launch]) -> dict[str, set[str]]:
-    """What Triton would compile for launches, by the name of the kernel: its own key of each, each once."""
+    """Triton's compilation keys of launches, by the name of the kernel, each key once."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

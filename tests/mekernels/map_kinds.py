@@ -24,7 +24,7 @@ def waves(place: Tensor, count: int) -> Tensor:
 
 
 def head(kind: str, video: VideoTokens, strength: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Query and key (N, WIDTH) of one head, float64; ``strength`` from 0 to 1 moves it away from even."""
+    """Query and key (N, WIDTH) of one head, float64; ``strength`` is from 0, uniform attention, to 1."""
     query, key = randn(video.length, WIDTH, seed=2 * seed), randn(video.length, WIDTH, seed=2 * seed + 1)
     query, key = 0.8 * query, 0.8 * key
     sharp = WIDTH**0.5 * (1 + 6 * strength)

@@ -190,7 +190,7 @@ def test_a_row_without_any_allowed_key_is_zero_in_value_and_gradient():
     query, key = (tensor.requires_grad_() for tensor in case(queries=9, keys=4))
     rows = torch.tensor([[0, 8], [4, 5]])
     result = mekernels.attention_rows(query, key, rows, slice(None), causal=True)
-    # Ends aligned: row 4 of 9 is the last before the first key.
+    # The last query is aligned with the last key, so rows 0 to 4 of 9 see no key.
     assert (result[0, 0] == 0).all()
     assert (result[1, 0] == 0).all()
     assert_exact(result[1, 1], torch.eye(4, dtype=torch.float64)[0])
@@ -381,7 +381,7 @@ def test_functorch_is_refused():
 
 
 def test_large_scores_keep_their_attention():
-    # The logsumexp alone, near 4,000, is rounded by 2e-4, and so would be attention.
+    # Float32 rounds a logsumexp near 4,000 by 2e-4. Attention computed from it would have this error.
     query = torch.full((1, 1, 1, 4), 32.0)
     key = torch.full((1, 1, 8, 4), 32.0)
     key[0, 0, 3:] -= 2.0**-7

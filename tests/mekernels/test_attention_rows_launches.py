@@ -112,7 +112,7 @@ def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
 @compiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_bias_of_a_width_that_no_gate_has_spills_nothing(monkeypatch, dtype):
-    """The tiles of other kernels of this width leave no registers for it."""
+    """With the tiles of kernels without a bias at this width, too few registers would be left."""
     monkeypatch.setattr(plan, "SHAPES", {plan.SINKS: (28, 4, 128, 8192, dtype)})
     with launch.planned_for(90):
         gates = plan.gates()
@@ -136,7 +136,7 @@ def test_cuts_fill_whole_waves(keys, rows, capability):
             held = plan._RESIDENT[name][plan._class(kind)][0 if capability == 90 else 1]
             programs, slots = torch.Size(item.grid).numel(), held * {80: 108, 90: 132}[capability]
             waves = launch.cdiv(programs, slots)
-            # A wave short of a few programs is whole: so many do not divide among the multiprocessors.
+            # A last wave that lacks a few programs counts as full: the number need not divide evenly.
             assert waves == 1 or programs >= 0.9 * waves * slots, (name, programs, slots)
 
 
@@ -150,7 +150,7 @@ def longest_inner_loop(code):
 @compiles
 @pytest.mark.parametrize("listed", [False, True])
 def test_the_pass_by_keys_is_short_and_three_programs_fit(listed):
-    """A prediction of its time: of 32 rows and 64 keys, in bfloat16, at the shape of Qwen2.5-VL-7B."""
+    """With tiles of 32 rows and 64 keys, in bfloat16, at the shape of Qwen2.5-VL-7B."""
     call = meta_call(8192, 64, 6132, listed)
     (item,) = [item for item in launches(call) if item.kernel.__name__ == "key_gradient"]
     assert (item.arguments["BLOCK_M"], item.arguments["BLOCK_N"]) == (32, 64)

@@ -59,7 +59,7 @@ def test_several_layers_with_a_soft_cap_and_sinks():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_sequences_are_read_apart(causal, window, dtype):
     query, key = case(batch=1, queries=12, keys=12)
-    ends = torch.tensor([0, 5, 5, 6, 12], dtype=dtype)  # one of no tokens among them
+    ends = torch.tensor([0, 5, 5, 6, 12], dtype=dtype)  # the second sequence is empty
     rows, options = torch.tensor([[0, 4, 5, 6, 11, 9, -1]]), {"causal": causal, "window": window}
     packed = mekernels.attention_rows(query, key, rows, slice(None), cu_seqlens=ends, **options)
     expected = torch.zeros_like(packed)
@@ -131,7 +131,7 @@ def test_no_rows_with_a_bias_of_each():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_rows_of_no_query_are_named(backend):
-    """Padding too: there is no token that it could stand for."""
+    """A query without tokens refuses rows, also if all rows are padding."""
     query, key = torch.randn(1, 2, 0, 8), torch.randn(1, 1, 4, 8)
     refused = pytest.raises(ValueError, match="query must have tokens to read 2 rows, got 0")
     with mekernels.use_backend(backend), refused:

@@ -69,7 +69,7 @@ def test_logsumexp_against_the_reference(
 
 
 def test_a_sink_of_minus_infinity_changes_nothing():
-    """Nor any gradient, in a row that sees no key too."""
+    """It changes neither values nor gradients, also in a row that sees no key."""
     query, key = (randn(1, 2, 3, 4, seed=seed).requires_grad_() for seed in (0, 1))
     sinks = torch.tensor([-math.inf, 0.5], dtype=torch.float64, requires_grad=True)
     options = {"causal": True, "key_mask": torch.tensor([[False, True, True]])}
@@ -83,7 +83,7 @@ def test_a_sink_of_minus_infinity_changes_nothing():
 
 
 def graded_where_finite(function, inputs):
-    """Values, and gradients of those that are not -inf: there the reference has none."""
+    """Values, and gradients of all values but -inf, for which the reference has no gradient."""
     inputs = [item.detach().clone().requires_grad_() for item in inputs]
     result = function(*inputs)
     weights = randn(*result.shape, seed=7).masked_fill(result == -math.inf, 0)

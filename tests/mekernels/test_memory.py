@@ -120,7 +120,7 @@ def test_all_rows_of_a_few_columns_are_swept():
 
 @pytest.mark.parametrize("tokens", [256, 512, 1024])
 def test_readings_of_a_whole_map_take_memory_as_tokens_not_as_the_map(tokens, monkeypatch):
-    """With everything that is done to scores, forward and backward."""
+    """With every option that changes scores, forward and backward."""
     chunk = 1 << 12
     for module in (rows_composite, entries_composite):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
@@ -138,7 +138,7 @@ def test_readings_of_a_whole_map_take_memory_as_tokens_not_as_the_map(tokens, mo
         assert largest(run, "attention_entries_backward", given.expand(call.map_shape), call) <= bound
     rows = torch.arange(tokens)[None]
     whole = Call(query, key, rows, None, None, None, 0, 1, 0.3, True, 1, True, 3.0, None, bias)
-    # A bias of each head is added for all heads of the rows at a time.
+    # A bias per head is added for all heads at once.
     assert largest(run, "attention_rows", whole) <= HEADS * bound
 
 

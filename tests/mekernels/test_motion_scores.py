@@ -75,7 +75,7 @@ def test_degenerate_denominators(backend):
     square_sum = torch.tensor([1.0, 0.0, 2.0, 3.0])
     with mekernels.use_backend(backend):
         assert motion_scores(diagonal, torch.zeros(4), square_sum).dfc.tolist() == [math.inf, 0, math.inf, 0]
-        # One position: nothing is off the diagonal, whatever the rounding of the sum.
+        # With one position nothing is off the diagonal, so the rounding of the sum must not matter.
         one = motion_scores(diagonal[..., :1], torch.zeros(4), square_sum * 1.0001)
     assert one.dfc.tolist() == [math.inf, 0, math.inf, 0]
 

@@ -100,7 +100,7 @@ def test_sampling_is_close_and_all_rows_are_exact():
     video = VideoTokens(4, 6, 6, text=4)
     layers = [layer(video, index, heads=6) for index in range(2)]
     whole = pool(video, layers, sampled_rows="all").scores()
-    # Each row is drawn: 144 stretches of one.
+    # 144 samples of 144 rows draw every row.
     assert_exact(pool(video, layers, sampled_rows=144).scores().dfc, whole.dfc)
     assert_exact(pool(video, layers, sampled_rows=9999).scores().dfc, whole.dfc)
     sampled = pool(video, layers, sampled_rows=48).scores()
@@ -150,7 +150,7 @@ def test_padding_tokens_stay_keys_when_they_are_no_rows():
     video = VideoTokens(2, 2, 2, text=4)
     layers = [layer(video, 0)]
     whole, some = pool(video, layers).scores(), pool(video, layers, text_rows=[0]).scores()
-    for name in ("dfc", "tcs", "dsr"):  # other rows stand beside the video's in the same products
+    for name in ("dfc", "tcs", "dsr"):  # text rows share matrix products with the video's rows
         assert_exact(getattr(whole, name), getattr(some, name))
 
 

@@ -48,7 +48,7 @@ def test_bad_bound(value, error, message):
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_the_bound_counts_the_memory_that_a_map_holds(batch, monkeypatch):
-    """A map of a batch, as teachers give it, holds the batch: its whole storage counts, once."""
+    """A map that is a view of a batch, as from a teacher, keeps the batch: its whole storage counts, once."""
     flushed = []
     monkeypatch.setattr(backends, "dispatch", lambda *args: flushed.append(1 + len(args[-1])))
     query, key = randn(batch, 2, 22, 8), randn(batch, 2, 22, 8, seed=1)
@@ -74,7 +74,7 @@ def test_the_bound_counts_the_memory_that_a_map_holds(batch, monkeypatch):
 
 @pytest.mark.parametrize("positions", [9, 32, 33])
 def test_padding_of_the_sums_is_not_seen(positions):
-    """Neither the zeros in the padding nor values that a kernel writes there."""
+    """Results contain neither the zeros in the padding nor values that a kernel writes there."""
     video = VideoTokens(2, 1, positions, text=3)
     query, key = randn(1, 2, video.length, 8), randn(1, 2, video.length, 8, seed=1)
     statistics = MotionStatistics(video, 2, sampled_rows="all")

@@ -164,7 +164,7 @@ FLAGS = {("mek_resample_rows", 8), ("mek_resample_rows_backward", 9), ("mek_alig
 
 
 def wrong_arguments(name, arguments, types):
-    """Every way to spoil one argument."""
+    """Every wrong value of every single argument."""
     for place, (value, kind) in enumerate(zip(arguments, types, strict=False)):
         if (name, place) in FLAGS:
             continue
@@ -200,7 +200,7 @@ def test_the_cpu_library_refuses_every_wrong_argument(name):
 
 @pytest.mark.parametrize("name", sorted(good_calls(0)))
 def test_the_cuda_library_refuses_every_wrong_argument(name):
-    """Also memory of the host or of another device, invalid devices, and workspace that does not fit."""
+    """It also refuses memory of the host or another device, invalid devices, and unfit workspace."""
     library, controls = cuda_on_host()
     memory, elsewhere, workspace = torch.zeros(4096), torch.zeros(4096), aligned_bytes(1 << 16)
     name_cuda = name.replace("mek_", "mek_cuda_")

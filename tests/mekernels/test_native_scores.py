@@ -84,7 +84,7 @@ def test_motion_scores_against_counting_by_hand(target, shape, seed):  # noqa: F
 
 
 def test_entries_at_the_threshold(target):  # noqa: F811
-    """Equal to tau: in DSR, in no run."""
+    """An entry equal to tau counts for DSR, but belongs to no run."""
     diagonal = torch.full((2, 3, 3, 4), 0.25)
     diagonal[1, :, 1] = 0.5
     tau, square_sum = torch.tensor([0.25, 0.25]), torch.tensor([10.0, 10.0])

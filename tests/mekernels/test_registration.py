@@ -219,7 +219,7 @@ FORWARD = {
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("op", FORWARD)
 def test_forward_mode_derivatives_are_refused(op, backend, grad):
-    """Without recorded gradients they would be dropped silently."""
+    """Where no gradient is recorded, torch would silently drop the tangents."""
     query = torch.rand(1, 2, 6, 8)
     with forward_ad.dual_level(), mekernels.use_backend(backend), torch.set_grad_enabled(grad):
         assert torch.isfinite(FORWARD[op](query)).all(), "a tensor without a tangent is taken"

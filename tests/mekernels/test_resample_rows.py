@@ -30,7 +30,7 @@ def test_values_and_gradients_against_the_reference(
     expected = reference.resample_rows(maps, source, target, normalize=normalize)
     actual = resample_rows(maps, source, target, normalize=normalize)
     if normalize and expected.numel() and expected.abs().max() > 1e3:
-        return  # a sum next to zero, as attention never has
+        return  # the sum of a row is nearly zero, which attention never has
     assert_exact(actual, expected, 1e-9)
     weights = randn(*expected.shape, seed=seed)
     wanted = torch.autograd.grad(expected, maps, weights)[0]

@@ -30,7 +30,7 @@ def inputs():
 
 
 def loss(query, key, attention, share, **options):
-    """Of the model's attention and of the rows that are read."""
+    """The loss of the model's attention and of the rows that are read."""
     query, other = query * 1.5, key.repeat_interleave(2, 1)
     if share:
         query, picked = share_query(query, ROWS)
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_whole_query(attention, options):
 
 @pytest.fixture
 def copies(monkeypatch):
-    """Whether each gradient that rows were added to had to be copied first."""
+    """For each gradient to which rows are added: whether it was copied first."""
     found = []
     original = torch.Tensor.clone
 

@@ -23,7 +23,7 @@ def empty(*size, dtype=torch.float32):
 
 
 def tokens(shape, heads_first, parts=1):
-    """(1, H, N, D) in memory as it is or with the heads beside the width."""
+    """A tensor (1, H, N, D), contiguous or with heads next to the width in memory."""
     heads, length, width = shape
     size = (1, heads, parts * length, width) if heads_first else (1, parts * length, heads, width)
     made = empty(*size, dtype=torch.bfloat16)
@@ -65,7 +65,7 @@ def test_a_thousand_videos_compile_few_versions(fold, heads_first):
 
 
 def test_what_is_compiled_is_told_apart():
-    """The count sees a stride that 16 does not divide, and one map from several."""
+    """The count distinguishes a stride that 16 does not divide, and calls of one and of several maps."""
     choose = random.Random(0)
     call = random_call(choose, 1, True)._replace(frames=2, positions=5)
     odd = call._replace(key=empty(*call.key.shape[:3], 72, dtype=torch.bfloat16)[..., :64])

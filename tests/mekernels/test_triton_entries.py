@@ -207,7 +207,7 @@ def test_head_statistics(dtype, causal, masked):
     tensors, options = inputs(3, 1, 1, 2, 70, 75, 24, dtype, masked, causal)
     chosen = {"sinks": torch.tensor([[0, 3, -1]]), "rows": slice(2, 69)}
     with mekernels.use_backend("triton"):
-        # Entropies lose what the rounding of a logsumexp of this size takes from a weight.
+        # A logsumexp of this size is rounded; the weights, and so the entropies, have its error.
         assert_same_statistics(*tensors, tolerance=1e-5, device=DEVICE, **chosen, **options)
 
 

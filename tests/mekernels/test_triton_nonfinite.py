@@ -24,7 +24,7 @@ def test_attention_rows(value, place, options, columns):
 
 @pytest.mark.parametrize("value", nonfinite.VALUES)
 def test_half_precision_keeps_other_rows_finite(value):
-    """The backward scales a whole tile of gradients: by what is finite in it."""
+    """The backward scales a whole tile of gradients, and takes the scale from its finite entries only."""
     arguments = ("gradient", value, slice(2, 9), {"key_mask": nonfinite.KEY_MASK, "reduce": "none"})
     _, grad_query, _ = nonfinite.read("triton", *arguments, device=DEVICE, dtype=torch.float16)
     assert not grad_query[:, :, 8].isfinite().any()
@@ -61,7 +61,7 @@ def test_diagonals(value, which):
 @pytest.mark.parametrize("which", ["query", "key", "lse"])
 @pytest.mark.parametrize("fold", [1, 2])
 def test_motion_statistics(value, token, which, fold):
-    """NaN where the reference has NaN, the same values elsewhere, and refused when read."""
+    """Sums have NaN where the reference has NaN and equal values elsewhere, and reading scores is refused."""
     video = VideoTokens(3, 1, 3, text=3)
     query = nonfinite.randn(1, 2, 12, 16, dtype=torch.float32)
     key = nonfinite.randn(1, 2, 12 * fold, 16, seed=1, dtype=torch.float32)

@@ -107,7 +107,7 @@ def test_values_and_gradients(number, dtype):
 @pytest.mark.parametrize("columns", [9, slice(3, 60)])
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_soft_caps_and_windows(dtype, columns, softcap):
-    """Scores far below the cap, where it hardly bends them, and far above it."""
+    """Scores far below the cap, which hardly change, and scores far above the cap."""
     query, key, rows, columns, _ = inputs(5, 1, 1, 2, 70, 75, 32, 6, columns, dtype, 75)
     compare(query, key, rows, columns, causal=True, window=(20, -1), softcap=softcap)
 
@@ -117,7 +117,7 @@ def test_soft_caps_and_windows(dtype, columns, softcap):
 def test_sinks_and_biases(dtype, kind):
     query, key, rows, columns, _ = inputs(5, 2, 2, 2, 50, 70, 32, 6, 9 if kind else slice(3, 60), dtype, 70)
     bias = additive(kind, 2, 4, 6, 70, 1, dtype) if kind else None
-    # One sink takes all the attention: its exponential is no float32.
+    # One sink takes all the attention: its exponential overflows float32.
     mask, sinks = randn(2, 70, seed=2) > -1, torch.tensor([0.3, 200.0, -0.7, -200.0])
     options = {"softcap": 2.0, "reduce": "none"} if kind == "of a head" else {}
     compare(query, key, rows, columns, causal=True, key_mask=mask, sinks=sinks, bias=bias, **options)
@@ -268,7 +268,7 @@ def test_wide_offsets_give_the_same(monkeypatch):
 def test_strides_beyond_32_bits():
     query, key, rows, columns, _ = inputs(3, 1, 1, 2, 9, 20, 16, 3, 4, torch.float16, 20)
     wanted = compare(query, key, rows, columns)
-    torch.use_deterministic_algorithms(False)  # it would fill what is never read
+    torch.use_deterministic_algorithms(False)  # it would fill the gaps between the elements
     far = []
     for item, strides in ((query, (0, 2**31 + 64, 16, 1)), (key, (0, 0, 2**27 + 64, 1))):
         size = sum((n - 1) * stride for n, stride in zip(item.shape, strides, strict=True)) + 1

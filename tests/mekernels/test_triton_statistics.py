@@ -306,7 +306,7 @@ def test_the_bound_counts_what_is_kept(monkeypatch, kept, expected):
     pooled("triton", video, layers, 1, pending_bytes=kept * size).state_dict()
     assert seen == expected
     seen.clear()
-    # One byte less and one layer less is kept.
+    # With one byte less, one layer less is kept.
     pooled("triton", video, layers, 1, pending_bytes=max(0, kept * size - 1)).state_dict()
     assert seen == {0: [1] * 4, 1: [1] * 4, 2: [2, 2], 3: [3, 1], 9: [4]}[kept]
 
@@ -402,7 +402,7 @@ def test_with_nothing_kept_tensors_may_be_overwritten():
 
 
 def test_inference_tensors_are_not_kept():
-    """They have no version, so nothing would tell that one was overwritten."""
+    """Inference tensors have no version counter, so a change in place could not be detected."""
     video = VideoTokens(2, 2, 2, text=3)
     layer = case(video)
     with torch.inference_mode(), mekernels.use_backend("triton"):
@@ -435,7 +435,7 @@ def test_every_way_to_read_adds_what_waits():
     for name in KEPT:
         torch.testing.assert_close(twice[name], 2 * done[name])
         assert torch.equal(copied[name], done[name])
-    # What waits belongs to the sums that are replaced.
+    # Pending layers belong to the replaced sums, so they are dropped.
     loaded = waiting()
     loaded.load_state_dict(done)
     for name in KEPT:
@@ -457,7 +457,7 @@ def test_other_backends_add_what_waits_first():
 
 @pytest.mark.parametrize("extra", [0, 1, 64])
 def test_only_padded_sums_are_written_beyond_the_video(extra):
-    """Sums without room for whole blocks keep what stands beside them."""
+    """If the sums have no room for whole blocks, the memory next to them is not changed."""
     video = VideoTokens(3, 2, 3, text=4)
     query, key, lse = case(video)
     index = torch.tensor([1, 4, 20], device=DEVICE)

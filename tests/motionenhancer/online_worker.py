@@ -24,7 +24,7 @@ PARTS = ("transformer", "vae", "text_encoder")
 
 
 def digest(teacher: Any) -> float:
-    """A number that no missing, split or moved weight leaves as it is."""
+    """A number that changes if a weight is missing, split or moved."""
     total = 0.0
     for part in PARTS:
         for name, tensor in getattr(teacher.pipeline, part).state_dict().items():

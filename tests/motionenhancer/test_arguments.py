@@ -160,7 +160,7 @@ def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_flag_is_declared_once() -> None:
-    """A command would refuse two; here all commands are looked through."""
+    """One command cannot declare a flag twice; this test compares the flags of all commands."""
     from motionenhancer import settings
     from motionenhancer.training.arguments import ValidationArguments
 
@@ -181,7 +181,7 @@ def test_every_flag_is_declared_once() -> None:
         "prior_dir": {"PriorArguments", "StoreArguments"},
         "seed": {"EvalArguments", "ToyArguments"},
         "max_pixels": {"EvalArguments", "StudentArguments"},
-        # Of one clip that is looked at, without a default.
+        # In LookArguments: of one clip, without a default.
         "student": {"LookArguments", "ShownArguments"},
         "num_frames": {"LookArguments", "ShownArguments"},
     }

@@ -233,7 +233,7 @@ def test_lora() -> None:
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reduced_precision_errs_no_more_than_eager(dtype: torch.dtype, autocast: bool, seed: int) -> None:
-    """Against double precision; rounding inside the model is the eager run's own measure."""
+    """Both errors are against double precision; the eager run has the same rounding inside the model."""
     exact, processor = sharp_student(seed=seed, layers=2, dtype=torch.float64)
     batch, _ = make_batch(processor)
     rows, columns = random_rows(batch, 40, seed)

@@ -101,7 +101,7 @@ def test_failed_forward(model: Any, ids: torch.Tensor) -> None:
         with pytest.raises(KeyError):
             model(input_ids=ids)
         handle.remove()
-    # Both attentions ran before the second layer's perceptron failed; the value is complete all the same.
+    # Both attentions ran before the second layer's perceptron failed, so the value is complete.
     assert captured.attention.shape == (1, 2, 3)
     handle = model.model.language_model.layers[0].mlp.register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(KeyError)
@@ -241,7 +241,7 @@ def test_no_grad_is_no_checkpoint(model: Any, ids: torch.Tensor) -> None:
 
 
 def test_inference_mode(model: Any, ids: torch.Tensor) -> None:
-    """Also as the first use of a capture, which runs a small backward of its own."""
+    """It also works as the first capture of a process, which runs a small backward for itself."""
     shared_query._alone.cache_clear()
     with torch.inference_mode(), capture_attention(model, None, COLUMNS) as captured:
         model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
@@ -326,7 +326,7 @@ def test_weights_that_are_not_numbers_show(model: Any, ids: torch.Tensor) -> Non
 def test_positions_that_the_host_does_not_check(
     monkeypatch: pytest.MonkeyPatch, model: Any, ids: torch.Tensor, reduce: str
 ) -> None:
-    """As on another device, where to look at them would wait: one beyond the sequence shows everywhere."""
+    """As on a GPU, where a check would wait: a position beyond the sequence makes all results NaN."""
     read = []
     for rows, columns in ((ROWS, [[0, 6]]), (torch.tensor([[4, 7]]), [[0, 6]]), (ROWS, [[0, 7]])):
         with capture_attention(model, ROWS, torch.tensor([[0, 6]]), reduce=reduce) as captured:
@@ -342,7 +342,7 @@ def test_positions_that_the_host_does_not_check(
 
 
 def test_flash_attention_rounds_what_single_precision_norms_made() -> None:
-    """Its queries and keys take the dtype of the layer's weights, as transformers casts them."""
+    """Queries and keys are cast to the dtype of the layer's weights, as transformers does."""
     query, key = torch.randn(2, 1, 2, 5, 4)
     read = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -423,7 +423,7 @@ def test_scores_that_queries_and_keys_do_not_tell(model: Any, name: str) -> None
 
 
 def test_an_option_of_the_attention_that_is_not_read(model: Any) -> None:
-    """What an attention function takes by name may change its weights; at its default it does not."""
+    """A named option of an attention function may change the attention, unless it has its default."""
     module = model.model.language_model.layers[0].self_attn
     query, key = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 7, 16)
 

@@ -55,7 +55,7 @@ def student() -> Any:
 
 @pytest.fixture
 def model(student: Any) -> Any:
-    student[0].model.rope_deltas = None  # of the batch before
+    student[0].model.rope_deltas = None  # left by the previous batch
     yield student[0]
     restore(student[0])
 
@@ -67,7 +67,7 @@ def test_words_about_a_video(model: Any, student: Any, implementation: str, cach
     batch, layouts = make_batch(student[1], samples=3, side="left", dtype=torch.float64)
     video = [layout.videos[0].positions for layout in layouts]
     columns = torch.nn.utils.rnn.pad_sequence(video, batch_first=True, padding_value=-1)
-    # Words of the answer, too: later words see them, earlier ones do not.
+    # Columns may also be words of the answer: later words see them, earlier words do not.
     n = batch["input_ids"].shape[1]
     columns = torch.cat([columns, torch.arange(n - 2, n + WORDS - 1).repeat(3, 1)], 1)
     expected, sequences = eager_rows(model, batch, cache_implementation=cache)
@@ -86,7 +86,7 @@ def test_words_about_a_video(model: Any, student: Any, implementation: str, cach
 
 
 def mistral() -> Any:
-    """A window in every layer, of which no attribute of a layer tells."""
+    """A model with a window in every layer, which no attribute of a layer shows."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_windows_that_drop_keys(make: Any, columns: slice) -> None:
 
 
 def test_caches_of_two_lengths_without_a_mask() -> None:
-    """Nothing but their keys tells such layers apart."""
+    """Only the number of keys distinguishes such layers."""
     query = torch.randn(1, 2, 1, 4, dtype=torch.float64)
     modules = torch.nn.Identity(), torch.nn.Identity()
     modules[1].layer_type = "chunked_attention"
@@ -121,7 +121,7 @@ def test_caches_of_two_lengths_without_a_mask() -> None:
 
 
 def test_no_step_keeps_its_mask(model: Any) -> None:
-    """A thousand words would hold a thousand masks."""
+    """Otherwise a thousand generated words would keep a thousand masks."""
     batch, _, _ = drawn()
     masks = []
 

@@ -44,7 +44,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    # What is counted of a gradient that nothing else holds is counted once.
+    # These counts of references are cached; take them before allocations are watched.
     shared_query._alone(False), shared_query._alone(True)
     for name in ("clone", "new_zeros"):
         watch(torch.Tensor, name)

@@ -118,7 +118,7 @@ def test_layers_that_attend_globally_are_read(
     batch["pixel_values_videos"] = batch["pixel_values_videos"].double()
     rows, columns = random_rows(batch, 5)
     maps, _ = eager_maps(model, batch, rows, columns)
-    # Of a hybrid, eager gives maps of the layers that have any.
+    # For a hybrid model, eager attention returns maps of the attention layers only.
     expected = maps[:, read] if left_out else maps
     with full_precision_softmax(), capture_attention(model, rows, columns) as captured:
         model(**batch)

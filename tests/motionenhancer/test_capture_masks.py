@@ -178,7 +178,7 @@ def test_flash_refuses_what_it_cannot_read() -> None:
 
 
 def test_a_bias_is_more_than_which_keys_are_seen() -> None:
-    """Even where it hides what a causal mask hides."""
+    """A bias is kept as a mask also if it hides the same keys as a causal mask."""
     rows = torch.tensor([[1, 4]])
     bias = torch.randn(1, 1, 5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), float("-inf"))
     visible = read_mask("eager", call(bias, rows, 5))
@@ -428,7 +428,7 @@ def test_rows_that_are_all_padding(capture_pending: None) -> None:
 
 @pytest.fixture(params=[1, 1 << 21], ids=["one by one", "together"])
 def capture_pending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many layers wait to be read together."""
+    """Layers are read one by one, or together."""
     monkeypatch.setattr("motionenhancer.students.entries.PENDING_NUMBERS", request.param)
 
 

@@ -161,7 +161,7 @@ def test_flash_attention_with_windows(reduce: str) -> None:
 
 @pytest.mark.parametrize(("make", "option"), [(gemma2, "softcap"), (gpt_oss, "s_aux")])
 def test_an_attention_that_drops_them_is_refused(make: Any, option: str) -> None:
-    """Torch's own attention knows neither: its map would be another."""
+    """Torch's attention has neither soft caps nor sinks, so its map would be wrong."""
     model = make()
     batch, rows, columns = drawn()
     for module in model.modules():
@@ -180,7 +180,7 @@ def test_an_attention_that_drops_them_is_refused(make: Any, option: str) -> None
 @pytest.mark.parametrize("reduce", ["mean", "none"])
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str, cap: float | None) -> None:
-    """No scale given, a mask of every head, a row that sees no key: only its sink is left."""
+    """Without a scale, with a mask for each head, and with a row that sees only its sink."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=generator)
     key = torch.randn(1, 1, 5, 4, dtype=torch.float64, generator=generator)
@@ -205,7 +205,7 @@ def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str,
 
 
 def test_sinks_under_flash_attention() -> None:
-    """Its masks say which keys are padding, and that rows are causal."""
+    """Flash attention's mask has the padding only; its rows are causal by an option."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64, generator=generator)
     mask, sinks = torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([0.5, -1.0], dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_sinks_under_flash_attention() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sinks_in_half_precision_err_no_more_than_eager(dtype: torch.dtype) -> None:
-    """Against double precision, over the maps of one layer, whose rounding is eager's own."""
+    """Both errors are against double precision, on the maps of one layer."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 2, 40, 24, generator=generator).to(dtype) for _ in range(2))
     sinks = torch.tensor([1.7, -0.3]).to(dtype)

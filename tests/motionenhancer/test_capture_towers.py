@@ -79,7 +79,7 @@ def eager_maps(modules: list[nn.Module]) -> Iterator[dict[int, list[torch.Tensor
 
 
 def whole(parts: list[torch.Tensor]) -> torch.Tensor:
-    """(B, H, N, N) of what is one call, or one of each part."""
+    """The map (B, H, N, N) from one call, or from one call for each part."""
     if len(parts) == 1:
         return parts[0]
     heads = range(parts[0].shape[1])
@@ -211,8 +211,8 @@ def test_a_tower_that_fails(tower: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"module": "model.visul"}, ValueError, r"'model.visul' does not; near are \['model.visual"),
-        ({"module": "?"}, ValueError, r"'\?' does not; near are \['model', 'lm_head'\]"),
+        ({"module": "model.visul"}, ValueError, r"got 'model.visul'; similar names: \['model.visual"),
+        ({"module": "?"}, ValueError, r"got '\?'; similar names: \['model', 'lm_head'\]"),
         ({"module": ["model.visual"]}, TypeError, "module must be the name of a module, got list"),
         ({"module": "lm_head"}, ValueError, r"'lm_head' \(Linear\) holds none"),
         (
@@ -220,7 +220,7 @@ def test_a_tower_that_fails(tower: Any) -> None:
             ValueError,
             r"layers must be different numbers of \[0, 1\]",
         ),
-        ({"module": "model.visual", "rows": None}, ValueError, "rows must be a tensor to capture a named"),
+        ({"module": "model.visual", "rows": None}, ValueError, "rows must be a tensor if module is given"),
         (
             {"module": "model.visual", "heads": [2]},
             ValueError,
@@ -261,9 +261,14 @@ def test_compiled_layers(tower: Any) -> None:
 @pytest.mark.parametrize(
     ("batch", "mask", "causal", "says"),
     [
-        (2, None, False, "Attending attends in 2 parts that are masked or are batches"),
-        (1, torch.ones(1, 1, 3, 3), False, "Attending attends in 2 parts that are masked or are batches"),
-        (1, None, True, "causal parts of Attending are not read"),
+        (2, None, False, "Attending attends in 2 parts, which cannot be captured with a mask or a batch"),
+        (
+            1,
+            torch.ones(1, 1, 3, 3),
+            False,
+            "Attending attends in 2 parts, which cannot be captured with a mask or a batch",
+        ),
+        (1, None, True, "Attending attends causally in parts: not supported"),
     ],
 )
 def test_parts_that_are_not_read(batch: int, mask: Any, causal: bool, says: str) -> None:
@@ -290,7 +295,7 @@ def test_a_forward_that_is_called_directly(tower: Any) -> None:
     turn = torch.ones(8, 16, dtype=torch.float64)
     with (
         capture_attention(model, ROWS, COLUMNS, module="model.visual"),
-        pytest.raises(ValueError, match="Qwen2_5_VLVisionAttention runs without its hooks"),
+        pytest.raises(ValueError, match="Qwen2_5_VLVisionAttention runs without its forward hooks"),
     ):
         attention.forward(torch.rand(8, 32).double(), torch.tensor([0, 8]), (turn, turn))
 
@@ -315,7 +320,7 @@ def test_cross_attention() -> None:
 
 
 def test_layers_of_two_lengths(tmp_path: Any) -> None:
-    """A tower may merge patches on its way; then no position means the same in all its layers."""
+    """A tower may merge patches between layers; then a position has a different meaning in later layers."""
     model, processor, family = tiny_student("minicpmv4_6", tmp_path / "student")
     encoded = family.encode(processor, dialogue(*TEXTS[0]), [clip(2, 16, 16)])
     batch = family.collate([encoded], pad_token_id=processor.tokenizer.pad_token_id)

@@ -152,7 +152,7 @@ def test_the_first_frame_counts(folders: dict[bool, Path], clip: np.ndarray) -> 
 
 
 def test_learnt_positions_are_of_one_size_and_length(folders: dict[bool, Path], clip: np.ndarray) -> None:
-    """diffusers would give a shorter clip other positions without a word."""
+    """diffusers would silently give a shorter clip other positions."""
     teacher: Any = load_teacher(folders[False], "cpu")
     assert teacher.encode_video(clip[:6]).frames_used == 17
     assert load_teacher(folders[False], "cpu", size=(32, 32), frames=17).max_frames == 17

@@ -93,7 +93,7 @@ def test_confidence_is_a_weight(sure: tuple[float, float], share: float) -> None
 
 def test_priors_of_other_texts_are_not_combined() -> None:
     one, other = prior_of((2, 2, 2), "red"), replace(prior_of((2, 2, 2), "red"), prompt="the red circle")
-    with pytest.raises(ValueError, match="must be of one text"):
+    with pytest.raises(ValueError, match="must have the same prompt"):
         combine_priors([one, other], (1.0, 1.0))
     with pytest.raises(ValueError, match="at least one"):
         combine_priors([None, None], (1.0, 1.0))
@@ -150,7 +150,9 @@ def test_a_clip_that_one_teacher_cannot_read_takes_the_others(tmp_path: Path) ->
     assert (made.fresh, made.seconds, made.left_out) == (True, 3.0, ())
     made = maker.submit(asked).result(1)
     assert made.prior is other
-    assert made.left_out == (("no prior: the teacher cannot read it, others' priors used", "no word"),)
+    assert made.left_out == (
+        ("no prior: the teacher cannot read it; the other teachers' priors are used", "no word"),
+    )
     with pytest.raises(PriorError, match="no word"):
         maker.submit(asked).result(1)
     with pytest.raises(RuntimeError, match="no memory"):
@@ -159,7 +161,7 @@ def test_a_clip_that_one_teacher_cannot_read_takes_the_others(tmp_path: Path) ->
     second.answers[:0] = [Made(other, damaged="cut", lost="full", left_out=(("b", "2"),))]
     made = maker.submit(asked).result(1)
     assert (made.damaged, made.lost, made.left_out) == ("cut", "full", (("a", "1"), ("b", "2")))
-    # Only one is asked.
+    # A request with one part asks one teacher only.
     assert maker.submit(replace(asked, parts=(part, None))).result(1).prior is one
     maker.close()
     assert first.closed
@@ -229,7 +231,7 @@ def test_priors_are_stored_apart_and_used_together(annotated: World, tmp_path: P
         other = weights_of(tmp_path / name / "out")
         assert all(torch.equal(first[key], other[key]) for key in first), name
 
-    # Other weights are another run, and learn other things.
+    # Other teacher weights give another run with other model weights.
     again = training(annotated, tmp_path / "weighted" / "out", "--teacher_weights", "1", "9", **options)
     assert train.main(again) == 0
     weighed = weights_of(tmp_path / "weighted" / "out")
@@ -243,7 +245,7 @@ def test_priors_are_stored_apart_and_used_together(annotated: World, tmp_path: P
 def test_the_record_of_an_extraction_is_of_every_teacher(
     annotated: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is stored is found again by a plug-in, a page and a list as a training combines it."""
+    """A plug-in, a page and a list combine the stored priors as a training does."""
     given = several(annotated, student=None, prior_dir=tmp_path, ddim_steps=1)
     assert extract.main([*given, "--teacher_weights", "1", "9"]) == 1
     record = tmp_path / extract.EXTRACTION
@@ -319,7 +321,7 @@ def test_the_student_is_one_of_several(annotated: World, tmp_path: Path) -> None
     assert "online" not in report["teacher"]
     assert (len(report["samples"]), report["alignment"]["samples"]) == (7, 4)
     assert report["plan"].get("teacher") is None
-    named = f"- teacher: `regions`, `{annotated.student}`, toward whose maps"
+    named = f"- teacher: `regions`, `{annotated.student}`; training pulled"
     assert named in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -57,11 +57,11 @@ def actors_under(parent: int) -> list[int]:
 
 
 def poor_data(world: World, folder: Path) -> Path:
-    """24 samples, some of one prior, one of a clip that is none, and a line that is no sample."""
+    """24 samples, of which some share a prior and one has a broken clip, and a line that is no sample."""
     rows = [json.loads(line) for line in world.data.read_text().splitlines()]
     more = [json.loads(json.dumps({**row, "id": f"{row['id']}-{n}"})) for n in range(3) for row in rows]
     for i, row in enumerate(more):
-        # Another text is another prior; some are wanted twice.
+        # Another text needs another prior; some priors are needed twice.
         row["conversations"][-1]["value"] += " Again." * (i // 10)
     (world.videos / "broken.mp4").write_bytes(b"no video")
     more[4]["video"] = "broken.mp4"
@@ -77,7 +77,7 @@ def test_killed_actors_and_drivers_change_nothing(world: World, tmp_path: Path) 
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "one")) == 1
     whole = stored(tmp_path / "one")
 
-    # Some of the work is done before, and some of that is damaged.
+    # Five samples are extracted before, and one of their priors is damaged.
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "ray", limit=5)) == 1
     hurt = min(stored(tmp_path / "ray"))
     store.path(hurt).write_bytes(b"damaged")
@@ -196,7 +196,7 @@ def test_several_processes_start_no_cluster_of_their_own(
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[dict[str, str]]:
-    """A cluster that asks for a token, as `ray start` begins one; what a process that has it must know."""
+    """A cluster of `ray start` that asks for a token; yields the environment of a process with the token."""
     folder = tempfile.mkdtemp(prefix="ray-")  # Paths of Ray's sockets must be short.
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_heads_and_rows_are_those_of_maps_written_out(
     folder: Path, clip: np.ndarray, options: dict[str, Any]
 ) -> None:
-    """The product of words at two places is written out, S × S, and scored as a self-attention's map is."""
+    """The S × S products of two places' words are written out, and scored as a map of self-attention."""
     teacher: Any = load_teacher(folder, "cpu", size=(64, 64), frames=17)
     prior = extract_prior(
         teacher, clip, TEXT, steps=2, guidance_scale=1.0, memory=False, head_selection="cross", **options

@@ -50,7 +50,7 @@ def turns(*texts: str) -> list[dict[str, Any]]:
 
 
 def chat(*texts: str, **answer: Any) -> dict[str, Any]:
-    """Messages and a video; what `answer` holds stands in the first answer's turn."""
+    """Messages and a video; `answer` is added to the turn of the first answer."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     messages[1] |= answer
     return {"messages": messages, "videos": ["a.mp4"]}
@@ -65,7 +65,7 @@ def part(**keys: Any) -> dict[str, Any]:
 TALK = ("<video>What moves?", "BAD", "Again?", "GOOD")
 
 
-# ---- answers that are not learnt ----
+# ---- answers that are left out of the loss ----
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ REFUSED = [
     ({**LLAVA, "audio": "a.wav"}, "'audio'"),
     ({**LLAVA, "label": False}, "'label': marks an unwanted answer"),
     ({**LLAVA, "kto_tag": False}, "'kto_tag'"),
-    ({**LLAVA, "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}, "'objects': boxes are not written"),
+    (
+        {**LLAVA, "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}},
+        "'objects': boxes are not put into texts",
+    ),
     ({**LLAVA, "history": [["q", "a"]]}, "'history'"),
     ({**LLAVA, "start": 1.0, "end": 2.0}, "'start': give video_start and video_end, in seconds"),
     ({**LLAVA, "total_pixels": 10**6}, "'total_pixels': give min_pixels and max_pixels"),
@@ -136,9 +139,9 @@ REFUSED = [
     (with_turn(1, loss=0.5), "messages[1]: 'loss' must be true or false"),
     (with_turn(1, weight=2), "messages[1]: 'weight' must be true or false"),
     (with_turn(1, loss=True, weight=0), "'loss' and 'weight' contradict"),
-    (with_turn(0, loss=True), "messages[0]: only answers are trained, this is the user's turn"),
+    (with_turn(0, loss=True), "messages[0]: only turns of the assistant are trained on, got the user's"),
     (with_turn(1, reasoning_content="Hm."), "'reasoning_content'"),
-    (with_turn(0, images=["i.png"]), "'images': a turn's files belong"),
+    (with_turn(0, images=["i.png"]), "'images': put a turn's files beside"),
     (with_turn(1, role="tool"), "messages[1] has the unknown role 'tool'"),
     (with_turn(2, role="tool_response"), "messages[2] has the unknown role 'tool_response'"),
     (chat("<video>x", "y", loss=False), "every answer is left out of the loss"),
@@ -213,7 +216,7 @@ def test_values_that_change_nothing_refuse_nothing(root: Path, key: str) -> None
 def test_the_rejected_answer_of_a_preference_is_left_out_and_counted(root: Path) -> None:
     (sample,), log = read(root, {**LLAVA, "rejected_response": "z"})
     assert prompt_text(sample)[0] == "x y"
-    assert dict(log.notes) == {"rejected answer of a preference not read": 1}
+    assert dict(log.notes) == {"rejected answer of a preference pair, not read": 1}
 
 
 @pytest.mark.parametrize("key", ["task", "task_type", "question_type", "category"])
@@ -444,7 +447,7 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
 def test_a_family_that_needs_equal_frames_leaves_out_a_row_with_others(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """In a batch they would end the run."""
+    """In a batch, clips of different lengths would end the run."""
     _, processor, family = tiny_student("llava_onevision", tmp_path_factory.mktemp("students") / "llava")
     (one,), _ = read(root, {**part(nframes=2), "id": "own"})
     (other,), _ = read(root, {**LLAVA, "id": "run"})

@@ -50,7 +50,7 @@ def test_a_large_file_is_read_once_for_its_digest(tmp_path: Path, monkeypatch: p
 
 
 def read(cache: DigestCache, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """The files that are read for their digests, which must be right."""
+    """The files that a cache reads for their digests; checks the digests."""
     seen: set[Path] = set()
 
     def digest(path: Path) -> str:
@@ -85,7 +85,7 @@ def test_a_file_that_changed_is_read_again(
     before = clips[0].stat()
     if what == "content":
         clips[0].write_bytes(b"x" * 1000)
-        # As a tool does that copies times along.
+        # as a tool that also copies the times
         os.utime(clips[0], ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (clips[0].stat().st_size, clips[0].stat().st_mtime_ns) == (1000, before.st_mtime_ns)
     elif what == "size":
@@ -104,7 +104,7 @@ def test_what_was_just_written_or_changes_while_it_is_read_is_not_kept(
 ) -> None:
     with monkeypatch.context() as patch:
         later(patch, -REST)
-        os.utime(clips[0], ns=(1, 1))  # The time of change stays young.
+        os.utime(clips[0], ns=(1, 1))  # utime does not make the time of the last change (ctime) older
         assert run(tmp_path, clips[:1], patch) == {clips[0]}
     assert not (tmp_path / ".digests").exists()
 

@@ -165,7 +165,7 @@ def test_requests_are_what_the_chat_template_asks() -> None:
 def test_a_student_that_learned_the_answers_is_right(
     student_dir: Path, toy: ToyFolder, tmp_path: Path
 ) -> None:
-    """Fitted to three questions as training puts them, it answers all three; none before."""
+    """After training on three questions it answers all three rightly, before training none."""
     samples = list(read_samples(toy.test, toy.videos))[:3]
     flags = {"data": toy.test, "video_root": toy.videos, "limit": 3, "video_fps": 2, "batch_size": 2}
     assert main(tmp_path / "before", student=student_dir, **flags) == 0
@@ -195,7 +195,7 @@ def test_files_of_others_are_never_written_over(
     (tmp_path / held).write_text("mine")
     given = predict(tmp_path, {"mr_0": "B"})
     assert main(tmp_path, benchmark="motionbench", data=MOTIONBENCH, predictions=given) == 2
-    assert f"--output_dir {tmp_path}: holds {held} of something else" in capsys.readouterr().err
+    assert f"--output_dir {tmp_path}: holds {held}, but no report" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {held, given.name}
     assert (tmp_path / held).read_text() == "mine"
 
@@ -214,12 +214,12 @@ def test_missing_and_broken_clips_are_counted(
     assert scores["skipped"] == 4
     assert scores["skipped_by_reason"] == {"missing video": 2, "unreadable": 2}
     assert "4 skipped" in capsys.readouterr().out
-    # The clip was on its way only: the same command asks again, and nothing else.
+    # A clip that arrives later: the same command asks the question of this clip only.
     shutil.copy(toy.videos / "test-00002.mp4", clips)
     assert main(tmp_path / "out", **flags) == 0
     scores = scores_of(tmp_path / "out")
     assert (scores["count"], scores["skipped_by_reason"]) == (5, {"missing video": 2})
-    # Other clips are another run.
+    # Other clips make another run.
     assert main(tmp_path / "out", **flags | {"video_root": toy.videos}) == 2
     assert "video_root: " in capsys.readouterr().err
     (clips / "deeper" / "test-00000.mkv").unlink()

@@ -127,7 +127,7 @@ HALF = "half \ud800"
     "change", [{"question_type": HALF}, {"qa": [{"uid": HALF, "question": "q", "answer": "A"}]}, {HALF: 1}]
 )
 def test_half_a_surrogate_pair_costs_its_row_only(tmp_path: Path, change: dict[str, Any]) -> None:
-    """It is json, but nothing that can be written or tokenised."""
+    """Half a surrogate pair is valid json, but cannot be written or tokenised."""
     good = {"key": "k", "qa": [{"uid": 7, "question": "Which?", "answer": "A"}]}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({**good, **change}) + "\n" + json.dumps(good) + "\n")

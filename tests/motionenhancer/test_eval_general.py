@@ -58,7 +58,7 @@ def test_videomme_template_and_parquet(tmp_path: Path) -> None:
     questions = load_questions(BENCHMARKS["videomme"], tmp_path / "test.parquet", log)
     assert [(q.id, q.line) for q in questions] == [("001-1", 1), ("601-2", 2)]
     (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match="no readable parquet file"):
+    with pytest.raises(ValueError, match="not a readable parquet file"):
         load_questions(BENCHMARKS["videomme"], tmp_path / "bad.parquet", log)
 
 
@@ -196,10 +196,10 @@ def test_tempcompass_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("multi_choice", YES_NO, "'1034#order#0' is of yes_no, which is another file"),
-        ("multi_choice", CAPTIONS, "is of caption_matching"),
+        ("multi_choice", YES_NO, "'1034#order#0' belongs to yes_no, which is another file"),
+        ("multi_choice", CAPTIONS, "belongs to caption_matching"),
         ("yes_no", MULTI_CHOICE, "must be TempCompass's yes_no.json"),
-        ("caption_matching", MULTI_CHOICE, "is of multi-choice"),
+        ("caption_matching", MULTI_CHOICE, "belongs to multi-choice"),
         (
             "multi_choice",
             {"1": {"taste": MULTI_CHOICE["1034"]["action"]}},

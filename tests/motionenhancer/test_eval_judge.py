@@ -60,7 +60,7 @@ REFUSALS = ["I cannot tell.", "Sorry, this video shows nothing.", "Unable to det
         ("()", "", ""),
         ("(", "", ""),
         ("B2", "B", ""),
-        # a capital A that no noun can follow
+        # a capital A before a word that is no noun
         ("Option A is correct.", "O", "A"),
         ("The answer is A because he turns.", "T", "A"),
         ("A is the best choice", "A", "A"),
@@ -101,7 +101,7 @@ def test_letters(output: str, published: str, lone: str) -> None:
 
 
 class Watched(str):
-    """A text that counts the characters of what is cut out of it."""
+    """A text that counts the characters of its slices."""
 
     copied = 0
 
@@ -116,7 +116,7 @@ class Watched(str):
 
 @pytest.mark.parametrize("part", ["B ", "A man ", "A because ", "(b) ", "option B ", "A"])
 def test_a_long_answer_is_read_in_time_in_proportion_to_its_length(part: str) -> None:
-    """Cutting an answer up at each of its letters made ten thousand of them a matter of minutes."""
+    """One slice of the answer at each letter would take minutes for ten thousand letters."""
     answer = Watched(part * 2000)
     Watched.copied = 0
     assert lone_letter(answer) in ("A", "B", "")
@@ -180,7 +180,7 @@ def test_case_where_one_option_contains_another() -> None:
 )
 @settings(max_examples=300, deadline=None)
 def test_option_rule_in_other_words(answer: str, options: list[str], output: str) -> None:
-    """Strike out every longer option; the answer is right if it is there and nothing was struck out."""
+    """An answer is right if the output names it and names no longer option that contains it."""
     folded = output.swapcase().casefold()
     longer = {o.casefold() for o in options if len(o) > len(answer) and o.casefold().count(answer.casefold())}
     struck = [o for o in longer if folded.find(o) >= 0]

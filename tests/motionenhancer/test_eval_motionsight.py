@@ -72,7 +72,7 @@ def test_the_rest_is_dimmed() -> None:
 
 @pytest.mark.parametrize("named", ["frames", "times"])
 def test_a_frame_has_the_box_of_its_time(named: str) -> None:
-    """Every second frame of eight is shown; the object is far away in the others."""
+    """Every second frame of eight is shown; in the other frames the object is elsewhere."""
     video = clip(8, 120, 200, fps=4.0)
     seen = type(video)(video.frames[::2], video.timestamps[::2], 4.0, 2.0, decoded=8, source_frames=8)
     boxes = [[10, 10, 30, 30] if n % 2 == 0 else [150, 80, 170, 100] for n in range(8)]
@@ -107,7 +107,7 @@ def test_boxes_that_do_not_fit_the_clip(region: dict[str, Any], why: str) -> Non
 
 
 def test_one_frame_has_no_time() -> None:
-    with pytest.raises(ValueError, match="needs two frames"):
+    with pytest.raises(ValueError, match="spotlight needs clips of two frames"):
         spotlight(clip(1, 64, 64), [{"box": [1, 1, 9, 9]}])
 
 
@@ -115,7 +115,7 @@ def test_one_frame_has_no_time() -> None:
 
 
 def test_trails_weigh_the_frames_before(tmp_path: Path) -> None:
-    """Frame 9 of grey clips: the shares of the seven frames from the shown one back, as they are blended."""
+    """The grey level of frame 9 is the weighted sum of seven frames: the shown frame and six before it."""
     levels = np.array([20, 220, 40, 200, 60, 180, 80, 160, 100, 140], np.uint8)
     encode_video(tmp_path / "a.mp4", np.broadcast_to(levels[:, None, None, None], (10, 32, 32, 3)), fps=5)
     whole = read_frames(tmp_path / "a.mp4")
@@ -189,7 +189,7 @@ def test_files_that_hold_no_boxes(text: str, why: str, tmp_path: Path) -> None:
 
 
 def test_a_run(toy: ToyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its answers are a run of their own; questions without boxes are counted."""
+    """A visual prompt makes a separate run; questions without boxes are counted."""
     file = tmp_path / "b.jsonl"
     rows = [{"video": f"test-0000{n}.mp4", "regions": [{"box": [40, 40, 60, 60]}]} for n in range(2)]
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -216,7 +216,7 @@ def test_a_run(toy: ToyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "needs 'regions'" in capsys.readouterr().err
     file.write_text('{"video": "other.mp4", "regions": [{"box": [2, 2, 9, 9]}]}')
     assert run("none", "--visual_prompt", "motionsight", "--boxes", str(file)) == 2
-    assert "has boxes of no question" in capsys.readouterr().err
+    assert "--boxes must name questions or clips of this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

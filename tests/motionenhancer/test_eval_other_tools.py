@@ -104,7 +104,7 @@ def test_lmms_eval_reads_a_checkpoint(tmp_path: Path) -> None:
 
 @needs_lmms_eval
 def test_lmms_eval_scores_our_task_as_we_do(tmp_path: Path) -> None:
-    """On the answers that it got itself, to the last question."""
+    """Both judge the answers from lmms-eval, and agree on every question."""
     folder = build_toy(tmp_path / "world", clips=1, test_clips=8, progress=False)
     flags = ["--benchmark", "toy", "--data", str(folder.test), "--video_root", str(folder.videos)]
     assert evaluate.main([*flags, "--lmms_eval", str(tmp_path / "task")]) == 0

@@ -96,7 +96,7 @@ def _keys(judged: list[Judged], unit: str) -> list[str]:
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Of 300 samples of a known rate, about 95 % of the intervals hold it."""
+    """About 95 % of the intervals of 300 samples contain the known rate."""
     rng = np.random.default_rng(5)
     held = 0
     for seed in range(300):
@@ -108,7 +108,7 @@ def test_intervals_cover_the_truth() -> None:
 
 
 def test_mcnemar_by_enumeration() -> None:
-    """Over all equally likely ways n questions can flip, the share at least as lopsided."""
+    """The p-value is the share of all ways in which n answers can flip that are at least as unequal."""
     for n in range(9):
         ways = [sum(way) for way in itertools.product((0, 1), repeat=n)]
         for gained in range(n + 1):
@@ -143,7 +143,7 @@ def test_comparison_agrees_with_plain_resampling(seed: int) -> None:
 
 
 def test_pairing_tells_more_than_two_intervals() -> None:
-    """Runs that differ on a few questions only differ for certain, though their own intervals overlap."""
+    """The paired difference of two runs can be clear of zero although the two intervals overlap."""
     a = rows([i % 2 for i in range(200)], ["AS"] * 200)
     b = rows([1 if i < 24 else i % 2 for i in range(200)], ["AS"] * 200)
     assert score(a)["intervals"]["overall"][1] > score(b)["intervals"]["overall"][0]

@@ -43,7 +43,7 @@ def test_an_srt_file(tmp_path: Path) -> None:
     file = write(tmp_path, "1\n00:00:00,000 --> 00:00:01,000\na\n\nb\n\n2\n00:00:01,000 --> 00:00:02,000\nc")
     assert read_subtitles(file) == [(0, 1, "a b"), (1, 2, "c")]
     assert read_subtitles(write(tmp_path, " \n")) == []
-    with pytest.raises(ValueError, match="no srt file, it begins with 'WEBVTT'"):
+    with pytest.raises(ValueError, match="not an srt file: it begins with 'WEBVTT'"):
         read_subtitles(write(tmp_path, "WEBVTT\n\n00:01.000 --> 00:02.000\na"))
 
 
@@ -88,7 +88,7 @@ def test_a_batch_is_asked_with_them(tmp_path: Path) -> None:
         [*asked, broken], lambda id, prompt, *a, **k: prompts.append(prompt), frames
     )
     assert prompts == ["Which?", "This video's subtitles are listed below:\nHi guys,\nWhich?"]
-    assert "no srt file" in rows[2]["skipped"]
+    assert "not an srt file" in rows[2]["skipped"]
 
 
 @pytest.mark.parametrize("flags", [["--benchmark", "favor"], ["--benchmark", "videomme", "--lmms_eval", "x"]])

@@ -109,7 +109,7 @@ def both(folder: Path, **options: Any) -> tuple[list[str], list[str]]:
 
 
 def test_what_it_is_given_is_what_transformers_sees(student: Path, stand_in: type[StandIn]) -> None:
-    """Text, frames, their times and sizes, the model's own penalty and ends: the same answers come out."""
+    """With the same text, frames, times, sizes, penalty and end tokens, the answers are the same."""
     plain, fast = both(student)
     assert fast == plain
     assert len(set(plain)) == 5
@@ -178,7 +178,7 @@ def test_other_tokens_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A vLLM that samples or resizes frames in its own way makes another prompt."""
+    """A version of vLLM that samples or resizes frames itself makes other input tokens."""
     original = stand_in._answer
 
     def fewer(self: StandIn, prompt: dict[str, Any], sampling: Any) -> Any:
@@ -187,7 +187,7 @@ def test_other_tokens_end_the_run(
 
     monkeypatch.setattr(stand_in, "_answer", fewer)
     assert ask(tmp_path, student, toy, "--engine", "vllm") == 2
-    assert re.search(r"question 'test-0\S+' is \d+ tokens to vLLM and \d+ to trans", capsys.readouterr().err)
+    assert re.search(r"question 'test-0\S+' has \d+ tokens in vLLM and \d+ in trans", capsys.readouterr().err)
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -201,7 +201,7 @@ def test_a_refused_student_is_not_loaded(
 ) -> None:
     monkeypatch.setattr(engine, "FAMILIES", ("internvl",))
     assert ask(tmp_path / "out", student, toy, "--engine", "vllm") == 2
-    assert "must be used with one of internvl" in capsys.readouterr().err
+    assert "--engine vllm supports internvl" in capsys.readouterr().err
     assert not stand_in.made
     assert not (tmp_path / "out").exists()
 
@@ -210,7 +210,7 @@ def test_a_refused_student_is_not_loaded(
 def test_a_clip_that_lasts_longer_than_it_is_wide(
     fps: float, refused: bool, student: Path, stand_in: type[StandIn]
 ) -> None:
-    """Three places in time, a half or one second apart, at two steps a second; four places a side."""
+    """Three token frames, 0.5 or 1 second apart, at two positions per second; four tokens per side."""
     fast = engine.vllm_engine(student, None, max_pixels=None, max_new_tokens=2)
     requests = [fast.encode("long", "What moves?", clip(6, 32, 32, fps=fps))]
     if not refused:
@@ -254,7 +254,7 @@ def test_adapters_families_and_processes(
 ) -> None:
     family = student_family("qwen2_5_vl")
     engine.check_vllm(student, family)
-    with pytest.raises(ValueError, match="qwen2_vl, qwen2_5_vl, internvl, not with qwen3_vl"):
+    with pytest.raises(ValueError, match="qwen2_vl, qwen2_5_vl, internvl, got qwen3_vl"):
         engine.check_vllm(student, student_family("qwen3_vl"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(student)}))
     with pytest.raises(ValueError, match="holds adapters; merge them"):

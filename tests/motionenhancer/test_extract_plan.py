@@ -138,7 +138,7 @@ def test_sizes_come_in_the_multiples_that_loading_takes(world: World, tmp_path: 
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match="names no vae"):
         size_multiple(tmp_path)
-    # What cannot be told is left to those who use the folder.
+    # If the multiple is unknown, the size is not checked here.
     PriorArguments(teacher=str(tmp_path), teacher_size="64x60").identity("cpu")
 
 

@@ -31,7 +31,7 @@ def test_killed_at_random_it_ends_with_the_store_of_an_undisturbed_run(world: Wo
     rng = random.Random(0)
     store = PriorStore(tmp_path / "killed")
     for kill in range(kills):
-        # Killed once it has made a few more, at any moment of making the next.
+        # The process is killed when it has made a few more priors and works on the next.
         until = len(list(store)) + rng.randrange(1, max(2, 2 * clips // (3 * kills)))
         process = subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -68,7 +68,7 @@ def test_ids_of_students_and_teachers(cache: Path, student_dir: Path, teacher_di
 
 
 def status(run: Any, *flags: str) -> int:
-    """What a command ends with; a parser leaves by an exception."""
+    """The exit status of a command; the parser of flags exits by an exception."""
     try:
         return run(list(flags))
     except SystemExit as left:
@@ -156,7 +156,7 @@ def test_a_dry_run_downloads_nothing(
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"{flag} owner/large: not in the Hugging Face cache: {says}; download it with" in said
     put(cache, student_dir, "owner/student")
-    # What is in the cache is planned as ever.
+    # A dry run plans with a model in the cache.
     assert model_folder("owner/student", "--student", dry_run=True).is_dir()
 
 
@@ -179,7 +179,7 @@ def test_a_download_takes_the_place_of_an_incomplete_model(
 
 
 class Api:
-    """Stands for the Hub: remembers what it is told, and raises what it is given."""
+    """A stand-in for the Hub: it records calls, and raises the given errors."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []

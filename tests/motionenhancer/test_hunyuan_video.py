@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not distilled: guidance takes an empty prompt."""
+    """A model without guidance distillation: guidance also evaluates an empty prompt."""
     return save_hunyuan(tmp_path_factory.mktemp("hunyuan") / "plain", guidance_embeds=False)
 
 
@@ -44,7 +44,7 @@ def teacher(folder: Path) -> Any:
 
 
 def inputs(teacher: Any, text: str) -> dict[str, torch.Tensor]:
-    """What the pipeline itself makes of a text."""
+    """The pipeline's own encoding of a text."""
     embeds, pooled, mask = teacher.pipeline.encode_prompt(text, device=torch.device("cpu"))
     return {
         "encoder_hidden_states": embeds,

@@ -140,7 +140,7 @@ def test_priors_are_those_of_maps_written_out(
     )
     assert len(whole.maps) == 2 * 2
     encoding = teacher.encode_text(text)
-    # The letters of what is quoted stand before the text.
+    # The tokens of quoted letters stand before the text.
     assert (encoding.rows[0] > 0) == (text == QUOTED)
     agrees(prior, whole, encoding, 80)
     assert prior.evaluations == 2 + 2 * 2 * (2 if memory else 1)

@@ -131,7 +131,7 @@ def test_no_imports_form_a_circle() -> None:
 
 @pytest.mark.parametrize("folder", ["mekernels", "motionenhancer", "studies"])
 def test_what_is_below_imports_nothing_above(folder: str) -> None:
-    """The kernels know nothing of the method, and what is installed nothing of the studies or the tests."""
+    """mekernels does not import motionenhancer, and neither imports the studies or the tests."""
     order = ["mekernels", "motionenhancer", "studies", "benchmarks", "tests"]
     above = set(order[order.index(folder) + 1 :])
     found = modules(ROOT / folder)

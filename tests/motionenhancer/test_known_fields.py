@@ -197,7 +197,7 @@ def test_other_schedulers_of_a_flow_give_their_shift(folder: Path, name: str, fi
 
 @pytest.mark.parametrize("folder", ["cogvideox", "wan"], indirect=True)
 def test_what_says_nothing_is_let_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes of the writer, a feature that is null, a new field of an installed class at its default."""
+    """Accepted are notes of the writer, a null field, and a new field at the installed class's default."""
     edit(folder / TRANSFORMER, _name_or_path="x", _diffusers_version="9.9", feature_of_tomorrow=None)
     edit(folder / TEXT, output_past=True, scalable_attention=True, torch_dtype="float32", n_positions=512)
     load_teacher(folder, "cpu")

@@ -43,7 +43,7 @@ NOISE = {"neftune_noise_alpha": 5.0}
 
 
 def drawing(*given: object) -> watch.StudentReading:
-    """Reads as it should, and draws a random number, which a model with another forward might."""
+    """Reads the student, and draws a random number, as a model might in its forward."""
     torch.rand(1)
     return read_student(*given)  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_a_run_keeps_what_its_page_needs(run: Path, world: World) -> None:
 
 
 def test_before_is_the_student_as_it_was_given(run: Path, world: World) -> None:
-    """The loss of its own labels, and its own eager attention of one word."""
+    """The view has the untrained student's loss on its labels, and its eager attention of one word."""
     view = load_views(run)[0]
     model, processor, family = load_student(world.student, attn_implementation="eager")
     samples = [s for s in read_samples(world.data, world.videos, SkipLog()) if s.id == view.id]
@@ -158,7 +158,7 @@ def test_look_at_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert look.main([str(run), "--id", "none"]) == 2
     assert f"error: --id none: not in {run / 'report'}" in capsys.readouterr().err
     assert look.main([str(run), "--png", str(files[1]), "--word", "zebra"]) == 2
-    assert " has no map of it, only of " in capsys.readouterr().err
+    assert " has no map of this word, only of " in capsys.readouterr().err
     assert look.main([str(tmp_path)]) == 2
     assert f"error: {tmp_path}: not the folder of a training run" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_look_at_a_folder_of_priors(world: World, tmp_path: Path, capsys: pytest
     assert all(len(view["frames"]) == check_video(view["video"]).frames for view in views)
     assert look.main(["--prior_dir", str(priors), "--id", ids[2]]) == 0
     assert [view["id"] for view in shown(priors / "look.html")["views"]] == [ids[2]]
-    # Without what the extraction wrote down, a prior is known by its key alone.
+    # Without the extraction's record, a prior is named by its key only.
     (priors / "extraction.json").unlink()
     key = sorted(PriorStore(priors))[1]
     assert look.main(["--prior_dir", str(priors), "--id", key[:6]]) == 0

@@ -75,7 +75,7 @@ def test_texts_are_those_of_the_pipeline(teacher: Any, text: str) -> None:
     ids=["dynamic", "fixed", "stretched"],
 )
 def test_levels_are_those_of_the_pipeline(tmp_path: Path, scheduler: dict[str, Any]) -> None:
-    """Of a clip as long as the teacher's, and of a shorter one."""
+    """For a clip of the teacher's length, and for a shorter clip."""
     path = save_ltx(tmp_path / "teacher", **scheduler)
     # The pipeline takes multiples of 32 pixels only.
     loaded = load_teacher(path, "cpu", size=(32, 32), frames=17)
@@ -93,7 +93,7 @@ def test_priors_are_those_of_maps_written_out(
     folder: Path, teacher: Any, clip: np.ndarray, memory: bool
 ) -> None:
     options = {"guidance_scale": 3.0, "memory": memory, "sampled_rows": "all"}
-    # A clip shorter than the teacher's has levels of its own.
+    # A shorter clip than the teacher's has other levels.
     prior = extract_prior(teacher, clip[:9], TEXT, steps=2, **options)
     assert prior.grid == (3, 4, 4)
     model: Any = LTXVideoTransformer3DModel.from_pretrained(folder / "transformer").eval()

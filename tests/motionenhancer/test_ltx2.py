@@ -63,7 +63,7 @@ def test_geometry_and_texts(folders: dict[bool, Path], clip: np.ndarray, newer: 
 
 
 def test_a_words_row_is_where_its_token_went(folders: dict[bool, Path]) -> None:
-    """Another token at the end of a text changes its row most, and no row of its padding's old place."""
+    """Another last token of a text changes the token's row most, and no row after it."""
     teacher: Any = load_teacher(folders[False], "cpu", **SMALL)
     encoding = teacher.encode_text(TEXT)
     assert encoding.rows == (1, 2, 3, 4, 5, 6)

@@ -43,7 +43,7 @@ def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(
     go_on = fake.hold("slow")
     inner = LocalMaker(fake.load, SETTINGS)
     maker: PriorMaker = Stored(store, inner, NAME) if whole else inner
-    # A store looks for several priors at once, so it alone does not keep their order.
+    # A store looks up several priors at once, so only a maker without a store keeps the order.
     asked = [maker.submit(fake.request("slow"))]
     assert fake.begun["slow"].wait(SECONDS)
     asked += [maker.submit(fake.request(f"good {i}")) for i in range(20)]
@@ -56,7 +56,7 @@ def test_closing_waits_for_what_was_begun_and_gives_up_the_rest(
     assert not closer.is_alive()
     maker.close()
     assert isinstance(answer(asked[0]), Made)
-    # Those that a thread of the store had taken, but not yet given to the teacher, end with its error.
+    # A request that the store had taken, but not yet passed on, ends with the error of the closed maker.
     assert all(isinstance(answer(future), CancelledError | RuntimeError) for future in asked[1:])
     assert fake.read == ["slow"]
     with pytest.raises(RuntimeError):

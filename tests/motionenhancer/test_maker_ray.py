@@ -35,7 +35,7 @@ def test_a_clip_that_kills_its_actor_is_tried_once_more_and_then_recorded(
         "good 0: text", "once: text", "good 1: text"
     ]  # fmt: skip
     assert maker.deaths == 3
-    assert str(found[1]).endswith("kill.mp4: 2 actors died while they read it")
+    assert str(found[1]).endswith("kill.mp4: 2 actors died while they read this clip")
     refused = {refusal.reason: refusal for _, refusal in store.refusals()}
     assert set(refused) == {
         "no prior: its clip kills the worker", "unreadable video", "no prior: the teacher cannot read it"

@@ -54,7 +54,7 @@ def test_what_a_clip_or_text_is_to_blame_for_is_put_on_record_and_not_tried_agai
 def test_what_is_on_record_is_tried_again_once_where_that_is_asked_for(
     fake: Fake, store: PriorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after the installation of another decoder: the clip is unchanged, but its reader is new."""
+    """This is for a new decoder, which may read an unchanged clip."""
     broken, blank = fake.requests("broken", "blank")
     with kept(fake, store) as stored:
         for request in (broken, blank):
@@ -265,7 +265,7 @@ def test_a_prior_of_other_settings_or_without_a_key_is_never_stored(fake: Fake, 
     assert isinstance(found[1], VideoError)
     assert [one.prior.settings for one in (found[0], found[2])] == [other, SETTINGS]  # type: ignore[union-attr]
     assert files(store) == {}
-    # Nor is one that is stored under the key of the usual settings given out for them.
+    # A prior that is stored under the key of the usual settings is not returned for other settings.
     with kept(fake, store) as stored:
         stored.submit(fake.request("good")).result(SECONDS)
         made = stored.submit(requests[0]).result(SECONDS)

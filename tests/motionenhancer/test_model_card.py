@@ -42,7 +42,7 @@ def test_an_aligned_run(tmp_path: Path) -> None:
         "tags": ["motionenhancer"],
     }
     assert "# Qwen2.5-VL-3B-Instruct, fine-tuned with MotionEnhancer\n" in text
-    assert "- teacher: `t/a`, `b`, toward whose maps" in text
+    assert "- teacher: `t/a`, `b`; training pulled" in text
     assert "- data: `d.jsonl`, 40 samples seen in training\n- frames: 2 a second, at most 64\n" in text
     assert "- 30 samples were aligned; 87.5 % of the prior's words found\n" in text
     assert "| `alignment_weight` | 1.0 |\n| `learning_rate` | 1e-05 |\n| `lora_r` | 0 |\n" in text

@@ -80,7 +80,7 @@ def test_online_ends_with_the_weights_of_stored_priors(
 def test_hybrid_makes_each_prior_once(
     world: World, tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of four is stored: three are made in the first epoch, none in the second or in another run."""
+    """One of four priors is stored: the first epoch makes three, the second epoch and another run none."""
     kept = PriorStore(stored.parent / "priors")
     key = sorted(kept)[0]
     mine = PriorStore(tmp_path / "priors")
@@ -291,7 +291,7 @@ def test_a_teacher_that_fails_on_all_stops_the_run_early(
 def test_a_teacher_that_dies_on_the_way_stops_the_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither a prior it made before nor those found stored hide it."""
+    """The run stops although the teacher made a prior before, and although others are stored."""
     texts: list[str] = []
 
     def fails(text: str) -> bool:
@@ -370,7 +370,7 @@ def test_a_short_run_without_any_prior_is_an_error_too(
 
 
 def test_a_clip_only_the_teacher_cannot_read(world: World, tmp_path: Path) -> None:
-    """One frame is enough for a student; motion needs two."""
+    """A clip of one frame is enough for the student, but the teacher needs two."""
     videos = tmp_path / "videos"
     shutil.copytree(world.videos, videos)
     lines = rows(world)[:2]
@@ -424,7 +424,7 @@ def test_single_pass_priors_say_how_far_they_agree(
     found = report_of(tmp_path / "out")["teacher"]["agreement"]
     assert found["clips"] == 2
     assert 0 < found["cosine"] < 1
-    # Not one word of it where it is left out, and the same run.
+    # Without --agreement_clips the run prints nothing about agreement, and trains the same weights.
     assert train.main(flags(world, tmp_path / "silent", **{**options, "agreement_clips": 0})) == 0
     assert "single-pass" not in capsys.readouterr().out
     assert report_of(tmp_path / "silent")["teacher"]["agreement"] is None

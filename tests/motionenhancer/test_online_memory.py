@@ -42,7 +42,7 @@ def test_the_plan_is_a_lower_bound_of_what_is_measured(world: World, clip: np.nd
         with teacher.reading(pool, memory=True, row=1):
             teacher.predict(*both, 500)
 
-    # Without what is outside of the pool, so that the bound is of the evaluation alone.
+    # The pool's sums are subtracted, so that the bound is for the evaluation alone.
     sums = 4 * teacher.heads * latents.tokens.vision * (words + 64 + latents.tokens.frames)
     assert 0 < plan.reading - sums <= peak_bytes(read)
     assert 0 < plan.encoding <= peak_bytes(lambda: teacher.encode_video(clip))
@@ -87,7 +87,7 @@ def test_a_dry_run_states_it(
 ) -> None:
     assert train.main(flags(world, tmp_path / "out", dry_run=True, **options)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher,")]
-    assert all("encoding takes many times its bound at its peak" in line for line in lines)
+    assert all("the peak of encoding is many times its bound" in line for line in lines)
     assert [said is not None and line.startswith(said) for line in lines] == [True] * (said is not None)
 
 

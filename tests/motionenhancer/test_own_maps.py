@@ -62,7 +62,7 @@ def test_a_prior_is_the_mean_of_eager_attention(world: World, tmp_path: Path) ->
 
 
 def test_a_student_begins_at_its_own_maps(world: World, tmp_path: Path) -> None:
-    """Same frames, no aligner: the first step's distance is rounding alone, and far from a teacher's."""
+    """With the same frames and no aligner, the first step's distance is only rounding, unlike a teacher's."""
     options = {"aligner": "identity", "ddim_steps": None, "prior_source": "hybrid", **FRAMES}
     options |= {"learning_rate": 0.05, "max_steps": 3}
     assert train.main(flags(world, tmp_path / "own", teacher="self", **options)) == 0
@@ -72,7 +72,7 @@ def test_a_student_begins_at_its_own_maps(world: World, tmp_path: Path) -> None:
     assert log[-1] > 10 * log[0], "the student moved away, and the prior stayed"
     assert report["teacher"]["path"] == str(world.student)
     assert {entry["evaluations"] for entry in report["samples"]} == {1}
-    # The folder is the same teacher: the priors are there, and only read.
+    # The student's folder is the same teacher as "self": the priors are read from the store.
     options["prior_source"] = "store"
     assert train.main(flags(world, tmp_path / "again", teacher=world.student, **options)) == 0
     again = report_of(tmp_path / "again")["training"]["log"]
@@ -90,7 +90,7 @@ def test_words_are_kept_by_their_scores(world: World, tmp_path: Path) -> None:
 
 
 def test_what_names_a_prior(world: World, tmp_path: Path) -> None:
-    """The conversation does, and the frames: settings of a video model do not."""
+    """The conversation and the frames are part of the key, settings of a video model are not."""
     priors = tmp_path / "priors"
     extracted(world, priors, limit=2)
     before = stored(priors)
@@ -99,7 +99,7 @@ def test_what_names_a_prior(world: World, tmp_path: Path) -> None:
     extracted(world, priors, limit=2, teacher_frames=4)
     assert report_in(priors)["made"] == 2
     rows = [json.loads(line) for line in world.data.read_text().splitlines()[:1]]
-    # The same text, all of it asked.
+    # The same text, moved into the question.
     turns = rows[0]["conversations"]
     turns[0]["value"] += " " + turns[1]["value"]
     turns[1]["value"] = "x"

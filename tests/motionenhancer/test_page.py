@@ -126,7 +126,7 @@ def test_all_maps_have_one_scale(page: Page) -> None:
 
 
 def test_the_teachers_map_as_it_is_followed(page: Page) -> None:
-    """Raised to the fourth, as the run's temperature is 0.25: a cell of half the mass all but vanishes."""
+    """The map is raised to the fourth, for a temperature of 0.25: a cell of lower mass nearly vanishes."""
     page.run("state.view.maps.sources.teacher.bytes.fill(0).set([255, 180], 24)")
     page.run("state.view.maps.peaks[1] = state.view.maps.tops[1] = 1")
     found = []

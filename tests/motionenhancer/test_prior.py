@@ -162,7 +162,7 @@ def test_ratios_of_one_keep_everything(teacher, clip: np.ndarray) -> None:
 
 @pytest.mark.parametrize("selection", ["mtti", "off"])
 def test_a_bare_space_takes_no_words_place(teacher, clip: np.ndarray, selection: str) -> None:
-    """SentencePiece splits the space off before a piece that it knows only without one, or not at all."""
+    """SentencePiece makes a separate token of a space before a piece that it knows only without the space."""
     text = "red , blue 動 , moves"
     prior = extract_prior(teacher, clip, text, steps=1, token_selection=selection)
     bare = [i for i, token in enumerate(prior.all_tokens) if token == "▁"]

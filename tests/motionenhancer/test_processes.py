@@ -69,7 +69,7 @@ def test_two_processes_share_what_is_missing_and_make_the_store_of_one(world: Wo
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "one")) == 0
     whole = stored(tmp_path / "one")
     assert len(whole) == 8
-    # Half of the work is done before, in front, and one of that is damaged.
+    # The first half of the priors is made before, and one of them is damaged.
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "two", limit=4)) == 0
     store = PriorStore(tmp_path / "two")
     store.path(max(store)).write_bytes(b"damaged")
@@ -89,7 +89,7 @@ def test_two_processes_of_which_one_is_killed_end_and_go_on(world: World, tmp_pa
     flags = {"student": None, "ddim_steps": 1}
     assert extract.main(world.flags(**flags, prior_dir=tmp_path / "one")) == 0
     store = PriorStore(tmp_path / "two")
-    # As if the machine had no memory left for one of them, once two priors are there.
+    # One process is killed after two priors, as if the machine had no memory left.
     program = tmp_path / "dies.py"
     program.write_text(
         "import os, sys\n"

@@ -53,7 +53,7 @@ def test_a_refusal_is_plain_json_beside_the_priors(
     assert list(store) == []
     assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
     assert f"{KEY[:16]}" in (listed := capsys.readouterr().out)
-    assert "1 clips that can give none" in listed
+    assert "1 clips without a prior" in listed
     assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
     assert store.settled(KEY)
     for damaged in (b"", b"{", b"[]", b'{"reason": 1}', b"\xff"):
@@ -72,7 +72,7 @@ def request_of(sample: Sample, world: World) -> PriorRequest:
 
 
 def requests_of(world: World, folder: Path) -> list[PriorRequest]:
-    """A good clip, one that is none, and one whose text has no word."""
+    """Requests with a good clip, a broken clip, and a text without words."""
     samples = list(read_samples(world.data, world.videos, SkipLog()))[:3]
     broken = folder / "broken.mp4"
     broken.write_bytes(b"no video")
@@ -87,7 +87,7 @@ def requests_of(world: World, folder: Path) -> list[PriorRequest]:
 def keeping(
     world: World, store: PriorStore, load: Callable[[], Teacher] | None = None, *, strict: bool = True
 ) -> closing[Stored]:
-    """A maker for a store, as extraction has one unless `strict` is off, as training has it."""
+    """A maker with a store, `strict` as in an extraction; training is not strict."""
     inner = LocalMaker(load or (lambda: load_teacher(world.teacher, "cpu")), SETTINGS)
     return closing(Stored(store, inner, prior_keys(teacher_id(world.teacher), SETTINGS), strict=strict))
 
@@ -119,7 +119,7 @@ def test_what_is_on_record_is_not_tried_again_but_said(world: World, tmp_path: P
         assert "on record, not tried again" in str(new)
         assert str(old) in str(new)
     assert {key for key, _ in store.refusals()} == {requests[1].key, requests[2].key}
-    # Another clip in its place is another key: it is read.
+    # Another clip at the same path has another key, so the clip is read.
     shutil.copy(requests[0].video, requests[1].video)
     sample = next(iter(read_samples(world.data, world.videos, SkipLog())))
     changed = replace(request_of(replace(sample, videos=(requests[1].video,)), world), text="another")
@@ -154,7 +154,7 @@ def test_a_clip_that_changes_after_planning_gives_no_prior_and_no_record(
     assert "changed during the run" in str(error)
     (error,) = make(world, store, [broken])
     assert isinstance(error, VideoError)
-    # A training step takes what it gets, and keeps nothing of it.
+    # A training step uses the prior, but the store does not keep it.
     with keeping(world, store, strict=False) as stored:
         read = stored.submit(changed).result()
         assert stored.submit(broken).exception() is not None
@@ -216,7 +216,7 @@ def test_what_is_the_machines_fault_is_not_held_against_a_clip(
 def test_other_settings_put_nothing_on_record(world: World, tmp_path: Path) -> None:
     requests, store = requests_of(world, tmp_path), PriorStore(tmp_path / "priors")
     with keeping(world, store, strict=False) as stored:
-        # With settings that are not the run's, nothing is known about its own priors.
+        # A failure with other settings does not count for the run's settings.
         with pytest.raises(ValueError, match="broken"):
             stored.submit(replace(requests[1], settings=replace(SETTINGS, seed=3))).result()
         assert list(store.refusals()) == []
@@ -271,7 +271,7 @@ def test_training_from_a_store_goes_without_what_extraction_could_not_read(
         assert all("on record, not tried again" in detail for detail in said)
     assert train.main(flags(world, tmp_path / "dry", **poor, prior_source="store", dry_run=True)) == 0
     assert "1 stored, 0 missing" in capsys.readouterr().out
-    # Other settings are other priors, which nobody has tried.
+    # Other settings need other priors, which were never tried.
     assert (
         train.main(flags(world, tmp_path / "other", **{**poor, "prior_seed": 1}, prior_source="store")) == 2
     )

@@ -131,7 +131,7 @@ def test_frames_and_times_choose_frames_of_the_grid(clip: Path) -> None:
     second = read(Clip(clip, 1.0), {"words": "moves", "box": BOX, "times": [1.1]})
     assert row(second).sum((1, 2)).tolist() == [pytest.approx(1, abs=1e-3), 0, 0, 0]
     assert second.prior.times == [1.125, 1.375, 1.625, 1.875]
-    # The mean of what falls into a frame of the grid: there in one of two.
+    # A frame of the grid has the mean of its clip frames: the object is in one of two.
     assert shown(box=[BOX, None, BOX, BOX], frames=[0, 1, 4, 5]) == [0.333, 0.667, 0, 0]
     track = row(read(clip, {"words": "moves", "track": [[0, 0], [31.9, 23.9]], "frames": [0, 8]}))
     assert track.nonzero().tolist() == [[0, 0, 0], [2, 5, 7]]
@@ -165,20 +165,20 @@ def test_regions_of_one_word_are_joined(clip: Path) -> None:
         ({"words": "qua", "box": BOX}, "words 'qua' are not in the text"),
         ({"words": 3, "box": BOX}, "words must be a text, got 3"),
         ({"span": [60, 90], "box": BOX}, r"two places in the 68 characters of the text, got \[60, 90\]"),
-        ({"words": "moves", "box": BOX, "frames": [16]}, "frames must be from 0 to 15, the clip's, got 16"),
+        ({"words": "moves", "box": BOX, "frames": [16]}, "frames must be from 0 to 15 in this clip, got 16"),
         ({"words": "moves", "box": BOX, "frames": [-1]}, "frames must be from 0 to 15"),
         ({"words": "moves", "box": BOX, "frames": ["a"]}, "frames must be whole numbers"),
-        ({"words": "moves", "box": BOX, "times": [2.5]}, "times must be from 0 to 2 s, the clip's, got 2.5"),
+        ({"words": "moves", "box": BOX, "times": [2.5]}, "times must be from 0 to 2 s in this clip, got 2.5"),
         ({"words": "moves", "box": [32, 0, 40, 8]}, "lies outside the picture of 32 x 24 pixels"),
         ({"words": "moves", "box": [9, 0, 4, 8]}, "x0 < x1 and y0 < y1"),
         ({"words": "moves", "box": [0, 0, 4, float("nan")]}, "in pixels"),
         ({"words": "moves", "box": [False, 0, 4, 4]}, "in pixels"),
-        ({"words": "moves", "box": [BOX, BOX], "frames": [0]}, "one entry for each of .*, 1, has 2"),
-        ({"words": "moves", "box": [BOX]}, "one entry for each of its frames or times, 0, has 1"),
+        ({"words": "moves", "box": [BOX, BOX], "frames": [0]}, r"one entry for each of .* \(1\), has 2"),
+        ({"words": "moves", "box": [BOX]}, r"one entry for each of its frames or times \(0\), has 1"),
         ({"words": "moves", "track": [3, 4]}, "one entry for each"),
         ({"words": "moves", "box": [None, None], "frames": [0, 1]}, "in pixels"),
         ({"words": "moves", "point": [32, 4]}, r"\[x, y\] in the picture of 32 x 24 pixels"),
-        ({"words": "moves", "rle": {"size": [32, 24], "counts": [768]}}, r"the picture's, \[24, 32\]"),
+        ({"words": "moves", "rle": {"size": [32, 24], "counts": [768]}}, r"must be \[24, 32\], the picture"),
         ({"words": "moves", "rle": {"size": [24, 32], "counts": [768]}}, "rle covers nothing"),
     ],
 )  # fmt: skip
@@ -229,13 +229,13 @@ def test_regions_are_extracted_like_any_prior(
     assert report_in(priors)["stored"] == 3
     store.main(["list", "--prior_dir", str(priors)])
     assert capsys.readouterr().out.count("grid 5×4×4") == 3
-    # A page shows them with their clips, as the extraction says which they are.
+    # The extraction's record names the clips, so a page shows them.
     assert look.main(["--prior_dir", str(priors)]) == 0
     assert "3 clips:" in capsys.readouterr().out
-    # As the extraction's data file is known, the page has the ids and the clips.
+    # The record also names the data file, so the page has the ids.
     assert '"video": "' in (priors / "look.html").read_text()
     assert "train-00000-MR" in (priors / "look.html").read_text()
-    # Other regions, another prior; so has another grid.
+    # Other regions or another grid make other priors.
     rows = [json.loads(line) for line in annotated.data.read_text().splitlines()]
     rows[0]["regions"].pop()
     data = tmp_path / "train.jsonl"
@@ -299,4 +299,4 @@ def test_regions_that_are_no_list_are_ignored(tmp_path: Path) -> None:
     log = SkipLog()
     (sample,) = read_samples(tmp_path / "data.json", on_skip=log)
     assert sample.regions == ()
-    assert log.notes == {"regions that are no list, ignored": 1}
+    assert log.notes == {"regions ignored: they must be a list": 1}

@@ -72,7 +72,7 @@ def test_every_usable_sample_comes_once_in_the_files_order(folder: Path, name: s
     key = {sample.id: request.key for sample, request in found}
     assert key["s2"] == key["s19"] == key["s12"], "one content and one text are one prior, under any name"
     assert skips.counts == {"no prior: alignment needs one video": 1}
-    assert [(e.id, e.detail) for e in skips.entries] == [("two", "has 2")]
+    assert [(e.id, e.detail) for e in skips.entries] == [("two", "has 2 videos")]
 
 
 def test_keys_are_the_digest_of_all_parts_in_order() -> None:
@@ -97,13 +97,13 @@ def test_parts_hold_each_sample_once_and_a_clip_in_one_part(folder: Path, parts:
 
 
 def test_parts_agree_in_every_process_and_are_about_equal() -> None:
-    """Python's own hash of a text differs from process to process."""
+    """The parts do not use Python's hash, which differs between processes."""
     one = Sample("a", [], (Path("clips/0001.mp4"),))
     assert requests_module._owner(one, 1000) == 604
     samples = [Sample("a", [], (Path(f"clips/{i:06}.mp4"),)) for i in range(4000)]
     owned = Counter(requests_module._owner(sample, 4) for sample in samples)
     assert min(owned.values()) > 900
-    # Few clips, too, whose names differ in a digit alone.
+    # Also for few clips whose names differ in one digit.
     few = [Sample("a", [], (Path(f"videos/train_{i:05}.mp4"),)) for i in range(16)]
     assert all(len({requests_module._owner(one, parts) for one in few}) == parts for parts in (2, 4))
     odd = [Path(os.fsdecode(b"caf\xe9.mp4")), Path("half\ud83d.mp4")]

@@ -26,7 +26,7 @@ from tiny_students import SAVE, tiny_student
 from motionenhancer.students import capture_attention
 from motionenhancer.students.locate import text_model
 
-#: Windows, too: what is left out by default is for other tests.
+#: Layers with windows are read too; other tests cover the default.
 capture = partial(capture_attention, layers="all")
 
 
@@ -180,7 +180,7 @@ def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
 
 
 def test_compiled_student(tmp_path: Path) -> None:
-    """On texts, padded: what is compiled of a vision tower is never captured, and takes minutes."""
+    """With padded texts only: compiling a vision tower takes minutes, and a tower is not captured here."""
     model, processor, family = tiny_student("qwen3_vl", tmp_path)
     samples = [family.encode(processor, dialogue(*TEXTS[i], videos=0), []) for i in (0, 2)]
     batch = family.collate(samples, pad_token_id=processor.tokenizer.pad_token_id, padding_side="left")

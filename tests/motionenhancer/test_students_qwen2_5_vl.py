@@ -202,7 +202,7 @@ def test_collate_refuses(processor: Any) -> None:
     with pytest.raises(ValueError, match="pad_to_multiple_of must be positive, got 0"):
         FAMILY.collate([encoded], pad_token_id=0, pad_to_multiple_of=0)
     other = dataclasses.replace(encoded, token_inputs={})
-    with pytest.raises(ValueError, match="the same token inputs"):
+    with pytest.raises(ValueError, match="the same names in token_inputs"):
         FAMILY.collate([encoded, other], pad_token_id=0)
 
 
@@ -292,7 +292,7 @@ def test_refused_conversations(processor: Any, sample: Sample, videos: int, mess
     "template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for", "{{ 1 / 0 }}"]
 )
 def test_a_chat_template_that_fails_is_named(processor: Any, template: str) -> None:
-    """One that the sandbox refuses, too: of a data set of it every sample is skipped, with the reason."""
+    """Templates that raise an error, or that the sandbox refuses, are named with the sample."""
     with pytest.raises(ValueError, match=r"sample 'sample': the chat template fails \("):
         render(processor, dialogue("a", "b"), template)
 
@@ -335,7 +335,7 @@ def test_template_that_hides_a_text() -> None:
 
 
 def test_without_mm_token_type_ids_positions_are_lost(student: Any) -> None:
-    """Why a batch carries them: the model says nothing and computes something else."""
+    """Without mm_token_type_ids the model silently computes other positions, so a batch has them."""
     model, processor = student
     batch = FAMILY.collate([FAMILY.encode(processor, dialogue(*TEXTS[0]), [clip(4, 32, 48)])], pad_token_id=0)
     del batch["layouts"]

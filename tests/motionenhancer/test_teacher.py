@@ -240,8 +240,8 @@ def test_frames_are_resampled_to_what_the_model_takes(teacher, clip: np.ndarray)
     ("given", "used", "frames", "stride", "expected"),
     [
         (17, 17, 5, 4, [0, 2.5, 6.5, 10.5, 14.5]),
-        (13, 13, 2, 8, [2, 8.5]),  # CogVideoX 1.5: the first frame of its grid stands for five
-        (3, 5, 2, 4, [0, 1.25]),  # of times 0, 0, 1, 2, 2: a frame that is shown twice counts twice
+        (13, 13, 2, 8, [2, 8.5]),  # CogVideoX 1.5: the first grid frame covers five frames
+        (3, 5, 2, 4, [0, 1.25]),  # frames at 0, 0, 1, 2, 2: a repeated frame counts twice
         (2, 1, 1, 4, [0]),
     ],
 )

@@ -194,7 +194,7 @@ def test_1_5_does_not_take_its_rotary_table_for_the_clip_size(tmp_path: Path) ->
 def test_rotary_positions_of_the_reference_are_the_generated_streams(
     positions: str, tmp_path: Path, clip: np.ndarray
 ) -> None:
-    """Swapping which of two identical streams is the reference cannot matter."""
+    """Exchanging two identical streams, generated and reference, changes nothing."""
     teacher = load_teacher(save_teacher(tmp_path, layers=1, positions=positions), device="cpu")
     latents, embeds = teacher.encode_video(clip).latents, teacher.encode_text(TEXT).embeds
     other = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

@@ -38,7 +38,7 @@ def test_controls_hide_motion(toy: ToyFolder) -> None:
 def test_accuracy_counts_answers_that_agree_word_for_word(
     toy: ToyFolder, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of six questions, one a task, the first two are answered rightly and the third but for a full stop."""
+    """Of six questions, two answers are right, and the third lacks only the full stop."""
     true = [s.messages[1]["content"][0]["text"] for s in samples_of(toy.test, toy.videos)]
     given = [f" {true[0]} ", true[1], true[2].rstrip("."), "", "", ""]
     monkeypatch.setattr("motionenhancer.toy.accuracy.generate_answers", lambda *_: given)

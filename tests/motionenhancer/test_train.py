@@ -61,7 +61,7 @@ def test_training_moved_the_weights(trained: Path, world: World) -> None:
 def test_a_run_that_aligned_nothing_says_so(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher's text stands before the video, where no token has seen it yet."""
+    """The teacher's text stands before the video, so no word can attend to the video."""
     rows = [json.loads(line) for line in world.data.read_text().splitlines()]
     for row in rows:
         asked = row["conversations"][0]
@@ -264,7 +264,7 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main(flags(world, whole, **options)) == 0
     shutil.copytree(whole, cut)
-    # Killed while step 6 was saved: weights without the Trainer's state. In that last write: half of it.
+    # As if killed twice: checkpoint 6 has no trainer state, and checkpoint 4 has half of it.
     (cut / "checkpoint-6" / "trainer_state.json").unlink()
     state = cut / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:40])

@@ -269,7 +269,7 @@ def test_a_folder_of_the_low_noise_expert_alone(
     check_settings(PriorSettings(), path)
     assert read(whole, clip, steps=2).evaluations == 2 + 8
     edit(path / "model_index.json", boundary_ratio=None)
-    refused(path, "names no transformer")
+    refused(path, "must name a transformer")
 
 
 def test_guidance_of_the_second_expert_needs_guidance() -> None:
