@@ -134,7 +134,7 @@ def _unrolled(factor: int, own: list[sass.Instruction], source: Region) -> int:
 
 
 def _source(own: list[sass.Instruction], sources: list[Region]) -> Region | None:
-    """The loop of the source: the outermost whose anchors are here, else the one that most comes from."""
+    """The source loop: the outermost with anchors here, else the loop that most instructions come from."""
     frames = [item.frames for item in own if item.frames]
     pipes = ("load", "store", "tensor", "mufu", "shared")
     heavy = {item.frames for item in own if item.pipe in pipes}

@@ -18,8 +18,8 @@ class VideoFolder:
     A name is looked up as it stands below ``root`` and then ``folders``, then with any extension, and then
     anywhere below ``root`` by its last part, if there is only one of it.
 
-    With ``renamed`` the folder in a name is part of it: the last search is by the whole name, then with its
-    folder's other name. There a folder that ends with ``_segment`` holds clips that are cut already.
+    With ``renamed``, the folder in a name counts: the last search uses the whole name, and then the name with
+    the other name of its folder. A folder that ends with ``_segment`` then holds clips that are already cut.
     """
 
     def __init__(

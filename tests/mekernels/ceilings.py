@@ -64,7 +64,7 @@ def write(ceilings: dict[str, dict[str, Numbers]]) -> None:
 
 
 def above(found: Numbers, ceiling: Numbers) -> list[str]:
-    """What is larger than it may be."""
+    """The costs that are above their ceilings."""
     wrong = []
     for name in FIELDS:
         value, most = found[name], ceiling[name]

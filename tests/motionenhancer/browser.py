@@ -124,7 +124,7 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     assert FOUND is not None
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
-    # It reads commands from descriptor 3 and writes to 4: high ones are not in their way.
+    # Chromium reads from descriptor 3 and writes to 4, so our descriptors need higher numbers.
     high = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (their_in, their_out)]
     command = f'exec "$@" 3<&{high[0]} 4>&{high[1]}'
     options += ["--remote-debugging-pipe", f"--user-data-dir={profile}"]

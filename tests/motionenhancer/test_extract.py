@@ -217,7 +217,7 @@ def test_clips_shared_by_several_samples_are_made_and_refused_once(
     rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
     (world.videos / "shared-broken.mp4").write_bytes(b"no video")
     rows += [{**rows[0], "id": f"broken-{i}", "video": "shared-broken.mp4"} for i in range(3)]
-    # Near each other and far from each other.
+    # The same clips again, next to each other and far apart.
     rows = [*rows, *({**row, "id": f"{row['id']}-again"} for row in rows), rows[0] | {"id": "last"}]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")

@@ -298,7 +298,7 @@ def test_a_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_scores_that_json_does_not_know(tmp_path: Path) -> None:
-    """A head all of whose attention runs along time has an infinite DFC."""
+    """A head with attention along time only has an infinite DFC."""
     prior = make_prior()
     prior.head_scores["dfc"] = [float("inf"), 0.5]
     write_page(tmp_path / "page.html", [View.of_prior(prior)], "a prior")

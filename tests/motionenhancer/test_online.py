@@ -45,7 +45,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stored(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose priors were extracted beforehand; they lie beside it."""
+    """A run with priors that were extracted before, in the folder beside it."""
     folder = tmp_path_factory.mktemp("stored")
     chosen = world.flags(student=None, prior_dir=folder / "priors", ddim_steps=1, limit=4)
     assert extract.main(chosen) == 0

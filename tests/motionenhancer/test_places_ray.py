@@ -25,7 +25,7 @@ from motionenhancer.priors.storage import PriorStore
 
 @pytest.mark.parametrize("death", [False, True])
 def test_actors_that_find_no_place_hold_up_nothing(cluster: Cluster, tmp_path: Path, death: bool) -> None:
-    """Three actors where one fits: the others wait, and may take the place of one that dies."""
+    """Three actors with room for one: the others wait, and one may replace an actor that dies."""
     said = [*(f"good {i}" for i in range(12)), *(["once a", "once b"] if death else [])]
     random.Random(0).shuffle(said)
     maker = ray_on(cluster, tmp_path, teachers=3, cpus=2)

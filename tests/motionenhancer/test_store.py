@@ -52,7 +52,7 @@ def make_prior(seed: int = 0) -> MotionPrior:
 
 
 def made_for(text: str, settings: PriorSettings, seed: int = 0) -> MotionPrior:
-    """What a teacher called "t" makes of a text of at least four characters."""
+    """The prior of a teacher "t" for a text of at least four characters."""
     places = [(i, i + 1) for i in range(4)]
     given = {"prompt": text, "teacher": "t", "settings": settings, "spans": places[1::2], "all_spans": places}
     return dataclasses.replace(make_prior(seed), **given)

@@ -238,14 +238,14 @@ def test_qwen3_vl_says_the_time_of_each_pair_of_frames(qwen3_vl: Any) -> None:
     (layout,) = encoded.layout.videos
     assert layout.grid == (3, 2, 3)
     run = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
-    # The last frame stands for its missing partner.
+    # The last frame is repeated to fill its pair.
     expected = "".join(f"<{time} seconds>{run}" for time in ("0.2", "1.2", "2.0"))
     assert expected in encoded.layout.text
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_pixels_of_a_frame(student: Any, frames: int) -> None:
-    """The run's cap and a row's own least hold for one frame, whatever the processor's limits count."""
+    """A run's maximum and a row's minimum are pixels of one frame, whatever the processor's limits count."""
     _, processor, family = student
     if family.pixels is None:
         pytest.skip("pixels do not choose the size of a frame")
@@ -401,7 +401,7 @@ def test_dropped_tokens_leave_holes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "side"), [("llava_next_video", 3), ("video_llava", 6)])
 @pytest.mark.parametrize("wide", [True, False])
 def test_cropped_edges_leave_holes(tmp_path: Path, name: str, side: int, wide: bool) -> None:
-    """The grid covers the whole frame: a token stands where its pixels are."""
+    """The grid covers the whole frame, and each token has the place of its pixels."""
     _, processor, family = tiny_student(name, tmp_path)
     video = clip(2, 24, 48) if wide else clip(2, 48, 24)
     encoded = family.encode(processor, dialogue("a", "b"), [video])
@@ -415,7 +415,7 @@ def test_cropped_edges_leave_holes(tmp_path: Path, name: str, side: int, wide: b
 
 
 def test_minicpm_slices(tmp_path: Path) -> None:
-    """A larger frame is shown small, which has no places, and then in slices, each at its own."""
+    """A larger frame is shown small, without places in the grid, and then in slices with their places."""
     save_minicpm(tmp_path, slices=9)
     _, processor, family = load_student(tmp_path)
     encoded = family.encode(processor, dialogue("a", "b", videos=2), [clip(2, 64, 96), clip(1, 32, 32)])

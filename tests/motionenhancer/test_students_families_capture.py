@@ -132,7 +132,7 @@ def packed(student: Any) -> Any:
         else:
             positions.append(own)
         singles.append(single)
-    # A sample's first token predicts nothing of the sample before it.
+    # The label of a sample's first token is left out: it would be predicted from the sample before.
     for single in singles:
         single["labels"][0, 0] = -100
     batch = double(family.collate(samples, pad_token_id=0))

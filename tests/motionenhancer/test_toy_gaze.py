@@ -25,7 +25,7 @@ from motionenhancer.toy.world import WEIGHTS, ToyFolder, write_world
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("gaze"), clips=1, test_clips=12, progress=False)
-    # Questions name the first object: it comes last here, so that its name has to be looked for.
+    # Questions name the first object. Here it comes last, so that its name must be searched.
     scenes = [json.loads(line) for line in folder.worlds.read_text().splitlines()]
     lines = [json.dumps(scene | {"objects": scene["objects"][::-1]}) for scene in scenes]
     folder.worlds.write_text("\n".join(lines))
@@ -47,7 +47,7 @@ def test_an_object_touches_the_cells_that_its_box_overlaps() -> None:
 def test_the_share_is_that_of_the_captured_rows(
     world: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Even attention has the share of the area; attention on the clip's first cell has all or nothing."""
+    """Uniform attention has the share of the area; attention on one cell has a share of 0 or 1."""
     model, processor, family = load_student(WEIGHTS / "student", dtype=torch.float32)
 
     @contextmanager
@@ -71,7 +71,7 @@ def test_the_share_is_that_of_the_captured_rows(
 def test_a_word_is_held_to_its_own_object_at_the_frames_that_are_shown(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cells of each word, counted anew from the boxes and from which frames a shown clip repeats."""
+    """The cells of each word are counted again, from the boxes and the frames that a shown clip repeats."""
     model, processor, family = load_student(WEIGHTS / "student", dtype=torch.float32)
     rows_of: list[list[tuple[tuple[int, int], int]]] = []
     find = gaze.find_words

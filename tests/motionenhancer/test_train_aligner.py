@@ -117,7 +117,7 @@ def test_the_aligners_rate_follows_the_runs_schedule(
         train_dataset=dataset,
         data_collator=collator,
         aligner=build_aligner("mlp", (5, 8, 8)),
-        # The vision tower's own rate is another peak, and the same share of it.
+        # The vision tower has another peak rate; the share of the peak is the same.
         learning_rates=lambda name: 1e-7 if "visual" in name else None,
     )
     trainer.train()

@@ -148,13 +148,13 @@ def run(engine: str, flags: list[str], **more: Any) -> dict[str, Any]:
 
 
 def killed_and_resumed(engine: str, flags: list[str]) -> list[dict[str, Any]]:
-    """Dies after step 3 and goes on from the checkpoint of step 2."""
+    """A run that dies after step 3, and its continuation from the checkpoint of step 2."""
     return [run(engine, flags, die_after=3), run(engine, flags)]
 
 
 def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path) -> None:
     outs = {name: tmp_path / name for name in ("ddp", "fsdp2", "accumulated", "moved")}
-    # A family whose loss the Trainer does not divide: its shares are another arithmetic.
+    # A family whose loss the Trainer does not divide, so that its shares are computed differently.
     other = World(world.data, world.videos, world.teacher, SAVE["internvl"](tmp_path / "internvl"))
     whole, shared = tmp_path / "internvl-alone", tmp_path / "internvl-ddp"
     with without_priors_of(WITHOUT):
@@ -172,7 +172,7 @@ def test_ddp_and_fsdp2_are_one_process(world: World, alone: Path, tmp_path: Path
             run("ddp", flags(world, tmp_path / "broken", **broken_clips(world, tmp_path / "data"))),
         ],
     )
-    # What two processes began, one goes on with: the same samples a step.
+    # One process continues a run of two processes, with the same samples in each step.
     with without_priors_of(WITHOUT):
         assert train.main(run_flags(world, outs["moved"], per_device_train_batch_size=4)) == 0
     for out in outs.values():

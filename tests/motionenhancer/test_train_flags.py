@@ -143,7 +143,7 @@ def test_a_cap_on_pixels_that_changes_no_frame_is_refused() -> None:
         for said in (student.frames, EvalArguments(max_pixels=9000).pixels):
             with pytest.raises(ValueError, match=f"^--max_pixels 9000 does nothing with {fixed}"):
                 said(student_family(fixed))
-    # The evaluation's default is no wish of the user's.
+    # Families without a size limit ignore the default; only a given --max_pixels is refused.
     assert EvalArguments().pixels(student_family("internvl")) == 360 * 420
     assert EvalArguments().pixels(student_family("gemma4")) is None
     assert EvalArguments(max_pixels=0).pixels(student_family("internvl")) is None

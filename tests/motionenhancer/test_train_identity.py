@@ -84,7 +84,7 @@ def test_what_changes_nothing_of_the_result_does_not(
 
 
 def test_only_the_global_batch_counts(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other hardware may go on with a run, as long as every step is made of the same samples."""
+    """Other hardware may continue a run if every step has the same samples."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     assert changed(world, tmp_path, **split) == set()
     alone, dropping = identity(world, tmp_path), identity(world, tmp_path, dataloader_drop_last=True)
@@ -93,7 +93,7 @@ def test_only_the_global_batch_counts(world: World, tmp_path: Path, monkeypatch:
     both = identity(world, tmp_path)
     assert {k for k in alone if alone[k] != both[k]} == {"global_batch_size"}
     assert (alone["global_batch_size"], both["global_batch_size"]) == (2, 4)
-    # Which incomplete batches are dropped depends on how large each process's are.
+    # With dataloader_drop_last, the batch size of a process decides which samples are dropped.
     assert (
         identity(world, tmp_path, per_device_train_batch_size=1, dataloader_drop_last=True)["world_size"]
         != dropping["world_size"]

@@ -156,7 +156,7 @@ def test_a_run_logs_ten_times_unless_it_is_told_how_often(
 
 @pytest.mark.parametrize("aligner", ["mlp", "identity"])
 def test_the_raw_distance_is_the_one_without_the_aligner(world: World, tmp_path: Path, aligner: str) -> None:
-    """At the first step an aligner is the identity; later only the distance it is trained on is below."""
+    """At the first step both distances are equal; later they differ if an aligner is trained."""
     options = {"prior_dir": shared_priors(world), "max_steps": 4, "aligner": aligner, "warmup_steps": 0}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
     log = [e for e in report_of(tmp_path / "out")["training"]["log"] if "loss_align" in e]

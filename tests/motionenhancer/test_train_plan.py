@@ -51,7 +51,7 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
 def test_the_page_shows_the_plan_of_the_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With 16 clips for the toy's 480."""
+    """The test has 16 clips, the page is of the toy's 480."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     shown = page[page.index("what is trained:") :].split("\n```")[0]
     toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, progress=False)

@@ -54,10 +54,10 @@ def test_words_before_the_video_cannot_see_it_and_are_dropped(world: World, tmp_
     said = [i for i, (start, _) in enumerate(first.prior.spans) if start >= asked]
     assert sorted(set(last.words.row_tokens)) == said
     assert last.words.dropped == [i for i in range(first.words.count) if i not in said]
-    # Where priors are made while training, words are found in the padded batch.
+    # With priors made while training, words are found in the padded batch.
     padded = last.encoded.layout.shifted(1000)
     assert find_words(dataset.samples[0], last.prior, padded, "both") == last.words
-    # One that asks and is not answered is trained on without alignment.
+    # A sample whose request gets no prior is trained on without alignment.
     assert align_batch([last.prior], [last.words.after(10_000)], [last.encoded.layout]) is None
 
 
@@ -115,7 +115,7 @@ def test_clips_left_out_of_the_agreement_are_named(
 
 
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that was only just written is not trusted to rest."""
+    """Moves the clock on: the cache does not trust a file that was written just now."""
     now = digests.time.time_ns
     monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 2 * digests.REST)
 

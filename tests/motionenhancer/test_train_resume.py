@@ -48,7 +48,7 @@ def checkpoints(out: Path) -> set[str]:
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_killed_after_any_step(world: World, whole: Path, tmp_path: Path, step: int) -> None:
-    """After step 1 nothing was saved, 2 is being saved, 3 was not, and 5 is the last."""
+    """Nothing is saved after step 1, step 2 is being saved, step 3 is not saved, step 5 is the last."""
     out = tmp_path / "out"
     with dying(step), pytest.raises(Died):
         train.main(run_flags(world, out))

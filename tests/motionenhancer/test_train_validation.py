@@ -58,7 +58,7 @@ def test_both_losses_are_logged_and_training_is_as_without(
 
 
 def test_the_losses_are_means_over_tokens_and_samples(world: World, tmp_path: Path) -> None:
-    """Of batches of two and one sample: neither is a mean over batches."""
+    """The batches have two samples and one sample, so a mean over batches would differ."""
     model, dataset, collator = parts(world, tmp_path)
     three = MotionDataset(
         dataset.samples[:3], dataset.family, dataset.processor, keys=dataset.keys, store=dataset.store, fps=4
@@ -148,7 +148,7 @@ def test_the_best_checkpoint_alone_is_saved(world: World, held_out: Path, tmp_pa
 def test_priors_of_the_evaluation_are_made_while_training_too(
     world: World, held_out: Path, tmp_path: Path
 ) -> None:
-    """By the same maker: equal to those that were stored before."""
+    """The same maker makes them, and they equal stored priors."""
     stored = evaluations(run(world, held_out, tmp_path / "stored", eval_strategy="epoch"))
     made = evaluations(run(world, held_out, tmp_path / "made", prior_source="online"))
     assert [e["eval_loss_align"] for e in made] == [e["eval_loss_align"] for e in stored]

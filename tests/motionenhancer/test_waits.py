@@ -174,7 +174,7 @@ def test_attention_that_is_not_finite_is_named(
 
 
 class TestPositionsElsewhere:
-    """Positions on a device are not read; what does not fit is seen in the result."""
+    """Positions on a device are not read; positions that do not fit show in the result."""
 
     ROWS, IDS = torch.tensor([[4, -1]]), torch.arange(7)[None]
 

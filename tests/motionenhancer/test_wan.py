@@ -155,5 +155,5 @@ def test_the_plan_is_what_the_teacher_becomes(folder: Path, size: tuple[int, int
     pipeline = loaded.pipeline  # type: ignore[attr-defined]
     for part, count in plan.weights.items():
         assert count == sum(p.numel() for p in getattr(pipeline, part).parameters()), part
-    # Told nothing, it is the size and length that the published models were trained on.
+    # The default is the size and length in the training of the published models.
     assert plan_teacher(folder).grid == (21, 30, 52)

@@ -66,7 +66,7 @@ def served(teacher: Any, run: Callable[[], Any]) -> list[tuple[float, str]]:
 
 
 def test_each_level_goes_to_the_expert_of_the_pipeline(teacher: Any, clip: np.ndarray) -> None:
-    """With a shift of 3, the seventh of ten levels lies at 875 but for rounding: it is the first expert's."""
+    """With a shift of 3, the seventh of ten levels is 875 up to rounding, and belongs to the first expert."""
     seen = served(teacher, lambda: read(teacher, clip, steps=10))
     up = [1000 * 3 * s / (1 + 2 * s) for s in (i / 10 for i in range(1, 11))]
     assert [t for t, _ in seen] == pytest.approx(up + up[::-1], rel=1e-6)
@@ -217,7 +217,7 @@ def test_experts_of_two_shapes_are_refused(folder: Path, tmp_path: Path) -> None
 def test_without_a_boundary_the_first_transformer_serves_all(
     folder: Path, tmp_path: Path, clip: np.ndarray
 ) -> None:
-    """As in a pipeline, which never comes to its second; it is neither loaded nor counted."""
+    """The second transformer is neither loaded nor counted, as a pipeline never uses it."""
     path = tmp_path / "teacher"
     shutil.copytree(folder, path)
     priors = []
@@ -234,7 +234,7 @@ def test_without_a_boundary_the_first_transformer_serves_all(
         priors.append(read(loaded, clip, steps=2).attention)
     assert torch.equal(priors[0], priors[1])
     assert torch.equal(priors[0], priors[2])
-    # A guidance for an expert that is not there would do nothing.
+    # A guidance for a missing expert would have no effect, so it is refused.
     with pytest.raises(ValueError, match="guidance_scale_2"):
         read(loaded, clip, steps=2, guidance_scale_2=3.0)
     with pytest.raises(ValueError, match="--guidance_scale_2"):
@@ -285,7 +285,7 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_time_step_for_each_token(ti2v: Path, clip: np.ndarray) -> None:
-    """As the pipeline gives it: its mask is one everywhere in text to video."""
+    """The time steps are the pipeline's; its mask is one everywhere in text-to-video."""
     teacher: Any = load_teacher(ti2v, "cpu", **SMALL)
     video = teacher.encode_video(clip)
     assert video.latents.shape == (1, 48, 5, 4, 4)

@@ -121,7 +121,7 @@ def test_many_weights_are_counted() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_not_saved(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are trained, of any process; frozen ones were looked at when they were loaded."""
+    """Trained weights of every process are checked; frozen weights were checked when they were loaded."""
     model = torch.nn.Linear(2, 2)
     refuse_weights([None, model], 3, 1)
     with torch.no_grad():

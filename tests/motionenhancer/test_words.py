@@ -70,7 +70,7 @@ def conversations(draw: Any) -> dict[str, Any]:
 
 
 def expected_pairs(case: dict[str, Any]) -> set[tuple[int, int]]:
-    """Token and row share a character: straight from the construction, without any search."""
+    """Pairs of a token and a row that share a character, taken from the construction without any search."""
     where = {}
     for start, end, index in case["segments"]:
         for i in range(start, end):
@@ -107,7 +107,7 @@ def test_pairs_are_those_that_share_a_character(case: dict[str, Any]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(message(), min_size=1, max_size=3), st.data())
 def test_templates_may_trim_and_fold_white_space(messages: list[str], data: Any) -> None:
-    """The characters that are not white space are found whatever the template makes of the others."""
+    """All other characters are found, whatever the template does with white space."""
     prompt, segments = "", []
     for i, text in enumerate(messages):
         padded = data.draw(SPACES) + text + data.draw(SPACES)

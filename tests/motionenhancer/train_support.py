@@ -48,12 +48,12 @@ def flags(world: World, out: Path, **options: object) -> list[str]:
 
 
 def shared_priors(world: World) -> Path:
-    """A store for tests that only need priors to be there."""
+    """A store for tests that need priors, but do not test how they are made."""
     return world.data.parent / "priors_of_all_tests"
 
 
 class Died(BaseException):
-    """Stands for a kill: nothing of the run catches it to go on."""
+    """A stand-in for a kill: no part of the run catches it."""
 
 
 class Death(TrainerCallback):

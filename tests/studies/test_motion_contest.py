@@ -25,7 +25,7 @@ TINY = Regime(clips=6, test_clips=6, steps=3, batch=2)
 
 
 class Told(nn.Module):
-    """Says what it is told: the captions with some tokens exchanged."""
+    """A stand-in for a captioner, which says given captions with some tokens exchanged."""
 
     def __init__(self, said: torch.Tensor) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_a_right_answer_is_the_whole_phrase(wrong: tuple[int, ...], right: float
         assert found["right"] == pytest.approx(right)
         assert found["verb"] == pytest.approx(right if name == "verb" else 100.0)
     said = clips.tokens.clone()
-    said[:, 9:] = 0  # what it says of the other objects does not count
+    said[:, 9:] = 0  # words about the other objects do not count
     assert measure(Told(said), clips)["right"] == 100.0  # type: ignore[arg-type]
 
 

@@ -89,7 +89,7 @@ def test_a_result_names_its_models(folders: tuple[Path, Path, Path], tmp_path: P
 
 
 def test_one_reading_serves_every_selection(folders: tuple[Path, Path, Path]) -> None:
-    """What is selected of a reading is what a whole extraction with those settings gives."""
+    """A selection from one reading equals a whole extraction with the same settings."""
     _, folder, _ = folders
     teacher = load_teacher(folder, dtype=torch.float32)
     clip = draw_clip(0, "train", 0)[1].frames

@@ -247,7 +247,7 @@ def test_choices_of_heads_are_ranked_by_their_sharpened_lift() -> None:
         return 4 * 2 * on / (2 * on + 6 * off)
 
     found = lift.compare_choices([(heads, mask, torch.tensor([2, 3])), (heads, mask, torch.tensor([0, 1]))])
-    # Of six pairs two are leaning and blind, two away and blind, two even.
+    # Of six pairs of heads, two have a high lift, two a low lift, and two a lift of 1.
     expected = {"least": of(2, 3), "median": 1.0, "largest": of(3, 2), "chosen": 1.0, "all": 1.0}
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-4)
     assert found["below"] == pytest.approx(2 / 6, abs=6e-4)
