@@ -1,6 +1,7 @@
 """Makes ``studies`` importable, and leaves out the folders whose packages are missing here, by name."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 
 # Last in the path, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+# `pytest -n N` runs N processes at once: threads of one take the cores of the others. OpenMP reads this when torch is
+# imported, and the processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MISSING = [name for name in ("av", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
 NEED_ALL = ["examples", "motionenhancer", "studies"]

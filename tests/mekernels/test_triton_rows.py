@@ -198,18 +198,19 @@ def test_small_gradients_survive_half_precision(place):
 
 
 def test_a_row_without_keys_and_padding_are_zero_with_zero_gradients():
-    query, key, *_ = inputs(0, 1, 1, 2, 9, 4, 16, 1, 1, torch.float32, 4)
-    rows = torch.tensor([[0, 8, -1, 5, 8]])
+    # Several samples: the largest error of plain torch over a few rows alone depends on the processor.
+    query, key, *_ = inputs(0, 6, 1, 2, 9, 4, 16, 1, 1, torch.float32, 4)
+    rows = torch.tensor([[0, 8, -1, 5, 8]]).expand(6, -1)
     value, grad_query, grad_key = compare(query, key, rows, slice(None), causal=True)
-    assert (value[0, 0] == 0).all()
-    assert (value[0, 2] == 0).all()
-    assert (grad_query[0, :, :5] == 0).all()
+    assert (value[:, 0] == 0).all()
+    assert (value[:, 2] == 0).all()
+    assert (grad_query[:, :, :5] == 0).all()
     assert (grad_query[0, :, 8] != 0).any()
     assert grad_key.isfinite().all()
-    for empty in (torch.full((1, 3), -1), torch.zeros(1, 0, dtype=torch.int64)):
+    for empty in (torch.full((6, 3), -1), torch.zeros(6, 0, dtype=torch.int64)):
         for item in compare(query, key, empty, slice(None))[1:]:
             assert (item == 0).all()
-    for item in compare(query, key, rows, torch.full((1, 3), -1)):
+    for item in compare(query, key, rows, torch.full((6, 3), -1)):
         assert (item == 0).all()
 
 

@@ -365,7 +365,7 @@ def test_masked_rows_against_the_whole_map(seed: int, kind: str) -> None:
         return layer_attention_rows([query], [key], rows, columns, mask=given, softmax_scale=0.3)
 
     torch.testing.assert_close(read(query, key), whole(query, key))
-    assert torch.autograd.gradcheck(read, (query, key))
+    assert torch.autograd.gradcheck(read, (query, key), fast_mode=True)
 
 
 @pytest.mark.parametrize("room", [1, 30, 200, 1 << 18])
