@@ -172,9 +172,7 @@ class StudentArguments(ShownArguments):
     )
     measure_alignment: bool = setting(False, "Log loss_align even if λ is 0.")
     lora_r: int = setting(0, "Rank of LoRA adapters, trained in place of the weights; 0: none.", least=0)
-    lora_alpha: int | None = setting(
-        None, "The adapters' scale is lora_alpha / lora_r. Default: 2 · lora_r.", least=1
-    )
+    lora_alpha: int | None = setting(None, "Adapters' scale times lora_r. Default: 2 · lora_r.", least=1)
     lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
@@ -334,7 +332,7 @@ class LookArguments(Settings):
 
     run: str | None = setting(None, "Output folder of a training. Its page is rewritten.", positional=True)
     id: list[str] | None = setting(
-        None, "Show only these sample ids, or priors with these beginnings of keys."
+        None, "Show only samples with these ids, or priors whose keys begin with these letters."
     )
     video: str | None = setting(None, "Show this clip with --text, read by --teacher, --student or both.")
     text: str | None = setting(None, "With --video: text about the clip.")
@@ -342,11 +340,11 @@ class LookArguments(Settings):
     num_frames: int | None = setting(None, "With --student: number of evenly spaced frames.", least=1)
     output: str | None = setting(
         None,
-        "File of the page. Default: report.html in RUN, else look.html in --prior_dir or this folder.",
+        "File of the page. Default: report.html in RUN, else look.html in --prior_dir or the current folder.",
     )
     png: str | None = setting(None, "Also draw frames and maps of the first clip to this file.")
     mp4: str | None = setting(None, "Also write the first clip, overlaid with its maps, to this file.")
-    word: list[str] | None = setting(None, "Words for --png and --mp4. Default: the words that move most.")
+    word: list[str] | None = setting(None, "Words for --png and --mp4. Default: the three best by score.")
     smooth: bool = setting(False, "Interpolate the maps of --png and --mp4 between the grid's cells.")
 
     def __post_init__(self) -> None:

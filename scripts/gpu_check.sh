@@ -82,7 +82,7 @@ sanitizer=$(find_tool compute-sanitizer)
 nvcc=${CUDACXX:-$(find_tool nvcc)}
 gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
-# The rest of the package needs more than the kernels do; where that is missing only theirs are tested.
+# The other tests need more packages than the kernels. If one is missing, only the kernels are tested.
 have() { "$python" -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' "$@" 2>/dev/null; }
 tests=(tests/mekernels tests/benchmarks)
 if [[ -n $rehearse ]]; then
@@ -214,7 +214,7 @@ for stage in "${known[@]}"; do
     if chosen "$stage"; then run_stage "$stage"; else echo "[$stage] not chosen"; fi
 done
 
-((${#tests[@]} > 2)) || echo "not tested: tests/motionenhancer, for want of diffusers, av or torchvision"
+((${#tests[@]} > 2)) || echo "not tested: tests/motionenhancer, as diffusers, av or torchvision is missing"
 note summary
 echo "results: $lines $log$([[ -e $json ]] && echo " $json")"
 if [[ -n ${OUT:-} && -d ${OUT:-} && $(realpath "$OUT") != "$(realpath "$results")" ]]; then

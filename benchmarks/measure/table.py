@@ -7,9 +7,9 @@ from .results import OURS, Figure, Results
 LEGEND = """\
 time        median of a call, in brackets its p20 and p80{clock}
 × time      this row's time over ours, taken in turns (median, p20 and p80): above 1 ours is faster
-extra mem   most bytes held during a call above those held before it; × mem is this row's over ours"""
+extra mem   peak bytes of a call minus the bytes before it; × mem: this row's over ours"""
 HOST = """\
-host        what the host takes to start a call"""
+host        time of the host to start a call"""
 ROOFLINE = """\
 floor       least time for the bytes and operations of the work at this device's measured ceilings,
             and the share of it that was reached"""

@@ -87,9 +87,7 @@ def convert(
         _check_roles(messages)
         for kind in files:
             if inline[kind] and listed[kind] is not None:
-                raise _BadSample(
-                    "tag count differs", f"{kind} files are both in the messages and beside them"
-                )
+                raise _BadSample("tag count differs", f"has {kind} files both in and beside the messages")
             _check_tags(kind, sum(part["type"] == kind for part in media), len(files[kind]))
         if require_video and not files["video"]:
             raise _BadSample("no video", "neither a video nor a <video> tag")

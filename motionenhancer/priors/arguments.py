@@ -62,9 +62,7 @@ class PriorArguments(Settings):
         "Default: equal weights.",
     )
     prior_dir: str = setting("runs/priors", "Folder of stored priors.")
-    prompt_source: str = setting(
-        "both", "Text that the teacher reads.", choices=["both", "question", "answer"]
-    )
+    prompt_source: str = setting("both", "Text for the teacher.", choices=["both", "question", "answer"])
     teacher_dtype: str = setting("auto", "auto: bfloat16 on CUDA, float32 on the CPU.", choices=DTYPES)
     teacher_size: str | None = setting(
         None, "HEIGHTxWIDTH of the teacher's clips. Default: the size of its training."

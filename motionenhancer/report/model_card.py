@@ -47,9 +47,7 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
     if aligned and teacher is not None:
         named = [teacher] if isinstance(teacher, str) else teacher
         listed = ", ".join(f"`{_hub_name(one)}`" for one in named)
-        lines.append(
-            f"- teacher: {listed}; training pulled the attention of the words toward the teacher's maps"
-        )
+        lines.append(f"- teacher: {listed}; training pulled the words' attention toward the teacher's maps")
     else:
         lines.append("- plain fine-tuning: no attention was aligned (λ = 0)")
     lines.append(f"- data: `{identity['data']}`, {counts['samples']} samples seen in training")

@@ -91,7 +91,7 @@ def contact_sheet(
 
     Args:
         view: the clip with its maps.
-        words: words to draw; by default the three that move most.
+        words: words to draw; by default the three with the highest scores.
         frames: number of evenly spaced frames.
         smooth: interpolate between the grid's cells.
         colours: a name of `COLOURS`.
@@ -171,7 +171,7 @@ def draw_prior(
     Args:
         prior: from `extract_prior` or a store.
         video: the clip of the prior; without it, the maps are drawn on black.
-        words: words to draw; by default the three that move most.
+        words: words to draw; by default the three with the highest scores.
         **how: options of `contact_sheet`.
 
     Raises:

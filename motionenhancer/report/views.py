@@ -142,9 +142,7 @@ class View:
         for word in words:
             if word.lower() not in known:
                 names = ", ".join(piece["text"] for piece in listed)
-                raise ValueError(
-                    f"--word {word}: {self.id} has no map of this word, only of {names or 'no word'}"
-                )
+                raise ValueError(f"--word {word}: {self.id} has maps of {names or 'no words'} only")
         return [known[word.lower()] for word in words]
 
 
