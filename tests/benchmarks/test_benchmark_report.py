@@ -77,7 +77,7 @@ def test_time_of_the_host_is_a_figure_of_its_own(write, capsys):
     ours, eager = (line for line in out.splitlines() if line.startswith(("    ours", "    eager")))
     assert ours.split()[-2:] == ["20", "µs"]
     assert eager.split()[-1] == "-"
-    assert "host        what the host takes" in out
+    assert "host        time of the host" in out
 
 
 def test_change(write, capsys):
