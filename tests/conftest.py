@@ -12,8 +12,8 @@ import pytest
 # Last in the path, so that it hides nothing.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-# `pytest -n N` runs N processes at once: threads of one take the cores of the others. OpenMP reads this when torch is
-# imported, and the processes that tests start inherit it.
+# `pytest -n N` runs N processes at once, so the threads of one would take the cores of the others. OpenMP
+# reads this when torch is imported, and the processes that tests start inherit it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
