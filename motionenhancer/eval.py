@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def _ask(
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
         f"every written answer is kept in {report.folder}",
-        answered=not any(unanswered(asked, report.folder, arguments.batch)),
+        answered=not unanswered(asked, report.folder),
     )
     if finished:
         return None
@@ -314,6 +315,8 @@ def _ask(
         asked,
         report.folder,
         frames,
+        # vLLM pads nothing.
+        length=None if arguments.engine == "vllm" else partial(family.length, max_pixels=frames.max_pixels),
         batch_size=arguments.batch,
         workers=arguments.workers,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,12 @@ class Frames:
     max_frames: int | None = None
     max_pixels: int | None = None
 
-    def of(self, video: Path | Clip) -> Video:
+    def of(self, video: Path | Clip, read: Callable[..., Video] = read_frames) -> Video:
         """Decode the frames of a video to show. The keys of its row (see `Clip`) override the run's values.
+
+        Args:
+            video: the file or clip.
+            read: `read_frames`; or `outline`, which decodes nothing.
 
         Raises:
             VideoError: the video cannot be read.
@@ -43,7 +48,7 @@ class Frames:
             elif num_frames is not None:
                 num_frames = min(max(num_frames, video.min_frames or 1), video.max_frames or num_frames)
         if num_frames is not None:
-            return read_frames(video, num_frames=num_frames)
-        shown = read_frames(video, fps=fps, max_frames=most)
+            return read(video, num_frames=num_frames)
+        shown = read(video, fps=fps, max_frames=most)
         wanted = min(least, most or least, shown.source_frames)
-        return shown if len(shown.frames) >= wanted else read_frames(video, num_frames=wanted)
+        return shown if len(shown.frames) >= wanted else read(video, num_frames=wanted)

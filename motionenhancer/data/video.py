@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import BYTES, Progress, VideoError, av, decode, refuse_size, unreadable
+from motionenhancer.data.decode import (
+    BYTES,
+    FRAMES,
+    Progress,
+    VideoError,
+    av,
+    decode,
+    limit,
+    opened,
+    refuse_size,
+    unreadable,
+)
 from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
 
 TIE = 1e-6
@@ -315,6 +326,42 @@ def check_video(path: str | Path) -> VideoInfo:
     frame = next(decode(path, Progress()))
     shape = _turn(path, frame).shown(frame.height, frame.width)
     return VideoInfo(progress.decoded, *shape, timeline.fps, timeline.duration, progress.errors)
+
+
+def outline(
+    path: str | Path | Clip,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> Video:
+    """Return about what :func:`read_frames` would, by the file's header alone, with 0 for all pixels.
+
+    The number of frames and their size are only as right as the header, and a rotation is not applied.
+
+    Args:
+        path, num_frames, fps, max_frames: as for :func:`read_frames`, not checked.
+
+    Raises:
+        VideoError: the file cannot be opened.
+    """
+    with opened(Path(path)) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        seconds = (container.duration or 0) / av.time_base
+        count = int(stream.frames or min(max(seconds * rate, 1), limit(FRAMES)))
+        size = stream.height, stream.width
+    times = np.arange(count) / rate
+    timeline = Timeline([], times, count / rate, rate, False)
+    start, end = (path.start, path.end) if isinstance(path, Clip) else (None, None)
+    choice = _choose(timeline, num_frames, fps, max_frames, start, end)
+    return Video(
+        frames=np.broadcast_to(np.uint8(0), (len(choice.indices), *size, 3)),  # takes no memory
+        timestamps=times[choice.indices],
+        fps=rate,
+        duration=choice.duration,
+        decoded=0,
+        source_frames=choice.stop - choice.start,
+    )
 
 
 def content_digest(path: str | Path | Clip) -> str:

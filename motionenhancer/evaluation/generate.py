@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from motionenhancer.data.clip import Clip
 from motionenhancer.data.question import Question
 from motionenhancer.data.sample import Sample
 from motionenhancer.data.sampling import Frames
-from motionenhancer.data.video import Video
+from motionenhancer.data.video import Video, VideoError, outline
 from motionenhancer.students.family import StudentFamily
 from motionenhancer.students.layout import Encoded
 
+from ..processes import from_main
 from .answers import (
     answers_file,
     append_answers,
@@ -170,14 +172,13 @@ def answer_questions(
     folder: Path,
     frames: Frames,
     *,
+    length: Callable[[Video], int] | None = None,
     batch_size: int = 4,
     workers: int = 0,
 ) -> None:
     """Answer every question without an answer in ``folder``, with one process or several.
 
-    Batches are cut from the whole list, independent of existing answers and the number of processes. An
-    unfinished batch is asked again as a whole. So padding, rounding and answers are the same after a kill.
-    Each batch is on disk before the next one starts.
+    See :func:`open_batches` for the batches. Each batch is on disk before the next one starts.
 
     Unreadable clips, and questions that cannot be encoded, are recorded as skipped with the reason. The next
     run tries them again.
@@ -187,17 +188,20 @@ def answer_questions(
         asked: all questions of the run.
         folder: where this run keeps its answers.
         frames: how clips are shown.
+        length: as for :func:`open_batches`.
         batch_size: how many questions are asked at once.
         workers: processes that decode clips ahead; 0 decodes in this one.
     """
     state = PartialState()
-    pending = unanswered(asked, folder, batch_size)
-    state.wait_for_everyone()
+    batches: list[list[str]] = []
     if state.is_main_process:
         # Another process than this one may have written them.
         drop_answers(folder, _outdated(asked, read_answers(folder)))
-    state.wait_for_everyone()
-    mine = pending[state.process_index :: state.num_processes]
+        batches = open_batches(asked, unanswered(asked, folder), frames, length, batch_size)
+    items = {item.question.id: item for item in asked}
+    # All processes share the batches of one process: another one may see other files.
+    shared = from_main(batches)[state.process_index :: state.num_processes]
+    mine = [[items[id] for id in batch] for batch in shared]
     if mine:
         engine = load()
         file = folder / answers_file(state.process_index)
@@ -221,16 +225,54 @@ def answer_questions(
     state.wait_for_everyone()
 
 
-def unanswered(asked: Sequence[Asked], folder: Path, batch_size: int) -> list[list[Asked]]:
-    """The batches with a question that has a clip and no answer to that very clip in ``folder`` yet."""
+def unanswered(asked: Sequence[Asked], folder: Path) -> set[str]:
+    """Ids of the questions that have a clip and no answer to that very clip in ``folder`` yet."""
     # Skipped questions are tried again: the clip may have been copied meanwhile.
     rows = read_answers(folder)
     done = {id for id, row in rows.items() if "output" in row} - _outdated(asked, rows)
-    batches = [
-        [item for item in asked[start : start + batch_size] if item.video is not None]
-        for start in range(0, len(asked), batch_size)
-    ]
-    return [batch for batch in batches if any(item.question.id not in done for item in batch)]
+    return {item.question.id for item in asked if item.video is not None} - done
+
+
+def open_batches(
+    asked: Sequence[Asked],
+    open: set[str],
+    frames: Frames,
+    length: Callable[[Video], int] | None,
+    batch_size: int,
+) -> list[list[str]]:
+    """The batches that are still to be asked.
+
+    All questions with a clip are sorted, the longest first, and cut into batches, whether they are answered
+    or not. So a batch that was never asked is the same after a kill, with the same padding, rounding and
+    answers. What is open of other batches, such as skipped questions, comes last, in batches of its own.
+
+    Args:
+        asked: all questions of the run.
+        open: ids of those without an answer.
+        frames: how clips are shown.
+        length: (a clip's frames, all of whose pixels are 0) → a number that grows with its tokens. Questions
+            about clips of equal length keep their order; with None, all do.
+        batch_size: how many questions are asked at once.
+
+    Returns:
+        Ids of each batch's questions.
+    """
+    order = [item for item in asked if item.video is not None] if open else []
+    if length is not None:
+        lengths: dict[Path | Clip | None, int] = {}
+        for video in dict.fromkeys(item.video for item in order):
+            assert video is not None
+            with suppress(VideoError):  # It is reported when its question is asked.
+                lengths[video] = length(frames.of(video, read=outline))
+        order.sort(key=lambda item: -lengths.get(item.video, 0))
+    batches = _cut([item.question.id for item in order], batch_size)
+    whole = [batch for batch in batches if open.issuperset(batch)]
+    rest = open.difference(*whole)
+    return whole + _cut([item.question.id for item in order if item.question.id in rest], batch_size)
+
+
+def _cut(ids: list[str], size: int) -> list[list[str]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[str]:

@@ -98,6 +98,12 @@ class StudentFamily:
         name = f".{parameter}"
         return bool(_TOWER.search(name)) and not _PROJECTOR.search(name)
 
+    def length(self, video: Video, max_pixels: int | None = None) -> int:
+        """A number that grows with the tokens of a clip, by the number and the size of its frames."""
+        frames, height, width = video.frames.shape[:3]
+        area = height * width if self.pixels is not None else 1
+        return frames * min(area, max_pixels or area)
+
     def encode(
         self,
         processor: Any,

@@ -207,7 +207,7 @@ def test_two_processes_killed_and_started_again(
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     both = [launch(out, flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not all((out / f"answers-0000{r}.jsonl").exists() for r in range(2)):
             stopped = [p for p in both if p.poll() not in (None, 0)]
             assert not stopped, stopped[0].stderr.read().decode()  # type: ignore[union-attr]
