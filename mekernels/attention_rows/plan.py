@@ -157,7 +157,9 @@ _BIASED = {("row_lse", 0), ("row_lse", 1), ("row_columns", 1), ("query_gradient"
 
 def slots(kernel: str, kind: Kind) -> int:
     """Programs of a kernel that the device runs at a time, limited by registers and shared memory."""
-    held = _RESIDENT[kernel][_class(kind)] if kind.bias is None else (1, 1)
+    # The tile of 128 rows is that of the second class, whatever the width.
+    place = 1 if tiles(kernel, kind).rows > 64 else _class(kind)
+    held = _RESIDENT[kernel][place] if kind.bias is None else (1, 1)
     return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors
 
 
@@ -456,8 +458,9 @@ def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
     return result
 
 
-SOFTCAP, SINKS = "Gemma-2-9B", "gpt-oss-20b"
-"""The shape with a soft cap, and the shape with sinks and a bias of every head and key."""
+SOFTCAP, SINKS, GROUPED = "Gemma-2-9B", "gpt-oss-20b", "Llama-3.2-1B 8k"
+"""The shape with a soft cap, the shape with sinks and a bias of every head and key, and the shape where many
+rows share a narrow head: of it, only the kernel with tiles of its own."""
 
 SHAPES = {
     SOFTCAP: (16, 8, 256, 8192, torch.bfloat16),
@@ -467,6 +470,7 @@ SHAPES = {
     "width 64": (16, 16, 64, 8192, torch.bfloat16),
     "width 256": (8, 4, 256, 8192, torch.float16),
     "Qwen2.5-VL-7B float32": (28, 4, 128, 8192, torch.float32),
+    GROUPED: (32, 8, 64, 8192, torch.bfloat16),
 }
 """Query heads, key heads, width, keys and dtype at which the kernels are judged, with 64 rows."""
 
@@ -475,26 +479,19 @@ def gates() -> list[resources.Gate]:
     """The kernels at the attention of real models, chosen columns by slice and by index."""
     found = []
     for name, (heads, kv_heads, width, keys, dtype) in SHAPES.items():
-        index = name.endswith("8k")
-        call = Call(
-            query=torch.empty(1, heads, keys, width, dtype=dtype, device="meta"),
-            key=torch.empty(1, kv_heads, keys, width, dtype=dtype, device="meta"),
-            rows=torch.empty(1, 64, dtype=torch.int64, device="meta"),
-            columns=torch.empty(1, 4096, dtype=torch.int64, device="meta") if index else None,
-            start=0 if index else 15,
-            stop=0 if index else 4111,
-            softmax_scale=width**-0.5,
-            causal=True,
-            key_mask=torch.empty(1, keys, dtype=torch.bool, device="meta"),
-            fold=1,
-            mean=True,
-            softcap=50.0 if name == SOFTCAP else 0.0,
-            key_range=torch.empty(1, 64, 2, dtype=torch.int64, device="meta") if index else None,
-            sinks=torch.empty(heads, dtype=dtype, device="meta") if name == SINKS else None,
-            bias=torch.empty(1, heads, 1, keys, dtype=dtype, device="meta") if name == SINKS else None,
-        )
+        query, key = (torch.empty(1, n, keys, width, dtype=dtype, device="meta") for n in (heads, kv_heads))
+        rows, columns = (torch.empty(1, n, dtype=torch.int64, device="meta") for n in (64, 4096))
+        mask, ranges = torch.empty(1, keys, dtype=torch.bool, device="meta"), rows[..., None].repeat(1, 1, 2)
+        cap = 50.0 if name == SOFTCAP else 0.0
+        call = Call(query, key, rows, None, mask, None, 15, 4111, width**-0.5, True, 1, True, cap)
+        if name.endswith("8k"):
+            call = call._replace(columns=columns, key_range=ranges, start=0, stop=0)
+        if name == SINKS:
+            bias = torch.empty(1, heads, 1, keys, dtype=dtype, device="meta")
+            call = call._replace(sinks=bias[0, :, 0, 0].clone(), bias=bias)
         launches, out, lse, rest = plan_forward(call)
-        for launch in [*launches, *plan_backward(out, lse, rest, call)[0]]:
+        launches += plan_backward(out, lse, rest, call)[0]
+        for launch in launches[: 1 if name == GROUPED else None]:
             kernel, half = launch.kernel.__name__, dtype != torch.float32
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, half and kernel in _TILES))
     return found

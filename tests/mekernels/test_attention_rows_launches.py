@@ -102,11 +102,21 @@ def test_multiprocessors_hold_what_the_cuts_are_made_for(capability):
         dtype = next(item.dtype for item in tensors if item.dtype in launch.DTYPES)
         width = gate.launch.arguments["WIDTH"]
         kind = SimpleNamespace(query=(0, 0, 0, width), half=dtype != torch.float32)
-        expected = plan._RESIDENT[name][plan._class(kind)][0 if capability == 90 else 1]
+        place = 1 if gate.launch.arguments["BLOCK_M"] > 64 else plan._class(kind)
+        expected = plan._RESIDENT[name][place][0 if capability == 90 else 1]
         if gate.launch.arguments["bias"] is not None:
             expected = 1
         found = resources.measure(gate.launch, capability)
         assert held(found, gate.launch.options["num_warps"], capability) >= expected, gate.name
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_a_narrow_head_that_many_rows_share_has_fewer_programs_at_a_time(capability):
+    with launch.planned_for(capability):
+        kinds = [plan.Kind.of(meta_call(8192, 64, 9, heads=(heads, 8), width=64)) for heads in (8, 32)]
+    for place, kind in enumerate(kinds):
+        held = plan._RESIDENT["row_lse"][place][0 if capability == 90 else 1]
+        assert plan.slots("row_lse", kind) == held * launch.TARGETS[capability].processors
 
 
 @compiles
@@ -133,8 +143,7 @@ def test_cuts_fill_whole_waves(keys, rows, capability):
     for item in planned:
         name = item.kernel.__name__
         if name in plan._RESIDENT:
-            held = plan._RESIDENT[name][plan._class(kind)][0 if capability == 90 else 1]
-            programs, slots = torch.Size(item.grid).numel(), held * {80: 108, 90: 132}[capability]
+            programs, slots = torch.Size(item.grid).numel(), plan.slots(name, kind)
             waves = launch.cdiv(programs, slots)
             # A last wave that lacks a few programs counts as full: the number need not divide evenly.
             assert waves == 1 or programs >= 0.9 * waves * slots, (name, programs, slots)
