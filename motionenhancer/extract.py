@@ -195,7 +195,7 @@ def _extract(
         record.write(place, "finished", {**results, **found})
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
-        print(f"{unknown} {PARTLY_UNKNOWN}, which are part of no word")
+        print(f"{unknown} {PARTLY_UNKNOWN}: these characters belong to no word")
     if results["roundtrip"]:
         print(f"inversion error of the first clip: {results['roundtrip']}")
     if total.total:

@@ -132,7 +132,7 @@ def save_aligner(aligner: nn.Module, path: str | Path) -> None:
     (2, 3, 4)
     """
     if not isinstance(aligner, Aligner) or not aligner.kind:
-        raise ValueError(f"aligner must be of build_aligner and have weights, got {type(aligner).__name__}")
+        raise ValueError(f"aligner must be of build_aligner, with weights, got {type(aligner).__name__}")
     about = {"name": aligner.kind, "grid": list(aligner.grid), "width": aligner.width}
     weights = {name: value.detach().cpu().contiguous() for name, value in aligner.state_dict().items()}
     with whole_file(path) as temporary:

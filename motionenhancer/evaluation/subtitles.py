@@ -53,7 +53,7 @@ def read_subtitles(file: Path) -> list[tuple[float, float, str]]:
         elif found:  # a blank line within a subtitle
             found[-1] = (*found[-1][:2], f"{found[-1][2]} {said}".strip())
         elif block:
-            raise ValueError(f"--subtitles {file}: not an srt file: it begins with {block[:40]!r}")
+            raise ValueError(f"--subtitles {file}: not an srt file, as it begins with {block[:40]!r}")
     return [line for line in found if line[2]]
 
 

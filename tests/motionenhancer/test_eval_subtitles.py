@@ -43,7 +43,7 @@ def test_an_srt_file(tmp_path: Path) -> None:
     file = write(tmp_path, "1\n00:00:00,000 --> 00:00:01,000\na\n\nb\n\n2\n00:00:01,000 --> 00:00:02,000\nc")
     assert read_subtitles(file) == [(0, 1, "a b"), (1, 2, "c")]
     assert read_subtitles(write(tmp_path, " \n")) == []
-    with pytest.raises(ValueError, match="not an srt file: it begins with 'WEBVTT'"):
+    with pytest.raises(ValueError, match="not an srt file, as it begins with 'WEBVTT'"):
         read_subtitles(write(tmp_path, "WEBVTT\n\n00:01.000 --> 00:02.000\na"))
 
 
