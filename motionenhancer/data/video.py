@@ -335,9 +335,9 @@ def outline(
     fps: float | None = None,
     max_frames: int | None = None,
 ) -> Video:
-    """Return about what :func:`read_frames` would, by the file's header alone, with 0 for all pixels.
+    """Estimate the result of :func:`read_frames` from the file's header alone; all pixels are 0.
 
-    The number of frames and their size are only as right as the header, and a rotation is not applied.
+    The number and the size of the frames are those of the header, which may be wrong; no rotation is applied.
 
     Args:
         path, num_frames, fps, max_frames: as for :func:`read_frames`, not checked.
