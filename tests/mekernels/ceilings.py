@@ -32,7 +32,7 @@ def key(entry: dict[str, Any]) -> str:
 
 
 def numbers(entry: dict[str, Any]) -> Numbers:
-    """Those of one kernel in a report."""
+    """The numbers of one kernel in a report."""
     from mekernels.resources.prediction import inner
 
     executed = entry["warp_instructions"]
@@ -53,7 +53,7 @@ def read() -> dict[str, dict[str, Numbers]]:
 
 
 def write(ceilings: dict[str, dict[str, Numbers]]) -> None:
-    """One line a kernel."""
+    """Write one line for each kernel."""
     parts = []
     for triton, kernels in sorted(ceilings.items()):
         lines = [

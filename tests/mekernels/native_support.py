@@ -82,7 +82,7 @@ def aligned_bytes(count: int) -> Tensor:
 
 
 def run_on_host(name: str, device: torch.device, arguments: Any, sizes: Any = ()) -> None:
-    """What native_loader.run does for CUDA tensors, on the CUDA kernels compiled for the host."""
+    """Run like native_loader.run for CUDA tensors, with the CUDA kernels compiled for the host."""
     library, controls = cuda_on_host()
     values = [native_loader.address(value) for value in arguments]
     tensors = list(arguments)

@@ -43,7 +43,7 @@ def launches(call):
 
 
 def version(item):
-    """What triton compiles a version of a kernel for, on an H100."""
+    """The key of the version of a kernel that triton compiles, on an H100."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

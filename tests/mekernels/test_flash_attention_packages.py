@@ -108,7 +108,7 @@ def test_adapter_on_a_stand_in_for_the_package(stand_in, causal, groups):
 
 @pytest.mark.parametrize("keys", [53, 20])
 def test_causal_masks_of_flash_attn_end_together(stand_in, keys):
-    """As many rows as there are more queries than keys see nothing."""
+    """If there are more queries than keys, the surplus rows see no key."""
     if stand_in is flash_packages.xformers:
         pytest.skip("its mask aligns the starts, and is refused")
     inputs = [randn(2, 2, 37, 8), randn(2, 2, keys, 8, seed=1), randn(2, 2, keys, 8, seed=2)]

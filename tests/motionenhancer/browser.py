@@ -57,7 +57,7 @@ class Browser:
 
 
 class Page:
-    """One tab."""
+    """A tab of the browser."""
 
     def __init__(self, browser: Browser, session: str) -> None:
         self.browser, self.session = browser, session

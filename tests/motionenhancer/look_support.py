@@ -62,6 +62,6 @@ def make_views(folder: Path) -> list[View]:
 
 
 def shown(file: Path) -> dict:
-    """What a page holds."""
+    """The data in a page."""
     text = file.read_text()
     return json.loads(text.partition('id="data">')[2].partition("</script>")[0])

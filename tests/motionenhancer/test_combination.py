@@ -313,7 +313,7 @@ def test_a_record_says_which_teacher_an_extraction_had_not_reached(tmp_path: Pat
 
 
 def test_the_student_is_one_of_several(annotated: World, tmp_path: Path) -> None:
-    """Its maps are read before the training; all priors have the first teacher's grid."""
+    """The student's maps are read before the training; all priors have the first teacher's grid."""
     given = flags(annotated, tmp_path / "out", prior_source="hybrid", teacher=None, ddim_steps=None)
     assert train.main([*given, "--teacher", "regions", "self", "--region_grid", "3x4x4"]) == 0
     report = report_of(tmp_path / "out")

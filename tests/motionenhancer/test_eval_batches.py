@@ -44,7 +44,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> list[Asked]:
 
 
 class Student:
-    """It answers with the question, and remembers which were asked together."""
+    """A stand-in that answers with the question's id, and records which questions were asked together."""
 
     def __init__(self, stop: int = 99) -> None:
         self.batches: list[list[str]] = []
@@ -86,7 +86,7 @@ def test_a_half_written_batch_changes_no_other(asked: list[Asked], tmp_path: Pat
 
 
 def test_answers_of_batches_in_another_order_are_kept(asked: list[Asked], tmp_path: Path) -> None:
-    """As of a run that asked in the order of the file; what is left is asked by length."""
+    """The first answers are in the order of the file, as of an older run; the rest is asked by length."""
     ask(asked, tmp_path, None, stop=1)
     before = read_answers(tmp_path)
     assert [*before] == ["0", "1", "2"]

@@ -205,7 +205,7 @@ def test_a_server_of_another_kind_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One error, and nothing is taken for a judgement."""
+    """Such a server ends the run with one error, and none of its replies is a verdict."""
     monkeypatch.setattr(judge_model, "_PATIENCE", 0.2)
     judge.replies = [reply] * 9
     assert run(tmp_path, *asking(judge)) == 2

@@ -136,7 +136,7 @@ def test_a_run_stopped_and_continued(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both engines write the same results; a stop changes none, and no answer is asked for twice."""
+    """Both engines write the same results, also after a stop, and no question is asked twice."""
     assert ask(tmp_path / "plain", student, toy) == 0
     flags = ("--engine", "vllm", "--batch_size", "2")
     original = engine._answers
@@ -305,7 +305,7 @@ def test_vllm_answers_as_transformers(
 
 
 def widen(folder: Path) -> None:
-    """One head of 32 in place of four of 8, which is too narrow for vLLM's kernels."""
+    """Replace four heads of width 8, too narrow for vLLM's kernels, by one head of width 32."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(folder)

@@ -244,7 +244,7 @@ def test_the_model_of_a_finished_run_is_uploaded_and_nothing_else(
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the real client, whose network library has errors of its own."""
+    """With the real client, whose network library raises other errors."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     upload = hub.Upload("owner/model", token="hf_secret")

@@ -197,7 +197,7 @@ def test_text_encoders_are_let_go_and_their_texts_kept(
 
 
 def test_a_tokenizer_that_the_model_was_not_made_for(folder: Path, tmp_path: Path) -> None:
-    """Its template has fewer tokens than the model leaves out, and so a prompt would be cut."""
+    """The tokenizer's template has fewer tokens than the model skips, so the model would cut the prompt."""
     path = Path(shutil.copytree(folder, tmp_path / "teacher"))
     file = path / "tokenizer" / "tokenizer.json"
     edit(file, post_processor=None)

@@ -42,7 +42,7 @@ def teacher(folder: Path) -> Any:
 
 
 def inputs(teacher: Any, text: str) -> dict[str, torch.Tensor]:
-    """What the pipeline itself makes of a text, with a picture of zeros for none."""
+    """The pipeline's own encoding of a text, with a picture of zeros, which means no picture."""
     made = teacher.pipeline.encode_prompt(text, device=torch.device("cpu"), dtype=torch.float32)
     return {**dict(zip(NAMES, made, strict=True)), "image_embeds": torch.zeros(1, 729, 16)}
 

@@ -178,7 +178,7 @@ def run(code: str, folder: Path, **environment: str) -> str:
 
 
 def swift(folder: Path, world: World, priors: Path, **options: Any) -> str:
-    """One run of `swift sft`, or of another of its commands; the toy's tokens are not those of Qwen."""
+    """One run of `swift sft` or of another swift command; the toy's tokens differ from Qwen's."""
     config = json.loads((world.student / "config.json").read_text())
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in conversations(world)))

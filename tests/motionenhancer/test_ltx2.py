@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 def connected(teacher: Any, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the pipeline gives its transformer of a text: for video and sound, and a mask."""
+    """The text inputs of the pipeline's transformer: embeddings for video and for sound, and a mask."""
     pipeline = teacher.pipeline
     embeds, mask, _, _ = pipeline.encode_prompt(
         text, do_classifier_free_guidance=False, device=torch.device("cpu")

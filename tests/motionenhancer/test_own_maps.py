@@ -160,7 +160,7 @@ def test_self_is_a_student_in_training(
 def test_clips_of_several_sizes_need_the_identity(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their grids differ, unless --teacher_size makes them one."""
+    """The grids of such clips differ, unless --teacher_size gives all clips one size."""
     rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
     wide = torch.zeros(9, 32, 64, 3, dtype=torch.uint8).numpy()
     encode_video(tmp_path / "wide.mp4", wide)

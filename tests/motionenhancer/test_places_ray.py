@@ -55,7 +55,7 @@ def test_without_any_place_it_says_so_and_can_be_closed(
 def test_a_wait_for_a_place_ends(
     cluster: Cluster, tmp_path: Path, died: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after the death of the only node with a GPU: nothing is left that could make a prior."""
+    """No node can make a prior, as after the death of the only node with a GPU."""
     maker = ray_on(cluster, tmp_path)
     with closing(maker):
         if died:

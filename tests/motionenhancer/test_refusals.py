@@ -281,7 +281,7 @@ def test_training_from_a_store_goes_without_what_extraction_could_not_read(
 def test_extraction_tries_again_what_is_on_record(
     world: World, tmp_path: Path, poor: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a new decoder: the clip is unchanged, but its reader is new."""
+    """This is for a new decoder, which may read an unchanged clip."""
 
     def read_frames(path: Path, **options: int) -> None:
         raise VideoError(path, "no decoder for it")

@@ -56,7 +56,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("frames", [2, 3, 6])
 def test_inputs_are_the_processors_own(student: Any, frames: int) -> None:
-    """One video and one image: what the family's processor makes of the rendered conversation."""
+    """With one video and one image, the inputs equal those of the family's processor."""
     _, processor, family = student
     # SmolVLM's processor loses an image beside a video, GLM's model cannot take both.
     images = [picture(30, 50)] if family.images_with_videos and family.name != "smolvlm" else []

@@ -144,7 +144,7 @@ def packed(student: Any) -> Any:
 
 @pytest.mark.parametrize("use_checkpoints", [False, True])
 def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
-    """As eager's, in values and gradients, and as each sample by itself."""
+    """Values and gradients equal those of eager attention, and those of each sample alone."""
     model = student[0]
     if student[2].name in ("qwen3_5", "minicpmv4_6"):
         pytest.skip("linear attention runs over the bounds of packed samples")

@@ -150,7 +150,7 @@ def test_the_runs_max_grad_norm_holds_for_the_aligner(
 
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_gradient_that_is_no_number_never_reaches_the_aligner(fp16: bool) -> None:
-    """In half precision the step is left out, as the scaler leaves out the model's."""
+    """In half precision the aligner's step is left out, as the scaler leaves out the model's step."""
     aligner = build_aligner("mlp", (2, 3, 4))
     before = {k: v.clone() for k, v in aligner.state_dict().items()}
     trainer = object.__new__(MotionTrainer)

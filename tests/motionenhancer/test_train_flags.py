@@ -222,7 +222,7 @@ def test_levels_that_the_teacher_has_not(
     said: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its scheduler's configuration is enough to know."""
+    """The refusal needs only the configuration of the teacher's scheduler."""
     assert train.main(flags(world, tmp_path / "out", dry_run=dry_run, **options)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

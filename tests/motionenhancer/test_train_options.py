@@ -84,7 +84,7 @@ def test_an_option_that_no_table_knows_is_refused_if_it_is_changed() -> None:
 
 
 def refused(world: World, out: Path, capsys: pytest.CaptureFixture[str], **options: object) -> str:
-    """What a run with these options says, one line, before any data is read."""
+    """The one error line of a run with these options, before any data is read."""
     try:
         code = train.main(flags(world, out, **options))
     except SystemExit as error:
@@ -239,7 +239,7 @@ def plain(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 
 
 def losses(world: World, out: Path, options: dict[str, object]) -> list[dict[str, float]]:
-    """Both terms at each of two steps."""
+    """Both terms of the loss at each of two steps."""
     if "eval_data" in options:
         options = {**options, "eval_data": world.data, "eval_video_root": world.videos}
     assert train.main(flags(world, out, prior_dir=shared_priors(world), **options)) == 0

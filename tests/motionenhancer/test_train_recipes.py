@@ -44,7 +44,7 @@ def test_the_papers_recipe(name: str, tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_the_papers_too(tmp_path: Path) -> None:
-    """What the recipe spells out holds without it; files add what concerns the machine."""
+    """The recipe's optimizer settings are the defaults; its file adds options for the machine."""
     *_, plain = parse_arguments(CLASSES, ["--output_dir", str(tmp_path), "--use_cpu", "true"], prog="t")
     *_, training = read("qwen2_5_vl.yaml", tmp_path)
     for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"):

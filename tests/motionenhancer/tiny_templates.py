@@ -49,7 +49,7 @@ def chat_template(image: str, video: str) -> str:
 
 
 def thinking_template(image: str, video: str) -> str:
-    """As Qwen3.5's: answers behind the last question begin with their thoughts, earlier ones have none."""
+    """Like Qwen3.5's template: answers after the last question begin with thoughts, earlier ones do not."""
     answer = (
         "{%- set thoughts = '' -%}{%- if '</think>' in text -%}"
         "{%- set thoughts = text.split('</think>')[0].split('<think>')[-1] | trim -%}"
@@ -75,7 +75,7 @@ def thinking_template(image: str, video: str) -> str:
 
 
 def media_first_template() -> str:
-    """As LLaVA-OneVision's: a message's images, its videos, then its texts, each on a line of its own.
+    """Like LLaVA-OneVision's template: images, then videos, then texts of a message, each on its own line.
 
     A message begins with a space that the prompt for an answer does not have.
     """
@@ -112,7 +112,7 @@ def tokenizer_with(template: str, **named: str) -> Any:
 
 
 def glm_template(image: str, video: str) -> str:
-    """As GLM-4.xV's: nothing but the next role ends an answer."""
+    """Like GLM-4.xV's template: only the next role ends an answer."""
     return (
         "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}{{- '<|' + message['role'] + '|>\\n' -}}"
         "{%- for part in message['content'] -%}"

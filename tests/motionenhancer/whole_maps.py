@@ -74,7 +74,7 @@ class WholeAttention:
     def of_heads_first(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
     ) -> Any:
-        """As torch's own function lays its tensors out."""
+        """The same for tensors with heads first, as torch's own function takes them."""
         return self(*(x.transpose(1, 2) for x in (query, key, value)), **options).transpose(1, 2)
 
 

@@ -28,7 +28,7 @@ GRID = (5, 4, 4)
 
 @pytest.fixture
 def priors() -> list[MotionPrior]:
-    """Of two clips a task, with two to four words each and rows that are all different."""
+    """Priors of two clips per task, with two to four words each and different rows."""
     generator, made = torch.Generator().manual_seed(0), []
     plain = mask_prior("The red square moves.", np.ones((9, 32, 32), np.float32), GRID)
     for i in range(12):
