@@ -4,10 +4,10 @@ const $ = (id) => document.getElementById(id);
 const state = { view: null, row: null, frame: 0, playing: false, hidden: false };
 const sources = Object.keys(data.names);
 const STATES = {
-  kept: ["kept", data.run ? "the student follows the teacher's map of it" : "the prior holds its map"],
-  missing: ["not found", "the teacher keeps it, but it is not among the student's tokens"],
-  dropped: ["dropped", "the teacher's map of it moves less than those of the kept words"],
-  cut: ["cut", "it lies behind the last token that fits into the teacher"],
+  kept: ["kept", data.run ? "the student follows the teacher's map of the word" : "the prior holds its map"],
+  missing: ["not found", "the teacher keeps the word, but it is not among the student's tokens"],
+  dropped: ["dropped", "the word's map moves less than those of the kept words"],
+  cut: ["cut", "the text was too long for the teacher, and the word comes after the cut"],
 };
 
 // Texts come from data files: they only ever become text nodes.
@@ -220,7 +220,7 @@ function draw() {
   }
 }
 
-// A word's map as it was read; of the teacher's, if that is wished, as the run sharpens it before it is followed.
+// A word's map as it was read. If the switch is on, the teacher's map is sharpened as in the run.
 function densities(name, source, at, peak) {
   const size = source.grid[0] * source.grid[1] * source.grid[2];
   const read = Array.from(source.bytes.subarray(at * size, (at + 1) * size), (step) => (step / 255) ** 2 * peak);
@@ -319,7 +319,7 @@ function drawFigures() {
   const said = ["before", "after"].map((when) => score(view, when, "said"));
   if (said.some((text) => text !== null)) {
     const right = ["before", "after"].map((when) => ({ true: " (right)", false: " (wrong)" })[score(view, when, "right")] || "");
-    rows.push(["answer, each word given the right ones before it", (said[0] ?? "–") + right[0], (said[1] ?? "–") + right[1], ""]);
+    rows.push(["answer, each word predicted from the right words before it", (said[0] ?? "–") + right[0], (said[1] ?? "–") + right[1], ""]);
   }
   const parts = [];
   if (view.answer) parts.push(make("p", {}, "Right answer: ", make("b", {}, view.answer)));
@@ -361,8 +361,8 @@ function drawHeads() {
     ? "No heads were selected: the map is the mean over all."
     : `${chosen.size} of ${total} heads are kept (dark bars: ${heads.chosen.join(", ")}): those with the highest sum of ` +
       `the three scores, each standardised over the heads (--head_ratio ${heads.ratio}).`;
-  const labels = { composite: "Sum of the standardised scores", dfc: "DFC: attention along time at one place, over all other",
-    tcs: "TCS: how long it lasts without a gap", dsr: "DSR: share of it above the mean" };
+  const labels = { composite: "Sum of the standardised scores", dfc: "DFC: squares of attention along time, over all other squares",
+    tcs: "TCS: mean run of frames above the map's mean", dsr: "DSR: share of attention along time above the mean" };
   $("heads").replaceChildren(make("h2", {}, "The teacher's heads"), make("p", {}, why),
     make("div", { id: "bars" }, ...Object.entries(labels).map(([name, label]) => bars(label, heads.scores[name], chosen))));
 }
