@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import inspect
 import json
 import math
 import operator
@@ -248,13 +249,14 @@ def parse_options(
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:
     """Make a dataclass of the flags' values; an error that begins with a field's name names its flag."""
-    settable = [one for one in fields(cls) if one.init]
+    flags = {one.name: flag_of(one) for one in fields(cls) if one.init}
     try:
-        return cls(**{one.name: values[flag_of(one)] for one in settable})
+        # An `InitVar` has the value of another class's flag.
+        names = {name: flags.get(name, name) for name in inspect.signature(cls).parameters}
+        return cls(**{name: values[flag] for name, flag in names.items()})
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        flags = {one.name: f"--{flag_of(one)} {rest}" for one in settable}
-        raise ValueError(flags.get(name, str(error))) from error
+        raise ValueError(f"--{flags[name]} {rest}" if name in flags else str(error)) from error
 
 
 def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -62,12 +62,14 @@ class TrainArguments(TrainingArguments):
     report_to: None | str | list[str] = setting("none", "Trackers: tensorboard, wandb, none ...")  # noqa: RUF036
     hub_strategy: str = setting("end", "With --push_to_hub: when the model is uploaded.")
     remove_unused_columns: bool = setting(False, "Must stay false.")
+    #: `StudentArguments.dry_run`, known only while the object is made
+    dry_run: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, dry_run: bool) -> None:
         check_fields(self)
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if several and not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
-            # Each process would train alone otherwise.
+        without = not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ
+        if without and (dry_run or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            # A dry run would refuse bf16 otherwise, and each of several processes would train alone.
             self.use_cpu = True
         #: options with another value than their default, before transformers derives others from them
         self.given = changed_options(self)

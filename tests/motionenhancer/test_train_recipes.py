@@ -24,7 +24,7 @@ CLASSES = (StudentArguments, DataArguments, PriorArguments, PriorSettings, Train
 
 
 def read(name: str, tmp_path: Path) -> tuple:
-    argv = ["--config", str(CONFIGS / name), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    argv = ["--config", str(CONFIGS / name), "--output_dir", str(tmp_path), "--dry_run"]
     return parse_arguments(CLASSES, argv, prog="test")
 
 
@@ -45,7 +45,7 @@ def test_the_papers_recipe(name: str, tmp_path: Path) -> None:
 
 def test_the_defaults_are_the_papers_too(tmp_path: Path) -> None:
     """The recipe's optimizer settings are the defaults; its file adds options for the machine."""
-    *_, plain = parse_arguments(CLASSES, ["--output_dir", str(tmp_path), "--use_cpu", "true"], prog="t")
+    *_, plain = parse_arguments(CLASSES, ["--output_dir", str(tmp_path)], prog="t")
     *_, training = read("qwen2_5_vl.yaml", tmp_path)
     for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"):
         assert getattr(plain, name) == getattr(training, name), name
@@ -58,7 +58,7 @@ def test_one_gpu_takes_the_same_batch_and_trains_adapters(
 ) -> None:
     student = save_internvl(tmp_path / "student")
     flags = world.flags(student=student, output_dir=tmp_path / "out", prior_dir=shared_priors(world))
-    config = ["--config", str(CONFIGS / "lora_one_gpu.yaml"), "--dry_run", "--use_cpu", "true"]
+    config = ["--config", str(CONFIGS / "lora_one_gpu.yaml"), "--dry_run"]
     assert train.main([*flags, *config]) == 0
     said = capsys.readouterr().out
     assert "of 8 samples" in said
