@@ -98,10 +98,8 @@ def ratio(name: str, value: object) -> float:
 
 def fold(value: object, keys: int) -> int:
     """Require a number of key parts that divides the number of keys; return the keys of one part."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"fold must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"fold must be at least 1, got {value}")
+    number("fold", value, 1)
+    assert isinstance(value, int)
     if keys % value:
         raise ValueError(f"fold must divide the number of keys ({keys}), got {value}")
     return keys // value
@@ -248,6 +246,25 @@ def key_mask(value: object, key: Tensor) -> None:
         raise TypeError(f"key_mask must be a bool torch.Tensor, got {kind}")
     shape("key_mask", value, (key.shape[0], key.shape[2]), meaning="(batch, keys)")
     same_device("key_mask", value, "query", key)
+
+
+def key_range(value: object, query: Tensor, rows: int) -> None:
+    """Require (B, rows, 2) int64 first keys and ends, or None."""
+    if value is None:
+        return
+    meaning = "(batch, rows, first and end)"
+    index_tensor("key_range", value, 3, layout=meaning)
+    assert isinstance(value, Tensor)
+    shape("key_range", value, (query.shape[0], rows, 2), meaning=meaning)
+    same_device("key_range", value, "query", query)
+
+
+def number(name: str, value: object, least: int) -> None:
+    """Require an int that is at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def logsumexp(value: object, query: Tensor) -> None:

@@ -26,13 +26,15 @@ def hidden_keys(
     causal: bool = False,
     key_mask: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    key_range: Tensor | None = None,
     fold: int = 1,
 ) -> Tensor:
     """(B or 1, 1, Nq, Nk) bool, True where a key is hidden; options of :func:`attention_scores`."""
     queries, keys = query.shape[2], key.shape[2] // fold
     hidden = torch.zeros(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
     row = torch.arange(queries, device=query.device)[:, None]
-    apart = torch.arange(keys, device=query.device).repeat(fold) - (row + keys - queries)
+    place = torch.arange(keys, device=query.device).repeat(fold)
+    apart = place - (row + keys - queries)
     if causal:
         hidden = hidden | (apart > 0)
     if window is not None:
@@ -40,6 +42,9 @@ def hidden_keys(
         hidden = hidden | ((apart < -left) & (left >= 0)) | ((apart > right) & (right >= 0))
     if key_mask is not None:
         hidden = hidden | ~key_mask[:, None, None, :]
+    if key_range is not None:
+        first, end = key_range[:, None].split(1, -1)
+        hidden = hidden | (place < first) | (place >= end)
     return hidden
 
 
@@ -53,20 +58,23 @@ def attention_scores(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     fold: int = 1,
 ) -> Tensor:
     """Scaled scores (B, Hq, Nq, Nk), -inf where a key is not allowed.
 
     Causal aligns the ends: row i sees key j of each of the ``fold`` parts of n keys when j <= i + n - Nq. A
-    window (left, right) limits the keys around i + n - Nq, -1 for no limit. A soft cap bends the scores. A
-    bias is added; it hides a key where it is at most half the lowest number of its dtype.
+    window (left, right) limits the keys around i + n - Nq, -1 for no limit. ``key_range`` (B, Nq, 2) holds
+    the first key of a part that a row sees, and the end. A soft cap bends the scores. A bias is added; it
+    hides a key where it is at most half the lowest number of its dtype.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = scale * (query @ key.transpose(-1, -2))
     if softcap:
         scores = softcap * (scores / softcap).tanh()
-    hidden = hidden_keys(query, key, causal=causal, key_mask=key_mask, window=window, fold=fold)
+    given = {"key_mask": key_mask, "key_range": key_range}
+    hidden = hidden_keys(query, key, causal=causal, window=window, fold=fold, **given)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
         hidden = hidden | (bias <= torch.finfo(bias.dtype).min / 2)
@@ -111,8 +119,17 @@ def entry_exponents(query: Tensor, key: Tensor, lse: Tensor, **options) -> Tenso
     return (attention_scores(query, key, **options) - lse[..., None]).masked_fill(hidden, -math.inf)
 
 
-HIDING = ("causal", "key_mask", "window")
+HIDING = ("causal", "key_mask", "window", "key_range", "fold")
 """Options that hide keys."""
+
+
+def range_of_window(key_range: Tensor | None, rows: slice | None, queries: int) -> Tensor | None:
+    """The (B, R, 2) key range of a window of rows as that of all rows; rows outside see no key."""
+    if key_range is None:
+        return None
+    whole = key_range.new_zeros(len(key_range), queries, 2)
+    whole[:, rows or slice(None)] = key_range
+    return whole
 
 
 def biased_entries(exponents: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,12 +158,15 @@ def attention_columns(
     columns: Tensor | slice,
     *,
     bias: Tensor | None = None,
+    fold: int = 1,
     reduce: str = "mean",
     **options,
 ) -> Tensor:
     """Chosen columns of all rows, with their bias: (B, Nq, C), or (B, Hq, Nq, C) with ``reduce="none"``."""
-    exponents = entry_exponents(query, key, lse, **options)
-    result = biased_entries(picked_columns(exponents, columns, -math.inf), bias)
+    exponents = entry_exponents(query, key, lse, fold=fold, **options)
+    parts = exponents.unflatten(-1, (fold, key.shape[2] // fold)).unbind(-2)
+    picked = torch.cat([picked_columns(part, columns, -math.inf) for part in parts], -1)
+    result = fold_keys(biased_entries(picked, bias), fold)
     return result.mean(1) if reduce == "mean" else result
 
 
@@ -160,11 +180,15 @@ def attention_sums(
     rows: slice | None = None,
     columns: slice | None = None,
     bias: Tensor | None = None,
+    key_range: Tensor | None = None,
+    fold: int = 1,
     **options,
 ) -> Tensor:
     """Sum, mean or largest entry over the rows (B, Hq, C) or the columns (B, Hq, R) of a window."""
-    exponents = entry_exponents(query, key, lse, **options)
-    attention = biased_entries(exponents[:, :, rows or slice(None), columns or slice(None)], bias)
+    options |= {"key_range": range_of_window(key_range, rows, query.shape[2]), "fold": fold}
+    exponents = entry_exponents(query, key, lse, **options)[:, :, rows or slice(None)]
+    parts = exponents.unflatten(-1, (fold, key.shape[2] // fold))[..., columns or slice(None)]
+    attention = fold_keys(biased_entries(parts.flatten(-2), bias), fold)
     axis = -2 if over == "rows" else -1
     if reduce == "max":
         # At least 0, which is what a hidden key has.
@@ -180,25 +204,45 @@ def head_statistics(
     sinks: Tensor | slice,
     rows: slice,
     bias: Tensor | None = None,
+    key_range: Tensor | None = None,
+    video: slice | None = None,
+    period: int | None = None,
+    diagonal_width: int = 0,
+    fold: int = 1,
     **options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy in nats, distance in tokens and share on the sinks: means over rows that see a key, (B, Hq)."""
-    attention = biased_entries(entry_exponents(query, key, lse, **options)[:, :, rows], bias)
-    place = torch.arange(query.shape[2], device=query.device)[rows] + key.shape[2] - query.shape[2]
-    apart = (place[:, None] - torch.arange(key.shape[2], device=query.device)).abs()
+) -> list[Tensor]:
+    """Entropy in nats, distance in tokens, share on the sinks and, with a period, share on the diagonals.
+
+    Each (B, Hq), the mean over rows that see a key; the last over rows of the video. A key of the video is on
+    a diagonal of a row of the video if their places, counted in each period of the video, are at most
+    ``diagonal_width`` apart.
+    """
+    queries, own = query.shape[2], key.shape[2] // fold
+    options |= {"key_range": range_of_window(key_range, rows, queries), "fold": fold}
+    exponents = entry_exponents(query, key, lse, **options)[:, :, rows]
+    attention = fold_keys(biased_entries(exponents, bias), fold)
+    token = torch.arange(own, device=query.device)
+    place = torch.arange(queries, device=query.device)[rows] + own - queries
+    apart = (place[:, None] - token).abs()
     entropy, distance = -torch.xlogy(attention, attention).sum(-1), (attention * apart).sum(-1)
-    sink = picked_columns(attention, sinks).sum(-1)
-    seeing = lse[:, :, rows] != -math.inf
-    count = seeing.sum(-1).clamp(min=1)
-    entropy, distance, sink = (
-        torch.where(seeing, item, 0).sum(-1) / count for item in (entropy, distance, sink)
-    )
-    return entropy, distance, sink
+    found = [entropy, distance, picked_columns(attention, sinks).sum(-1)]
+    averaged = [(lse[:, :, rows] != -math.inf)] * 3
+    if period is not None:
+        first, stop, _ = (video or slice(None)).indices(own)
+        of_video, key_of_video = ((item >= first) & (item < stop) for item in (place, token))
+        near = ((place[:, None] - first) % period - (token - first) % period).abs() <= diagonal_width
+        on_diagonal = of_video[:, None] & key_of_video & near
+        found.append(torch.where(on_diagonal, attention, 0).sum(-1))
+        averaged.append(averaged[0] & of_video)
+    return [
+        torch.where(chosen, item, 0).sum(-1) / chosen.sum(-1).clamp(min=1)
+        for item, chosen in zip(found, averaged, strict=True)
+    ]
 
 
 def fold_keys(attention: Tensor, fold: int) -> Tensor:
     """Add the ``fold`` equal parts of the key axis: the mass on own keys and on reference keys."""
-    return attention.unflatten(-1, (fold, -1)).sum(-2)
+    return attention.unflatten(-1, (fold, attention.shape[-1] // fold)).sum(-2)
 
 
 def attention_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..attention_rows.reading import allowed
-from .call import Call
+from .call import APART, Call, Diagonals
 
 CHUNK_ELEMENTS = 1 << 20
 """Maximum number of entries held at a time, but at least one row of the heads that share a key head."""
@@ -56,7 +56,7 @@ def _blocks(call: Call) -> Iterator[_Block]:
                 whole = whole.masked_fill(places[:, None] < 0, 0)
             for begin in range(0, rows, step):
                 part = slice(begin, min(begin + step, rows))
-                window = _window(call, part)
+                window = _window(call, sample, part)
                 if window.start >= window.stop:
                     continue
                 query = call.query[sample, heads, part].to(dtype) * call.softmax_scale
@@ -65,7 +65,7 @@ def _blocks(call: Call) -> Iterator[_Block]:
                 if call.softcap:
                     bent = scores.div_(call.softcap).tanh_()
                     scores = bent * call.softcap
-                hidden = _hidden(call, places[window], part)
+                hidden = _hidden(call, sample, places[window], part)
                 if call.bias is not None:
                     bias = call.bias.expand(call.map_shape)[sample, heads, part, window]
                     scores += bias
@@ -78,23 +78,31 @@ def _blocks(call: Call) -> Iterator[_Block]:
                 yield _Block(*place, query, whole[window], places[window], seen, bent, entries)
 
 
-def _window(call: Call, rows: slice) -> slice:
+def _window(call: Call, sample: int, rows: slice) -> slice:
     """The range of keys that at least one of the rows sees, as far as the order of the keys tells it."""
     first, end = 0, call.key.shape[2]
+    # Elsewhere reading values would stall the device.
+    if call.places is None and call.key_range is not None and call.key_range.device.type == "cpu":
+        low, high = call.key_range[sample, rows].unbind(-1)
+        first = max(0, int(torch.where(low < high, low, call.start + end).min()) - call.start)
+        end = min(end, int(high.max()) - call.start)
     if call.places is None and call.left >= 0:
-        first = max(0, rows.start + call.shift - call.left - call.start)
+        first = max(first, rows.start + call.shift - call.left - call.start)
     if call.places is None and call.right >= 0:
         end = min(end, rows.stop + call.shift + call.right - call.start)
     return slice(first, max(first, end))
 
 
-def _hidden(call: Call, places: Tensor, rows: slice) -> list[Tensor]:
+def _hidden(call: Call, sample: int, places: Tensor, rows: slice) -> list[Tensor]:
     row = torch.arange(rows.start, rows.stop, device=places.device)[:, None] + call.shift
     hidden = [] if call.places is None else [places[None] < 0]
     if call.left >= 0:
         hidden.append(places[None] < row - call.left)
     if call.right >= 0:
         hidden.append(places[None] > row + call.right)
+    if call.key_range is not None:
+        low, high = call.key_range[sample, rows].split(1, -1)
+        hidden.append((places[None] < low) | (places[None] >= high))
     return hidden
 
 
@@ -126,16 +134,25 @@ def sums(call: Call, over_rows: bool, largest: bool) -> Tensor:
     return out
 
 
-def row_statistics(call: Call) -> tuple[Tensor, Tensor]:
-    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
-    entropy, distance = (torch.zeros_like(call.lse, memory_format=torch.contiguous_format) for _ in range(2))
+def row_statistics(call: Call, diagonals: Diagonals, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, distance and share on the diagonals of every row's attention, each (B, Hq, R)."""
+    entropy, distance, along = (
+        torch.zeros_like(call.lse, memory_format=torch.contiguous_format) for _ in range(3)
+    )
     for block in _blocks(call):
         place = block.sample, block.heads, block.rows
-        row = torch.arange(block.rows.start, block.rows.stop, device=entropy.device) + call.shift
-        apart = (row[:, None] - block.places).abs()
-        distance[place] = (block.entries * apart).sum(-1)
-        entropy[place] = -torch.xlogy(block.entries, block.entries, out=block.entries).sum(-1)
-    return entropy, distance
+        row = torch.arange(block.rows.start, block.rows.stop, device=entropy.device)[:, None] + call.shift
+        # Keys that are listed, as those of several parts are, are in every block.
+        token = block.keys.start + torch.arange(block.entries.shape[2] // fold, device=row.device)
+        entries = block.entries
+        if fold > 1:
+            entries = entries.unflatten(-1, (fold, len(token))).sum(-2)
+        distance[place] = (entries * (row - token).abs()).sum(-1)
+        if diagonals.period:
+            near = (diagonals.places(row, -APART) - diagonals.places(token, APART)).abs() <= diagonals.band
+            along[place] = torch.where(near, entries, 0).sum(-1)
+        entropy[place] = -torch.xlogy(entries, entries, out=entries).sum(-1)
+    return entropy, distance, along if diagonals.period else along.new_empty(0)
 
 
 def backward(grad: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:

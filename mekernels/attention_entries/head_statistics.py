@@ -1,16 +1,16 @@
-"""Statistics that tell kinds of heads apart: entropy, distance and share of sinks, without the map."""
+"""Statistics that tell kinds of heads apart, without the map: entropy, distance, shares of some keys."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks, launch, reference
 from . import composite
-from .call import Call
-from .op import LIMITS, attention_columns_op, checked, columns_of, window_of
+from .call import Call, Diagonals
+from .op import LIMITS, attention_sums_op, checked, columns_of, window_of
 
 
 class HeadStatistics(NamedTuple):
@@ -30,6 +30,8 @@ class HeadStatistics(NamedTuple):
     """Number of tokens between a row and its keys, weighted by attention."""
     sink: Tensor
     """Share of a row's attention on the sinks."""
+    diagonal: Tensor | None = None
+    """Share of a video token's attention on its own place in all frames; None without a period."""
 
 
 def head_statistics(
@@ -38,30 +40,47 @@ def head_statistics(
     lse: Tensor,
     *,
     sinks: Tensor | slice = slice(0, 1),
+    video: slice | None = None,
+    period: int | None = None,
+    diagonal_width: int = 0,
     rows: slice | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    fold: int = 1,
 ) -> HeadStatistics:
-    """Entropy, mean distance and share of attention sinks of every head, in one pass over the scores.
+    """Entropy, mean distance, share of sinks and of temporal diagonals of every head, in one pass.
+
+    A row and a key of a video lie on a temporal diagonal if they are the same place of two frames, or of one.
+    Token t of the video has the place ``(t - video.start) % period``. The places p and q count as the same if
+    ``abs(p - q) <= diagonal_width``, without a wrap from the last place of a frame to the first.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask, window, softcap: as in
-            :func:`mekernels.attention_columns`.
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap, fold: as in
+            :func:`mekernels.attention_columns`. With ``fold`` the statistics are those of the folded map.
         sinks: keys that count as sinks, (B, C) int64 positions, -1 is padding, or a slice; the first key by
             default.
+        video: the tokens of one video, frame by frame, a slice of step 1 of the key positions of a part; all
+            by default. Needs a period.
+        period: tokens from a place of one frame to the same place of the next: the tokens of a frame, and of
+            the separator between frames if there is one. None for no diagonals.
+        diagonal_width: see above; 0 for the exact place. Needs a period.
         rows: the window of rows to average, a slice of step 1; all by default.
+        key_range: (B, R, 2) for the window of rows; otherwise as in :func:`mekernels.attention_columns`.
         bias: (B or 1, Hq or 1, R or 1, Nk or 1) for the window of rows; otherwise as in
             :func:`mekernels.attention_columns`.
 
     Returns:
-        Entropy, distance and sink share, each (B, Hq), float64 for float64 input and float32 otherwise. Rows
-        that see no key are left out; if no row sees a key, all three are 0. The position of row i is
-        i + Nk - Nq, as with ``causal``. Learned sinks are not keys: none of the three counts them.
-        Not differentiable.
+        Entropy, distance, sink share and, with a period, diagonal share, each (B, Hq), float64 for float64
+        input and float32 otherwise. Rows that see no key are left out, and the diagonal share is the mean
+        over the rows of the video; with no such row, a statistic is 0. The position of row i is i + n - Nq, n
+        the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts them.
+        The diagonals are those of all frames, the row's own included. ``window=(period, period)`` leaves
+        those of the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -69,7 +88,8 @@ def head_statistics(
 
     Source: entropy and distance of heads as in "Analyzing the Structure of Attention" (Vig and Belinkov,
     2019, arXiv 1906.04284); sinks as in "Efficient Streaming Language Models with Attention Sinks" (Xiao et
-    al., ICLR 2024, arXiv 2309.17453).
+    al., ICLR 2024, arXiv 2309.17453); diagonals as in the head selection of "MotionEnhancer" (CVPR 2026,
+    arXiv 2606.06853): for a map that is no mean over layers, the numerator of DFC without the square.
 
     Example:
         >>> import torch, mekernels
@@ -78,47 +98,85 @@ def head_statistics(
         >>> found = mekernels.head_statistics(query, key, lse)  # every row looks evenly at ten keys
         >>> found.entropy.exp().round().tolist(), round(float(found.sink[0, 0]), 3)
         ([[10.0, 10.0]], 0.1)
+
+        If the ten keys are five frames of two places, a row's own place is half of the keys.
+
+        >>> round(float(mekernels.head_statistics(query, key, lse, period=2).diagonal[0, 0]), 3)
+        0.5
     """
     limits = softmax_scale, causal, window, softcap
     query, key, options = checked("head_statistics", query, key, key_mask, *limits)
     checks.logsumexp(lse, query)
-    chosen = checks.window("rows", rows, query.shape[2])
+    own, chosen = checks.fold(fold, key.shape[2]), checks.window("rows", rows, query.shape[2])
+    checks.key_range(key_range, query, chosen.stop - chosen.start)
     size = chosen.stop - chosen.start, key.shape[2]
     checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
-    index, *between = checks.columns(sinks, query, key.shape[2])
+    diagonals = _diagonals(video, period, diagonal_width, own)
+    index, *between = checks.columns(sinks, query, own)
     if index is not None:
-        checks.index_values("sinks", index, key.shape[2])
+        checks.index_values("sinks", index, own)
     with torch.no_grad():
         if backends.active() == "reference":
-            named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+            named: dict[str, Any] = dict(zip(LIMITS, limits, strict=True))
+            named |= {"key_mask": key_mask, "bias": bias}
+            named |= {"video": video, "period": period, "diagonal_width": diagonal_width}
+            named |= {"key_range": key_range, "fold": fold}
             found = backends.by_reference(
                 reference.head_statistics, query, key, lse, sinks=sinks, rows=chosen, **named
             )
             return HeadStatistics(*(item.to(lse.dtype) for item in found))
-        part = window_of(query, key, lse, chosen, slice(0, key.shape[2]), options, key_mask, bias)
-        on_sinks = attention_columns_op(columns_of(part, index, *between), False)
-        each = *attention_row_statistics_op(part), on_sinks.sum(-1)
+        given = key_mask, bias, key_range, fold
+        part = window_of(query, key, lse, chosen, slice(0, own), options, *given)
+        if index is None:
+            index = torch.arange(*between, device=query.device).expand(len(query), -1)
+        entropy, distance, along = attention_row_statistics_op(part, diagonals, fold)
+        on_sinks = attention_sums_op(columns_of(part, index, fold), False, False)
         seeing = part.lse != -torch.inf
-        count = seeing.sum(-1).clamp(min=1)
-        return HeadStatistics(*(torch.where(seeing, item, 0).sum(-1) / count for item in each))
+        found = [_mean(item, seeing) for item in (entropy, distance, on_sinks)]
+        if period is not None:
+            place = part.shift + torch.arange(size[0], device=query.device)
+            found.append(_mean(along, seeing & (place >= diagonals.first) & (place < diagonals.stop)))
+        return HeadStatistics(*found)
 
 
-def _fake(call: Call) -> tuple[Tensor, Tensor]:
+def _diagonals(video: slice | None, period: int | None, width: int, keys: int) -> Diagonals:
+    """The checked diagonals."""
+    checks.number("diagonal_width", width, 0)
+    if period is None:
+        if video is not None or width:
+            raise ValueError(
+                "period must be given with video or diagonal_width: the number of tokens of a frame"
+            )
+        return Diagonals(0, 0, 0, 0)
+    checks.number("period", period, 1)
+    tokens = checks.window("video", video, keys)
+    # No two places of the video are further apart than the video is long.
+    period = min(period, max(1, tokens.stop - tokens.start))
+    return Diagonals(tokens.start, tokens.stop, period, min(width, period))
+
+
+def _mean(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the chosen of (B, Hq, R) rows, 0 if there are none."""
+    return torch.where(chosen, rows, 0).sum(-1) / chosen.sum(-1).clamp(min=1)
+
+
+def _fake(call: Call, diagonals: Diagonals, fold: int) -> tuple[Tensor, Tensor, Tensor]:
     entropy = call.lse.new_empty(call.lse.shape)
-    return entropy, torch.empty_like(entropy)
+    along = torch.empty_like(entropy) if diagonals.period else entropy.new_empty(0)
+    return entropy, torch.empty_like(entropy), along
 
 
 attention_row_statistics_op = backends.Op("attention_row_statistics", _fake)
-"""Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
+"""Entropy, mean distance to the keys and, with a period, share on the diagonals of every row, (B, Hq, R)."""
 
 
-def _triton(call: Call) -> tuple[Tensor, Tensor]:
+def _triton(call: Call, diagonals: Diagonals, fold: int) -> tuple[Tensor, Tensor, Tensor]:
     from . import plan
 
-    return plan.row_statistics(call)
+    return plan.row_statistics(call, diagonals, fold)
 
 
-def _triton_reasons(call: Call) -> list[str]:
+def _triton_reasons(call: Call, diagonals: Diagonals, fold: int) -> list[str]:
     return launch.reasons(call.query)
 
 

@@ -23,9 +23,11 @@ def attention_columns(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    fold: int = 1,
     reduce: str = "mean",
 ) -> Tensor:
     """Chosen columns of an attention map: how much every row looks at a few keys.
@@ -38,18 +40,22 @@ def attention_columns(
         key: (B, Hk, Nk, D); Hk divides Hq (grouped-query heads, keys are not repeated).
         lse: (B, Hq, Nq) natural-log logsumexp of the rows as :func:`mekernels.flash_attention` or
             :func:`mekernels.attention_lse` returns it, float64 for float64 input and float32 otherwise. It
-            must come from the same attention: same scale, masks, keys, soft cap, bias and sinks. Sinks enter
-            here only through ``lse``.
-        columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. Values are checked
-            only on the CPU; on other devices a position out of range counts as padding.
+            must come from the same attention: same scale, keys, soft cap, bias and sinks. Sinks enter here
+            only through ``lse``. Limits (``causal``, ``key_mask``, ``key_range``, ``window``) may be narrower
+            than those of ``lse``: the op reads fewer keys, of the softmax over all keys of ``lse``.
+        columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. With ``fold`` they are
+            positions in the first part. Values are checked only on the CPU; on other devices a position out
+            of range counts as padding.
         softmax_scale: factor on the scores, 1 / sqrt(D) by default.
         causal: row i sees key j when j <= i + Nk - Nq (ends aligned), so queries may continue cached keys. A
             key that a row does not see gives 0.
         key_mask: (B, Nk) bool, True where a key may be seen.
-        window, softcap: as in :func:`mekernels.attention_rows`.
-        bias: (B or 1, Hq or 1, Nq or 1, C or 1) floating point, added to the scores of the chosen columns,
-            after a soft cap; ``bias[..., c]`` belongs to the key ``columns[:, c]``. -inf, or less than
-            half the lowest number of its dtype, hides a key. The bias has no gradient.
+        key_range: (B, Nq, 2) int64, the first key position that each row sees and one past the last, for
+            instance of its own sequence in a packed batch; otherwise as in :func:`mekernels.attention_rows`.
+        window, softcap, fold: as in :func:`mekernels.attention_rows`.
+        bias: (B or 1, Hq or 1, Nq or 1, fold * C or 1) floating point, added to the scores of the chosen
+            columns, part by part, after a soft cap; ``bias[..., c]`` belongs to the key ``columns[:, c]``.
+            -inf, or less than half the lowest number of its dtype, hides a key. The bias has no gradient.
         reduce: ``"mean"`` over the heads, or ``"none"``.
 
     Returns:
@@ -75,23 +81,28 @@ def attention_columns(
     limits = softmax_scale, causal, window, softcap
     query, key, options = checked("attention_columns", query, key, key_mask, *limits)
     checks.logsumexp(lse, query)
-    index, start, stop = checks.columns(columns, query, key.shape[2])
+    own = checks.fold(fold, key.shape[2])
+    index, start, stop = checks.columns(columns, query, own)
     checks.choice("reduce", reduce, ("mean", "none"))
     if index is not None:
-        checks.index_values("columns", index, key.shape[2])
-    count = stop - start if index is None else index.shape[1]
-    checks.bias(bias, query, (query.shape[2], count), meaning="(batch, heads, rows, columns), or 1 of any")
+        checks.index_values("columns", index, own)
+    rows, count = slice(0, query.shape[2]), stop - start if index is None else index.shape[1]
+    checks.key_range(key_range, query, rows.stop)
+    checks.bias(bias, query, (rows.stop, fold * count), meaning="(batch, heads, rows, columns), or 1 of any")
     if backends.active() == "reference":
         chosen = slice(start, stop) if index is None else index
         named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+        named |= {"key_range": key_range, "fold": fold}
         found = backends.by_reference(
             reference.attention_columns, query, key, lse, chosen, reduce=reduce, **named
         )
         return found.to(checks.accumulate_dtype(query.dtype))
-    rows, keys = slice(0, query.shape[2]), slice(0, key.shape[2])
-    part = window_of(query, key, lse, rows, keys, options, key_mask, None)
-    part = columns_of(part, index, start, stop)._replace(bias=bias)
-    return attention_columns_op(part, reduce == "mean")
+    given = key_mask, None, key_range, fold
+    if index is None:
+        part = window_of(query, key, lse, rows, slice(start, stop), options, *given)
+    else:
+        part = columns_of(window_of(query, key, lse, rows, slice(0, own), options, *given), index, fold)
+    return folded(attention_columns_op(part._replace(bias=bias), reduce == "mean"), fold)
 
 
 def attention_sums(
@@ -106,23 +117,27 @@ def attention_sums(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    fold: int = 1,
 ) -> Tensor:
     """Sums of an attention map over its rows or its columns: how much attention each key receives.
 
     The only memory needed is the result: no entry is stored.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask, window, softcap: as in
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap, fold: as in
             :func:`mekernels.attention_columns`.
         over: ``"rows"``: for each key, the sum over the rows. ``"columns"``: for each row, the sum over the
             keys, which is 1 over all keys.
-        reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``.
+        reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``, which
+            needs a ``fold`` of 1: the largest sum of two entries is no sum of the largest entries.
         rows: the window of rows, a slice of step 1, such as ``slice(-32, None)``; all by default.
-        columns: the window of keys, a slice of step 1; all by default.
-        bias: (B or 1, Hq or 1, R or 1, C or 1) for the windows of rows and keys; otherwise as in
+        columns: the window of keys of a part, a slice of step 1; all by default.
+        key_range: (B, R, 2) for the window of rows; otherwise as in :func:`mekernels.attention_columns`.
+        bias: (B or 1, Hq or 1, R or 1, fold * C or 1) for the windows of rows and keys; otherwise as in
             :func:`mekernels.attention_columns`.
 
     Returns:
@@ -151,12 +166,17 @@ def attention_sums(
     checks.logsumexp(lse, query)
     checks.choice("over", over, ("rows", "columns"))
     checks.choice("reduce", reduce, ("sum", "mean", "max"))
+    own = checks.fold(fold, key.shape[2])
+    if reduce == "max" and fold > 1:
+        raise ValueError(f"fold must be 1 with reduce='max', got {fold}")
     windows = {
         "rows": checks.window("rows", rows, query.shape[2]),
-        "columns": checks.window("columns", columns, key.shape[2]),
+        "columns": checks.window("columns", columns, own),
     }
     size = {name: item.stop - item.start for name, item in windows.items()}
-    checks.bias(bias, query, (*size.values(),), meaning="(batch, heads, rows, columns), or 1 of any")
+    checks.key_range(key_range, query, size["rows"])
+    shape = size["rows"], fold * size["columns"]
+    checks.bias(bias, query, shape, meaning="(batch, heads, rows, columns), or 1 of any")
     wanted = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, lse))
     if reduce == "max" and wanted:
         raise ValueError(
@@ -165,12 +185,15 @@ def attention_sums(
         )
     if backends.active() == "reference":
         named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+        named |= {"key_range": key_range, "fold": fold}
         found = backends.by_reference(
             reference.attention_sums, query, key, lse, over=over, reduce=reduce, **windows, **named
         )
         return found.to(checks.accumulate_dtype(query.dtype))
-    part = window_of(query, key, lse, windows["rows"], windows["columns"], options, key_mask, bias)
+    given = key_mask, bias, key_range, fold
+    part = window_of(query, key, lse, windows["rows"], windows["columns"], options, *given)
     found = attention_sums_op(part, over == "rows", reduce == "max")
+    found = folded(found, fold) if over == "rows" else found
     return found / max(1, size[over]) if reduce == "mean" else found
 
 
@@ -181,10 +204,12 @@ def attention_lse(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    fold: int = 1,
 ) -> Tensor:
     """The logsumexp of every row, also with masks, windows, soft caps, sinks and biases.
 
@@ -192,9 +217,9 @@ def attention_lse(
     once and stores no map.
 
     Args:
-        query, key, softmax_scale, causal, key_mask, window, softcap, sinks: as in
+        query, key, softmax_scale, causal, key_mask, window, softcap, sinks, fold: as in
             :func:`mekernels.attention_rows`.
-        bias: (B or 1, Hq or 1, Nq or 1, Nk or 1); otherwise as in :func:`mekernels.attention_columns`.
+        key_range, bias: of all rows; otherwise as in :func:`mekernels.attention_columns`.
 
     Returns:
         (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise; -inf for a row that
@@ -216,16 +241,18 @@ def attention_lse(
     limits = softmax_scale, causal, window, softcap
     query, key, options = checked("attention_lse", query, key, key_mask, *limits)
     checks.sinks(sinks, query)
-    size = query.shape[2], key.shape[2]
+    size, own = (query.shape[2], key.shape[2]), checks.fold(fold, key.shape[2])
+    checks.key_range(key_range, query, size[0])
     checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
     if backends.active() == "reference":
         named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
+        named |= {"key_range": key_range, "fold": fold}
         found = backends.by_reference(reference.attention_lse, query, key, sinks=sinks, **named)
         return found.to(checks.accumulate_dtype(query.dtype))
-    rows, columns = slice(0, size[0]), slice(0, size[1])
+    rows, columns, given = slice(0, size[0]), slice(0, own), (bias, key_range, fold)
     with torch.no_grad():
-        lse = lse_of_rows(query, key, options[0], causal, key_mask, window, options[3], bias)
-    lse = attention_lse_op(window_of(query, key, lse, rows, columns, options, key_mask, bias))
+        lse = lse_of_rows(query, key, options[0], causal, key_mask, window, options[3], *given)
+    lse = attention_lse_op(window_of(query, key, lse, rows, columns, options, key_mask, *given))
     if sinks is None:
         return lse
     # A sink of -inf changes nothing. Beside a row that sees no key, its derivative would be NaN.
@@ -242,7 +269,7 @@ def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: f
     """
     rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
     options = softmax_scale, -1, 0 if causal else -1, 0.0
-    return attention_lse_op(window_of(query, key, lse, rows, columns, options, None, None))
+    return attention_lse_op(window_of(query, key, lse, rows, columns, options))
 
 
 LIMITS = ("softmax_scale", "causal", "window", "softcap")
@@ -282,29 +309,38 @@ def window_of(
     rows: slice,
     columns: slice,
     options: Options,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_range: Tensor | None = None,
+    fold: int = 1,
 ) -> Call:
-    """A window of the map."""
+    """A window of the map; ``columns`` are positions in a part of the keys."""
+    own = key.shape[2] // fold
+
+    def of_parts(item: Tensor, axis: int) -> Tensor:
+        length = columns.stop - columns.start
+        parts = item.unflatten(axis, (fold, own)).narrow(axis + 1, columns.start, length)
+        return parts.flatten(axis, axis + 1)
+
     places = None
-    if key_mask is not None:
-        position = torch.arange(columns.start, columns.stop, device=key.device)
-        places = torch.where(key_mask[:, columns], position, -1)
-    shift = key.shape[2] - query.shape[2] + rows.start
-    tensors = query[:, :, rows], key[:, :, columns], lse[:, :, rows], places, bias
-    return Call(*tensors, columns.start, shift, *options)
+    if key_mask is not None or fold > 1:
+        position = torch.arange(columns.start, columns.stop, device=key.device).repeat(fold)
+        places = position.expand(len(key), -1)
+        if key_mask is not None:
+            places = torch.where(of_parts(key_mask, 1), position, -1)
+    shift = own - query.shape[2] + rows.start
+    tensors = query[:, :, rows], of_parts(key, 2), lse[:, :, rows], places, bias
+    limits = None if key_range is None else key_range.clamp(0, own).to(torch.int32)
+    return Call(*tensors, limits, columns.start, shift, *options)
 
 
-def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
-    """Of a part with all keys: the (B, C) listed keys, or the keys from start to stop."""
-    key, places, bias = part.key, part.places, part.bias
-    if index is None:
-        places = None if places is None else places[:, start:stop]
-        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., start:stop]
-        return part._replace(key=key[:, :, start:stop], places=places, bias=bias, start=start)
-    index = torch.where((index >= 0) & (index < key.shape[2]), index, -1)
-    place, sample = index.clamp(min=0), torch.arange(len(key), device=key.device)[:, None]
-    if not key.shape[2]:
+def columns_of(part: Call, index: Tensor, fold: int) -> Call:
+    """The (B, C) listed keys of a part with all keys, from each part of the keys."""
+    key, places, bias, own = part.key, part.places, part.bias, part.key.shape[2] // fold
+    index = torch.where((index >= 0) & (index < own), index, -1).repeat(1, fold)
+    begins = own * torch.arange(fold, device=key.device).repeat_interleave(index.shape[1] // fold)
+    place, sample = index.clamp(min=0) + begins, torch.arange(len(key), device=key.device)[:, None]
+    if not own:
         key = key.new_zeros((*key.shape[:2], 1, key.shape[3]))
     elif places is not None:
         index = index.masked_fill(places[sample, place] < 0, -1)
@@ -314,6 +350,11 @@ def columns_of(part: Call, index: Tensor | None, start: int, stop: int) -> Call:
         bias = bias.expand(len(key), -1, -1, -1)
         bias = bias.gather(3, place[:, None, None].expand(*bias.shape[:3], -1))
     return part._replace(key=picked, places=index, bias=bias, start=0)
+
+
+def folded(entries: Tensor, fold: int) -> Tensor:
+    """The entries of all parts of the keys, the last axis, added."""
+    return entries if fold == 1 else entries.unflatten(-1, (fold, entries.shape[-1] // fold)).sum(-2)
 
 
 def _fake_columns(call: Call, mean: bool) -> Tensor:
@@ -351,9 +392,9 @@ attention_entries_backward_op = backends.Op("attention_entries_backward", _fake_
 
 
 def _save(ctx: Any, call: Call, *rest: Any) -> None:
-    ctx.options, ctx.rest = call[5:], rest[:-1]
+    ctx.options, ctx.rest = call[6:], rest[:-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:5])
+    ctx.save_for_backward(*call[:6])
 
 
 def _backward(ctx: Any, grad: Tensor | None, spread: Any) -> tuple[Tensor | None, ...]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import launch, resources
 from ..launch import Launch, cdiv, power_of_two
-from .call import Call
-from .triton import PER_KEY, PER_ROW, column_entries, entry_gradient, entry_sums, row_statistics_kernel
+from .call import APART, Call, Diagonals
+from .triton import PER_KEY, PER_ROW, column_entries, entry_gradient, entry_sums
+from .triton_statistics import row_statistics_kernel
 
 
 class Tiles(NamedTuple):
@@ -56,6 +57,7 @@ def _arguments(name: str, call: Call, inner: int, **more: Any) -> tuple[Tiles, d
         "lse": call.lse.contiguous(),
         "places": None if call.places is None else call.places.contiguous(),
         "bias": bias,
+        "ranges": None if call.key_range is None else call.key_range.contiguous(),
         "b_strides": (0, 0, 0, 0) if bias is None else bias.stride(),
         "q_strides": call.query.stride(),
         "k_strides": call.key.stride(),
@@ -70,6 +72,7 @@ def _arguments(name: str, call: Call, inner: int, **more: Any) -> tuple[Tiles, d
         "WIDTH": width,
         "LOWER": call.left >= 0,
         "UPPER": call.right >= 0,
+        "RANGE": call.key_range is not None,
         "SOFTCAP": call.softcap,
         "BIAS": 0.0 if bias is None else torch.finfo(bias.dtype).min / 2,
         "LISTED": call.places is not None,
@@ -120,17 +123,23 @@ def plan_sums(out: Tensor, call: Call, over_rows: bool, largest: bool) -> Launch
     return _launch(entry_sums, (cdiv(length, tile.outer), heads, batch), tile, arguments)
 
 
-def row_statistics(call: Call) -> tuple[Tensor, Tensor]:
-    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
+def row_statistics(call: Call, diagonals: Diagonals, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, distance and share on the diagonals of every row's attention, each (B, Hq, R)."""
     entropy, distance = (torch.empty_like(call.lse, memory_format=torch.contiguous_format) for _ in range(2))
-    launch.run(plan_row_statistics(entropy, distance, call))
-    return entropy, distance
+    along = torch.empty_like(entropy) if diagonals.period else entropy.new_empty(0)
+    launch.run(plan_row_statistics(entropy, distance, along, call, diagonals, fold))
+    return entropy, distance, along
 
 
-def plan_row_statistics(entropy: Tensor, distance: Tensor, call: Call) -> Launch:
-    """The launch that writes entropy and distance (B, Hq, R), contiguous."""
+def plan_row_statistics(
+    entropy: Tensor, distance: Tensor, along: Tensor, call: Call, diagonals: Diagonals, fold: int
+) -> Launch:
+    """The launch that writes entropy, distance and, with a period, ``along``, (B, Hq, R), contiguous."""
     batch, heads, rows, keys = call.map_shape
-    tile, arguments = _arguments("sums", call, keys, entropy=entropy, distance=distance)
+    results = {"entropy": entropy, "distance": distance, "along": along if diagonals.period else None}
+    options = {"DIAGONALS": diagonals.period > 0, "APART": APART, "FOLD": fold}
+    shared = results | diagonals._asdict() | options
+    tile, arguments = _arguments("sums", call, keys // fold, **shared)
     return _launch(row_statistics_kernel, (cdiv(rows, tile.outer), heads, batch), tile, arguments)
 
 
@@ -163,8 +172,9 @@ def plan_backward(
     return launches
 
 
-LIMITED = "Gemma-2-9B"
-"""The shape with a window, a soft cap and a bias."""
+LIMITED, PACKED, FOLDED = "Gemma-2-9B", "packed Qwen2.5-VL-7B", "CogVideoX-5B"
+"""The shapes with a window, a soft cap and a bias; with key ranges; and with two parts of the keys. The last
+two have diagonals, and only the kernels that these change most."""
 
 SHAPES = {
     LIMITED: (16, 8, 256, 8192, torch.bfloat16),
@@ -172,6 +182,8 @@ SHAPES = {
     "width 64": (16, 16, 64, 8192, torch.bfloat16),
     "width 256": (8, 4, 256, 8192, torch.float16),
     "Qwen2.5-VL-7B float32": (28, 4, 128, 8192, torch.float32),
+    PACKED: (28, 4, 128, 8192, torch.float16),
+    FOLDED: (48, 48, 64, 17776, torch.bfloat16),
 }
 """Query heads, key heads, width, keys and dtype at which the kernels are judged."""
 
@@ -186,24 +198,30 @@ def gates() -> list[resources.Gate]:
 
     for name, (heads, kv_heads, width, keys, dtype) in SHAPES.items():
         listed = name.endswith(("8k", "float32"))
-        query, key = (torch.empty(1, n, keys, width, dtype=dtype, device="meta") for n in (heads, kv_heads))
+        fold, limited = 2 if name == FOLDED else 1, name == LIMITED
+        query = torch.empty(1, heads, keys, width, dtype=dtype, device="meta")
+        key = torch.empty(1, kv_heads, fold * keys, width, dtype=dtype, device="meta")
         lse = torch.empty(1, heads, keys, device="meta")
-        limited = name == LIMITED
         bias = torch.empty(1, heads, 1, keys, dtype=dtype, device="meta") if limited else None
-        limits = (width**-0.5, 4096 if limited else -1, 0, 50.0 if limited else 0.0)
-        whole = Call(query, key, lse, None, bias, 0, 0, *limits)
+        limits = (width**-0.5, 4096 if limited else -1, 0 if fold == 1 else -1, 50.0 if limited else 0.0)
+        ranges = torch.empty(1, keys, 2, dtype=torch.int32, device="meta") if name == PACKED else None
+        of_parts = torch.empty(1, 2 * keys, dtype=torch.int64, device="meta") if name == FOLDED else None
+        whole = Call(query, key, lse, of_parts, bias, ranges, 0, 0, *limits)
+        frames = Diagonals(226, keys, 1350, 0) if name in (PACKED, FOLDED) else Diagonals(0, 0, 0, 0)
+        add(f"row_statistics {name}", plan_row_statistics(lse, lse, lse, whole, frames, fold))
+        if name == FOLDED:
+            continue
         places = torch.empty(1, 64, dtype=torch.int64, device="meta") if listed else None
         of_few = None if bias is None else bias[..., :64]
         few = whole._replace(key=key[:, :, :64].contiguous(), places=places, bias=of_few)
         mean = torch.empty(1, 1, keys, 64, device="meta")
         add(f"column_entries {name}", plan_columns(mean, few))
         results = [torch.empty_like(item) for item in (query, key, lse)]
-        add(f"row_statistics {name}", plan_row_statistics(lse, lse, whole))
         for over, part, given in (
             ("rows", whole, lse[:, :, None].expand(whole.map_shape)),
             ("keys", whole, lse[..., None].expand(whole.map_shape)),
             ("columns", few, mean.expand(few.map_shape)),
-        ):
+        )[: 1 if name == PACKED else 3]:
             if part is whole:
                 add(f"entry_sums over {over} {name}", plan_sums(lse, whole, over == "rows", False))
             for planned, of in zip(plan_backward(given, part, *results), ("query", "key"), strict=True):

@@ -13,7 +13,10 @@ import triton.language as tl
 from ..attention_rows.triton import biased, capped, exact_dot, exponential, tanh, token_at, vectors
 from ..attention_rows.triton_backward import scaled_dot
 
-VARYING = ["rows", "keys", "heads", "start", "shift", "lower", "upper", "lse", "places", "bias", "grad"]
+VARYING = [
+    *("rows", "keys", "heads", "start", "shift", "lower", "upper", "first", "stop", "period", "band"),
+    *("lse", "places", "bias", "ranges", "grad"),
+]
 """Numbers that vary from call to call, and tensors that may begin anywhere."""
 
 PER_KEY, PER_ROW = tl.constexpr(1), tl.constexpr(2)
@@ -29,9 +32,30 @@ def key_places(places, sample, c, keys, start, LISTED: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(place, row, rows, lower, upper, LOWER: tl.constexpr, UPPER: tl.constexpr):
+def row_range(ranges, sample, row, rows):
+    """First key and end of the rows that are there."""
+    at = ranges + (sample * rows + row) * 2
+    return tl.load(at, mask=row < rows, other=0), tl.load(at + 1, mask=row < rows, other=0)
+
+
+@triton.jit
+def seen_keys(
+    place,
+    row,
+    rows,
+    ranges,
+    sample,
+    lower,
+    upper,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
+):
     """Whether rows see keys, from row + lower to row + upper; one is (n, 1), the other (1, n)."""
     seen = (place >= 0) & (row < rows)
+    if RANGE:
+        first, last = row_range(ranges, sample, row, rows)
+        seen &= (place >= first) & (place < last)
     if UPPER:
         seen &= place <= row + upper
     if LOWER:
@@ -72,10 +96,13 @@ def inner_span(
     rows,
     keys,
     start,
+    ranges,
+    sample,
     lower,
     upper,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
     LISTED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -93,6 +120,10 @@ def inner_span(
             end = tl.minimum(keys, tl.max(outer, 0) + upper - start + 1)
         if LOWER:
             begin = tl.maximum(tl.min(outer, 0) + lower - start, 0)
+        if RANGE:
+            first, last = row_range(ranges, sample, outer, rows)
+            begin = tl.maximum(begin, tl.min(tl.where(first < last, first, start + keys), 0) - start)
+            end = tl.minimum(end, tl.max(last, 0) - start)
     return begin, end
 
 
@@ -103,6 +134,7 @@ def column_entries(
     lse,
     places,
     bias,
+    ranges,
     out,
     q_strides,
     k_strides,
@@ -118,6 +150,7 @@ def column_entries(
     WIDTH: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -133,7 +166,10 @@ def column_entries(
     row = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(0) // blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     place = key_places(places, sample, c, keys, start, LISTED)
-    seen = seen_keys(place[None, :], row[:, None], rows, lower, upper, LOWER, UPPER)
+    seen = seen_keys(
+        *(place[None, :], row[:, None], rows, ranges, sample, lower, upper),
+        *(LOWER, UPPER, RANGE),
+    )
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for one in range(heads if MEAN else 1):
         head = tl.cast(one if MEAN else tl.program_id(1), tl.int64)
@@ -191,6 +227,7 @@ def inner_block(
     of_lse,
     places,
     bias,
+    ranges,
     q_strides,
     k_strides,
     b_strides,
@@ -213,6 +250,7 @@ def inner_block(
     WIDTH: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -228,13 +266,19 @@ def inner_block(
         at = token_at(query, q_strides, sample, head, i.to(tl.int64))
         inner_known = i < rows
         sums = tl.load(of_lse + i, mask=inner_known, other=0.0)[None, :]
-        seen = seen_keys(place[:, None], i[None, :], rows, lower, upper, LOWER, UPPER)
+        seen = seen_keys(
+            *(place[:, None], i[None, :], rows, ranges, sample, lower, upper),
+            *(LOWER, UPPER, RANGE),
+        )
     else:
         at = token_at(key, k_strides, sample, head // GROUPS, i.to(tl.int64))
         inner_place = key_places(places, sample, i, keys, start, LISTED)
         inner_known = inner_place >= 0
         sums = sums[:, None]
-        seen = seen_keys(inner_place[None, :], place[:, None], rows, lower, upper, LOWER, UPPER)
+        seen = seen_keys(
+            *(inner_place[None, :], place[:, None], rows, ranges, sample, lower, upper),
+            *(LOWER, UPPER, RANGE),
+        )
     raw = products(
         *(at_outer, outer, known, k_strides[3] if KEYS else q_strides[3]),
         *(at, inner_known, q_strides[3] if KEYS else k_strides[3]),
@@ -254,6 +298,7 @@ def entry_sums(
     lse,
     places,
     bias,
+    ranges,
     out,
     q_strides,
     k_strides,
@@ -268,6 +313,7 @@ def entry_sums(
     WIDTH: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -289,14 +335,16 @@ def entry_sums(
         *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, place, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, KEYS)
+    begin, end = inner_span(
+        *(o, place, rows, keys, start, ranges, sample, lower, upper, LOWER, UPPER, RANGE, LISTED, KEYS)
+    )
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for first in range(begin, end, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         weights, _, _, _, _ = inner_block(
-            *(query, key, of_lse, places, bias, q_strides, k_strides, b_strides, sample, head, o, i),
+            *(query, key, of_lse, places, bias, ranges, q_strides, k_strides, b_strides, sample, head, o, i),
             *(at, outer, place, known, sums, rows, keys, start, lower, upper, scale, GROUPS, WIDTH),
-            *(LOWER, UPPER, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+            *(LOWER, UPPER, RANGE, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
         )
         if LARGEST:
             total = tl.maximum(total, weights, propagate_nan=tl.PropagateNan.ALL)
@@ -310,66 +358,6 @@ def entry_sums(
         found = tl.sum(total, 1)
     length = keys if KEYS else rows
     tl.store(out + rank * length + o, found, mask=o < length)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def row_statistics_kernel(
-    query,
-    key,
-    lse,
-    places,
-    bias,
-    entropy,
-    distance,
-    q_strides,
-    k_strides,
-    b_strides,
-    rows,
-    keys,
-    start,
-    shift,
-    lower,
-    upper,
-    scale,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr,
-    LISTED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Entropy of every row's attention and mean distance to the keys that it sees, each (B, Hq, R)."""
-    head = tl.program_id(1).to(tl.int64)
-    sample = tl.program_id(2).to(tl.int64)
-    rank = sample * tl.num_programs(1) + head
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    of_lse = lse + rank * rows
-    at, row, known, sums = outer_block(
-        *(query, key, of_lse, places, q_strides, k_strides, sample, head, o, rows, keys, start),
-        *(GROUPS, LISTED, False),
-    )
-    outer = vectors(at, known, q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, row, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, False)
-    spread = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    apart = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for first in range(begin, end, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        weights, _, _, _, _ = inner_block(
-            *(query, key, of_lse, places, bias, q_strides, k_strides, b_strides, sample, head, o, i),
-            *(at, outer, row, known, sums, rows, keys, start, lower, upper, scale, GROUPS, WIDTH),
-            *(LOWER, UPPER, SOFTCAP, BIAS, LISTED, False, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
-        )
-        place = key_places(places, sample, i, keys, start, LISTED)
-        apart += weights * tl.abs(place[None, :] - row[:, None] - shift).to(tl.float32)
-        # log(0) is avoided: 0 · log(0) is NaN.
-        spread -= weights * tl.log(tl.maximum(weights, 1e-30))
-    tl.store(entropy + rank * rows + o, tl.sum(spread, 1), mask=known)
-    tl.store(distance + rank * rows + o, tl.sum(apart, 1), mask=known)
 
 
 @triton.jit
@@ -391,6 +379,7 @@ def entry_gradient(
     lse,
     places,
     bias,
+    ranges,
     grad,
     out,
     lse_out,
@@ -408,6 +397,7 @@ def entry_gradient(
     WIDTH: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
+    RANGE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -432,7 +422,9 @@ def entry_gradient(
         *(GROUPS, LISTED, KEYS),
     )
     outer = vectors(at, known, k_strides[3] if KEYS else q_strides[3], 0, WIDTH, CHUNK)
-    begin, end = inner_span(o, place, rows, keys, start, lower, upper, LOWER, UPPER, LISTED, KEYS)
+    begin, end = inner_span(
+        *(o, place, rows, keys, start, ranges, sample, lower, upper, LOWER, UPPER, RANGE, LISTED, KEYS)
+    )
     total = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
     slope = tl.zeros([BLOCK_O], tl.float32)
     for member in range(members):
@@ -441,9 +433,10 @@ def entry_gradient(
         for first in range(begin, end, BLOCK_I):
             i = first + tl.arange(0, BLOCK_I)
             weights, scores, seen, at_inner, inner_known = inner_block(
-                *(query, key, of_lse + member * rows, places, bias, q_strides, k_strides, b_strides, sample),
-                *(head, o, i, at, outer, place, known, sums, rows, keys, start, lower, upper, scale, GROUPS),
-                *(WIDTH, LOWER, UPPER, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I, BLOCK_D),
+                *(query, key, of_lse + member * rows, places, bias, ranges, q_strides, k_strides, b_strides),
+                *(sample, head, o, i, at, outer, place, known, sums, rows, keys, start, lower, upper, scale),
+                *(GROUPS, WIDTH, LOWER, UPPER, RANGE, SOFTCAP, BIAS, LISTED, KEYS, CHUNK, BLOCK_O, BLOCK_I),
+                *(BLOCK_D,),
             )
             row = i[None, :] if KEYS else o[:, None]
             c = o[:, None] if KEYS else i[None, :]

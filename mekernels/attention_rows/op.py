@@ -103,10 +103,7 @@ def attention_rows(
     index, start, stop = checks.columns(columns, query, own)
     checks.boolean("causal", causal)
     checks.key_mask(key_mask, key)
-    if key_range is not None:
-        checks.index_tensor("key_range", key_range, 3, layout="(batch, rows, first and end)")
-        checks.shape("key_range", key_range, (*rows.shape, 2), meaning="(batch, rows, first and end)")
-        checks.same_device("key_range", key_range, "query", query)
+    checks.key_range(key_range, query, rows.shape[1])
     checks.choice("reduce", reduce, ("mean", "none"))
     scale = checks.scale(softmax_scale, query.shape[3])
     cap = checks.softcap(softcap)
@@ -154,12 +151,16 @@ def lse_of_rows(
     window: tuple[int, int] | None,
     softcap: float,
     bias: Tensor | None,
+    key_range: Tensor | None,
+    fold: int,
 ) -> Tensor:
     """The (B, Hq, Nq) logsumexp of all rows, without a gradient, from checked arguments."""
-    own = key.shape[2]
+    own = key.shape[2] // fold
     rows = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
-    limits = None if window is None else _windowed(window, rows, own - query.shape[2], own)
-    options = (0, min(1, own), scale, causal, 1, True, softcap)
+    limits = key_range
+    if window is not None:
+        limits = _in_both(_windowed(window, rows, own - query.shape[2], own), key_range)
+    options = (0, min(1, own), scale, causal, fold, True, softcap)
     return attention_rows_op(Call(query, key, rows, None, key_mask, limits, *options, None, bias))[1]
 
 

@@ -92,10 +92,7 @@ class MotionStatistics:
         diagonal_width: int = 0,
     ) -> None:
         checks.video_tokens("video", video)
-        if isinstance(heads, bool) or not isinstance(heads, int):
-            raise TypeError(f"heads must be an int, got {type(heads).__name__}")
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        checks.number("heads", heads, 1)
         self.video = video
         self.heads = heads
         self.text_rows = row_choice.text_rows(text_rows, video)
@@ -109,15 +106,10 @@ class MotionStatistics:
         """(R,) int64 sampled video tokens, and (R,) the number of tokens that each stands for, on the CPU."""
         self.updates = 0
         """Number of maps pooled so far."""
-        if isinstance(pending_bytes, bool) or not isinstance(pending_bytes, int):
-            raise TypeError(f"pending_bytes must be an int, got {type(pending_bytes).__name__}")
-        if pending_bytes < 0:
-            raise ValueError(f"pending_bytes must be at least 0, got {pending_bytes}")
-        if isinstance(diagonal_width, bool) or not isinstance(diagonal_width, int):
-            raise TypeError(f"diagonal_width must be an int, got {type(diagonal_width).__name__}")
-        if diagonal_width < 0 or (diagonal_width and pooling == "per_layer"):
-            wanted = "0 with pooling='per_layer'" if pooling == "per_layer" else "at least 0"
-            raise ValueError(f"diagonal_width must be {wanted}, got {diagonal_width}")
+        checks.number("pending_bytes", pending_bytes, 0)
+        checks.number("diagonal_width", diagonal_width, 0)
+        if diagonal_width and pooling == "per_layer":
+            raise ValueError(f"diagonal_width must be 0 with pooling='per_layer', got {diagonal_width}")
         self.diagonal_width = min(diagonal_width, video.positions - 1)
         self._pending = Pending(pending_bytes)
         self._device = None if device is None else torch.device(device)

@@ -29,7 +29,10 @@ def assert_same_statistics(query, key, lse, tolerance=1e-12, device="cpu", **opt
     moved = {k: item.to(device) if isinstance(item, torch.Tensor) else item for k, item in options.items()}
     found = mekernels.head_statistics(*(item.to(device) for item in (query, key, lse)), **moved)
     for one, other in zip(found, expected, strict=True):
-        assert_exact(one.cpu().double(), other, tolerance)
+        if other is None:
+            assert one is None
+        else:
+            assert_exact(one.cpu().double(), other, tolerance)
 
 
 def logsumexp(query, key, **options):
@@ -64,14 +67,27 @@ SHAPES = {
     "window": st.sampled_from([None, None, (0, 0), (2, -1), (-1, 1), (3, 2)]),
     "softcap": st.sampled_from([None, None, 0.7, 30.0]),
     "bias": st.sampled_from([None, None, "of a key", "of a head", "of all"]),
+    "ranged": st.booleans(),
+    "fold": st.sampled_from([1, 1, 2, 3]),
     "chunk": st.sampled_from([1, 40, 1 << 20]),
 }
 
 
-def limited(query, key, seed, causal, masked, window, softcap, bias):
+def ranges(batch, rows, keys, seed):
+    """(B, R, 2) key ranges, some of them empty or beyond the keys."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(-2, keys, (batch, rows), generator=generator)
+    length = torch.randint(-1, keys + 3, (batch, rows), generator=generator)
+    # Any number of 64 bits is a bound.
+    first[:, 0], length[:, 0] = -(2**40), 2**41
+    return torch.stack([first, first + length], -1)
+
+
+def limited(query, key, seed, causal, masked, window, softcap, bias, ranged=False, fold=1):
     """Options of the whole map with the given limits, and its logsumexp."""
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    options = {"causal": causal, "window": window, "softcap": softcap, "softmax_scale": 0.3}
+    options = {"causal": causal, "window": window, "softcap": softcap, "softmax_scale": 0.3, "fold": fold}
+    options["key_range"] = ranges(batch, queries, keys // fold, seed) if ranged else None
     options["key_mask"] = randn(batch, keys, seed=seed) > 0 if masked else None
     options["bias"] = additive(bias, batch, heads, queries, keys, seed) if bias else None
     return options, logsumexp(query, key, **options)
@@ -79,15 +95,18 @@ def limited(query, key, seed, causal, masked, window, softcap, bias):
 
 def of_window(options, rows, columns):
     """The same with the bias of some rows and columns, each a slice or (B, C) positions."""
-    bias = options.get("bias")
+    bias, key_range, fold = options.get("bias"), options.get("key_range"), options.get("fold", 1)
+    if key_range is not None:
+        options = options | {"key_range": key_range[:, rows or slice(None)]}
     if bias is None:
         return options
     bias = bias if bias.shape[2] == 1 else bias[:, :, rows or slice(None)]
+    parts = bias.chunk(fold, -1)
     if isinstance(columns, torch.Tensor):
-        bias = reference.picked_columns(bias.expand(len(columns), -1, -1, -1), columns)
+        picked = (reference.picked_columns(part.expand(len(columns), -1, -1, -1), columns) for part in parts)
     else:
-        bias = bias[..., columns or slice(None)]
-    return options | {"bias": bias}
+        picked = (part[..., columns or slice(None)] for part in parts)
+    return options | {"bias": torch.cat(list(picked), -1)}
 
 
 @settings(max_examples=100)
@@ -109,16 +128,18 @@ def test_columns_against_the_reference(
     window,
     softcap,
     bias,
+    ranged,
+    fold,
     chunk,
     columns,
     reduce,
 ):
-    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    query, key = case(seed, batch, heads, groups, queries, fold * keys, width)
     column = columns if isinstance(columns, slice) else pick(batch, columns, keys, seed)
     if isinstance(column, slice) and (column.step or 1) < 0:
         # torch has no negative steps, so the reference cannot be asked.
         column = slice(column.start, column.stop)
-    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias, ranged, fold)
     options = of_window(options, None, column)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
@@ -152,14 +173,17 @@ def test_sums_against_the_reference(
     window,
     softcap,
     bias,
+    ranged,
+    fold,
     chunk,
     over,
     reduce,
     rows,
     columns,
 ):
-    query, key = case(seed, batch, heads, groups, queries, keys, width)
-    limits, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    fold = 1 if reduce == "max" else fold
+    query, key = case(seed, batch, heads, groups, queries, fold * keys, width)
+    limits, lse = limited(query, key, seed, causal, masked, window, softcap, bias, ranged, fold)
     limits = of_window(limits, rows, columns)
     options = {"over": over, "reduce": reduce, "rows": rows, "columns": columns, **limits}
     with pytest.MonkeyPatch.context() as patch:
@@ -312,7 +336,7 @@ def row_hidden_by_bias(hidden, backend, device):
             attention_columns(*inputs, lse, slice(None), bias=bias),
             attention_sums(*inputs, lse, over="columns", bias=bias)[0].mT,
         )
-        statistics = mekernels.head_statistics(*inputs, lse, bias=bias)
+        statistics = mekernels.head_statistics(*inputs, lse, bias=bias, period=2)
     assert (lse[:, :, 4] == -math.inf).all()
     assert lse[:, :, 5].isfinite().all()
     for read in found:
@@ -363,6 +387,14 @@ def sums_of(**change):
         ({"lse": None}, TypeError, r"lse must be a torch\.Tensor, got NoneType"),
         ({"over": "heads"}, ValueError, "over must be one of 'rows', 'columns', got 'heads'"),
         ({"reduce": "none"}, ValueError, "reduce must be one of 'sum', 'mean', 'max'"),
+        ({"reduce": "max", "fold": 3}, ValueError, "fold must be 1 with reduce='max', got 3"),
+        ({"fold": 2}, ValueError, r"fold must divide the number of keys \(9\), got 2"),
+        ({"key_range": torch.zeros(2, 7)}, TypeError, r"key_range must have dtype torch\.int64"),
+        (
+            {"key_range": torch.zeros(2, 7, 2, dtype=torch.int64), "rows": slice(0, 3)},
+            ValueError,
+            r"key_range must have shape \(2, 3, 2\)",
+        ),
         ({"rows": slice(0, 6, 2)}, ValueError, "rows must be a slice of step 1, got a step of 2"),
         ({"columns": [1]}, TypeError, "columns must be a slice or None, got list"),
         ({"causal": 1}, TypeError, "causal must be a bool, got int"),

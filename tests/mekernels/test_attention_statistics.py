@@ -20,6 +20,9 @@ from mekernels.attention_entries import composite
     **SHAPES,
     sinks=st.sampled_from([slice(0, 1), slice(0, 0), 3]),
     rows=st.sampled_from([None, slice(2, 6), slice(-3, None), slice(4, 2)]),
+    video=st.sampled_from([None, slice(1, 7), slice(-3, None)]),
+    period=st.sampled_from([None, 1, 2, 3, 2**40]),
+    band=st.sampled_from([0, 0, 1, 2**40]),
 )
 def test_head_statistics_against_the_reference(
     seed,
@@ -34,14 +37,21 @@ def test_head_statistics_against_the_reference(
     window,
     softcap,
     bias,
+    ranged,
+    fold,
     chunk,
     sinks,
     rows,
+    video,
+    period,
+    band,
 ):
-    query, key = case(seed, batch, heads, groups, queries, keys, width)
+    query, key = case(seed, batch, heads, groups, queries, fold * keys, width)
     sinks = sinks if isinstance(sinks, slice) else pick(batch, sinks, keys, seed)
-    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias)
+    options, lse = limited(query, key, seed, causal, masked, window, softcap, bias, ranged, fold)
     options = of_window(options, rows, None)
+    if period is not None:
+        options |= {"video": video, "period": period, "diagonal_width": band}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "CHUNK_ELEMENTS", chunk)
         assert_same_statistics(query, key, lse, sinks=sinks, rows=rows, **options)
@@ -50,10 +60,25 @@ def test_head_statistics_against_the_reference(
 @settings(max_examples=100)
 @given(**SHAPES, sunk=st.booleans())
 def test_logsumexp_against_the_reference(
-    seed, batch, heads, groups, queries, keys, width, causal, masked, window, softcap, bias, chunk, sunk
+    seed,
+    batch,
+    heads,
+    groups,
+    queries,
+    keys,
+    width,
+    causal,
+    masked,
+    window,
+    softcap,
+    bias,
+    ranged,
+    fold,
+    chunk,
+    sunk,
 ):
-    query, key = case(seed, batch, heads, groups, queries, keys, width)
-    options, _ = limited(query, key, seed, causal, masked, window, softcap, bias)
+    query, key = case(seed, batch, heads, groups, queries, fold * keys, width)
+    options, _ = limited(query, key, seed, causal, masked, window, softcap, bias, ranged, fold)
     sinks = [randn(heads * groups, seed=seed + 4)] if sunk else []
 
     def read(function):
@@ -97,20 +122,55 @@ def test_statistics_of_heads_that_are_known():
     query = torch.stack([torch.zeros_like(code), 500 * code.roll(1, 1)])[None].roll(-2, 3)
     key = code.expand(1, 2, -1, -1)
     _, lse = flash_attention(query, key, key)
-    entropy, distance, sink = mekernels.head_statistics(query, key, lse, rows=slice(2, 8))
+    entropy, distance, sink, diagonal = mekernels.head_statistics(query, key, lse, rows=slice(2, 8), period=4)
     place = torch.arange(8.0, dtype=torch.float64)
     even = (place[2:, None] - place).abs().mean()
     assert_exact(entropy, torch.tensor([[math.log(8), 0]], dtype=torch.float64), 1e-9)
     assert_exact(distance, torch.tensor([[even, 1]], dtype=torch.float64), 1e-9)
     assert_exact(sink, torch.tensor([[1 / 8, 0]], dtype=torch.float64), 1e-9)
+    assert_exact(diagonal, torch.tensor([[1 / 4, 0]], dtype=torch.float64), 1e-9)
+
+
+@pytest.mark.parametrize(("fold", "band", "text_first"), [(1, 0, True), (2, 0, False), (2, 2, True)])
+def test_the_share_of_the_diagonals_is_that_of_head_selection(fold, band, text_first):
+    """By the op that reads diagonals, and by the naive set of pairs of the reference."""
+    video = mekernels.VideoTokens(3, 2, 2, text=5, text_first=text_first)
+    query, key = case(1, 2, 2, 1, video.length, fold * video.length, 8)
+    lse = logsumexp(query, key)
+    layout = {"video": video.vision_slice, "period": video.positions, "diagonal_width": band}
+    found = mekernels.head_statistics(query, key, lse, fold=fold, **layout).diagonal
+    attention = reference.fold_keys(reference.attention_map(query, key), fold)
+    place = torch.arange(video.vision) % video.positions
+    near = (place[:, None] - place).abs() <= band
+    expected = (reference.vision_block(attention, video) * near).sum((-1, -2)) / video.vision
+    assert_exact(found, expected)
+    if not band:
+        read = mekernels.diagonal_attention(query, key, lse, video, fold=fold)
+        assert_exact(found, read.sum((-1, -2, -3)) / video.vision)
+    frames = mekernels.head_statistics(
+        query, key, lse, fold=fold, window=(4, 4), **layout | {"diagonal_width": 0}
+    )
+    own = mekernels.head_statistics(query, key, lse, fold=fold, window=(0, 0), **layout).diagonal
+    read = mekernels.diagonal_attention(query, key, lse, video, fold=fold).sum(-1)
+    beside = read.diagonal(1, -2, -1).sum(-1) + read.diagonal(-1, -2, -1).sum(-1)
+    assert_exact(frames.diagonal - own, beside / video.vision)
 
 
 def test_head_statistics_have_no_gradient():
     query, key = (item.requires_grad_() for item in case())
     found = mekernels.head_statistics(query, key, logsumexp(query, key))
-    assert not any(item.requires_grad for item in found)
+    assert not any(item.requires_grad for item in found[:3])
     with pytest.raises(ValueError, match=r"lse must have shape"):
         mekernels.head_statistics(query, key, torch.zeros(2, 6, 8, dtype=torch.float64))
+    for wrong, message in (
+        ({"video": slice(0, 4)}, "period must be given with video or diagonal_width"),
+        ({"diagonal_width": 1}, "period must be given with video or diagonal_width"),
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"period": 2, "diagonal_width": -1}, "diagonal_width must be at least 0, got -1"),
+        ({"period": 2, "video": slice(0, 8, 2)}, "video must be a slice of step 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mekernels.head_statistics(query, key, logsumexp(query, key), **wrong)
     with pytest.raises(ValueError, match=r"sinks must lie between -1 \(padding\) and 8, got 9"):
         mekernels.head_statistics(query, key, logsumexp(query, key), sinks=torch.tensor([[9], [0]]))
 

@@ -10,6 +10,7 @@ import mekernels
 from mekernels import VideoTokens, backends
 from mekernels.attention_entries import composite as entries_composite
 from mekernels.attention_entries.call import Call as EntriesCall
+from mekernels.attention_entries.call import Diagonals
 from mekernels.attention_rows import composite as rows_composite
 from mekernels.attention_rows.call import Call
 from mekernels.diagonal_attention.call import Call as SideCall
@@ -128,8 +129,10 @@ def test_readings_of_a_whole_map_take_memory_as_tokens_not_as_the_map(tokens, mo
     bias, lse = torch.zeros(1, HEADS, 1, tokens), torch.full((1, HEADS, tokens), 10.0)
     bound = max(chunk, HEADS * tokens * WIDTH)
     assert HEADS * bound <= HEADS * tokens**2 / 8
-    call = EntriesCall(query, key, lse, None, bias, 0, 0, 0.3, tokens // 2, 0, 3.0)
-    assert largest(run, "attention_row_statistics", call) <= bound
+    ranges = torch.tensor([0, tokens], dtype=torch.int32).expand(1, tokens, 2)
+    call = EntriesCall(query, key, lse, None, bias, ranges, 0, 0, 0.3, tokens // 2, 0, 3.0)
+    diagonals = Diagonals(0, tokens, 16, 1)
+    assert largest(run, "attention_row_statistics", call, diagonals, 1) <= bound
     few = call._replace(key=key[:, :, :4], bias=bias[..., :4])
     assert largest(run, "attention_columns", few, False) <= bound
     for over_rows in (False, True):

@@ -46,7 +46,9 @@ def entries_arguments(dtype, grad=False):
     lse = reference.attention_lse(query.double(), key.double()).to(mekernels.checks.accumulate_dtype(dtype))
     places = torch.tensor([[0, 1, -1, 3, 4, 5, 6, 7]]).expand(2, -1).contiguous()
     bias = randn(1, 4, 1, 8, seed=3, dtype=dtype)
-    return (*(item.requires_grad_(grad) for item in (query, key, lse)), places, bias, 0, 0, 0.4, 3, 0, 2.0)
+    tensors = (*(item.requires_grad_(grad) for item in (query, key, lse)), places, bias)
+    ranges = torch.tensor([[0, 8], [2, 5]] * 4, dtype=torch.int32).expand(2, -1, -1).contiguous()
+    return *tensors, ranges, 0, 0, 0.4, 3, 0, 2.0
 
 
 def statistics_arguments(dtype):
@@ -75,7 +77,7 @@ def cases(dtype):
         "attention_columns": (*entries_arguments(dtype, True), True),
         "attention_sums": (*entries_arguments(dtype, True), True, False),
         "attention_lse": entries_arguments(dtype, True),
-        "attention_row_statistics": entries_arguments(dtype),
+        "attention_row_statistics": (*entries_arguments(dtype), 1, 7, 2, 0, 1),
         "attention_entries_backward": (
             rand(2, 4, 1, 8, dtype=wide).expand(-1, -1, 8, -1),
             *entries_arguments(dtype),

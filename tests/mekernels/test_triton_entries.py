@@ -15,6 +15,7 @@ from test_attention_entries import (
     logsumexp,
     masked_nan,
     of_window,
+    ranges,
     row_hidden_by_bias,
 )
 from test_attention_rows import additive, pick
@@ -115,16 +116,22 @@ LIMITS = [
     {"causal": True, "window": (20, -1), "softcap": 0.5, "bias": "of all"},
     {"window": (3, 17), "bias": "of a key"},
     {"window": (-1, 0), "softcap": 2.0},
+    {"key_range": True, "causal": True},
+    {"key_range": True, "fold": 2, "bias": "of all", "window": (20, 17)},
 ]
 
 
 def limited(number):
     """Query, key and logsumexp with the limits of that number, of one dtype, and options of the whole map."""
     dtype, queries = DTYPES[number % len(DTYPES)], 70
-    (query, key, _), _ = inputs(number, 2, 1, 2, queries, 75, 24, dtype)
     options = dict(LIMITS[number])
+    fold = options.get("fold", 1)
+    keys = 75 if fold == 1 else 40 * fold
+    (query, key, _), _ = inputs(number, 2, 1, 2, queries, keys, 24, dtype)
     if "bias" in options:
-        options["bias"] = additive(options["bias"], 2, 2, queries, 75, number, dtype)
+        options["bias"] = additive(options["bias"], 2, 2, queries, keys, number, dtype)
+    if "key_range" in options:
+        options["key_range"] = ranges(2, queries, keys // fold, number)
     return (query, key, logsumexp(query, key, **options)), options
 
 
@@ -139,7 +146,7 @@ def test_windows_caps_and_biases(number, call):
         rows = slice(3, 69)
         compare("attention_sums", tensors, over="columns", rows=rows, **of_window(options, rows, None))
     else:
-        columns = slice(3, 70) if call == "columns" else pick(2, 9, 75, number)
+        columns = slice(3, 70) if call == "columns" else pick(2, 9, 40, number)
         compare("attention_columns", tensors, columns, reduce="none", **of_window(options, None, columns))
 
 
@@ -181,6 +188,9 @@ def test_a_masked_key_that_is_no_number_stays_out_of_gradients(over):
     masked_nan(over, "triton", DEVICE)
 
 
+DIAGONALS = {"video": slice(3, 72), "period": 7, "diagonal_width": 1}
+
+
 @pytest.mark.parametrize("number", range(1, len(LIMITS)))
 @pytest.mark.parametrize("sinks", [slice(0, 3), torch.tensor([[0, 3, -1], [7, 7, 1]])])
 def test_head_statistics_with_limits(number, sinks):
@@ -188,7 +198,7 @@ def test_head_statistics_with_limits(number, sinks):
     options = of_window(options, slice(2, 69), None)
     with mekernels.use_backend("triton"):
         assert_same_statistics(
-            *tensors, tolerance=1e-5, device=DEVICE, sinks=sinks, rows=slice(2, 69), **options
+            *tensors, tolerance=1e-5, device=DEVICE, sinks=sinks, rows=slice(2, 69), **options, **DIAGONALS
         )
 
 
@@ -252,7 +262,7 @@ def test_memory_that_is_read_beyond_the_tokens_does_not_count():
 def test_operator_checks():
     tensors, _ = inputs(3, 1, 2, 2, 9, 20, 16, torch.float32)
     tensors = [item.to(DEVICE).requires_grad_() for item in tensors]
-    ops, rest = torch.ops.mekernels, (None, None, 0, 11, 0.3, 5, 0, 2.0)
+    ops, rest = torch.ops.mekernels, (None, None, None, 0, 11, 0.3, 5, 0, 2.0)
     torch.library.opcheck(ops.attention_columns_triton.default, (*tensors, *rest, True))
     torch.library.opcheck(ops.attention_sums_triton.default, (*tensors, *rest, True, False))
 
