@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -100,9 +101,12 @@ def _fewer_tokens(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]
 
 def _fewer_slices(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]:
     """MiniCPM-V: fewer slices of a frame, or a smaller frame."""
-    own, mode = part.scale_resolution, part.downsample_mode
-    token = part.patch_size * (2 if mode == "4x" else 4)
-    options: dict[str, Any] = {"patch_size": part.patch_size, "downsample_mode": mode, "allow_upscale": True}
+    own, token = part.scale_resolution, part.patch_size * 4
+    options: dict[str, Any] = {"patch_size": part.patch_size, "allow_upscale": True}
+    # transformers 5.17 rounds the size as for "16x" under either mode.
+    if "downsample_mode" in inspect.signature(part.find_best_resize).parameters:
+        options["downsample_mode"] = part.downsample_mode
+        token = part.patch_size * (2 if part.downsample_mode == "4x" else 4)
     fewer = [(slices, own) for slices in range(part.max_slice_nums, 0, -1)]
     for slices, scale in [*fewer, *((1, smaller) for smaller in range(own - own % token, 0, -token))]:
         grid = part.get_sliced_grid(size, slices, scale) if part.slice_mode else None
