@@ -89,7 +89,7 @@ def test_a_click_on_a_word_shows_its_maps(page: Page) -> None:
         "student before: no map of this word",
         "student after: no map of this word",
     ]
-    assert "is not found: the teacher keeps the word, but it is not among" in page.run("$('about').textContent")
+    assert "is not found: the teacher keeps the word, but it is" in page.run("$('about').textContent")
 
 
 def test_the_overlay_lies_where_the_map_is_at_that_time(page: Page) -> None:
