@@ -41,7 +41,7 @@ _BEST = str.split("load_best_model_at_end metric_for_best_model eval_strategy ev
 #: Files with the state from which a run continues.
 _STATES = {"optimizer": (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN), "schedule": (SCHEDULER_NAME,)}
 #: Flags of the student that do not change the result.
-_NOT_LEARNT = ("student", "prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
+_NOT_LEARNT = ("prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
 
 def run_identity(
@@ -63,7 +63,6 @@ def run_identity(
     trained = open_source(data.data)
     batches = getattr(training, "accelerator_config", None)
     identity = {
-        "student": student.student,
         "teacher": prior.teacher,
         # Left out where it plays no part, so that reports of older runs, which lack it, are equal.
         **({"teacher_weights": list(prior.weights() or ["confidence"])} if len(prior.teachers) > 1 else {}),
@@ -160,7 +159,7 @@ def _flaw(folder: Path, whole: bool) -> str:
                 f"{folder}: has no {what} state ({names[0]}), so no run can continue from it: it was saved "
                 "with --save_only_model, or under another engine"
             )
-    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+    for file in (*folder.glob("*.pt"), *folder.glob("*.pth")):
         try:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True, mmap=True)

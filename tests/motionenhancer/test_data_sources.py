@@ -86,6 +86,7 @@ def test_a_table_gives_the_samples_of_json_lines(
     assert open_source(data).digest() == open_source(data).digest()
     other = datasets.Dataset.from_list(table_of(root)[:1])
     assert open_source(other).digest() != open_source(table).digest()
+    assert open_source(table.select_columns(table.column_names[::-1])).digest() == open_source(table).digest()
 
 
 def test_rows_of_tables_have_numbers_and_no_nulls(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,23 @@ def test_rows_of_tables_have_numbers_and_no_nulls(root: Path, monkeypatch: pytes
     for data in (table, root / "rows.parquet", "someone/things"):
         assert [(row.line, row.value) for row in open_source(data).rows()] == given
     assert asked == [{"revision": None, "split": "train"}], "where none is named"
+
+
+def test_the_files_of_a_folder_are_read_in_the_order_of_their_names(root: Path) -> None:
+    for name in ("m", "z", "a", "k"):
+        write(root / f"{name}.json", [{"id": name}])
+    (root / "b.txt").write_text("no rows")
+    check_source(root, "--data", folder=True)
+    rows = list(open_source(root, folder=True).rows())
+    assert [row.value for row in rows] == [{"id": name} for name in "akmz"]
+
+
+@pytest.mark.parametrize("kind", ["Audio", "Image", "Video"])
+def test_files_in_a_column_are_not_decoded(kind: str, root: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    file = str(root / "a.mp4")
+    table = datasets.Dataset.from_list([{"x": file}]).cast_column("x", getattr(datasets, kind)())
+    assert [row.value for row in open_source(table).rows()] == [{"x": {"path": file}}]
 
 
 def test_clips_in_a_column_of_videos_are_not_decoded(root: Path) -> None:
@@ -120,6 +138,8 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(ValueError, match=f"--data {data} needs {package}: pip install {package}"):
         check_source(data, "--data")
+    with pytest.raises(ValueError, match=f"path {data} needs {package}"):
+        open_source(data)
 
 
 def test_what_is_no_data(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +154,12 @@ def test_what_is_no_data(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     with pytest.raises(ValueError, match=r"must be one datasets\.Dataset, got DatasetDict"):
         check_source(datasets.DatasetDict({}), "--data")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(ValueError, match=r"no/where: no such file, .*\(offline\)"):
+    with pytest.raises(ValueError, match=r"must be one datasets\.Dataset, got DatasetDict"):
+        open_source(datasets.DatasetDict({}))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **o: (_ for _ in ()).throw(OSError("off\nline " * 99))
+    )
+    with pytest.raises(ValueError, match=r"no/where: no such file, .*\((off line ){33}off\)"):
         open_source("no/where")
 
 

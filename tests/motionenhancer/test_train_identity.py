@@ -13,15 +13,33 @@ from tiny_world import World
 from train_support import flags
 
 from motionenhancer import train
+from motionenhancer.data import content_digest
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.settings import DataArguments, OnlineArguments, StudentArguments
-from motionenhancer.training.arguments import TrainArguments
-from motionenhancer.training.run_identity import checkpoint_format, checkpoint_to_resume, run_identity
+from motionenhancer.training.arguments import TrainArguments, ValidationArguments
+from motionenhancer.training.run_identity import (
+    checkpoint_format,
+    checkpoint_to_resume,
+    newest_checkpoint,
+    run_identity,
+)
+
+#: What every identity holds. A report that lacks one of these, or holds another, is that of another run.
+ENTRIES = str.split("""
+    student teacher data data_digest video_root limit prior prompt_source teacher_options num_frames video_fps
+    max_frames alignment_weight alignment_schedule alignment_warmup alignment_end_weight vision_learning_rate
+    alignment_layers alignment_heads alignment_reduce alignment_loss normalize_rows aligner prior_temperature
+    confidence_gate measure_alignment lora_r lora_alpha lora_dropout lora_target max_pixels learning_rate
+    num_train_epochs max_steps seed data_seed train_sampling_strategy dataloader_drop_last
+    average_tokens_across_devices neftune_noise_alpha weight_decay adam_beta1 adam_beta2 adam_epsilon
+    max_grad_norm optim optim_args optim_target_modules lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    bf16 fp16 even_batches use_seedable_sampler global_batch_size checkpoints
+""")
 
 
-def identity(world: World, out: Path, **options: object) -> dict[str, Any]:
+def identity(world: World, out: Path, *more: str, **options: object) -> dict[str, Any]:
     classes = (
         StudentArguments,
         DataArguments,
@@ -29,10 +47,11 @@ def identity(world: World, out: Path, **options: object) -> dict[str, Any]:
         PriorSettings,
         OnlineArguments,
         TrainArguments,
+        ValidationArguments,
     )
-    given = flags(world, out, **options)
-    student, data, prior, settings, _, training = parse_arguments(classes, given, prog="train")
-    return json.loads(json.dumps(run_identity(student, data, prior, settings, training)))
+    given = [*flags(world, out, **options), *more]
+    student, data, prior, settings, _, training, validation = parse_arguments(classes, given, prog="train")
+    return json.loads(json.dumps(run_identity(student, data, prior, settings, training, validation)))
 
 
 def changed(world: World, out: Path, **options: object) -> set[str]:
@@ -57,6 +76,54 @@ def test_what_changes_the_result_makes_another_run(
     world: World, tmp_path: Path, name: str, value: object
 ) -> None:
     assert changed(world, tmp_path, **{name: value}) == {name}
+
+
+def test_the_entries_of_an_identity(world: World, tmp_path: Path) -> None:
+    """Some only where they play a part, so that reports of older runs, which lack them, are equal."""
+    plain = identity(world, tmp_path)
+    assert sorted(plain) == sorted(ENTRIES)
+    assert plain["data_digest"] == content_digest(world.data)
+    assert plain["teacher_options"]["dtype"] == "torch.float32", "of a teacher without --teacher_dtype"
+    teachers = ("--teacher", str(world.teacher), "regions", "--teacher_size", "64x64")
+    two = identity(world, tmp_path, *teachers, "--region_grid", "2x4x4")
+    assert two.keys() - plain.keys() == {"teacher_weights"}
+    assert two["teacher_weights"] == [1, 1]
+    assert two["teacher_options"] == {
+        **plain["teacher_options"],
+        "size": "(64, 64)",
+        "region_grid": "2x4x4",
+    }, "the first one's, and the grid of the regions"
+    by_confidence = identity(
+        world, tmp_path, "--teacher", str(world.teacher), "self", "--teacher_weights", "confidence"
+    )
+    assert by_confidence["teacher_weights"] == ["confidence"]
+    dropping = identity(world, tmp_path, dataloader_drop_last=True)
+    size = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1}
+    assert {name: dropping[name] for name in dropping.keys() - plain.keys()} == size
+    ordered = identity(world, tmp_path, lr_scheduler_kwargs='{"b": 2, "a": 1}')["lr_scheduler_kwargs"]
+    assert ordered == '{"a": 1, "b": 2}'
+
+
+def test_held_out_data_is_part_of_an_identity(world: World, tmp_path: Path) -> None:
+    plain, given = identity(world, tmp_path), {"eval_data": world.data, "eval_strategy": "epoch"}
+    held_out = identity(world, tmp_path, **given)
+    added = {name: held_out[name] for name in held_out.keys() - plain.keys()}
+    assert added == {
+        "eval_data": str(world.data),
+        "eval_data_digest": content_digest(world.data),
+        "eval_video_root": None,
+        "early_stopping_patience": None,
+    }
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "metric_for_best_model": "loss"}
+    added = {
+        **best,
+        "eval_strategy": "IntervalStrategy.EPOCH",
+        "eval_steps": None,
+        "eval_delay": 0,
+    }
+    del added["save_strategy"]
+    kept = identity(world, tmp_path, **given, **best)
+    assert {name: kept[name] for name in kept.keys() - held_out.keys()} == added
 
 
 def test_samples_in_another_order_make_another_run(world: World, tmp_path: Path) -> None:
@@ -136,8 +203,58 @@ def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
         for number in (2, 10):
             torch.save({}, tmp_path / f"checkpoint-{number}" / f"{name.replace('schedule', 'scheduler')}.pt")
     assert checkpoint_to_resume(training()) == str(tmp_path / "checkpoint-10")
+    for number in (3, 9, 5):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        state = f'{{"global_step": {number}, "log_history": [{{"step": {number}}}]}}'
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    # Not whole, not a folder, and not a number.
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-12").write_text("")
+    (tmp_path / "checkpoint-x").mkdir()
+    assert checkpoint_to_resume(training()) == newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     chosen = str(tmp_path / "checkpoint-2")
     assert checkpoint_to_resume(training(resume_from_checkpoint=chosen)) == chosen
+    with pytest.raises(ValueError, match=r"checkpoint-11: not the folder of a whole checkpoint"):
+        checkpoint_to_resume(training(resume_from_checkpoint=str(tmp_path / "checkpoint-11")))
+    for state in ('{"global_step": "2", "log_history": []}', '{"global_step": 2, "log_history": [{}]}', "[]"):
+        (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(state)
+        assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    for number in (2, 10):
+        save_file({"a": torch.full((1,), torch.inf)}, tmp_path / f"checkpoint-{number}" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^\S*checkpoint-10\S*: damaged; there is no other checkpoint to"):
+        checkpoint_to_resume(training())
+
+
+class Code:
+    """Its pickle is code, which writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.file, "it ran")
+
+
+def test_an_aligner_and_pickles_are_looked_at_and_shards_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    folder = tmp_path / "checkpoint-2"
+    (folder / "motion_aligner").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 2, "log_history": []}')
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
+    save_file({"a.weight": torch.tensor([torch.nan])}, folder / "motion_aligner" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint-2: the weight a\.weight is NaN or infinite"):
+        checkpoint_to_resume(training)
+    torch.save(Code(tmp_path / "ran"), folder / "rng_state.pth")
+    with pytest.raises(ValueError, match=r"rng_state\.pth: damaged \(UnpicklingError\)"):
+        checkpoint_to_resume(training)
+    assert not (tmp_path / "ran").exists(), "no code of a checkpoint runs"
+    (folder / "optimizer.pt").unlink()
+    monkeypatch.setattr("motionenhancer.training.run_identity.engine_of", lambda _: "FSDP")
+    assert checkpoint_to_resume(training) == str(folder)
 
 
 @pytest.mark.parametrize(
