@@ -57,40 +57,39 @@ _IDENTITY = ("limit", "answer_hidden", "dtype", "attn_implementation")
 
 
 def evaluate(**options: Any) -> dict[str, Any]:
-    """Evaluate a student, or compare two runs, from Python.
+    """Evaluate a student, compare two runs or write a task of lmms-eval, from Python.
 
     Args:
         options: the command's flags, without dashes.
 
     Returns:
-        The content of `scores.json`; for `compare`, of `comparison.json`.
+        The content of `scores.json`; for `compare`, of `comparison.json`; for `lmms_eval`, see `export`.
 
     Raises:
-        ValueError, OSError: see `run` and `compare`; an unknown flag is named.
+        ValueError, OSError: see `run`, `compare` and `export`; an unknown flag is named.
 
     >>> evaluate(student="out", benchmark="favor", data="video_perspective.json")  # doctest: +SKIP
     """
-    arguments, rules = parse_options((EvalArguments, Rules), options, prog=PROG)
-    if arguments.compare is not None:
-        return compare(arguments)
-    join_processes()
-    return run(arguments, rules)
+    return _do(*parse_options((EvalArguments, Rules), options, prog=PROG))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments, rules = parse_arguments((EvalArguments, Rules), argv, prog=PROG)
+    given = parse_arguments((EvalArguments, Rules), argv, prog=PROG)
     try:
-        if arguments.compare is not None:
-            compare(arguments)
-        elif arguments.lmms_eval is not None:
-            export(arguments, rules)
-        else:
-            join_processes()
-            run(arguments, rules)
+        _do(*given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _do(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
+    if arguments.compare is not None:
+        return compare(arguments)
+    if arguments.lmms_eval is not None:
+        return export(arguments, rules)
+    join_processes()
+    return run(arguments, rules)
 
 
 def run(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
@@ -170,8 +169,11 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
     return result
 
 
-def export(arguments: EvalArguments, rules: Rules) -> None:
+def export(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
     """Write the questions as a task of lmms-eval, without questions that lack a public answer or a clip.
+
+    Returns:
+        The file of the task, and its number of questions.
 
     Raises:
         ValueError: a file is wrong, there is no clip, or a question shows a segment of its clip.
@@ -195,6 +197,7 @@ def export(arguments: EvalArguments, rules: Rules) -> None:
     task = write_task(Path(arguments.lmms_eval), benchmark, rules, found, max_new_tokens)
     print(f"{task}: {len(found)} questions; {skips.summary()}")
     print(f"run them with --include_path {task.parent} --tasks {task.stem}")
+    return {"task": str(task), "questions": len(found)}
 
 
 def _use_toy_defaults(arguments: EvalArguments) -> None:

@@ -38,19 +38,11 @@ def mend_answers(path: Path) -> None:
 def drop_answers(folder: Path, ids: Collection[str]) -> None:
     """Remove the answers of these ids from the files of all processes. Each file stays valid."""
     for path in folder.glob("answers*.jsonl") if ids else ():
-        lines = path.read_bytes().split(b"\n")
-        kept = [line for line in lines if not _is_of(line, ids)]
-        if len(kept) < len(lines):
+        rows = list(read_lines(path))
+        kept = [row for row in rows if row.get("id") not in ids]
+        if len(kept) < len(rows):
             with whole_file(path) as temporary:
-                temporary.write_bytes(b"\n".join(kept))
-
-
-def _is_of(line: bytes, ids: Collection[str]) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and row.get("id") in ids
+                append_answers(temporary, kept)
 
 
 def mark_clip(video: Path | Clip) -> str:

@@ -170,6 +170,10 @@ def test_a_written_task_scores_as_we_do(
     task = yaml.load((tmp_path / "task" / f"motionenhancer_{name}.yaml").read_text(), Loader=_Loader)
     docs = list(map(json.loads, Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()))
     assert [doc["id"] for doc in docs] == [q.id for q in questions]
+    options = {"benchmark": name, "data": str(data), "video_root": str(tmp_path)}
+    again = evaluate.evaluate(**options, lmms_eval=str(tmp_path / "again"))
+    assert again["questions"] == len(Path(again["task"]).with_suffix(".jsonl").read_text().splitlines())
+    assert again["questions"] == len(questions)
     other = {"letter": "lone", "option": "published"}
     assert all(doc["rules"] == (other if rules else asdict(Rules())) for doc in docs)
     assert [task["doc_to_text"](doc) for doc in docs] == [
