@@ -260,7 +260,8 @@ def open_batches(
     order = [item for item in asked if item.video is not None] if open else []
     if length is not None:
         lengths: dict[Path | Clip | None, int] = {}
-        for video in dict.fromkeys(item.video for item in order):
+        clips = dict.fromkeys(item.video for item in order)
+        for video in tqdm(clips, desc="lengths", unit="clip", leave=False, delay=2):
             assert video is not None
             with suppress(VideoError):  # It is reported when its question is asked.
                 lengths[video] = length(frames.of(video, read=outline))
@@ -277,12 +278,8 @@ def _cut(ids: list[str], size: int) -> list[list[str]]:
 
 def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[str]:
     """Ids of answers whose clip was replaced since."""
-    marks = {item.question.id: rows.get(item.question.id, {}).get("clip") for item in asked}
-    return {
-        item.question.id
-        for item in asked
-        if item.video is not None and not is_marked(marks[item.question.id], item.video)
-    }
+    shown = {item.question.id: item.video for item in asked if item.video is not None}
+    return {id for id, video in shown.items() if not is_marked(rows.get(id, {}).get("clip"), video)}
 
 
 def encode_batch(
