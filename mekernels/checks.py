@@ -137,8 +137,13 @@ def sinks(value: object, query: Tensor) -> None:
     same_device("sinks", value, "query", query)
 
 
-def bias(value: object, query: Tensor, scores: tuple[int, int], *, meaning: str) -> None:
-    """Require a 4-dimensional bias that broadcasts to (B, Hq, *scores) and needs no gradient, or None."""
+def bias(
+    value: object, query: Tensor, scores: tuple[int, int], *, meaning: str, differentiable: bool = False
+) -> None:
+    """Require a 4-dimensional bias that broadcasts to (B, Hq, *scores), or None.
+
+    It must not need a gradient unless the op is differentiable in it.
+    """
     if value is None:
         return
     tensor("bias", value, 4, layout=meaning)
@@ -147,7 +152,7 @@ def bias(value: object, query: Tensor, scores: tuple[int, int], *, meaning: str)
     if any(size not in (1, most) for size, most in zip(value.shape, wanted, strict=True)):
         raise ValueError(f"bias must have shape {wanted} {meaning}, got {tuple(value.shape)}")
     same_device("bias", value, "query", query)
-    if value.requires_grad and torch.is_grad_enabled():
+    if not differentiable and value.requires_grad and torch.is_grad_enabled():
         raise ValueError("bias has no gradient here, but requires one: give bias.detach()")
 
 

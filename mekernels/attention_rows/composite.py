@@ -30,17 +30,22 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return out.view(call.out_shape), lse[0], rest[0]
 
 
-def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward of the op. It needs no logsumexp: a block holds whole rows."""
     grad_query, grad_key = (
         torch.zeros_like(call.query),
         torch.zeros_like(call.key, dtype=_wide(call.key.dtype)),
     )
+    grad_bias = lse.new_zeros(0 if call.bias is None or not of_bias else call.bias.shape)
     layers = _Layers.of_call(call)
-    grad_picked, grad_sinks = layers.gradients(grad[:, None] if call.mean else grad, grad_key[None])
+    given = grad[:, None] if call.mean else grad
+    grad_picked, grad_sinks = layers.gradients(given, grad_key[None], grad_bias if of_bias else None)
     _add_rows(grad_query[None], grad_picked, layers.reading.rows)
     sinks = grad_sinks[0, :0] if call.sinks is None else grad_sinks[0].to(call.sinks.dtype)
-    return grad_query, grad_key.to(call.key.dtype), sinks
+    bias = grad_bias if call.bias is None else grad_bias.to(call.bias.dtype)
+    return grad_query, grad_key.to(call.key.dtype), sinks, bias
 
 
 def layer_attention_rows(
@@ -305,10 +310,13 @@ class _Layers:
             out[samples, :, rows] = reading.chosen(dense, samples)
         return out.div_(self.heads) if reading.mean else out, lse, rest
 
-    def gradients(self, grad: Tensor, grad_keys: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, grad: Tensor, grad_keys: Tensor, grad_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gradients of the picked queries (L, B, Hq, R, D) and the sinks (L, Hq), from (B, 1 or Hq, R, C).
 
-        The gradients of the keys are added to (L, B, Hk, Nk, D).
+        The gradients of the keys are added to (L, B, Hk, Nk, D), those of a bias of one layer to a tensor of
+        its shape.
         """
         reading = self.reading
         grad_picked = grad.new_zeros((len(self.keys), *self.picked[0].shape), dtype=self.dtype)
@@ -335,6 +343,13 @@ class _Layers:
                     grad_sinks[part.layers, self.members_of(part.groups)] += change
                 slope = found.values.mul_(factor)
                 seen += moved
+                if grad_bias is not None:
+                    assert bias is not None
+                    change = slope.masked_fill(self.of_heads(bias, part.groups) == -math.inf, 0)[0]
+                    places = samples, self.members_of(part.groups), rows, reading.window
+                    sizes = zip(places, grad_bias.shape, strict=True)
+                    target = grad_bias[tuple(slice(None) if size == 1 else at for at, size in sizes)]
+                    target += change.flatten(1, 2).sum_to_size(target.shape)
                 if found.bent is not None:
                     slope.mul_(found.bent.square_().neg_().add_(1))
                 if bias is not None and _may_hold_nan(factor):

@@ -57,7 +57,7 @@ def attention_rows(
             attention to the keys then sums to less than 1.
         bias: (B or 1, Hq or 1, R or 1, Nk) floating point, added to the scores of the chosen rows, after a
             soft cap: ``bias[:, :, r]`` belongs to the row ``rows[:, r]``. -inf, or less than half the lowest
-            number of its dtype, hides a key. The bias has no gradient.
+            number of its dtype, hides a key.
         cu_seqlens: (S + 1,) int32 or int64, 0 and the ends of S packed sequences, as in flash-attn. Needs a
             batch of 1, and as many queries as keys of a part. A row sees only its own sequence. The values
             are checked only on the CPU.
@@ -67,8 +67,8 @@ def attention_rows(
 
     Returns:
         (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
-        A row that sees no key is zero. Differentiable once, in query, key and sinks. The backward recomputes
-        the rows and is deterministic.
+        A row that sees no key is zero. Differentiable once, in query, key, sinks and bias. The backward
+        recomputes the rows and is deterministic. With a bias that needs a gradient, it runs as torch ops.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -109,7 +109,9 @@ def attention_rows(
     cap = checks.softcap(softcap)
     checks.window_size(window)
     checks.sinks(sinks, query)
-    checks.bias(bias, query, (rows.shape[1], key.shape[2]), meaning="(batch, heads, rows, keys), or 1 of any")
+    size = rows.shape[1], key.shape[2]
+    meaning = "(batch, heads, rows, keys), or 1 of any"
+    checks.bias(bias, query, size, meaning=meaning, differentiable=True)
     if cu_seqlens is not None:
         checks.cu_seqlens(cu_seqlens, query, own)
         key_range = _in_both(_packed(cu_seqlens, rows), key_range)
@@ -198,9 +200,13 @@ def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return call.query.new_empty(call.out_shape, dtype=dtype), lse, torch.empty_like(lse)
 
 
-def _fake_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sinks = lse.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks)
-    return torch.empty_like(call.query), torch.empty_like(call.key), sinks
+    bias = lse if call.bias is None else call.bias
+    bias = bias.new_empty(bias.shape if of_bias else 0)
+    return torch.empty_like(call.query), torch.empty_like(call.key), sinks, bias
 
 
 attention_rows_op = backends.Op("attention_rows", _fake, check=_index_values)
@@ -210,7 +216,8 @@ Attention is exp(score - logsumexp - rest). The rest corrects the rounding of a 
 """
 
 attention_rows_backward_op = backends.Op("attention_rows_backward", _fake_backward)
-"""Gradients of query, key and, if given, sinks; ``lse`` and ``rest`` come from the forward."""
+"""Gradients of query, key and, if given, sinks, and of the bias if asked; ``lse`` and ``rest`` come from the
+forward."""
 
 
 def _save(ctx, call, output) -> None:
@@ -225,8 +232,10 @@ def _backward(ctx, grad, *_):
         return None, None
     lse, rest, *tensors = ctx.saved_tensors
     call = Call.of(tensors, ctx.settings)
-    *found, sinks = attention_rows_backward_op(grad, lse, rest, call, backend=ctx.backend)
-    return *found, *[None] * 11, None if call.sinks is None else sinks
+    of_bias = ctx.needs_input_grad[Call._fields.index("bias")]
+    *found, sinks, bias = attention_rows_backward_op(grad, lse, rest, call, of_bias, backend=ctx.backend)
+    sinks, bias = None if call.sinks is None else sinks, bias if of_bias else None
+    return *found, *[None] * 11, sinks, bias
 
 
 def _refuse_second_backward(ctx, *_):
@@ -248,17 +257,23 @@ def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return _plan().forward(call)
 
 
-def _triton_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    return _plan().backward(grad, lse, rest, call)
+def _triton_backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_plan().backward(grad, lse, rest, call), grad.new_empty(0)
 
 
-def _triton_reasons(*args) -> list[str]:
-    return launch.reasons(args[-1].query)
+def _triton_reasons(call: Call) -> list[str]:
+    return launch.reasons(call.query)
 
 
-for name, kernels, plain in (
-    ("attention_rows", _triton, composite.forward),
-    ("attention_rows_backward", _triton_backward, composite.backward),
+def _backward_reasons(grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool) -> list[str]:
+    return launch.reasons(call.query) + (["computes no gradient of a bias"] if of_bias else [])
+
+
+for name, kernels, plain, reasons in (
+    ("attention_rows", _triton, composite.forward, _triton_reasons),
+    ("attention_rows_backward", _triton_backward, composite.backward, _backward_reasons),
 ):
-    backends.register(name, "triton", kernels, reasons=_triton_reasons, machine=launch.machine)
+    backends.register(name, "triton", kernels, reasons=reasons, machine=launch.machine)
     backends.register(name, "torch", plain)

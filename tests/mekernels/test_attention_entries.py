@@ -387,6 +387,7 @@ def sums_of(**change):
         ({"lse": None}, TypeError, r"lse must be a torch\.Tensor, got NoneType"),
         ({"over": "heads"}, ValueError, "over must be one of 'rows', 'columns', got 'heads'"),
         ({"reduce": "none"}, ValueError, "reduce must be one of 'sum', 'mean', 'max'"),
+        ({"bias": torch.zeros(1, 1, 1, 9, requires_grad=True)}, ValueError, "bias has no gradient here"),
         ({"reduce": "max", "fold": 3}, ValueError, "fold must be 1 with reduce='max', got 3"),
         ({"fold": 2}, ValueError, r"fold must divide the number of keys \(9\), got 2"),
         ({"key_range": torch.zeros(2, 7)}, TypeError, r"key_range must have dtype torch\.int64"),

@@ -95,9 +95,10 @@ def test_values_and_gradients_against_the_reference(
         limits = torch.stack([pick(batch, rows, own, seed + 2), pick(batch, rows, own + 3, seed + 3)], -1)
     options = {"causal": causal, "key_mask": mask, "key_range": limits, "fold": fold, "reduce": reduce}
     options |= {"softmax_scale": 0.3, "window": window, "softcap": softcap}
-    if bias:
-        options["bias"] = additive(bias, batch, heads * groups, rows, own * fold, seed)
     inputs = [query, key]
+    if bias:
+        options["bias"] = additive(bias, batch, heads * groups, rows, own * fold, seed).requires_grad_()
+        inputs.append(options["bias"])
     if sunk:
         inputs.append(options.setdefault("sinks", randn(heads * groups, seed=seed + 4).requires_grad_()))
     expected = reference.attention_rows(query, key, row, column, **options)
@@ -148,14 +149,14 @@ def test_gradcheck():
     rows, columns = torch.tensor([[0, 3, 3], [2, -1, 1]]), torch.tensor([[1, 1, 0], [3, -1, 2]])
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 3:6] = False
-    options = {"causal": True, "key_mask": mask, "fold": 2, "softcap": 0.8, "bias": randn(1, 6, 3, 8, seed=4)}
-    sinks = randn(6, seed=3).requires_grad_()
+    options = {"causal": True, "key_mask": mask, "fold": 2, "softcap": 0.8}
+    sinks, bias = randn(6, seed=3).requires_grad_(), randn(1, 6, 3, 8, seed=4).requires_grad_()
     for reduce in ("mean", "none"):
         assert torch.autograd.gradcheck(
-            lambda q, k, s, reduce=reduce: mekernels.attention_rows(
-                q, k, rows, columns, sinks=s, reduce=reduce, **options
+            lambda q, k, s, b, reduce=reduce: mekernels.attention_rows(
+                q, k, rows, columns, sinks=s, bias=b, reduce=reduce, **options
             ),
-            (query, key, sinks),
+            (query, key, sinks, bias),
         )
 
 

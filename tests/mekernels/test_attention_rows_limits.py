@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from kernel_support import assert_exact, randn, strided
+from kernel_support import assert_error_rule, assert_exact, randn, strided
 from test_attention_rows import additive, case
 
 import mekernels
-from mekernels import reference
+from mekernels import backends, reference
 from mekernels.attention_rows import composite
+from mekernels.attention_rows.call import Call
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,6 @@ from mekernels.attention_rows import composite
         ({"bias": torch.zeros(7)}, ValueError, r"bias must have 4 dimensions \(batch, heads, rows, keys\)"),
         ({"bias": torch.zeros(1, 6, 7, 7)}, ValueError, r"bias must have shape \(2, 6, 1, 7\)"),
         ({"bias": torch.zeros(1, 1, 1, 7) > 0}, TypeError, "bias must have a floating-point dtype"),
-        ({"bias": torch.zeros(1, 1, 1, 7, requires_grad=True)}, ValueError, "bias has no gradient here"),
         ({"cu_seqlens": [0, 7]}, TypeError, "cu_seqlens must be an int32 or int64 torch.Tensor, got list"),
         ({"cu_seqlens": torch.tensor([[0, 7]])}, ValueError, r"cu_seqlens must have shape \(sequences"),
         ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens needs a batch of 1"),
@@ -111,6 +111,50 @@ def test_a_learned_bias_is_read_where_no_gradient_is_wanted():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 2, 7), (1, 1, 1, 7), (2, 1, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_has_a_gradient_of_its_shape(shape, dtype):
+    """Also beside hidden keys that are no numbers, and by the error rule in the bias's own dtype."""
+    query, key = case(dtype=torch.float32)
+    bias, rows = randn(*shape, dtype=dtype), torch.tensor([[0, 6], [3, -1]])
+    if shape[3] > 1:
+        key[:, :, 2], bias[..., 2] = math.nan, -math.inf
+    found = []
+    # Zero times NaN would be NaN in the reference.
+    known = [item.nan_to_num(0) for item in (query, key)]
+    for module, tensors, given in (
+        (mekernels, (query, key), bias),
+        (reference, [item.double() for item in known], bias.double()),
+        (reference, known, bias.float()),
+    ):
+        given = given.requires_grad_()
+        read = module.attention_rows(*tensors, rows, slice(1, 6), bias=given)
+        found.append(torch.autograd.grad(read.square().sum(), given)[0])
+    assert found[0].shape == shape
+    assert found[0].dtype == dtype
+    assert_error_rule(*found, factor=3.0)
+
+
+def test_a_row_that_is_no_number_gives_a_hidden_key_no_gradient_of_a_bias():
+    query, key = case()
+    query[:, :, 6] = math.nan
+    bias = torch.zeros(1, 6, 2, 7).index_fill_(3, torch.tensor([2]), -math.inf).requires_grad_()
+    read = mekernels.attention_rows(query, key, torch.tensor([[0, 6], [3, -1]]), slice(None), bias=bias)
+    (found,) = torch.autograd.grad(read.square().sum(), bias)
+    assert (found[..., 2] == 0).all()
+    assert found[:, :, 0].isfinite().all()
+    assert found[:, :, 1, 3].isnan().all()
+
+
+def test_kernels_leave_the_gradient_of_a_bias_to_torch():
+    query, key = case(dtype=torch.float32)
+    bias = randn(1, 1, 1, 7, dtype=torch.float32).requires_grad_()
+    call = Call(query, key, torch.tensor([[0, 6], [3, -1]]), None, None, None, 0, 5, 0.4, True, 1, True)
+    reasons = backends.table("attention_rows_backward")["triton"].reasons
+    lost = [reasons(query, query, query, call._replace(bias=bias), of_bias) for of_bias in (True, False)]
+    assert lost[0] == [*lost[1], "computes no gradient of a bias"]
+
+
 def test_keys_hidden_at_both_ends():
     query, key = case()
     rows, seen = torch.tensor([[0, 6], [3, -1]]), (torch.arange(7) > 1) & (torch.arange(7) < 5)
@@ -158,5 +202,5 @@ def test_key_ranges_under_the_operator_checks():
     query, key = (tensor.requires_grad_() for tensor in case())
     rows, limits = torch.tensor([[0, 6], [3, -1]]), torch.tensor([[[0, 4], [2, 7]], [[1, 3], [0, 0]]])
     settings = (rows, None, None, limits, 0, 5, 0.4, True, 1, False, 2.0)
-    more = randn(6, seed=2).requires_grad_(), additive("of a head", 2, 6, 2, 7, 0)
+    more = randn(6, seed=2).requires_grad_(), additive("of a head", 2, 6, 2, 7, 0).requires_grad_()
     torch.library.opcheck(torch.ops.mekernels.attention_rows.default, (query, key, *settings, *more))

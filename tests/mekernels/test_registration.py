@@ -37,7 +37,7 @@ def rows_arguments(dtype, grad, index):
         index,
         2.0,
         randn(4, seed=2, dtype=dtype).requires_grad_(grad) if index else None,
-        randn(1, 4, 1, 8, seed=3, dtype=dtype) if index else None,
+        randn(1, 4, 1, 8, seed=3, dtype=dtype).requires_grad_(grad) if index else None,
     )
 
 
@@ -73,7 +73,7 @@ def cases(dtype):
         "flash_attention": (*(t.clone().requires_grad_() for t in (query, key, key)), 0.4, True),
         "flash_attention_backward": (torch.ones_like(out), query, key, key, out, total, 0.4, True),
         "attention_rows": rows_arguments(dtype, True, True),
-        "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *row_sums, *chosen),
+        "attention_rows_backward": (rand(2, 3, 2, dtype=wide), *row_sums, *chosen, True),
         "attention_columns": (*entries_arguments(dtype, True), True),
         "attention_sums": (*entries_arguments(dtype, True), True, False),
         "attention_lse": entries_arguments(dtype, True),
