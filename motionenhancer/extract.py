@@ -96,27 +96,16 @@ def run(
     assert data.data is not None
     source = open_source(data.data)
     with how.open() as engine:
-        about = {
-            "data": source.name,
-            "video_root": data.video_root,
-            "limit": data.limit,
-            "prompt_source": prior.prompt_source,
-            "engine": how.prior_engine,
-            "processes": state.num_processes * engine.teachers,
-            "versions": versions(),
-        }
-        teachers = prior.each()
-        reports = [
-            {
-                "teacher": {"path": one.teacher, "id": one.teacher_id(engine.device)},
-                "settings": asdict(one.reading(settings)),
-                **about,
-            }
-            for one in teachers
-        ]
-        several = {"teacher_weights": prior.teacher_weights, "grid": prior.common_grid(engine.device)}
-        record = ExtractionRecord(Path(prior.prior_dir), reports, several)
-        codes = []
+        record = ExtractionRecord.of(
+            prior,
+            settings,
+            engine.device,
+            {**asdict(data), "data": source.name},
+            engine=how.prior_engine,
+            processes=state.num_processes * engine.teachers,
+            versions=versions(),
+        )
+        teachers, codes = prior.each(), list[int]()
         for place, one in enumerate(teachers):
             if len(teachers) > 1 and state.is_main_process:
                 print(f"teacher {one.teacher}")
@@ -173,7 +162,7 @@ def _extract(
         on_interrupt(kept)
         teacher_id = prior.teacher_id(engine.device)
         maker = engine.maker(prior.absolute().load, teacher_id, settings, roundtrip=prior.measure_roundtrip)
-        stored = Stored(store, maker, name, strict=True, retry=True)
+        stored = Stored(store, maker, name, str(prior.teacher), strict=True, retry=True)
         roundtrip = _make(requests, open_source(data.data).file, stored, counts, skips)
         counts["worker_deaths"] = getattr(maker, "deaths", 0)
     everyone = gather_object([(counts, roundtrip, skips)])

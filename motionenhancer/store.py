@@ -5,18 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .data import SkipLog
-from .data.digests import DigestCache
-from .data.readers import read_samples
 from .flags import parse_arguments
-from .priors.extraction import read_extraction
 from .priors.prior import MotionPrior
 from .priors.storage import DAMAGED, DamagedPrior, PriorStore
 from .settings import StoreArguments
@@ -38,27 +33,16 @@ def _each(store: PriorStore) -> Iterator[tuple[str, int, MotionPrior | Exception
             yield key, size, error
 
 
-def _clips(store: PriorStore) -> dict[str, str]:
-    """Keys of the last extraction's priors → teacher and clip, as far as its files are there."""
-    clips: dict[str, str] = {}
-    try:
-        last = read_extraction(store.folder)
-        with DigestCache(store.folder, writes=False) as cache:
-            for sample in read_samples(last.data, last.video_root, SkipLog(shout=0), limit=last.limit):
-                with suppress(ValueError, OSError):
-                    for teacher, key in zip(last.teachers, last.keys(sample, cache.digest), strict=True):
-                        clips[key] = f"{Path(os.fspath(sample.videos[0])).name} by {Path(teacher).name}"
-    except (OSError, ValueError):
-        pass
-    return clips
+def _printable(text: str) -> str:
+    """A text whose bytes of file names that are not text are escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _list(store: PriorStore) -> int:
     total = count = 0
-    clips = _clips(store)
     for key, size, found in _each(store):
         if isinstance(found, MotionPrior):
-            about = f"{clips.get(key, 'clip of another extraction')}  {found!r}"
+            about = f"{_printable(found.origin)}  {found!r}"
         elif isinstance(found, OSError):
             about = f"CANNOT BE READ ({found.strerror})"
         else:
@@ -67,8 +51,8 @@ def _list(store: PriorStore) -> int:
         print(f"{key[:16]}  {size:>9,} B  {about}")
     refused = list(store.refusals())
     for key, refusal in refused:
-        why = f"{refusal.reason}: {refusal.detail}".encode("utf-8", "backslashreplace").decode()
-        print(f"{key[:16]}  {'none':>11}  {why}")
+        why = f"{refusal.reason}: {refusal.detail}"
+        print(f"{key[:16]}  {'none':>11}  {_printable(why)}")
     print(f"{count} priors, {total:,} bytes, {len(refused)} clips without a prior in {store.folder}")
     return 0
 

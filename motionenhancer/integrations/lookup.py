@@ -19,11 +19,11 @@ PATIENCE = 32
 class PriorLookup:
     """Stored priors as a function of video, question and answer.
 
-    Teachers, settings and the text that they were given are those of the store's newest extraction. Priors of
-    several teachers are combined, with its weights and on its grid.
+    Teachers, settings and the text that they were given are those of the newest run that made priors. Priors
+    of several teachers are combined, with its weights and on its grid.
 
     Args:
-        folder: the `--prior_dir` of `python -m motionenhancer extract`.
+        folder: the `--prior_dir` of `python -m motionenhancer extract` or `train`.
         grid: (F, H, W) that a prior must have; None takes any. `grid=True` takes that of the first prior.
 
     Attributes:

@@ -1,12 +1,14 @@
-"""The record of the newest extraction into a folder, and the lookup of a sample's prior by this record."""
+"""The record of the newest run that made priors of a folder, and the lookup of a sample's prior by it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..data import Clip, Sample, prompt_text
 from ..data.clip import segment_of
@@ -46,6 +48,37 @@ class ExtractionRecord:
         waiting = [{"status": "waiting", **one} for one in self.asked]
         self.reports = [old or new for old, new in zip(self.finished, waiting, strict=True)]
 
+    @classmethod
+    def of(
+        cls,
+        prior: PriorArguments,
+        settings: PriorSettings,
+        device: torch.device,
+        data: Mapping[str, Any],
+        **about: Any,
+    ) -> ExtractionRecord:
+        """Return the record of priors, one report for each teacher.
+
+        Args:
+            prior, settings: the teachers, their folder of priors and their settings.
+            device: device of the teachers.
+            data: "data", "video_root" and "limit" of the samples.
+            about: additional entries of every report.
+        """
+        samples = {name: data.get(name) for name in ("data", "video_root", "limit")}
+        reports = [
+            {
+                "teacher": {"path": one.teacher, "id": one.teacher_id(device)},
+                "settings": asdict(one.reading(settings)),
+                **samples,
+                "prompt_source": prior.prompt_source,
+                **about,
+            }
+            for one in prior.each()
+        ]
+        several = {"teacher_weights": prior.teacher_weights, "grid": prior.common_grid(device)}
+        return cls(Path(prior.prior_dir), reports, several)
+
     def write(self, place: int, status: str, results: Mapping[str, Any]) -> None:
         """Write the state of the extraction from the teacher at index `place`."""
         self.reports[place] = {"status": status, **self.asked[place], **results}
@@ -74,7 +107,7 @@ class StoredPriors:
         teachers: path → `prior_keys` of the teacher and its settings.
         source: the text of the teachers: "both", "question" or "answer".
         store: reads the priors; priors of several teachers are combined.
-        data, video_root, limit: the samples of the extraction.
+        data, video_root: the samples of the extraction.
     """
 
     teachers: Mapping[str, Callable[[str, str], str]]
@@ -82,7 +115,6 @@ class StoredPriors:
     store: CombinedStore
     data: str = ""
     video_root: str | None = None
-    limit: int | None = None
 
     def keys(self, sample: Sample, digest: Callable[[Path], str]) -> list[str]:
         """The keys of a sample's priors, one for each teacher; empty for a teacher that can make no prior.
@@ -142,7 +174,7 @@ def read_extraction(folder: str | Path) -> StoredPriors:
         prior = PriorArguments(teacher=[*teachers], teacher_weights=record.get("teacher_weights"))
         grid = record.get("grid")
         store = CombinedStore(path.parent, prior.weights(), None if grid is None else tuple(grid))
-        samples = {name: reports[0][name] for name in ("data", "video_root", "limit")}
+        samples = {name: reports[0][name] for name in ("data", "video_root")}
         return StoredPriors(teachers, str(reports[0]["prompt_source"]), store, **samples)
     except FileNotFoundError:
         raise

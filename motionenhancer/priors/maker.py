@@ -243,6 +243,7 @@ class Stored:
         store: store of the priors.
         maker: makes missing priors; `close` closes it.
         name: `prior_keys` of the teacher and its settings.
+        teacher: path of the teacher, for `MotionPrior.origin`.
         retry: whether to try recorded refusals of earlier runs once more.
         strict: if the store cannot be written, every request fails. Otherwise the prior is used, and
             `Made.lost` says why it is not kept.
@@ -253,6 +254,7 @@ class Stored:
         store: PriorStore,
         maker: PriorMaker,
         name: Callable[[str, str], str],
+        teacher: str = "",
         *,
         strict: bool = False,
         retry: bool = False,
@@ -261,7 +263,7 @@ class Stored:
         self._retried_before = time() if retry else 0.0
         # Several threads: while some wait for the maker, others read stored priors.
         self.capacity = maker.capacity + 2
-        self._name, self._lock, self._closed = name, RLock(), False
+        self._name, self._teacher, self._lock, self._closed = name, teacher, RLock(), False
         self._pool = ThreadPoolExecutor(self.capacity, thread_name_prefix="store")
         self._open: dict[str, Future[Made]] = {}
 
@@ -305,7 +307,8 @@ class Stored:
             raise
         lost = ""
         try:
-            made = replace(made, prior=replace(made.prior, clip=self._check_clip(request)))
+            origin = f"{Path(str(request.video)).name} by {Path(self._teacher).name}"
+            made = replace(made, prior=replace(made.prior, clip=self._check_clip(request), origin=origin))
             self.store.write(request.key, made.prior)
         except VideoError as error:
             if self.strict:

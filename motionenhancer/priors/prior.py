@@ -64,6 +64,7 @@ class MotionPrior:
         times: F times in seconds since the clip's first frame, one for each frame of the grid; empty if the
             times of the frames were not given.
         clip: digest of the clip's file and its segment, as in the prior's key; empty without a store.
+        origin: names of the clip's file and of its teacher, for lists; empty without a store.
     """
 
     attention: torch.Tensor
@@ -88,6 +89,7 @@ class MotionPrior:
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     times: list[float] = field(default_factory=list)
     clip: str = ""
+    origin: str = ""
 
     def __repr__(self) -> str:
         return one_line(self)

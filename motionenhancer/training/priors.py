@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..priors.arguments import MakerArguments, PriorArguments
 from ..priors.combination import Combined
 from ..priors.comparison import measure_agreement, say_agreement
 from ..priors.engine import Engine
+from ..priors.extraction import ExtractionRecord
 from ..priors.maker import LocalMaker, Made, PriorMaker, Stored, count_failed, count_made, make_all
 from ..priors.prior_settings import PriorSettings
 from ..priors.reader import Source
@@ -129,7 +130,9 @@ class _Run:
         if isinstance(maker, LocalMaker) and not strict:
             # All processes load at the same time: some wait for texts that others embed.
             maker.ready()
-        return maker if store is None else Stored(store, maker, self.name, strict=strict)
+        if store is None:
+            return maker
+        return Stored(store, maker, self.name, str(self.prior.teacher), strict=strict)
 
     def count_missing(self, pairs: Pairs, store: PriorStore) -> int:
         """Print how many priors are stored and missing; return the number of priors to make.
@@ -239,6 +242,14 @@ def open_priors(
         with DigestCache(store.folder, writes=writes) as cache:
             asked = _ask(runs, cache)
         missing = sum(run.count_missing(pairs, store) for run, pairs in zip(runs, asked, strict=True))
+        if missing and main:
+            given, made = report.identity, {"run": str(report.folder)}
+            record = ExtractionRecord.of(prior, settings, engine.device, given, **made)
+            for place, finished in enumerate(record.finished):
+                # Where the store cannot be written, the priors are used all the same.
+                with suppress(OSError):
+                    if finished is None:
+                        record.write(place, "training", {})
         if missing and not how.priors_first and not prior.waits(where):
             yield _while_training(prior, runs, asked, store, stack)
         else:

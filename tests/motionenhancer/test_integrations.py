@@ -190,7 +190,7 @@ def test_priors_of_other_data_stop_the_run(priors: Path) -> None:
     lookup = PriorLookup(priors)
     for _ in range(31):
         lookup("nowhere.mp4", "What?", "That.")
-    with pytest.raises(ValueError, match=r"none of the first 32 samples has a prior in .*both text"):
+    with pytest.raises(ValueError, match=r"none of the first 32 samples .*--prompt_source both"):
         lookup("nowhere.mp4", "What?", "That.")
 
 

@@ -19,10 +19,12 @@ from tiny_world import World
 from train_support import flags, report_of, weights_of
 
 from motionenhancer import extract, train
+from motionenhancer import store as store_command
 from motionenhancer.alignment.dataset import Wanted
 from motionenhancer.alignment.online import NoPriorError, OnlinePriors
 from motionenhancer.data import SkipLog, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
+from motionenhancer.integrations.lookup import PriorLookup
 from motionenhancer.priors import reader as priors_reader
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.maker import DeadTeacher, LocalMaker
@@ -78,9 +80,12 @@ def test_online_ends_with_the_weights_of_stored_priors(
 
 
 def test_hybrid_makes_each_prior_once(
-    world: World, tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """One of four priors is stored: the first epoch makes three, the second epoch and another run none."""
+    """One of four priors is stored: the first epoch makes three, the second epoch and another run none.
+
+    The folder then says of each prior what it was made of, and a plug-in finds it.
+    """
     kept = PriorStore(stored.parent / "priors")
     key = sorted(kept)[0]
     mine = PriorStore(tmp_path / "priors")
@@ -91,6 +96,14 @@ def test_hybrid_makes_each_prior_once(
     online = report_of(tmp_path / "out")["teacher"]["online"]
     assert (online["made"], online["stored"], online["failed"]) == (3, 5, 0)
     assert {k: mine.path(k).read_bytes() for k in mine} == {k: kept.path(k).read_bytes() for k in kept}
+    capsys.readouterr()
+    assert store_command.main(["list", "--prior_dir", str(mine.folder)]) == 0
+    listed, lookup = capsys.readouterr().out, PriorLookup(mine.folder)
+    samples = list(read_samples(world.data, world.videos, SkipLog()))[:4]
+    for sample in samples:
+        assert f"{sample.videos[0].name} by {world.teacher.name}  MotionPrior" in listed
+        assert lookup.of(sample) is not None
+    written = (mine.folder / "extraction.json").read_bytes()
 
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the teacher was loaded")
@@ -98,6 +111,7 @@ def test_hybrid_makes_each_prior_once(
     monkeypatch.setattr("motionenhancer.priors.arguments.load_teacher", refuse)
     assert train.main(flags(world, tmp_path / "again", prior_source="hybrid", **EPOCHS)) == 0
     same_weights(stored, tmp_path / "again")
+    assert (mine.folder / "extraction.json").read_bytes() == written
 
 
 def test_priors_first_makes_them_all_before_training(

@@ -48,6 +48,7 @@ def make_prior(seed: int = 0) -> MotionPrior:
         evaluations=10,
         seconds={"encode": 0.5},
         times=[0.0, 1 / 3],
+        origin="caf\udce9.mp4 by model",
     )
 
 
@@ -242,6 +243,8 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     listed = capsys.readouterr().out
     assert "2 priors" in listed
     assert "2×3×4" in listed
+    assert listed.count("caf\\udce9.mp4 by model  MotionPrior(") == 2
+    assert listed.count("teacher tttttttt") == 2
     assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 0
     path.write_bytes(path.read_bytes()[:-1])
     assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
