@@ -260,7 +260,8 @@ def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def _triton_backward(
     grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_plan().backward(grad, lse, rest, call), grad.new_empty(0)
+    bias = lse if call.bias is None else call.bias
+    return *_plan().backward(grad, lse, rest, call), bias.new_empty(0)
 
 
 def _triton_reasons(call: Call) -> list[str]:
