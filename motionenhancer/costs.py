@@ -15,7 +15,6 @@ headers of safetensors files, and sizes come from configuration files.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from .files import readable
+from .files import read_json, readable
 from .priors.prior_settings import PriorSettings, batch_settings
 from .teachers.plan import TEXT_MODELS, TeacherPlan, plan_teacher
 
@@ -111,7 +110,7 @@ def teacher_cost(
     # The stream, its normalised copy, and a feed-forward layer of four times the width.
     length = plan.vision + (plan.text_length if plan.joint else 0)
     states = 6 * batch_settings(settings, plan).rows(split=split_batch) * length * plan.width * dtype.itemsize
-    config = json.loads((Path(teacher) / "vae" / "config.json").read_text())
+    config = read_json(Path(teacher) / "vae" / "config.json")
     height, across = (math.ceil(n / 2) if vae_tiling else n for n in plan.size)
     # Video frames that the family's VAE encodes at a time.
     count = min(9 if plan.joint else 4, plan.frames)

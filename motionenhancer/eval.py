@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,7 @@ from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.vllm_engine import check_vllm, vllm_engine
 from .evaluation.write import SCORES, write_scores
-from .files import write_json
+from .files import read_json, write_json
 from .flags import parse_arguments, parse_options
 from .hub import model_folder
 from .integrations.lmms_eval import write_task
@@ -125,7 +123,7 @@ def _run(arguments: EvalArguments, rules: Rules, report: RunReport) -> dict[str,
         return {}
     if found is None:
         print(f"{report.folder}: this evaluation is finished; nothing is done")
-        return json.loads((report.folder / SCORES).read_text(encoding="utf-8"))
+        return read_json(report.folder / SCORES)
     outputs, gone = found
     for q in questions:
         if q.id in gone and q.answer is not None:  # The other questions are already counted.
@@ -251,7 +249,7 @@ def _ask(
         raise ValueError(
             f"--student must be a transformers folder with a config.json or a Hub id, got {base}"
         )
-    family = student_family(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+    family = student_family(read_json(config).get("model_type"))
     if arguments.engine == "vllm":
         check_vllm(student, family)
     trained = None if benchmark.num_frames is None else _trained_frames(student)
@@ -332,8 +330,13 @@ def _ask(
 def _trained_frames(student: Path) -> Frames | None:
     """How clips were shown in the training that wrote this folder or its checkpoint."""
     for folder in (student, *([student.parent] if student.name.startswith("checkpoint-") else [])):
-        with suppress(OSError, ValueError, KeyError):
-            return Frames(**json.loads((folder / REPORT).read_text(encoding="utf-8"))["frames"])
+        path = folder / REPORT
+        frames = read_json(path).get("frames") if path.is_file() else None
+        if frames is not None:
+            try:
+                return Frames(**frames)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: not a training's report (frames: {error})") from error
     return None
 
 

@@ -23,6 +23,7 @@ from .data import Sample, SkipLog
 from .data.digests import DigestCache
 from .data.readers import read_samples
 from .data.sources import open_source
+from .files import read_json
 from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
 from .priors.arguments import MakerArguments, PriorArguments
@@ -60,7 +61,7 @@ def extract(**options: Any) -> dict[str, Any]:
     data, prior, settings, how, command = parse_options(CLASSES, options, prog=PROG)
     run(data, prior, settings, how, dry_run=command.dry_run)
     path = Path(prior.prior_dir) / EXTRACTION
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def main(argv: list[str] | None = None) -> int:

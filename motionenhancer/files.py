@@ -1,4 +1,4 @@
-"""Write files that appear complete, by rename, or not at all; print sizes."""
+"""Write files that appear complete, by rename, or not at all; read JSON files; print sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .interrupts import UNFINISHED
 
-__all__ = ["readable", "whole_file", "write_json", "write_text"]
+__all__ = ["read_json", "readable", "whole_file", "write_json", "write_text"]
 
 
 @contextmanager
@@ -60,6 +60,22 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, body: Any) -> None:
     """Write a json file whole; see `write_text`."""
     write_text(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 or JSON, is nested too deeply, or holds another value; the path is named.
+    """
+    try:
+        body = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return body
 
 
 def readable(size: float) -> str:

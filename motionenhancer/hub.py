@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .files import readable
+from .files import read_json, readable
 
 __all__ = ["Upload", "model_folder"]
 
@@ -96,7 +95,7 @@ def _complete(folder: Path) -> bool:
     named = [
         index.parent / shard
         for index in folder.rglob("*.safetensors.index.json")
-        for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for shard in set(read_json(index)["weight_map"].values())
     ]
     return any(folder.rglob("*.safetensors")) and all(file.is_file() for file in named)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from motionenhancer.data.rows import Row
+from motionenhancer.files import read_json
 
 INFO = "dataset_info.json"
 
@@ -76,10 +76,10 @@ def read_entry(file: Path, name: str) -> Entry:
         ValueError: the file or entry does not exist, or the entry has an unsupported key, which is named.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = read_json(file)
+    except OSError as error:
         raise ValueError(f"{file}: not a readable list of data sets ({error})") from error
-    if not isinstance(entries, dict) or not entries:
+    if not entries or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{file}: must map names to data sets")
     if not name and len(entries) == 1:
         name = next(iter(entries))
@@ -105,6 +105,8 @@ def read_entry(file: Path, name: str) -> Entry:
         data += f":{entry['split']}" if entry.get("split") else ""
     elif isinstance(entry.get("file_name"), str):
         data = str(file.parent / entry["file_name"])
+        if INFO in Path(data).name:
+            raise ValueError(f"{where}: file_name must be a file of rows, got {entry['file_name']!r}")
     else:
         raise ValueError(f"{where}: must have file_name or hf_hub_url")
     named = columns or (_ALPACA if form == "alpaca" else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from motionenhancer.data.clip import Clip
@@ -19,6 +20,9 @@ class Frames:
     min_frames, max_frames: limits of the number of frames at a rate. A clip with fewer frames than the
         minimum gives all of them.
     max_pixels: maximum pixels of a frame as the model sees it; None keeps the processor's own limit.
+
+    Raises:
+        ValueError: a number is not finite or not above 0.
     """
 
     num_frames: int | None = None
@@ -26,6 +30,11 @@ class Frames:
     min_frames: int = 1
     max_frames: int | None = None
     max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.num_frames, self.min_frames, self.max_frames, self.max_pixels)
+        if not all(count is None or count >= 1 for count in counts) or not 0 < self.fps < inf:
+            raise ValueError(f"every number must be finite and above 0, got {self}")
 
     def of(self, video: Path | Clip, read: Callable[..., Video] = read_frames) -> Video:
         """Decode the frames of a video to show. The keys of its row (see `Clip`) override the run's values.

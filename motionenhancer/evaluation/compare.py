@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..weights import student_digest
 from .scores import Judged, accuracies, bootstrap, interval, tally, task_order
 
@@ -106,7 +107,7 @@ def _results_file(path: Path) -> Path:
 def _student_of(results: Path) -> str | None:
     """The digest of the student that gave these answers, without the digest of its adapters' base."""
     try:
-        report = json.loads((results.parent / "motion_report.json").read_text(encoding="utf-8"))
+        report = read_json(results.parent / "motion_report.json")
         return str(report["identity"]["student"]).partition("+")[0]
     except (OSError, ValueError, KeyError, TypeError):
         return None

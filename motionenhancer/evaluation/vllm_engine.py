@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate import PartialState
 
 from motionenhancer.data.clip import Clip
 from motionenhancer.data.video import Video
+from motionenhancer.files import read_json
 from motionenhancer.students.chat import render
 from motionenhancer.students.families import interval, student_family
 from motionenhancer.students.family import StudentFamily, metadata
@@ -88,7 +88,7 @@ def vllm_engine(
     Raises:
         ValueError: settings of generation that vLLM does not have, or weights whose type is not stored.
     """
-    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    config = read_json(student / "config.json")
     dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype is None:
         raise ValueError(f"--engine vllm: {student / 'config.json'} names no dtype; give --dtype")

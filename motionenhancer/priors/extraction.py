@@ -12,7 +12,7 @@ import torch
 
 from ..data import Clip, Sample, prompt_text
 from ..data.clip import segment_of
-from ..files import write_json
+from ..files import read_json, write_json
 from .arguments import PriorArguments
 from .combination import CombinedStore
 from .kinds import source_class
@@ -39,7 +39,7 @@ class ExtractionRecord:
         self.path, self.common = folder / EXTRACTION, common
         self.asked: list[dict[str, Any]] = json.loads(json.dumps(reports))
         try:
-            self.written = json.loads(self.path.read_text("utf-8"))
+            self.written = read_json(self.path)
             before = [one for one in _reports(self.written) if one["status"] == "finished"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.written, before = None, []
@@ -165,7 +165,7 @@ def read_extraction(folder: str | Path) -> StoredPriors:
     """
     path = Path(folder) / EXTRACTION
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = read_json(path)
         reports = _reports(record)
         teachers = {
             str(one["teacher"]["path"]): prior_keys(one["teacher"]["id"], PriorSettings(**one["settings"]))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ..files import read_json
 from .own_maps import OwnMaps
 from .reader import Source
 from .regions import Regions
@@ -29,6 +29,6 @@ def source_class(teacher: str) -> type[Source] | None:
 def _is_student(folder: Path) -> bool:
     """Whether a folder holds a transformers model: its config has a `model_type`."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text("utf-8"))
+        return "model_type" in read_json(folder / "config.json")
     except (OSError, ValueError):
         return False

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..files import whole_file, write_json
+from ..files import read_json, whole_file, write_json
 from .prior import FORMAT, MotionPrior
 from .prior_settings import PriorSettings
 
@@ -113,7 +113,7 @@ class PriorStore:
     def refusal(self, key: str) -> Refusal | None:
         """Return the reason why a key can have no prior; None without a readable record."""
         try:
-            return Refusal(**json.loads(self.refusal_path(key).read_text("utf-8")))
+            return Refusal(**read_json(self.refusal_path(key)))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..data.video import Video
-from ..files import write_text
+from ..files import read_json, write_text
 from .picture import COLOURS, headings, scale_of
 from .run_report import REPORT
 from .views import KEPT, Maps, View, load_views, read_clip
@@ -47,11 +47,11 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
         OSError: a file cannot be read or written.
     """
     try:
-        report = json.loads((folder / REPORT).read_text("utf-8"))
+        report = read_json(folder / REPORT)
         log = report.get("training", {}).get("log", [])
     except FileNotFoundError:
         raise ValueError(f"{folder}: not the folder of a training run, as it has no {REPORT}") from None
-    except (ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise ValueError(f"{folder / REPORT}: not a run's report ({error})") from error
     views = pick(load_views(folder), ids, f"{folder / KEPT}")
     shown = ("status", "error", "identity", "plan", "versions", "teacher", "alignment", "resumed_from")

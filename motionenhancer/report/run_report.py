@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 
 REPORT = "motion_report.json"
 
@@ -54,7 +54,7 @@ class RunReport:
     def finished(self) -> bool:
         """Whether the folder holds this run, finished, with all current entries of `content`."""
         try:
-            report = json.loads(self.path.read_text())
+            report = read_json(self.path)
         except (OSError, ValueError):
             return False
         mine = json.loads(json.dumps({"identity": self.identity, **self.content}))
@@ -77,9 +77,9 @@ class RunReport:
                 )
             return
         try:
-            report = json.loads(self.path.read_text())
-            before = report["identity"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            report = read_json(self.path)
+            before = dict(report["identity"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path}: not a run's report; give an empty --output_dir") from error
         if report.get("status") == "failed" and [p.name for p in self.folder.iterdir()] == [REPORT]:
             return  # a run that failed before it trained anything

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from motionenhancer.files import read_json
 from motionenhancer.hub import model_folder
 from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
@@ -121,7 +121,7 @@ def load_processor(folder: Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"path {str(folder)!r} has no readable processor: {error}") from error
     _check_processor(processor, folder)
     return processor
@@ -136,11 +136,9 @@ def base_folder(folder: Path) -> Path:
     file = folder / _ADAPTER
     if (folder / "config.json").is_file() or not file.is_file():
         return folder
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: unreadable ({error})") from error
-    base = model_folder(named or "", str(file))
+    named = read_json(file).get("base_model_name_or_path")
+    named = named if isinstance(named, str) else ""
+    base = model_folder(named, str(file))
     if not named or not base.is_dir():
         raise ValueError(
             f"{file}: base_model_name_or_path must be the folder or Hub id of the adapters' model, got "
@@ -163,10 +161,7 @@ def _model_type(folder: Path) -> str:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"path {str(folder)!r} has no config.json")
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"path {str(folder)!r} has an unreadable config.json: {error}") from error
+    model_type = read_json(file).get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"path {str(folder)!r} has a config.json without model_type")
     return model_type
@@ -191,7 +186,7 @@ def check_config(folder: Path) -> StudentFamily:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     family = student_family(_model_type(folder))
-    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    given = read_json(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except KeyError as error:
@@ -231,7 +226,7 @@ def unknown_value(folder: Path, error: KeyError) -> ValueError:
                 yield name
 
     file = folder / "config.json"
-    names = " and ".join(fields_with(json.loads(file.read_text(encoding="utf-8")))) or "a field"
+    names = " and ".join(fields_with(read_json(file))) or "a field"
     return ValueError(f"{file}: {names} is {value!r}, which the installed transformers does not know")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .known import FAMILIES, KNOWN, LIBRARIES, MORE, PARTS, Fields
 from .schedule import FLOW_TIMESTEPS
 
@@ -42,7 +42,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         raise FileNotFoundError(
             f"teacher {folder}: no model_index.json in it; give the folder that save_pretrained wrote"
         )
-    index = _read_json(file)
+    index = read_json(file)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
@@ -64,22 +64,12 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
         more = MORE.get((family, part), {})
-        found[part] = _check_fields(config, named[1], _read_json(config), more)
+        found[part] = _check_fields(config, named[1], read_json(config), more)
     for part in PARTS[family]:
         if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
     _FIT[family](folder, found)
     return family, found
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return given
 
 
 def _check_fields(

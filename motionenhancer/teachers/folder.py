@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..files import read_json
 from ..weights import load_whole
 from .plan import MODELS, TEXT_MODELS
 from .protocol import TextEncoding
@@ -46,7 +47,7 @@ def load_pipeline(
 ) -> Any:
     """A frozen diffusers pipeline from a folder, without `unused` parts; `host` parts stay on the CPU."""
     parts: dict[str, Any] = dict.fromkeys(unused)
-    named = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    named = read_json(path / "model_index.json")
     with whole_weights():
         for name in MODELS:
             if name in named and name not in parts and named[name][1] is not None:

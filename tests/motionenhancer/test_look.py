@@ -310,6 +310,6 @@ def test_a_failed_run_has_a_page_too(tmp_path: Path) -> None:
     (tmp_path / REPORT).write_text(json.dumps(report))
     assert write_run_page(tmp_path) == tmp_path / "report.html"
     assert ["error", "the loss is nan"] in shown(tmp_path / "report.html")["run"]["settings"]
-    (tmp_path / REPORT).write_text("[]")
+    (tmp_path / REPORT).write_text('{"training": []}')
     with pytest.raises(ValueError, match="not a run's report"):
         write_run_page(tmp_path)

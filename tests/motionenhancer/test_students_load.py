@@ -48,8 +48,8 @@ def test_not_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "unreadable config.json"),
-        ("[]", "unreadable config.json"),
+        ("{", "config.json: not valid JSON"),
+        ("[]", "config.json: not a JSON object"),
         ("{}", "without model_type"),
         (
             json.dumps({"model_type": "kimi_k25"}),
