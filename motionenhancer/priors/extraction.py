@@ -39,7 +39,7 @@ class ExtractionRecord:
         self.path, self.common = folder / EXTRACTION, common
         self.asked: list[dict[str, Any]] = json.loads(json.dumps(reports))
         try:
-            self.written = read_json(self.path)
+            self.written: dict[str, Any] | None = read_json(self.path)
             before = [one for one in _reports(self.written) if one["status"] == "finished"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.written, before = None, []
