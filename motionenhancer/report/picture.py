@@ -181,8 +181,7 @@ def draw_prior(
     Example:
         >>> draw_prior(prior, "clip.mp4", ["moves"])   # doctest: +SKIP
     """
-    if video is not None and not isinstance(video, Clip):
-        video = Path(video)
     if video is not None:
+        video = video if isinstance(video, Clip) else Path(video)
         read_frames(video, num_frames=1)
     return contact_sheet(View.of_prior(prior, video=video), words, **how)

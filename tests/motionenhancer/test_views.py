@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from dataclasses import replace
 from io import BytesIO
@@ -18,7 +19,7 @@ from test_store import make_prior
 from motionenhancer.data import Clip, read_frames
 from motionenhancer.data.encode import encode_video
 from motionenhancer.report import page, picture
-from motionenhancer.report.page import pick, write_page
+from motionenhancer.report.page import pick, write_page, write_run_page
 from motionenhancer.report.picture import contact_sheet, headings, overlay, scale_of, write_overlay
 from motionenhancer.report.views import MOST_FRAMES, SOURCES, Maps, View, load_views, read_clip, save_views
 
@@ -169,26 +170,30 @@ def test_a_sheet_shows_frames_over_a_row_for_each_source(tmp_path: Path) -> None
 
 
 def test_an_overlaid_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[np.ndarray, float]] = []
+    monkeypatch.setattr(picture, "encode_video", lambda _, frames, fps: made.append((frames, fps)))
     view = make_views(tmp_path)[0]
-    write_overlay(tmp_path / "over.mp4", view)
-    over = read_frames(tmp_path / "over.mp4")
-    assert over.frames.shape == (8, 48, 3 * 64, 3), "one word, three sources"
-    assert (over.fps, over.duration) == (4, 2)
-    clip = read_frames(tmp_path / "clip.mp4")
-    maps = view.sources(2.0)["after"]
-    expected = overlay(clip.frames[2], maps, 1, 0.5, 12.0, smooth=True, colours="viridis")
-    assert np.abs(over.frames[2, :, 128:].astype(int) - expected).mean() < 12
-    blocks = replace(view, maps={}, scores={})
-    write_overlay(tmp_path / "two.mp4", blocks, ["red", "moves"], smooth=False, colours="cividis")
-    assert read_frames(tmp_path / "two.mp4").frames.shape == (8, 96, 64, 3)
-    odd = replace(clip, frames=np.ascontiguousarray(clip.frames[:, :47, :63]), duration=16.0)
+    clip, sources = read_frames(tmp_path / "clip.mp4"), view.sources(2.0)
+
+    def drawn(name: str, row: int, **how: object) -> np.ndarray:
+        chosen: dict[str, object] = {"smooth": True, "colours": "viridis", **how}
+        return overlay(clip.frames[5], sources[name], row, 1.25, 12.0, **chosen)  # type: ignore[arg-type]
+
+    write_overlay("over.mp4", view)
+    write_overlay("two.mp4", view, ["red", "moves"], smooth=False, colours="cividis")
+    assert [(frames.shape, fps) for frames, fps in made] == [((8, 48, 192, 3), 4), ((8, 96, 192, 3), 4)]
+    assert (made[0][0][5] == np.concatenate([drawn(name, 1) for name in SOURCES], axis=1)).all()
+    plain = {"smooth": False, "colours": "cividis"}
+    rows = [np.concatenate([drawn(name, row, **plain) for name in SOURCES], axis=1) for row in (0, 1)]
+    assert (made[1][0][5] == np.concatenate(rows)).all(), "a word without a student's map, over it one with"
+    odd = replace(clip, frames=clip.frames[:, :47, :63], duration=16.0)
     monkeypatch.setattr(picture, "read_clip", lambda _: odd)
-    write_overlay(tmp_path / "odd.mp4", blocks)
-    assert read_frames(tmp_path / "odd.mp4").frames.shape == (8, 46, 62, 3), "encoders take even sides"
-    assert read_frames(tmp_path / "odd.mp4").fps == 1, "not slower"
+    write_overlay("odd.mp4", replace(view, maps={}, scores={}))
+    assert made[2][0].shape == (8, 46, 62, 3), "encoders take even sides"
+    assert (made[2][1], made[2][0].flags.c_contiguous) == (1, True), "not slower"
     monkeypatch.setattr(picture, "read_clip", lambda _: None)
     with pytest.raises(ValueError, match=r"^good: its clip is not shown, so there is no mp4$"):
-        write_overlay(tmp_path / "none.mp4", view)
+        write_overlay("none.mp4", view)
 
 
 # ---- pages ----
@@ -225,6 +230,39 @@ def test_what_a_page_holds(tmp_path: Path) -> None:
     assert list(steps[0]) == [255, *[0] * 22, 255] * 2
     assert list(steps[1]) == [round(255 * (1 / 12) ** 0.5)] * 12
     assert list(steps[2]) == [0] * 5 + [255] + [0] * 6
+
+
+def test_what_a_page_holds_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not the folder of a training run, as it has no "):
+        write_run_page(tmp_path)
+    log = [{"step": 1, "loss_ar": 2.0}, {"loss_ar": 9.0}, {"step": 2, "loss_ar": 1.0, "lambda": 0.5}]
+    report = {
+        "status": "finished",
+        "identity": {"prior_temperature": 0.25, "seed": 7, "deep": {"name": "x"}},
+        "training": {"log": log, "steps": 2},
+        "evaluation": {"overall": 50.0},
+    }
+    (tmp_path / "motion_report.json").write_text(json.dumps(report))
+    save_views(tmp_path, make_views(tmp_path))
+    assert write_run_page(tmp_path, tmp_path / "other.html", ["plain"]) == tmp_path / "other.html"
+    body = shown(tmp_path / "other.html")
+    assert (body["title"], [view["id"] for view in body["views"]]) == (str(tmp_path), ["plain"])
+    curves = body["run"].pop("curves")
+    assert {name: points for name, points in curves.items() if points} == {
+        "loss_ar": [[1, 2.0], [2, 1.0]],
+        "lambda": [[2, 0.5]],
+    }
+    assert body["run"] == {
+        "name": str(tmp_path),
+        "evaluation": {"overall": 50.0},
+        "settings": [
+            ["status", "finished"],
+            ["identity.prior_temperature", "0.25"],
+            ["identity.seed", "7"],
+            ["identity.deep.name", "x"],
+        ],
+        "temperature": 0.25,
+    }
 
 
 def test_a_page_without_clips_or_maps(tmp_path: Path) -> None:
