@@ -34,7 +34,7 @@ def _devices() -> list[str]:
 
 def report() -> str:
     """The whole report as text."""
-    packages = ("triton", "flash-attn", "xformers", "transformers", "diffusers")
+    packages = ("triton", "flash-attn", "flash-attn-4", "xformers", "transformers", "diffusers")
     lines = ["Versions", f"  mekernels {__version__}", f"  python {platform.python_version()}"]
     lines += [f"  torch {torch.__version__}", *(f"  {package} {_version(package)}" for package in packages)]
     lines += ["", "Devices", *(f"  {line}" for line in _devices())]

@@ -83,7 +83,7 @@ def _work(shape: Student, op: str) -> Work:
         return query.requires_grad_(), key.requires_grad_(), lse, above
 
     def ours(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
-        lse = differentiable_lse(query, key, lse, scale, True)
+        lse = differentiable_lse(query, key, lse, (scale, -1, 0, 0.0))
         if sums:
             return attention_sums(query, key, lse, over="rows", causal=True)
         return attention_columns(query, key, lse, columns, causal=True, reduce="none")

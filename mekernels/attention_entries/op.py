@@ -13,6 +13,9 @@ from ..attention_rows.op import lse_of_rows
 from . import composite
 from .call import Call
 
+Options = tuple[float, int, int, float]
+"""The last fields of a call: scale, keys to the left and to the right, and soft cap."""
+
 
 def attention_columns(
     query: Tensor,
@@ -261,22 +264,18 @@ def attention_lse(
     return torch.where(off, lse, sunk)
 
 
-def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Tensor:
     """Make a given logsumexp differentiable in query and key, whichever attention computed it.
 
     Its gradient is one more attention with the keys as values, because d lse / d score is the attention
     itself. It is computed only if a gradient reaches the logsumexp.
     """
     rows, columns = slice(0, query.shape[2]), slice(0, key.shape[2])
-    options = softmax_scale, -1, 0 if causal else -1, 0.0
     return attention_lse_op(window_of(query, key, lse, rows, columns, options))
 
 
 LIMITS = ("softmax_scale", "causal", "window", "softcap")
 """Options that the ops have in common, tensors aside."""
-
-Options = tuple[float, int, int, float]
-"""The last fields of a call: scale, keys to the left and to the right, and soft cap."""
 
 
 def checked(

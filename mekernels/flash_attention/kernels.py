@@ -7,27 +7,31 @@ from torch import Tensor
 
 from .. import backends
 from .call import Call, Result
-from .packages import other_alignment
+from .packages import no_softcap, no_window, other_alignment
 
 aten = torch.ops.aten
 
 
 def cpu_flash(call: Call) -> Result:
-    query, key, value, scale, causal = call
+    query, key, value, scale, causal = call[:5]
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
 def common_reasons(call: Call, package: str = "") -> list[str]:
-    query, key, value, scale, causal = call
+    query, key, value, scale, causal = call[:5]
     reasons = []
-    if value.shape[3] != query.shape[3]:
+    if value.shape[3] != query.shape[3] and package != "flex_attention":
         reasons.append(f"value width {value.shape[3]} differs from query width {query.shape[3]}")
     if not (query.numel() and key.numel()):
         reasons.append("a tensor is empty")
-    if causal and scale <= 0:
+    if causal and scale <= 0 and package != "flex_attention":
         reasons.append(f"causal attention needs a softmax_scale above 0: fused kernels give NaN with {scale}")
     if causal and query.shape[2] != key.shape[2]:
         reasons.extend(other_alignment(package))
+    if call.slides:
+        reasons.extend(no_window(package))
+    if call.softcap:
+        reasons.extend(no_softcap(package))
     return reasons
 
 
@@ -65,7 +69,7 @@ def half_reasons(query: Tensor, least: tuple[int, int]) -> list[str]:
 
 
 def flash(call: Call) -> Result:
-    query, key, value, scale, causal = call
+    query, key, value, scale, causal = call[:5]
     return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[:2]
 
 
@@ -77,7 +81,7 @@ def flash_reasons(call: Call) -> list[str]:
 
 
 def cudnn(call: Call) -> Result:
-    query, key, value, scale, causal = call
+    query, key, value, scale, causal = call[:5]
     out, lse = aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
     )[:2]
@@ -118,6 +122,32 @@ def hopper_reasons(call: Call) -> list[str]:
     if call.query.device.type == "cuda" and torch.cuda.get_device_capability(call.query.device)[0] != 9:
         found.append("needs compute capability 9.0")
     return found
+
+
+def newest_reasons(call: Call) -> list[str]:
+    """flash-attn 4: its Blackwell kernels for a width of 256 have neither soft caps nor a gradient of lse."""
+    found = package_reasons("flash_attn_4", call)
+    if call.query.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(call.query.device)
+        if capability < (9, 0):
+            found.append("needs compute capability 9.0 or later")
+        if capability >= (10, 0) and call.query.shape[3] > 128:
+            found.append(f"width {call.query.shape[3]} is above 128 with compute capability 10.0 or later")
+        if capability >= (12, 0) and call.softcap:
+            found.append("soft caps have no gradient with compute capability 12.0")
+    return found
+
+
+def flex_reasons(call: Call) -> list[str]:
+    reasons = common_reasons(call, "flex_attention")
+    device = call.query.device.type
+    if device not in ("cpu", "cuda"):
+        reasons.insert(0, f"runs on cpu and cuda, the tensors are on {call.query.device}")
+    if device == "cpu" and torch.is_grad_enabled() and any(item.requires_grad for item in call[:3]):
+        reasons.append("has no gradient on cpu")
+    if device == "cuda" and call.query.dtype == torch.float64:
+        reasons.append("dtype torch.float64 is not supported on cuda")
+    return reasons
 
 
 def cudnn_machine() -> list[str]:

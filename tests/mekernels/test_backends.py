@@ -88,15 +88,21 @@ def test_the_table_of_attention_backends_says_what_they_do():
     assert any("grouped-query heads" in reason for reason in found["cudnn"]["grouped heads"])
     assert any("needs float16" in reason for reason in found["flash"]["float32"])
     lines = {line.split()[0]: line for line in abilities.report() if line.strip()}
-    for name in ("cpu_flash", "torch"):
+    for name, gradient in (("cpu_flash", "ours"), ("torch", "ours"), ("flex_attention", "own")):
         cells = iter(lines[name].split()[1:])
         for ability, shape in abilities.ABILITIES.items():
             try:
-                mekernels.flash_attention(*shape.call()[:3], causal=shape.causal, backend=name)
+                options = {
+                    "causal": shape.causal,
+                    "window": (shape.left, -1),
+                    "softcap": shape.softcap or None,
+                }
+                mekernels.flash_attention(*shape.call()[:3], **options, backend=name)
                 able = "yes"
             except BackendError:
                 able = "no"
             assert next(cells) == able, (name, ability)
+        assert next(cells) == gradient
     assert all(line in report() for line in abilities.report())
 
 

@@ -161,6 +161,35 @@ def test_gradcheck_of_the_composite():
     assert torch.autograd.gradcheck(lambda *t: flash_attention(*t, causal=True, backend="torch")[0], inputs)
 
 
+@pytest.mark.parametrize(
+    ("window", "softcap", "causal"), [((3, -1), None, True), ((2, 1), 1.5, False), ((-1, 0), 0.7, False)]
+)
+def test_windows_and_soft_caps(monkeypatch, window, softcap, causal):
+    """Of the composite, in blocks of two rows, with the gradients of output and logsumexp."""
+    monkeypatch.setattr(composite, "CHUNK_ELEMENTS", 18)
+    inputs = [tensor.requires_grad_() for tensor in case(queries=11, keys=9)]
+    options = {"softmax_scale": 0.4, "causal": causal, "window": window, "softcap": softcap}
+    runs = []
+    for backend in ("auto", "reference"):
+        out, lse = flash_attention(*inputs, **options, backend=backend)
+        seen = lse.detach() != -math.inf
+        weights = randn(*out.shape, seed=5), randn(*lse.shape, seed=6) * seen
+        grads = torch.autograd.grad((out, lse), inputs, weights)
+        runs.append((out.detach(), lse.detach()[seen], seen.double(), *grads))
+    for actual, expected in zip(*runs, strict=True):
+        assert_exact(actual, expected, 1e-11)
+
+
+def test_a_window_without_keys_to_the_right_is_the_causal_mask():
+    inputs = case()
+    for actual, expected in zip(
+        flash_attention(*inputs, window=(-1, 0), backend="cpu_flash"),
+        flash_attention(*inputs, causal=True, backend="cpu_flash"),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
 def test_a_row_that_sees_nothing_is_zero():
     inputs = [tensor.requires_grad_() for tensor in case(queries=9, keys=4)]
     out, lse = flash_attention(*inputs, causal=True)
@@ -240,6 +269,8 @@ def test_use_backend_holds_where_none_is_given():
         ),
         ({"backend": "fast"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu_flash'"),
         ({"causal": "yes"}, TypeError, "causal must be a bool, got str"),
+        ({"window": (-2, 0)}, ValueError, "window must hold -1"),
+        ({"softcap": 0.0}, ValueError, "softcap must be finite and above 0"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -150,10 +150,11 @@ def test_readings_of_a_whole_map_take_memory_as_tokens_not_as_the_map(tokens, mo
 def test_flash_attention():
     query, key = query_key()
     forward = flash_attention.flash_attention_op._init_fn
-    assert largest(forward, query, key, key, 0.3, True) <= MAP // 32
-    out, lse = forward(query, key, key, 0.3, True)
+    options = 0.3, True, 9, -1, 2.0
+    assert largest(forward, query, key, key, *options) <= MAP // 32
+    out, lse = forward(query, key, key, *options)
     backward = flash_attention.flash_attention_backward_op._init_fn
-    assert largest(backward, out, query, key, key, out, lse, 0.3, True) <= MAP // 32
+    assert largest(backward, out, query, key, key, out, lse, *options) <= MAP // 32
 
 
 def test_rows_save_little_for_the_backward():
