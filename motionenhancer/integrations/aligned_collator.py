@@ -14,7 +14,7 @@ from ..data.conversation import convert
 from ..students.layout import TokenLayout
 from ..students.words import find_words
 from .lookup import PriorLookup
-from .token_layout import read_layout
+from .token_layout import read_layout, video_token
 
 _NOWHERE = TokenLayout("", torch.zeros(0, 2, dtype=torch.int64), ())
 _KEYS = ("messages", "conversations", "videos", "video", "images", "image", "system")
@@ -104,7 +104,7 @@ def _grids(batch: Mapping[str, Any], processor: Any) -> list[Any]:
         return [None] * len(ids)
     sizes = (grids.prod(dim=1) // processor.video_processor.merge_size**2).tolist()
     found, at = [], 0
-    for count in (ids == processor.video_token_id).sum(dim=1).tolist():
+    for count in (ids == video_token(processor)).sum(dim=1).tolist():
         found.append(grids[at] if count else None)
         while count > 0 and at < len(sizes):
             count, at = count - sizes[at], at + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -10,18 +9,9 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from ..data import Sample
+from ..students.families import processor_family
+from ..students.family import Grid
 from ..students.layout import TokenLayout, VisionLayout
-
-Grid = tuple[int, int, int]
-
-#: Processors whose layout can be read from token ids alone.
-_READ = (
-    "Qwen2VLProcessor",
-    "Qwen2_5_VLProcessor",
-    "Qwen3VLProcessor",
-    "InternVLProcessor",
-    "LlavaOnevisionProcessor",
-)
 
 
 def read_layout(
@@ -35,7 +25,8 @@ def read_layout(
     Args:
         input_ids: (N,) int64 without padding. Each video token stands for one place of the grid.
         sample: the conversation the ids were made of, with one video.
-        processor: of the student, with a fast tokenizer.
+        processor: of the student, with a fast tokenizer; of Qwen2-VL to Qwen3.5, GLM-4.1V to 4.6V, InternVL,
+            LLaVA-OneVision, SmolVLM, or VideoLLaMA3 without token compression.
         grid_thw: (T, H, W) of the video in patches, for families whose processors give `video_grid_thw`.
         start: padding tokens before the first.
 
@@ -44,18 +35,20 @@ def read_layout(
         part that is there is found.
 
     Raises:
-        ValueError: a slow tokenizer; video tokens that do not fill a grid; images beside the video in a
-            family that has one token for both.
+        ValueError: a slow tokenizer; another processor; video tokens that do not fill a grid; images beside
+            the video in a family that has one token for both.
     """
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; alignment needs a fast one")
-    token = _video_token(processor, sample)
-    positions = (input_ids == token).nonzero()[:, 0]
-    grid = video_grid(processor, len(positions), grid_thw)
+    token = video_token(processor)
+    if sample.images and processor_family(processor).shared_token:
+        raise ValueError("images and videos share a token in this family: leave out samples with images")
+    positions = (input_ids == token).nonzero()[:, 0].cpu()
+    grid, places = _places(processor, len(positions), grid_thw)
     text, offsets, stops = _spell(input_ids.tolist(), tokenizer, token)
     text, spans = _message_spans(text, stops, sample)
-    video = VisionLayout(positions[: math.prod(grid)] + start, grid)
+    video = VisionLayout.placed(positions + start, grid, places)
     return TokenLayout(text, torch.tensor(offsets, dtype=torch.int64), spans, (video,), start)
 
 
@@ -63,39 +56,43 @@ def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
     """(F, H, W) of a video's tokens in a student, after spatial and temporal merging.
 
     Args:
-        processor: of the student; Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision or InternVL.
+        processor: see `read_layout`.
         tokens: of the video.
         grid_thw: see `read_layout`.
 
     Raises:
         ValueError: another processor; the tokens do not fill a grid.
     """
-    extra, name = 0, type(processor).__name__
-    if name not in _READ:
-        raise ValueError(f"{name}: its token layout is not supported; plug-ins support {', '.join(_READ)}")
-    if grid_thw is not None:
-        frames, high, wide = (int(n) for n in grid_thw)
-        merge = processor.video_processor.merge_size
-        grid = frames, high // merge, wide // merge
-    elif name == "InternVLProcessor":
-        side = math.isqrt(processor.image_seq_length)
-        grid = tokens // side**2, side, side
-    elif name == "LlavaOnevisionProcessor":  # with one token at the end of a video
-        side, extra = math.ceil(math.isqrt(processor.num_image_tokens) / 2), 1
-        grid = (tokens - 1) // side**2, side, side
+    return _places(processor, tokens, grid_thw)[0]
+
+
+def video_token(processor: Any) -> int:
+    """The id of the tokens that stand for a video in what the model gets."""
+    shared = processor_family(processor).shared_token
+    return int(processor.image_token_id if shared else processor.video_token_id)
+
+
+def _places(processor: Any, tokens: int, grid_thw: Any) -> tuple[Grid, torch.Tensor]:
+    """The grid, and the place of each token in it, by the rule of the processor's family."""
+    family, name = processor_family(processor), type(processor).__name__
+    if family.untold:
+        raise ValueError(f"{name}: token ids do not tell the layout: {family.untold}")
+    frames, each, made = 0, 0, dict[str, torch.Tensor]()
+    if family.frame_tokens is not None:
+        each = family.frame_tokens(processor)
+        frames = tokens // each
+        if not frames:
+            raise ValueError(f"{tokens} video tokens do not fill a frame of {name}, which has {each}")
+    elif grid_thw is not None:
+        made = {"video_grid_thw": torch.as_tensor(grid_thw).view(1, 3)}
     else:
         raise ValueError(f"{name}: the batch has no video_grid_thw, which gives the grid")
-    if not tokens or math.prod(grid) + extra != tokens:
-        raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {name}")
-    return grid
-
-
-def _video_token(processor: Any, sample: Sample) -> int:
-    if type(processor).__name__ != "InternVLProcessor":
-        return int(processor.video_token_id)
-    if sample.images:
-        raise ValueError("images and videos share a token in this family: leave out samples with images")
-    return int(processor.image_token_id)
+    grid, places = family.places(processor, (frames, 0, 0), made, tokens)
+    if not tokens or len(places) != tokens or each not in (0, grid[1] * grid[2]):
+        dropped = getattr(processor.video_processor, "use_token_compression", False)
+        why = ": use_token_compression drops tokens; switch it off" if dropped else ""
+        raise ValueError(f"{tokens} video tokens do not fill the grid {grid} of {name}{why}")
+    return grid, places
 
 
 def _spell(ids: list[int], tokenizer: Any, video: int) -> tuple[str, list[tuple[int, int]], set[int]]:

@@ -16,10 +16,10 @@ from motionenhancer.data.video import Video
 from motionenhancer.students.family import Grid, Places, StudentFamily
 from motionenhancer.students.locate import unwrap_model
 
-__all__ = ["interval", "known_families", "student_family"]
+__all__ = ["interval", "known_families", "processor_family", "student_family"]
 
 
-def _patches(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+def _patches(processor: Any, shape: Grid, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
     """Patches merged to tokens. A compression mask, if any, says which tokens were kept."""
     frames, height, width = made["video_grid_thw"][0].tolist()
     merge = processor.video_processor.merge_size
@@ -35,13 +35,12 @@ def _squares(before: int = 0, after: int = 0) -> Places:
     """
 
     def places(
-        processor: Any, video: Video, made: Mapping[str, Any], tokens: int
+        processor: Any, shape: Grid, made: Mapping[str, Any], tokens: int
     ) -> tuple[Grid, torch.Tensor]:
-        frames, part = len(video.frames), processor.video_processor
+        (frames, *edges), part = shape, processor.video_processor
         side = math.isqrt((tokens - after) // frames - before)
         margins = [0, 0]
         if getattr(part, "do_center_crop", False):
-            edges = video.frames.shape[1:3]
             scale = part.size["shortest_edge"] / min(edges)
             crops = (part.crop_size["height"], part.crop_size["width"])
             lost = [(edge * scale - crop) / (2 * crop) for edge, crop in zip(edges, crops, strict=True)]
@@ -56,15 +55,15 @@ def _squares(before: int = 0, after: int = 0) -> Places:
     return places
 
 
-def _pooled(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+def _pooled(processor: Any, shape: Grid, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
     """Gemma 4: patches have positions (x, y); ``pooling_kernel_size`` squared patches make a token."""
     positions = made["video_position_ids"]
     width, height = (positions.flatten(0, -2).amax(0) + 1) // processor.video_processor.pooling_kernel_size
-    grid = (len(video.frames), int(height), int(width))
+    grid = (shape[0], int(height), int(width))
     return grid, torch.arange(math.prod(grid))
 
 
-def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
+def _slices(processor: Any, shape: Grid, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:
     """MiniCPM-V: a frame; or a small version of it (whose tokens are not read) and then its larger slices."""
     if processor.video_processor.stack_frames > 1:
         raise ValueError(
@@ -74,7 +73,7 @@ def _slices(processor: Any, video: Video, made: Mapping[str, Any], tokens: int) 
     merge = math.isqrt(processor.video_token_divisor)
     rows, columns = made["grids_videos"][0].tolist()
     sizes = [(h // merge, w // merge) for h, w in made["target_sizes_videos"][:2].tolist()]
-    frames = len(video.frames)
+    frames = shape[0]
     if not rows * columns:
         grid = (frames, *sizes[0])
         return grid, torch.arange(math.prod(grid))
@@ -176,7 +175,14 @@ def _smolvlm_template(processor: Any, sample: Sample) -> str | None:
 
 
 _QWEN: dict[str, Any] = {"places": _patches, "token_types": True}
-_GLM: dict[str, Any] = {**_QWEN, "pixels": "clip", "image_frames": 2, "images_with_videos": False}
+_GLM: dict[str, Any] = {
+    **_QWEN,
+    "pixels": "clip",
+    "image_frames": 2,
+    "images_with_videos": False,
+    "shared_token": True,
+}
+_CROPPED = "how much it crops of a frame depends on the video's size"
 
 _FAMILIES = (
     StudentFamily("qwen2_vl", ("qwen2_vl",), pixels="frame", **_QWEN),
@@ -185,7 +191,15 @@ _FAMILIES = (
     StudentFamily("qwen3_5", ("qwen3_5", "qwen3_5_moe"), pixels="clip", **_QWEN),
     StudentFamily("glm4v", ("glm4v", "glm4v_moe"), **_GLM),
     StudentFamily("glm46v", ("glm46v",), **_GLM),
-    StudentFamily("gemma4", ("gemma4",), _pooled, num_frames=32, token_types=True, shrink=_fewer_tokens),
+    StudentFamily(
+        "gemma4",
+        ("gemma4",),
+        _pooled,
+        num_frames=32,
+        token_types=True,
+        shrink=_fewer_tokens,
+        untold="its processor gives no grid, and a frame's number of tokens is no height and width",
+    ),
     StudentFamily(
         "internvl",
         ("internvl",),
@@ -193,6 +207,8 @@ _FAMILIES = (
         num_frames=8,
         image_options={"crop_to_patches": True},
         inputs=_frames_as_images,
+        shared_token=True,
+        frame_tokens=lambda processor: processor.image_seq_length,
     ),
     StudentFamily(
         "llava_onevision",
@@ -201,9 +217,24 @@ _FAMILIES = (
         num_frames=32,
         equal_frames=True,
         images_together=True,
+        frame_tokens=lambda processor: math.ceil(math.isqrt(processor.num_image_tokens) / 2) ** 2,
     ),
-    StudentFamily("llava_next_video", ("llava_next_video",), _squares(), num_frames=8, equal_frames=True),
-    StudentFamily("video_llava", ("video_llava",), _squares(before=1), num_frames=8, equal_frames=True),
+    StudentFamily(
+        "llava_next_video",
+        ("llava_next_video",),
+        _squares(),
+        num_frames=8,
+        equal_frames=True,
+        untold=_CROPPED,
+    ),
+    StudentFamily(
+        "video_llava",
+        ("video_llava",),
+        _squares(before=1),
+        num_frames=8,
+        equal_frames=True,
+        untold=_CROPPED,
+    ),
     StudentFamily("video_llama_3", ("video_llama_3",), _patches, pixels="most"),
     StudentFamily(
         "smolvlm",
@@ -212,6 +243,8 @@ _FAMILIES = (
         image_options={"return_row_col_info": True},
         join={"pixel_values": 1, "pixel_attention_mask": 1},
         template=_smolvlm_template,
+        shared_token=True,
+        frame_tokens=lambda processor: processor.image_seq_len,
     ),
     StudentFamily(
         "minicpmv4_6",
@@ -220,6 +253,7 @@ _FAMILIES = (
         join={"pixel_values": -1, "pixel_values_videos": -1},
         label=_local_id,
         shrink=_fewer_slices,
+        untold="its processor gives no grid, and a slice's number of tokens is no height and width",
     ),
 )
 
@@ -240,6 +274,21 @@ _UNREAD = {
 def known_families() -> dict[str, StudentFamily]:
     """Return every family by ``model_type``."""
     return {model_type: family for family in _FAMILIES for model_type in family.model_types}
+
+
+def processor_family(processor: Any) -> StudentFamily:
+    """Return the family of a processor's class. Families with one class place their tokens in one way.
+
+    Raises:
+        ValueError: no family has processors of this class.
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = type(processor).__name__
+    for model_type, family in known_families().items():
+        if PROCESSOR_MAPPING_NAMES.get(model_type) == name:
+            return family
+    raise ValueError(f"{name} is the processor of no supported student")
 
 
 def student_family(model_or_config: Any) -> StudentFamily:

@@ -32,9 +32,10 @@ from motionenhancer.students.media import (
 __all__ = ["Grid", "Places", "StudentFamily", "metadata"]
 
 Grid = tuple[int, int, int]
-Places = Callable[[Any, Video, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
-"""(processor, video, output of its video processor, number of vision tokens) → grid and (tokens,) int64: the
-place of each token in raster order t, h, w; -1 for a token without a single place, such as a line break."""
+Places = Callable[[Any, Grid, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]
+"""(processor, (frames, height, width) of the video in pixels, output of its video processor, number of vision
+tokens) → grid and (tokens,) int64: the place of each token in raster order t, h, w; -1 for a token without a
+single place, such as a line break."""
 Inputs = Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]]
 
 _TOWER = re.compile(r"\.(visual|vision_tower|vision_model|video_tower|image_tower)\.")
@@ -62,6 +63,10 @@ class StudentFamily:
         images_together: whether an image is processed differently if a sample has several images.
         join: name of a vision input → dimension of its concatenation over media, if not 0.
         inputs: (processor, video or None, output of its processor) → inputs under the names of the model.
+        shared_token: whether images and videos have one token.
+        frame_tokens: processor → number of tokens of a frame, where it is the same for all videos.
+        untold: why token ids, with the grid of patches where there is one, do not tell the layout; empty if
+            they do.
         label: (processor, n) → text before the n-th video or image of a sample.
         template: (processor, sample) → chat template, None for the folder's own.
     """
@@ -82,6 +87,9 @@ class StudentFamily:
     inputs: Callable[[Any, Video | None, dict[str, Any]], dict[str, Any]] = lambda processor, video, made: (
         made
     )
+    shared_token: bool = False
+    frame_tokens: Callable[[Any], int] | None = None
+    untold: str = ""
     label: Callable[[Any, int], str] = lambda processor, n: ""
     template: Callable[[Any, Sample], str | None] = lambda processor, sample: None
 
@@ -237,7 +245,7 @@ class StudentFamily:
                 processor.video_token,
                 self.label(processor, n) + text,
                 self._inputs(processor, video, made),
-                partial(self.places, processor, video, made),
+                partial(self.places, processor, video.frames.shape[:3], made),
             )
 
     def _images(self, processor: Any, images: Sequence[Any], max_pixels: int | None) -> Iterator[Medium]:

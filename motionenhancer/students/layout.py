@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +20,13 @@ class VisionLayout:
 
     positions: torch.Tensor
     grid: tuple[int, int, int]
+
+    @classmethod
+    def placed(cls, tokens: torch.Tensor, grid: tuple[int, int, int], places: torch.Tensor) -> VisionLayout:
+        """The layout of tokens at these positions and places (-1 for none), both (tokens,) int64."""
+        positions = torch.full((math.prod(grid),), -1)
+        positions[places[places >= 0]] = tokens[places >= 0]
+        return cls(positions, grid)
 
     @property
     def columns(self) -> slice | torch.Tensor:

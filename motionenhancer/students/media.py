@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,9 +180,7 @@ def assemble(
                 f"sample {sample.id!r}: {type(processor).__name__} made {len(part)} vision tokens of a "
                 f"video, expected {len(places)}"
             )
-        layout = torch.full((math.prod(grid),), -1)
-        layout[places[places >= 0]] = part[places >= 0]
-        videos.append(VisionLayout(layout, grid))
+        videos.append(VisionLayout.placed(part, grid, places))
     labels = answer_labels(ids, offsets, [(moved(a), moved(b)) for a, b in rendered.answer_spans])
     spans = tuple(tuple((moved(a), moved(b)) for a, b in parts) for parts in rendered.text_spans)
     needed = int(positions[-1]) + 1 if len(positions) else 1

@@ -12,18 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from families_support import picture
 from students_support import clip, dialogue
-from tiny_students import tiny_student
+from tiny_students import SAVE, tiny_student
 from tiny_world import World
 
 from motionenhancer import extract
 from motionenhancer.alignment.dataset import MotionCollator, MotionDataset
 from motionenhancer.data import Clip, Sample, prompt_text, read_samples
 from motionenhancer.integrations import AlignedCollator, PriorLookup, read_layout, video_grid
+from motionenhancer.integrations.aligned_collator import _grids
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.students import load_student, map_words
 
-READ = ("qwen2_vl", "qwen3_vl", "internvl", "llava_onevision")
+GRIDS = ("qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v", "video_llama_3")
+FRAMES = [name for name in ("internvl", "llava_onevision", "smolvlm") if name in SAVE]
 TURNS = [
     ("What moves?", "A green one."),
     ("Which  object\nmoves, naïve 動く 👩‍🚀?", "The red circle 動く left, and é stays."),
@@ -42,11 +45,14 @@ def priors(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", *READ])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", *GRIDS, *FRAMES])
 def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, student_dir: Path):
     if request.param == "qwen2_5_vl":
         return load_student(student_dir)
-    return tiny_student(request.param, tmp_path_factory.mktemp("students") / request.param)
+    student = tiny_student(request.param, tmp_path_factory.mktemp("students") / request.param)
+    if request.param == "video_llama_3":
+        student[1].video_processor.use_token_compression = False
+    return student
 
 
 def found_rows(sample: Sample, layout: Any) -> tuple[list[int], list[int]]:
@@ -109,26 +115,55 @@ def test_video_tokens_that_fill_no_grid_are_refused(student: Any) -> None:
 
 
 def test_what_tells_no_layout_is_refused(student: Any) -> None:
-    _, processor, _ = student
+    _, processor, family = student
     slow = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False))
     with pytest.raises(ValueError, match="slow tokenizer"):
         read_layout(torch.zeros(3, dtype=torch.int64), dialogue("a", "b"), slow)
-    if hasattr(processor, "image_seq_length"):
-        sample = Sample("s", dialogue("a", "b").messages, images=(Path("a.png"),))
+    shown = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What moves?"}]
+    messages = [{"role": "user", "content": shown}, dialogue("a", "b").messages[-1]]
+    sample = Sample("s", messages, images=(Path("a.png"),))
+    if family.name in ("internvl", "smolvlm", "glm4v", "glm46v"):
         with pytest.raises(ValueError, match="share a token"):
             read_layout(torch.zeros(3, dtype=torch.int64), sample, processor)
-    if not hasattr(processor, "image_seq_length") and not hasattr(processor, "num_image_tokens"):
+    else:
+        encoded = family.encode(processor, sample, [clip(4, 32, 48)], [picture(30, 50)])
+        thw = encoded.vision_inputs.get("video_grid_thw")
+        layout = read_layout(encoded.input_ids, sample, processor, grid_thw=None if thw is None else thw[0])
+        assert torch.equal(layout.videos[0].positions, encoded.layout.videos[0].positions)
+    if family.name in FRAMES:
+        with pytest.raises(ValueError, match="1 video tokens do not fill a frame"):
+            video_grid(processor, 1)
+        with pytest.raises(ValueError, match="17 video tokens do not fill the grid"):
+            video_grid(processor, 17)
+    else:
         with pytest.raises(ValueError, match="video_grid_thw"):
             video_grid(processor, 4)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "video_llama_3"])
-def test_families_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma4", "number of tokens is no height and width"),
+        ("minicpmv4_6", "number of tokens is no height and width"),
+        ("llava_next_video", "how much it crops"),
+        ("video_llava", "how much it crops"),
+        ("video_llama_3", "use_token_compression drops tokens"),
+    ],
+)
+def test_families_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str, reason: str) -> None:
     _, processor, family = tiny_student(name, tmp_path)
-    sample = dialogue("What moves?", "This.")
-    encoded = family.encode(processor, sample, [clip(4, 32, 48)])
-    with pytest.raises(ValueError, match=f"{type(processor).__name__}: its token layout is not supported"):
-        read_layout(encoded.input_ids, sample, processor)
+    sample, video = dialogue("What moves?", "This."), clip(4, 32, 48)
+    video.frames[1:] = video.frames[:1]
+    encoded = family.encode(processor, sample, [video])
+    grids = encoded.vision_inputs.get("video_grid_thw")
+    with pytest.raises(ValueError, match=f"{type(processor).__name__}.*: .*{reason}"):
+        read_layout(encoded.input_ids, sample, processor, grid_thw=None if grids is None else grids[0])
+
+
+def test_an_unknown_processor_is_refused_by_name() -> None:
+    fast = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=True))
+    with pytest.raises(ValueError, match="SimpleNamespace is the processor of no supported student"):
+        read_layout(torch.zeros(3, dtype=torch.int64), dialogue("a", "b"), fast)
 
 
 # ---- priors ----
@@ -269,6 +304,15 @@ def test_grids_are_those_of_each_samples_own_video(priors: Path, world: World) -
     assert found.grids[2] == encoded[2].layout.videos[0].grid
     assert found.count == 1
     assert [prior is None for prior in found.priors] == [True, True, False]
+
+
+def test_grids_of_videos_that_have_the_token_of_images(tmp_path: Path) -> None:
+    _, processor, family = tiny_student("glm4v", tmp_path)
+    kinds = [[], [clip(4, 16, 24), clip(2, 32, 48)], [clip(6, 32, 48)]]
+    encoded = [family.encode(processor, dialogue("a", "b", videos=len(v)), v) for v in kinds]
+    batch = family.collate(encoded, pad_token_id=processor.tokenizer.pad_token_id)
+    found = [None if grid is None else grid.tolist() for grid in _grids(batch, processor)]
+    assert found == [None, *(batch["video_grid_thw"][i].tolist() for i in (0, 2))]
 
 
 def test_packed_batches_are_refused(priors: Path, world: World) -> None:

@@ -438,7 +438,7 @@ def test_minicpm_slices(tmp_path: Path) -> None:
     assert len({text[:start].count("<slice>") for start in starts}) == slices // rows
     processor.video_processor.stack_frames = 2
     with pytest.raises(ValueError, match="stack_frames must be 1 for videos, got 2"):
-        family.places(processor, clip(2, 16, 16), {}, 0)
+        family.places(processor, (2, 16, 16), {}, 0)
 
 
 def test_glm_takes_videos_or_images(tmp_path: Path) -> None:
