@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +40,17 @@ class Material:
     """What the arms' maps are made of, made once for a world."""
 
     folder: Path
-    teacher_digest: str
+    teachers: Sequence[str]
     regime: Regime
     train: Clips
     test: Clips
 
-    def teacher(self, way: str = "level 200", *, heads: bool = True, words: bool = True) -> Maps:
+    def teacher(
+        self, way: str = "level 200", *, heads: bool = True, words: bool = True, number: int = 0
+    ) -> Maps:
         regime = self.regime
         return makers.teacher_maps(
-            _maps(self.folder, self.teacher_digest),
+            _maps(self.folder, self.teachers[number]),
             regime.world_seed,
             regime.clips,
             way,
@@ -53,6 +58,11 @@ class Material:
             words=words,
             temperature=TEMPERATURE,
         )
+
+    def ensemble(self, *, heads: bool = True) -> Maps:
+        """The maps of all teachers, combined as the package combines their priors."""
+        each = [self.teacher(heads=heads, number=number) for number in range(len(self.teachers))]
+        return makers.combined(each, self.train.texts)
 
     def own(self, seed: int, *, trained: bool, temperature: float = 1.0) -> Maps:
         """The maps of the captioner of this seed, untrained or after plain training; the teacher's words."""
@@ -83,8 +93,17 @@ def _placebos(reading: str, **selections: bool) -> dict[str, Callable[[Material,
 _WAYS = {
     "teacher, wide diagonal": "wide diagonal",
     "teacher, standardized scores": "standardized",
+    "teacher, standardized scores, MTTI only": "standardized",
     "teacher, inverted": "inverted",
     "teacher, inverted, no selection": "inverted",
+    "teacher, inverted, MTTI only": "inverted",
+}
+#: Arms of several teachers, and which these are.
+_SEVERAL = {
+    "second teacher": slice(1, 2),
+    "second teacher, MTTI only": slice(1, 2),
+    "all teachers": slice(None),
+    "all teachers, MTTI only": slice(None),
 }
 #: Arms that need no teacher.
 _FREE = ("plain", "true masks")
@@ -111,8 +130,14 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "teacher, squared distance": lambda m, seed: replace(m.teacher(), loss="squared"),
     "teacher, wide diagonal": lambda m, seed: m.teacher("wide diagonal"),
     "teacher, standardized scores": lambda m, seed: m.teacher("standardized"),
+    "teacher, standardized scores, MTTI only": lambda m, seed: m.teacher("standardized", heads=False),
     "teacher, inverted": lambda m, seed: m.teacher("inverted"),
     "teacher, inverted, no selection": lambda m, seed: m.teacher("inverted", heads=False, words=False),
+    "teacher, inverted, MTTI only": lambda m, seed: m.teacher("inverted", heads=False),
+    "second teacher": lambda m, seed: m.teacher(number=1),
+    "second teacher, MTTI only": lambda m, seed: m.teacher(heads=False, number=1),
+    "all teachers": lambda m, seed: m.ensemble(),
+    "all teachers, MTTI only": lambda m, seed: m.ensemble(heads=False),
 }
 
 
@@ -121,7 +146,7 @@ def _maps(folder: Path, teacher: str) -> Path:
 
 
 def _about(arm: str, seed: int, material: Material) -> dict[str, Any]:
-    teacher = None if arm in _FREE else material.teacher_digest
+    teacher = None if arm in _FREE else "+".join(material.teachers[_SEVERAL.get(arm, slice(1))])
     return {"arm": arm, "seed": seed, "regime": asdict(material.regime), "teacher": teacher}
 
 
@@ -147,26 +172,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.motion.contest", description=__doc__)
     add, shared = parser.add_argument, Regime()
     add("--output_dir", type=Path, default=Path("runs/contest"), help="receives everything (%(default)s)")
-    add("--teacher", type=Path, default=WEIGHTS / "teacher", help="a folder of the toy's (the package's)")
-    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="(all)")
+    add("--teacher", type=Path, nargs="+", default=[WEIGHTS / "teacher"], help="folders (the package's)")
+    add("--arms", nargs="*", choices=list(ARMS), help="(all; those of several teachers if there are several)")
     add("--seeds", type=int, nargs="*", default=list(range(40, 46)), help="of the trainings (%(default)s)")
     for name, kind in (("clips", int), ("test_clips", int), ("world_seed", int), ("steps", int)):
         add(f"--{name}", type=kind, default=getattr(shared, name), help="(%(default)s)")
     add("--weight", type=float, default=shared.weight, help="λ at the start (%(default)s)")
     args = parser.parse_args(argv)
+    possible = [arm for arm in ARMS if len(args.teacher) > 1 or arm not in _SEVERAL]
+    arms = possible if args.arms is None else args.arms
+    if not set(arms) <= set(possible):
+        parser.error("--arms of several teachers need more than one --teacher")
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
     given = {name: getattr(args, name) for name in ("clips", "test_clips", "world_seed", "steps", "weight")}
     regime = replace(shared, **given)
     folder = args.output_dir
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    ways = {_WAYS.get(arm, "level 200") for arm in args.arms if arm not in _FREE}
-    teacher = content_digest(args.teacher / "transformer" / "diffusion_pytorch_model.safetensors")
-    makers.read_teacher(args.teacher, _maps(folder, teacher), regime.world_seed, regime.clips, sorted(ways))
+    weights = Path("transformer", "diffusion_pytorch_model.safetensors")
+    digests = {one: content_digest(one / weights) for one in args.teacher}
+    ways: dict[Path, set[str]] = {one: set() for one in args.teacher}
+    for arm in set(arms) - set(_FREE):
+        for one in args.teacher[_SEVERAL.get(arm, slice(1))]:
+            ways[one].add(_WAYS.get(arm, "level 200"))
+    for one, needed in ways.items():
+        into = _maps(folder, digests[one])
+        makers.read_teacher(one, into, regime.world_seed, regime.clips, sorted(needed))
+    teachers = list(digests.values())
     world, sizes = regime.world_seed, {"train": regime.clips, "test": regime.test_clips}
     clips = {split: make_clips(world, split, count) for split, count in sizes.items()}
-    material = Material(folder, teacher, regime, clips["train"], clips["test"])
-    wanted = [(seed, arm) for seed in args.seeds for arm in args.arms]
+    material = Material(folder, teachers, regime, clips["train"], clips["test"])
+    wanted = [(seed, arm) for seed in args.seeds for arm in arms]
     for seed, arm in tqdm(wanted, desc="trainings", unit="run"):
         path = folder / "runs" / f"{arm.replace(' ', '_')}-{seed}.json"
         if not path.exists():
@@ -176,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(held.get(name) != value for name, value in about.items()):
             parser.error(f"{path} is of another study; name another --output_dir or remove it")
     versions = {
-        "teacher": teacher,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", "studies.motion.contest", *map(str, argv or sys.argv[1:])]),
+        "teacher": "+".join(teachers),
         "device": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

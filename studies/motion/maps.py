@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from motionenhancer.files import whole_file
-from motionenhancer.priors.prior import read_attention, select_prior
+from motionenhancer.priors.combination import combine_priors
+from motionenhancer.priors.confidence import prior_confidence
+from motionenhancer.priors.prior import MotionPrior, read_attention, select_prior
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import caption
 from studies.motion.clips import MAP_GRID, Maps, draw, words_of
+from studies.toy.masks import prior_of_rows
 
-__all__ = ["lift", "read_teacher", "teacher_maps"]
+__all__ = ["combined", "lift", "read_teacher", "teacher_maps"]
 
 _PART = 100
 _ONCE = PriorSettings(mode="renoise", noise_level=200, sampled_rows="all")
@@ -75,6 +78,23 @@ def teacher_maps(
     rows = torch.cat([part[f"{name}.rows"] for part in parts])
     kept = torch.cat([part[f"{name}.kept"] for part in parts])
     return Maps(rows, kept if words else torch.ones_like(kept), temperature)
+
+
+def combined(each: Sequence[Maps], texts: Sequence[str]) -> Maps:
+    """Several teachers' maps of the captions, combined by confidence as the package combines their priors."""
+    rows, kept = torch.zeros_like(each[0].rows), torch.zeros_like(each[0].kept)
+    for i, text in enumerate(texts):
+        prior = combine_priors([_prior(maps.rows[i], maps.kept[i], text) for maps in each], None)
+        words = {start: k for k, (start, _) in enumerate(words_of(text))}
+        chosen = [words[start] for start, _ in prior.spans]
+        rows[i, chosen], kept[i, chosen] = prior.attention, True
+    return replace(each[0], rows=rows, kept=kept)
+
+
+def _prior(rows: torch.Tensor, kept: torch.Tensor, text: str) -> MotionPrior:
+    spans = [span for span, one in zip(words_of(text), kept, strict=True) if one]
+    prior = prior_of_rows(text, spans, list(rows[kept].numpy()), MAP_GRID, frames=0)
+    return replace(prior, confidence=prior_confidence(prior.attention, MAP_GRID))
 
 
 # ---- controls: the same words, other maps ----

@@ -11,7 +11,7 @@ from motionenhancer.priors.prior import MotionPrior
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, Scene
 
-__all__ = ["WORD_CLASSES", "grid_mask", "looks_prior", "mask_prior", "word_class"]
+__all__ = ["WORD_CLASSES", "grid_mask", "looks_prior", "mask_prior", "prior_of_rows", "word_class"]
 
 WORD_CLASSES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
@@ -59,7 +59,7 @@ def mask_prior(text: str, mask: np.ndarray, grid: tuple[int, int, int]) -> Motio
     if not spans:
         raise ValueError(f"text {text!r} has no word that speaks of an object")
     cells = grid_mask(mask, grid)
-    return _prior(text, spans, [cells] * len(spans), grid, len(mask))
+    return prior_of_rows(text, spans, [cells] * len(spans), grid, len(mask))
 
 
 def looks_prior(text: str, scene: Scene, masks: np.ndarray, grid: tuple[int, int, int]) -> MotionPrior | None:
@@ -85,20 +85,21 @@ def looks_prior(text: str, scene: Scene, masks: np.ndarray, grid: tuple[int, int
             if before or after:
                 spans.append(span)
                 maps.append(grid_mask(masks[before[-1] if before else after[0]], grid))
-    return _prior(text, spans, maps, grid, masks.shape[1]) if spans else None
+    return prior_of_rows(text, spans, maps, grid, masks.shape[1]) if spans else None
 
 
 def _content_words(text: str) -> list[tuple[int, int]]:
     return [m.span() for m in re.finditer(r"\w+", text) if word_class(m.group()) != "function"]
 
 
-def _prior(
+def prior_of_rows(
     text: str,
     spans: list[tuple[int, int]],
     maps: list[np.ndarray],
     grid: tuple[int, int, int],
     frames: int,
 ) -> MotionPrior:
+    """The prior with a map (S or F, H, W) for each of ``spans``, fully confident."""
     tokens = [text[slice(*span)] for span in spans]
     return MotionPrior(
         attention=torch.from_numpy(np.stack(maps).reshape(len(spans), -1)).half(),

@@ -142,7 +142,10 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
     teacher = save_teacher(
         tmp_path / "teacher", layers=1, frames=FRAMES, height=32, width=32, temporal_compression=2
     )
-    flags = ["--output_dir", str(tmp_path / "out"), "--teacher", str(teacher), "--seeds", "1"]
+    other = save_teacher(
+        tmp_path / "other", seed=1, layers=1, frames=FRAMES, height=32, width=32, temporal_compression=2
+    )
+    flags = ["--output_dir", str(tmp_path / "out"), "--teacher", str(teacher), str(other), "--seeds", "1"]
     flags += ["--clips", "4", "--test_clips", "4", "--steps", "2"]
     assert contest.main(flags) == 0
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")]
@@ -150,8 +153,15 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
     by_arm = {r["arm"]: r for r in runs if r["seed"] == 1}
     assert by_arm["uniform"]["lift"] == pytest.approx(1.0)
     assert by_arm["true masks"]["lift"] > by_arm["own, untrained"]["lift"]
+    first, second = by_arm["teacher"]["teacher"], by_arm["second teacher"]["teacher"]
+    assert first != second
+    assert {by_arm[arm]["teacher"] for arm in ("all teachers", "all teachers, MTTI only")} == {
+        f"{first}+{second}"
+    }
+    assert len({by_arm[arm]["lift"] for arm in ("teacher", "second teacher", "all teachers")}) == 3
     summary = json.loads((tmp_path / "out" / "results.json").read_text())
     assert summary["regime"]["steps"] == 2
+    assert summary["command"].startswith("python -m studies.motion.contest --output_dir ")
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(contest.ARMS)
 
     monkeypatch.setattr(contest, "run", lambda *given: pytest.fail("ran again"))
@@ -159,6 +169,9 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
     with pytest.raises(SystemExit):
         contest.main([*flags, "--weight", "1"])
     assert "of another study" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        contest.main(["--output_dir", str(tmp_path / "no"), "--arms", "plain", "all teachers"])
+    assert "more than one --teacher" in capsys.readouterr().err
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from motionenhancer.priors.confidence import prior_confidence
 from motionenhancer.priors.prior import extract_prior
 from motionenhancer.teachers import load_teacher
 from motionenhancer.toy.language import caption
@@ -97,6 +98,25 @@ def test_what_was_read_is_not_read_again(
     monkeypatch.setattr(makers, "read_attention", lambda *given: reads.append(1) or read(*given))
     makers.read_teacher(teacher, tmp_path, 3, 3, ["level 200"])
     assert len(reads) == 1
+
+
+def test_several_teachers_maps_are_weighted_by_their_confidence() -> None:
+    texts = [caption(draw(0, "train", i)[0]) for i in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.rand(2, WORDS, 80, generator=generator).half() ** power for power in (1, 6)]
+    kept = [torch.rand(2, WORDS, generator=generator) < 0.5 for _ in rows]
+    found = makers.combined([Maps(*both, 0.25) for both in zip(rows, kept, strict=True)], texts)
+    assert torch.equal(found.kept, kept[0] | kept[1])
+    assert found.temperature == 0.25
+    for i in range(2):
+        sure = [prior_confidence(r[i, k[i]], MAP_GRID)["confidence"] for r, k in zip(rows, kept, strict=True)]
+        for word in range(WORDS):
+            used = [n for n in range(2) if kept[n][i, word]]
+            wanted = torch.zeros(80, dtype=torch.float64)
+            for n in used:
+                row = rows[n][i, word].double()
+                wanted += sure[n] / sum(sure[m] for m in used) * row / row.sum()
+            torch.testing.assert_close(found.rows[i, word].double(), wanted, atol=1e-4, rtol=2e-3)
 
 
 def test_another_clips_maps_are_those_of_another_clip(maps: Maps) -> None:
