@@ -16,6 +16,8 @@ from motionenhancer.priors.confidence import prior_confidence
 from motionenhancer.priors.prior import MotionPrior, read_attention, select_prior
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.teachers import load_teacher
+from motionenhancer.teachers.protocol import VideoLatents
+from motionenhancer.teachers.teacher import Teacher
 from motionenhancer.toy.language import caption
 from studies.motion.clips import MAP_GRID, Maps, draw, words_of
 from studies.toy.masks import prior_of_rows
@@ -38,31 +40,41 @@ def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Seque
     One file holds a hundred clips read in one way: the rows of all words, and which words token selection
     keeps, with head selection ("mhs") and without it ("off"). Kept punctuation is left out.
     """
-    parts = [(way, start) for way in ways for start in range(0, count, _PART)]
-    missing = [part for part in parts if not _part(folder, seed, *part).exists()]
+    wanted = {
+        start: [way for way in ways if not _part(folder, seed, way, start).exists()]
+        for start in range(0, count, _PART)
+    }
+    missing = {start: left for start, left in wanted.items() if left}
     if not missing:
         return
     loaded = load_teacher(teacher, dtype=torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    for way, start in tqdm(missing, desc="teacher's maps", unit="part"):
-        found: dict[str, list[torch.Tensor]] = {}
+    for start, left in tqdm(missing.items(), desc="teacher's maps", unit="part"):
+        found: dict[str, dict[str, list[torch.Tensor]]] = {way: {} for way in left}
         for i in range(start, min(start + _PART, count)):
             scene, clip = draw(seed, "train", i)
-            text = caption(scene)
-            reading = read_attention(loaded, clip.frames, text, WAYS[way])
-            for heads in ("mhs", "off"):
-                width = WAYS[way].diagonal_width if heads == "mhs" else 0
-                settings = replace(WAYS[way], head_selection=heads, diagonal_width=width)
-                every = select_prior(reading, replace(settings, token_selection="off", token_scores="raw"))
-                spans = {span: k for k, span in enumerate(every.spans)}
-                words = [spans[span] for span in words_of(text)]
-                chosen = set(select_prior(reading, settings).spans)
-                found.setdefault(f"{heads}.rows", []).append(every.attention[words])
-                found.setdefault(f"{heads}.kept", []).append(
-                    torch.tensor([span in chosen for span in words_of(text)])
-                )
-        with whole_file(_part(folder, seed, way, start)) as temporary:
-            save_file({name: torch.stack(values) for name, values in found.items()}, temporary)
+            video = loaded.encode_video(clip.frames)
+            for way in left:
+                for name, value in _read(loaded, video, caption(scene), WAYS[way]).items():
+                    found[way].setdefault(name, []).append(value)
+        for way, values in found.items():
+            with whole_file(_part(folder, seed, way, start)) as temporary:
+                save_file({name: torch.stack(each) for name, each in values.items()}, temporary)
+
+
+def _read(loaded: Teacher, video: VideoLatents, text: str, way: PriorSettings) -> dict[str, torch.Tensor]:
+    """One clip's tensors of a file of :func:`read_teacher`."""
+    reading = read_attention(loaded, video, text, way)
+    found = {}
+    for heads in ("mhs", "off"):
+        width = way.diagonal_width if heads == "mhs" else 0
+        settings = replace(way, head_selection=heads, diagonal_width=width)
+        every = select_prior(reading, replace(settings, token_selection="off", token_scores="raw"))
+        spans = {span: k for k, span in enumerate(every.spans)}
+        chosen = set(select_prior(reading, settings).spans)
+        found[f"{heads}.rows"] = every.attention[[spans[span] for span in words_of(text)]]
+        found[f"{heads}.kept"] = torch.tensor([span in chosen for span in words_of(text)])
+    return found
 
 
 def _part(folder: Path, seed: int, way: str, start: int) -> Path:
