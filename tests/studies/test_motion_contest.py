@@ -158,7 +158,12 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
     assert {by_arm[arm]["teacher"] for arm in ("all teachers", "all teachers, MTTI only")} == {
         f"{first}+{second}"
     }
-    assert len({by_arm[arm]["lift"] for arm in ("teacher", "second teacher", "all teachers")}) == 3
+    whose = [
+        f"{who}{words}"
+        for who in ("teacher", "second teacher", "all teachers")
+        for words in ("", ", MTTI only")
+    ]
+    assert len({by_arm[arm]["lift"] for arm in whose}) == 6
     summary = json.loads((tmp_path / "out" / "results.json").read_text())
     assert summary["regime"]["steps"] == 2
     assert summary["command"].startswith("python -m studies.motion.contest --output_dir ")
@@ -170,7 +175,7 @@ def test_the_contest_runs_every_arm_once_and_adds_up(
         contest.main([*flags, "--weight", "1"])
     assert "of another study" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        contest.main(["--output_dir", str(tmp_path / "no"), "--arms", "plain", "all teachers"])
+        contest.main([*flags[:2], "--teacher", str(teacher), *flags[-6:], "--arms", "plain", "all teachers"])
     assert "more than one --teacher" in capsys.readouterr().err
 
 
