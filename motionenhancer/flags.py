@@ -56,6 +56,11 @@ def flag_of(one: Field[Any]) -> str:
     return one.metadata.get("flag", one.name)
 
 
+def values_of(*settings: Any) -> dict[str, Any]:
+    """Return the flags of dataclasses, without the dashes, with their values."""
+    return {flag_of(one): getattr(part, one.name) for part in settings for one in fields(part)}
+
+
 def check_fields(settings: Any) -> None:
     """Check each field of a dataclass against its `setting`; call it in `__post_init__`.
 

@@ -24,7 +24,7 @@ from .alignment.trainer import MotionTrainer
 from .data import Sample, SkipLog
 from .data.readers import load_samples
 from .data.sampling import Frames
-from .flags import parse_arguments, parse_options
+from .flags import parse_arguments, parse_options, values_of
 from .hub import Upload
 from .interrupts import on_interrupt
 from .priors.arguments import MakerArguments, PriorArguments
@@ -34,7 +34,7 @@ from .priors.storage import PriorStore
 from .processes import from_main
 from .report.model_card import write_model_card
 from .report.run_report import REPORT, RunReport
-from .report.watch import ReadAtBegin, Watch
+from .report.watch import Watch
 from .settings import DataArguments, OnlineArguments, ReportArguments, StudentArguments
 from .students import StudentFamily, load_student
 from .students.load import check_config
@@ -161,11 +161,15 @@ def run(
         options["store"] = prior.store(PartialState().device)
     checkpoint = checkpoint_to_resume(training)
     report = RunReport(folder, identity=run_identity(student, data, prior, settings, training, validation))
+    training.flags = values_of(student, data, prior, settings, validation, online, maker, shown)
+    # A data set in memory has a name only.
+    training.flags |= {k: report.identity[k] for k in ("data", "eval_data") if k in report.identity}
     main_process = PartialState().is_main_process
     if main_process:
         report.check() if student.dry_run else report.claim()
     ended = report.finished() and any(folder.glob("*.safetensors")) and not student.dry_run
     if from_main(ended) and training.resume_from_checkpoint is None:
+        report.status = "finished"
         if main_process:
             print(
                 f"{folder}: this run is finished; nothing is done. For another run give another --output_dir"
@@ -244,13 +248,9 @@ def run(
             )
             watched = shown.report_samples if main_process or not whole else 0
             watch = Watch(trainer, watched, whole=whole)
-            if whole:
-                watch.read("before")
-            else:
-                trainer.add_callback(ReadAtBegin(watch))
+            watch.begin()
             result = trainer.train(resume_from_checkpoint=checkpoint)
             found.finish(report, skips, trainer.total_over_processes)
-            watch.read("after")
             _save(trainer, student)
             watch.keep(report.folder)
             if asked is not None:

@@ -16,20 +16,31 @@ from ..files import read_json, write_json
 REPORT = "motion_report.json"
 
 
-@dataclass
+@dataclass(repr=False)
 class RunReport:
     """The report of one output folder. It is written when the run starts and again when it ends.
 
     Attributes:
         identity: settings that identify the run; a folder with the report of another run is refused.
         content: all other entries, free-form and JSON-ready.
-        begun: whether this process has written the report.
+        status: as written last; empty if this process has written none.
+
+    Example:
+        >>> log = [{"loss": 1.25, "loss_ar": 1.0, "epoch": 1.0}, {"train_loss": 1.5}]
+        >>> RunReport(Path("out"), {}, {"training": {"log": log}}, "finished")
+        RunReport('out', status='finished', loss=1.25, loss_ar=1)
     """
 
     folder: Path
     identity: dict[str, Any]
     content: dict[str, Any] = field(default_factory=dict)
-    begun: bool = False
+    status: str = ""
+
+    def __repr__(self) -> str:
+        log = self.content.get("training", {}).get("log", [])
+        last: dict[str, Any] = next((entry for entry in reversed(log) if "loss" in entry), {})
+        losses = "".join(f", {name}={value:.4g}" for name, value in last.items() if name.startswith("loss"))
+        return f"RunReport({str(self.folder)!r}, status={self.status!r}{losses})"
 
     @property
     def path(self) -> Path:
@@ -97,7 +108,7 @@ class RunReport:
         Raises:
             OSError: it cannot be written, as on a full disk. A report that is there then says "failed".
         """
-        self.begun = True
+        self.status = status
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
         try:
             write_json(self.path, body)
@@ -111,7 +122,7 @@ class RunReport:
 
     def fail(self, error: BaseException) -> None:
         """Write that an error ended the run, if it had begun."""
-        if self.begun:
+        if self.status:
             self.content["error"] = str(error) or type(error).__name__
             with suppress(OSError):
                 self.write(status_of(error))

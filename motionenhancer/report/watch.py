@@ -23,9 +23,14 @@ from ..priors.prior import MotionPrior
 from ..students.reading import StudentMaps, read_maps
 from ..students.words import find_words
 from .page import write_run_page
+from .picture import contact_sheet
+from .trackers import log_pictures
 from .views import View, save_views
 
-__all__ = ["ReadAtBegin", "StudentReading", "Watch", "add_maps", "read_student", "task_of"]
+__all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
+
+PICTURES = 4
+"""Maximum number of clips whose contact sheets the trackers get."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,11 @@ def task_of(sample: Sample) -> str:
 
 
 @dataclass
-class Watch:
+class Watch(TrainerCallback):
     """Reads samples of a run before and after training, saves the readings, and writes the page.
 
-    It does not change the training. Its methods never raise, so that a page cannot end a run.
+    The trackers of `--report_to` get contact sheets. It does not change the training. Its methods never
+    raise, so that a page cannot end a run.
 
     Attributes:
         trainer: has the student on its device, and the samples.
@@ -120,13 +126,32 @@ class Watch:
         whole: whether this process has all weights. If not, all processes must call `read` together during
             training, because the engine shards the weights when the training begins.
         readings: "before", "after" → sample id → reading of the student.
+        views: the samples with their readings, once the training has ended.
     """
 
     trainer: MotionTrainer
     count: int
     whole: bool = True
     readings: dict[str, dict[str, StudentReading]] = field(default_factory=dict)
+    views: list[View] = field(default_factory=list)
     failed: bool = False
+
+    def begin(self) -> None:
+        """Read the student before the training, and join the Trainer's callbacks."""
+        # At the front: each tracker's own callback closes it at the end of the training.
+        self.trainer.callback_handler.callbacks.insert(0, self)
+        if self.whole:
+            # A continued run loads its weights later.
+            self.read("before")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.whole and state.global_step == 0:
+            self.read("before")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.read("after")
+        if state.is_world_process_zero:
+            self._try(self._show)
 
     @property
     def dataset(self) -> MotionDataset:
@@ -146,13 +171,19 @@ class Watch:
         self._try(lambda: self._read(when))
 
     def keep(self, folder: Path) -> None:
-        """Save the readings in a run's output folder; the run's teacher must still exist."""
+        """Save the readings in a run's output folder."""
         if self.trainer.is_world_process_zero():
-            self._try(lambda: save_views(folder, [self._view(sample) for sample in self.samples()]))
+            self._try(lambda: save_views(folder, self.views))
 
     def write(self, folder: Path) -> None:
         """Write the run's page into its output folder, which holds the run's report."""
         self._try(lambda: print(f"page of the run: {write_run_page(folder)}"))
+
+    def _show(self) -> None:
+        """Make the views, and send contact sheets of the first ones to the trackers."""
+        self.views = [self._view(sample) for sample in self.samples()]
+        callbacks, step = self.trainer.callback_handler.callbacks, self.trainer.state.global_step
+        log_pictures(callbacks, ((view.id, contact_sheet(view)) for view in self.views[:PICTURES]), step)
 
     def _read(self, when: str) -> None:
         model = self.trainer.model if self.whole else self.trainer.model_wrapped
@@ -225,14 +256,3 @@ class Watch:
         except Exception as error:
             self.failed = True
             print(f"page of the run not written: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-class ReadAtBegin(TrainerCallback):
-    """Reads the samples once the engine has sharded the weights, unless the run resumes."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.watch.read("before")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -66,6 +66,8 @@ class TrainArguments(TrainingArguments):
     dry_run: InitVar[bool] = False
 
     def __post_init__(self, dry_run: bool) -> None:
+        #: the run's other flags with their values, which the trackers of `--report_to` show
+        self.flags: dict[str, Any] = {}
         check_fields(self)
         without = not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ
         if without and (dry_run or int(os.environ.get("WORLD_SIZE", "1")) > 1):
@@ -109,6 +111,10 @@ class TrainArguments(TrainingArguments):
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
                 if hasattr(self, name):
                     setattr(self, name, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options, and `flags`: transformers sends them to the trackers."""
+        return {**self.flags, **super().to_dict()}
 
     def take_upload(self) -> Upload | None:
         """Take the upload out of the options, so that the Trainer neither uploads nor stores the token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,27 @@ def test_a_data_set_in_memory_is_extracted_trained_on_and_evaluated(world: World
     assert scores == json.loads((tmp_path / "scores" / "scores.json").read_text())
     compared = evaluate(compare=[tmp_path / "scores", tmp_path / "scores"])
     assert compared["questions"] == 2
+
+
+def test_the_page_s_calls_run_and_a_report_shows_itself_briefly(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    world.link(tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(compile(code, "docs/training.md", "exec"), scope)
+    made, shown, overall = capsys.readouterr().out.splitlines()[-3:]
+    last = [entry for entry in report_of(tmp_path / "runs/python")["training"]["log"] if "loss" in entry][-1]
+    losses = ", ".join(
+        f"{name}={last[name]:.4g}" for name in ("loss", "loss_ar", "loss_align", "loss_align_raw")
+    )
+    assert (made, shown) == ("8", f"RunReport('runs/python', status='finished', {losses})")
+    scores = json.loads((tmp_path / "scores/python/scores.json").read_text())
+    assert overall == str(scores["overall"])
+    again = scope["given"] | {"student": "toy/student", "learning_rate": 1e-3, "max_steps": 20}
+    assert train(**again, output_dir="runs/python").status == "finished"
 
 
 @pytest.mark.parametrize("call", [train, extract, evaluate])

@@ -12,15 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "students.md"
 
 
 def test_examples_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    toy = tmp_path / "toy"
-    toy.mkdir()
-    for name, target in (
-        ("student", world.student),
-        ("teacher", world.teacher),
-        ("train.jsonl", world.data),
-        ("videos", world.videos),
-    ):
-        (toy / name).symlink_to(target)
+    world.link(tmp_path / "toy")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 6

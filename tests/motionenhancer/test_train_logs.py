@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_world import World
 from train_support import flags, report_of, shared_priors, without_priors_of
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 
 from motionenhancer import train
 from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.logs import StepLog, Stopwatch
+from motionenhancer.report.picture import contact_sheet
+from motionenhancer.report.trackers import log_pictures
+from motionenhancer.report.views import load_views
 from motionenhancer.training.arguments import TrainArguments
 
 NAMES = (
@@ -35,10 +44,24 @@ def test_tensorboard_receives_every_number(world: World, tmp_path: Path, monkeyp
     )
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     options = {"alignment_weight": 3.0, "alignment_schedule": "linear", "max_steps": 3}
-    options |= {"report_to": "tensorboard", "prior_dir": shared_priors(world)}
+    options |= {"report_to": "tensorboard", "prior_dir": shared_priors(world), "report_samples": 5}
     assert train.main(flags(world, tmp_path / "out", **options)) == 0
-    events = readers.EventAccumulator(str(tmp_path / "logs"))
+    events = readers.EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0})
     events.Reload()
+    # Our own flags beside transformers'.
+    (text,) = events.Tensors("args/text_summary")
+    args = json.loads(text.tensor_proto.string_val[0])
+    known = {"teacher": str(world.teacher), "data": str(world.data), "learning_rate": 1e-3, "aligner": "mlp"}
+    known |= {"alignment_weight": 3.0, "prior_dir": str(shared_priors(world)), "ddim_steps": 1}
+    assert {name: args[name] for name in known} == known
+    # Contact sheets of the first four clips of the page, after the last step.
+    views = load_views(tmp_path / "out")
+    assert sorted(events.Tags()["images"]) == sorted(f"maps/{view.id}" for view in views[:4])
+    (drawn,) = events.Images(f"maps/{views[0].id}")
+    assert drawn.step == 3
+    picture, kept = Image.open(BytesIO(drawn.encoded_image_string)), contact_sheet(views[0])
+    # The kept maps are in half precision: one level of a colour is their rounding.
+    assert np.abs(np.asarray(picture, int) - np.asarray(kept, int)).max() <= 1
     logged = [entry for entry in report_of(tmp_path / "out")["training"]["log"] if "loss" in entry]
     assert len(logged) == 3
     for name in NAMES:
@@ -66,7 +89,39 @@ def test_wandb_keeps_every_number_offline(world: World, tmp_path: Path, monkeypa
         wandb.teardown()
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     body = kept.read_bytes()
-    assert all(f"train/{name}".encode() in body for name in NAMES)
+    assert all(f"train/{name}".encode() in body for name in (*NAMES, "global_step"))
+    assert b"alignment_weight" in body
+    assert len(list(kept.parent.rglob("media/images/**/*.png"))) == 4
+
+
+def test_other_trackers_receive_pictures_as_their_modules_take_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-ins of the modules; a tracker that fails does not keep the pictures from the next."""
+    found: list[Any] = []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no\nspace")
+
+    def module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(Image=lambda picture: (name, picture), log=found.append)
+
+    mlflow = SimpleNamespace(log_image=lambda picture, file: found.append((picture, file)))
+    broken = SimpleNamespace(Image=fail)
+    for wandb in (broken, module("wandb")):
+        for name, stand_in in {"wandb": wandb, "trackio": module("trackio"), "mlflow": mlflow}.items():
+            monkeypatch.setitem(sys.modules, name, stand_in)
+        found.clear()
+        kinds = (WandbCallback, TrackioCallback, MLflowCallback)
+        log_pictures([object(), *(kind.__new__(kind) for kind in kinds)], [("a/b", "picture")], 7)
+        expected = [
+            {"maps/a_b": ("wandb", "picture"), "train/global_step": 7},
+            {"maps/a_b": ("trackio", "picture"), "train/global_step": 7},
+            ("picture", "maps/a_b.png"),
+        ]
+        assert found == expected[wandb is broken :]
+    assert capsys.readouterr().out == "wandb: got no pictures (no space)\n"
+    log_pictures([object()], (fail() for _ in range(1)), 7)  # without a tracker, nothing is drawn
 
 
 def test_steps_without_a_prior_log_no_alignment(

@@ -13,6 +13,14 @@ class World:
     teacher: Path
     student: Path
 
+    def link(self, folder: Path) -> None:
+        """Make the folder one of the toy's, as the pages have it."""
+        folder.mkdir()
+        for target in (self.data, self.data.with_name("test.jsonl"), self.videos):
+            (folder / target.name).symlink_to(target)
+        (folder / "teacher").symlink_to(self.teacher)
+        (folder / "student").symlink_to(self.student)
+
     def flags(self, **options: object) -> list[str]:
         """Command-line flags of this world; `options` are added, None leaves a flag out."""
         chosen = {
