@@ -2,7 +2,7 @@
 
 FOLDER is a toy world of `python -m motionenhancer.toy --output_dir FOLDER`."""
 
-import sys
+import argparse
 from itertools import islice
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from motionenhancer.alignment.dataset import Item, MotionCollator
 from motionenhancer.data import prompt_text, read_frames, read_samples
 from motionenhancer.students import capture_attention, load_student, map_words
 
-accelerator, folder, items = Accelerator(), Path(sys.argv[1]), []
+parser = argparse.ArgumentParser(usage=__doc__)
+parser.add_argument("folder", type=Path)
+accelerator, folder, items = Accelerator(), parser.parse_args().folder, []
 model, processor, family = load_student(folder / "student")
 teacher = load_teacher(folder / "teacher", accelerator.device)
 for sample in islice(read_samples(folder / "train.jsonl", folder / "videos"), 4):
-    text, segments = prompt_text(sample)
+    text, parts = prompt_text(sample)
     prior = extract_prior(teacher, read_frames(sample.videos[0], num_frames=17).frames, text, steps=2)
     encoded = family.encode(processor, sample, [read_frames(sample.videos[0], num_frames=8)])
     at = encoded.layout
-    words = map_words(
-        prior.spans, prior.prompt, segments, at.text, at.offsets, message_spans=at.message_spans
-    )
+    words = map_words(prior.spans, prior.prompt, parts, at.text, at.offsets, message_spans=at.message_spans)
     items.append(Item(sample.id, encoded, prior, words, skipped={}))
 loader = torch.utils.data.DataLoader(items, batch_size=2, collate_fn=MotionCollator(family, processor))
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)

@@ -2,7 +2,7 @@
 
 FOLDER is a toy world of `python -m motionenhancer.toy --output_dir FOLDER`."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from motionenhancer.alignment.aligner import align, build_aligner
 from motionenhancer.data import prompt_text, read_frames, read_samples
 from motionenhancer.students import capture_attention, load_student, map_words
 
-folder = Path(sys.argv[1])
+parser = argparse.ArgumentParser(usage=__doc__)
+parser.add_argument("folder", type=Path)
+folder = parser.parse_args().folder
 model, processor, family = load_student(folder / "student")
 sample = next(iter(read_samples(folder / "train.jsonl", folder / "videos")))
 text, segments = prompt_text(sample)

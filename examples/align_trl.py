@@ -3,7 +3,7 @@
 FOLDER is a toy world of `python -m motionenhancer toy --output_dir FOLDER`, with priors in FOLDER/priors
 as docs/integrations.md makes them."""
 
-import sys
+import argparse
 
 import torch
 from datasets import Dataset
@@ -13,7 +13,10 @@ from trl import SFTConfig
 from motionenhancer.data import read_frames, read_samples
 from motionenhancer.integrations.trl import AlignedSFTTrainer
 
-folder, output = sys.argv[1:]
+parser = argparse.ArgumentParser(usage=__doc__)
+for name in ("folder", "output"):
+    parser.add_argument(name)
+folder, output = vars(parser.parse_args()).values()
 processor = AutoProcessor.from_pretrained(f"{folder}/student")
 model = AutoModelForImageTextToText.from_pretrained(f"{folder}/student", dtype=torch.float32)
 
@@ -28,13 +31,8 @@ def collate(rows):
 samples = read_samples(f"{folder}/train.jsonl", f"{folder}/videos")
 rows = [{"messages": sample.messages, "video": str(sample.videos[0])} for sample in samples]
 args = SFTConfig(output, bf16=False, per_device_train_batch_size=2, num_train_epochs=2, logging_steps=1)
+priors = {"prior_dir": f"{folder}/priors", "alignment_weight": 1.0}
 trainer = AlignedSFTTrainer(
-    model,
-    args,
-    collate,
-    train_dataset=Dataset.from_list(rows),
-    processing_class=processor,
-    prior_dir=f"{folder}/priors",
-    alignment_weight=1.0,
+    model, args, collate, train_dataset=Dataset.from_list(rows), processing_class=processor, **priors
 )
 trainer.train()

@@ -1,4 +1,4 @@
-"""Teach a word to look at the left half of an image: python examples/words_as_loss.py [model]"""
+"""Teach a word to look left in an image: python examples/words_as_loss.py [model, else an untrained one]"""
 
 import sys
 import tempfile

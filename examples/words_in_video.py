@@ -1,4 +1,5 @@
-"""Where words look in a video: python examples/words_in_video.py [model [video file [word ...]]]"""
+"""Where words look in a video: python examples/words_in_video.py [model [video file [word ...]]]
+Without arguments: an untrained Qwen2.5-VL that it makes, and a clip of noise."""
 
 import sys
 import tempfile
@@ -11,9 +12,7 @@ from motionenhancer.students import capture_attention
 from motionenhancer.toy.models import save_student
 
 name = sys.argv[1] if len(sys.argv) > 1 else save_student(tempfile.mkdtemp())
-video = (
-    read_frames(sys.argv[2], num_frames=8).frames if len(sys.argv) > 2 else torch.rand(8, 64, 64, 3).mul(255)
-)
+video = read_frames(sys.argv[2], num_frames=8).frames if sys.argv[2:] else torch.rand(8, 64, 64, 3).mul(255)
 model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="sdpa")  # or flash_attention_2
 processor = AutoProcessor.from_pretrained(name)
 words = sys.argv[3:] or ["red", "ring", "moves"]

@@ -41,6 +41,21 @@ def test_each_has_at_most_forty_lines() -> None:
         assert len((FOLDER / script).read_text().splitlines()) <= 40, script
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_its_folder_each_shows_its_usage(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    if script == "align_trl.py":
+        pytest.importorskip("trl", reason="TRL is not installed")
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / script))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"examples/{script} FOLDER" in said
+    assert "FOLDER is a toy world of `python -m motionenhancer" in said
+
+
 def test_plain_loop(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     names, terms = run("align_plain_loop.py", toy, monkeypatch, capsys)
     assert len(terms) == 4

@@ -16,6 +16,7 @@ def test_the_picture_and_the_statistics(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "received.png")])
     names = runpy.run_path(str(SCRIPT))
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].endswith(f": {tmp_path / 'received.png'}")
     model, vision = names["model"], names["vision"].positions
     model.set_attn_implementation({"text_config": "eager"})
     with torch.no_grad():

@@ -85,7 +85,9 @@ def test_words_as_loss(monkeypatch, capsys, student):
 def test_words_as_pictures(monkeypatch, capsys, student, tmp_path):
     Image.effect_noise((72, 56), 90).save(tmp_path / "given.png")
     given = (tmp_path, student, tmp_path / "given.png", "green", "square")
-    names, _ = run(monkeypatch, capsys, "words_as_pictures.py", *given)
+    names, printed = run(monkeypatch, capsys, "words_as_pictures.py", *given)
+    files = [f"{tmp_path}/{word}.png" for word in ("green", "square")]
+    assert [line.rpartition(": ")[2] for line in printed.splitlines()] == files
     expected = eager(names)
     for word, row in zip(["green", "square"], expected, strict=True):
         picture = Image.open(tmp_path / f"{word}.png")
