@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -27,8 +28,15 @@ def test_a_data_set_in_memory_is_extracted_trained_on_and_evaluated(world: World
     made = extract(data=table, ddim_steps=1, **paths(world))
     assert (made["status"], made["samples"]) == ("finished", len(rows))
     given = {**paths(world), **FAST, "student": world.student, "prior_source": "store", "max_steps": 1}
+    # TensorBoard's text holds the names of both.
+    tracked = {"report_to": "tensorboard"} if importlib.util.find_spec("tensorboard") else {}
     report = train(
-        data=table, eval_data=table, eval_video_root=world.videos, output_dir=tmp_path / "a", **given
+        data=table,
+        eval_data=table,
+        eval_video_root=world.videos,
+        output_dir=tmp_path / "a",
+        **given,
+        **tracked,
     )
     assert report_of(report.folder)["status"] == "finished"
     assert any("eval_loss_align" in entry for entry in report.content["training"]["log"])
