@@ -33,7 +33,8 @@ class Clip:
         start, end: seconds since the file's first frame. Only frames with `start <= time <= end` are shown,
             as in qwen-vl-utils.
         fps: frames per second that a student sees; replaces the value of the run.
-        num_frames: number of evenly spaced frames that a student sees; replaces the run's number or rate.
+        num_frames: number of evenly spaced frames that a student sees; replaces the run's number or rate. A
+            shorter clip shows all of its frames.
         min_frames, max_frames: limits of the number of frames at a rate; replace the limits of the run.
         min_pixels, max_pixels: limits of the pixels of a frame as the student sees it, if its size is not
             fixed.

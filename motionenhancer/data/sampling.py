@@ -50,12 +50,14 @@ class Frames:
         least, most = self.min_frames, self.max_frames
         if isinstance(video, Clip):
             least, most = video.min_frames or least, video.max_frames or most
-            if video.num_frames is not None:
-                num_frames = video.num_frames
-            elif video.fps is not None:
+            own = video.num_frames
+            if video.fps is not None:
                 num_frames, fps = None, video.fps
-            elif num_frames is not None:
-                num_frames = min(max(num_frames, video.min_frames or 1), video.max_frames or num_frames)
+            elif own is None and num_frames is not None:
+                own = min(max(num_frames, video.min_frames or 1), video.max_frames or num_frames)
+            if own is not None and own != num_frames:
+                # No frame is repeated: a row must not make an endless video of a short clip.
+                return read(video, max_frames=own)
         if num_frames is not None:
             return read(video, num_frames=num_frames)
         shown = read(video, fps=fps, max_frames=most)

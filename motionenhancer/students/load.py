@@ -68,6 +68,7 @@ def load_student(
 
     Returns:
         model, processor, family. The model is in evaluation mode; with adapters it is a ``peft.PeftModel``.
+        A tokenizer without a maximum length has the model's number of positions.
 
     Raises:
         ValueError: ``path`` is not a folder; it has no readable ``config.json``, weights or processor; no
@@ -103,6 +104,9 @@ def load_student(
             f"path {str(path)!r}: its tokenizer has tokens up to number {most}, its model embeddings for "
             f"{known} tokens only: they belong to different models"
         )
+    if processor.tokenizer.model_max_length > 10**9:  # Its file gives no length.
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        processor.tokenizer.model_max_length = longest or processor.tokenizer.model_max_length
     if base != folder:
         model = _adapted(model, folder)
     if device is not None:

@@ -155,8 +155,8 @@ def assemble(
         max_length: maximum number of tokens; only text is cut, never vision tokens.
 
     Raises:
-        ValueError: a video has another number of vision tokens than its family expects, or ``max_length``
-            would cut vision tokens.
+        ValueError: a video has another number of vision tokens than its family expects; ``max_length`` would
+            cut vision tokens; or without it, the text is longer than the tokenizer's ``model_max_length``.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
     # As transformers does: the tokenizer must not repeat a token with which the template begins.
@@ -166,6 +166,11 @@ def assemble(
     offsets = torch.tensor(tokenized["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
     named = (processor.image_token_id, getattr(processor, "video_token_id", None))
     positions = torch.isin(ids, torch.tensor([i for i in named if i is not None])).nonzero()[:, 0]
+    most = processor.tokenizer.model_max_length
+    if max_length is None and (count := len(ids) - len(positions)) > most:
+        raise ValueError(
+            f"sample {sample.id!r}: its text has {count:,} tokens, but the student reads at most {most:,}"
+        )
     starts, videos, end = offsets[positions, 0].contiguous(), [], 0
     for medium in media:
         # A placeholder is unique in the rendered text, so its expansion is found after the last one.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from students_support import clip, dialogue
 
 from motionenhancer.students import known_families, load_student, student_family
 from motionenhancer.students.locate import attention_modules, text_model, unwrap_model
@@ -36,6 +37,22 @@ def test_dtype_device_and_attention(student_dir: Path, dtype: Any) -> None:
     model, _, _ = load_student(str(student_dir), dtype=dtype, device="cpu", attn_implementation="eager")
     assert model.dtype == torch.bfloat16
     assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_a_text_beyond_the_models_positions_is_refused(copy: Path) -> None:
+    """Attention over a text of a megabyte would take hours; if the tokenizer has no limit, the model's holds."""
+    tokens = json.loads((copy / "tokenizer_config.json").read_text())
+    assert tokens.pop("model_max_length") == 4096
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokens))
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 200
+    (copy / "config.json").write_text(json.dumps(config))
+    _, processor, family = load_student(copy)
+    videos = [clip(4, 128, 128)]
+    within = family.encode(processor, dialogue("x" * 100, "y"), videos)
+    assert len(within.input_ids) > 200, "the tokens of a video do not count"
+    with pytest.raises(ValueError, match=r"'sample': its text has \d+ tokens, .* reads at most 200"):
+        family.encode(processor, dialogue("x " * 200, "y"), videos)
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
