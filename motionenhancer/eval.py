@@ -74,10 +74,13 @@ def evaluate(**options: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments((EvalArguments, Rules), argv, prog=PROG)
     try:
-        _do(*given)
+        done = _do(*given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if done.get("answered") == 0:
+        print("error: no question was answered", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -45,6 +45,7 @@ def write_scores(
     judged = judge_answers(benchmark, questions, outputs, rules, verdicts)
     scores = {
         **score(judged, benchmark.tasks, **bootstrap),
+        "answered": sum(q.id in outputs for q in questions),
         "skipped": skips.total,
         "skipped_by_reason": dict(skips.counts),
         "benchmark": benchmark.name,

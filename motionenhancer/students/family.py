@@ -134,8 +134,8 @@ class StudentFamily:
 
         Raises:
             ValueError: videos or images do not fit the conversation, a text contains a special token of the
-                model, is too long for the model, ``max_length`` would cut vision tokens, or messages cannot be
-                located in the template.
+                model, the text is too long for the model, ``max_length`` would cut vision tokens, or messages
+                cannot be located in the template.
         """
         images = open_images(sample) if images is None else list(images)
         # Marks of turns in the text would become real turns.

@@ -224,8 +224,17 @@ def test_missing_and_broken_clips_are_counted(
     assert "video_root: " in capsys.readouterr().err
     (clips / "deeper" / "test-00000.mkv").unlink()
     flags |= {"limit": 3}
-    assert main(tmp_path / "none", **flags) == 0, "a run without a single clip still says so"
+    assert main(tmp_path / "none", **flags) == 1, "a run without a single answer is not a success"
+    assert "no question was answered" in capsys.readouterr().err
     assert scores_of(tmp_path / "none")["overall"] is None
+
+
+@pytest.mark.parametrize(("given", "code"), [("", 1), ('{"other": "A"}', 1), ('{"mr_0": "A"}', 0)])
+def test_predictions_without_a_single_answer_fail(tmp_path: Path, given: str, code: int) -> None:
+    """An empty file would look like a model that is always wrong."""
+    file = tmp_path / "given.json"
+    file.write_text(given)
+    assert main(tmp_path / "out", benchmark="motionbench", data=MOTIONBENCH, predictions=file) == code
 
 
 def test_hidden_answers_are_asked_on_request(student_dir: Path, toy: ToyFolder, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_dtype_device_and_attention(student_dir: Path, dtype: Any) -> None:
 
 
 def test_a_text_beyond_the_models_positions_is_refused(copy: Path) -> None:
-    """Attention over a text of a megabyte would take hours; if the tokenizer has no limit, the model's holds."""
+    """Attention over a text of a megabyte would take hours. A tokenizer without a limit has the model's."""
     tokens = json.loads((copy / "tokenizer_config.json").read_text())
     assert tokens.pop("model_max_length") == 4096
     (copy / "tokenizer_config.json").write_text(json.dumps(tokens))
