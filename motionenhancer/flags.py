@@ -15,6 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field, fields
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, cast, get_type_hints
@@ -88,6 +89,8 @@ class Settings:
 def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
     """Return the requirement that a value violates; empty if the value is right."""
     bounds = [(*_BOUNDS[name], rules[name]) for name in _BOUNDS if name in rules]
+    if bounds and not isinstance(value, Real):
+        return "a number"
     if bounds and value != rules.get("off"):
         finite = [] if math.isfinite(value) else ["finite"]
         if finite or not all(holds(value, bound) for _, holds, bound in bounds):
@@ -109,6 +112,8 @@ class _Parser(HfArgumentParser):
         self.in_python = in_python
         #: every name that a yaml file may use, older ones too → the flag that it sets
         self.names: dict[str, str] = {}
+        #: flags whose value may be a mapping
+        self.mappings: set[str] = set()
         self.behind: list[Any] = []
         super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False)
         # The list of all options is a page long and would hide an error.
@@ -133,6 +138,8 @@ class _Parser(HfArgumentParser):
             shown = copy.copy(one)
             shown.name, shown.type = flag_of(one), one.metadata.get("type", hints[one.name])
             metadata = {name: value for name, value in one.metadata.items() if name not in _OURS}
+            if "dict" in str(shown.type):
+                self.mappings.add(shown.name)
             if not mine and works is not None and one.name not in works:
                 metadata["help"] = argparse.SUPPRESS
             shown.metadata = MappingProxyType(metadata)
@@ -269,7 +276,7 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such file")
     try:
         given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not valid yaml ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: must be a mapping of options, got {type(given).__name__}")
@@ -283,16 +290,20 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
             raise ValueError(f"--config {path}: {other} and {key} are two names of one option; give one")
     actions = {action.dest: action for action in reversed(parser._actions)}
     return {
-        name: _as_flag(actions[name], given[key], f"--config {path}: {name}") for name, key in keys.items()
+        name: _as_flag(actions[name], given[key], f"--config {path}: {name}", name in parser.mappings)
+        for name, key in keys.items()
     }
 
 
-def _as_flag(action: argparse.Action, value: Any, key: str) -> Any:
+def _as_flag(action: argparse.Action, value: Any, key: str, mapping: bool) -> Any:
     """Return the value in the form of the command line: argparse converts only such defaults."""
     if value is None and action.default is not None:
         raise ValueError(f"{key} must have a value")
-    if isinstance(value, dict) and action.type in (int, float):
-        raise ValueError(f"{key} must be a number, got {value}")
+    parts = [] if value is None else value if isinstance(value, list) and not mapping else [value]
+    if not all(isinstance(part, str | int | float) or (mapping and isinstance(part, dict)) for part in parts):
+        # A bare date in yaml, for example, is no text.
+        number, text = action.type in (int, float), "a mapping or a text" if mapping else "a text"
+        raise ValueError(f"{key} must be {'a number' if number else text}, got {str(value)[:80]}")
     if isinstance(value, list) and action.nargs is None:
         value = ",".join(map(str, value))  # The flag takes several values in this form.
     if not isinstance(value, str | int | float):

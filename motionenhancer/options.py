@@ -198,8 +198,11 @@ def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
         said = " ".join(str(error).split())[:400] or type(error).__name__
         low = said.lower()
         words = {name: value for name, value in given.items() if isinstance(value, str) and len(value) > 2}
+        # the text that is no json, or the name of a file
+        texts = [text for name in ("doc", "filename") if (text := getattr(error, name, None))]
         meant = (
-            [name for name in given if prefixes and name.startswith(prefixes)]
+            [name for name, value in given.items() if value in texts]
+            or [name for name in given if prefixes and name.startswith(prefixes)]
             or [name for name in given if any(word in low for word in name.split("_") if len(word) > 3)]
             or [name for name, value in words.items() if value.lower() in low]
             or [n for n, value in given.items() if (n in words or value is True) and n != "output_dir"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from motionenhancer.evaluation.arguments import EvalArguments
-from motionenhancer.flags import flag_of, parse_arguments
+from motionenhancer.flags import flag_of, parse_arguments, parse_options
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.settings import DataArguments
@@ -65,6 +65,13 @@ def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
         ("a: [\n", "not valid yaml"),
         ("ddim_steps:\n", "ddim_steps must have a value"),
         ("head_ratio: {a: 1}\n", "head_ratio must be a number, got {'a': 1}"),
+        ("head_ratio: 2020-01-01\n", "head_ratio must be a number, got 2020-01-01"),
+        ("head_ratio: !!set {1}\n", "head_ratio must be a number, got {1"),
+        ("head_ratio: !!binary aGVsbG8=\n", "head_ratio must be a number, got b'hello'"),
+        ("data: {a: 1}\n", "data must be a text, got {'a': 1}"),
+        ("teacher: [2020-01-01]\n", "teacher must be a text, got"),
+        ("limit: " + "[" * 10_000, "not valid yaml (maximum recursion"),
+        ("limit: 2020-13-01\n", "not valid yaml (month must be"),
     ],
 )
 def test_a_bad_file_is_named(
@@ -209,3 +216,8 @@ def test_errors_are_short(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--nonsense", "1")
     assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+def test_a_value_from_python_that_is_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match="--limit must be a number, got {1}"):
+        parse_options((DataArguments,), {"limit": {1}}, prog="test")

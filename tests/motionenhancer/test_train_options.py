@@ -69,6 +69,17 @@ def test_what_no_run_can_use_is_refused_by_value(name: str, value: str, reason: 
         TrainArguments(output_dir=str(tmp_path), **{**PLAIN, name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("lr_scheduler_kwargs", "{", "Expecting property name"), ("accelerator_config", "1", "No such file")],
+)
+def test_an_option_whose_text_is_no_mapping_is_named(
+    name: str, value: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^--{name} {re.escape(value)}: .*{said}"):
+        TrainArguments(output_dir=str(tmp_path), **{**PLAIN, name: value})
+
+
 def test_an_option_that_no_table_knows_is_refused_if_it_is_changed() -> None:
     @dataclass
     class Later(TrainingArguments):
