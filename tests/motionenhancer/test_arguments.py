@@ -219,5 +219,5 @@ def test_errors_are_short(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_value_from_python_that_is_no_number_is_named() -> None:
-    with pytest.raises(ValueError, match="--limit must be a number, got {1}"):
+    with pytest.raises(ValueError, match=r"--limit must be a number, got \{1\}"):
         parse_options((DataArguments,), {"limit": {1}}, prog="test")
