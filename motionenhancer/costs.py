@@ -161,7 +161,7 @@ def extraction_cost(
     texts = iter(missing)
     while some := list(islice(texts, 256)):
         count += len(some)
-        for tokens in map(len, tokenizer(some, add_special_tokens=False)["input_ids"]):
+        for tokens in map(len, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]):
             longest = max(longest, min(tokens, most))
             rows += max(1, math.floor(settings.token_ratio * min(tokens, most) + 0.5))
     return ExtractionCost(

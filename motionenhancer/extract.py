@@ -30,7 +30,7 @@ from .priors.arguments import MakerArguments, PriorArguments
 from .priors.engine import Engine
 from .priors.extraction import EXTRACTION, ExtractionRecord
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
-from .priors.prior import PARTLY_UNKNOWN
+from .priors.prior import PARTLY_UNKNOWN, say_cut
 from .priors.prior_settings import PriorSettings
 from .priors.requests import PriorRequest
 from .priors.storage import PriorStore
@@ -153,7 +153,7 @@ def _extract(
         )
         if state.is_main_process and before is None:
             record.write(place, "running", {})
-        counts = dict.fromkeys(("samples", "stored", "made"), 0)
+        counts = dict.fromkeys(("samples", "stored", "made", "cut_texts", "cut_words"), 0)
 
         def kept() -> str:
             if state.is_main_process and (before is None or counts["made"]):
@@ -186,6 +186,8 @@ def _extract(
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
         print(f"{unknown} {PARTLY_UNKNOWN}: these characters belong to no word")
+    if results["cut_texts"]:
+        print(say_cut(results["cut_texts"], results["cut_words"]))
     if results["roundtrip"]:
         print(f"inversion error of the first clip: {results['roundtrip']}")
     if total.total:
@@ -210,6 +212,8 @@ def _make(
             if isinstance(found, Made):
                 counts["samples"] += 1
                 counts["made" if found.fresh else "stored"] += 1
+                counts["cut_texts"] += found.prior.truncated > 0
+                counts["cut_words"] += found.prior.cut_words
                 roundtrip = roundtrip or found.roundtrip
                 count_made(sample, found, skips)
                 if found.damaged:

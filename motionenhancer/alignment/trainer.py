@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..priors.confidence import gate_weight
+from ..priors.prior import say_cut
 from ..students.capture import capture_attention
 from ..weights import load_whole, refuse_weights, saving
 from .aligner import NOT_FINITE, align
@@ -128,7 +129,7 @@ class MotionTrainer(ValidatedTrainer):
         #: sample id → why it could not be read and another took its place
         self.skipped: dict[str, str] = {}
         #: of all training batches this process saw
-        names = ("samples", "aligned_samples", "words", "mapped_words", "cut_texts")
+        names = ("samples", "aligned_samples", "words", "mapped_words", "cut_texts", "cut_words")
         self.counts = dict.fromkeys(names, 0)
         self.add_callback(_StepEnd(self))
 
@@ -236,7 +237,9 @@ class MotionTrainer(ValidatedTrainer):
             self.counts["aligned_samples"] += alignment.count
             self.counts["words"] += alignment.words
             self.counts["mapped_words"] += alignment.mapped
-            self.counts["cut_texts"] += sum(p is not None and p.truncated > 0 for p in alignment.priors)
+            cut = [p for p in alignment.priors if p is not None and p.truncated > 0]
+            self.counts["cut_texts"] += len(cut)
+            self.counts["cut_words"] += sum(p.cut_words for p in cut)
             self._log.add_batch(alignment)
 
     def _divided_by_accumulation(self, num_items_in_batch: Any) -> bool:
@@ -262,11 +265,8 @@ class MotionTrainer(ValidatedTrainer):
     def summary(self) -> str:
         """Return one line with the totals of the alignment. Every process must call it."""
         counts = torch.tensor(list(self.counts.values()))
-        samples, aligned, words, found, cut = self.total_over_processes(counts).tolist()
-        return (
-            f"{aligned} of {samples} samples aligned, {found} of {words} words found, "
-            f"{cut} texts cut to the teacher's length"
-        )
+        samples, aligned, words, found, *cut = self.total_over_processes(counts).tolist()
+        return f"{aligned} of {samples} samples aligned, {found} of {words} words found, {say_cut(*cut)}"
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

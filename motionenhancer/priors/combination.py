@@ -99,6 +99,7 @@ def combine_priors(
         confidence=prior_confidence(attention, grid),
         teacher="+".join(prior.teacher for prior, _ in used),
         truncated=min(prior.truncated for prior, _ in used),
+        cut_words=min(prior.cut_words for prior, _ in used),
         unknown=min(prior.unknown for prior, _ in used),
         evaluations=sum(prior.evaluations for prior, _ in used),
         seconds={},

@@ -30,6 +30,12 @@ from .token_choice import choose_tokens
 #: Note of a prior whose text has characters that are in none of its words; see `MotionPrior.unknown`.
 PARTLY_UNKNOWN = "priors whose text has characters unknown to the teacher's tokenizer"
 
+
+def say_cut(texts: int, words: int) -> str:
+    """Say how many texts were cut to the teacher's length, and how many words they lost."""
+    return f"{texts} texts cut to the teacher's length" + (f", {words} words left out" if texts else "")
+
+
 #: Written into every stored prior and its key; raised when the arithmetic behind a prior changes.
 FORMAT = 5
 
@@ -58,6 +64,7 @@ class MotionPrior:
         frames_given: number of given video frames.
         frames_used: number of video frames that the teacher encoded.
         truncated: number of text tokens that were cut because the teacher takes fewer.
+        cut_words: number of words of the text, separated by spaces, that were cut with them.
         unknown: number of characters for which the teacher's tokenizer has no piece; see `TextEncoding`.
         evaluations: number of transformer evaluations, counted per batch row.
         seconds: stage → wall time; it is neither compared nor part of the key.
@@ -84,6 +91,7 @@ class MotionPrior:
     frames_given: int
     frames_used: int
     truncated: int = 0
+    cut_words: int = 0
     unknown: int = 0
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
@@ -299,6 +307,7 @@ def select_prior(reading: Reading, settings: PriorSettings) -> MotionPrior:
         frames_given=video.frames_given,
         frames_used=video.frames_used,
         truncated=prompt.truncated,
+        cut_words=len(prompt.text[prompt.read :].split()),
         unknown=prompt.unknown,
         evaluations=reading.evaluations,
         seconds={**reading.seconds, "select": round(time.perf_counter() - began, 4)},

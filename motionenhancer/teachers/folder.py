@@ -117,10 +117,10 @@ def tokenize(
 
     if before or after:
         real &= inside(*offsets.unbind(-1))
-        cut = tokenizer(whole, return_offsets_mapping=True, **options)["offset_mapping"]
+        cut = tokenizer(whole, return_offsets_mapping=True, verbose=False, **options)["offset_mapping"]
         full = sum(bool(inside(*span)) for span in cut)
     else:
-        full = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        full = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     positions = (real.nonzero()[:, 0] - crop).tolist()
     if not mask[: int(mask.sum())].all():
         raise ValueError("the teacher's tokenizer must put a prompt's tokens first and pad on the right")

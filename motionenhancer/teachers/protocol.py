@@ -55,14 +55,18 @@ class TextEncoding:
     attended: int | None = None
 
     @property
+    def read(self) -> int:
+        """Number of characters of the text up to its cut."""
+        return max((end for _, end in self.spans), default=0) if self.truncated else len(self.text)
+
+    @property
     def unknown(self) -> int:
         """Number of letters, digits, signs and marks of the text, up to its cut, that no word contains.
 
         They belong to unknown pieces, or the tokenizer dropped them.
         """
-        read = max((end for _, end in self.spans), default=0) if self.truncated else len(self.text)
         known = {i for word in self.words for i in range(*self.spans[word])}
-        categories = (unicodedata.category(c)[0] for c in self.text[:read])
+        categories = (unicodedata.category(c)[0] for c in self.text[: self.read])
         return sum(kind in "LNPS" and i not in known for i, kind in enumerate(categories))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from extract_support import damaged_world, report_in, stored
 from tiny_world import World
+from train_support import flags as flags_of_training
 
-from motionenhancer import extract
+from motionenhancer import extract, train
 from motionenhancer import store as store_command
 from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read_samples
 from motionenhancer.data.readers import load_samples
@@ -23,6 +25,8 @@ from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
 from motionenhancer.teachers import load_teacher
+from motionenhancer.teachers.folder import tokenize
+from motionenhancer.toy.tokenizers import t5_tokenizer
 
 
 def test_the_number_of_decoding_threads_changes_nothing(world: World, tmp_path: Path) -> None:
@@ -113,6 +117,38 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
         assert entry["id"] == rows[0]["id"]
         assert "'红色' has no word that the teacher's tokenizer knows" in entry["detail"]
     assert len(list(PriorStore(tmp_path / "priors"))) == 3
+
+
+def test_texts_that_are_cut_are_counted_and_no_library_warns_of_them(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The teacher takes 47 words of 300; extraction and training both say so at their end."""
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()[:2]]
+    rows[0]["conversations"][1]["value"] = "red " * 300
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    chosen = {"data": data, "prompt_source": "answer"}
+    given = world.flags(student=None, prior_dir=tmp_path / "priors", ddim_steps=1, **chosen)
+    chosen |= {"max_steps": 1, "prior_source": "store"}
+    libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for library in libraries:
+        library.addHandler(caplog.handler)
+    try:
+        for more in (["--dry_run"], [], []):  # whether priors are made or found
+            assert extract.main([*given, *more]) == 0
+            said = capsys.readouterr().out
+        assert "\n1 texts cut to the teacher's length, 253 words left out\n" in said
+        assert train.main(flags_of_training(world, tmp_path / "out", **chosen)) == 0
+        # As a teacher does that puts the text into a template.
+        tokenize(t5_tokenizer(), "red " * 300, 48, template=("It shows ", "."))
+    finally:
+        for library in libraries:
+            library.removeHandler(caplog.handler)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(", 1 texts cut to the teacher's length, 253 words left out")
+    assert [
+        r.getMessage() for r in caplog.records if r.name.split(".")[0] in ("transformers", "diffusers")
+    ] == []
 
 
 def test_segments_of_one_clip_have_priors_of_their_own(
