@@ -83,7 +83,9 @@ class _Turn(NamedTuple):
 
 def _turn(path: Path, frame: Any) -> _Turn:
     """Read a frame's display matrix, which maps x and y of a decoded pixel."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # `frame.side_data` would keep the frame and its side data in a circle, until the garbage collector runs.
+    found = av.sidedata.sidedata.SideDataContainer(frame)  # type: ignore[attr-defined]
+    matrix = found.get("DISPLAYMATRIX")
     if matrix is None:
         return _Turn()
     # Rows (a, b, u), (c, d, v), (x, y, w), in fixed point: a pixel is shown at (a x + c y, b x + d y).

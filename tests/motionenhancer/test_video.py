@@ -1,5 +1,6 @@
 """Frames from video files: sampling against an independent full decode, and every kind of broken file."""
 
+import gc
 import hashlib
 import os
 import pickle
@@ -233,6 +234,25 @@ def test_a_clip_is_held_once(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.3 * held
+
+
+def test_decoded_frames_are_freed_at_once(tmp_path):
+    """libav's buffers are no memory of Python's: only the process shows that a frame of 16 MB is held."""
+    first, *others = [Image.new("P", (2000, 2000), 255 * (i % 2)) for i in range(6)]
+    first.save(tmp_path / "a.gif", "gif", save_all=True, append_images=others)
+    read_frames(tmp_path / "a.gif", max_pixels=99)
+    gc.collect()
+    gc.disable()
+    try:
+        before = resident()
+        assert read_frames(tmp_path / "a.gif", max_pixels=99).source_frames == 6
+        assert resident() - before < 3 * 16 * 10**6
+    finally:
+        gc.enable()
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def write_gif(path, height, width):
