@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files import read_json
 from .known import FAMILIES, KNOWN, LIBRARIES, MORE, PARTS, Fields
 from .schedule import FLOW_TIMESTEPS
@@ -18,6 +20,11 @@ Parts = dict[str, dict[str, Any]]
 
 #: Names of fields that hold a count where their default is an integer.
 _COUNT = re.compile(r"^num_|_(dim|size|channels|heads|layers)$|^d_|^hidden_size$")
+
+#: The least value of fields whose numbers the latents are scaled or shifted by; the largest is 1e30.
+_SCALES = {"scaling_factor": 1e-30, "latents_std": 1e-30, "latents_mean": -1e30}
+#: A scheduler lists all of its training timesteps. Those of the supported models have 1000.
+_MOST_TIMESTEPS = 100_000
 
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
@@ -82,6 +89,14 @@ def _check_fields(
         accepted = known.get(field, (defaults.get(field),))
         if _counts(field, defaults.get(field)) and not (_counts(field, value) or value in (accepted or ())):
             raise ValueError(f"{file}: {field} is {value!r}; it must be a whole number above 0")
+        if field == "num_train_timesteps" and value > _MOST_TIMESTEPS:
+            raise ValueError(f"{file}: {field} is {value!r}; it must be at most {_MOST_TIMESTEPS}")
+        if field in _SCALES and value is not None:
+            least = _SCALES[field]
+            if not all(_is_number(v) and least < v < 1e30 for v in np.ravel(np.array(value, object))):
+                raise ValueError(
+                    f"{file}: {field} is {value!r}; each number must be above {least} and below 1e30"
+                )
         if accepted is None or any(_same(value, one) for one in accepted):
             continue
         why = (
@@ -216,10 +231,10 @@ def _fits_hunyuan_video15(folder: Path, found: Parts) -> None:
 
 def _check_shift(folder: Path, found: Parts) -> None:
     shift = flow_shift(found["scheduler"])
-    if not _is_number(shift) or not shift > 0:
+    if not _is_number(shift) or not 0 < shift < math.inf:
         file = folder / "scheduler" / "scheduler_config.json"
         name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
-        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0")
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0, and finite")
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:

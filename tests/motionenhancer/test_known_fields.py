@@ -31,6 +31,11 @@ REFUSED: list[tuple[str, str, str, Any, str]] = [
         for value in (0, -2, None, "4", 2.5, True)
     ),
     ("cogvideox", SCHEDULER, "num_train_timesteps", 0, "must be a whole number above 0"),
+    ("cogvideox", SCHEDULER, "num_train_timesteps", 10**9, "must be at most 100000"),
+    *(
+        ("cogvideox", VAE, "scaling_factor", value, "must be above 1e-30 and below 1e30")
+        for value in (0, -1.0, float("nan"), float("inf"), 10**400, "2")
+    ),
     ("cogvideox", TEXT, "num_heads", 0, "must be a whole number above 0"),
     ("cogvideox", INDEX, "vae", 7, "a class of diffusers"),
     ("cogvideox", TRANSFORMER, "in_channels", 16, "only text-to-video"),
@@ -72,6 +77,8 @@ REFUSED: list[tuple[str, str, str, Any, str]] = [
     ("wan", TRANSFORMER, "vace_layers", [0, 1], "not understood"),
     ("wan", VAE, "latents_mean", None, "must be 16 numbers"),
     ("wan", VAE, "latents_std", [1.0] * 15, "must be 16 numbers"),
+    ("wan", VAE, "latents_mean", [0.0] * 15 + [float("nan")], "must be above -1e.30 and below 1e30"),
+    ("wan", VAE, "latents_std", [1.0] * 15 + [0], "must be above 1e-30 and below 1e30"),
     ("wan", VAE, "scaling_factor", 0.5, "not understood"),
     ("wan", SCHEDULER, "prediction_type", ..., "is 'epsilon'; supported is 'flow_prediction'"),
     ("wan", SCHEDULER, "use_flow_sigmas", False, "supported is True"),
@@ -85,6 +92,7 @@ REFUSED: list[tuple[str, str, str, Any, str]] = [
     ("wan", SCHEDULER, "thresholding", True, "supported is False"),
     ("wan", SCHEDULER, "sigma_max", 0.9, "supported is None"),
     ("wan", SCHEDULER, "flow_shift", 0, "must be a number above 0"),
+    ("wan", SCHEDULER, "flow_shift", float("inf"), "must be a number above 0, and finite"),
     ("wan", SCHEDULER, "flow_shift", "3", "must be a number above 0"),
     ("wan", SCHEDULER, "flow_shift", True, "must be a number above 0"),
     ("wan", SCHEDULER, "snr_shift_scale", 2.0, "not understood"),
