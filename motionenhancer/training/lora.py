@@ -23,13 +23,19 @@ def add_lora(model: nn.Module, student: StudentArguments, seed: int) -> Any:
         A `peft.PeftModel`.
 
     Raises:
-        ValueError: PEFT is not installed; `lora_target` names no layer; or with `lora_merge`, a named layer
-            shares its weight with another layer.
+        ValueError: PEFT is not installed; `lora_r` is above the rank of every layer; `lora_target` names no
+            layer; or with `lora_merge`, a named layer shares its weight with another layer.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError(f"--lora_r {student.lora_r} needs PEFT: pip install peft ({error})") from error
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    widest = max((min(layer.in_features, layer.out_features) for layer in layers), default=0)
+    if student.lora_r > widest:
+        raise ValueError(
+            f"--lora_r {student.lora_r}: must be at most {widest}, the largest rank of the student's layers"
+        )
     target = student.lora_target
     known = {"language": _language_layers(model), "all": "all-linear"}
     chosen = known.get(target) or [name.strip() for name in target.split(",") if name.strip()]

@@ -195,3 +195,12 @@ def test_a_killed_run_of_adapters_goes_on(world: World, tmp_path: Path) -> None:
     files = [out / "adapter_model.safetensors" for out in outs]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (outs[0] / "checkpoint-2" / "adapter_model.safetensors").read_bytes() != files[0].read_bytes()
+
+
+def test_a_rank_above_that_of_every_layer_is_refused() -> None:
+    """PEFT would ask for the memory: 256 GB a layer."""
+    base = make_student(layers=1)[0]
+    most = max(min(p.shape) for m in base.modules() if isinstance(m, torch.nn.Linear) for p in [m.weight])
+    with pytest.raises(ValueError, match=f"--lora_r {most + 1}: must be at most {most}, "):
+        add_lora(base, StudentArguments(lora_r=most + 1), seed=0)
+    add_lora(base, StudentArguments(lora_r=most), seed=0)
