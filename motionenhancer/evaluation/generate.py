@@ -124,13 +124,16 @@ def encode_request(
 
 
 def greedy(model: Any, max_new_tokens: int, pad_token_id: int) -> Any:
-    """The model's own generation settings without sampling. Its repetition penalty and end tokens stay."""
+    """The model's own settings for one greedy answer. Its repetition penalty and end tokens stay."""
     config = copy.deepcopy(model.generation_config)
     config.update(
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
+        num_beams=1,
+        num_return_sequences=1,
+        penalty_alpha=None,
         max_new_tokens=max_new_tokens,
         max_length=None,
         pad_token_id=pad_token_id,

@@ -20,6 +20,8 @@ __all__ = ["base_folder", "check_config", "load_processor", "load_student", "unk
 
 
 _ADAPTER = "adapter_config.json"
+#: Characters of a chat template. Those of the known families have a few thousand.
+_MOST_TEMPLATE = 10**6
 #: Fields of language models that change attention weights or logits where their class reads them.
 _CHANGES = {
     "attn_logit_softcapping",
@@ -240,5 +242,7 @@ def _check_processor(processor: Any, folder: Path) -> None:
         raise ValueError(f"path {str(folder)!r} has a {type(processor).__name__}, which takes no videos")
     if not tokenizer.is_fast:
         raise ValueError(f"path {str(folder)!r} has a slow tokenizer, which gives no character offsets")
-    if not getattr(processor, "chat_template", None):
+    if not (template := getattr(processor, "chat_template", None)):
         raise ValueError(f"path {str(folder)!r} has no chat template")
+    if len(str(template)) > _MOST_TEMPLATE:
+        raise ValueError(f"path {str(folder)!r} has a chat template of more than {_MOST_TEMPLATE} characters")

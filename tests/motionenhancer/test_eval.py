@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from eval_support import FAVOR, MOTIONBENCH, main, predict, results_of, scores_of, student_flags
 from students_support import clip, sharp_student
+from transformers import GenerationConfig
 
 from motionenhancer import eval as evaluate
 from motionenhancer.data import read_frames, read_samples
@@ -117,6 +119,18 @@ def test_a_missing_clip_excuses_only_what_was_not_answered(tmp_path: Path, toy: 
 
 
 # ---- a student's answers ----
+
+
+def test_a_folder_cannot_ask_for_another_search_than_the_greedy_one() -> None:
+    own = {"num_beams": 100_000, "num_return_sequences": 9, "penalty_alpha": 0.6, "do_sample": True}
+    folder = SimpleNamespace(generation_config=GenerationConfig(**own, repetition_penalty=1.1))
+    settings = greedy(folder, 12, 0)
+    assert settings.get_generation_mode() == "greedy_search"
+    assert (settings.num_return_sequences, settings.penalty_alpha, settings.repetition_penalty) == (
+        1,
+        None,
+        1.1,
+    )
 
 
 def test_requests_are_what_the_chat_template_asks() -> None:

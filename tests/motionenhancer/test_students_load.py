@@ -127,6 +127,12 @@ def test_no_chat_template(copy: Path) -> None:
         load_student(copy)
 
 
+def test_a_chat_template_that_is_no_template(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("a" * (10**6 + 1))
+    with pytest.raises(ValueError, match="has a chat template of more than 1000000 characters"):
+        load_student(copy)
+
+
 def test_families() -> None:
     families = known_families()
     assert "qwen2_5_vl" in families
