@@ -17,6 +17,7 @@ from .data.digests import file_digest
 
 __all__ = [
     "check_loaded",
+    "check_moments",
     "load_whole",
     "not_finite",
     "read_weights",
@@ -133,6 +134,25 @@ def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
             if not bool((low.isfinite() & high.isfinite()).all()):
                 return name
     return ""
+
+
+def check_moments(optimizer: Any, checkpoint: str | Path) -> None:
+    """Refuse the moments that Adam loaded from a checkpoint if they are not of the shapes of its parameters.
+
+    A step of torch would write outside of its memory.
+
+    Raises:
+        ValueError: names the checkpoint and the shapes.
+    """
+    if not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam | torch.optim.AdamW):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{checkpoint}: the optimizer's {name} has shape {tuple(state[name].shape)}, its weight "
+                    f"{tuple(parameter.shape)}: not the optimizer of this run"
+                )
 
 
 def check_loaded(folder: str | Path, info: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..weights import check_moments
+
 #: Folder of a checkpoint to resume from. Loaders of models read every *.safetensors beside the weights.
 FOLDER = "motion_aligner"
 _WEIGHTS, _OPTIMIZER = "aligner.safetensors", "optimizer.safetensors"
@@ -101,3 +103,4 @@ class AlignerTraining:
             state.setdefault(int(index), {})[field] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        check_moments(self._optimizer, folder)

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..priors.confidence import gate_weight
 from ..priors.prior import say_cut
 from ..students.capture import capture_attention
-from ..weights import load_whole, refuse_weights, saving
+from ..weights import check_moments, load_whole, refuse_weights, saving
 from .aligner import NOT_FINITE, align
 from .aligner_training import AlignerTraining
 from .dataset import PendingAlignment
@@ -444,8 +444,10 @@ class MotionTrainer(ValidatedTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._aligner_training is not None:
-            self._aligner_training.load(Path(checkpoint))
+        if checkpoint is not None:
+            check_moments(self.optimizer, checkpoint)
+            if self._aligner_training is not None:
+                self._aligner_training.load(Path(checkpoint))
 
 
 def refuse_deepspeed_sections(config: Mapping[str, Any]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
+from operator import index
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerState
@@ -38,8 +41,12 @@ _RECIPE = str.split("""
 _BATCHES = ("even_batches", "use_seedable_sampler")
 #: Options that decide which step's weights are kept.
 _BEST = str.split("load_best_model_at_end metric_for_best_model eval_strategy eval_steps eval_delay")
-#: Files with the state from which a run continues.
-_STATES = {"optimizer": (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN), "schedule": (SCHEDULER_NAME,)}
+#: Files with the state from which a run continues. Several processes number their random states.
+_STATES = {
+    "optimizer": (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN),
+    "schedule": (SCHEDULER_NAME,),
+    "random": ("rng_state.pth", "rng_state_0.pth"),
+}
 #: Flags of the student that do not change the result.
 _NOT_LEARNT = ("prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
 
@@ -149,8 +156,11 @@ def _to_resume(training: TrainArguments) -> tuple[str, str | None]:
 
 def _flaw(folder: Path, whole: bool) -> str:
     """Return why a run cannot continue from a checkpoint; empty if it can. Sharded weights are not read."""
-    if _state(folder) is None:
+    state, number = _state(folder), folder.name.removeprefix("checkpoint-")
+    if state is None:
         return f"{folder / TRAINER_STATE_NAME}: damaged"
+    if number.isdecimal() and int(number) != state["global_step"]:
+        return f"{folder / TRAINER_STATE_NAME}: global_step is {state['global_step']}, not {number}"
     if not whole:
         return ""
     for what, names in _STATES.items():
@@ -159,18 +169,49 @@ def _flaw(folder: Path, whole: bool) -> str:
                 f"{folder}: has no {what} state ({names[0]}), so no run can continue from it: it was saved "
                 "with --save_only_model, or under another engine"
             )
+    numbered = {file.name for file in folder.glob("rng_state_*.pth")}
+    if lost := sorted({f"rng_state_{n}.pth" for n in range(len(numbered))} - numbered):
+        return f"{folder}: has no {lost[0]}, the random state of one of its processes"
     for file in (*folder.glob("*.pt"), *folder.glob("*.pth")):
         try:
             with safe_globals():
-                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                fault = _fault(file, torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         except Exception as error:
             # torch raises errors of many types, with advice that does not fit here.
-            return f"{file}: damaged ({type(error).__name__})"
+            fault = f"damaged ({type(error).__name__})"
+        if fault:
+            return f"{file}: {fault}"
     try:
         wrong = not_finite(chain(read_weights(folder), read_weights(folder / ALIGNER)))
     except ValueError as error:
         return str(error)
     return f"{folder}: the weight {wrong} is NaN or infinite" if wrong else ""
+
+
+def _fault(file: Path, state: Any) -> str:
+    """Return what is wrong with a state that was read from a checkpoint's file; empty if nothing is.
+
+    Raises:
+        Exception: of any type, where the state is not built as such a state must be.
+    """
+    if file.name.startswith("rng_state"):
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["cpu"])
+    elif file.name == SCHEDULER_NAME:
+        index(state["last_epoch"])
+    elif file.name == OPTIMIZER_NAME:
+        if not any(group["params"] for group in state["param_groups"]):
+            return "holds no parameters"
+        held = [(f"{n}.{k}", v) for n, of in state["state"].items() for k, v in of.items()]
+        shapes = {name: value.shape for name, value in held if isinstance(value, torch.Tensor)}
+        for name, shape in shapes.items():
+            # With another shape an optimizer would write outside of its memory.
+            if shapes.get(f"{name}_sq", shape) != shape:
+                return f"{name} has another shape than {name}_sq"
+        if wrong := not_finite((name, value) for name, value in held if name in shapes):
+            return f"{wrong} is NaN or infinite"
+    return ""
 
 
 def aligned_before(checkpoint: str | Path) -> bool:
@@ -196,9 +237,8 @@ def _state(checkpoint: Path) -> Any:
     """The Trainer's state as json, which it writes last: None where the run was killed while it saved."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        right = isinstance(state["global_step"], int) and all(
-            "step" in entry for entry in state["log_history"]
-        )
+        step = state["global_step"]
+        right = isinstance(step, int) and step > 0 and all("step" in e for e in state["log_history"])
         return state if right and TrainerState(**state) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +28,7 @@ from motionenhancer.training.run_identity import (
     newest_checkpoint,
     run_identity,
 )
+from motionenhancer.weights import check_moments
 
 #: What every identity holds. A report that lacks one of these, or holds another, is that of another run.
 ENTRIES = str.split("""
@@ -188,6 +192,26 @@ def test_sharded_checkpoints_belong_to_their_engine() -> None:
     assert len({checkpoint_format(*one) for one in (("ZeRO-2", 8), ("ZeRO-3", 8), ("ZeRO-2", 4))}) == 3
 
 
+def states() -> dict[str, Any]:
+    """What the Trainer saves beside the weights, by file."""
+    moments = {name: torch.ones(9) for name in ("exp_avg", "exp_avg_sq")}
+    drawn = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}  # noqa: NPY002
+    return {
+        "optimizer.pt": {"state": {0: moments}, "param_groups": [{"lr": 1.0, "params": [0]}]},
+        "scheduler.pt": {"last_epoch": 2},
+        "rng_state.pth": drawn,
+    }
+
+
+def save_checkpoint(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(f'{{"global_step": {folder.name[11:]}, "log_history": []}}')
+    for name, state in states().items():
+        torch.save(state, folder / name)
+    save_file({"a.weight": torch.ones(9)}, folder / "model.safetensors")
+    return folder
+
+
 def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
     def training(**options: object) -> TrainArguments:
         return TrainArguments(output_dir=str(tmp_path), use_cpu=True, **options)
@@ -197,11 +221,11 @@ def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(f'{{"global_step": {number}, "log_history": []}}')
-    for name in ("optimizer", "schedule"):
+    for name, (file, state) in zip(("optimizer", "schedule", "random"), states().items(), strict=True):
         with pytest.raises(ValueError, match=rf"checkpoint-10: has no {name} state.*--save_only_model"):
             checkpoint_to_resume(training())
         for number in (2, 10):
-            torch.save({}, tmp_path / f"checkpoint-{number}" / f"{name.replace('schedule', 'scheduler')}.pt")
+            torch.save(state, tmp_path / f"checkpoint-{number}" / file)
     assert checkpoint_to_resume(training()) == str(tmp_path / "checkpoint-10")
     for number in (3, 9, 5):
         (tmp_path / f"checkpoint-{number}").mkdir()
@@ -240,11 +264,8 @@ def test_an_aligner_and_pickles_are_looked_at_and_shards_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
-    folder = tmp_path / "checkpoint-2"
-    (folder / "motion_aligner").mkdir(parents=True)
-    (folder / "trainer_state.json").write_text('{"global_step": 2, "log_history": []}')
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({}, folder / name)
+    folder = save_checkpoint(tmp_path / "checkpoint-2")
+    (folder / "motion_aligner").mkdir()
     save_file({"a.weight": torch.tensor([torch.nan])}, folder / "motion_aligner" / "model.safetensors")
     with pytest.raises(ValueError, match=r"checkpoint-2: the weight a\.weight is NaN or infinite"):
         checkpoint_to_resume(training)
@@ -265,13 +286,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
-    for number in (2, 10):
-        folder = tmp_path / f"checkpoint-{number}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(f'{{"global_step": {number}, "log_history": []}}')
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.save({"state": torch.zeros(99)}, folder / name)
-        save_file({"a.weight": torch.ones(9)}, folder / "model.safetensors")
+    save_checkpoint(tmp_path / "checkpoint-2")
+    folder = save_checkpoint(tmp_path / "checkpoint-10")
     assert checkpoint_to_resume(training) == str(folder)
     named = f"{folder / harm}: damaged"
     if harm == "no scheduler":
@@ -291,3 +307,60 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     training.resume_from_checkpoint = str(folder)
     with pytest.raises(ValueError, match=r"checkpoint-10"):
         checkpoint_to_resume(training)
+
+
+def wrong_states() -> Iterator[tuple[str, Any, str]]:
+    """A file of a checkpoint, a state in it that can be read, and what is said about it."""
+    optimizer = states()["optimizer.pt"]
+    moments = optimizer["state"][0]
+    yield "optimizer.pt", [1], "damaged (TypeError)"
+    yield "optimizer.pt", {"state": {}, "param_groups": []}, "holds no parameters"
+    yield "scheduler.pt", [1], "damaged (TypeError)"
+    yield "scheduler.pt", {"a": 1}, "damaged (KeyError)"
+    yield "rng_state.pth", [1], "damaged (TypeError)"
+    yield "rng_state.pth", {**states()["rng_state.pth"], "cpu": torch.zeros(3)}, "damaged (TypeError)"
+    for value, said in (
+        (torch.zeros(3), "0.exp_avg has another shape than 0.exp_avg_sq"),
+        (torch.full((9,), torch.nan), "0.exp_avg is NaN or infinite"),
+    ):
+        yield "optimizer.pt", {**optimizer, "state": {0: {**moments, "exp_avg": value}}}, said
+    for step in (-5, 0, 1, 999):
+        said = f"global_step is {step}, not 10" if step > 0 else "damaged"
+        yield "trainer_state.json", {"global_step": step, "log_history": []}, said
+
+
+@pytest.mark.parametrize(("name", "state", "said"), wrong_states())
+def test_a_state_that_can_be_read_but_is_wrong_gives_way_too(
+    tmp_path: Path, name: str, state: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint-2")
+    file = save_checkpoint(tmp_path / "checkpoint-10") / name
+    file.write_text(json.dumps(state)) if file.suffix == ".json" else torch.save(state, file)
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-2")
+    assert capsys.readouterr().err.startswith(f"{file}: {said}; checkpoint-2 is taken instead")
+
+
+def test_every_process_has_its_random_state(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint-10")
+    (folder / "rng_state.pth").unlink()
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    for rank in (0, 2):
+        torch.save(states()["rng_state.pth"], folder / f"rng_state_{rank}.pth")
+    with pytest.raises(ValueError, match=r"checkpoint-10: has no rng_state_1\.pth"):
+        checkpoint_to_resume(training)
+    torch.save(states()["rng_state.pth"], folder / "rng_state_1.pth")
+    assert checkpoint_to_resume(training) == str(folder)
+
+
+def test_moments_of_another_shape_never_take_a_step() -> None:
+    """torch's fused Adam on a CPU would write beyond their memory."""
+    weight = torch.nn.Parameter(torch.ones(9))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(9)
+    optimizer.step()
+    check_moments(optimizer, "checkpoint-2")
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[weight][name] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"checkpoint-2: the optimizer's exp_avg has shape \(3,\).*\(9,\)"):
+        check_moments(optimizer, "checkpoint-2")
