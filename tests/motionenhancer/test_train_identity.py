@@ -318,7 +318,8 @@ def wrong_states() -> Iterator[tuple[str, Any, str]]:
     yield "scheduler.pt", [1], "damaged (TypeError)"
     yield "scheduler.pt", {"a": 1}, "damaged (KeyError)"
     yield "rng_state.pth", [1], "damaged (TypeError)"
-    yield "rng_state.pth", {**states()["rng_state.pth"], "cpu": torch.zeros(3)}, "damaged (TypeError)"
+    for kind, value in (("python", 1), ("numpy", 2), ("cpu", torch.zeros(3))):
+        yield "rng_state.pth", {**states()["rng_state.pth"], kind: value}, "damaged (TypeError)"
     for value, said in (
         (torch.zeros(3), "0.exp_avg has another shape than 0.exp_avg_sq"),
         (torch.full((9,), torch.nan), "0.exp_avg is NaN or infinite"),
