@@ -74,9 +74,13 @@ def _verify(store: PriorStore) -> int:
         else:
             unread += 1
             print(f"cannot be read, left as it is: {found}")
+    strays = list(store.strays())
+    for path in strays:
+        print(f"not where a prior belongs, left as it is: {path}")
     more = f", {unread} that cannot be read" if unread else ""
+    more += f", {len(strays)} out of place" if strays else ""
     print(f"{good} good, {bad} damaged{more} in {store.folder}")
-    return 1 if bad or unread else 0
+    return 1 if bad or unread or strays else 0
 
 
 def _prune(store: PriorStore) -> int:
@@ -84,7 +88,7 @@ def _prune(store: PriorStore) -> int:
     freed = count = 0
     left = [*store.folder.glob("*/.*.tmp"), *store.folder.glob(".*.tmp")]
     for path in [*store.folder.glob(f"*/*{DAMAGED}"), *left]:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, IsADirectoryError):
             found = path.stat()
             # A younger one may belong to a run that is writing now.
             if path not in left or time.time() - found.st_mtime > _ABANDONED:
@@ -97,7 +101,11 @@ def _prune(store: PriorStore) -> int:
 def main(argv: list[str] | None = None) -> int:
     (chosen,) = parse_arguments((StoreArguments,), argv, prog="python -m motionenhancer.store")
     actions = {"list": _list, "verify": _verify, "prune": _prune}
-    return actions[chosen.action](PriorStore(Path(chosen.prior_dir)))
+    try:
+        return actions[chosen.action](PriorStore(Path(chosen.prior_dir)))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

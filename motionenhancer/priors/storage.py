@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -83,10 +84,20 @@ class PriorStore:
 
     def __iter__(self) -> Iterator[str]:
         """All keys, in no particular order."""
+        return (path.name.removesuffix(_SUFFIX) for path, placed in self._named() if placed)
+
+    def strays(self) -> Iterator[Path]:
+        """Files that no run reads: named as a prior but in another key's folder, or in place of a folder."""
+        return (path for path, placed in self._named() if not placed)
+
+    def _named(self) -> Iterator[tuple[Path, bool]]:
         for shard in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
+            if not shard.is_dir():
+                yield shard, False
+                continue
             for entry in os.scandir(shard):
                 if entry.name.endswith(_SUFFIX):
-                    yield entry.name[: -len(_SUFFIX)]
+                    yield Path(entry.path), entry.name.startswith(shard.name)
 
     def write(self, key: str, prior: MotionPrior) -> Path:
         """Store a prior under `key`. An existing file is replaced atomically, and a refusal is removed.
@@ -112,8 +123,9 @@ class PriorStore:
 
     def refusal(self, key: str) -> Refusal | None:
         """Return the reason why a key can have no prior; None without a readable record."""
+        path = self.refusal_path(key)
         try:
-            return Refusal(**read_json(self.refusal_path(key)))
+            return Refusal(**read_json(path)) if path.is_file() else None
         except (OSError, ValueError, TypeError):
             return None
 
@@ -138,9 +150,11 @@ class PriorStore:
         """
         path = self.path(key)
         try:
+            if not S_ISREG(path.stat().st_mode):  # A pipe would be waited for.
+                raise DamagedPrior(f"{path}: not a regular file")
             # safetensors says "no such file" of whatever cannot be opened.
             path.open("rb").close()
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             raise KeyError(f"no prior {key} in {self.folder}") from None
         try:
             # As numpy: read as torch, safetensors 0.8 loses 64 bytes for good with every tensor.

@@ -263,6 +263,46 @@ def test_list_verify_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "missing" in capsys.readouterr().err
 
 
+def test_what_is_no_prior_is_reported_and_never_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, pipe, folder = PriorStore(tmp_path), "cd" + "1" * 62, "ef" + "2" * 62
+    right = store.write(KEY, make_prior())
+    for key in (pipe, folder):
+        store.path(key).parent.mkdir()
+    os.mkfifo(store.path(pipe))
+    os.mkfifo(store.refusal_path(pipe))
+    store.path(folder).mkdir()
+    (tmp_path / "0f").write_bytes(b"in place of a folder")
+    right.with_name(f"{folder}.safetensors").write_bytes(b"in the folder of another key")
+    assert cli.main(["list", "--prior_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("DAMAGED") == 2
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "1 good, 2 damaged, 2 out of place" in out
+    assert f"not where a prior belongs, left as it is: {tmp_path / '0f'}\n" in out
+    assert out.count("not a regular file") == 2
+    assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("removed 1 files"), "a folder may hold anything"
+
+
+def test_a_folder_that_cannot_be_listed_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PriorStore(tmp_path).write(KEY, make_prior())
+
+    scan = os.scandir
+
+    def refuse(path: str | Path) -> object:
+        if Path(path).name == KEY[:2]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 13] Permission denied")
+
+
 def test_a_good_file_that_cannot_be_read_just_now_is_left_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
