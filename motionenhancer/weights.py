@@ -50,11 +50,13 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
             pass
         raise
     except (TypeError, ArithmeticError, IndexError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError | RecursionError):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         # A configuration that makes no model ends in an error of any type, by class.
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{folder}: its config.json and weights make no model ({said})") from error
+        raise ValueError(
+            f"{folder}: its json files, such as config.json, and weights make no model ({said})"
+        ) from error
     check_loaded(folder, info)
     if wrong := not_finite(model.named_parameters()):
         raise ValueError(f"{folder}: the weight {wrong} is NaN or infinite; download or save the model again")

@@ -121,6 +121,23 @@ def test_no_processor(copy: Path) -> None:
         load_student(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "body", "said"),
+    [
+        ("adapter_config.json", "[" * 100_000, "make no model (RecursionError"),
+        ("generation_config.json", "[" * 100_000, "make no model (RecursionError"),
+        ("tokenizer_config.json", "[" * 100_000, "no readable processor: maximum recursion"),
+        ("processor_config.json", "[]", "no readable processor: 'list' object"),
+    ],
+)
+def test_a_file_that_a_library_cannot_parse_ends_in_one_line(
+    copy: Path, file: str, body: str, said: str
+) -> None:
+    (copy / file).write_text(body)
+    with pytest.raises(ValueError, match=f"{re.escape(str(copy))}.*{re.escape(said)}"):
+        load_student(copy)
+
+
 def test_no_chat_template(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
