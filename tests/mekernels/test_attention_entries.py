@@ -14,6 +14,8 @@ import mekernels
 from mekernels import BackendError, attention_columns, attention_sums, flash_attention, reference
 from mekernels.attention_entries import composite
 
+VIDEO = mekernels.VideoTokens(frames=2, height=2, width=2)
+
 
 def case(seed=0, batch=2, heads=2, groups=3, queries=7, keys=9, width=5, dtype=torch.float64, scale=1.0):
     query = randn(batch, heads * groups, queries, width, seed=seed, dtype=dtype, scale=scale)
@@ -270,6 +272,24 @@ def test_no_keys_and_no_rows(queries):
     assert (attention_columns(query, key, lse, padding) == 0).all()
     assert attention_columns(query, key, lse, padding).shape == (2, queries, 3)
     assert attention_columns(query, key, lse, slice(None), reduce="none").shape == (2, 6, queries, 0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda query, lse: mekernels.attention_lse(query, query),
+        lambda query, lse: attention_columns(query, query, lse, slice(None)),
+        lambda query, lse: attention_sums(query, query, lse, over="rows"),
+        lambda query, lse: mekernels.head_statistics(query, query, lse),
+        lambda query, lse: mekernels.diagonal_attention(query, query, lse, VIDEO),
+        lambda query, lse: mekernels.MotionStatistics(VIDEO, 2).update(query, query, lse),
+        lambda query, lse: flash_attention(query, query, query),
+    ],
+)
+def test_queries_without_a_width_are_refused(call):
+    """Their scale is 1 / √0."""
+    with pytest.raises(ValueError, match="query must have a width of at least 1, got 0"):
+        call(torch.zeros(1, 2, 8, 0), torch.zeros(1, 2, 8))
 
 
 def test_padding_ignores_what_flows_back_to_it():
