@@ -15,6 +15,7 @@ from train_support import FAST, flags, report_of, shared_priors
 from transformers import TrainingArguments
 
 from motionenhancer import train
+from motionenhancer.flags import parse_arguments
 from motionenhancer.options import REFUSED, WORKS, refuse_options
 from motionenhancer.training.arguments import TrainArguments
 from motionenhancer.training.rehearsal import rehearse
@@ -78,6 +79,17 @@ def test_an_option_whose_text_is_no_mapping_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=f"^--{name} {re.escape(value)}: .*{said}"):
         TrainArguments(output_dir=str(tmp_path), **{**PLAIN, name: value})
+
+
+def test_only_an_option_of_mappings_takes_one_from_yaml(tmp_path: Path) -> None:
+    def read(body: str) -> TrainArguments:
+        (tmp_path / "a.yaml").write_text(f"{body}\nuse_cpu: true\n")
+        flags, held = ["--config", str(tmp_path / "a.yaml")], {"dry_run": False}
+        return parse_arguments((TrainArguments,), flags, prog="test", held=held)[0]
+
+    assert read("lr_scheduler_kwargs: {min_lr: 0.5}").lr_scheduler_kwargs == {"min_lr": 0.5}
+    with pytest.raises(ValueError, match=r"accelerator_config must be a mapping or a text, got \[1\]"):
+        read("accelerator_config: [1]")
 
 
 def test_an_option_that_no_table_knows_is_refused_if_it_is_changed() -> None:
