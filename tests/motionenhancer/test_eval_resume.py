@@ -60,15 +60,16 @@ def test_a_finished_run_is_scored_again_without_its_model(
 def test_a_finished_run_typed_again_changes_nothing(
     who: str, whole: Path, student_dir: Path, toy: ToyFolder, tmp_path: Path, capsys: Any
 ) -> None:
-    out, flags = tmp_path / "out", student_flags(student_dir, toy)
+    out, flags, code = tmp_path / "out", student_flags(student_dir, toy), 0
     if who == "student":
         shutil.copytree(whole, out)
     else:
         flags = {"benchmark": "favor", "data": FAVOR, "predictions": predict(tmp_path, {})}
-        assert main(out, **flags) == 0
+        code = 1  # no question is answered
+        assert main(out, **flags) == code
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
     capsys.readouterr()
-    assert main(out, **flags) == 0
+    assert main(out, **flags) == code
     assert capsys.readouterr().out == f"{out}: this evaluation is finished; nothing is done\n"
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
     if who == "predictions":

@@ -282,6 +282,8 @@ def test_what_is_no_prior_is_reported_and_never_waited_for(
     assert "1 good, 2 damaged, 2 out of place" in out
     assert f"not where a prior belongs, left as it is: {tmp_path / '0f'}\n" in out
     assert out.count("not a regular file") == 2
+    assert cli.main(["verify", "--prior_dir", str(tmp_path)]) == 1, "what is out of place is still there"
+    assert "1 good, 0 damaged, 2 out of place" in capsys.readouterr().out
     assert cli.main(["prune", "--prior_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("removed 1 files"), "a folder may hold anything"
 
