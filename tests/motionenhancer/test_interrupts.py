@@ -158,6 +158,33 @@ def test_eval(world: World, tmp_path: Path, number: int) -> None:
     assert report_of(out)["status"] == "finished"
 
 
+@pytest.mark.parametrize("command", ["extract", "eval"])
+def test_the_others_in_two_processes(world: World, tmp_path: Path, command: str) -> None:
+    """One of the processes says what is kept; what was finished is there."""
+    rows = [json.loads(line) for line in (world.data.parent / "test.jsonl").read_text().splitlines()]
+    data, out = tmp_path / "many.jsonl", tmp_path / "out"
+    many = [{**row, "id": f"{row['id']}-{i}"} for i in range(60) for row in rows]
+    for i, row in enumerate(many):
+        asked, answer = row["conversations"]
+        row["conversations"] = [asked, {**answer, "value": f"{answer['value']}{' red' * (i % 40)}"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in many))
+    argv = ["--data", data, "--video_root", world.videos]
+    if command == "extract":
+        argv += ["--teacher", world.teacher, "--prior_dir", out]
+        kept, report = "*/*.safetensors", "extraction.json"
+    else:
+        argv += ["--student", world.student, "--benchmark", "toy", "--output_dir", out, "--batch_size", 1]
+        kept, report = "answers*.jsonl", "motion_report.json"
+    process = start(*TORCHRUN, "-m", f"motionenhancer.{command}", *argv)
+    code, errors = stop(process, signal.SIGINT, lambda: any(p.stat().st_size for p in out.glob(kept)))
+    assert code != 0
+    assert errors.count("interrupted: every ") == 1
+    assert f"is kept in {out}" in errors
+    assert "go on with: the same launch" in errors
+    assert "motionenhancer/" not in errors.replace(str(tmp_path), "")
+    assert json.loads((out / report).read_text())["status"] == "interrupted"
+
+
 def test_signals_of_other_programs_are_left_alone() -> None:
     code = "import signal, motionenhancer; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)

@@ -6,7 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_world import World
-from train_support import Weights, arguments, flags, parts, report_of, weights_of
+from train_support import Weights, arguments, flags, parts, report_of, shared_priors, weights_of
 from transformers import Trainer
 
 from motionenhancer import eval as evaluation
@@ -29,6 +32,26 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "out"
     assert train.main(flags(world, out, measure_roundtrip=True)) == 0
     return out
+
+
+def test_the_flags_of_what_is_read_reach_the_capture(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads of one layer are read, and the map of each is aligned."""
+    read = []
+
+    @contextmanager
+    def capture(*args: Any, **options: Any) -> Iterator[Any]:
+        with capture_attention(*args, **options) as captured:
+            yield captured
+        read.append((options, tuple(captured.attention.shape[1:3])))
+
+    monkeypatch.setattr("motionenhancer.alignment.trainer.capture_attention", capture)
+    given = {"alignment_layers": 1, "alignment_reduce": "none"}
+    argv = flags(world, tmp_path / "out", prior_dir=shared_priors(world), max_steps=1, **given)
+    assert train.main([*argv, "--alignment_heads", "0", "2"]) == 0
+    assert read[0] == ({"layers": [1], "heads": [0, 2], "reduce": "none"}, (1, 2))
+    assert report_of(tmp_path / "out")["alignment"]["aligned_samples"] > 0
 
 
 # ---- what a run leaves behind ----
