@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_world import World
 from train_support import flags
+from transformers import Trainer
 
 from motionenhancer import train
+from motionenhancer.alignment.aligner_training import AlignerTraining
+from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data import content_digest
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors.arguments import PriorArguments
@@ -28,7 +31,6 @@ from motionenhancer.training.run_identity import (
     newest_checkpoint,
     run_identity,
 )
-from motionenhancer.weights import check_moments
 
 #: What every identity holds. A report that lacks one of these, or holds another, is that of another run.
 ENTRIES = str.split("""
@@ -354,14 +356,23 @@ def test_every_process_has_its_random_state(tmp_path: Path) -> None:
     assert checkpoint_to_resume(training) == str(folder)
 
 
-def test_moments_of_another_shape_never_take_a_step() -> None:
+def test_moments_of_another_shape_never_take_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's fused Adam on a CPU would write beyond their memory."""
-    weight = torch.nn.Parameter(torch.ones(9))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    weight.grad = torch.ones(9)
-    optimizer.step()
-    check_moments(optimizer, "checkpoint-2")
+    settings = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    training = AlignerTraining(torch.nn.Linear(9, 1, bias=False), settings)
+    optimizer, weight = training._optimizer, training._parameters[0]
+    weight.grad = torch.ones(1, 9)
+    training.step(1.0)
+    training.save(tmp_path / "right")
+    training.load(tmp_path / "right")
     for name in ("exp_avg", "exp_avg_sq"):
         optimizer.state[weight][name] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"checkpoint-2: the optimizer's exp_avg has shape \(3,\).*\(9,\)"):
-        check_moments(optimizer, "checkpoint-2")
+    training.save(tmp_path / "wrong")
+    said = r"the optimizer's exp_avg has shape \(3,\), its weight \(1, 9\)"
+    with pytest.raises(ValueError, match=f"wrong/motion_aligner: {said}"):
+        training.load(tmp_path / "wrong")
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda *_: None)
+    trainer = MotionTrainer.__new__(MotionTrainer)
+    trainer.optimizer, trainer._aligner_training = optimizer, None
+    with pytest.raises(ValueError, match=f"checkpoint-2: {said}"):
+        trainer._load_optimizer_and_scheduler("checkpoint-2")
