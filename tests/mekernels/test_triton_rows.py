@@ -164,8 +164,8 @@ def test_flat_rows(dtype):
 def recomputed(query, key, rows, columns, order):
     """Plain torch whose entries come of scores that are added in another order than those of the sum.
 
-    The gradient of a score is P (W - sum P W), as in the kernels. A softmax whose entries add up to one exactly
-    hides the rounding of a score, because 1 - P is exact in it.
+    The gradient of a score is P (W - sum P W), as in the kernels. A softmax whose entries add up to one
+    exactly hides the rounding of a score, because 1 - P is exact in it.
     """
     score = reference.attention_scores(query, key)
     again = reference.attention_scores(query[..., order], key[..., order]).detach()
@@ -183,8 +183,8 @@ def recomputed(query, key, rows, columns, order):
 def test_sharp_rows(dtype, scale):
     """A score is computed once for the sum and once for the entry.
 
-    Tiles of another shape may add in another order, so the two differ by the rounding of a score: a share of the
-    attention that grows with the score. The rule compares with plain torch that does the same.
+    Tiles of another shape may add in another order, so the two differ by the rounding of a score: a share of
+    the attention that grows with the score. The rule compares with plain torch that does the same.
     """
     query, key, rows, columns, _ = inputs(5, 1, 2, 2, 70, 70, 32, 6, 40, dtype, 70, scale=scale)
     arguments = (query, key, rows, columns)
