@@ -282,7 +282,7 @@ def test_the_command_names_samples_that_it_cannot_compare(
     assert compare(two, silent, good) == 0
     printed = capsys.readouterr().out
     assert "mean over 1 clips" in printed
-    assert "1 no prior: alignment needs one video (line 1, id two clips: has 2)" in printed
+    assert "1 no prior: alignment needs one video (line 1, id two clips: has 2 videos)" in printed
     assert "1 empty text (line 2, id no words" in printed
     assert compare(two) == 2
     assert "no sample has a text and exactly one video that exists" in capsys.readouterr().err
