@@ -84,7 +84,10 @@ class _Turn(NamedTuple):
 def _turn(path: Path, frame: Any) -> _Turn:
     """Read a frame's display matrix, which maps x and y of a decoded pixel."""
     # `frame.side_data` would keep the frame and its side data in a circle, until the garbage collector runs.
-    found = av.sidedata.sidedata.SideDataContainer(frame)  # type: ignore[attr-defined]
+    try:
+        found = av.sidedata.sidedata.SideDataContainer(frame)  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise VideoError(path, f"has side data that PyAV cannot read ({error})") from None
     matrix = found.get("DISPLAYMATRIX")
     if matrix is None:
         return _Turn()

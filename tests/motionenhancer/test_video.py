@@ -219,6 +219,18 @@ def test_colours_of_bt709(tmp_path, full):
     assert np.abs(frame[16, [16, 48, 80]].astype(int) - expected).max() <= 3
 
 
+def test_side_data_that_cannot_be_read_is_named(clips, monkeypatch):
+    def fail(frame):
+        raise ValueError("31 is not a valid Type")
+
+    monkeypatch.setattr(av.sidedata.sidedata, "SideDataContainer", fail)
+    for read in (check_video, lambda path: read_frames(path, num_frames=2)):
+        with pytest.raises(
+            VideoError, match=r"has side data that PyAV cannot read \(31 is not a valid Type\)"
+        ):
+            read(clips / "carphone_pristine.mp4")
+
+
 def test_memory_stays_with_the_wanted_frames(clips):
     tracemalloc.start()
     read_frames(clips / "bigbuckbunny.mp4", num_frames=2)
