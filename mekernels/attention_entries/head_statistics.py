@@ -76,11 +76,12 @@ def head_statistics(
 
     Returns:
         Entropy, distance, sink share and, with a period, diagonal share, each (B, Hq), float64 for float64
-        input and float32 otherwise. Rows that see no key are left out, and the diagonal share is the mean
-        over the rows of the video; with no such row, a statistic is 0. The position of row i is i + n - Nq, n
-        the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts them.
-        The diagonals are those of all frames, the row's own included. ``window=(period, period)`` leaves
-        those of the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
+        input and float32 otherwise. Rows whose logsumexp is -inf are left out, and the diagonal share is the
+        mean over the rows of the video; with no such row, a statistic is 0. A row that sees no key counts
+        with 0 if its logsumexp is finite, because of a sink or of wider limits. The position of row i is
+        i + n - Nq, n the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts
+        them. The diagonals are those of all frames, the row's own included. ``window=(period, period)``
+        leaves those of the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -150,6 +150,8 @@ def _picked(query: Tensor, rows: Tensor) -> Tensor:
 
 def _add_rows(target: Tensor, grad_picked: Tensor, rows: Tensor) -> None:
     """Add (L, B, Hq, R, D) to the chosen rows of (L, B, Hq, N, D)."""
+    if not rows.numel():
+        return
     for sample, row in enumerate(rows):
         added = grad_picked[:, sample]
         if target.dtype != added.dtype:
