@@ -178,14 +178,14 @@ def cu_seqlens(value: object, query: Tensor, own: int) -> None:
 
 
 def window_size(value: object) -> None:
-    """Require (left, right), each at least -1, or None."""
+    """Require (left, right), each from -1 to 2**31 - 1, or None. Larger numbers may overflow."""
     if value is None:
         return
     numbers = value if isinstance(value, tuple) and len(value) == 2 else (None,)
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
         raise TypeError(f"window must be two integers (left, right) or None, got {value!r}")
-    if min(numbers) < -1:
-        raise ValueError(f"window must hold -1 (no limit) or numbers of keys, got {value}")
+    if min(numbers) < -1 or max(numbers) >= 2**31:
+        raise ValueError(f"window must hold -1 (no limit) or numbers of keys below 2**31, got {value}")
 
 
 def query_key(query: object, key: object) -> None:

@@ -76,12 +76,12 @@ def head_statistics(
 
     Returns:
         Entropy, distance, sink share and, with a period, diagonal share, each (B, Hq), float64 for float64
-        input and float32 otherwise. Rows whose logsumexp is -inf are left out, and the diagonal share is the
-        mean over the rows of the video; with no such row, a statistic is 0. A row that sees no key counts
-        with 0 if its logsumexp is finite, because of a sink or of wider limits. The position of row i is
-        i + n - Nq, n the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts
-        them. The diagonals are those of all frames, the row's own included. ``window=(period, period)``
-        leaves those of the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
+        input and float32 otherwise. Rows that see no key are left out, and the diagonal share is the mean
+        over the rows of the video; with no such row, a statistic is 0. A row of which only the bias hides
+        every key is left out if its logsumexp is -inf. The position of row i is i + n - Nq, n the keys of a
+        part, as with ``causal``. Learned sinks are not keys: no statistic counts them. The diagonals are
+        those of all frames, the row's own included. ``window=(period, period)`` leaves those of the
+        neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -132,7 +132,7 @@ def head_statistics(
             index = torch.arange(*between, device=query.device).expand(len(query), -1)
         entropy, distance, along = attention_row_statistics_op(part, diagonals, fold)
         on_sinks = attention_sums_op(columns_of(part, index, fold), False, False)
-        seeing = part.lse != -torch.inf
+        seeing = _seeing(part, own)
         found = [_mean(item, seeing) for item in (entropy, distance, on_sinks)]
         if period is not None:
             place = part.shift + torch.arange(size[0], device=query.device)
@@ -154,6 +154,25 @@ def _diagonals(video: slice | None, period: int | None, width: int, keys: int) -
     # No two places of the video are further apart than the video is long.
     period = min(period, max(1, tokens.stop - tokens.start))
     return Diagonals(tokens.start, tokens.stop, period, min(width, period))
+
+
+def _seeing(part: Call, keys: int) -> Tensor:
+    """(B, Hq, R): whether a row sees a key. The bias is not read; a sink alone makes a logsumexp finite."""
+    row = part.shift + torch.arange(part.query.shape[2], device=part.query.device)
+    low = row - part.left if part.left >= 0 else torch.zeros_like(row)
+    high = row + part.right + 1 if part.right >= 0 else torch.full_like(row, keys)
+    low, high = (item.expand(len(part.query), -1).clamp(0, keys) for item in (low, high))
+    if part.key_range is not None:
+        low, high = low.maximum(part.key_range[..., 0]), high.minimum(part.key_range[..., 1])
+    if part.places is None:
+        seen = low < high
+    else:
+        held = torch.zeros(len(low), keys + 1, dtype=torch.int64, device=low.device)
+        # Hidden keys are counted at 0, before all positions.
+        places = (part.places + 1).long()
+        held = held.scatter_add(1, places, torch.ones_like(places)).cumsum(1)
+        seen = held.gather(1, high) > held.gather(1, low)
+    return seen[:, None] & (part.lse != -torch.inf)
 
 
 def _mean(rows: Tensor, chosen: Tensor) -> Tensor:

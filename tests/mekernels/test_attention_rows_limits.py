@@ -20,6 +20,7 @@ from mekernels.attention_rows.call import Call
         ({"window": 3}, TypeError, r"window must be two integers \(left, right\) or None, got 3"),
         ({"window": (1, 2.0)}, TypeError, "window must be two integers"),
         ({"window": (-2, 0)}, ValueError, r"window must hold -1 \(no limit\) or numbers of keys"),
+        ({"window": (-1, 2**31)}, ValueError, r"numbers of keys below 2\*\*31, got \(-1, 2147483648\)"),
         ({"softcap": 0}, ValueError, "softcap must be finite and above 0, got 0; None for no cap"),
         ({"softcap": "50"}, TypeError, "softcap must be a float or None, got str"),
         ({"sinks": [0.0] * 6}, TypeError, r"sinks must be a torch\.Tensor, got list"),

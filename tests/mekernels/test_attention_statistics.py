@@ -160,6 +160,41 @@ def test_the_share_of_the_diagonals_is_that_of_head_selection(fold, band, text_f
     assert_exact(frames.diagonal - own, beside / video.vision)
 
 
+@pytest.mark.parametrize(
+    ("limits", "seeing"),
+    [
+        ({"causal": True, "key_mask": torch.tensor([[False, False, True, True]])}, 2),
+        ({"window": (0, 0), "key_range": torch.tensor([[[0, 4], [2, 2], [2, 2], [3, 4]]])}, 2),
+        ({"window": (-1, 2**31 - 1), "key_range": torch.tensor([[[4, 9], [-3, 0], [3, 1], [0, 4]]])}, 1),
+        ({"key_mask": torch.tensor([[False, True, False, False]]), "fold": 2}, 4),
+        ({"key_mask": torch.tensor([[False, False, False, False]])}, 0),
+        (
+            {
+                "key_mask": torch.tensor([[True, False, False, False]]),
+                "key_range": torch.tensor([[[0, 4], [1, 4], [0, 1], [2, 4]]]),
+            },
+            2,
+        ),
+    ],
+)
+def test_rows_that_see_no_key_are_left_out_although_their_logsumexp_is_finite(limits, seeing):
+    """A sink, or a logsumexp with wider limits, makes the logsumexp of such rows finite."""
+    query, key, lse = torch.zeros(1, 1, 4, 8), randn(1, 1, 4, 8).float(), torch.full((1, 1, 4), 0.5)
+    found = mekernels.head_statistics(query, key, lse, sinks=slice(0, 4), **limits)
+    total = mekernels.attention_sums(query, key, lse, over="columns", **limits).sum()
+    torch.testing.assert_close(found.sink[0, 0], total / max(1, seeing))
+    assert seeing == 0 or float(total) > 0
+
+
+def test_a_row_of_which_a_bias_hides_everything_is_left_out():
+    query, key = case(0, queries=4, keys=4)
+    bias = torch.zeros(1, 1, 4, 4, dtype=query.dtype)
+    bias[:, :, 1] = -math.inf
+    lse = mekernels.attention_lse(query, key, bias=bias)
+    every = mekernels.head_statistics(query, key, lse, sinks=slice(0, 4), bias=bias)
+    torch.testing.assert_close(every.sink, torch.ones_like(every.sink))
+
+
 def test_head_statistics_have_no_gradient():
     query, key = (item.requires_grad_() for item in case())
     found = mekernels.head_statistics(query, key, logsumexp(query, key))
