@@ -78,26 +78,19 @@ class Material:
         return self.folder / "plain" / f"{seed}.safetensors"
 
 
-def _placebos(reading: str, **selections: bool) -> dict[str, Callable[[Material, int], Maps]]:
+def _placebos(
+    suffix: str, way: str = "level 200", *, heads: bool = True
+) -> dict[str, Callable[[Material, int], Maps]]:
     """Arms of the teacher's maps in one reading, each with something of the clip exchanged."""
     return {
-        f"another clip's{reading}": lambda m, seed: makers.another_clip(m.teacher(**selections), seed),
-        f"another object's{reading}": lambda m, seed: makers.another_object(m.teacher(**selections)),
-        f"frames shuffled{reading}": lambda m, seed: makers.shuffled_frames(m.teacher(**selections), seed),
-        f"frames reversed{reading}": lambda m, seed: makers.reversed_frames(m.teacher(**selections)),
-        f"mean of all clips{reading}": lambda m, seed: makers.mean_map(m.teacher(**selections)),
+        f"another clip's{suffix}": lambda m, seed: makers.another_clip(m.teacher(way, heads=heads), seed),
+        f"another object's{suffix}": lambda m, seed: makers.another_object(m.teacher(way, heads=heads)),
+        f"frames shuffled{suffix}": lambda m, seed: makers.shuffled_frames(m.teacher(way, heads=heads), seed),
+        f"frames reversed{suffix}": lambda m, seed: makers.reversed_frames(m.teacher(way, heads=heads)),
+        f"mean of all clips{suffix}": lambda m, seed: makers.mean_map(m.teacher(way, heads=heads)),
     }
 
 
-#: Arms whose maps are not read at level 200, and how they are read.
-_WAYS = {
-    "teacher, wide diagonal": "wide diagonal",
-    "teacher, standardized scores": "standardized",
-    "teacher, standardized scores, MTTI only": "standardized",
-    "teacher, inverted": "inverted",
-    "teacher, inverted, no selection": "inverted",
-    "teacher, inverted, MTTI only": "inverted",
-}
 #: Arms of several teachers, and which these are.
 _SEVERAL = {
     "second teacher": slice(1, 2),
@@ -131,6 +124,8 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "teacher, wide diagonal": lambda m, seed: m.teacher("wide diagonal"),
     "teacher, standardized scores": lambda m, seed: m.teacher("standardized"),
     "teacher, standardized scores, MTTI only": lambda m, seed: m.teacher("standardized", heads=False),
+    **_placebos(", inverted", "inverted"),
+    **_placebos(", inverted, MTTI only", "inverted", heads=False),
     "teacher, inverted": lambda m, seed: m.teacher("inverted"),
     "teacher, inverted, no selection": lambda m, seed: m.teacher("inverted", heads=False, words=False),
     "teacher, inverted, MTTI only": lambda m, seed: m.teacher("inverted", heads=False),
@@ -143,6 +138,11 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
 
 def _maps(folder: Path, teacher: str) -> Path:
     return folder / f"maps-{teacher[:8]}"
+
+
+def way_of(arm: str) -> str:
+    """How the maps of an arm are read: the way that its name has."""
+    return next((way for way in makers.WAYS if way in arm), "level 200")
 
 
 def _about(arm: str, seed: int, material: Material) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways: dict[Path, set[str]] = {one: set() for one in args.teacher}
     for arm in set(arms) - set(_FREE):
         for one in args.teacher[_SEVERAL.get(arm, slice(1))]:
-            ways[one].add(_WAYS.get(arm, "level 200"))
+            ways[one].add(way_of(arm))
     for one, needed in ways.items():
         into = _maps(folder, digests[one])
         makers.read_teacher(one, into, regime.world_seed, regime.clips, sorted(needed))

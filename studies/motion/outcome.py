@@ -18,9 +18,15 @@ __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
 _MEASURES = ("direction", "verb", "right", "colour", "distance")
 #: Measures that are compared seed by seed; table and plot show the first one.
-_COMPARED = ("direction", "right", "colour")
+_COMPARED = ("direction", "right", "verb", "colour")
 #: Arms with which every other arm is compared, seed by seed, and their names in the table's head.
-_AGAINST = {"plain": "plain", "teacher": "the teacher's", "teacher, MTTI only": "MTTI only"}
+_AGAINST = {
+    "plain": "plain",
+    "teacher": "the teacher's",
+    "teacher, MTTI only": "MTTI only",
+    "teacher, inverted": "inverted",
+    "teacher, inverted, MTTI only": "inverted, MTTI only",
+}
 
 
 def seeds_needed(differences: Sequence[float], half: float = 1.0) -> int | None:

@@ -119,21 +119,33 @@ def test_how_maps_are_compared_reaches_the_distance(name: str, value: Any) -> No
     assert plain != pytest.approx(changed, rel=1e-3)
 
 
-def test_a_placebo_has_the_selection_that_its_name_says() -> None:
+def test_an_arm_has_the_reading_that_its_name_says_and_what_it_asks_for_is_read() -> None:
     class Asked(contest.Material):
         def __init__(self) -> None:
-            self.asked: list[tuple[bool, bool]] = []
+            self.asked: list[tuple[str, bool, bool]] = []
 
-        def teacher(self, way: str = "level 200", *, heads: bool = True, words: bool = True) -> Maps:
-            self.asked.append((heads, words))
-            return Maps(torch.ones(2, 1, 80).half(), torch.ones(2, 1, dtype=torch.bool))
+        def teacher(
+            self, way: str = "level 200", *, heads: bool = True, words: bool = True, number: int = 0
+        ) -> Maps:
+            self.asked.append((way, heads, words))
+            return Maps(torch.ones(2, 16, 80).half(), torch.ones(2, 16, dtype=torch.bool))
 
-    wanted = {"": (True, True), ", no selection": (False, False), ", MTTI only": (False, True)}
-    for suffix, selections in wanted.items():
+    placebos = [f"{kind}'s" for kind in ("another clip", "another object")]
+    placebos += ["frames shuffled", "frames reversed", "mean of all clips"]
+    wanted = {
+        "": ("level 200", True, True),
+        ", MTTI only": ("level 200", False, True),
+        ", inverted": ("inverted", True, True),
+        ", inverted, MTTI only": ("inverted", False, True),
+    }
+    arms = {f"{who}{suffix}": how for suffix, how in wanted.items() for who in [*placebos, "teacher"]}
+    arms |= {f"{who}, no selection": ("level 200", False, False) for who in ("teacher", "another clip's")}
+    arms |= {"teacher, wide diagonal": ("wide diagonal", True, True)}
+    arms |= {"teacher, standardized scores, MTTI only": ("standardized", False, True)}
+    for arm, how in arms.items():
         material = Asked()
-        contest.ARMS[f"another clip's{suffix}"](material, 0)
-        contest.ARMS[f"teacher{suffix}"](material, 0)
-        assert material.asked == [selections, selections]
+        contest.ARMS[arm](material, 0)
+        assert (contest.way_of(arm), material.asked) == (how[0], [how]), arm
 
 
 def test_the_contest_runs_every_arm_once_and_adds_up(
