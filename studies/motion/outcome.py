@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from studies.motion.captioner import Regime
-from studies.toy.study_report import finite, interval
+from studies.toy.study_report import finite, interval, shown
 
 __all__ = ["rank_correlation", "seeds_needed", "summarise", "write_outcome"]
 
@@ -105,13 +105,6 @@ def summarise(folder: Path, regime: Regime) -> dict[str, Any]:
     return {"regime": asdict(regime), "arms": arms, "lift against gain, ranks": _foretelling(arms)}
 
 
-def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
-    if entry is None:
-        return ""
-    half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
-    return f"{entry['mean']:{sign}.1f}{half}"
-
-
 def table(summary: dict[str, Any], order: Sequence[str]) -> str:
     """A Markdown table with one row for each arm, in ``order``."""
     against = [other for other in _AGAINST if other in summary["arms"]]
@@ -123,7 +116,7 @@ def table(summary: dict[str, Any], order: Sequence[str]) -> str:
         if row is None:
             continue
         gains = [row.get(f"over {other}", {}).get(_COMPARED[0]) for other in against]
-        cells = [arm, str(len(row["seeds"])), _shown(row["direction"]), *(_shown(g, "+") for g in gains)]
+        cells = [arm, str(len(row["seeds"])), shown(row["direction"]), *(shown(g, "+") for g in gains)]
         cells += [f"{row[name]['mean']:.1f}" if name in row else "" for name in ("verb", "right", "colour")]
         cells.append(f"{row['lift']:.2f}" if "lift" in row else "")
         lines.append("| " + " | ".join(cells) + " |")

@@ -23,7 +23,7 @@ class Arm:
         control: name in `controls.CONTROLS` of the maps that replace the teacher's; "" for none.
         mode, noise_level, steps, head_selection, token_selection, ratio: of the teacher's reading, as in
             `PriorSettings`; ratio is the ratio of heads and of words.
-        aligner, loss: of the alignment.
+        aligner: of the alignment.
         temperature: of the teacher's priors, see `align`; true masks are sharp.
         shown: "video"; or a control that hides motion: "shuffled" frames or the "middle" frame alone.
     """
@@ -40,7 +40,6 @@ class Arm:
     token_selection: str = "mtti"
     ratio: float = 0.5
     aligner: str = "identity"
-    loss: str = "l2"
     temperature: float = 0.25
     shown: str = "video"
 

@@ -182,7 +182,6 @@ def fine_tune(
             data_collator=MotionCollator(family, processor),
             processing_class=processor,
             alignment_weight=AlignmentSchedule(arm.weight, arm.schedule),
-            alignment_loss=arm.loss,
             prior_temperature=arm.temperature,
             aligner=None if grid is None else build_aligner(arm.aligner, grid, seed=seed),
         )

@@ -14,7 +14,7 @@ import numpy as np
 from motionenhancer.toy.scene import TASKS
 from studies.toy.arms import ARMS, LEVEL, PAIRS, SWEEPS, Regime
 
-__all__ = ["finite", "interval", "summarise", "write_report"]
+__all__ = ["finite", "interval", "shown", "summarise", "write_report"]
 
 #: Two-sided 95 % quantiles of Student's t, from one degree of freedom on.
 _T = (
@@ -105,7 +105,8 @@ def _pairs(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
+def shown(entry: dict[str, Any] | None, sign: str = "") -> str:
+    """Mean and half width of a table's cell; no width for a single run, nothing for no entry."""
     if entry is None:
         return ""
     half = "" if math.isinf(entry["half"]) else f" ± {entry['half']:.1f}"
@@ -113,8 +114,8 @@ def _shown(entry: dict[str, Any] | None, sign: str = "") -> str:
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
-    cells = [name, str(len(row["seeds"])), _shown(row["overall"]), _shown(row.get("overall_gain"), "+")]
-    cells += [_shown(row.get("validation")), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
+    cells = [name, str(len(row["seeds"])), shown(row["overall"]), shown(row.get("overall_gain"), "+")]
+    cells += [shown(row.get("validation")), *(f"{row['tasks'][task]:.1f}" for task in TASKS)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -136,7 +137,7 @@ def tables(summary: dict[str, Any]) -> str:
     if summary["pairs"]:
         lines += ["### Seed by seed", "", "| arm | over | runs | gain |", "| --- | --- | --- | --- |"]
         for pair in summary["pairs"]:
-            cells = [pair["arm"], pair["over"], str(len(pair["seeds"])), _shown(pair, "+")]
+            cells = [pair["arm"], pair["over"], str(len(pair["seeds"])), shown(pair, "+")]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     gains = {a.name: summary["arms"].get(a.name, {}).get("tasks_gain") for a in ARMS}
@@ -145,7 +146,7 @@ def tables(summary: dict[str, Any]) -> str:
         lines.append("| --- " * (1 + len(TASKS)) + "|")
         for name, row in gains.items():
             if row:
-                lines.append(f"| {name} | " + " | ".join(_shown(row[t], "+") for t in TASKS) + " |")
+                lines.append(f"| {name} | " + " | ".join(shown(row[t], "+") for t in TASKS) + " |")
         lines.append("")
     return "\n".join(lines)
 

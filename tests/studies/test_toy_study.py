@@ -246,9 +246,9 @@ def test_an_arm_says_how_it_is_aligned(
     monkeypatch.setattr("studies.toy.fine_tuning.MotionTrainer", told)
     masks = next(a for a in ARMS if a.prior == "masks")
     with pytest.raises(Told):
-        fine_tune(replace(masks, weight=0.7, temperature=0.3, loss="kl"), TINY, 0, *folders)
+        fine_tune(replace(masks, weight=0.7, temperature=0.3), TINY, 0, *folders)
     assert given["alignment_weight"] == AlignmentSchedule(0.7, "linear")
-    assert (given["prior_temperature"], given["alignment_loss"]) == (0.3, "kl")
+    assert given["prior_temperature"] == 0.3
     assert isinstance(given["aligner"], torch.nn.Identity)
 
 
