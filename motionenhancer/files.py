@@ -12,7 +12,7 @@ from typing import Any
 
 from .interrupts import UNFINISHED
 
-__all__ = ["read_json", "readable", "whole_file", "write_json", "write_text"]
+__all__ = ["read_json", "readable", "too_deep", "whole_file", "write_json", "write_text"]
 
 
 @contextmanager
@@ -76,6 +76,24 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ValueError(f"{path}: not a JSON object")
     return body
+
+
+def too_deep(folder: str | Path) -> str:
+    """The first JSON file of a folder, or of the folders in it, that is nested too deeply; empty if none is.
+
+    Libraries that read such a file raise a RecursionError without its name.
+
+    >>> too_deep("a/folder/that/is/not/there")
+    ''
+    """
+    for path in sorted([*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")]):
+        try:
+            json.loads(path.read_bytes())
+        except RecursionError:
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return ""
 
 
 def readable(size: float) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
 from .data.digests import file_digest
+from .files import too_deep
 
 __all__ = [
     "check_loaded",
@@ -52,6 +53,8 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> Any:
     except (TypeError, ArithmeticError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if isinstance(error, RecursionError) and (deep := too_deep(folder)):
+            raise ValueError(f"{deep}: not valid JSON (nested too deeply)") from None
         # A configuration that makes no model ends in an error of any type, by class.
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
@@ -139,18 +142,20 @@ def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def check_moments(optimizer: Any, checkpoint: str | Path) -> None:
-    """Refuse the moments that Adam loaded from a checkpoint if they are not of the shapes of its parameters.
+    """Refuse the moments that Adam loaded from a checkpoint if some are missing or have wrong shapes.
 
-    A step of torch would write outside of its memory.
+    With other shapes a step of torch would write outside of its memory.
 
     Raises:
-        ValueError: names the checkpoint and the shapes.
+        ValueError: names the checkpoint, and the missing moment or the shapes.
     """
     if not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam | torch.optim.AdamW):
         return
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            if name in state and state[name].shape != parameter.shape:
+            if state and name not in state:
+                raise ValueError(f"{checkpoint}: the optimizer's state of a weight has no {name}")
+            if state and state[name].shape != parameter.shape:
                 raise ValueError(
                     f"{checkpoint}: the optimizer's {name} has shape {tuple(state[name].shape)}, its weight "
                     f"{tuple(parameter.shape)}: not the optimizer of this run"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from motionenhancer.chat_template import apply_chat_template
 from motionenhancer.data.sample import Sample
 
 __all__ = ["Rendered", "answer_labels", "expand", "render"]
@@ -52,17 +53,12 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
     if not answers:
         raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")
-    options = {} if template is None else {"chat_template": template}
 
     def shown(given: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         try:
-            return processor.apply_chat_template(
-                list(given), tokenize=False, add_generation_prompt=prompt, **options
-            )
-        except Exception as error:
-            # Any error of the model's own template, such as one of its sandbox.
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(f"sample {sample.id!r}: the chat template fails ({said})") from error
+            return apply_chat_template(processor, given, prompt=prompt, template=template)
+        except ValueError as error:
+            raise type(error)(f"sample {sample.id!r}: {error}") from error
 
     text, parts = shown(messages), {i: shown(messages[: i + 1]) for i in answers}
     try:
@@ -103,9 +99,9 @@ def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str
     if text.startswith(part):
         return len(part)
     behind = part[_text_spans(shown, messages, part)[-1][-1][1] :] if spans else ""
-    if not spans or not text.startswith(behind.rstrip(), spans[-1][1]):
+    if not behind.strip() or not text.startswith(behind.rstrip(), spans[-1][1]):
         raise ValueError("the chat template ends an earlier answer differently from the last answer")
-    return spans[-1][1] + len(behind.rstrip())
+    return spans[-1][1] + len(behind)
 
 
 def _changed(sample: Sample, count: int) -> ValueError:
@@ -128,20 +124,11 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
             at = other.find(mark)
             if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
-            # The template may show a part of the text elsewhere, such as thoughts before the mark. A tag that
-            # opens them may be there without them, too.
+            # The template may show a part of the text elsewhere, such as thoughts before the mark.
             start = next((k for k in range(at) if text[k] != other[k]), at)
-            if start < at:
-                start = _with_opening(text, start, part["text"].lstrip())
             spans.append((start, len(text) - (len(other) - at - len(mark))))
         found.append(tuple(spans))
     return tuple(found)
-
-
-def _with_opening(text: str, start: int, own: str) -> int:
-    """Return where the beginning of ``own`` stands before ``start``; ``start`` if it does not."""
-    end = len(text[:start].rstrip())
-    return next((end - k for k in range(min(end, len(own)), 0, -1) if text[end - k : end] == own[:k]), start)
 
 
 def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Callable[[int], int]]:

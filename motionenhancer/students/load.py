@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from motionenhancer.files import read_json
+from motionenhancer.chat_template import EndlessTemplate, apply_chat_template
+from motionenhancer.files import read_json, too_deep
 from motionenhancer.hub import model_folder
 from motionenhancer.students.families import student_family
 from motionenhancer.students.family import StudentFamily
@@ -71,7 +71,7 @@ def load_student(
 
     Returns:
         model, processor, family. The model is in evaluation mode; with adapters it is a ``peft.PeftModel``.
-        Where the tokenizer gives no maximum length, the family refuses texts beyond the model's positions.
+        A tokenizer without a maximum length has the model's number of positions.
 
     Raises:
         ValueError: ``path`` is not a folder; it has no readable ``config.json``, weights or processor; no
@@ -108,9 +108,8 @@ def load_student(
             f"{known} tokens only: they belong to different models"
         )
     if processor.tokenizer.model_max_length > 10**9:  # Its file gives no length.
-        # The tokenizer is saved with the student, so it stays as it was.
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        family = replace(family, most_text=longest)
+        processor.tokenizer.model_max_length = longest or processor.tokenizer.model_max_length
     if base != folder:
         model = _adapted(model, folder)
     if device is not None:
@@ -123,13 +122,15 @@ def load_processor(folder: Path) -> Any:
 
     Raises:
         ValueError: there is no processor, or it takes no videos, gives no character offsets, or has no
-            template.
+            template or one that does not end.
     """
     from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError, RecursionError) as error:
+        if isinstance(error, RecursionError) and (deep := too_deep(folder)):
+            raise ValueError(f"{deep}: not valid JSON (nested too deeply)") from None
         raise ValueError(f"path {str(folder)!r} has no readable processor: {error}") from error
     _check_processor(processor, folder)
     return processor
@@ -248,3 +249,13 @@ def _check_processor(processor: Any, folder: Path) -> None:
         raise ValueError(f"path {str(folder)!r} has no chat template")
     if len(str(template)) > _MOST_TEMPLATE:
         raise ValueError(f"path {str(folder)!r} has a chat template of more than {_MOST_TEMPLATE} characters")
+    video = {"type": "video", "video": ""}
+    asked = {"role": "user", "content": [video, {"type": "text", "text": "What moves?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A ball."}]}
+    for messages in ([asked], [asked, answer]):
+        try:
+            apply_chat_template(processor, messages, prompt=len(messages) == 1)
+        except EndlessTemplate as error:
+            raise ValueError(f"path {str(folder)!r}: {error}") from None
+        except ValueError:
+            pass  # It may not take these messages. What fails for a sample is said there.

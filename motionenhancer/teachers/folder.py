@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import read_json
+from ..files import read_json, too_deep
 from ..weights import load_whole
 from .plan import MODELS, TEXT_MODELS
 from .protocol import TextEncoding
@@ -52,9 +52,13 @@ def load_pipeline(
         for name in MODELS:
             if name in named and name not in parts and named[name][1] is not None:
                 parts[name] = load_whole(_class_of(*named[name]), path / name, dtype=dtype)
-        pipeline = cls.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
-        )
+        try:
+            pipeline = cls.from_pretrained(
+                path, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
+            )
+        except RecursionError as error:
+            said = f"{too_deep(path)}: not valid JSON (nested too deeply)" if too_deep(path) else str(path)
+            raise ValueError(said) from error
     pipeline.set_progress_bar_config(disable=True)
     for name in MODELS:
         module = getattr(pipeline, name, None)

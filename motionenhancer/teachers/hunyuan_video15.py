@@ -13,6 +13,7 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
+from ..chat_template import apply_chat_template
 from .config import Parts
 from .folder import tokenize
 from .hunyuan_video import HunyuanVideoTeacher, stack_texts
@@ -55,9 +56,7 @@ class HunyuanVideo15Teacher(HunyuanVideoTeacher):
 
         def rendered(prompt: str) -> str:
             user = {"role": "user", "content": prompt}
-            return pipeline.tokenizer.apply_chat_template(
-                [system, user], add_generation_prompt=True, tokenize=False
-            )
+            return apply_chat_template(pipeline.tokenizer, [system, user], prompt=True)
 
         before, _, after = rendered(mark).partition(mark)
         # The pipeline gives an empty prompt as a space.
