@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+)
 from transformers.trainer_pt_utils import safe_globals
 
 from ..alignment.aligner_training import FOLDER as ALIGNER
@@ -203,6 +209,11 @@ def _fault(file: Path, state: Any) -> str:
     elif file.name == OPTIMIZER_NAME:
         if not any(group["params"] for group in state["param_groups"]):
             return "holds no parameters"
+        # With no moments Adam would begin anew. A loss scaler may have left out every step so far.
+        begun = any("betas" in group for group in state["param_groups"])
+        lost = not state["state"] or not all(state["state"].values())
+        if begun and lost and not file.with_name(SCALER_NAME).exists():
+            return "holds no moments of some of its parameters"
         held = [(f"{n}.{k}", v) for n, of in state["state"].items() for k, v in of.items()]
         shapes = {name: value.shape for name, value in held if isinstance(value, torch.Tensor)}
         for name, shape in shapes.items():

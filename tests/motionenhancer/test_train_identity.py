@@ -317,6 +317,9 @@ def wrong_states() -> Iterator[tuple[str, Any, str]]:
     moments = optimizer["state"][0]
     yield "optimizer.pt", [1], "damaged (TypeError)"
     yield "optimizer.pt", {"state": {}, "param_groups": []}, "holds no parameters"
+    for kept in ({}, {0: moments, 1: {}}):
+        groups = [{"betas": (0.9, 0.999), "params": [0, 1]}]
+        yield "optimizer.pt", {"state": kept, "param_groups": groups}, "holds no moments of some of its"
     yield "scheduler.pt", [1], "damaged (TypeError)"
     yield "scheduler.pt", {"a": 1}, "damaged (KeyError)"
     yield "rng_state.pth", [1], "damaged (TypeError)"
@@ -341,7 +344,18 @@ def test_a_state_that_can_be_read_but_is_wrong_gives_way_too(
     file.write_text(json.dumps(state)) if file.suffix == ".json" else torch.save(state, file)
     training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
     assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-2")
-    assert capsys.readouterr().err.startswith(f"{file}: {said}; checkpoint-2 is taken instead")
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{file}: {said}")
+    assert printed.endswith("; checkpoint-2 is taken instead\n")
+
+
+def test_an_optimizer_whose_steps_a_scaler_left_out_has_no_moments_yet(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint-2")
+    state = {"state": {}, "param_groups": [{"betas": (0.9, 0.999), "params": [0]}]}
+    torch.save(state, folder / "optimizer.pt")
+    torch.save({"scale": 2.0}, folder / "scaler.pt")
+    training = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert checkpoint_to_resume(training) == str(folder)
 
 
 def test_every_process_has_its_random_state(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import motionenhancer.toy
 from motionenhancer.students import load_student
 from motionenhancer.teachers import load_teacher
-from motionenhancer.weights import check_loaded, not_finite, refuse_weights, student_digest
+from motionenhancer.weights import check_loaded, check_moments, not_finite, refuse_weights, student_digest
 
 SHIPPED = Path(motionenhancer.toy.__file__).parent / "weights"
 
@@ -148,3 +148,22 @@ def test_a_student_is_named_by_what_its_checkpoint_consists_of(name: str, tmp_pa
     assert student_digest(tmp_path) == found
     (tmp_path / name).write_text("{ }")
     assert student_digest(tmp_path) != found
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+def test_a_file_of_a_teacher_that_is_nested_too_deeply_is_named(tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(SHIPPED / "teacher", tmp_path / "copy"))
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{file}: not valid JSON"):
+        load_teacher(folder)
+
+
+def test_moments_of_which_some_are_lost_are_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    check_moments(optimizer, "checkpoint-1")
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1: the optimizer.s state of a weight has no exp_avg_sq"
+    ):
+        check_moments(optimizer, "checkpoint-1")
