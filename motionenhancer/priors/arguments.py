@@ -336,15 +336,16 @@ class MakerArguments(Settings):
     ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, else a new one.")
     ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
-    ray_wait: float | None = setting(
+    prior_wait: float | None = setting(
         None,
-        "Stop the run after N seconds without any teacher, or N seconds spent on one prior. Default: 3600.",
+        "Stop the run after N seconds spent on one prior, or with Ray without any teacher. Default: 3600.",
+        aliases=["--ray_wait", "--ray-wait"],
         above=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ray_address", "ray_workers", "ray_cpus", "ray_wait"):
+        for name in ("ray_address", "ray_workers", "ray_cpus"):
             if self.prior_engine != "ray" and getattr(self, name) is not None:
                 raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
 
@@ -356,5 +357,5 @@ class MakerArguments(Settings):
             address=self.ray_address,
             actors=self.ray_workers,
             cpus=self.ray_cpus,
-            wait=self.ray_wait,
+            wait=self.prior_wait,
         )

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from ..teachers import Teacher
-from .maker import LocalMaker, PriorMaker
+from .maker import WAIT, LocalMaker, PriorMaker
 from .prior_settings import PriorSettings
 from .reader import Source
 
@@ -59,7 +59,8 @@ def open_engine(
             one. Several processes join one cluster and share its GPUs.
         actors: number of teachers of this process; None: its share of the cluster's GPUs, at least one.
         cpus: number of cores that each actor reserves and uses; None: 1.
-        wait: seconds without any teacher, or for one prior, after which the run stops; None: an hour.
+        wait: seconds for one prior, or in a cluster without any teacher, after which the run stops; None: an
+            hour.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster.
@@ -73,13 +74,15 @@ def open_engine(
         roundtrip: bool = False,
     ) -> LocalMaker:
         loads = partial(load, state.device)
-        return LocalMaker(loads, settings, decode_workers=decode_workers, roundtrip=roundtrip)
+        return LocalMaker(
+            loads, settings, decode_workers=decode_workers, roundtrip=roundtrip, wait=wait or WAIT
+        )
 
     if name == "local":
         yield Engine(state.device, 1, local)
         return
     try:
-        from .ray_maker import WAIT, RayMaker, open_cluster
+        from .ray_maker import RayMaker, open_cluster
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import RLock
+from threading import TIMEOUT_MAX, RLock, Timer
 from time import time
 from typing import Protocol, TypeVar
 
@@ -22,11 +22,15 @@ from .prior_settings import PriorSettings
 from .reader import Reader, Source
 from .requests import Made, PriorRequest, clip_name, request_key
 from .storage import DamagedPrior, PriorStore, Refusal
+from .threads import Threads
 
 __all__ = ["DeadTeacher", "LocalMaker", "Made", "PriorMaker", "RefusedClip", "Stored", "make_all"]
 
 PATIENCE = 8
 """A teacher counts as dead when it fails on this many clips in a row and the clips are not the cause."""
+
+WAIT = 3600
+"""Default maximum of seconds for one prior, and in a Ray cluster without any teacher."""
 
 Item = TypeVar("Item")
 
@@ -92,11 +96,14 @@ class LocalMaker:
     decoded clips are held. No global random generator is used. So a prior does not depend on the time when it
     is made, and training does not depend on priors that are made at the same time.
 
+    Every wait has a limit: the teacher counts as dead if it does not answer a request within `wait` seconds.
+
     Args:
         load: returns the teacher; called once, at the first request.
         settings: settings of the priors.
         decode_workers: number of threads that decode.
         roundtrip: also measure the inversion error of the first clip.
+        wait: maximum of seconds for one prior, from the moment when the teacher turns to it.
 
     Raises:
         ValueError: decode_workers below 1.
@@ -109,20 +116,24 @@ class LocalMaker:
         *,
         decode_workers: int = 2,
         roundtrip: bool = False,
+        wait: float = WAIT,
     ) -> None:
         if decode_workers < 1:
             raise ValueError(f"decode_workers must be at least 1, got {decode_workers}")
         self.capacity = decode_workers + 1
         self._load, self._settings, self._roundtrip = load, settings, roundtrip
         self._lock, self._closed = RLock(), False
-        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        self._decoders, self._thread = Threads(decode_workers, "decode"), Threads(1, "teacher")
+        self._wait = min(wait, TIMEOUT_MAX)
         #: not decoded yet; and how many are being decoded or wait decoded for the teacher
         self._waiting: deque[_Job] = deque()
         self._ahead = 0
+        #: of requests without an answer
+        self._open: set[Future[Made]] = set()
         self._reader: Reader | None = None
         self._patience = Patience()
         self._dead: DeadTeacher | None = None
+        self._stuck = False
 
     def ready(self) -> Teacher | Source:
         """Load the teacher if needed. Nothing else may use it while a request is open.
@@ -153,15 +164,16 @@ class LocalMaker:
             self._waiting.append(job)
             self._decode_ahead()
             answer = self._thread.submit(self._answer, job)
-            answer.add_done_callback(lambda _: self._settled(job))
+            self._open.add(answer)
+            answer.add_done_callback(lambda done: self._settled(job, done))
         return answer
 
     def close(self) -> None:
         """See `PriorMaker`."""
         with self._lock:
             self._closed = True
-        self._thread.shutdown(cancel_futures=True)
-        self._decoders.shutdown(cancel_futures=True)
+        self._thread.close(wait=not self._stuck)
+        self._decoders.close(wait=not self._stuck)
 
     def _enter(self, threads: int) -> None:
         assert self._reader is not None
@@ -180,6 +192,9 @@ class LocalMaker:
             raise self._dead
         assert self._reader is not None
         assert job.video is not None
+        late = Timer(self._wait, self._late, [job.request])
+        late.daemon = True
+        late.start()
         try:
             # No name is bound to the frames: they must be freed when the next clip is decoded.
             made = self._reader.read(job.request, job.video.result())
@@ -189,12 +204,25 @@ class LocalMaker:
                 # Requests that wait are not tried, and get the same reason.
                 self._dead = judged
             raise judged from judged.__cause__
+        finally:
+            late.cancel()
         self._patience.failures = 0
         return made
 
-    def _settled(self, job: _Job) -> None:
+    def _late(self, request: PriorRequest) -> None:
+        """Answer all requests with a dead teacher: its thread does not come back from this one."""
+        said = f"the teacher gave no prior of {request.video} for {self._wait:g} s (--prior_wait)"
+        with self._lock:
+            self._dead, self._stuck = DeadTeacher(said), True
+            unanswered = [*self._open]
+        for answer in unanswered:
+            with contextlib.suppress(InvalidStateError):
+                answer.set_exception(self._dead)
+
+    def _settled(self, job: _Job, answer: Future[Made]) -> None:
         """Drop a job that was answered or cancelled, and decode the next one."""
         with self._lock:
+            self._open.discard(answer)
             if job.video is None:
                 self._waiting.remove(job)
             else:

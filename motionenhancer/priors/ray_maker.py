@@ -24,7 +24,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from ..data.video import VideoError, content_digest
 from ..teachers import Teacher
-from .maker import DeadTeacher, Patience, reason_of
+from .maker import WAIT, DeadTeacher, Patience, reason_of
 from .prior_settings import PriorSettings
 from .reader import Reader, Source
 from .requests import Made, PriorRequest
@@ -37,9 +37,6 @@ DEATHS = 12
 
 SLOW = 60
 """Seconds after which an actor that has not started causes a warning."""
-
-WAIT = 3600
-"""Default maximum of seconds without any teacher, or of an actor for one prior."""
 
 SAME_FILES = "with Ray all nodes need the same files at the same paths"
 
@@ -240,7 +237,7 @@ class RayMaker:
                     logger.warning("a Ray actor has not started for %d s: %s", waited, self._needs())
                 if self._teachers == 0 and monotonic() - self._alone_since > self._wait:
                     raise DeadTeacher(
-                        f"no Ray actor has a teacher after {self._wait:g} s (--ray_wait): {self._needs()}"
+                        f"no Ray actor has a teacher after {self._wait:g} s (--prior_wait): {self._needs()}"
                     )
             ray.get(opening)
             return actor
@@ -265,7 +262,7 @@ class RayMaker:
             self._failed(job, error.cause)
         except GetTimeoutError:
             _dismiss(actor)
-            late = f"a Ray actor gave no prior of {job.request.video} for {self._wait:g} s (--ray_wait)"
+            late = f"a Ray actor gave no prior of {job.request.video} for {self._wait:g} s (--prior_wait)"
             self._end(DeadTeacher(late))
             job.answer.set_exception(self._dead)
             return False

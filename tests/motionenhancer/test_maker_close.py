@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ from test_store import make_prior
 from tiny_world import World
 
 from motionenhancer.data import SkipLog, content_digest, read_samples
+from motionenhancer.priors import threads
 from motionenhancer.priors.maker import (
     PATIENCE,
     DeadTeacher,
@@ -34,6 +37,37 @@ from motionenhancer.priors.prior import MotionPrior
 from motionenhancer.priors.requests import PriorRequest, request_priors
 from motionenhancer.priors.storage import PriorStore, prior_keys
 from motionenhancer.teachers import load_teacher, teacher_id
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["maker", "stored"])
+def test_a_teacher_that_does_not_come_back_counts_as_dead(fake: Fake, store: PriorStore, whole: bool) -> None:
+    go_on = fake.hold("slow")
+    inner = LocalMaker(fake.load, SETTINGS, wait=0.3)
+    maker: PriorMaker = Stored(store, inner, NAME) if whole else inner
+    held = fake.request("slow")
+    asked = [maker.submit(held), maker.submit(fake.request("good"))]
+    found = [answer(future) for future in asked]
+    assert {type(error) for error in found} == {DeadTeacher}
+    assert str(found[0]) == f"the teacher gave no prior of {held.video} for 0.3 s (--prior_wait)"
+    with pytest.raises(DeadTeacher, match="gave no prior"):
+        inner.submit(fake.request("late"))
+    maker.close()  # It does not wait for the thread.
+    go_on()
+    for pool in (inner._thread, inner._decoders):
+        pool.join()
+    assert answer(asked[0]) is found[0], "the first answer stays"
+
+
+def test_a_thread_that_does_not_come_back_lets_its_process_end() -> None:
+    code = (
+        "import runpy, sys, threading\n"
+        "threads = runpy.run_path(sys.argv[1])['Threads'](1, 'stuck')\n"
+        "begun = threading.Event()\n"
+        "threads.submit(lambda: (begun.set(), threading.Event().wait()))\n"
+        "begun.wait()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, threads.__file__], timeout=120)
+    assert ended.returncode == 0
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["maker", "stored"])

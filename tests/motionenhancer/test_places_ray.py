@@ -64,7 +64,7 @@ def test_a_wait_for_a_place_ends(
         monkeypatch.setitem(maker._options, "num_cpus", 100)
         found = [answer(maker.submit(request(tmp_path, one))) for one in ("kill", "good")]
     assert [type(one) for one in found] == [DeadTeacher, DeadTeacher]
-    assert "no Ray actor has a teacher after 3 s (--ray_wait): it needs 100 cores" in str(found[0])
+    assert "no Ray actor has a teacher after 3 s (--prior_wait): it needs 100 cores" in str(found[0])
 
 
 def test_a_wait_for_one_prior_ends(cluster: Cluster, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_wait_for_one_prior_ends(cluster: Cluster, tmp_path: Path) -> None:
         maker._wait = 2.0
         found = answer(keeps.submit(request(tmp_path, "asleep")))
     assert isinstance(found, DeadTeacher)
-    assert "asleep.mp4 for 2 s (--ray_wait)" in str(found)
+    assert "asleep.mp4 for 2 s (--prior_wait)" in str(found)
     assert not list(store.refusals()), "the clip is not to blame"
 
 

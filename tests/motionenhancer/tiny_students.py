@@ -17,7 +17,6 @@ from tiny_templates import (
     QWEN2_TEXT,
     TEXT,
     chat_template,
-    gemma_template,
     glm_template,
     media_first_template,
     thinking_template,
@@ -186,9 +185,7 @@ def save_glm(folder: Path, seed: int = 0, kind: str = "glm4v") -> Path:
     }
     tokenizer = tokenizer_with(
         glm_template(
-            "<|begin_of_image|><|image|><|end_of_image|>",
-            "<|begin_of_video|><|video|><|end_of_video|>",
-            blocks=kind != "glm4v",
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
         ),
         image_token="<|image|>",
         video_token="<|video|>",
@@ -247,11 +244,14 @@ def save_gemma4(folder: Path, seed: int = 0) -> Path:
     """Gemma 4 with 2 x 2 patches of 4 pixels a token, and a window of 16 tokens in two of four layers."""
     import transformers as hf
 
-    template = gemma_template("<|image|>", "<|video|>")
+    template = chat_template("<|image|>", "<|video|>")
+    for ours, theirs in (("<|im_start|>", "<|turn>"), ("<|im_end|>", "<turn|>")):
+        template = template.replace(ours, theirs)
     names = {"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>", "audio": "<|audio|>"}
     names |= {"boa": "<|audio>", "eoa": "<audio|>"}
-    marks = {"turn": "<|turn>", "turn_end": "<turn|>", "channel": "<|channel>", "channel_end": "<channel|>"}
-    tokenizer = tokenizer_with(template, **{f"{k}_token": v for k, v in names.items()}, **marks)
+    tokenizer = tokenizer_with(
+        template, **{f"{k}_token": v for k, v in names.items()}, turn="<|turn>", turn_end="<turn|>"
+    )
     sizes = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
     processor = hf.Gemma4Processor(
         feature_extractor=hf.Gemma4AudioFeatureExtractor(),
