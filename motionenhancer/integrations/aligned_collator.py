@@ -11,6 +11,7 @@ import torch
 from ..alignment.dataset import align_batch
 from ..data import Sample, SkipLog
 from ..data.conversation import convert
+from ..students.families import processor_family
 from ..students.layout import TokenLayout
 from ..students.words import find_words
 from .lookup import PriorLookup
@@ -70,7 +71,7 @@ class AlignedCollator:
             layout, found = _NOWHERE, None
             if sample is not None and prior is not None:
                 tokens, start = _unpadded(batch, index)
-                layout = read_layout(tokens, sample, self.processor, grid_thw=grids[index], start=start)
+                layout = read_layout(tokens, sample, self.processor, **grids[index], start=start)
                 found = find_words(sample, prior, layout, self.priors.source)
             priors.append(prior)
             words.append(found)
@@ -97,17 +98,24 @@ def _row(feature: Any) -> Mapping[str, Any]:
     return feature
 
 
-def _grids(batch: Mapping[str, Any], processor: Any) -> list[Any]:
-    """The first video's (T, H, W) in patches of each sample, told by its number of video tokens."""
-    ids, grids = batch["input_ids"], batch.get("video_grid_thw")
-    if grids is None:
-        return [None] * len(ids)
-    sizes = (grids.prod(dim=1) // processor.video_processor.merge_size**2).tolist()
-    found, at = [], 0
+def _grids(batch: Mapping[str, Any], processor: Any) -> list[dict[str, Any]]:
+    """What `read_layout` is given of the first video of each sample, told by its number of video tokens."""
+    ids, name = batch["input_ids"], processor_family(processor).grid_input
+    given, part = batch.get(name), processor.video_processor
+    if given is None:
+        return [{} for _ in ids]
+    frames = name == "video_position_ids"  # One entry for each frame, not for each video.
+    if frames:
+        sizes = ((given.amax(dim=1) + 1) // part.pooling_kernel_size).prod(dim=1).tolist()
+    else:
+        sizes = (given.prod(dim=1) // part.merge_size**2).tolist()
+    found, at = list[dict[str, Any]](), 0
     for count in (ids == video_token(processor)).sum(dim=1).tolist():
-        found.append(grids[at] if count else None)
+        first = at
         while count > 0 and at < len(sizes):
             count, at = count - sizes[at], at + 1
+        shown = {"position_ids": given[first:at]} if frames else {"grid_thw": given[first : first + 1]}
+        found.append(shown if at > first else {})
     return found
 
 

@@ -15,7 +15,13 @@ from ..students.layout import TokenLayout, VisionLayout
 
 
 def read_layout(
-    input_ids: torch.Tensor, sample: Sample, processor: Any, *, grid_thw: Any = None, start: int = 0
+    input_ids: torch.Tensor,
+    sample: Sample,
+    processor: Any,
+    *,
+    grid_thw: Any = None,
+    position_ids: torch.Tensor | None = None,
+    start: int = 0,
 ) -> TokenLayout:
     """Read the layout of a sample out of its token ids alone, whichever template they come from.
 
@@ -25,9 +31,11 @@ def read_layout(
     Args:
         input_ids: (N,) int64 without padding. Each video token stands for one place of the grid.
         sample: the conversation the ids were made of, with one video.
-        processor: of the student, with a fast tokenizer; of Qwen2-VL to Qwen3.5, GLM-4.1V to 4.6V, InternVL,
-            LLaVA-OneVision, SmolVLM, or VideoLLaMA3 without token compression.
+        processor: of the student, with a fast tokenizer; of Qwen2-VL to Qwen3.5, GLM-4.1V to 4.6V, Gemma 4,
+            InternVL, LLaVA-OneVision, SmolVLM, or VideoLLaMA3 without token compression.
         grid_thw: (T, H, W) of the video in patches, for families whose processors give `video_grid_thw`.
+        position_ids: (F, patches, 2) places (x, y) of the patches of each frame, for Gemma 4: the video's
+            part of `video_position_ids`.
         start: padding tokens before the first.
 
     Returns:
@@ -45,25 +53,27 @@ def read_layout(
     if sample.images and processor_family(processor).shared_token:
         raise ValueError("images and videos share a token in this family: leave out samples with images")
     positions = (input_ids == token).nonzero()[:, 0].cpu()
-    grid, places = _places(processor, len(positions), grid_thw)
+    grid, places = _places(processor, len(positions), grid_thw, position_ids)
     text, offsets, stops = _spell(input_ids.tolist(), tokenizer, token)
     text, spans = _message_spans(text, stops, sample)
     video = VisionLayout.placed(positions + start, grid, places)
     return TokenLayout(text, torch.tensor(offsets, dtype=torch.int64), spans, (video,), start)
 
 
-def video_grid(processor: Any, tokens: int, grid_thw: Any = None) -> Grid:
+def video_grid(
+    processor: Any, tokens: int, grid_thw: Any = None, position_ids: torch.Tensor | None = None
+) -> Grid:
     """(F, H, W) of a video's tokens in a student, after spatial and temporal merging.
 
     Args:
         processor: see `read_layout`.
         tokens: of the video.
-        grid_thw: see `read_layout`.
+        grid_thw, position_ids: see `read_layout`.
 
     Raises:
         ValueError: another processor; the tokens do not fill a grid.
     """
-    return _places(processor, tokens, grid_thw)[0]
+    return _places(processor, tokens, grid_thw, position_ids)[0]
 
 
 def video_token(processor: Any) -> int:
@@ -72,7 +82,9 @@ def video_token(processor: Any) -> int:
     return int(processor.image_token_id if shared else processor.video_token_id)
 
 
-def _places(processor: Any, tokens: int, grid_thw: Any) -> tuple[Grid, torch.Tensor]:
+def _places(
+    processor: Any, tokens: int, grid_thw: Any, position_ids: torch.Tensor | None
+) -> tuple[Grid, torch.Tensor]:
     """The grid, and the place of each token in it, by the rule of the processor's family."""
     family, name = processor_family(processor), type(processor).__name__
     if family.untold:
@@ -83,10 +95,12 @@ def _places(processor: Any, tokens: int, grid_thw: Any) -> tuple[Grid, torch.Ten
         frames = tokens // each
         if not frames:
             raise ValueError(f"{tokens} video tokens do not fill a frame of {name}, which has {each}")
-    elif grid_thw is not None:
+    elif family.grid_input == "video_grid_thw" and grid_thw is not None:
         made = {"video_grid_thw": torch.as_tensor(grid_thw).view(1, 3)}
+    elif family.grid_input == "video_position_ids" and position_ids is not None:
+        frames, made = len(position_ids), {"video_position_ids": position_ids}
     else:
-        raise ValueError(f"{name}: the batch has no video_grid_thw, which gives the grid")
+        raise ValueError(f"{name}: the batch has no {family.grid_input}, which gives the grid")
     grid, places = family.places(processor, (frames, 0, 0), made, tokens)
     if not tokens or len(places) != tokens or each not in (0, grid[1] * grid[2]):
         dropped = getattr(processor.video_processor, "use_token_compression", False)

@@ -99,9 +99,9 @@ def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str
     if text.startswith(part):
         return len(part)
     behind = part[_text_spans(shown, messages, part)[-1][-1][1] :] if spans else ""
-    if not behind.strip() or not text.startswith(behind.rstrip(), spans[-1][1]):
+    if not spans or not text.startswith(behind.rstrip(), spans[-1][1]):
         raise ValueError("the chat template ends an earlier answer differently from the last answer")
-    return spans[-1][1] + len(behind)
+    return spans[-1][1] + len(behind.rstrip())
 
 
 def _changed(sample: Sample, count: int) -> ValueError:
@@ -124,11 +124,20 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
             at = other.find(mark)
             if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
-            # The template may show a part of the text elsewhere, such as thoughts before the mark.
+            # The template may show a part of the text elsewhere, such as thoughts before the mark. A tag that
+            # opens them may be there without them, too.
             start = next((k for k in range(at) if text[k] != other[k]), at)
+            if start < at:
+                start = _with_opening(text, start, part["text"].lstrip())
             spans.append((start, len(text) - (len(other) - at - len(mark))))
         found.append(tuple(spans))
     return tuple(found)
+
+
+def _with_opening(text: str, start: int, own: str) -> int:
+    """Return where the beginning of ``own`` stands before ``start``; ``start`` if it does not."""
+    end = len(text[:start].rstrip())
+    return next((end - k for k in range(min(end, len(own)), 0, -1) if text[end - k : end] == own[:k]), start)
 
 
 def expand(text: str, replacements: Sequence[tuple[str, str]]) -> tuple[str, Callable[[int], int]]:

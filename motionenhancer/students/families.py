@@ -198,7 +198,7 @@ _FAMILIES = (
         num_frames=32,
         token_types=True,
         shrink=_fewer_tokens,
-        untold="its processor gives no grid, and a frame's number of tokens is no height and width",
+        grid_input="video_position_ids",
     ),
     StudentFamily(
         "internvl",
@@ -253,7 +253,7 @@ _FAMILIES = (
         join={"pixel_values": -1, "pixel_values_videos": -1},
         label=_local_id,
         shrink=_fewer_slices,
-        untold="its processor gives no grid, and a slice's number of tokens is no height and width",
+        untold="only its processor knows in how many rows and columns it slices a frame",
     ),
 )
 

@@ -65,10 +65,11 @@ class StudentFamily:
         inputs: (processor, video or None, output of its processor) → inputs under the names of the model.
         shared_token: whether images and videos have one token.
         frame_tokens: processor → number of tokens of a frame, where it is the same for all videos.
-        untold: why token ids, with the grid of patches where there is one, do not tell the layout; empty if
-            they do.
+        grid_input: name of the model's input that gives the grid of a video.
+        untold: why token ids, with this input where there is one, do not tell the layout; empty if they do.
         label: (processor, n) → text before the n-th video or image of a sample.
         template: (processor, sample) → chat template, None for the folder's own.
+        most_text: maximum number of text tokens of a model whose tokenizer gives none.
     """
 
     name: str
@@ -89,9 +90,11 @@ class StudentFamily:
     )
     shared_token: bool = False
     frame_tokens: Callable[[Any], int] | None = None
+    grid_input: str = "video_grid_thw"
     untold: str = ""
     label: Callable[[Any, int], str] = lambda processor, n: ""
     template: Callable[[Any, Sample], str | None] = lambda processor, sample: None
+    most_text: int | None = None
 
     @property
     def sized(self) -> bool:
@@ -162,6 +165,7 @@ class StudentFamily:
             {name: joined(values, self.join.get(name, 0)) for name, values in inputs.items()},
             token_types=self.token_types,
             max_length=max_length,
+            most_text=self.most_text,
         )
 
     def collate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_student(
 
     Returns:
         model, processor, family. The model is in evaluation mode; with adapters it is a ``peft.PeftModel``.
-        A tokenizer without a maximum length has the model's number of positions.
+        Where the tokenizer gives no maximum length, the family refuses texts beyond the model's positions.
 
     Raises:
         ValueError: ``path`` is not a folder; it has no readable ``config.json``, weights or processor; no
@@ -108,8 +109,9 @@ def load_student(
             f"{known} tokens only: they belong to different models"
         )
     if processor.tokenizer.model_max_length > 10**9:  # Its file gives no length.
+        # The tokenizer is saved with the student, so it stays as it was.
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        processor.tokenizer.model_max_length = longest or processor.tokenizer.model_max_length
+        family = replace(family, most_text=longest)
     if base != folder:
         model = _adapted(model, folder)
     if device is not None:

@@ -142,6 +142,7 @@ def assemble(
     *,
     token_types: bool = False,
     max_length: int | None = None,
+    most_text: int | None = None,
 ) -> Encoded:
     """Expand the placeholders, tokenise, and record the positions of texts, answers and vision tokens.
 
@@ -153,10 +154,11 @@ def assemble(
         vision_inputs: returned unchanged.
         token_types: whether to add ``mm_token_type_ids``.
         max_length: maximum number of tokens; only text is cut, never vision tokens.
+        most_text: maximum number of text tokens besides the tokenizer's ``model_max_length``.
 
     Raises:
         ValueError: a video has another number of vision tokens than its family expects; ``max_length`` would
-            cut vision tokens; or without it, the text is longer than the tokenizer's ``model_max_length``.
+            cut vision tokens; or without it, the text is longer than the model reads.
     """
     text, moved = expand(rendered.text, [(medium.placeholder, medium.expansion) for medium in media])
     # As transformers does: the tokenizer must not repeat a token with which the template begins.
@@ -167,6 +169,7 @@ def assemble(
     named = (processor.image_token_id, getattr(processor, "video_token_id", None))
     positions = torch.isin(ids, torch.tensor([i for i in named if i is not None])).nonzero()[:, 0]
     most = processor.tokenizer.model_max_length
+    most = most if most_text is None else min(most, most_text)
     if max_length is None and (count := len(ids) - len(positions)) > most:
         raise ValueError(
             f"sample {sample.id!r}: its text has {count:,} tokens, but the student reads at most {most:,}"

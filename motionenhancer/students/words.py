@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -104,7 +103,8 @@ def map_words(
 
     Returns:
         A :class:`WordMap`. A segment that the text does not contain maps nothing; differences in white space
-        are ignored.
+        are ignored. Of a segment that a message shows only in part, such as an answer whose thoughts the
+        template drops, that part is mapped.
 
     Raises:
         ValueError: a span or segment lies outside its text, or a segment names a message or part of one that
@@ -181,24 +181,24 @@ def _locate(
         if message_spans is not None:
             first, last = message_spans[message][parts[message]]
             parts[message] += 1
-        found = _find(prompt[start:end], text, first, last)
-        if found is None:
+        whole = text.find(prompt[start:end].strip(), first, last)
+        if whole >= 0:
+            first, last = whole, whole + len(prompt[start:end].strip())
+        # A template may change white space.
+        ours, piece = _visible(prompt, start, end)
+        theirs, shown = _visible(text, first, last)
+        if (at := shown.find(piece)) >= 0:
+            theirs = theirs[at : at + len(piece)]
+        elif message_spans is not None and shown in piece:
+            ours = ours[piece.rfind(shown) :]
+        else:
             continue
-        ours = [i for i in range(start, end) if not prompt[i].isspace()]
-        theirs = [i for i in range(*found) if not text[i].isspace()]
         counterpart.update(zip(ours, theirs, strict=True))
-        cursor = found[1]
+        cursor = theirs[-1] + 1 if theirs else cursor
     return counterpart
 
 
-def _find(piece: str, text: str, first: int, last: int) -> tuple[int, int] | None:
-    stripped = piece.strip()
-    if not stripped:
-        return None
-    at = text.find(stripped, first, last)
-    if at >= 0:
-        return at, at + len(stripped)
-    # A template may fold line breaks and runs of spaces.
-    folded = re.compile(r"\s+".join(re.escape(word) for word in stripped.split()))
-    match = folded.search(text, first, last)
-    return None if match is None else match.span()
+def _visible(text: str, first: int, last: int) -> tuple[list[int], str]:
+    """The places of the characters that are no white space, and these characters."""
+    places = [i for i in range(first, last) if not text[i].isspace()]
+    return places, "".join(text[i] for i in places)

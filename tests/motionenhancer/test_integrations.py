@@ -143,8 +143,8 @@ def test_what_tells_no_layout_is_refused(student: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gemma4", "number of tokens is no height and width"),
-        ("minicpmv4_6", "number of tokens is no height and width"),
+        ("gemma4", "the batch has no video_position_ids"),
+        ("minicpmv4_6", "in how many rows and columns it slices a frame"),
         ("llava_next_video", "how much it crops"),
         ("video_llava", "how much it crops"),
         ("video_llama_3", "use_token_compression drops tokens"),
@@ -311,8 +311,27 @@ def test_grids_of_videos_that_have_the_token_of_images(tmp_path: Path) -> None:
     kinds = [[], [clip(4, 16, 24), clip(2, 32, 48)], [clip(6, 32, 48)]]
     encoded = [family.encode(processor, dialogue("a", "b", videos=len(v)), v) for v in kinds]
     batch = family.collate(encoded, pad_token_id=processor.tokenizer.pad_token_id)
-    found = [None if grid is None else grid.tolist() for grid in _grids(batch, processor)]
+    found = [grid["grid_thw"][0].tolist() if grid else None for grid in _grids(batch, processor)]
     assert found == [None, *(batch["video_grid_thw"][i].tolist() for i in (0, 2))]
+
+
+def test_the_layout_of_gemma_is_told_by_the_places_of_its_patches(tmp_path: Path) -> None:
+    """Its batch has one entry for each frame, padded to the most patches."""
+    _, processor, family = tiny_student("gemma4", tmp_path)
+    clips = [[], [clip(3, 16, 48)], [clip(2, 48, 24)], []]
+    samples = [dialogue("What moves?", "It does.", videos=len(shown)) for shown in clips]
+    encoded = [family.encode(processor, s, shown) for s, shown in zip(samples, clips, strict=True)]
+    batch = family.collate(encoded, pad_token_id=processor.tokenizer.pad_token_id)
+    found = _grids(batch, processor)
+    assert found[0] == found[3] == {}
+    for i, (frames, wide) in {1: (3, True), 2: (2, False)}.items():
+        layout = read_layout(encoded[i].input_ids, samples[i], processor, **found[i])
+        (video,), (own,) = layout.videos, encoded[i].layout.videos
+        assert video.grid == own.grid
+        assert video.grid[0] == frames
+        assert (video.grid[2] > video.grid[1]) == wide
+        assert torch.equal(video.positions, own.positions)
+        assert found_rows(samples[i], layout) == found_rows(samples[i], encoded[i].layout)
 
 
 def test_packed_batches_are_refused(priors: Path, world: World) -> None:

@@ -17,8 +17,8 @@ from tiny_students import SAVE, save_gemma4, save_minicpm, tiny_student
 from tokenizers.processors import TemplateProcessing
 
 from motionenhancer.data.clip import Clip
-from motionenhancer.data.sample import Sample
-from motionenhancer.students import capture_attention, load_student
+from motionenhancer.data.sample import Sample, prompt_text
+from motionenhancer.students import capture_attention, load_student, map_words
 from motionenhancer.students.locate import text_model
 
 #: What ends an answer, where it is not ``<|im_end|>``; GLM ends it with the next role.
@@ -350,21 +350,67 @@ def test_a_sequence_begins_once(tmp_path: Path, in_template: bool) -> None:
     assert processor.tokenizer.decode(encoded.labels[encoded.labels >= 0]) == TEXTS[0][1] + "<|im_end|>"
 
 
-def test_thinking_templates(tmp_path: Path) -> None:
-    """Thoughts in the last answer are trained on; an empty block of thoughts is not."""
-    _, processor, family = tiny_student("qwen3_5", tmp_path)
+def trained(student: Any, *turns: str) -> str:
+    """What the labels of a dialogue spell; each text that is shown whole is found where it is."""
+    _, processor, family = student
+    encoded = family.encode(processor, dialogue(*turns), [clip(2, 16, 16)])
+    shown = [encoded.layout.text[a:b] for parts in encoded.layout.message_spans for a, b in parts]
+    assert shown[0] == turns[0]
+    assert [text.split("</think>")[-1].strip() for text in shown[1::2]] == [
+        text.split("</think>")[-1].strip() for text in turns[1::2]
+    ]
+    return processor.tokenizer.decode(encoded.labels[encoded.labels >= 0])
 
-    def trained(*turns: str) -> str:
-        encoded = family.encode(processor, dialogue(*turns), [clip(2, 16, 16)])
-        shown = [encoded.layout.text[a:b] for parts in encoded.layout.message_spans for a, b in parts]
-        assert shown[0] == turns[0]
-        return processor.tokenizer.decode(encoded.labels[encoded.labels >= 0])
 
-    assert trained("What?", "Red.") == "Red.<|im_end|>"
-    assert trained("What?", "Red.", "And?", "Blue.") == "Red.<|im_end|>Blue.<|im_end|>"
-    thought = "<think>\nIt looks red.\n</think>\n\nRed."
-    assert trained("What?", thought) == "It looks red.\n</think>\n\nRed.<|im_end|>"
-    assert trained("What?", thought, "And?", "Blue.") == "Red.<|im_end|>Blue.<|im_end|>"
+@pytest.mark.parametrize(
+    ("name", "thought", "learnt"),
+    [
+        # The prompt opens the block of thoughts.
+        ("qwen3_5", "<think>\nIt looks red.\n</think>\n\nRed.", "It looks red.\n</think>\n\nRed.<|im_end|>"),
+        ("glm4v", "<think>It looks red.</think>Red.", "It looks red.</think>Red."),
+        # The model opens it itself.
+        ("glm46v", "<think>It looks red.</think>Red.", "<think>It looks red.</think>\nRed."),
+    ],
+)
+def test_thinking_templates(tmp_path: Path, name: str, thought: str, learnt: str) -> None:
+    """Thoughts in the last answer are trained on, from where the model writes; an empty block is not."""
+    student, end = tiny_student(name, tmp_path), END[name]
+    assert trained(student, "What?", "Red.") == f"Red.{end}"
+    assert trained(student, "What?", "Red.", "And?", "Blue.") == f"Red.{end}Blue.{end}"
+    assert trained(student, "What?", thought).lstrip() == learnt
+    # GLM-4.1V shows all thoughts, the others those of the last answer.
+    earlier = learnt if name == "glm4v" else f"Red.{end}"
+    assert trained(student, "What?", thought, "And?", "Blue.") == f"{earlier}Blue.{end}"
+    last = trained(student, "What?", "Blue.", "And?", thought)
+    assert last.startswith(f"Blue.{end}")
+    assert last.removeprefix(f"Blue.{end}").lstrip() == learnt
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "glm4v", "glm46v"])
+def test_words_of_an_answer_with_thoughts_are_found(tmp_path: Path, name: str) -> None:
+    _, processor, family = tiny_student(name, tmp_path)
+    answer = "<think>\nIt looks red.\n</think>\nRed."
+    for later, lost in (((), []), (("And?", "Blue."), [] if name == "glm4v" else [0])):
+        sample = dialogue("What?", answer, *later)
+        layout = family.encode(processor, sample, [clip(2, 16, 16)]).layout
+        prompt, segments = prompt_text(sample)
+        spans = [(at, at + 3) for at in (prompt.index("red."), prompt.index("Red."))]
+        words = map_words(
+            spans, prompt, segments, layout.text, layout.offsets, message_spans=layout.message_spans
+        )
+        assert words.dropped == lost
+        for row, token in zip(words.rows, words.row_tokens, strict=True):
+            first, last = layout.offsets[row].tolist()
+            assert layout.text[first:last].strip() in ("red", "Red")[token]
+
+
+def test_gemma_has_no_thoughts(tmp_path: Path) -> None:
+    """Its prompt has an empty block of thoughts, its conversations have none."""
+    student = tiny_student("gemma4", tmp_path)
+    assert trained(student, "What?", "Red.") == "Red.<turn|>"
+    assert trained(student, "What?", "Red.", "And?", "Blue.") == "Red.<turn|>Blue.<turn|>"
+    with pytest.raises(ValueError, match=r"message 1 must not contain '<channel\|>' as text"):
+        trained(student, "What?", "<|channel>thought\nIt looks red.<channel|>Red.")
 
 
 # ---- places without a token ----

@@ -53,6 +53,9 @@ def test_a_text_beyond_the_models_positions_is_refused(copy: Path) -> None:
     assert len(within.input_ids) > 200, "the tokens of a video do not count"
     with pytest.raises(ValueError, match=r"'sample': its text has \d+ tokens, .* reads at most 200"):
         family.encode(processor, dialogue("x " * 200, "y"), videos)
+    processor.save_pretrained(copy / "saved")
+    saved = json.loads((copy / "saved" / "tokenizer_config.json").read_text())
+    assert saved["model_max_length"] > 10**9, "a run saves the tokenizer without a limit, as it was"
 
 
 def test_not_a_folder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiny_templates import (
     QWEN2_TEXT,
     TEXT,
     chat_template,
+    gemma_template,
     glm_template,
     media_first_template,
     thinking_template,
@@ -185,7 +186,9 @@ def save_glm(folder: Path, seed: int = 0, kind: str = "glm4v") -> Path:
     }
     tokenizer = tokenizer_with(
         glm_template(
-            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+            "<|begin_of_image|><|image|><|end_of_image|>",
+            "<|begin_of_video|><|video|><|end_of_video|>",
+            blocks=kind != "glm4v",
         ),
         image_token="<|image|>",
         video_token="<|video|>",
@@ -244,14 +247,11 @@ def save_gemma4(folder: Path, seed: int = 0) -> Path:
     """Gemma 4 with 2 x 2 patches of 4 pixels a token, and a window of 16 tokens in two of four layers."""
     import transformers as hf
 
-    template = chat_template("<|image|>", "<|video|>")
-    for ours, theirs in (("<|im_start|>", "<|turn>"), ("<|im_end|>", "<turn|>")):
-        template = template.replace(ours, theirs)
+    template = gemma_template("<|image|>", "<|video|>")
     names = {"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>", "audio": "<|audio|>"}
     names |= {"boa": "<|audio>", "eoa": "<audio|>"}
-    tokenizer = tokenizer_with(
-        template, **{f"{k}_token": v for k, v in names.items()}, turn="<|turn>", turn_end="<turn|>"
-    )
+    marks = {"turn": "<|turn>", "turn_end": "<turn|>", "channel": "<|channel>", "channel_end": "<channel|>"}
+    tokenizer = tokenizer_with(template, **{f"{k}_token": v for k, v in names.items()}, **marks)
     sizes = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
     processor = hf.Gemma4Processor(
         feature_extractor=hf.Gemma4AudioFeatureExtractor(),

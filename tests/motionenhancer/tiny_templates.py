@@ -111,13 +111,54 @@ def tokenizer_with(template: str, **named: str) -> Any:
     return tokenizer
 
 
-def glm_template(image: str, video: str) -> str:
-    """Like GLM-4.xV's template: only the next role ends an answer."""
+def _parts(shown: dict[str, str], text: str = "part['text']") -> str:
+    """The parts of a message, in order: what is shown of each kind of media, and texts."""
+    media = "".join(
+        "{%- if part['type'] == '" + kind + "' -%}{{- " + repr(mark) + " -}}{%- endif -%}"
+        for kind, mark in shown.items()
+    )
+    text = "{%- if part['type'] == 'text' -%}{{- " + text + " -}}{%- endif -%}"
+    return "{%- for part in message['content'] -%}" + media + text + "{%- endfor -%}"
+
+
+def glm_template(image: str, video: str, blocks: bool = False) -> str:
+    """Like GLM-4.1V's template, whose prompt opens a block of thoughts; only the next role ends an answer.
+
+    With ``blocks`` like GLM-4.5V's and 4.6V's: each answer has a block of thoughts, which is empty before the
+    last question and in an answer without thoughts, and is not in the prompt.
+    """
+    parts = _parts({"image": image, "video": video})
+    opened = "" if blocks else "\\n<think>"
+    if blocks:
+        parts = (
+            "{%- set text -%}" + parts + "{%- endset -%}"
+            "{%- if message['role'] == 'assistant' -%}{%- set thoughts = '' -%}"
+            "{%- if '</think>' in text -%}"
+            "{%- set thoughts = text.split('</think>')[0].split('<think>')[-1].strip() -%}"
+            "{%- set text = text.split('</think>')[-1] -%}{%- endif -%}"
+            "{%- if loop.index0 < last.question -%}{%- set thoughts = '' -%}{%- endif -%}"
+            "{{- '<think>' + thoughts + '</think>\\n' + text.strip() -}}"
+            "{%- else -%}{{- text -}}{%- endif -%}"
+        )
     return (
-        "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}{{- '<|' + message['role'] + '|>\\n' -}}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{{- " + repr(image) + " -}}"
-        "{%- elif part['type'] == 'video' -%}{{- " + repr(video) + " -}}"
-        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+        "{%- set last = namespace(question=-1) -%}{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}{%- set last.question = loop.index0 -%}{%- endif -%}"
+        "{%- endfor -%}{{- '[gMASK]<sop>' -}}"
+        "{%- for message in messages -%}{{- '<|' + message['role'] + '|>\\n' -}}" + parts + "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>" + opened + "' -}}{%- endif -%}"
+    )
+
+
+def gemma_template(image: str, video: str) -> str:
+    """Like Gemma 4's template: it drops thoughts from every answer; the prompt has an empty block of them."""
+    shown = (
+        "part['text'].split('<channel|>')[-1] | trim"
+        " if message['role'] == 'assistant' else part['text'] | trim"
+    )
+    return (
+        "{%- for message in messages -%}"
+        "{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
+        + _parts({"image": f"\n\n{image}\n\n", "video": f"\n\n{video}\n\n"}, f"({shown})")
+        + "{{- '<turn|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}{%- endif -%}"
     )
