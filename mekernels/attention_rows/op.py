@@ -68,7 +68,7 @@ def attention_rows(
     Returns:
         (B, R, C), or (B, Hq, R, C) with ``reduce="none"``; float64 for float64 input and float32 otherwise.
         A row that sees no key is zero. Differentiable once, in query, key, sinks and bias. The backward
-        recomputes the rows and is deterministic. With a bias that needs a gradient, it runs as torch ops.
+        recomputes the rows and is deterministic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -112,9 +112,7 @@ def attention_rows(
     size = rows.shape[1], key.shape[2]
     meaning = "(batch, heads, rows, keys), or 1 of any"
     checks.bias(bias, query, size, meaning=meaning, differentiable=True)
-    if cu_seqlens is not None:
-        checks.cu_seqlens(cu_seqlens, query, own)
-        key_range = _in_both(_packed(cu_seqlens, rows), key_range)
+    key_range = packed_range(cu_seqlens, key_range, query, own, rows)
     checks.no_functorch("attention_rows")
     limits = key_range
     if window is not None:
@@ -174,11 +172,18 @@ def _windowed(window: tuple[int, int], rows: Tensor, shift: int, own: int) -> Te
     return torch.stack([first, last], -1)
 
 
-def _packed(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
-    """(1, R, 2): first and one past the last token of the sequence of each row."""
+def packed_range(
+    cu_seqlens: Tensor | None, key_range: Tensor | None, query: Tensor, own: int, rows: Tensor | slice
+) -> Tensor | None:
+    """(B, R, 2): the keys that lie in ``key_range`` and in the packed sequence of each row. None for all."""
+    if cu_seqlens is None:
+        return key_range
+    checks.cu_seqlens(cu_seqlens, query, own)
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=query.device)[None]
     ends = cu_seqlens[1:].to(rows.dtype)
     sequence = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
-    return torch.stack([cu_seqlens[sequence].to(rows.dtype), ends[sequence]], -1)
+    return _in_both(torch.stack([cu_seqlens[sequence].to(rows.dtype), ends[sequence]], -1), key_range)
 
 
 def _in_both(one: Tensor, other: Tensor | None) -> Tensor:
@@ -260,8 +265,7 @@ def _triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def _triton_backward(
     grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias = lse if call.bias is None else call.bias
-    return *_plan().backward(grad, lse, rest, call), bias.new_empty(0)
+    return _plan().backward(grad, lse, rest, call, of_bias)
 
 
 def _triton_reasons(call: Call) -> list[str]:
@@ -269,7 +273,7 @@ def _triton_reasons(call: Call) -> list[str]:
 
 
 def _backward_reasons(grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool) -> list[str]:
-    return launch.reasons(call.query) + (["computes no gradient of a bias"] if of_bias else [])
+    return launch.reasons(call.query)
 
 
 for name, kernels, plain, reasons in (

@@ -12,7 +12,9 @@ from .. import resources
 from ..launch import Buffers, Launch, Place, Plan, Target, cdiv, interpreted, power_of_two, target
 from . import triton as forward_kernels
 from . import triton_backward as backward_kernels
+from . import triton_bias as bias_kernels
 from .call import Call
+from .sorted_columns import ordered_columns
 
 MAX_CUTS = 32
 """Maximum number of partial results of one row that a kernel combines."""
@@ -48,10 +50,12 @@ class Kind(NamedTuple):
     fold: int
     mean: bool
     softcap: float
+    graded: tuple[int, ...]
+    """Shape of the bias if its gradient is computed; else empty."""
 
     @classmethod
-    def of(cls, call: Call) -> Kind:
-        """The kind of a call."""
+    def of(cls, call: Call, of_bias: bool = False) -> Kind:
+        """The kind of a call; ``of_bias``: whether the gradient of the bias is computed."""
         query, key = call.query, call.key
         return cls(
             query.device,
@@ -72,6 +76,7 @@ class Kind(NamedTuple):
             call.sinks is not None,
             None if call.bias is None else (call.bias.dtype, _bias(call.bias, call).stride()),
             *call.settings[2:],
+            () if call.bias is None or not of_bias else tuple(call.bias.shape),
         )
 
     @property
@@ -116,7 +121,7 @@ class Tiles(NamedTuple):
 
 def tiles(kernel: str, kind: Kind) -> Tiles:
     """Tiles that fit registers, which biases and float16's scale take too, and shared memory from 8.0 on."""
-    rows = max(16, power_of_two(kind.rows if kernel == "row_columns" else kind.stacked))
+    rows = max(16, power_of_two(kind.rows if kernel in ("row_columns", "bias_gradient") else kind.stacked))
     biased = kind.half and kind.bias is not None
     tile = _TILES[kernel][_class(kind)]
     if kernel == "query_gradient" and 64 < kind.query[3] <= 128 and (kind.dtype == torch.float16 or biased):
@@ -149,6 +154,7 @@ _TILES = {
         *(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 8, 2)),
         *[Tiles(16, 32, 8, 1)] * 3,
     ),
+    "bias_gradient": (*[_SMALL] * 3, *[Tiles(16, 32, 8, 1)] * 3),
 }
 """The largest tiles that do not spill, for head widths up to 64, 128, 256, in half precision and float32."""
 _BIASED = {("row_lse", 0), ("row_lse", 1), ("row_columns", 1), ("query_gradient", 1), ("row_slope", 2)}
@@ -338,6 +344,17 @@ def _backward_plan(kind: Kind) -> Plan:
     part = _places(out="grad_query") | {"o_strides": torch.empty_like(query).stride(), "BLOCK_R": 128}
     grid = (count, heads, batch)
     launches.append(_launch(backward_kernels.scatter_rows, grid, Tiles(1, 1, 1, 1), shared | part))
+
+    if kind.graded:
+        of_sample, of_head, of_row = (size > 1 for size in kind.graded[:3])
+        buffers["grad_bias"] = (*kind.graded[:3], keys), torch.float32
+        tile = tiles("bias_gradient", kind)
+        part = _places(out="grad_bias") | {"samples": batch, "kv_heads": kv_heads}
+        part |= {"OF_SAMPLE": of_sample, "OF_HEAD": of_head, "OF_ROW": of_row}
+        part["CHUNK"] = min(block_d, 32 if kind.half else 16)
+        blocks = cdiv(keys, tile.keys) * (cdiv(count, tile.rows) if of_row else 1)
+        grid = (blocks, *kind.graded[1::-1])
+        launches.append(_launch(bias_kernels.bias_gradient, grid, tile, shared | part))
     return Plan(launches, buffers, scratch)
 
 
@@ -377,7 +394,7 @@ def _begin_forward(call: Call) -> tuple[Plan | None, dict[str, Tensor]]:
 
 
 def _begin_backward(
-    grad: Tensor, lse: Tensor, rest: Tensor, call: Call
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
 ) -> tuple[Plan | None, dict[str, Tensor]]:
     """The plan of the backward, and its tensors."""
     results = {"grad_query": torch.zeros_like(call.query)}
@@ -388,7 +405,7 @@ def _begin_backward(
     given = _given(call, grad=grad.float().contiguous(), **sums, **results)
     if call.columns is not None:
         given["ordered"], given["begins"] = ordered_columns(call.columns, call.own)
-    plan = _plan(_backward_plan, Kind.of(call))
+    plan = _plan(_backward_plan, Kind.of(call, of_bias))
     return plan, plan.tensors(call.query.device, given)
 
 
@@ -399,9 +416,11 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     return launches, tensors["out"], tensors["lse"], tensors["rest"]
 
 
-def plan_backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[list[Launch], Tensor, Tensor]:
+def plan_backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool = False
+) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward and the gradients of query and key. Gradients of sinks need no launch."""
-    plan, tensors = _begin_backward(grad, lse, rest, call)
+    plan, tensors = _begin_backward(grad, lse, rest, call, of_bias)
     return plan.bound(call.query.device, tensors) if plan else [], tensors["grad_query"], tensors["grad_key"]
 
 
@@ -413,9 +432,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return tensors["out"], tensors["lse"], tensors["rest"]
 
 
-def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of the op: the gradients of query, key and sinks."""
-    plan, tensors = _begin_backward(grad, lse, rest, call)
+def backward(
+    grad: Tensor, lse: Tensor, rest: Tensor, call: Call, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward of the op: the gradients of query, key and sinks, and of the bias if asked."""
+    plan, tensors = _begin_backward(grad, lse, rest, call, of_bias)
     if plan:
         plan.run(call.query.device, tensors)
     sinks = lse.new_zeros(0) if call.sinks is None else torch.zeros_like(call.sinks)
@@ -424,38 +445,12 @@ def backward(grad: Tensor, lse: Tensor, rest: Tensor, call: Call) -> tuple[Tenso
         given = call.sinks.float()[:, None]
         share = torch.where(given == -torch.inf, 0, (given - lse - rest).exp())
         sinks = -(slope.reshape(lse.shape) * share).sum((0, 2)).to(sinks.dtype)
-    return tensors["grad_query"], tensors["grad_key"], sinks
-
-
-class _Ordered(NamedTuple):
-    """Sorted columns and their source tensor, which is held so that no other tensor gets its address."""
-
-    columns: Tensor
-    made_of: tuple[Any, ...]
-    result: tuple[Tensor, Tensor]
-
-
-_ordered: list[_Ordered] = []
-
-
-def ordered_columns(columns: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """Indices that sort a (B, C) list by column, and (B, own + 1) the first index of each column.
-
-    The layers of a model share one list, so the last result is kept until the list changes.
-    """
-    stream = torch.cuda.current_stream(columns.device) if columns.is_cuda else None
-    kept = not columns.is_inference() and not (columns.is_cuda and torch.cuda.is_current_stream_capturing())
-    version = columns._version if kept else 0
-    made_of = (columns.data_ptr(), columns.shape, columns.stride(), version, columns.device, stream, own)
-    if kept and columns.device.type != "meta" and _ordered and _ordered[0].made_of == made_of:
-        return _ordered[0].result
-    listed = torch.where((columns >= 0) & (columns < own), columns, own)
-    values, order = listed.sort(dim=1, stable=True)
-    positions = torch.arange(own + 1, device=columns.device).expand(len(columns), -1).contiguous()
-    result = order, torch.searchsorted(values, positions)
-    if kept:
-        _ordered[:] = [_Ordered(columns, made_of, result)]
-    return result
+    bias = lse.new_zeros(0 if call.bias is None or not of_bias else call.bias.shape)
+    if "grad_bias" in tensors:
+        bias = tensors["grad_bias"].sum_to_size(bias.shape)
+    if call.bias is not None:
+        bias = bias.to(call.bias.dtype)
+    return tensors["grad_query"], tensors["grad_key"], sinks, bias
 
 
 SOFTCAP, SINKS, GROUPED = "Gemma-2-9B", "gpt-oss-20b", "Llama-3.2-1B 8k"
@@ -490,7 +485,7 @@ def gates() -> list[resources.Gate]:
             bias = torch.empty(1, heads, 1, keys, dtype=dtype, device="meta")
             call = call._replace(sinks=bias[0, :, 0, 0].clone(), bias=bias)
         launches, out, lse, rest = plan_forward(call)
-        launches += plan_backward(out, lse, rest, call)[0]
+        launches += plan_backward(out, lse, rest, call, call.bias is not None)[0]
         for launch in launches[: 1 if name == GROUPED else None]:
             kernel, half = launch.kernel.__name__, dtype != torch.float32
             found.append(resources.Gate(f"attention_rows {kernel} {name}", launch, half and kernel in _TILES))

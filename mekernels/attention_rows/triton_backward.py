@@ -265,15 +265,16 @@ def score_gradient(
     grad_scale,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
-    """p (d - s) where a row sees a key, else zero; times the slope of the soft cap, if there is one."""
+    """p (d - s) where a row sees a key, else zero; ``CAPPED`` is the gradient after the soft cap."""
     scores = scores * scale
     if SOFTCAP > 0:
         bent = tanh(scores * (1 / SOFTCAP))
         scores = SOFTCAP * bent
     scores, seen = biased(scores, bias, strides, sample, head, row, key, seen, BIAS)
     share = tl.exp2((scores - lse) * 1.4426950408889634 - rest)
-    if SOFTCAP > 0:
+    if SOFTCAP > 0 and not CAPPED:
         share = share * (1.0 - bent * bent)
     return tl.where(seen, share * (given * grad_scale - slope), 0.0)
 
@@ -338,7 +339,7 @@ def key_gradient(
             *(exact_dot(k, tl.trans(q)), bias, b_strides, sample, (head * GROUPS + m % GROUPS)[None, :]),
             *((m // GROUPS)[None, :], n[:, None], lse[None, :], rest[None, :], given),
             *(slope[None, :], visible(position[:, None], first[None, :], last[None, :], RANGE)),
-            *(scale, grad_scale, SOFTCAP, BIAS),
+            *(scale, grad_scale, SOFTCAP, BIAS, False),
         )
         total += scaled_dot(change, q, SCALED)
     at = (
@@ -427,7 +428,7 @@ def query_gradient(
             *(scores, bias, b_strides, sample, (head * GROUPS + m % GROUPS)[:, None]),
             *((m // GROUPS)[:, None], n[None, :], lse[:, None], rest[:, None], given),
             *(slope[:, None], visible(position[None, :], first[:, None], last[:, None], RANGE)),
-            *(scale, grad_scale, SOFTCAP, BIAS),
+            *(scale, grad_scale, SOFTCAP, BIAS, False),
         )
         total += scaled_dot(change, k, SCALED)
     rank = ((split * tl.num_programs(2) + sample) * tl.num_programs(1) + head) * count * GROUPS

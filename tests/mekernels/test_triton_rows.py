@@ -49,14 +49,14 @@ def run(function, query, key, *arguments, dtype=None, device="cpu", **options):
     options = {
         name: item.to(device) if isinstance(item, torch.Tensor) else item for name, item in options.items()
     }
-    if options.get("sinks") is not None:
-        options["sinks"] = options["sinks"].detach().requires_grad_()
-        result = function(*pair, *arguments, **options)
-        pair.append(options["sinks"])
-    else:
-        result = function(*pair, *arguments, **options)
+    inputs = list(pair)
+    for name in ("sinks", "bias"):
+        if options.get(name) is not None:
+            options[name] = options[name].detach().requires_grad_()
+            inputs.append(options[name])
+    result = function(*pair, *arguments, **options)
     weights = randn(*result.shape, seed=7).to(result)
-    gradients = torch.autograd.grad(result, pair, weights, materialize_grads=True)
+    gradients = torch.autograd.grad(result, inputs, weights, materialize_grads=True)
     return [item.detach().cpu() for item in (result, *gradients)]
 
 
@@ -121,6 +121,27 @@ def test_sinks_and_biases(dtype, kind):
     mask, sinks = randn(2, 70, seed=2) > -1, torch.tensor([0.3, 200.0, -0.7, -200.0])
     options = {"softcap": 2.0, "reduce": "none"} if kind == "of a head" else {}
     compare(query, key, rows, columns, causal=True, key_mask=mask, sinks=sinks, bias=bias, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 1, 4, 40), {"window": (20, -1)}),
+        ((2, 1, 18, 40), {"fold": 2, "reduce": "none"}),
+        ((1, 2, 18, 1), {"softcap": 2.0, "causal": True}),
+        ((2, 2, 18, 40), {"causal": True, "softcap": 0.5}),
+    ],
+)
+def test_the_gradient_of_a_bias_that_samples_heads_rows_or_keys_share(shape, options, dtype):
+    fold = options.get("fold", 1)
+    query, key, rows, columns, _ = inputs(
+        3, 2, 1, 2, 20, 40, 24, shape[2], 9 if shape[0] > 1 else slice(3, 30), dtype, 40 // fold
+    )
+    bias, sinks = randn(*shape, seed=4, dtype=dtype), randn(2, seed=5, dtype=torch.float32)
+    *_, found = compare(query, key, rows, columns, bias=bias, sinks=sinks, **options)
+    assert found.shape == shape
+    assert found.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
