@@ -14,6 +14,7 @@ from motionenhancer.data.skips import SkipLog
 from motionenhancer.data.video import VideoError, content_digest
 
 from ..files import whole_file
+from .judge import first_letter
 
 
 def answers_file(process: int) -> str:
@@ -99,8 +100,8 @@ def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
     """Read answers of another program: a json object from question id to output, or lines or a list of rows.
 
     A null output is an empty output. A clip's extension in an id is dropped, as in the ids of questions. If
-    an id is given twice, the first output with a letter A to D counts, else the last (MotionBench's own
-    rule).
+    an id is given twice, the first output counts of which MotionBench's rule reads a letter A to D, else the
+    last, as in the code of its authors.
 
     Args:
         path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.
@@ -124,7 +125,7 @@ def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
             name = f"{video_stem(video)}#{index}" if mark and index.isdecimal() else id.strip()
             if name in found:
                 log.note("prediction given twice for one id")
-                if any(letter in found[name] for letter in "ABCD"):
+                if first_letter(found[name]) in [*"ABCD"]:
                     continue
             found[name] = output or ""
     return found

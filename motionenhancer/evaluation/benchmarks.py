@@ -350,7 +350,7 @@ _ALL = (
         prompt=LETTER_PROMPT,  # the one that lmms-eval asks SEED-Bench with
         max_new_tokens=16,
         renamed={},
-        **_by_letter(lambda output: output.strip()[:1]) | {"submission": _ranked},
+        **_by_letter(lambda output: output.strip()[:1].upper()) | {"submission": _ranked},
     ),
     Benchmark(
         name="toy",

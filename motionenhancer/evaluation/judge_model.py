@@ -20,8 +20,9 @@ from .answers import append_answers, mend_answers, read_lines
 from .benchmarks import Benchmark, Rules
 
 JUDGEMENTS = "judgements.jsonl"
-TRIES = 10
-"""How often a question is put where the reply holds no verdict, as TempCompass's authors do."""
+TRIES = 11
+"""How often a question is put where the reply holds no verdict: once and ten times again, as TempCompass's
+authors do."""
 _PAUSES = (1, 4, 16)
 """Seconds before a request that failed is sent again."""
 _PATIENCE = 300

@@ -181,9 +181,9 @@ def test_questions_that_another_run_skipped_have_no_answer(tmp_path: Path) -> No
 
 def test_an_id_answered_twice(tmp_path: Path) -> None:
     file, log = tmp_path / "answers.json", SkipLog()
-    file.write_text('{"a": "B", "a": "C", "b": "", "b": "D", "c": "?", "c": "!"}')
-    assert read_predictions(file, log) == {"a": "B", "b": "D", "c": "!"}
-    assert log.notes["prediction given twice for one id"] == 3
+    file.write_text('{"a": "(B)", "a": "C", "b": "", "b": "D", "c": "?", "c": "!", "d": "It is B", "d": "A"}')
+    assert read_predictions(file, log) == {"a": "(B)", "b": "D", "c": "!", "d": "A"}
+    assert log.notes["prediction given twice for one id"] == 4
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_seedbench_video_parts(value: Any, tmp_path: Path) -> None:
 
 def test_seedbench_rule_clips_and_submission(tmp_path: Path) -> None:
     questions, _ = load("seedbench", tmp_path, SEEDBENCH)
-    outputs = {"B": True, " B. choice b": True, "Because": True, "b": False, "(B)": False, "": False}
+    outputs = {"B": True, " B. choice b": True, "Because": True, "b": True, "(B)": False, "": False}
     assert verdicts("seedbench", questions[0], list(outputs)) == list(outputs.values())
     for camera in ("cam02", "cam01"):
         (tmp_path / "Breakfast" / "P06" / camera).mkdir(parents=True)
@@ -296,7 +296,7 @@ def test_seedbench_rule_clips_and_submission(tmp_path: Path) -> None:
     found = VideoFolder(tmp_path, (), BENCHMARKS["seedbench"].renamed).find(questions[2].video)
     assert isinstance(found, Clip)
     assert found.path.parent.name == "cam01"
-    name, text = BENCHMARKS["seedbench"].submission(questions, {"v1962": "C, then"}, Rules())
+    name, text = BENCHMARKS["seedbench"].submission(questions, {"v1962": "c, then"}, Rules())
     assert (name, [json.loads(line) for line in text.splitlines()]) == (
         "submission.jsonl",
         [{"question_id": "v1962", "prediction": "C"}],

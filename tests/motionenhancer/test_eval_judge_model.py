@@ -160,10 +160,10 @@ def test_replies_without_a_verdict_and_a_server_that_comes_back(
 
 
 def test_a_judge_that_never_decides_is_wrong(judge: Judge, tmp_path: Path) -> None:
-    judge.replies = ["Hm."] * 20
+    judge.replies = ["Hm."] * 22
     assert run(tmp_path, *asking(judge)) == 0
     assert [row["right"] for row in kept(tmp_path)] == [False, False]
-    assert len(judge.asked) == 2 * judge_model.TRIES
+    assert len(judge.asked) == 2 * 11
 
 
 def http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
