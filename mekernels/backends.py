@@ -304,10 +304,15 @@ def _schema(fields: dict[str, Any], result: Any, mutates: Iterable[str]) -> str:
     return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
+def _autocast(device: str) -> bool:
+    """Whether autocast is on; it does not know every type of device, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a function with autocast off, because autocast would round float32 products to half precision."""
     device = _device(args).type
-    if not torch.is_autocast_enabled(device):
+    if not _autocast(device):
         return function(*args, **options)
     with torch.autocast(device, enabled=False):
         return function(*args, **options)
@@ -316,7 +321,7 @@ def exactly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def meet_in_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Cast both to the autocast dtype: rotary embeddings may leave one of the two in float32."""
     device = query.device.type
-    if query.dtype != key.dtype and torch.is_autocast_enabled(device):
+    if query.dtype != key.dtype and _autocast(device):
         dtype = torch.get_autocast_dtype(device)
         if query.is_floating_point() and key.is_floating_point():
             return query.to(dtype), key.to(dtype)

@@ -169,7 +169,7 @@ def cu_seqlens(value: object, query: Tensor, own: int) -> None:
             "cu_seqlens needs a batch of 1 and as many queries as own keys, got a batch of "
             f"{query.shape[0]}, {query.shape[2]} queries and {own} own keys; see key_range"
         )
-    if value.device.type != "cpu":
+    if not _readable(value):
         return
     if value[0] != 0 or value[-1] != own or bool((value[1:] < value[:-1]).any()):
         raise ValueError(
@@ -202,6 +202,8 @@ def query_key(query: object, key: object) -> None:
         raise ValueError(f"key must have the width of query ({query.shape[3]}), got {key.shape[3]}")
     if query.shape[3] == 0:
         raise ValueError("query must have a width of at least 1, got 0")
+    if query.shape[1] == 0:
+        raise ValueError("query must have at least 1 head, got 0")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"key must have a number of heads that divides the heads of query ({query.shape[1]}), "
@@ -209,7 +211,7 @@ def query_key(query: object, key: object) -> None:
         )
 
 
-def columns(value: object, query: Tensor, own: int) -> tuple[Tensor | None, int, int]:
+def columns(value: object, query: Tensor, own: int, name: str = "columns") -> tuple[Tensor | None, int, int]:
     """Require chosen key positions, a (B, C) int64 tensor or a slice of ``own`` keys.
 
     Returns:
@@ -223,10 +225,10 @@ def columns(value: object, query: Tensor, own: int) -> tuple[Tensor | None, int,
         index = torch.arange(start, stop, step, device=query.device)
         return index.expand(query.shape[0], -1), 0, 0
     if not isinstance(value, Tensor):
-        raise TypeError(f"columns must be a slice or an int64 torch.Tensor, got {type(value).__name__}")
-    index_tensor("columns", value, 2, layout="(batch, columns)")
-    same_device("columns", value, "query", query)
-    shape("columns", value, (query.shape[0], value.shape[1]), meaning="(the batch of query, any number)")
+        raise TypeError(f"{name} must be a slice or an int64 torch.Tensor, got {type(value).__name__}")
+    index_tensor(name, value, 2, layout="(batch, columns)")
+    same_device(name, value, "query", query)
+    shape(name, value, (query.shape[0], value.shape[1]), meaning="(the batch of query, any number)")
     return value, 0, 0
 
 
@@ -284,13 +286,18 @@ def logsumexp(value: object, query: Tensor) -> None:
 
 
 def index_values(name: str, value: Tensor, limit: int) -> None:
-    """Require -1 <= value < limit. Only on the CPU: other devices would stall while values are read."""
-    if value.device.type != "cpu" or not value.numel():
+    """Require -1 <= value < limit, where values can be read."""
+    if not _readable(value) or not value.numel():
         return
     low, high = (int(item) for item in torch.aminmax(value))
     if low < -1 or high >= limit:
         wrong = low if low < -1 else high
         raise ValueError(f"{name} must lie between -1 (padding) and {limit - 1}, got {wrong}")
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether values can be read: other devices than the CPU would stall, and torch.compile has none."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def no_functorch(op: str) -> None:

@@ -226,9 +226,10 @@ def head_statistics(
     apart = (place[:, None] - token).abs()
     entropy, distance = -torch.xlogy(attention, attention).sum(-1), (attention * apart).sum(-1)
     found = [entropy, distance, picked_columns(attention, sinks).sum(-1)]
-    # Equal scores are -inf only where a limit or the mask hides a key.
+    # Equal scores have an attention of 0 only where a limit, the mask or the bias hides a key.
     equal = entry_exponents(*map(torch.zeros_like, (query, key, lse)), **options)[:, :, rows]
-    averaged = [(lse[:, :, rows] != -math.inf) & (equal != -math.inf).any(-1)] * 3
+    hiding = None if bias is None else bias.masked_fill(bias > torch.finfo(bias.dtype).min / 2, 0)
+    averaged = [(lse[:, :, rows] != -math.inf) & (biased_entries(equal, hiding) != 0).any(-1)] * 3
     if period is not None:
         first, stop, _ = (video or slice(None)).indices(own)
         of_video, key_of_video = ((item >= first) & (item < stop) for item in (place, token))

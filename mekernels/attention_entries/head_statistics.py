@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, launch, reference
+from ..attention_rows.op import packed_range
 from . import composite
 from .call import Call, Diagonals
 from .op import LIMITS, attention_sums_op, checked, columns_of, window_of
@@ -51,6 +52,7 @@ def head_statistics(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     fold: int = 1,
 ) -> HeadStatistics:
     """Entropy, mean distance, share of sinks and of temporal diagonals of every head, in one pass.
@@ -60,10 +62,10 @@ def head_statistics(
     ``abs(p - q) <= diagonal_width``, without a wrap from the last place of a frame to the first.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask, window, softcap, fold: as in
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap, cu_seqlens, fold: as in
             :func:`mekernels.attention_columns`. With ``fold`` the statistics are those of the folded map.
         sinks: keys that count as sinks, (B, C) int64 positions, -1 is padding, or a slice; the first key by
-            default.
+            default. A position that is given twice counts once.
         video: the tokens of one video, frame by frame, a slice of step 1 of the key positions of a part; all
             by default. Needs a period.
         period: tokens from a place of one frame to the same place of the next: the tokens of a frame, and of
@@ -77,11 +79,10 @@ def head_statistics(
     Returns:
         Entropy, distance, sink share and, with a period, diagonal share, each (B, Hq), float64 for float64
         input and float32 otherwise. Rows that see no key are left out, and the diagonal share is the mean
-        over the rows of the video; with no such row, a statistic is 0. A row of which only the bias hides
-        every key is left out if its logsumexp is -inf. The position of row i is i + n - Nq, n the keys of a
-        part, as with ``causal``. Learned sinks are not keys: no statistic counts them. The diagonals are
-        those of all frames, the row's own included. ``window=(period, period)`` leaves those of the
-        neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
+        over the rows of the video; with no such row, a statistic is 0. The position of row i is i + n - Nq,
+        n the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts them. The
+        diagonals are those of all frames, the row's own included. ``window=(period, period)`` leaves those of
+        the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -110,12 +111,16 @@ def head_statistics(
     checks.logsumexp(lse, query)
     own, chosen = checks.fold(fold, key.shape[2]), checks.window("rows", rows, query.shape[2])
     checks.key_range(key_range, query, chosen.stop - chosen.start)
+    key_range = packed_range(cu_seqlens, key_range, query, own, chosen)
     size = chosen.stop - chosen.start, key.shape[2]
     checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
     diagonals = _diagonals(video, period, diagonal_width, own)
-    index, *between = checks.columns(sinks, query, own)
+    index, *between = checks.columns(sinks, query, own, "sinks")
     if index is not None:
         checks.index_values("sinks", index, own)
+        index = index.sort(-1).values
+        repeated = index.diff(dim=-1, prepend=index.new_full((len(index), 1), -2)) == 0
+        sinks = index = index.masked_fill(repeated, -1)
     with torch.no_grad():
         if backends.active() == "reference":
             named: dict[str, Any] = dict(zip(LIMITS, limits, strict=True))
@@ -157,22 +162,28 @@ def _diagonals(video: slice | None, period: int | None, width: int, keys: int) -
 
 
 def _seeing(part: Call, keys: int) -> Tensor:
-    """(B, Hq, R): whether a row sees a key. The bias is not read; a sink alone makes a logsumexp finite."""
+    """(B, Hq, R): whether a row sees a key. Its logsumexp does not tell: a sink alone makes that finite."""
     row = part.shift + torch.arange(part.query.shape[2], device=part.query.device)
     low = row - part.left if part.left >= 0 else torch.zeros_like(row)
     high = row + part.right + 1 if part.right >= 0 else torch.full_like(row, keys)
     low, high = (item.expand(len(part.query), -1).clamp(0, keys) for item in (low, high))
     if part.key_range is not None:
         low, high = low.maximum(part.key_range[..., 0]), high.minimum(part.key_range[..., 1])
-    if part.places is None:
-        seen = low < high
+    shown = None if part.bias is None else ~(part.bias <= torch.finfo(part.bias.dtype).min / 2)
+    if part.places is None and shown is None:
+        seen = (low < high)[:, None]
     else:
-        held = torch.zeros(len(low), keys + 1, dtype=torch.int64, device=low.device)
-        # Hidden keys are counted at 0, before all positions.
-        places = (part.places + 1).long()
-        held = held.scatter_add(1, places, torch.ones_like(places)).cumsum(1)
-        seen = held.gather(1, high) > held.gather(1, low)
-    return seen[:, None] & (part.lse != -torch.inf)
+        # The number of keys that are shown before each position. Hidden keys are counted at 0, before all.
+        places = torch.arange(keys, device=low.device)[None] if part.places is None else part.places
+        shown = places.new_ones(1, 1, 1, 1) if shown is None else shown
+        size = len(low), *shown.shape[1:3], places.shape[1]
+        before = torch.zeros(*size[:3], keys + 1, dtype=torch.int32, device=low.device)
+        before.scatter_add_(3, (places + 1)[:, None, None].expand(size).long(), shown.expand(size).int())
+        before = before.cumsum(3, dtype=torch.int32)
+        low, high = (item[:, None, None] if size[2] == 1 else item[:, None, :, None] for item in (low, high))
+        low, high = (before.gather(3, item.expand(-1, size[1], -1, -1).long()) for item in (low, high))
+        seen = (high > low).flatten(2)
+    return seen & (part.lse != -torch.inf)
 
 
 def _mean(rows: Tensor, chosen: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, launch, reference
-from ..attention_rows.op import lse_of_rows
+from ..attention_rows.op import lse_of_rows, packed_range
 from . import composite
 from .call import Call
 
@@ -30,6 +30,7 @@ def attention_columns(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     fold: int = 1,
     reduce: str = "mean",
 ) -> Tensor:
@@ -53,9 +54,9 @@ def attention_columns(
         causal: row i sees key j when j <= i + Nk - Nq (ends aligned), so queries may continue cached keys. A
             key that a row does not see gives 0.
         key_mask: (B, Nk) bool, True where a key may be seen.
-        key_range: (B, Nq, 2) int64, the first key position that each row sees and one past the last, for
-            instance of its own sequence in a packed batch; otherwise as in :func:`mekernels.attention_rows`.
-        window, softcap, fold: as in :func:`mekernels.attention_rows`.
+        key_range: (B, Nq, 2) int64, the first key position that each row sees and one past the last;
+            otherwise as in :func:`mekernels.attention_rows`.
+        window, softcap, cu_seqlens, fold: as in :func:`mekernels.attention_rows`.
         bias: (B or 1, Hq or 1, Nq or 1, fold * C or 1) floating point, added to the scores of the chosen
             columns, part by part, after a soft cap; ``bias[..., c]`` belongs to the key ``columns[:, c]``.
             -inf, or less than half the lowest number of its dtype, hides a key. The bias has no gradient.
@@ -91,6 +92,7 @@ def attention_columns(
         checks.index_values("columns", index, own)
     rows, count = slice(0, query.shape[2]), stop - start if index is None else index.shape[1]
     checks.key_range(key_range, query, rows.stop)
+    key_range = packed_range(cu_seqlens, key_range, query, own, rows)
     checks.bias(bias, query, (rows.stop, fold * count), meaning="(batch, heads, rows, columns), or 1 of any")
     if backends.active() == "reference":
         chosen = slice(start, stop) if index is None else index
@@ -124,6 +126,7 @@ def attention_sums(
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     fold: int = 1,
 ) -> Tensor:
     """Sums of an attention map over its rows or its columns: how much attention each key receives.
@@ -131,7 +134,7 @@ def attention_sums(
     The only memory needed is the result: no entry is stored.
 
     Args:
-        query, key, lse, softmax_scale, causal, key_mask, window, softcap, fold: as in
+        query, key, lse, softmax_scale, causal, key_mask, window, softcap, cu_seqlens, fold: as in
             :func:`mekernels.attention_columns`.
         over: ``"rows"``: for each key, the sum over the rows. ``"columns"``: for each row, the sum over the
             keys, which is 1 over all keys.
@@ -178,6 +181,7 @@ def attention_sums(
     }
     size = {name: item.stop - item.start for name, item in windows.items()}
     checks.key_range(key_range, query, size["rows"])
+    key_range = packed_range(cu_seqlens, key_range, query, own, windows["rows"])
     shape = size["rows"], fold * size["columns"]
     checks.bias(bias, query, shape, meaning="(batch, heads, rows, columns), or 1 of any")
     wanted = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, lse))
@@ -212,6 +216,7 @@ def attention_lse(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     fold: int = 1,
 ) -> Tensor:
     """The logsumexp of every row, also with masks, windows, soft caps, sinks and biases.
@@ -220,7 +225,7 @@ def attention_lse(
     once and stores no map.
 
     Args:
-        query, key, softmax_scale, causal, key_mask, window, softcap, sinks, fold: as in
+        query, key, softmax_scale, causal, key_mask, window, softcap, sinks, cu_seqlens, fold: as in
             :func:`mekernels.attention_rows`.
         key_range, bias: of all rows; otherwise as in :func:`mekernels.attention_columns`.
 
@@ -246,13 +251,15 @@ def attention_lse(
     checks.sinks(sinks, query)
     size, own = (query.shape[2], key.shape[2]), checks.fold(fold, key.shape[2])
     checks.key_range(key_range, query, size[0])
+    rows, columns = slice(0, size[0]), slice(0, own)
+    key_range = packed_range(cu_seqlens, key_range, query, own, rows)
     checks.bias(bias, query, size, meaning="(batch, heads, rows, keys), or 1 of any")
     if backends.active() == "reference":
         named = dict(zip(LIMITS, limits, strict=True)) | {"key_mask": key_mask, "bias": bias}
         named |= {"key_range": key_range, "fold": fold}
         found = backends.by_reference(reference.attention_lse, query, key, sinks=sinks, **named)
         return found.to(checks.accumulate_dtype(query.dtype))
-    rows, columns, given = slice(0, size[0]), slice(0, own), (bias, key_range, fold)
+    given = bias, key_range, fold
     with torch.no_grad():
         lse = lse_of_rows(query, key, options[0], causal, key_mask, window, options[3], *given)
     lse = attention_lse_op(window_of(query, key, lse, rows, columns, options, key_mask, *given))
@@ -296,6 +303,7 @@ def checked(
     checks.key_mask(key_mask, key)
     checks.window_size(window)
     checks.no_functorch(op)
+    checks.no_tangents(op, (query, key))
     left, right = window or (-1, -1)
     scale, cap = checks.scale(softmax_scale, query.shape[3]), checks.softcap(softcap)
     return query, key, (scale, left, 0 if causal else right, cap)

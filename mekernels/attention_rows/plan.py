@@ -50,14 +50,14 @@ class Kind(NamedTuple):
     fold: int
     mean: bool
     softcap: float
-    graded: tuple[int, ...]
+    graded: tuple[int, ...] = ()
     """Shape of the bias if its gradient is computed; else empty."""
 
     @classmethod
     def of(cls, call: Call, of_bias: bool = False) -> Kind:
         """The kind of a call; ``of_bias``: whether the gradient of the bias is computed."""
         query, key = call.query, call.key
-        return cls(
+        kind = cls(
             query.device,
             target(query.device),
             query.dtype,
@@ -76,8 +76,8 @@ class Kind(NamedTuple):
             call.sinks is not None,
             None if call.bias is None else (call.bias.dtype, _bias(call.bias, call).stride()),
             *call.settings[2:],
-            () if call.bias is None or not of_bias else tuple(call.bias.shape),
         )
+        return kind if call.bias is None or not of_bias else kind._replace(graded=tuple(call.bias.shape))
 
     @property
     def memory(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

@@ -277,6 +277,7 @@ def test_no_keys_and_no_rows(queries):
 @pytest.mark.parametrize(
     "call",
     [
+        lambda query, lse: mekernels.attention_rows(query, query, torch.zeros(1, 1).long(), slice(None)),
         lambda query, lse: mekernels.attention_lse(query, query),
         lambda query, lse: attention_columns(query, query, lse, slice(None)),
         lambda query, lse: attention_sums(query, query, lse, over="rows"),
@@ -286,10 +287,11 @@ def test_no_keys_and_no_rows(queries):
         lambda query, lse: flash_attention(query, query, query),
     ],
 )
-def test_queries_without_a_width_are_refused(call):
-    """Their scale is 1 / √0."""
-    with pytest.raises(ValueError, match="query must have a width of at least 1, got 0"):
-        call(torch.zeros(1, 2, 8, 0), torch.zeros(1, 2, 8))
+def test_queries_without_a_width_or_a_head_are_refused(call):
+    """Their scale is 1 / √0, and the mean over their heads 0 / 0."""
+    for heads, width, message in ((2, 0, "a width of at least 1, got 0"), (0, 4, "at least 1 head, got 0")):
+        with pytest.raises(ValueError, match=f"query must have {message}"):
+            call(torch.zeros(1, heads, 8, width), torch.zeros(1, heads, 8))
 
 
 def test_padding_ignores_what_flows_back_to_it():

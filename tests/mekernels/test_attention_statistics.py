@@ -195,6 +195,59 @@ def test_a_row_of_which_a_bias_hides_everything_is_left_out():
     torch.testing.assert_close(every.sink, torch.ones_like(every.sink))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float64).min])
+@pytest.mark.parametrize("shape", [(1, 1, 4, 8), (2, 2, 4, 8), (1, 2, 1, 8), (1, 2, 4, 1), (1, 1, 1, 1)])
+def test_a_row_of_which_a_bias_hides_everything_is_left_out_beside_sinks(shape, hidden, backend):
+    """The mean is that over the rows for which a bias of other ranges, a mask and a window leave a key."""
+    query, key = case(0, heads=1, groups=2, queries=4, keys=8)
+    bias = randn(*shape, seed=3).masked_fill(randn(*shape, seed=4) > 0, hidden)
+    limits = {"window": (2, 0), "key_mask": randn(2, 8, seed=5) > -0.5, "bias": bias}
+    lse = mekernels.attention_lse(query, key, sinks=randn(2, seed=6), **limits)
+    received = mekernels.attention_sums(query, key, lse, over="columns", **limits)
+    with mekernels.use_backend(backend):
+        found = mekernels.head_statistics(query, key, lse, sinks=slice(None), **limits)
+    place = torch.arange(8) - torch.arange(4)[:, None] - 4
+    shown = (place <= 0) & (place >= -2) & limits["key_mask"][:, None, None] & (bias > hidden / 2)
+    seeing = shown.any(-1).expand(2, 2, 4).sum(-1)
+    torch.testing.assert_close(found.sink, received.sum(-1) / seeing.clamp(min=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences_are_read_as_each_by_itself(dtype):
+    query, key = case(0, batch=1, queries=9)
+    sizes, ends = [4, 0, 5], torch.tensor([0, 4, 4, 9], dtype=dtype)
+    packed, limits = {"cu_seqlens": ends}, {"causal": True, "window": (2, -1)}
+    lse = mekernels.attention_lse(query, key, **packed, **limits)
+    found = [
+        attention_columns(query, key, lse, slice(None), reduce="none", **packed, **limits),
+        mekernels.attention_sums(query, key, lse, over="rows", rows=slice(2, 8), **packed, **limits),
+        mekernels.head_statistics(query, key, lse, rows=slice(5, 9), **packed, **limits).entropy,
+    ]
+    wide = torch.zeros(6, 9, 9, dtype=query.dtype)
+    begin = 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        wide[:, part, part] = reference.attention_map(query[:, :, part], key[:, :, part], **limits)[0]
+        begin += size
+    entropy = -torch.xlogy(wide, wide).sum(-1)[:, 5:9].mean(-1)
+    for one, expected in zip(found, (wide, wide[:, 2:8].sum(1), entropy), strict=True):
+        assert_exact(one[0], expected)
+    with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to 9"):
+        mekernels.head_statistics(query, key, lse, cu_seqlens=torch.tensor([0, 8]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_sink_that_is_given_twice_counts_once(backend):
+    query, key = case()
+    lse, once = logsumexp(query, key), torch.tensor([[3, 8, -1], [0, 5, 6]])
+    with mekernels.use_backend(backend):
+        expected = mekernels.head_statistics(query, key, lse, sinks=once)
+        found = mekernels.head_statistics(query, key, lse, sinks=once[:, [2, 1, 0, 1, 1, 0]])
+        assert_exact(found.sink[0], expected.sink[0])
+        assert_exact(found.sink[1], expected.sink[1])
+
+
 def test_head_statistics_have_no_gradient():
     query, key = (item.requires_grad_() for item in case())
     found = mekernels.head_statistics(query, key, logsumexp(query, key))
@@ -210,6 +263,8 @@ def test_head_statistics_have_no_gradient():
     ):
         with pytest.raises(ValueError, match=message):
             mekernels.head_statistics(query, key, logsumexp(query, key), **wrong)
+    with pytest.raises(TypeError, match=r"sinks must be a slice or an int64 torch\.Tensor, got int"):
+        mekernels.head_statistics(query, key, logsumexp(query, key), sinks=0)
     with pytest.raises(ValueError, match=r"sinks must lie between -1 \(padding\) and 8, got 9"):
         mekernels.head_statistics(query, key, logsumexp(query, key), sinks=torch.tensor([[9], [0]]))
 

@@ -228,3 +228,29 @@ def test_forward_mode_derivatives_are_refused(op, backend, grad):
         dual = forward_ad.make_dual(query, torch.rand_like(query))
         with pytest.raises(RuntimeError, match=f"mekernels.{op} does not support forward-mode derivatives"):
             FORWARD[op](dual)
+
+
+READINGS = {
+    "rows": lambda q, k, lse, chosen, ends: mekernels.attention_rows(q, k, chosen, chosen, cu_seqlens=ends),
+    "columns": lambda q, k, lse, chosen, ends: mekernels.attention_columns(q, k, lse, chosen),
+    "sums": lambda q, k, lse, chosen, ends: mekernels.attention_sums(q, k, lse, over="rows", cu_seqlens=ends),
+    "lse": lambda q, k, lse, chosen, ends: mekernels.attention_lse(q, k, cu_seqlens=ends),
+    "heads": lambda q, k, lse, chosen, ends: mekernels.head_statistics(q, k, lse, sinks=chosen).sink,
+}
+
+
+@pytest.mark.parametrize("name", list(READINGS))
+def test_positions_are_not_read_on_the_meta_device_and_while_compiling(name):
+    query, key = randn(1, 4, 8, 6), randn(1, 2, 8, 6, seed=1)
+    arguments = (
+        query,
+        key,
+        mekernels.attention_lse(query, key),
+        torch.tensor([[5, 5, -1]]),
+        torch.tensor([0, 3, 8]),
+    )
+    expected = READINGS[name](*arguments)
+    compiled = torch.compile(READINGS[name], backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), expected)
+    shape = READINGS[name](*(item.to("meta") for item in arguments)).shape
+    assert shape == expected.shape
