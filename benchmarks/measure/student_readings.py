@@ -1,4 +1,4 @@
-"""Columns, sums and statistics of a causal attention without gradients, beside what else gives them."""
+"""Rows, columns, sums and statistics of a causal attention without gradients, beside what else gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mekernels import attention_columns, attention_sums, flash_attention, head_statistics
+from mekernels import attention_columns, attention_rows, attention_sums, flash_attention, head_statistics
 
 from . import device
 from .checks import assert_error_rule
@@ -18,9 +18,11 @@ from .dispatch import label, others, roles
 from .plan import Plan
 from .shapes import STUDENTS, Student, dtype, randn
 from .student_entries import MOST_TOKENS, chosen_columns, one_hot_values, whole_map
+from .student_rows import chosen_rows
 from .work import Work
 
 OPS = {
+    "attention_rows": "attention_rows",
     "attention_columns": "attention_columns",
     "attention_sums": "attention_sums",
     "head_statistics": "attention_row_statistics",
@@ -28,8 +30,10 @@ OPS = {
 """Functions, and the op that each runs."""
 
 
-def _parts(op: str, part: Tensor, columns: Tensor) -> Tensor:
+def _parts(op: str, part: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """What one part of a map's columns, (B, Hq, N, c), adds to the result; ``columns`` are its positions."""
+    if op == "attention_rows":
+        return part[:, :, rows]
     if op == "attention_columns":
         return part
     if op == "attention_sums":
@@ -42,7 +46,7 @@ def _parts(op: str, part: Tensor, columns: Tensor) -> Tensor:
 
 
 def _work(shape: Student, op: str) -> Work:
-    kind, chosen = dtype(), chosen_columns(shape)[0]
+    kind, chosen, rows = dtype(), chosen_columns(shape)[0], chosen_rows(shape)
     place = torch.arange(shape.tokens, device=device.device())
 
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +58,8 @@ def _work(shape: Student, op: str) -> Work:
     def ours(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
         if op == "head_statistics":
             return torch.stack(head_statistics(query, key, lse, causal=True)[:3], -1)
+        if op == "attention_rows":
+            return attention_rows(query, key, rows, slice(None), causal=True, reduce="none")
         if op == "attention_sums":
             return attention_sums(query, key, lse, over="rows", causal=True)
         return attention_columns(query, key, lse, chosen[None], causal=True, reduce="none")
@@ -61,7 +67,7 @@ def _work(shape: Student, op: str) -> Work:
     def of_map(attention: Tensor) -> Tensor:
         if op == "attention_columns":
             return attention[..., chosen]
-        return _parts(op, attention, place)
+        return _parts(op, attention, place, rows[0])
 
     def eager(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
         return of_map(whole_map(query, key)).float()
@@ -73,7 +79,7 @@ def _work(shape: Student, op: str) -> Work:
         for part in wanted:
             value = one_hot_values(shape, part, kind)
             read = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            found.append(_parts(op, read.float(), part))
+            found.append(_parts(op, read.float(), part, rows[0]))
         return torch.stack(found).sum(0) if op == "head_statistics" else torch.cat(found, -1)
 
     def flex(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
@@ -122,6 +128,9 @@ def _probe(read: Callable[..., Any]) -> Callable[[], None]:
 
 
 PROBES = {
+    "attention_rows": _probe(
+        lambda q, k, lse: attention_rows(q, k, torch.zeros_like(lse[0, :, :1]).long(), slice(8))
+    ),
     "attention_columns": _probe(lambda *given: attention_columns(*given, slice(0, 8))),
     "attention_sums": _probe(lambda *given: attention_sums(*given, over="rows")),
     "head_statistics": _probe(head_statistics),
