@@ -67,10 +67,10 @@ class TeacherCost:
         host = f", {readable(self.host)} in the CPU's memory" if self.host else ""
         weights = f"{readable(sum(self.weights.values()))} ({parts}){host}"
         return (
-            f"at least {readable(self.total)}: weights {weights}, "
-            f"and then at least {readable(self.encoding)} to encode a clip, or {readable(self.reading)} to "
-            "read it (each is the bound of one layer; the peak of encoding is many times its bound, and only "
-            "a run measures it)"
+            f"at least {readable(self.total)}: weights {weights}; "
+            f"then at least {readable(self.encoding)} to encode a clip and at least "
+            f"{readable(self.reading)} to read it. These bounds are of one layer: encoding takes many times "
+            "more, which only a run measures"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _extract(
         record.write(place, "finished", {**results, **found})
     print(f"{results['samples']} samples have their prior in {store.folder} ({results['made']} made now)")
     if unknown := total.notes[PARTLY_UNKNOWN]:
-        print(f"{unknown} {PARTLY_UNKNOWN}: these characters belong to no word")
+        print(f"{unknown} priors: {PARTLY_UNKNOWN}; these belong to no word")
     if results["cut_texts"]:
         print(say_cut(results["cut_texts"], results["cut_words"]))
     if results["roundtrip"]:
@@ -206,7 +206,10 @@ def _make(
     """Make missing priors, with a progress bar over the data file's bytes; return the inversion error."""
     roundtrip = None
     size, hidden = 0 if data is None else data.stat().st_size, not PartialState().is_main_process
-    bar = tqdm(desc="priors", total=size, unit="B", unit_scale=True, disable=hidden)
+    # The data file is a stream: the number of its samples is not known, the bytes read are.
+    share = "{percentage:3.0f}%|{bar}| " if size else ""
+    shape = "{desc}: " + share + "{elapsed}{postfix}"
+    bar = tqdm(desc="priors", total=size, bar_format=shape, disable=hidden)
     with closing(stored), bar:
         for sample, _, found in make_all(requests, stored):
             if isinstance(found, Made):

@@ -105,6 +105,36 @@ def _wanted(value: Any, rules: Mapping[str, Any]) -> str:
     return ""
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows each flag under one name, with its default if it has one.
+
+    Dashes in place of underscores, and `--no_NAME` for a flag that is on by default, work too.
+    """
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action, argparse._StoreFalseAction):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(name for name in action.option_strings if "-" not in name[2:])
+        if action.nargs == 0:
+            return names
+        value = action.dest.rsplit("_", 1)[-1].upper()
+        if action.choices is not None:
+            value = "|".join(map(str, action.choices))
+        elif action.const is True:
+            value = "[true|false]"
+        return f"{names} {value}{' ...' if action.nargs in ('+', '*') else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if default is None or default is argparse.SUPPRESS or "Default:" in said:
+            return said
+        return f"{said} (default: {str(default).lower() if isinstance(default, bool) else '%(default)s'})"
+
+
 class _Parser(HfArgumentParser):
     """Shows our own groups under --help, and also transformers' groups under --help_all."""
 
@@ -115,7 +145,7 @@ class _Parser(HfArgumentParser):
         #: flags whose value may be a mapping
         self.mappings: set[str] = set()
         self.behind: list[Any] = []
-        super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False)
+        super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False, formatter_class=_Formatter)
         # The list of all options is a page long and would hide an error.
         self.usage = "%(prog)s [--option value ...], with --help for all options"
         self.add_argument("--config", default=None, help="yaml file with these options; flags override it")
@@ -140,7 +170,7 @@ class _Parser(HfArgumentParser):
             metadata = {name: value for name, value in one.metadata.items() if name not in _OURS}
             if "dict" in str(shown.type):
                 self.mappings.add(shown.name)
-            if not mine and works is not None and one.name not in works:
+            if works is not None and one.name not in works:
                 metadata["help"] = argparse.SUPPRESS
             shown.metadata = MappingProxyType(metadata)
             for name in (shown.name, *metadata.get("aliases", ())):

@@ -351,6 +351,11 @@ class LookArguments(Settings):
         super().__post_init__()
         if self.run is not None and self.video is not None:
             raise ValueError("give RUN or --video, not both")
+        if self.run is not None and not Path(self.run).is_dir():
+            raise ValueError(
+                f"RUN must be the output folder of a training, got {self.run}; to show one clip, give "
+                "--video FILE --text TEXT"
+            )
         if (self.video is None) != (self.text is None):
             raise ValueError("--video needs --text, and --text needs --video")
         for name in ("student", "num_frames"):

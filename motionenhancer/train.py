@@ -259,6 +259,8 @@ def run(
         report.fail(error)
         raise
     summary = trainer.summary()
+    if checkpoint is not None:
+        summary = f"since {Path(checkpoint).name}: {summary}"
     seen = gather_object([(trainer.counts, trainer.skipped)])
     total = {name: sum(c[name] for c, _ in seen) for name in trainer.counts}
     followed = checkpoint is not None and aligned_before(checkpoint)
@@ -298,8 +300,9 @@ def _interrupted(report: RunReport, training: TrainArguments) -> str:
     """Write that the run was interrupted; return what is kept of it."""
     report.write("interrupted")
     newest = newest_checkpoint(report.folder)
-    place = "no checkpoint, none was saved yet," if newest is None else str(Path(newest).name)
-    return f"{place} is kept in {training.output_dir}, and every finished prior"
+    if newest is None:
+        return "no checkpoint was saved yet; every finished prior is kept"
+    return f"{Path(newest).name} is kept in {training.output_dir}, and every finished prior"
 
 
 def _eval_samples(validation: ValidationArguments, skips: SkipLog) -> list[Sample]:

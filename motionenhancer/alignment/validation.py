@@ -42,7 +42,7 @@ class ValidatedTrainer(Trainer):
             batch_sampler=mine,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def evaluation_loop(

@@ -133,15 +133,17 @@ def read_favor(path: Path, log: SkipLog) -> Iterator[Question]:
 def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
     """Stream the toy world's ``test.jsonl``: LLaVA rows of one question; the id ends with its kind.
 
+    A row without an id is called ``line-<n>``.
+
     Args, Raises: as :func:`read_motionbench`.
     """
     for line, row in read_objects(path, log):
-        turns, id = row.get("conversations"), row.get("id")
+        turns, id = row.get("conversations"), str(row.get("id") or f"line-{line}")
         turns = turns if isinstance(turns, list) else []
         texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-        if not filled(id) or not filled(row.get("video")) or len(texts) != 2 or not all(map(filled, texts)):
-            detail = "needs id, video, question and answer"
-            log.add("missing fields", id=str(id or ""), line=line, detail=detail)
+        if not filled(row.get("video")) or len(texts) != 2 or not all(map(filled, texts)):
+            detail = "needs 'video' and 'conversations' of one question and its answer"
+            log.add("missing fields", id=id, line=line, detail=detail)
             continue
         asked, told = ({"from": who, **turn} for who, turn in zip(("human", "gpt"), turns, strict=True))
         asked["value"] = tagged(asked["value"], "video")

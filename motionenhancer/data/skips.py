@@ -64,8 +64,8 @@ class SkipLog:
             last = self.counts[reason] == self.shout
             logger.warning("skipped %s%s", skip, " (more of these are counted, not printed)" if last else "")
 
-    def note(self, what: str) -> None:
-        """Count something odd that was not skipped. Its first occurrence is a warning.
+    def note(self, what: str, *, id: str = "") -> None:
+        """Count something odd that was not skipped. Its first occurrence is a warning, with the sample's id.
 
         After ``keep`` different notes, new notes are counted together.
         """
@@ -73,7 +73,7 @@ class SkipLog:
             what = "further notes of other kinds"
         self.notes[what] += 1
         if self.notes[what] == 1:
-            logger.warning("%s (further ones are counted, not printed)", what)
+            logger.warning("%s (more of these are counted, not printed)", f"{id}: {what}" if id else what)
 
     def merge(self, others: Iterable[SkipLog]) -> None:
         """Add the counts and entries of other logs, such as those of worker processes, without printing."""

@@ -424,7 +424,7 @@ def count_made(sample: Sample, made: Made, skips: SkipLog) -> None:
     if made.lost:
         skips.note(made.lost)
     if made.prior.unknown:
-        skips.note(PARTLY_UNKNOWN)
+        skips.note(PARTLY_UNKNOWN, id=sample.id)
 
 
 def count_failed(sample: Sample, error: Exception, skips: SkipLog) -> None:

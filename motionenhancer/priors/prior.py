@@ -28,7 +28,7 @@ from .shown import html_table, one_line
 from .token_choice import choose_tokens
 
 #: Note of a prior whose text has characters that are in none of its words; see `MotionPrior.unknown`.
-PARTLY_UNKNOWN = "priors whose text has characters unknown to the teacher's tokenizer"
+PARTLY_UNKNOWN = "text with characters that the teacher's tokenizer does not know"
 
 
 def say_cut(texts: int, words: int) -> str:

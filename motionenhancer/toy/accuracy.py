@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import numpy as np
 from motionenhancer.data import Clip, Sample, SkipLog, read_frames, read_samples
 from motionenhancer.data.sampling import Frames
 from motionenhancer.data.video import Video
-from motionenhancer.evaluation.benchmarks import BENCHMARKS
-from motionenhancer.evaluation.generate import encode_request, generate_answers, greedy
-from motionenhancer.evaluation.judge import same_text
+from motionenhancer.evaluation.benchmarks import BENCHMARKS, Rules, load_questions
+from motionenhancer.evaluation.generate import Asked, encode_batch, transformers_engine
+from motionenhancer.evaluation.scores import judge_answers, score
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import ToyFolder
 
@@ -61,34 +63,33 @@ def accuracy(
         frames: number of frames of a clip; the benchmark's rule then judges the answers. None: the student
             sees `FRAMES` frames, and an answer is right if every word agrees, as in the study.
     """
-    folder, benchmark = ToyFolder(world), BENCHMARKS["toy"]
-    longest = 16 if frames is None else benchmark.max_new_tokens
-    settings = greedy(model, longest, processor.tokenizer.pad_token_id)
-    samples = samples_of(folder.test, folder.videos)
-    right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    for start in range(0, len(samples), 100):
-        part = samples[start : start + 100]
-        asked = [s.messages[0]["content"][-1]["text"] for s in part]
-        if frames is None:
-            videos = [shown_clip(s.videos[0], shown, start + i) for i, s in enumerate(part)]
-        else:
-            videos = [frames.of(s.videos[0]) for s in part]
-        pixels = None if frames is None else frames.max_pixels
-        requests = [
-            encode_request(family, processor, s.id, text, video, max_pixels=pixels)
-            for s, text, video in zip(part, asked, videos, strict=True)
-        ]
-        answers = generate_answers(model, processor, family, requests, settings)
-        for sample, answer in zip(part, answers, strict=True):
-            wanted = sample.messages[1]["content"][0]["text"]
-            found = answer.strip() == wanted if frames is None else same_text(answer, wanted)
-            right[sample.id.rsplit("-", 1)[1]].append(found)
-    tasks = {task: 100 * float(np.mean(found)) for task, found in right.items()}
-    return {
-        "overall": 100 * float(np.mean([r for found in right.values() for r in found])),
-        "average": float(np.mean(list(tasks.values()))),
-        "tasks": tasks,
-    }
+    folder, benchmark, skips = ToyFolder(world), BENCHMARKS["toy"], SkipLog()
+    longest = benchmark.max_new_tokens
+    if frames is None:
+        frames, longest = Frames(num_frames=FRAMES), 16
+        benchmark = replace(benchmark, right=lambda question, output, _: output.strip() == question.answer)
+    questions = load_questions(benchmark, folder.test, skips)
+    if skips.total:
+        raise ValueError(f"{folder.test}: {skips.summary()}")
+    asked = []
+    for i, question in enumerate(questions):
+        path = folder.videos / str(question.video)
+        look = None if shown == "video" else partial(_another_look, path, shown, i)
+        asked.append(Asked(question, question.text, path, look=look))
+    engine = transformers_engine(
+        model, processor, family, max_pixels=frames.max_pixels, max_new_tokens=longest
+    )
+    outputs: dict[str, str] = {}
+    for start in range(0, len(asked), 100):
+        rows, requests = encode_batch(asked[start : start + 100], engine.encode, frames)
+        outputs |= zip([row["id"] for row in rows], engine.answer(requests), strict=True)
+    found = score(judge_answers(benchmark, questions, outputs, Rules()), samples=0)
+    tasks = {task: found["tasks"].get(task, {"accuracy": math.nan})["accuracy"] for task in TASKS}
+    return {"overall": found["overall"], "average": found["average"], "tasks": tasks}
+
+
+def _another_look(path: Path, shown: str, index: int, video: Video) -> Video:
+    return shown_clip(path, shown, index)
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> str:

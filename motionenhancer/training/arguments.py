@@ -87,6 +87,8 @@ class TrainArguments(TrainingArguments):
         with naming_options(self.given):
             super().__post_init__()
         refuse_accelerate_options(self)
+        if self.device.type != "cuda":
+            self.dataloader_pin_memory = False  # torch would warn that it does nothing
         if self.metric_for_best_model is not None:
             # transformers takes a name that does not end in "loss" for a score.
             self.greater_is_better = False

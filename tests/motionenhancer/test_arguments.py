@@ -207,7 +207,13 @@ def test_help_shows_our_groups_and_hides_transformers(capsys: pytest.CaptureFixt
         assert "The student, and how it is aligned:" in text
         assert "--alignment_weight" in text
         assert "--learning_rate" in text
-        assert "--hub_always_push" not in text, "an option that is refused is not offered"
+        for refused in ("--hub_always_push", "--remove_unused_columns"):
+            assert refused not in text, "an option that is refused is not offered"
+        assert "  --alignment_schedule constant|" in text
+        assert "-schedule" not in text, "one name of a flag is enough"
+        assert "  --normalize_rows [true|false]\n" in text
+        assert "--no_" not in text
+        assert "(default: None)" not in text
     assert "--adam_beta1" not in shown["--help"]
     assert "--adam_beta1" in shown["--help_all"]
 

@@ -109,6 +109,8 @@ def test_training_and_evaluation_show_what_the_row_says(root: Path) -> None:
     assert [request.layout.videos[0].grid for request in asked] == [(2, 8, 8), (2, 2, 2)]
     file.write_text(json.dumps({**row, "video_start": None, "video_end": None}))
     assert load_questions(BENCHMARKS["toy"], file, SkipLog())[0].video == "a.mp4"
+    file.write_text(json.dumps({key: value for key, value in row.items() if key != "id"}))
+    assert load_questions(BENCHMARKS["toy"], file, SkipLog())[0].id == "line-1"
     file.write_text(json.dumps({**row, "weight": 3}) + "\n" + json.dumps({**row, "system": "s"}) + "\n")
     log = SkipLog(shout=0)
     with pytest.raises(ValueError, match="holds no question"):

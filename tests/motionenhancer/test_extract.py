@@ -109,7 +109,7 @@ def test_texts_that_the_teacher_knows_in_part_are_counted(
     for _ in range(2):  # whether priors are made or found
         assert extract.main([*flags, "--prompt_source", "answer"]) == 1
         printed = capsys.readouterr().out.splitlines()
-        said = [line for line in printed if line.startswith(f"2 {PARTLY_UNKNOWN}")]
+        said = [line for line in printed if line.startswith(f"2 priors: {PARTLY_UNKNOWN}")]
         assert len(said) == 1
         skipped = json.loads((tmp_path / "priors" / extract.EXTRACTION).read_text())["skipped"]
         assert skipped["notes"] == {PARTLY_UNKNOWN: 2}

@@ -98,14 +98,16 @@ def test_train(world: World, stored: None, tmp_path: Path, number: int, capsys: 
     said = capsys.readouterr().out
     assert f"continues from {out}/{report_of(out)['resumed_from']}" in said
     assert int(report_of(out)["resumed_from"][11:]) <= newest
-    assert said.splitlines()[-1].endswith("0 texts cut to the teacher's length")
+    last = said.splitlines()[-1]
+    assert last.startswith(f"since {report_of(out)['resumed_from']}: ")
+    assert last.endswith("0 texts cut to the teacher's length")
 
 
 def test_train_before_its_first_checkpoint(world: World, stored: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("-m", "motionenhancer.train", *long_run(world, out, save_strategy="no"))
     code, errors = stop(process, signal.SIGTERM, (out / "motion_report.json").is_file)
-    check(code, errors, signal.SIGTERM, "none was saved yet")
+    check(code, errors, signal.SIGTERM, "no checkpoint was saved yet")
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:

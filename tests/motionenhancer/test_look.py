@@ -185,6 +185,9 @@ def test_look_at_a_folder_of_priors(world: World, tmp_path: Path, capsys: pytest
     assert "holds no prior of --id" in capsys.readouterr().err
     assert look.main(["--prior_dir", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        look.main([str(world.videos / "train-00000.mp4")])
+    assert "to show one clip, give --video FILE --text TEXT" in capsys.readouterr().err
 
 
 def test_look_at_one_clip(world: World, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_dry_run_states_it(
 ) -> None:
     assert train.main(flags(world, tmp_path / "out", dry_run=True, **options)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher,")]
-    assert all("the peak of encoding is many times its bound" in line for line in lines)
+    assert all("encoding takes many times more" in line for line in lines)
     assert [said is not None and line.startswith(said) for line in lines] == [True] * (said is not None)
 
 

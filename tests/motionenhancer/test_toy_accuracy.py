@@ -41,7 +41,7 @@ def test_accuracy_counts_answers_that_agree_word_for_word(
     """Of six questions, two answers are right, and the third lacks only the full stop."""
     true = [s.messages[1]["content"][0]["text"] for s in samples_of(toy.test, toy.videos)]
     given = [f" {true[0]} ", true[1], true[2].rstrip("."), "", "", ""]
-    monkeypatch.setattr("motionenhancer.toy.accuracy.generate_answers", lambda *_: given)
+    monkeypatch.setattr("motionenhancer.evaluation.generate.generate_answers", lambda *_, **__: given)
     model, processor, family = load_student(student_dir, dtype=torch.float32)
     found = accuracy(model, processor, family, toy.root)
     assert found["tasks"] == {"MR": 100, "LM": 100, "CM": 0, "MO": 0, "AO": 0, "RC": 0}
