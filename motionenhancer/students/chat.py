@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from motionenhancer.chat_template import apply_chat_template
 from motionenhancer.data.sample import Sample
 
 __all__ = ["Rendered", "answer_labels", "expand", "render"]
@@ -53,12 +52,17 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
     if not answers:
         raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")
+    options = {} if template is None else {"chat_template": template}
 
     def shown(given: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         try:
-            return apply_chat_template(processor, given, prompt=prompt, template=template)
-        except ValueError as error:
-            raise type(error)(f"sample {sample.id!r}: {error}") from error
+            return processor.apply_chat_template(
+                list(given), tokenize=False, add_generation_prompt=prompt, **options
+            )
+        except Exception as error:
+            # Any error of the model's own template, such as one of its sandbox.
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"sample {sample.id!r}: the chat template fails ({said})") from error
 
     text, parts = shown(messages), {i: shown(messages[: i + 1]) for i in answers}
     try:

@@ -13,7 +13,6 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
-from ..chat_template import apply_chat_template
 from .config import Parts
 from .folder import tokenize
 from .hunyuan_video import HunyuanVideoTeacher, stack_texts
@@ -56,7 +55,9 @@ class HunyuanVideo15Teacher(HunyuanVideoTeacher):
 
         def rendered(prompt: str) -> str:
             user = {"role": "user", "content": prompt}
-            return apply_chat_template(pipeline.tokenizer, [system, user], prompt=True)
+            return pipeline.tokenizer.apply_chat_template(
+                [system, user], add_generation_prompt=True, tokenize=False
+            )
 
         before, _, after = rendered(mark).partition(mark)
         # The pipeline gives an empty prompt as a space.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from students_support import clip, dialogue
 
 from motionenhancer.students import known_families, load_student, student_family
+from motionenhancer.students.load import load_processor
 from motionenhancer.students.locate import attention_modules, text_model, unwrap_model
 from motionenhancer.training.run_plan import outline_student
 
@@ -160,6 +162,33 @@ def test_a_chat_template_that_is_no_template(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text("a" * (10**6 + 1))
     with pytest.raises(ValueError, match="has a chat template of more than 1000000 characters"):
         load_student(copy)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% if messages|length == 2 %}{% for i in range(99999) %}{{ i }},{% endfor %}{% endif %}",
+    ],
+)
+def test_a_chat_template_without_an_end(copy: Path, template: str) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"{re.escape(str(copy))}.*chat template that does not end"):
+        load_student(copy)
+
+
+def test_counting_the_lines_of_a_template_leaves_a_debugger_in_place(copy: Path) -> None:
+    def debugger(*given: object) -> None:
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        load_processor(copy)
+        assert sys.gettrace() is debugger
+    finally:
+        sys.settrace(before)
 
 
 def test_families() -> None:
