@@ -159,9 +159,10 @@ def _frames_as_images(processor: Any, video: Video | None, made: dict[str, Any])
     return {"pixel_values": made["pixel_values"] if video is None else made["pixel_values_videos"][0]}
 
 
-def _local_id(processor: Any, n: int) -> str:
-    """MiniCPM-V: videos and images are numbered separately."""
-    if not processor.default_use_image_id:
+def _local_id(processor: Any, kind: str, n: int) -> str:
+    """MiniCPM-V: videos and images are numbered separately; since 4.7, images only."""
+    images_only = type(processor).__name__ != "MiniCPMV4_6Processor"
+    if not processor.default_use_image_id or (images_only and kind == "video"):
         return ""
     return f"{processor.image_id_start_token}{n}{processor.image_id_end_token}"
 
@@ -181,6 +182,13 @@ _GLM: dict[str, Any] = {
     "image_frames": 2,
     "images_with_videos": False,
     "shared_token": True,
+}
+_MINICPM: dict[str, Any] = {
+    "places": _slices,
+    "join": {"pixel_values": -1, "pixel_values_videos": -1},
+    "label": _local_id,
+    "shrink": _fewer_slices,
+    "untold": "only its processor knows in how many rows and columns it slices a frame",
 }
 _CROPPED = "how much it crops of a frame depends on the video's size"
 
@@ -246,15 +254,8 @@ _FAMILIES = (
         shared_token=True,
         frame_tokens=lambda processor: processor.image_seq_len,
     ),
-    StudentFamily(
-        "minicpmv4_6",
-        ("minicpmv4_6",),
-        _slices,
-        join={"pixel_values": -1, "pixel_values_videos": -1},
-        label=_local_id,
-        shrink=_fewer_slices,
-        untold="only its processor knows in how many rows and columns it slices a frame",
-    ),
+    StudentFamily("minicpmv4_6", ("minicpmv4_6",), **_MINICPM),
+    StudentFamily("minicpmv4_7", ("minicpmv4_7",), token_types=True, **_MINICPM),
 )
 
 _LATENT = "multi-head latent attention (MLA)"

@@ -67,7 +67,7 @@ class StudentFamily:
         frame_tokens: processor → number of tokens of a frame, where it is the same for all videos.
         grid_input: name of the model's input that gives the grid of a video.
         untold: why token ids, with this input where there is one, do not tell the layout; empty if they do.
-        label: (processor, n) → text before the n-th video or image of a sample.
+        label: (processor, "video" or "image", n) → text before the n-th video or image of a sample.
         template: (processor, sample) → chat template, None for the folder's own.
         most_text: maximum number of text tokens of a model whose tokenizer gives none.
     """
@@ -92,7 +92,7 @@ class StudentFamily:
     frame_tokens: Callable[[Any], int] | None = None
     grid_input: str = "video_grid_thw"
     untold: str = ""
-    label: Callable[[Any, int], str] = lambda processor, n: ""
+    label: Callable[[Any, str, int], str] = lambda processor, kind, n: ""
     template: Callable[[Any, Sample], str | None] = lambda processor, sample: None
     most_text: int | None = None
 
@@ -248,7 +248,7 @@ class StudentFamily:
             yield Medium(
                 "video",
                 processor.video_token,
-                self.label(processor, n) + text,
+                self.label(processor, "video", n) + text,
                 self._inputs(processor, video, made),
                 partial(self.places, processor, video.frames.shape[:3], made),
             )
@@ -267,7 +267,8 @@ class StudentFamily:
                     made, i, image_token_divisor=_divisor(processor, "image")
                 )
                 inputs = self._inputs(processor, None, made) if i == 0 else {}
-                yield Medium("image", processor.image_token, self.label(processor, n) + text, inputs)
+                label = self.label(processor, "image", n)
+                yield Medium("image", processor.image_token, label + text, inputs)
                 n += 1
 
     def _inputs(self, processor: Any, video: Video | None, made: Any) -> dict[str, torch.Tensor]:

@@ -146,7 +146,7 @@ def packed(student: Any) -> Any:
 def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
     """Values and gradients equal those of eager attention, and those of each sample alone."""
     model = student[0]
-    if student[2].name in ("qwen3_5", "minicpmv4_6"):
+    if student[2].name in ("qwen3_5", "minicpmv4_6", "minicpmv4_7"):
         pytest.skip("linear attention runs over the bounds of packed samples")
     batch, singles = packed(student)
     lengths = [single["input_ids"].shape[1] for single in singles]

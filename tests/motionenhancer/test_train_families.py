@@ -35,7 +35,7 @@ def quick_collections() -> Iterator[None]:
 #: Frames of the grid of a clip that is shown with 4 frames, where a token covers two of them.
 PAIRS = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")
 #: Families whose language model has two more layers, which do not attend to all tokens.
-HALF_READ = ("qwen3_5", "qwen3_5_moe", "gemma4", "minicpmv4_6")
+HALF_READ = ("qwen3_5", "qwen3_5_moe", "gemma4", "minicpmv4_6", "minicpmv4_7")
 
 
 @pytest.mark.parametrize("name", list(SAVE))

@@ -355,8 +355,8 @@ def save_smolvlm(folder: Path, seed: int = 0) -> Path:
     return _save(folder, hf.SmolVLMForConditionalGeneration, config, processor, seed)
 
 
-def save_minicpm(folder: Path, seed: int = 0, slices: int = 1) -> Path:
-    """MiniCPM-V 4.6 with patches of 4 pixels, 4 x 4 of them a token, and a hybrid language model."""
+def save_minicpm(folder: Path, seed: int = 0, slices: int = 1, kind: str = "6") -> Path:
+    """MiniCPM-V 4.6 or 4.7: patches of 4 pixels, 4 x 4 of them a token, and a hybrid language model."""
     import transformers as hf
 
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "image_start": "<image>"}
@@ -366,7 +366,13 @@ def save_minicpm(folder: Path, seed: int = 0, slices: int = 1) -> Path:
         thinking_template("<|image_pad|>", "<|video_pad|>"),
         **{f"{name}_token": token for name, token in names.items()},
     )
-    config = hf.MiniCPMV4_6Config(
+    ids = tokenizer.convert_tokens_to_ids
+    marks = {}
+    if kind == "7":
+        marks = {f"{name}_id": ids(names[name]) for name in ("image_start", "image_end")}
+        marks |= {f"{name}_id": ids(names[name]) for name in ("slice_start", "slice_end")}
+        (marks["newline_id"],) = tokenizer("\n").input_ids
+    config = getattr(hf, f"MiniCPMV4_{kind}Config")(
         text_config={**TEXT, **HYBRID, "model_type": "qwen3_5_text", "vocab_size": len(tokenizer)},
         vision_config={
             "hidden_size": 32,
@@ -378,17 +384,19 @@ def save_minicpm(folder: Path, seed: int = 0, slices: int = 1) -> Path:
         },
         insert_layer_id=0,
         image_size=32,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        **marks,
     )
     sizes = {"patch_size": 4, "scale_resolution": 48, "max_slice_nums": slices}
-    processor = hf.MiniCPMV4_6Processor(
+    processor = getattr(hf, f"MiniCPMV4_{kind}Processor")(
         image_processor=hf.MiniCPMV4_6ImageProcessor(**sizes),
         tokenizer=tokenizer,
         video_processor=hf.MiniCPMV4_6VideoProcessor(**sizes),
         chat_template=tokenizer.chat_template,
     )
-    return _save(folder, hf.MiniCPMV4_6ForConditionalGeneration, config, processor, seed)
+    model = getattr(hf, f"MiniCPMV4_{kind}ForConditionalGeneration")
+    return _save(folder, model, config, processor, seed)
 
 
 def save_llava_video(folder: Path, seed: int = 0, kind: str = "llava_next_video") -> Path:
@@ -435,6 +443,8 @@ SAVE: dict[str, Any] = {kind: partial(save_qwen, kind=kind) for kind in _QWEN}
 SAVE |= {kind: partial(save_glm, kind=kind) for kind in ("glm4v", "glm4v_moe", "glm46v")}
 SAVE |= {kind: partial(save_llava_video, kind=kind) for kind in ("llava_next_video", "video_llava")}
 SAVE |= {"video_llama_3": save_video_llama, "minicpmv4_6": save_minicpm}
+if importlib.util.find_spec("transformers.models.minicpmv4_7"):
+    SAVE["minicpmv4_7"] = partial(save_minicpm, kind="7")
 if importlib.util.find_spec("num2words"):
     SAVE["smolvlm"] = save_smolvlm
 SAVE |= {"gemma4": save_gemma4, "internvl": save_internvl, "llava_onevision": save_llava_onevision}
