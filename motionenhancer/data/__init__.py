@@ -1,17 +1,10 @@
 """Training data: samples from json files, frames from video files, and counts of skipped samples."""
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.readers import read_samples
-from motionenhancer.data.sample import Sample, prompt_text
-from motionenhancer.data.skips import Skip, SkipLog
-from motionenhancer.data.video import (
-    Video,
-    VideoError,
-    VideoInfo,
-    check_video,
-    content_digest,
-    read_frames,
-)
+from .clip import Clip
+from .readers import read_samples
+from .sample import Sample, prompt_text
+from .skips import Skip, SkipLog
+from .video import Video, VideoError, VideoInfo, check_video, content_digest, read_frames
 
 __all__ = [
     "Clip",

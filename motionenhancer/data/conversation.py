@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from motionenhancer.data.clip import CLIP_KEYS, Clip, clip_of, is_file
-from motionenhancer.data.motion_sets import as_conversation
-from motionenhancer.data.row_keys import TRAINED_KEYS, refusal
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.skips import SkipLog
+from .clip import CLIP_KEYS, Clip, clip_of, is_file
+from .motion_sets import as_conversation
+from .row_keys import TRAINED_KEYS, refusal
+from .sample import Sample
+from .skips import SkipLog
 
 _TAG = re.compile(r"<(video|image)>")
 #: Tags of ms-swift for media that are not shown here.

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from motionenhancer.data.video import VideoError, content_digest
+from .video import VideoError, content_digest
 
 FOLDER = ".digests"
 #: Bytes of a model's file whose digest is worth keeping.

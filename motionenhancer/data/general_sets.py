@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from motionenhancer.data.clip import clip_of
-from motionenhancer.data.question import Question, filled, read_objects
-from motionenhancer.data.skips import SkipLog
+from .clip import clip_of
+from .question import Question, filled, read_objects
+from .skips import SkipLog
 
 VIDEOMME_DURATIONS = ("short", "medium", "long")
 TEMPCOMPASS_ASPECTS = ("action", "direction", "speed", "order", "attribute_change")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.rows import Row
-from motionenhancer.files import read_json
+from ..files import read_json
+from .rows import Row
 
 INFO = "dataset_info.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from motionenhancer.data.llama_factory import alpaca_messages
+from .llama_factory import alpaca_messages
 
 CAPTION_QUESTION = "Describe the motion in this video in detail."
 """The question for data sets that have captions but no questions."""

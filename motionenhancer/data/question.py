@@ -9,11 +9,11 @@ from os import fspath
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.conversation import convert
-from motionenhancer.data.motion_sets import tagged
-from motionenhancer.data.skips import SkipLog
-from motionenhancer.data.sources import open_source
+from .clip import Clip
+from .conversation import convert
+from .motion_sets import tagged
+from .skips import SkipLog
+from .sources import open_source
 
 MOTIONBENCH_TASKS: dict[str, str] = {
     "Motion Recognition": "MR",

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.conversation import convert
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.skips import SkipLog
-from motionenhancer.data.sources import open_source
+from .conversation import convert
+from .sample import Sample
+from .skips import SkipLog
+from .sources import open_source
 
 
 def read_samples(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from motionenhancer.data.clip import Clip
+from .clip import Clip
 
 
 @dataclass(frozen=True)

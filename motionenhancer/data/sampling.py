@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.video import Video, read_frames
+from .clip import Clip
+from .video import Video, read_frames
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.llama_factory import INFO, read_entry
-from motionenhancer.data.rows import Row, stream_rows
-from motionenhancer.data.video import content_digest
+from .llama_factory import INFO, read_entry
+from .rows import Row, stream_rows
+from .video import content_digest
 
 _FILES = (".json", ".jsonl", ".parquet")
 _ID = re.compile(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.decode import (
+from .decode import (
     FRAMES,
     PIXELS,
     Progress,
@@ -23,7 +23,7 @@ from motionenhancer.data.decode import (
     say,
     unreadable,
 )
-from motionenhancer.data.truncation import missing_share
+from .truncation import missing_share
 
 MISSING_SHARE = 0.05
 """A clip is refused when more than this share of it is missing or fails to decode."""

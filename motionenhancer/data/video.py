@@ -10,20 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import (
-    BYTES,
-    FRAMES,
-    Progress,
-    VideoError,
-    av,
-    decode,
-    limit,
-    opened,
-    refuse_size,
-    unreadable,
-)
-from motionenhancer.data.timeline import Timeline, foretell, judge, measure, timelines
+from .clip import Clip
+from .decode import BYTES, FRAMES, Progress, VideoError, av, decode, limit, opened, refuse_size, unreadable
+from .timeline import Timeline, foretell, judge, measure, timelines
 
 TIE = 1e-6
 """Seconds. Two frames whose distances to a requested time differ by less count as equally near."""

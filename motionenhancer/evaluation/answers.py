@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.question import video_stem
-from motionenhancer.data.skips import SkipLog
-from motionenhancer.data.video import VideoError, content_digest
-
+from ..data.clip import Clip
+from ..data.question import video_stem
+from ..data.skips import SkipLog
+from ..data.video import VideoError, content_digest
 from ..files import whole_file
 from .judge import first_letter
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.general_sets import (
+from ..data.general_sets import (
     MVBENCH_FOLDERS,
     MVBENCH_TASKS,
     SEEDBENCH_TASKS,
@@ -21,7 +21,7 @@ from motionenhancer.data.general_sets import (
     read_tempcompass,
     read_videomme,
 )
-from motionenhancer.data.question import (
+from ..data.question import (
     FAVOR_TASKS,
     MOTIONBENCH_TASKS,
     Question,
@@ -30,8 +30,7 @@ from motionenhancer.data.question import (
     read_toy,
     video_stem,
 )
-from motionenhancer.data.skips import SkipLog
-
+from ..data.skips import SkipLog
 from ..flags import Settings, setting
 from .judge import (
     first_letter,

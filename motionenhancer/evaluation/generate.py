@@ -15,15 +15,14 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.question import Question
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.sampling import Frames
-from motionenhancer.data.video import Video, VideoError, outline
-from motionenhancer.students.family import StudentFamily
-from motionenhancer.students.layout import Encoded
-
+from ..data.clip import Clip
+from ..data.question import Question
+from ..data.sample import Sample
+from ..data.sampling import Frames
+from ..data.video import Video, VideoError, outline
 from ..processes import from_main
+from ..students.family import StudentFamily
+from ..students.layout import Encoded
 from .answers import (
     answers_file,
     append_answers,

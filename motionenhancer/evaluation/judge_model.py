@@ -14,8 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from motionenhancer.data.question import Question
-
+from ..data.question import Question
 from .answers import append_answers, mend_answers, read_lines
 from .benchmarks import Benchmark, Rules
 

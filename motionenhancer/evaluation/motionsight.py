@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.question import Question, filled, video_stem
-from motionenhancer.data.sources import open_source
-from motionenhancer.data.video import Video, read_frames
-from motionenhancer.priors.regions import check_box, places_of
+from ..data.clip import Clip
+from ..data.question import Question, filled, video_stem
+from ..data.sources import open_source
+from ..data.video import Video, read_frames
+from ..priors.regions import check_box, places_of
 
 PROMPTS = ("none", "spotlight", "trails", "motionsight")
 _DIMMED = 0.1

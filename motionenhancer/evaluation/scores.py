@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from motionenhancer.data.question import Question, video_stem
-
+from ..data.question import Question, video_stem
 from .benchmarks import Benchmark, Rules
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from os import fspath
 from pathlib import Path
 
-from motionenhancer.data.clip import Clip, is_file
-from motionenhancer.data.question import video_stem
+from ..data.clip import Clip, is_file
+from ..data.question import video_stem
 
 
 class VideoFolder:

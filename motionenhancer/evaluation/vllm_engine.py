@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.video import Video
-from motionenhancer.files import read_json
-from motionenhancer.students.chat import render
-from motionenhancer.students.families import interval, student_family
-from motionenhancer.students.family import StudentFamily, metadata
-from motionenhancer.students.layout import Encoded
-from motionenhancer.students.load import base_folder, load_processor
-
+from ..data.clip import Clip
+from ..data.video import Video
+from ..files import read_json
+from ..students.chat import render
+from ..students.families import interval, student_family
+from ..students.family import StudentFamily, metadata
+from ..students.layout import Encoded
+from ..students.load import base_folder, load_processor
 from .generate import Engine, conversation, encode_request
 
 #: Families whose answers by vLLM were compared with those by transformers, and are the same.

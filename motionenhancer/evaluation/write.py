@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.question import Question
-from motionenhancer.data.skips import SkipLog
-
+from ..data.question import Question
+from ..data.skips import SkipLog
 from ..files import write_json, write_text
 from .benchmarks import READINGS, Benchmark, Rules
 from .scores import judge_answers, score

@@ -12,9 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.question import Question
-
+from ..data.clip import Clip
+from ..data.question import Question
 from ..evaluation.benchmarks import BENCHMARKS, Benchmark, Rules
 from ..evaluation.scores import Judged, judge_answers, score, task_order
 from ..files import write_text
