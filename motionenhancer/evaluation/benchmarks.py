@@ -10,17 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data.general_sets import (
-    MVBENCH_FOLDERS,
-    MVBENCH_TASKS,
-    SEEDBENCH_TASKS,
-    TEMPCOMPASS_ASPECTS,
-    VIDEOMME_DURATIONS,
-    read_mvbench,
-    read_seedbench,
-    read_tempcompass,
-    read_videomme,
-)
+from ..data import general_sets
 from ..data.question import (
     FAVOR_TASKS,
     MOTIONBENCH_TASKS,
@@ -32,17 +22,7 @@ from ..data.question import (
 )
 from ..data.skips import SkipLog
 from ..flags import Settings, setting
-from .judge import (
-    first_letter,
-    lone_letter,
-    matched_caption,
-    mvbench_letter,
-    names_option,
-    same_text,
-    tempcompass_letter,
-    videomme_letter,
-    yes_or_no,
-)
+from . import judge
 
 LETTER_PROMPT = "{question}\nAnswer with the option's letter from the given choices directly."
 FAVOR_PROMPT = (
@@ -104,11 +84,11 @@ class Benchmark:
     tasks: codes in the order of the table.
     read: file and log to questions.
     prompt: template of a request; ``{question}`` and ``{options}`` are filled in.
-    parse: an output's answer under the rules, for people to read; the output itself where it is matched.
     right: whether an output is right under the rules; only asked where the answer is public.
+    submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
+    parse: an output's answer under the rules, for people to read; the output itself where it is matched.
     max_new_tokens: length of an answer.
     rule: which of ``READINGS`` decides; empty where there is only one reading.
-    submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
     folders: below the video root, where the published archive keeps its clips.
     renamed: where the folder of a clip is part of its name, folder to its name in later archives; else None.
     num_frames: of a clip, evenly, where the benchmark is our own; others are shown at 1 frame per second.
@@ -122,10 +102,10 @@ class Benchmark:
     tasks: tuple[str, ...]
     read: Callable[[Path, SkipLog], Iterator[Question]]
     prompt: str
-    parse: Callable[[str, Rules], str]
     right: Callable[[Question, str, Rules], bool]
-    max_new_tokens: int
     submission: Callable[[Sequence[Question], dict[str, str], Rules], tuple[str, str]]
+    parse: Callable[[str, Rules], str] = lambda output, rules: output.strip()
+    max_new_tokens: int = 16
     rule: str = ""
     folders: tuple[str, ...] = ()
     renamed: Mapping[str, str] | None = None
@@ -181,25 +161,30 @@ def _by_id(
     return "submission.json", json.dumps(found, indent=4) + "\n"
 
 
-def _by_letter(published: Callable[[str], str]) -> dict[str, Any]:
+def _ranked(
+    parse: Callable[[str, Rules], str], questions: Sequence[Question], outputs: dict[str, str], rules: Rules
+) -> tuple[str, str]:
+    """One line a question: what SEED-Bench's leaderboard takes."""
+    found = {q.id: parse(outputs[q.id], rules) for q in questions if q.id in outputs}
+    rows = [{"question_id": id, "prediction": answer} for id, answer in found.items()]
+    return "submission.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _by_letter(published: Callable[[str], str], submission: Callable[..., Any] = _by_id) -> dict[str, Any]:
     """The fields of a benchmark whose answers are letters, or options that begin with one."""
 
     def letter(output: str, rules: Rules) -> str:
-        return published(output) if rules.letter == "published" else lone_letter(output)
+        return published(output) if rules.letter == "published" else judge.lone_letter(output)
 
     def right(question: Question, output: str, rules: Rules) -> bool:
         return letter(output, rules) == (question.answer or "")[:1]
 
-    return {"parse": letter, "right": right, "rule": "letter", "submission": partial(_by_id, letter)}
-
-
-def _text(output: str, rules: Rules) -> str:
-    return output.strip()
+    return {"parse": letter, "right": right, "rule": "letter", "submission": partial(submission, letter)}
 
 
 def _favor_right(question: Question, output: str, rules: Rules) -> bool:
     match_case = rules.option == "published"
-    return names_option(output, question.answer or "", question.options, match_case=match_case)
+    return judge.names_option(output, question.answer or "", question.options, match_case=match_case)
 
 
 def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
@@ -218,19 +203,6 @@ def _judgements(questions: Sequence[Question], outputs: dict[str, str], rules: R
     return "submission.jsonl", "".join(lines)
 
 
-def _doubt(kind: str, title: str, read: Callable[[Question, str, Rules], str]) -> dict[str, Any]:
-    """The field of a form of TempCompass that asks a judge model about what its rule does not read."""
-
-    def request(question: Question, output: str, rules: Rules) -> str:
-        if read(question, output, rules):
-            return ""
-        said = output.replace("</s>", "").strip()
-        about = {"question": question.text, "answer": question.answer, "output": said}
-        return DOUBT_PROMPT.format(kind=kind, title=title, **about)
-
-    return {"doubt": request}
-
-
 def _aspects(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
     """Clip to aspect to its answers: what TempCompass's `eval_*.py` read."""
     clips: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -240,21 +212,40 @@ def _aspects(questions: Sequence[Question], outputs: dict[str, str], rules: Rule
     return "submission.json", json.dumps(clips, indent=4) + "\n"
 
 
-_TEMPCOMPASS: dict[str, Any] = {
-    "tasks": TEMPCOMPASS_ASPECTS,
-    "max_new_tokens": 128,
-    "submission": _aspects,
-    "folders": ("videos",),
-}
+def _tempcompass(
+    form: str, kind: str, prompt: str, read: Callable[[str, Sequence[str]], str], **fields: Any
+) -> Benchmark:
+    """One form of TempCompass's questions.
 
+    Args:
+        form: name of its file.
+        kind: name of the form in a request to a judge model.
+        prompt: template of a request.
+        read: output and options to what the authors' rule reads; empty where a judge model must be asked.
+        fields: of the benchmark; without ``right``, an output is right if what is read equals the answer.
+    """
 
-def _ranked(questions: Sequence[Question], outputs: dict[str, str], rules: Rules) -> tuple[str, str]:
-    """One line a question: what SEED-Bench's leaderboard takes."""
-    parse = BENCHMARKS["seedbench"].parse
-    rows = [
-        {"question_id": q.id, "prediction": parse(outputs[q.id], rules)} for q in questions if q.id in outputs
-    ]
-    return "submission.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+    def doubt(question: Question, output: str, rules: Rules) -> str:
+        if read(output, question.options):
+            return ""
+        said = output.replace("</s>", "").strip()
+        about = {"question": question.text, "answer": question.answer, "output": said}
+        return DOUBT_PROMPT.format(kind=kind, title=kind.title(), **about)
+
+    return Benchmark(
+        name=f"tempcompass_{form.replace('-', '_')}",
+        title=f"TempCompass {kind.lower()}",
+        file=f"{form}.json",
+        tasks=general_sets.TEMPCOMPASS_ASPECTS,
+        read=partial(general_sets.read_tempcompass, form=form),
+        prompt=prompt,
+        max_new_tokens=128,
+        folders=("videos",),
+        doubt=doubt,
+        **{"right": lambda question, output, rules: read(output, question.options) == question.answer}
+        | fields
+        | {"submission": _aspects},
+    )
 
 
 _ALL = (
@@ -265,9 +256,8 @@ _ALL = (
         tasks=tuple(MOTIONBENCH_TASKS.values()),
         read=read_motionbench,
         prompt=LETTER_PROMPT,
-        max_new_tokens=16,
-        **_by_letter(first_letter),
         folders=("self-collected", "public-dataset", "videos"),
+        **_by_letter(judge.first_letter),
     ),
     Benchmark(
         name="favor",
@@ -276,7 +266,6 @@ _ALL = (
         tasks=FAVOR_TASKS,
         read=read_favor,
         prompt=FAVOR_PROMPT,
-        parse=_text,
         right=_favor_right,
         max_new_tokens=256,
         submission=_judgements,
@@ -287,69 +276,48 @@ _ALL = (
         name="videomme",
         title="Video-MME",
         file="test-00000-of-00001.parquet",
-        tasks=VIDEOMME_DURATIONS,
-        read=read_videomme,
+        tasks=general_sets.VIDEOMME_DURATIONS,
+        read=general_sets.read_videomme,
         prompt=VIDEOMME_PROMPT,
-        max_new_tokens=16,
         folders=("data", "videos"),
-        **_by_letter(videomme_letter),
+        **_by_letter(judge.videomme_letter),
     ),
     Benchmark(
         name="mvbench",
         title="MVBench",
         file="folder json",
-        tasks=tuple(code for code, _ in MVBENCH_TASKS.values()),
-        read=read_mvbench,
+        tasks=tuple(code for code, _ in general_sets.MVBENCH_TASKS.values()),
+        read=general_sets.read_mvbench,
         prompt=MVBENCH_PROMPT,
         max_new_tokens=100,
-        renamed=MVBENCH_FOLDERS,
-        **_by_letter(mvbench_letter),
+        renamed=general_sets.MVBENCH_FOLDERS,
+        **_by_letter(judge.mvbench_letter),
     ),
-    Benchmark(
-        name="tempcompass_multi_choice",
-        title="TempCompass multi-choice",
-        file="multi-choice.json",
-        read=partial(read_tempcompass, form="multi-choice"),
-        prompt=TEMPCOMPASS_CHOICE_PROMPT,
-        **_by_letter(tempcompass_letter) | _TEMPCOMPASS,
-        **_doubt("multi-choice", "Multi-Choice", lambda question, output, rules: tempcompass_letter(output)),
+    _tempcompass(
+        "multi-choice",
+        "multi-choice",
+        TEMPCOMPASS_CHOICE_PROMPT,
+        lambda output, options: judge.tempcompass_letter(output),
+        **_by_letter(judge.tempcompass_letter),
     ),
-    Benchmark(
-        name="tempcompass_yes_no",
-        title="TempCompass yes/no",
-        file="yes_no.json",
-        read=partial(read_tempcompass, form="yes_no"),
-        prompt=TEMPCOMPASS_YES_NO_PROMPT,
-        parse=lambda output, rules: yes_or_no(output),
-        right=lambda question, output, rules: yes_or_no(output) == (question.answer or "").lower(),
-        **_TEMPCOMPASS,
-        **_doubt("Yes/No", "Yes/No", lambda question, output, rules: yes_or_no(output)),
+    _tempcompass(
+        "yes_no",
+        "Yes/No",
+        TEMPCOMPASS_YES_NO_PROMPT,
+        lambda output, options: judge.yes_or_no(output),
+        parse=lambda output, rules: judge.yes_or_no(output),
+        right=lambda question, output, rules: judge.yes_or_no(output) == (question.answer or "").lower(),
     ),
-    Benchmark(
-        name="tempcompass_caption_matching",
-        title="TempCompass caption matching",
-        file="caption_matching.json",
-        read=partial(read_tempcompass, form="caption_matching"),
-        prompt=TEMPCOMPASS_CHOICE_PROMPT,
-        parse=_text,
-        right=lambda question, output, rules: matched_caption(output, question.options) == question.answer,
-        **_TEMPCOMPASS,
-        **_doubt(
-            "caption matching",
-            "Caption Matching",
-            lambda question, output, rules: matched_caption(output, question.options),
-        ),
-    ),
+    _tempcompass("caption_matching", "caption matching", TEMPCOMPASS_CHOICE_PROMPT, judge.matched_caption),
     Benchmark(
         name="seedbench",
         title="SEED-Bench video",
         file="SEED-Bench.json",
-        tasks=tuple(SEEDBENCH_TASKS.values()),
-        read=read_seedbench,
+        tasks=tuple(general_sets.SEEDBENCH_TASKS.values()),
+        read=general_sets.read_seedbench,
         prompt=LETTER_PROMPT,  # the one that lmms-eval asks SEED-Bench with
-        max_new_tokens=16,
         renamed={},
-        **_by_letter(lambda output: output.strip()[:1].upper()) | {"submission": _ranked},
+        **_by_letter(lambda output: output.strip()[:1].upper(), _ranked),
     ),
     Benchmark(
         name="toy",
@@ -358,8 +326,7 @@ _ALL = (
         tasks=(*MOTIONBENCH_TASKS.values(), "other"),
         read=read_toy,
         prompt="{question}",
-        parse=_text,
-        right=lambda question, output, rules: same_text(output, question.answer or ""),
+        right=lambda question, output, rules: judge.same_text(output, question.answer or ""),
         max_new_tokens=48,
         submission=partial(_by_id, lambda output, rules: output),
         num_frames=8,  # as the toy's recipe
