@@ -28,7 +28,7 @@ from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, Engine, answer_questions, transformers_engine, unanswered
 from .evaluation.judge_model import judge_doubts
 from .evaluation.motionsight import looks, read_boxes
-from .evaluation.subtitles import subtitle_file, subtitles_digest
+from .evaluation.subtitles import subtitles_digest
 from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.vllm_engine import check_vllm, vllm_engine
@@ -185,10 +185,7 @@ def export(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
         _use_toy_defaults(arguments)
     skips = SkipLog()
     questions = load_questions(benchmark, arguments.data or "", skips, limit=arguments.limit)
-    root = arguments.video_root or open_source(arguments.data, folder=True).root
-    clips = VideoFolder(root, benchmark.folders, benchmark.renamed)
-    prompt = arguments.prompt or benchmark.prompt
-    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
+    root, asked = _find_clips(arguments, benchmark, questions)
     for id, (reason, detail) in _missing(asked).items():
         skips.add(reason, id=id, detail=detail)
     found = [(item.question, item.prompt, item.video) for item in asked if item.video is not None]
@@ -228,8 +225,8 @@ def _read(
         skips.note("prediction for no question of this run")
     gone = {}
     if arguments.video_root is not None:
-        clips = VideoFolder(arguments.video_root, benchmark.folders, benchmark.renamed)
-        gone = _missing([Asked(q, "", clips.find(q.video)) for q in questions if q.id not in outputs])
+        open_questions = [q for q in questions if q.id not in outputs]
+        gone = _missing(_find_clips(arguments, benchmark, open_questions)[1])
     report.content["missing"] = sorted(gone)
     about = {"command": "eval", "answers": "predictions", "benchmark": benchmark.name}
     if _claim(report, about | report.content["digests"], "no answer is lost"):
@@ -256,40 +253,34 @@ def _ask(
     if arguments.engine == "vllm":
         check_vllm(student, family)
     trained = None if benchmark.num_frames is None else _trained_frames(student)
-    frames = arguments.frames(family.num_frames, trained)
-    frames = replace(frames, max_pixels=arguments.pixels(family, trained))
-    source = open_source(arguments.data, folder=True)
-    clips = VideoFolder(arguments.video_root or source.root, benchmark.folders, benchmark.renamed)
-    prompt = arguments.prompt or benchmark.prompt
+    frames = arguments.frames(family, trained)
+    root, asked = _find_clips(arguments, benchmark, questions)
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
-    asked = [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
-    if arguments.subtitles is not None:
-        folder = arguments.subtitles
-        asked = [replace(a, subtitles=subtitle_file(folder, str(a.question.video))) for a in asked]
-    subtitles = [item.subtitles for item in asked if item.subtitles is not None]
-    boxes = {} if arguments.boxes is None else read_boxes(arguments.boxes)
-    seen = [item.video for item in asked]
-    shown = looks(arguments.visual_prompt, questions, seen, boxes, frames.max_pixels)
-    asked = [replace(item, look=look) for item, look in zip(asked, shown, strict=True)]
-    visual = {"visual_prompt": arguments.visual_prompt}
-    if arguments.boxes is not None:
-        visual["boxes"] = content_digest(arguments.boxes)
+    chosen = {} if arguments.engine == "transformers" else {"engine": arguments.engine}
+    if arguments.subtitles is not None and asked:
+        folder = Path(arguments.subtitles)
+        asked = [replace(a, subtitles=folder / f"{a.question.video}.srt") for a in asked]
+        chosen["subtitles"] = subtitles_digest([a.subtitles for a in asked if a.subtitles is not None])
+    if arguments.visual_prompt != "none":
+        boxes = {} if arguments.boxes is None else read_boxes(arguments.boxes)
+        asked = looks(arguments.visual_prompt, asked, boxes, frames.max_pixels)
+        chosen["visual_prompt"] = arguments.visual_prompt
+        if arguments.boxes is not None:
+            chosen["boxes"] = content_digest(arguments.boxes)
     finished = _claim(
         report,
         {
             "command": "eval",
             "answers": "student",
             "benchmark": benchmark.name,
-            "data": source.digest(),
-            "video_root": str(clips.root.resolve()),
+            "data": report.content["digests"]["data"],
+            "video_root": str(root.resolve()),
             "student": "+".join(map(student_digest, dict.fromkeys((student, base)))),
-            "prompt": prompt,
+            "prompt": arguments.prompt or benchmark.prompt,
             "frames": asdict(frames),
             "max_new_tokens": max_new_tokens,
             "batch_size": arguments.batch,
-            **({"engine": arguments.engine} if arguments.engine != "transformers" else {}),
-            **(visual if arguments.visual_prompt != "none" else {}),
-            **({"subtitles": subtitles_digest(subtitles)} if subtitles else {}),
+            **chosen,
             **{name: getattr(arguments, name) for name in _IDENTITY},
         },
         f"every written answer is kept in {report.folder}",
@@ -301,7 +292,8 @@ def _ask(
     state = PartialState()
     if state.is_main_process:
         print(f"{benchmark.title}: {len(asked) - len(gone)} questions for {student}")
-        if arguments.boxes is not None and (plain := shown.count(None) - len(gone)):
+        plain = sum(item.video is not None and item.look is None for item in asked)
+        if arguments.boxes is not None and plain:
             print(f"{plain} questions have no boxes; their clips are shown as they are")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -341,6 +333,16 @@ def _trained_frames(student: Path) -> Frames | None:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: not a training's report (frames: {error})") from error
     return None
+
+
+def _find_clips(
+    arguments: EvalArguments, benchmark: Benchmark, questions: Sequence[Question]
+) -> tuple[Path, list[Asked]]:
+    """The folder of clips, and the questions with their requests and the files of their clips."""
+    root = Path(arguments.video_root or open_source(arguments.data, folder=True).root)
+    clips = VideoFolder(root, benchmark.folders, benchmark.renamed)
+    prompt = arguments.prompt or benchmark.prompt
+    return root, [Asked(q, render_prompt(prompt, q), clips.find(q.video)) for q in questions]
 
 
 def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:

@@ -139,44 +139,35 @@ class EvalArguments(ShownArguments, DataArguments):
             more = favor if self.benchmark == "favor" else ""
             raise ValueError(f"--judge_url needs --benchmark {able}, got {self.benchmark}{more}")
 
-    def frames(self, family: int | None, trained: Frames | None = None) -> Frames:
+    def frames(self, family: StudentFamily, trained: Frames | None = None) -> Frames:
         """How clips are shown: as the flags say, by default as in the paper.
 
         The default pixel limit and the limits of 4 and 768 frames come from FAVOR-Bench's published script
-        and the sampler that the script calls.
+        and the sampler that the script calls. Families that shrink frames themselves have no default limit.
 
         Args:
-            family: number of frames that the student's family takes; None if it takes frames at a rate.
+            family: gives the number of frames, if it takes a fixed one.
             trained: how clips were shown in the student's training; used if no flag of frames is given.
-        """
-        pixels = 360 * 420 if self.max_pixels is None else self.max_pixels or None
-        if trained is not None and not any(
-            (self.num_frames, self.video_fps, self.min_frames, self.max_frames)
-        ):
-            return trained if self.max_pixels is None else replace(trained, max_pixels=pixels)
-        most, own = self.max_frames or 768, BENCHMARKS[self.benchmark].num_frames
-        return Frames(
-            num_frames=self.num_frames or (family or own if self.video_fps is None else None),
-            fps=self.video_fps or 1.0,
-            min_frames=self.min_frames or min(4, most),
-            max_frames=most,
-            max_pixels=pixels,
-        )
-
-    def pixels(self, family: StudentFamily, trained: Frames | None = None) -> int | None:
-        """Maximum pixels of a frame. The default is only for families whose processor takes a pixel limit.
-
-        Args:
-            trained: see `frames`.
 
         Raises:
             ValueError: --max_pixels would have no effect.
         """
         if self.max_pixels is not None:
-            return checked_pixels(self.max_pixels or None, family)
-        if trained is not None:
-            return trained.max_pixels
-        return None if family.shrink is not None else 360 * 420
+            pixels = checked_pixels(self.max_pixels or None, family)
+        elif trained is not None:
+            pixels = trained.max_pixels
+        else:
+            pixels = None if family.shrink is not None else 360 * 420
+        if trained and not any((self.num_frames, self.video_fps, self.min_frames, self.max_frames)):
+            return replace(trained, max_pixels=pixels)
+        most, own = self.max_frames or 768, BENCHMARKS[self.benchmark].num_frames
+        return Frames(
+            num_frames=self.num_frames or (family.num_frames or own if self.video_fps is None else None),
+            fps=self.video_fps or 1.0,
+            min_frames=self.min_frames or min(4, most),
+            max_frames=most,
+            max_pixels=pixels,
+        )
 
     def bootstrap(self) -> dict[str, Any]:
         """How intervals are drawn, as options of `score` and `compare_runs`."""

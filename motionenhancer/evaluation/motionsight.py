@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..data.clip import Clip
-from ..data.question import Question, filled, video_stem
+from ..data.question import filled, video_stem
 from ..data.sources import open_source
 from ..data.video import Video, read_frames
 from ..priors.regions import check_box, places_of
+from .generate import Asked
 
 PROMPTS = ("none", "spotlight", "trails", "motionsight")
 _DIMMED = 0.1
@@ -35,38 +36,34 @@ _TRAIL, _DECAY = 7, 0.65
 """Number of frames of a trail, including the shown one, and the weight ratio of an older to a newer frame."""
 
 Box = Sequence[float]
-Look = Callable[[Video], Video]
 
 
 def looks(
-    prompt: str,
-    questions: Sequence[Question],
-    clips: Sequence[Path | Clip | None],
-    boxes: Mapping[str, Any],
-    max_pixels: int | None,
-) -> list[Look | None]:
-    """The change of the frames of each question's clip; None for no change.
+    prompt: str, asked: Sequence[Asked], boxes: Mapping[str, Any], max_pixels: int | None
+) -> list[Asked]:
+    """The questions, each with the change of its clip's frames; of a clip without boxes, trails only.
 
     Args:
-        prompt: one of ``PROMPTS``.
-        questions, clips: the clips in the order of the questions.
+        prompt: one of ``PROMPTS`` except "none".
+        asked: questions with their clips.
         boxes: from :func:`read_boxes`.
         max_pixels: maximum pixels of a frame for trails.
 
     Raises:
         ValueError: boxes belong to no question and no clip.
     """
-    found: list[Look | None] = []
-    given = [boxes.get(q.id) or boxes.get(video_stem(q.video)) for q in questions]
+    given = [boxes.get(a.question.id) or boxes.get(video_stem(a.question.video)) for a in asked]
     if boxes and not any(given):
         raise ValueError("--boxes must name questions or clips of this run, it names none of them")
-    for question, clip, regions in zip(questions, clips, given, strict=True):
-        if clip is None:
-            found.append(None)
-        elif prompt == "trails" or (prompt == "motionsight" and "CM" in question.tasks):
-            found.append(partial(trails, clip=clip, max_pixels=max_pixels))
-        else:
-            found.append(None if prompt == "none" or not regions else partial(spotlight, regions=regions))
+    found = []
+    for item, regions in zip(asked, given, strict=True):
+        look: Callable[[Video], Video] | None = None
+        if item.video is not None:
+            if prompt == "trails" or (prompt == "motionsight" and "CM" in item.question.tasks):
+                look = partial(trails, clip=item.video, max_pixels=max_pixels)
+            elif regions:
+                look = partial(spotlight, regions=regions)
+        found.append(replace(item, look=look))
     return found
 
 

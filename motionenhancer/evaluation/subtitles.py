@@ -14,11 +14,6 @@ _NONE = "No subtitles available"
 """lmms-eval's text for a clip without subtitles; the authors give none."""
 
 
-def subtitle_file(folder: str | Path, clip: str) -> Path:
-    """The path of the subtitles of a clip with this name; the file may not exist."""
-    return Path(folder) / f"{clip}.srt"
-
-
 def with_subtitles(prompt: str, file: Path, timestamps: Iterable[float]) -> str:
     """Put the subtitles that are shown at some frame before a prompt.
 

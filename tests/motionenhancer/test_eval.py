@@ -407,21 +407,22 @@ def test_contradicting_flags_are_refused(
 @pytest.mark.parametrize(
     ("flags", "family", "found"),
     [
-        ({}, None, Frames(None, 1.0, 4, 768, 151200)),
-        ({}, 8, Frames(8, 1.0, 4, 768, 151200)),
-        ({"max_frames": 2}, None, Frames(None, 1.0, 2, 2, 151200)),
-        ({"max_frames": 9}, None, Frames(None, 1.0, 4, 9, 151200)),
-        ({"num_frames": 3, "max_pixels": 0}, 8, Frames(3, 1.0, 4, 768, None)),
-        ({"video_fps": 0.5, "min_frames": 1}, 8, Frames(None, 0.5, 1, 768, 151200)),
+        ({}, "qwen2_5_vl", Frames(None, 1.0, 4, 768, 151200)),
+        ({}, "internvl", Frames(8, 1.0, 4, 768, 151200)),
+        ({"max_frames": 2}, "qwen2_5_vl", Frames(None, 1.0, 2, 2, 151200)),
+        ({"max_frames": 9}, "qwen2_5_vl", Frames(None, 1.0, 4, 9, 151200)),
+        ({"num_frames": 3, "max_pixels": 0}, "internvl", Frames(3, 1.0, 4, 768, None)),
+        ({"video_fps": 0.5, "min_frames": 1}, "internvl", Frames(None, 0.5, 1, 768, 151200)),
     ],
 )
-def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: int | None, found: Frames) -> None:
+def test_flags_change_how_clips_are_shown(flags: dict[str, Any], family: str, found: Frames) -> None:
     arguments = evaluate.EvalArguments(student="s", data=str(FAVOR), benchmark="favor", **flags)
-    assert arguments.frames(family) == found
-    assert evaluate.EvalArguments(benchmark="toy").frames(None).num_frames == 8
+    assert arguments.frames(student_family(family)) == found
+    plain = student_family("qwen2_5_vl")
+    assert evaluate.EvalArguments(benchmark="toy").frames(plain).num_frames == 8
     trained = Frames(fps=2.0, max_frames=5, max_pixels=999)
-    assert evaluate.EvalArguments(benchmark="toy").frames(None, trained) == trained
-    other = evaluate.EvalArguments(benchmark="toy", num_frames=3, max_pixels=0).frames(None, trained)
+    assert evaluate.EvalArguments(benchmark="toy").frames(plain, trained) == trained
+    other = evaluate.EvalArguments(benchmark="toy", num_frames=3, max_pixels=0).frames(plain, trained)
     assert (other.num_frames, other.max_pixels) == (3, None)
 
 

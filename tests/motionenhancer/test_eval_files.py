@@ -15,6 +15,7 @@ from motionenhancer.evaluation.answers import append_answers, mend_answers, read
 from motionenhancer.evaluation.arguments import EvalArguments
 from motionenhancer.evaluation.benchmarks import BENCHMARKS, Rules, load_questions
 from motionenhancer.evaluation.videos import VideoFolder
+from motionenhancer.students import student_family
 from motionenhancer.toy.world import write_world
 
 DATA = Path(__file__).parent / "data_eval"
@@ -283,11 +284,11 @@ def test_clips_by_any_name(tmp_path: Path) -> None:
 def test_frames_as_the_paper_samples_them(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world", clips=1, test_clips=1, frames=48, progress=False)
     clip = world.videos / "test-00000.mp4"  # six seconds
-    default = EvalArguments().frames(None)
+    default = EvalArguments().frames(student_family("qwen2_5_vl"))
     assert len(default.of(clip).frames) == 8, "as the toy's recipe"
     default = replace(default, num_frames=None)
     assert default.of(clip).timestamps.tolist() == [0, 1, 2, 3, 4, 5]
-    assert len(EvalArguments().frames(8).of(clip).frames) == 8
+    assert len(EvalArguments().frames(student_family("internvl")).of(clip).frames) == 8
     assert len(replace(default, fps=0.5).of(clip).frames) == 4, "never fewer than four"
     assert len(replace(default, fps=0.5, min_frames=1).of(clip).frames) == 3
     assert len(replace(default, fps=8, max_frames=5).of(clip).frames) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from motionenhancer import eval as evaluate
 from motionenhancer.data import Clip, read_frames
 from motionenhancer.data.encode import encode_video
 from motionenhancer.data.question import Question
+from motionenhancer.evaluation.generate import Asked
 from motionenhancer.evaluation.motionsight import lit, looks, read_boxes, spotlight, trails
 from motionenhancer.toy.world import ToyFolder, write_world
 
@@ -138,14 +140,13 @@ def test_trails_weigh_the_frames_before(tmp_path: Path) -> None:
 # ---- which question gets which ----
 
 
-def question(id: str, task: str, video: str = "a.mp4") -> Question:
-    return Question(id, video, "What?", "x", (task,))
+def question(id: str, task: str, video: str = "a.mp4") -> Asked:
+    return Asked(Question(id, video, "What?", "x", (task,)), "What?", Path("a.mp4"))
 
 
 @pytest.mark.parametrize(
     ("prompt", "found"),
     [
-        ("none", [None, None, None]),
         ("spotlight", [spotlight, spotlight, None]),
         ("trails", [trails, trails, trails]),
         ("motionsight", [trails, spotlight, None]),
@@ -154,9 +155,9 @@ def question(id: str, task: str, video: str = "a.mp4") -> Question:
 def test_questions_about_the_camera_see_trails(prompt: str, found: list[Any]) -> None:
     asked = [question("c", "CM"), question("o", "MR"), question("n", "MR", "none.mp4")]
     boxes = {"a": [{"box": [1, 1, 9, 9]}]}
-    given = looks(prompt, asked, [Path("a.mp4")] * 3, boxes, None)
-    assert looks(prompt, asked, [None] * 3, boxes, None) == [None] * 3, "no clip, nothing to show"
-    assert [getattr(look, "func", None) for look in given] == found
+    absent = [replace(item, video=None) for item in asked]
+    assert looks(prompt, absent, boxes, None) == absent, "no clip, nothing to show"
+    assert [getattr(item.look, "func", None) for item in looks(prompt, asked, boxes, None)] == found
 
 
 def test_boxes_of_a_question_come_before_those_of_its_clip(tmp_path: Path) -> None:
@@ -166,9 +167,9 @@ def test_boxes_of_a_question_come_before_those_of_its_clip(tmp_path: Path) -> No
     ]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = [question("o", "MR"), question("p", "MR")]
-    first, second = looks("spotlight", asked, [Path("a.mp4")] * 2, read_boxes(tmp_path / "b.jsonl"), None)
-    assert first.keywords["regions"][0]["box"] == [2, 2, 9, 9]  # type: ignore[union-attr]
-    assert second.keywords["regions"][0]["box"] == [1, 1, 9, 9]  # type: ignore[union-attr]
+    first, second = looks("spotlight", asked, read_boxes(tmp_path / "b.jsonl"), None)
+    assert first.look.keywords["regions"][0]["box"] == [2, 2, 9, 9]  # type: ignore[union-attr]
+    assert second.look.keywords["regions"][0]["box"] == [1, 1, 9, 9]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

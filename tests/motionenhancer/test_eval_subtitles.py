@@ -14,7 +14,6 @@ from motionenhancer.data.sampling import Frames
 from motionenhancer.evaluation import generate
 from motionenhancer.evaluation.subtitles import (
     read_subtitles,
-    subtitle_file,
     subtitles_digest,
     with_subtitles,
 )
@@ -29,7 +28,7 @@ SRT = (
 
 
 def write(folder: Path, text: str = SRT) -> Path:
-    file = subtitle_file(folder, "clip")
+    file = folder / "clip.srt"
     file.write_bytes(text.encode())
     return file
 
@@ -62,12 +61,12 @@ def test_only_the_subtitles_of_the_frames(times: list[float], shown: str, tmp_pa
 
 
 def test_a_clip_without_subtitles(tmp_path: Path) -> None:
-    said = with_subtitles("Select.", subtitle_file(tmp_path, "none"), [0.0])
+    said = with_subtitles("Select.", tmp_path / "none.srt", [0.0])
     assert said == "This video's subtitles are listed below:\nNo subtitles available\nSelect."
 
 
 def test_a_changed_file_is_another_run_and_a_folder_of_others_is_refused(tmp_path: Path) -> None:
-    files = [write(tmp_path), subtitle_file(tmp_path, "none")]
+    files = [write(tmp_path), tmp_path / "none.srt"]
     before = subtitles_digest(files)
     write(tmp_path, SRT.replace("guys", "all"))
     assert subtitles_digest(files) != before

@@ -138,15 +138,15 @@ def test_a_cap_on_pixels_that_changes_no_frame_is_refused() -> None:
     student = StudentArguments(max_pixels=9000)
     for sized in ("qwen2_5_vl", "gemma4", "minicpmv4_6"):
         assert student.frames(student_family(sized))["max_pixels"] == 9000
-        assert EvalArguments(max_pixels=9000).pixels(student_family(sized)) == 9000
+        assert EvalArguments(max_pixels=9000).frames(student_family(sized)).max_pixels == 9000
     for fixed in ("internvl", "llava_onevision", "smolvlm"):
-        for said in (student.frames, EvalArguments(max_pixels=9000).pixels):
+        for said in (student.frames, EvalArguments(max_pixels=9000).frames):
             with pytest.raises(ValueError, match=f"^--max_pixels 9000 does nothing with {fixed}"):
                 said(student_family(fixed))
     # Families without a size limit ignore the default; only a given --max_pixels is refused.
-    assert EvalArguments().pixels(student_family("internvl")) == 360 * 420
-    assert EvalArguments().pixels(student_family("gemma4")) is None
-    assert EvalArguments(max_pixels=0).pixels(student_family("internvl")) is None
+    assert EvalArguments().frames(student_family("internvl")).max_pixels == 360 * 420
+    assert EvalArguments().frames(student_family("gemma4")).max_pixels is None
+    assert EvalArguments(max_pixels=0).frames(student_family("internvl")).max_pixels is None
 
 
 def test_max_pixels_is_refused_before_the_weights_are_read(
