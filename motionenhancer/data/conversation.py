@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -73,7 +73,7 @@ def convert(
             raise _BadSample("missing fields", f"must be an object with fields, got {_short(row)}")
         name = f"line-{line}" if row.get("id") in (None, "") else str(row["id"])
         row = as_conversation(row) or row
-        whole = _check_keys(row, "row", _ROW_KEYS, _ROW_CLIP_KEYS, "", log)
+        whole = _check_keys(row, "row", _ROW_KEYS, "", log)
         if any(row.get(key) is not None for key in _REJECTED):
             log.note("rejected answer of a preference pair, not read")
         listed = {kind: _listed_files(row, kind, log) for kind in ("video", "image")}
@@ -88,7 +88,11 @@ def convert(
         for kind in files:
             if inline[kind] and listed[kind] is not None:
                 raise _BadSample("tag count differs", f"has {kind} files both in and beside the messages")
-            _check_tags(kind, sum(part["type"] == kind for part in media), len(files[kind]))
+            tags, count = sum(part["type"] == kind for part in media), len(files[kind])
+            if tags == 0 < count and kind == "video":
+                raise _BadSample("no <video> tag", f"{count} video(s), but no <video> in the messages")
+            if tags != count:
+                raise _BadSample("tag count differs", f"{tags} <{kind}> tag(s) for {count} {kind}(s)")
         if require_video and not files["video"]:
             raise _BadSample("no video", "neither a video nor a <video> tag")
         videos = _locate("video", files["video"], root, check_files, whole)
@@ -110,16 +114,12 @@ def _short(value: Any, limit: int = 60) -> str:
 
 
 def _check_keys(
-    found: Mapping[str, Any],
-    kind: str,
-    known: Collection[str],
-    clip_keys: Iterable[str],
-    where: str,
-    log: SkipLog,
+    found: Mapping[str, Any], kind: str, known: Collection[str], where: str, log: SkipLog
 ) -> dict[str, Any]:
     """Refuse unsupported keys and note unknown keys; return the keys about a video's frames."""
     if why := refusal(found, kind):
         raise _BadSample("unsupported key", f"{where}{why}")
+    clip_keys = {"row": _ROW_CLIP_KEYS, "video": CLIP_KEYS}.get(kind, ())
     for key in found:
         if key not in known and key not in clip_keys:
             log.note(f"unknown key {_short(_INDEX.sub('', where) + str(key))} ignored")
@@ -138,16 +138,12 @@ def _listed_files(row: dict[str, Any], kind: str, log: SkipLog) -> list[_File] |
     for entry in value if isinstance(value, list) else [value]:
         said = {}
         if isinstance(entry, dict):
-            said = _check_keys(entry, kind, {"path", "bytes"}, _clip_keys(kind), f"{keys[0]}.", log)
+            said = _check_keys(entry, kind, {"path", "bytes"}, f"{keys[0]}.", log)
             entry = entry.get("path")
         if not isinstance(entry, str) or not entry.strip():
             raise _BadSample("missing fields", f"{keys[0]!r} must hold file names, got {_short(value)}")
         found.append(_File(entry, said))
     return found
-
-
-def _clip_keys(kind: str) -> Collection[str]:
-    return CLIP_KEYS if kind == "video" else ()
 
 
 def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog) -> list[dict[str, Any]]:
@@ -171,11 +167,9 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
         if role is None:
             raise _BadSample("wrong roles", f"{where} has the unknown role {_short(turn[who])}")
         known = {*_TURN_KEYS, *(TRAINED_KEYS if role == "assistant" else ())}
-        _check_keys(turn, "turn", known, (), f"{where}.", log)
-        message: dict[str, Any] = {
-            "role": role,
-            "content": _parts(turn[what], inline, f"{where}.{what}", log),
-        }
+        _check_keys(turn, "turn", known, f"{where}.", log)
+        content = _parts(turn[what], inline, f"{where}.{what}", log)
+        message: dict[str, Any] = {"role": role, "content": content}
         trained = _is_trained(turn, where)
         if trained and role != "assistant":
             raise _BadSample(
@@ -212,7 +206,7 @@ def _parts(content: Any, inline: dict[str, list[_File]], where: str, log: SkipLo
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("video", "image") and not (kind == "text" and isinstance(part.get("text"), str)):
             raise _BadSample("missing fields", f"{where} has a part of unknown type: {_short(part)}")
-        said = _check_keys(part, kind, {"type", "text", "video", "image"}, _clip_keys(kind), "content.", log)
+        said = _check_keys(part, kind, {"type", "text", "video", "image"}, "content.", log)
         if kind == "text":
             parts += _split(part["text"])
             continue
@@ -258,13 +252,6 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
             raise _BadSample("empty text", f"message {i} of the {message['role']}")
     if all(message.get("loss") is False for message in messages if message["role"] == "assistant"):
         raise _BadSample("no trained answer", "every answer is left out of the loss")
-
-
-def _check_tags(kind: str, tags: int, files: int) -> None:
-    if tags == 0 < files and kind == "video":
-        raise _BadSample("no <video> tag", f"{files} video(s), but no <video> in the messages")
-    if tags != files:
-        raise _BadSample("tag count differs", f"{tags} <{kind}> tag(s) for {files} {kind}(s)")
 
 
 def _locate(

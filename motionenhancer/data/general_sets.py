@@ -64,10 +64,6 @@ def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
     2405.21075, and its repository). The name of a clip is its ``videoID``, else the id in its ``url``,
     else its ``video_id``.
 
-    Args:
-        path: the file.
-        log: counts what cannot be read.
-
     Raises:
         ValueError: the file does not exist, or a duration is not one of Video-MME.
     """
@@ -75,7 +71,9 @@ def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
         nested = row.get("questions")
         for entry in nested if isinstance(nested, list) else [row]:
             entry = {**row, **entry} if isinstance(entry, dict) else row
-            id, video = _text(entry, "question_id"), _videomme_clip(entry)
+            watched = parse_qs(urlsplit(_text(entry, "url")).query).get("v", [""])[0]
+            id, video = _text(entry, "question_id"), _text(entry, "videoID") or watched
+            video = video or _text(entry, "video_id")
             options = _first(entry, "options", "choices")
             shown = list(options) if isinstance(options, (list, tuple)) else []
             answer = _text(entry, "answer").upper()
@@ -135,8 +133,7 @@ def read_tempcompass(path: Path, log: SkipLog, *, form: str) -> Iterator[Questio
     ``<video>#<aspect>#<index>``.
 
     Args:
-        path: the file.
-        log: counts what cannot be read.
+        path, log: the file, and what counts questions that cannot be read.
         form: "multi-choice", "yes_no" or "caption_matching": the name of the file.
 
     Raises:
@@ -155,9 +152,7 @@ def read_tempcompass(path: Path, log: SkipLog, *, form: str) -> Iterator[Questio
             log.add("missing fields", id=id, detail=f"the answer {answer!r} is none of the options")
             continue
         if found != form:
-            other = (
-                "is not supported: a language model judges it" if found == "captioning" else "is another file"
-            )
+            other = "is not supported: a language model judges it" if told else "is another file"
             raise ValueError(
                 f"--data {path} must be TempCompass's {form}.json; {id!r} belongs to {found}, which {other}"
             )
@@ -175,7 +170,7 @@ def _tempcompass_form(answer: str, options: tuple[str, ...]) -> str | None:
 
 def _tempcompass_rows(path: Path, log: SkipLog) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     whole = _document(path)
-    if isinstance(whole, dict) and "video_id" not in whole:
+    if whole and "video_id" not in whole:
         for video, aspects in whole.items():
             for aspect, entries in aspects.items() if isinstance(aspects, dict) else ():
                 for index, entry in enumerate(entries if isinstance(entries, list) else ()):
@@ -199,8 +194,7 @@ def read_seedbench(path: Path, log: SkipLog) -> Iterator[Question]:
     Raises:
         ValueError: the file does not exist, or a part is not one of SEED-Bench.
     """
-    whole = _document(path)
-    rows = whole.get("questions") if isinstance(whole, dict) else None
+    rows = _document(path).get("questions")
     entries = ((0, row) for row in rows) if isinstance(rows, list) else read_objects(path, log)
     for line, row in entries:
         row = row if isinstance(row, dict) else {}
@@ -249,12 +243,13 @@ def _known(name: Any, names: Any, what: str, path: Path) -> Any:
     return name
 
 
-def _document(path: Path) -> Any:
-    """The json value of a whole file; None for json lines, parquet, or a missing file."""
+def _document(path: Path) -> dict[str, Any]:
+    """The json object of a whole file; empty for a list, json lines, parquet, or a missing file."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        whole = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
+    return whole if isinstance(whole, dict) else {}
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
@@ -265,8 +260,3 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 def _first(row: Mapping[str, Any], *keys: str) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
-
-
-def _videomme_clip(row: Mapping[str, Any]) -> str:
-    watched = parse_qs(urlsplit(_text(row, "url")).query).get("v", [""])[0]
-    return _text(row, "videoID") or watched or _text(row, "video_id")

@@ -15,12 +15,11 @@ _SOUND = "sound is not shown to the model"
 _BOXES = "boxes are not put into texts; write their numbers into the text"
 _FILES = "put a turn's files beside the messages or into the parts of its content"
 _THOUGHT = "hidden reasoning is not shown; write it into the content"
-_FRAME_SIZE = "give min_pixels and max_pixels instead"
-_SECONDS = "give video_start and video_end, in seconds"
 _UNWANTED = "marks an unwanted answer, which must not be learnt"
+_SIZES = ("resized_height", "resized_width", "total_pixels")
 _VIDEO = {
-    **dict.fromkeys(("resized_height", "resized_width", "total_pixels"), _FRAME_SIZE),
-    **dict.fromkeys(("start", "end"), _SECONDS),
+    **dict.fromkeys(_SIZES, "give min_pixels and max_pixels instead"),
+    **dict.fromkeys(("start", "end"), "give video_start and video_end, in seconds"),
 }
 
 #: Where a key stands → key → why it cannot be honoured.
@@ -42,10 +41,7 @@ _REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("train_detail", "training_detail"), _WHOLE),
     },
     "video": _VIDEO,
-    "image": dict.fromkeys(
-        ("resized_height", "resized_width", "total_pixels", "min_pixels", "max_pixels"),
-        "only the processor resizes images",
-    ),
+    "image": dict.fromkeys((*_SIZES, "min_pixels", "max_pixels"), "only the processor resizes images"),
     "text": dict.fromkeys(TRAINED_KEYS, _WHOLE),
 }
 #: Values of a refused key that change nothing.
