@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -95,7 +94,6 @@ def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any
     maps = [
         view.sources(1.0 if clip is None else clip.duration) for view, clip in zip(views, clips, strict=True)
     ]
-    packed: list[dict[str, Any]] = []
     for pool in (1, 2, 4, 8):
         packed = [_pack(sources, pool) for sources in maps]
         size = sum(len(one["data"]) for entry in packed for one in entry["sources"].values())
@@ -112,8 +110,10 @@ def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any
             for view, clip, entry in zip(views, clips, packed, strict=True)
         ],
     }
+    # json has no NaN and no infinity: they become null.
+    body = json.loads(json.dumps(body), parse_constant=lambda _: None)
     # Without "<" no text can begin a comment or end the script.
-    data = json.dumps(_plain(body), ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(body, ensure_ascii=False).replace("<", "\\u003c")
     kinds = ("html", "css", "js")
     html, css, js = ((files(__package__) / f"page.{kind}").read_text("utf-8") for kind in kinds)
     parts = {"STYLE": css, "DATA": data, "SCRIPT": js}
@@ -122,7 +122,7 @@ def write_page(path: Path, views: Sequence[View], title: str, run: dict[str, Any
 
 def _about(view: View) -> dict[str, Any]:
     prior = view.prior
-    about = {
+    about: dict[str, Any] = {
         "id": view.id,
         "task": view.task,
         "answer": view.answer,
@@ -130,16 +130,13 @@ def _about(view: View) -> dict[str, Any]:
         "scores": view.scores,
         "video": None if view.video is None else str(view.video),
     }
-    if prior is None:
-        return about
-    heads = {"scores": prior.head_scores, "chosen": prior.heads, "selection": prior.settings.head_selection}
-    return {
-        **about,
-        # A prior of regions has none.
-        "heads": {**heads, "ratio": prior.settings.head_ratio} if prior.heads else None,
-        "confidence": prior.confidence,
-        "timed": bool(prior.times),
-    }
+    if prior is not None:
+        about |= {"heads": None, "confidence": prior.confidence, "timed": bool(prior.times)}
+        if prior.heads:  # A prior of regions has none.
+            heads = {"scores": prior.head_scores, "chosen": prior.heads}
+            how = prior.settings
+            about["heads"] = {**heads, "selection": how.head_selection, "ratio": how.head_ratio}
+    return about
 
 
 def _frames(video: Video | None, budget: int, sources: dict[str, Any]) -> dict[str, Any]:
@@ -215,12 +212,3 @@ def _flat(value: Any, name: str = "") -> list[list[str]]:
             pair for key, entry in value.items() for pair in _flat(entry, f"{name}.{key}" if name else key)
         ]
     return [[name, value if isinstance(value, str) else json.dumps(value)]]
-
-
-def _plain(value: Any) -> Any:
-    """The same with null for NaN and infinity, which json does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data import Clip, read_frames
+from ..data.clip import segment_of
 from ..data.video import Video
 from ..files import whole_file
 from ..priors.prior import MotionPrior
@@ -206,8 +207,7 @@ def _view(about: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) ->
     prior, clip = about.pop("prior", None), about.pop("video", None)
     view = View(**about)
     if clip is not None:
-        path = Path(clip.pop("path"))
-        view.video = Clip(path, **clip) if any(value is not None for value in clip.values()) else path
+        view.video = segment_of(Clip(Path(clip["path"]), clip["start"], clip["end"]))
     if prior is not None:
         view.prior = prior_from_text(tensors[f"{name}.teacher"], prior)
     view.maps = {when: tensors[f"{name}.{when}"] for when in SOURCES[1:] if f"{name}.{when}" in tensors}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from transformers import TrainerCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..alignment.aligner import align
 from ..alignment.dataset import MotionDataset
@@ -24,13 +28,19 @@ from ..students.reading import StudentMaps, read_maps
 from ..students.words import find_words
 from .page import write_run_page
 from .picture import contact_sheet
-from .trackers import log_pictures
 from .views import View, save_views
 
-__all__ = ["StudentReading", "Watch", "add_maps", "read_student", "task_of"]
+__all__ = ["StudentReading", "Watch", "add_maps", "log_pictures", "read_student", "task_of"]
 
 PICTURES = 4
 """Maximum number of clips whose contact sheets the trackers get."""
+#: The trackers of `--report_to` that take pictures, and their modules.
+_TRACKERS = {
+    TensorBoardCallback: "",
+    WandbCallback: "wandb",
+    TrackioCallback: "trackio",
+    MLflowCallback: "mlflow",
+}
 
 
 @dataclass(frozen=True)
@@ -256,3 +266,37 @@ class Watch(TrainerCallback):
         except Exception as error:
             self.failed = True
             print(f"page of the run not written: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def log_pictures(callbacks: Iterable[Any], pictures: Iterable[tuple[str, Image.Image]], step: int) -> None:
+    """Send pictures to every open tracker that takes them; a tracker that fails is named and left out.
+
+    Args:
+        callbacks: the Trainer's callbacks, before the trackers close at the end of the training.
+        pictures: names, which may repeat no other, and pictures. Only read if there is a tracker.
+        step: the step at which they are shown.
+    """
+    trackers = [(c, module) for c in callbacks for kind, module in _TRACKERS.items() if isinstance(c, kind)]
+    if not trackers:
+        return
+    named = {f"maps/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}": picture for name, picture in pictures}
+    for callback, module in trackers:
+        try:
+            _log(callback, module, named, step)
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"{module or 'tensorboard'}: got no pictures ({said})")
+
+
+def _log(callback: Any, module: str, pictures: dict[str, Image.Image], step: int) -> None:
+    tracker = import_module(module) if module else None
+    if tracker is None:
+        for name, picture in pictures.items():
+            callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif module == "mlflow":
+        for name, picture in pictures.items():
+            tracker.log_image(picture, f"{name}.png")
+    else:
+        shown = {name: tracker.Image(picture) for name, picture in pictures.items()}
+        # The step counts of the Trainer are the axis of both.
+        tracker.log({**shown, "train/global_step": step})

@@ -23,8 +23,8 @@ from motionenhancer import train
 from motionenhancer.alignment.aligner import align
 from motionenhancer.alignment.logs import StepLog, Stopwatch
 from motionenhancer.report.picture import contact_sheet
-from motionenhancer.report.trackers import log_pictures
 from motionenhancer.report.views import load_views
+from motionenhancer.report.watch import log_pictures
 from motionenhancer.training.arguments import TrainArguments
 
 NAMES = (
