@@ -31,12 +31,7 @@ def read_samples(
       "value": "<video>\\n..."}]}``
     - messages: ``{"id"?, "messages": [{"role", "content": str with <video> tags or list of parts}],
       "videos": [...]}``; a part ``{"type": "video", "video": path}`` may name its file itself
-    - MotionBench-Train: ``{"video_path", "motion_caption"}``, with a question of our own
-    - MotionVid-QA: ``{"video", "question", "chosen", "rejected"}``, where the rejected answer is ignored,
-      or ``{"video", "question", "answer"}``
-    - VideoChat2-IT: ``{"video", "QA": [{"i", "q", "a"}], "start"?, "end"?}``
-    - alpaca: ``{"instruction", "input"?, "output", "history"?, "videos"}``, or ``{"query", "response",
-      "history"?, "videos"}``
+    - MotionBench-Train, MotionVid-QA, VideoChat2-IT and alpaca: see `motion_sets.as_conversation`
 
     A key that changes what is learnt is applied, or the row is skipped as ``unsupported key``; see
     ``docs/data.md``. Neither a jsonl file nor a json array is held in memory.

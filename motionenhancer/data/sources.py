@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
-    def rows() -> Iterator[Row]:
-        line = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
-                line += 1
-                yield Row(line, 0, _given(value))
-
-    return rows()
+    return _table_rows(value for batch in file.iter_batches(batch_size=1000) for value in batch.to_pylist())
 
 
 def _dataset_rows(dataset: Any) -> Iterator[Row]:
@@ -147,7 +140,11 @@ def _dataset_rows(dataset: Any) -> Iterator[Row]:
         if type(feature).__name__ in ("Video", "Image", "Audio"):
             # Clips are read by the reader of clips, and only when it is their turn.
             dataset = dataset.cast_column(name, type(feature)(decode=False))
-    return (Row(line, 0, _given(value)) for line, value in enumerate(dataset, start=1))
+    return _table_rows(dataset)
+
+
+def _table_rows(values: Iterable[Any]) -> Iterator[Row]:
+    return (Row(line, 0, _given(value)) for line, value in enumerate(values, start=1))
 
 
 def _given(value: Any) -> Any:

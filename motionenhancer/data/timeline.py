@@ -77,9 +77,8 @@ def foretell(path: Path) -> tuple[Timeline | None, bool]:
 
     Returns:
         The timeline if every packet has its own time stamp, else None; and whether the file's bytes prove
-        that
-        it is not truncated. The timeline is a prediction: a decoder may return fewer frames (leading pictures
-        without their reference, packets without a picture) or other time stamps.
+        that it is not truncated. The timeline is a prediction: a decoder may return fewer frames (leading
+        pictures without their reference, packets without a picture) or other time stamps.
 
     Raises:
         VideoError: the file cannot be opened, has no packets, is damaged between packets, or is truncated.

@@ -125,18 +125,9 @@ def encode_request(
 def greedy(model: Any, max_new_tokens: int, pad_token_id: int) -> Any:
     """The model's own settings for one greedy answer. Its repetition penalty and end tokens stay."""
     config = copy.deepcopy(model.generation_config)
-    config.update(
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        num_beams=1,
-        num_return_sequences=1,
-        penalty_alpha=None,
-        max_new_tokens=max_new_tokens,
-        max_length=None,
-        pad_token_id=pad_token_id,
-    )
+    unset = dict.fromkeys(("temperature", "top_p", "top_k", "penalty_alpha", "max_length"))
+    config.update(do_sample=False, num_beams=1, num_return_sequences=1, **unset)
+    config.update(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
     return config
 
 
@@ -187,11 +178,8 @@ def answer_questions(
 
     Args:
         load: returns who answers; called at most once, and only when an answer is missing.
-        asked: all questions of the run.
         folder: where this run keeps its answers.
-        frames: how clips are shown.
-        length: as for :func:`open_batches`.
-        batch_size: how many questions are asked at once.
+        asked, frames, length, batch_size: as for :func:`open_batches`.
         workers: processes that decode clips ahead; 0 decodes in this one.
     """
     state = PartialState()
@@ -209,15 +197,9 @@ def answer_questions(
         file = folder / answers_file(state.process_index)
         mend_answers(file)
         encode = partial(encode_batch, encode=engine.encode, frames=frames)
-        loader: DataLoader[Any] = DataLoader(
-            mine,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=encode,
-        )
-        total = sum(map(len, mine))
-        progress = tqdm(total=total, desc="answers", unit="question", disable=not state.is_main_process)
-        with progress:
+        loader: DataLoader[Any] = DataLoader(mine, batch_size=None, num_workers=workers, collate_fn=encode)  # type: ignore[arg-type]
+        shown = {"desc": "answers", "unit": "question", "disable": not state.is_main_process}
+        with tqdm(total=sum(map(len, mine)), **shown) as progress:
             for rows, encoded in loader:
                 if encoded:
                     outputs = iter(engine.answer(encoded))

@@ -56,13 +56,10 @@ def judge_doubts(
     model is not asked for again.
 
     Args:
-        benchmark: with a ``doubt``.
-        questions: with public answers, as all of TempCompass have.
-        outputs: question id to output.
-        rules: of the benchmark.
+        benchmark, rules: with a ``doubt``.
+        questions, outputs: with public answers, as all of TempCompass have; id to output.
         folder: holds the judgements.
-        url: address of the server up to ``/v1``. The key is taken from OPENAI_API_KEY.
-        model: its name on the server.
+        url, model: address of the server up to ``/v1``, whose key is OPENAI_API_KEY; the model's name there.
 
     Returns:
         Id to verdict, of the answers that the rule cannot read.

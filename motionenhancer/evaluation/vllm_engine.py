@@ -72,17 +72,13 @@ def check_vllm(student: Path, family: StudentFamily) -> None:
 def vllm_engine(
     student: Path, dtype: str | None, *, max_pixels: int | None, max_new_tokens: int, **options: Any
 ) -> Engine:
-    """Load a student into vLLM.
+    """Load a student into vLLM. The engine raises ValueError where vLLM has other tokens than transformers.
 
     Args:
         student: folder of a whole model.
         dtype: of the weights; None as stored.
-        max_pixels: most pixels of a frame as the model sees it.
-        max_new_tokens: most tokens of an answer.
+        max_pixels, max_new_tokens: as of :func:`transformers_engine`.
         options: further options of `vllm.LLM`.
-
-    Returns:
-        The engine. It raises ValueError where vLLM's prompt has other tokens than transformers'.
 
     Raises:
         ValueError: settings of generation that vLLM does not have, or weights whose type is not stored.

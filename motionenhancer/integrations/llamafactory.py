@@ -20,12 +20,8 @@ __all__ = ["register"]
 def register(prior_dir: str | Path, **options: Any) -> None:
     """Make LLaMA-Factory's supervised fine-tuning align with the priors of a folder.
 
-    Args:
-        prior_dir: of `AlignedTrainer`.
-        **options: of `AlignedTrainer` and `MotionTrainer`, such as `alignment_weight`.
-
-    Raises:
-        ValueError: later, of another stage than `sft`, before the model is loaded.
+    Options are those of `AlignedTrainer` and `MotionTrainer`, such as `alignment_weight`. Another stage than
+    `sft` raises a ValueError before the model is loaded.
     """
 
     class AlignedFactoryTrainer(AlignedTrainer, CustomSeq2SeqTrainer):

@@ -45,16 +45,12 @@ def write_task(
     asked: Sequence[tuple[Question, str, Path | Clip]],
     max_new_tokens: int,
 ) -> Path:
-    """Write a task's yaml file and its questions.
+    """Write a task's yaml file, which is returned, and its questions.
 
     Args:
         folder: for lmms-eval's ``--include_path``.
-        rules: judge the answers.
+        benchmark, rules, max_new_tokens: of the answers.
         asked: questions with a public answer, each with its prompt and its clip's file.
-        max_new_tokens: of an answer.
-
-    Returns:
-        The yaml file.
 
     Raises:
         ValueError: a question shows a part of a clip, which lmms-eval cannot.

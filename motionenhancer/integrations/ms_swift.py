@@ -18,12 +18,8 @@ __all__ = ["register"]
 def register(prior_dir: str | Path, **options: Any) -> None:
     """Make `swift sft` align with the priors of a folder.
 
-    Args:
-        prior_dir: of `AlignedTrainer`.
-        **options: of `AlignedTrainer` and `MotionTrainer`, such as `alignment_weight`.
-
-    Raises:
-        ValueError: later, of another task or loss than `swift sft`'s, before the model is loaded.
+    Options are those of `AlignedTrainer` and `MotionTrainer`, such as `alignment_weight`. Another task or
+    loss than `swift sft`'s raises a ValueError before the model is loaded.
     """
 
     class AlignedSwiftTrainer(AlignedTrainer, Seq2SeqTrainer):

@@ -63,15 +63,9 @@ def read_layout(
 def video_grid(
     processor: Any, tokens: int, grid_thw: Any = None, position_ids: torch.Tensor | None = None
 ) -> Grid:
-    """(F, H, W) of a video's tokens in a student, after spatial and temporal merging.
+    """(F, H, W) of a video of so many tokens in a student, after spatial and temporal merging.
 
-    Args:
-        processor: see `read_layout`.
-        tokens: of the video.
-        grid_thw, position_ids: see `read_layout`.
-
-    Raises:
-        ValueError: another processor; the tokens do not fill a grid.
+    Args, Raises: as of `read_layout`.
     """
     return _places(processor, tokens, grid_thw, position_ids)[0]
 

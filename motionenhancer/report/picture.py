@@ -93,8 +93,7 @@ def contact_sheet(
         view: the clip with its maps.
         words: words to draw; by default the three with the highest scores.
         frames: number of evenly spaced frames.
-        smooth: interpolate between the grid's cells.
-        colours: a name of `COLOURS`.
+        smooth, colours: as of `overlay`.
         height: height of a frame in pixels.
 
     Raises:
@@ -171,8 +170,7 @@ def draw_prior(
     Args:
         prior: from `extract_prior` or a store.
         video: the clip of the prior; without it, the maps are drawn on black.
-        words: words to draw; by default the three with the highest scores.
-        **how: options of `contact_sheet`.
+        words, **how: as of `contact_sheet`.
 
     Raises:
         VideoError: the clip cannot be read.
