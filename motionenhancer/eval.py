@@ -23,7 +23,7 @@ from .data.sources import open_source
 from .data.video import content_digest
 from .evaluation.answers import read_answers, read_predictions
 from .evaluation.arguments import EvalArguments
-from .evaluation.benchmarks import BENCHMARKS, Benchmark, Rules, load_questions, render_prompt
+from .evaluation.benchmarks import BENCHMARKS, Rules, load_questions, render_prompt
 from .evaluation.compare import compare_runs, read_results
 from .evaluation.generate import Asked, Engine, answer_questions, transformers_engine, unanswered
 from .evaluation.judge_model import judge_doubts
@@ -114,14 +114,15 @@ def _run(arguments: EvalArguments, rules: Rules, report: RunReport) -> dict[str,
     skips = SkipLog()
     hidden = arguments.answer_hidden or arguments.predictions is not None
     questions = load_questions(benchmark, arguments.data, skips, limit=arguments.limit, hidden=hidden)
-    answers = _ask if arguments.predictions is None else _read
     source = open_source(arguments.data, folder=True)
     given = {**vars(arguments), "output_dir": None, "data": source.name}
     report.content["arguments"] = given | asdict(rules)
     report.content["digests"] = {"data": source.digest()}
-    if arguments.predictions is not None:
+    if arguments.predictions is None:
+        found = _ask(arguments, questions, report)
+    else:
         report.content["digests"]["predictions"] = content_digest(arguments.predictions)
-    found = answers(arguments, benchmark, questions, report, skips)
+        found = _read(arguments, questions, report, skips)
     if not PartialState().is_main_process:
         return {}
     if found is None:
@@ -185,7 +186,7 @@ def export(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
         _use_toy_defaults(arguments)
     skips = SkipLog()
     questions = load_questions(benchmark, arguments.data or "", skips, limit=arguments.limit)
-    root, asked = _find_clips(arguments, benchmark, questions)
+    root, asked = _find_clips(arguments, questions)
     for id, (reason, detail) in _missing(asked).items():
         skips.add(reason, id=id, detail=detail)
     found = [(item.question, item.prompt, item.video) for item in asked if item.video is not None]
@@ -209,11 +210,7 @@ def _use_toy_defaults(arguments: EvalArguments) -> None:
 
 
 def _read(
-    arguments: EvalArguments,
-    benchmark: Benchmark,
-    questions: list[Question],
-    report: RunReport,
-    skips: SkipLog,
+    arguments: EvalArguments, questions: list[Question], report: RunReport, skips: SkipLog
 ) -> Answers | None:
     """Read answers from a file; None if this run has already finished.
 
@@ -226,22 +223,17 @@ def _read(
     gone = {}
     if arguments.video_root is not None:
         open_questions = [q for q in questions if q.id not in outputs]
-        gone = _missing(_find_clips(arguments, benchmark, open_questions)[1])
+        gone = _missing(_find_clips(arguments, open_questions)[1])
     report.content["missing"] = sorted(gone)
-    about = {"command": "eval", "answers": "predictions", "benchmark": benchmark.name}
+    about = {"command": "eval", "answers": "predictions", "benchmark": arguments.benchmark}
     if _claim(report, about | report.content["digests"], "no answer is lost"):
         return None
     return outputs, gone
 
 
-def _ask(
-    arguments: EvalArguments,
-    benchmark: Benchmark,
-    questions: list[Question],
-    report: RunReport,
-    skips: SkipLog,
-) -> Answers | None:
+def _ask(arguments: EvalArguments, questions: list[Question], report: RunReport) -> Answers | None:
     """Answer the open questions; returns those of all processes, None if this same run has finished."""
+    benchmark = BENCHMARKS[arguments.benchmark]
     student = model_folder(arguments.student or "", "--student")
     base = base_folder(student)
     config = base / "config.json"
@@ -254,7 +246,7 @@ def _ask(
         check_vllm(student, family)
     trained = None if benchmark.num_frames is None else _trained_frames(student)
     frames = arguments.frames(family, trained)
-    root, asked = _find_clips(arguments, benchmark, questions)
+    root, asked = _find_clips(arguments, questions)
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     chosen = {} if arguments.engine == "transformers" else {"engine": arguments.engine}
     if arguments.subtitles is not None and asked:
@@ -272,7 +264,7 @@ def _ask(
         {
             "command": "eval",
             "answers": "student",
-            "benchmark": benchmark.name,
+            "benchmark": arguments.benchmark,
             "data": report.content["digests"]["data"],
             "video_root": str(root.resolve()),
             "student": "+".join(map(student_digest, dict.fromkeys((student, base)))),
@@ -335,10 +327,9 @@ def _trained_frames(student: Path) -> Frames | None:
     return None
 
 
-def _find_clips(
-    arguments: EvalArguments, benchmark: Benchmark, questions: Sequence[Question]
-) -> tuple[Path, list[Asked]]:
+def _find_clips(arguments: EvalArguments, questions: Sequence[Question]) -> tuple[Path, list[Asked]]:
     """The folder of clips, and the questions with their requests and the files of their clips."""
+    benchmark = BENCHMARKS[arguments.benchmark]
     root = Path(arguments.video_root or open_source(arguments.data, folder=True).root)
     clips = VideoFolder(root, benchmark.folders, benchmark.renamed)
     prompt = arguments.prompt or benchmark.prompt

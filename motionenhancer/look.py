@@ -41,13 +41,10 @@ NAME = "look.html"
 
 
 def main(argv: list[str] | None = None) -> int:
-    look, shown, data, prior, settings = parse_arguments(
-        (LookArguments, ReportArguments, DataArguments, PriorArguments, PriorSettings),
-        argv,
-        prog="python -m motionenhancer.look",
-    )
+    kinds = (LookArguments, ReportArguments, DataArguments, PriorArguments, PriorSettings)
+    given = parse_arguments(kinds, argv, prog="python -m motionenhancer.look")
     try:
-        _run(look, shown, data, prior, settings)
+        _run(*given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
