@@ -29,10 +29,9 @@ from .evaluation.generate import Asked, Engine, answer_questions, transformers_e
 from .evaluation.judge_model import judge_doubts
 from .evaluation.motionsight import looks, read_boxes
 from .evaluation.subtitles import subtitles_digest
-from .evaluation.table import comparison_text
 from .evaluation.videos import VideoFolder
 from .evaluation.vllm_engine import check_vllm, vllm_engine
-from .evaluation.write import SCORES, write_scores
+from .evaluation.write import SCORES, comparison_text, write_scores
 from .files import read_json, write_json
 from .flags import parse_arguments, parse_options
 from .hub import model_folder

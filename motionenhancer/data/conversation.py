@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from .clip import CLIP_KEYS, Clip, clip_of, is_file
 from .motion_sets import as_conversation
-from .row_keys import TRAINED_KEYS, refusal
 from .sample import Sample
 from .skips import SkipLog
 
@@ -31,13 +30,58 @@ _ROW_KEYS |= {*_TASK_KEYS, "regions"}
 _TURN_KEYS = {"from", "value", "role", "content"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
+#: Whether an answer is trained on: ms-swift and XTuner; axolotl; OpenAI; slime.
+_TRAINED_KEYS = ("loss", "train", "training", "weight", "loss_mask", "loss_scale")
+
+_TOOLS = "tools are not shown to the model"
+_WEIGHT = "every sample has the same weight; repeat or remove samples instead"
+_WHOLE = "an answer is trained on whole or not at all"
+_SOUND = "sound is not shown to the model"
+_BOXES = "boxes are not put into texts; write their numbers into the text"
+_FILES = "put a turn's files beside the messages or into the parts of its content"
+_THOUGHT = "hidden reasoning is not shown; write it into the content"
+_UNWANTED = "marks an unwanted answer, which must not be learnt"
+_SIZES = ("resized_height", "resized_width", "total_pixels")
+_VIDEO = {
+    **dict.fromkeys(_SIZES, "give min_pixels and max_pixels instead"),
+    **dict.fromkeys(("start", "end"), "give video_start and video_end, in seconds"),
+}
+
+#: Where a key stands (a row, a turn, or a part) → key that would change what is learnt → why it is refused.
+_REFUSED: dict[str, dict[str, str]] = {
+    "row": {
+        **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_scale", "loss", "train"), _WEIGHT),
+        **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
+        **dict.fromkeys(("audio", "audios"), _SOUND),
+        **dict.fromkeys(("label", "kto_tag"), _UNWANTED),
+        "objects": _BOXES,
+        "history": "put earlier turns into the conversation",
+        **_VIDEO,
+    },
+    "turn": {
+        **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), _TOOLS),
+        **dict.fromkeys(("image", "images", "video", "videos"), _FILES),
+        **dict.fromkeys(("audio", "audios"), _SOUND),
+        **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _THOUGHT),
+        **dict.fromkeys(("train_detail", "training_detail"), _WHOLE),
+    },
+    "video": _VIDEO,
+    "image": dict.fromkeys((*_SIZES, "min_pixels", "max_pixels"), "only the processor resizes images"),
+    "text": dict.fromkeys(_TRAINED_KEYS, _WHOLE),
+}
+#: Values of a refused key that change nothing.
+_HARMLESS: dict[str, Callable[[Any], bool]] = {
+    _WEIGHT: lambda value: value == 1,
+    _WHOLE: lambda value: value == 1,
+    _UNWANTED: lambda value: value is not False,  # any other label describes the clip, or wants the answer
+    _SOUND: lambda value: isinstance(value, bool),  # says whether there is sound, and is no sound
+    # Boxes as ms-swift gives them; a list of objects describes the clip.
+    _BOXES: lambda value: not (isinstance(value, dict) and value.keys() & {"ref", "bbox"}),
+}
+
 
 class _BadSample(Exception):
-    """A row that cannot be used: a fixed phrase, and what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    """A row that cannot be used; its arguments are a fixed phrase, and what was found."""
 
 
 class _File(NamedTuple):
@@ -98,7 +142,8 @@ def convert(
         videos = _locate("video", files["video"], root, check_files, whole)
         images: tuple[Any, ...] = _locate("image", files["image"], root, check_files, {})
     except _BadSample as bad:
-        log.add(bad.reason, id=name, line=line, detail=bad.detail)
+        reason, detail = bad.args
+        log.add(reason, id=name, line=line, detail=detail)
         return None
     task = next((row[key] for key in _TASK_KEYS if isinstance(row.get(key), str)), "")
     regions = row.get("regions") or ()
@@ -116,9 +161,15 @@ def _short(value: Any, limit: int = 60) -> str:
 def _check_keys(
     found: Mapping[str, Any], kind: str, known: Collection[str], where: str, log: SkipLog
 ) -> dict[str, Any]:
-    """Refuse unsupported keys and note unknown keys; return the keys about a video's frames."""
-    if why := refusal(found, kind):
-        raise _BadSample("unsupported key", f"{where}{why}")
+    """Refuse unsupported keys and note unknown keys; return the keys about a video's frames.
+
+    None and empty values count as not given.
+    """
+    for key, why in _REFUSED[kind].items():
+        value = found.get(key)
+        given = value is not None and value not in ("", [], {})
+        if given and not (why in _HARMLESS and _HARMLESS[why](value)):
+            raise _BadSample("unsupported key", f"{where}{key!r}: {why}")
     clip_keys = {"row": _ROW_CLIP_KEYS, "video": CLIP_KEYS}.get(kind, ())
     for key in found:
         if key not in known and key not in clip_keys:
@@ -166,7 +217,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
         role = _ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
             raise _BadSample("wrong roles", f"{where} has the unknown role {_short(turn[who])}")
-        known = {*_TURN_KEYS, *(TRAINED_KEYS if role == "assistant" else ())}
+        known = {*_TURN_KEYS, *(_TRAINED_KEYS if role == "assistant" else ())}
         _check_keys(turn, "turn", known, f"{where}.", log)
         content = _parts(turn[what], inline, f"{where}.{what}", log)
         message: dict[str, Any] = {"role": role, "content": content}
@@ -183,7 +234,7 @@ def _messages(row: dict[str, Any], inline: dict[str, list[_File]], log: SkipLog)
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool | None:
     """Whether a turn is marked as trained; None if it has no mark."""
-    said = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
+    said = {key: turn[key] for key in _TRAINED_KEYS if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (int, float)) or value not in (0, 1):
             wanted = f"{where}: {key!r} must be true or false, 1 or 0, got {value!r}"

@@ -13,7 +13,7 @@ import pytest
 
 from motionenhancer.evaluation.compare import compare_runs, mcnemar, read_results
 from motionenhancer.evaluation.scores import Judged, score
-from motionenhancer.evaluation.table import PAPER_ROWS, comparison_text, score_table
+from motionenhancer.evaluation.write import PAPER_ROWS, comparison_text, score_table
 from motionenhancer.weights import student_digest
 
 
