@@ -132,12 +132,6 @@ def test_a_refused_answer_is_wrong(output: str) -> None:
         assert not BENCHMARKS["favor"].right(option, output, rules)
 
 
-def test_the_letters_case_counts_as_the_authors_count_it() -> None:
-    question = Question("u", "v", "Which?", "B", ("MR",))
-    assert not BENCHMARKS["motionbench"].right(question, "b", Rules())
-    assert BENCHMARKS["motionbench"].right(question, "b", Rules(letter="lone"))
-
-
 OPTIONS = ["It moves left", "It moves left and then right", "It stays still", "It grows"]
 
 
