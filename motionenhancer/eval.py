@@ -237,9 +237,7 @@ def _ask(arguments: EvalArguments, questions: list[Question], report: RunReport)
     base = base_folder(student)
     config = base / "config.json"
     if not config.is_file():
-        raise ValueError(
-            f"--student must be a transformers folder with a config.json or a Hub id, got {base}"
-        )
+        raise ValueError(f"--student must be a transformers folder with config.json or a Hub id, got {base}")
     family = student_family(read_json(config).get("model_type"))
     if arguments.engine == "vllm":
         check_vllm(student, family)

@@ -247,9 +247,7 @@ def _is_trained(turn: Mapping[str, Any], where: str) -> bool | None:
 def _parts(content: Any, inline: dict[str, list[_File]], where: str, log: SkipLog) -> list[dict[str, Any]]:
     """Normalise a message's content; files named in its parts are added to `inline`."""
     if not isinstance(content, (str, list)):
-        raise _BadSample(
-            "missing fields", f"{where} must be a text or a list of parts, got {_short(content)}"
-        )
+        raise _BadSample("missing fields", f"{where} must be a text or list of parts, got {_short(content)}")
     parts: list[dict[str, Any]] = []
     for part in [content] if isinstance(content, str) else content:
         if isinstance(part, str):

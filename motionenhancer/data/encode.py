@@ -36,9 +36,8 @@ def encode_video(path: str | Path, frames: np.ndarray, *, fps: float = 8, codec:
     # x264's macroblock tree makes the same frames into different bytes from one call to the next.
     options = {"crf": "14", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {"qscale": "2"}
     with av.open(f"file:{path}", mode="w", format="mp4") as container:
-        stream: Any = container.add_stream(
-            codec, rate=Fraction(fps).limit_denominator(65535), options=options
-        )
+        rate = Fraction(fps).limit_denominator(65535)
+        stream: Any = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         if codec == "mpeg4":

@@ -75,7 +75,7 @@ def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
             id, video = _text(entry, "question_id"), _text(entry, "videoID") or watched
             video = video or _text(entry, "video_id")
             options = _first(entry, "options", "choices")
-            shown = list(options) if isinstance(options, (list, tuple)) else []
+            shown = tuple(options) if isinstance(options, (list, tuple)) else ()
             answer = _text(entry, "answer").upper()
             if not (id and video and filled(entry.get("question")) and shown and all(map(filled, shown))):
                 needs = "needs question_id, videoID, question and options"
@@ -84,9 +84,7 @@ def read_videomme(path: Path, log: SkipLog) -> Iterator[Question]:
             duration = _first(entry, "duration", "duration_category")
             task = _known(duration, VIDEOMME_DURATIONS, "duration of Video-MME", path)
             text = "\n".join([entry["question"], *shown])
-            yield Question(
-                id, video, text, answer if answer in [*"ABCD"] else None, (task,), tuple(shown), line
-            )
+            yield Question(id, video, text, answer if answer in [*"ABCD"] else None, (task,), shown, line)
 
 
 def read_mvbench(path: Path, log: SkipLog) -> Iterator[Question]:
@@ -204,9 +202,8 @@ def read_seedbench(path: Path, log: SkipLog) -> Iterator[Question]:
             continue
         choices: tuple[Any, ...] = tuple(row.get(f"choice_{letter}") for letter in "abcd")
         answer = _text(row, "answer").upper()
-        if not (
-            id and filled(row.get("data_id")) and filled(row.get("question")) and all(map(filled, choices))
-        ):
+        asked = filled(row.get("data_id")) and filled(row.get("question"))
+        if not (id and asked and all(map(filled, choices))):
             needs = "needs question_id, question, choice_a to choice_d, and a clip's file as data_id"
             log.add("missing fields", id=id, line=line, detail=needs)
             continue
@@ -237,9 +234,8 @@ def _cut(name: str, bounds: dict[str, Any], id: str, line: int, log: SkipLog) ->
 
 def _known(name: Any, names: Any, what: str, path: Path) -> Any:
     if not isinstance(name, (str, int)) or name not in names:
-        raise ValueError(
-            f"--data {path}: {name!r} is no {what}; it must be one of {', '.join(map(str, names))}"
-        )
+        listed = ", ".join(map(str, names))
+        raise ValueError(f"--data {path}: {name!r} is no {what}; it must be one of {listed}")
     return name
 
 

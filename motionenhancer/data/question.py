@@ -160,9 +160,8 @@ def read_toy(path: Path, log: SkipLog) -> Iterator[Question]:
             for message in sample.messages
         )
         clip = sample.videos[0]
-        yield Question(
-            id, clip if isinstance(clip, Clip) else str(clip), question, answer, (task,), line=line
-        )
+        video = clip if isinstance(clip, Clip) else str(clip)
+        yield Question(id, video, question, answer, (task,), line=line)
 
 
 def read_objects(path: Path, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:

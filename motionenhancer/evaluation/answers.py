@@ -61,9 +61,8 @@ def is_marked(mark: object, video: Path | Clip) -> bool:
         return True  # an answer that was written before clips were marked
     try:
         found = os.stat(video)
-        return mark.startswith(f"{found.st_size} {found.st_mtime_ns} ") or mark.endswith(
-            f" {content_digest(video)}"
-        )
+        untouched = mark.startswith(f"{found.st_size} {found.st_mtime_ns} ")
+        return untouched or mark.endswith(f" {content_digest(video)}")
     except (OSError, VideoError):
         return False
 

@@ -72,9 +72,7 @@ class EvalArguments(ShownArguments, DataArguments):
         None, "OpenAI-compatible address that ends with /v1. Its model judges answers that no rule can read."
     )
     judge_model: str | None = setting(None, "With --judge_url: the name of the model.")
-    compare: list[str] | None = setting(
-        None, "Compare the answers of two runs, A and B, and do nothing else."
-    )
+    compare: list[str] | None = setting(None, "Compare the answers of runs A and B, and do nothing else.")
     task: str | None = setting(None, "With --compare: compare this task only.")
 
     def __post_init__(self) -> None:
@@ -100,9 +98,7 @@ class EvalArguments(ShownArguments, DataArguments):
                 file = BENCHMARKS[self.benchmark].file
                 raise ValueError(f"--benchmark {self.benchmark} needs --data, the benchmark's {file}")
             if self.video_root is not None:
-                raise ValueError(
-                    f"--video_root {self.video_root} needs --data, the file of questions about its clips"
-                )
+                raise ValueError(f"--video_root {self.video_root} needs --data, the file about its clips")
 
     def _check_engine(self) -> None:
         if self.engine == "transformers":

@@ -38,9 +38,7 @@ _TRAIL, _DECAY = 7, 0.65
 Box = Sequence[float]
 
 
-def looks(
-    prompt: str, asked: Sequence[Asked], boxes: Mapping[str, Any], max_pixels: int | None
-) -> list[Asked]:
+def looks(prompt: str, asked: list[Asked], boxes: Mapping[str, Any], max_pixels: int | None) -> list[Asked]:
     """The questions, each with the change of its clip's frames; of a clip without boxes, trails only.
 
     Args:

@@ -67,9 +67,8 @@ class AlignedTrainer(MotionTrainer):
                 f"processing_class must be the student's processor, which takes videos, got "
                 f"{type(processor).__name__}"
             )
-        self.data_collator = AlignedCollator(
-            self.data_collator, priors, processor, row_of=row_of, root=video_root
-        )
+        collate = self.data_collator
+        self.data_collator = AlignedCollator(collate, priors, processor, row_of=row_of, root=video_root)
         self.add_callback(_Summary(self))
         if self.is_world_process_zero():
             print(f"priors of {priors.teacher} from {prior_dir}, made from the {priors.source} text")

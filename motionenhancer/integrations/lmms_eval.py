@@ -68,9 +68,8 @@ def write_task(
     write_text(questions, "".join(json.dumps(row) + "\n" for row in rows))
     codes = task_order(benchmark.tasks, [task for question, *_ in asked for task in question.tasks])
     metrics = [("Overall", "overall"), ("Average", "average"), *((code, "overall") for code in codes)]
-    text = _TASK.format(
-        name=benchmark.name, questions=json.dumps(str(questions)), max_new_tokens=max_new_tokens
-    )
+    place = json.dumps(str(questions))
+    text = _TASK.format(name=benchmark.name, questions=place, max_new_tokens=max_new_tokens)
     text += "".join(_METRIC.format(metric=json.dumps(metric), mean=mean) for metric, mean in metrics)
     task = questions.with_suffix(".yaml")
     write_text(task, text)

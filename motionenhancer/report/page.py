@@ -208,7 +208,6 @@ def _pooled(maps: Maps, pool: int) -> Maps:
 def _flat(value: Any, name: str = "") -> list[list[str]]:
     """Nested settings as pairs of a dotted name and a text."""
     if isinstance(value, dict):
-        return [
-            pair for key, entry in value.items() for pair in _flat(entry, f"{name}.{key}" if name else key)
-        ]
+        named = ((f"{name}.{key}" if name else key, entry) for key, entry in value.items())
+        return [pair for dotted, entry in named for pair in _flat(entry, dotted)]
     return [[name, value if isinstance(value, str) else json.dumps(value)]]
