@@ -171,10 +171,9 @@ def compare(arguments: EvalArguments) -> dict[str, Any]:
 
 
 def export(arguments: EvalArguments, rules: Rules) -> dict[str, Any]:
-    """Write the questions as a task of lmms-eval, without questions that lack a public answer or a clip.
+    """Write the questions as a task of lmms-eval, and return its file and number of questions.
 
-    Returns:
-        The file of the task, and its number of questions.
+    Questions that lack a public answer or a clip are left out.
 
     Raises:
         ValueError: a file is wrong, there is no clip, or a question shows a segment of its clip.
@@ -344,12 +343,11 @@ def _missing(asked: Sequence[Asked]) -> dict[str, tuple[str, str]]:
 def _claim(report: RunReport, identity: dict[str, Any], kept: str, *, answered: bool = True) -> bool:
     """Create the report's folder, or continue in it; a folder of another run is refused.
 
+    True if this run, with the same files and rules, has finished there.
+
     Args:
         kept: line that says what is kept if the run is interrupted.
         answered: whether all questions have an answer.
-
-    Returns:
-        Whether this run, with the same files and rules, has finished there.
     """
     report.identity = identity
     state = PartialState()

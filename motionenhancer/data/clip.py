@@ -65,14 +65,11 @@ class Clip:
 
 
 def clip_of(path: Path, said: Mapping[str, Any]) -> Path | Clip:
-    """Return a video with the keys of its row.
+    """Return a video with the keys of its row: a `Clip`, or `path` if no key has an effect.
 
     Args:
         path: the file.
         said: key of `CLIP_KEYS` → value.
-
-    Returns:
-        A `Clip`, or `path` if no key has an effect.
 
     Raises:
         ValueError: a value is out of range, or two exclude each other.

@@ -10,16 +10,13 @@ __all__ = ["decode_mask"]
 
 
 def decode_mask(rle: Any) -> np.ndarray:
-    """Decode a run-length mask of COCO, SAM 2 and pycocotools.
+    """Decode a run-length mask of COCO, SAM 2 and pycocotools to (height, width) bool.
 
     Runs of background and mask alternate, background first, in column-major order.
 
     Args:
         rle: `{"size": [height, width], "counts": ...}`; counts is a list of runs, or the text that
             pycocotools makes of it.
-
-    Returns:
-        (height, width) bool.
 
     Raises:
         ValueError: it is not such a mask, or its runs do not fill its size.

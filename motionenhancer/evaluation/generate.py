@@ -134,15 +134,12 @@ def greedy(model: Any, max_new_tokens: int, pad_token_id: int) -> Any:
 def generate_answers(
     model: Any, processor: Any, family: StudentFamily, requests: Sequence[Encoded], settings: Any
 ) -> list[str]:
-    """Greedy answers to a batch of requests, padded on the left.
+    """Greedy answers, without special tokens, to a batch of requests that is padded on the left.
 
     Args:
         model, processor, family: from :func:`load_student`.
         requests: from :func:`encode_request`, at least one.
         settings: from :func:`greedy`.
-
-    Returns:
-        One text a request, special tokens removed.
     """
     batch = family.collate(requests, pad_token_id=settings.pad_token_id, padding_side="left")
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -224,7 +221,7 @@ def open_batches(
     length: Callable[[Video], int] | None,
     batch_size: int,
 ) -> list[list[str]]:
-    """The batches that are still to be asked.
+    """The batches that are still to be asked, each as the ids of its questions.
 
     All questions with a clip are sorted, the longest first, and cut into batches, whether they are answered
     or not. So a batch that was never asked is the same after a kill, with the same padding, rounding and
@@ -237,9 +234,6 @@ def open_batches(
         length: (a clip's frames, all of whose pixels are 0) → a number that grows with its tokens. Questions
             about clips of equal length keep their order; with None, all do.
         batch_size: how many questions are asked at once.
-
-    Returns:
-        Ids of each batch's questions.
     """
     order = [item for item in asked if item.video is not None] if open else []
     if length is not None:

@@ -50,7 +50,7 @@ def judge_doubts(
     url: str,
     model: str,
 ) -> dict[str, bool]:
-    """Ask a model about every answer that the benchmark's rule cannot read.
+    """Ask a model about every answer that the benchmark's rule cannot read; return id to verdict of these.
 
     Each judgement is on the disk before the next is asked for. A judgement of the same request by the same
     model is not asked for again.
@@ -60,9 +60,6 @@ def judge_doubts(
         questions, outputs: with public answers, as all of TempCompass have; id to output.
         folder: holds the judgements.
         url, model: address of the server up to ``/v1``, whose key is OPENAI_API_KEY; the model's name there.
-
-    Returns:
-        Id to verdict, of the answers that the rule cannot read.
 
     Raises:
         ValueError: the server cannot be reached, refuses, or does not answer as the protocol says.

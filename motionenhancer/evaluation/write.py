@@ -55,16 +55,15 @@ def write_scores(
     verdicts: Mapping[str, bool],
     **bootstrap: Any,
 ) -> dict[str, Any]:
-    """Judge and score; write results.jsonl, scores.json and the submission into ``folder``; print the table.
+    """Judge and score, and return the content of scores.json.
+
+    It writes results.jsonl, scores.json and the submission into ``folder``, and prints the table.
 
     Args:
         name: of the model or the file of answers, for the table.
         outputs: question id to output.
         verdicts: id to a judge model's verdict, which counts instead of the rule's.
         bootstrap: samples, unit and seed of :func:`score`.
-
-    Returns:
-        What is in scores.json.
     """
     judged = judge_answers(benchmark, questions, outputs, rules, verdicts)
     scores = {

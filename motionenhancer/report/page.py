@@ -31,15 +31,12 @@ _CURVES = ("loss_ar", "loss_align", "lambda", "learning_rate", "words_mapped", "
 
 
 def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] | None = None) -> Path:
-    """Write the page of a training run.
+    """Write the page of a training run, and return its file.
 
     Args:
         folder: the run's output folder.
         output: the file; `report.html` in the folder by default.
         ids: samples to show; by default all samples that the run kept.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: the folder is not a training run, or it has no sample with a given id.

@@ -62,8 +62,7 @@ def add_maps(view: View, when: str, read: StudentReading, sample: Sample, source
     Args:
         view: view of the sample, which gets the maps.
         when: "before" or "after".
-        read: the student's reading of the sample.
-        sample: the sample.
+        read, sample: the student's reading of the sample.
         source: the text that the view shows: "both", "question" or "answer".
     """
     rows = read.of_words(find_words(sample, view, read.layout, source))
