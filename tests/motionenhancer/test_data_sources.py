@@ -118,14 +118,6 @@ def test_files_in_a_column_are_not_decoded(kind: str, root: Path) -> None:
     assert [row.value for row in open_source(table).rows()] == [{"x": {"path": file}}]
 
 
-def test_clips_in_a_column_of_videos_are_not_decoded(root: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="pip install datasets")
-    rows = [{"id": "x", "messages": TURNS, "video": str(root / "a.mp4")}]
-    table = datasets.Dataset.from_list(rows).cast_column("video", datasets.Video())
-    (sample,), _ = read(table, root)
-    assert sample.videos == (root / "a.mp4",)
-
-
 @pytest.mark.parametrize(
     ("data", "package"), [("rows.parquet", "pyarrow"), ("someone/moving-things", "datasets")]
 )

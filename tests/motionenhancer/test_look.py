@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from look_support import make_views, moving_clip, shown
+from look_support import moving_clip, shown
 from PIL import Image
 from test_store import make_prior
 from tiny_world import World
@@ -27,7 +27,7 @@ from motionenhancer.report import watch
 from motionenhancer.report.page import write_page, write_run_page
 from motionenhancer.report.picture import contact_sheet, draw_prior
 from motionenhancer.report.run_report import REPORT
-from motionenhancer.report.views import SOURCES, View, load_views, save_views
+from motionenhancer.report.views import SOURCES, View, load_views
 from motionenhancer.report.watch import read_student, task_of
 from motionenhancer.students import load_student
 
@@ -221,34 +221,6 @@ def test_flags_that_do_nothing_are_refused(
     with pytest.raises(SystemExit):
         look.main(options)
     assert said in capsys.readouterr().err
-
-
-def test_views_come_back_as_they_went_in(tmp_path: Path) -> None:
-    views = make_views(tmp_path)
-    save_views(tmp_path, views)
-    for view, back in zip(views, load_views(tmp_path), strict=True):
-        assert back.words() == view.words()
-        for name in ("id", "prompt", "video", "task", "spans", "grid", "times", "found", "scores", "answer"):
-            kept = getattr(back, name)
-            expected = getattr(view, name)
-            assert kept == (expected if name == "video" else json.loads(json.dumps(expected))), name
-    (tmp_path / "report" / "samples.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a file that a run wrote"):
-        load_views(tmp_path)
-
-
-def test_words_that_no_student_token_stands_for_are_not_found(tmp_path: Path) -> None:
-    view = make_views(tmp_path)[0]
-    assert [(piece["text"], piece["state"]) for piece in replace(view, found=[], maps={}).words()] == [
-        ("the", "dropped"),
-        (" ", "plain"),
-        ("red", "missing"),
-        (" ", "plain"),
-        ("square", "dropped"),
-        (" ", "plain"),
-        ("moves", "missing"),
-        (" — naïve ✓", "cut"),
-    ]
 
 
 @pytest.mark.parametrize(

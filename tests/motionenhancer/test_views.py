@@ -97,17 +97,22 @@ def test_a_clip_is_read_small_and_with_few_frames(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == f"v: its clip is not shown ({tmp_path / 'none.mp4'}: does not exist)\n"
 
 
-def test_segments_and_maps_come_back(tmp_path: Path) -> None:
+def test_views_come_back_as_they_went_in(tmp_path: Path) -> None:
     views = make_views(tmp_path)
     views[1].video = Clip(tmp_path / "clip.mp4", 0.5, 1.5)
     save_views(tmp_path, views)
     for view, back in zip(views, load_views(tmp_path), strict=True):
-        assert back.video == view.video
+        assert (back.video, back.words()) == (view.video, view.words())
+        for name in ("id", "prompt", "task", "spans", "grid", "times", "found", "scores", "answer"):
+            assert getattr(back, name) == json.loads(json.dumps(getattr(view, name))), name
         assert back.maps.keys() == view.maps.keys()
         assert all(torch.equal(back.maps[name], rows.half()) for name, rows in view.maps.items())
         assert (back.prior is None) == (view.prior is None)
         if view.prior is not None and back.prior is not None:
             assert torch.equal(back.prior.attention, view.prior.attention)
+    (tmp_path / "report" / "samples.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a file that a run wrote"):
+        load_views(tmp_path)
 
 
 # ---- pictures ----
