@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -72,12 +73,10 @@ def model_folder(name: str | Path, flag: str, *, dry_run: bool = False) -> Path:
 
 def _snapshot(repository: str, revision: str | None, dry_run: bool) -> Path | str:
     """The folder of a model; of a dry run, what is to be downloaded if it is not in the cache."""
-    try:
+    with suppress(LocalEntryNotFoundError):
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         if _complete(folder):
             return folder
-    except LocalEntryNotFoundError:
-        pass
     if constants.HF_HUB_OFFLINE:
         raise LocalEntryNotFoundError(repository)
     if dry_run:

@@ -150,12 +150,9 @@ def _message_spans(
 def _last(piece: str, text: str, end: int, stops: set[int]) -> tuple[int, int] | None:
     pattern = re.compile(r"\s+".join(map(re.escape, piece.split())))
     spans = [match.span() for match in pattern.finditer(text, 0, end)]
-    whole = [span for span in spans if span[1] + _blank(text, span[1]) in stops]
+    # Where only spaces come between a piece and a special token, the piece ends a message.
+    whole = [span for span in spans if len(text) - len(text[span[1] :].lstrip()) in stops]
     return whole[-1] if whole else spans[-1] if spans else None
-
-
-def _blank(text: str, at: int) -> int:
-    return len(text[at:]) - len(text[at:].lstrip())
 
 
 def _cut(piece: str, text: str, stops: set[int]) -> int | None:

@@ -31,12 +31,11 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
     base, teacher = _hub_name(identity["student"]), identity.get("teacher")
     counts, frames = report["alignment"], report["frames"]
     aligned = bool(identity["alignment_weight"])
+    adapters = identity["lora_r"] and (folder / "adapter_config.json").is_file()
     head = {
         # The Hub refuses a card whose base model is a path.
         **({"base_model": base} if _CACHED.search(identity["student"]) else {}),
-        "library_name": "peft"
-        if identity["lora_r"] and (folder / "adapter_config.json").is_file()
-        else "transformers",
+        "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "video-text-to-text",
         "tags": ["motionenhancer"],
     }
