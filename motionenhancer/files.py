@@ -12,8 +12,6 @@ from typing import Any
 
 from .interrupts import UNFINISHED
 
-__all__ = ["read_json", "readable", "too_deep", "whole_file", "write_json", "write_text"]
-
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:

@@ -17,8 +17,6 @@ from huggingface_hub.errors import (
 
 from .files import read_json, readable
 
-__all__ = ["Upload", "model_folder"]
-
 #: What a model is loaded from: configurations, tokenizers and safetensors. No pickle and no code.
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 

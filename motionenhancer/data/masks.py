@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["decode_mask"]
-
 
 def decode_mask(rle: Any) -> np.ndarray:
     """Decode a run-length mask of COCO, SAM 2 and pycocotools to (height, width) bool.

@@ -22,8 +22,6 @@ from .picture import COLOURS, headings, scale_of
 from .run_report import REPORT
 from .views import KEPT, Maps, View, load_views, read_clip
 
-__all__ = ["PAGE", "write_page", "write_run_page"]
-
 PAGE = "report.html"
 #: Maximum bytes of all clips, and of all maps, of a page, before base64 adds a third.
 CLIP_BYTES, MAP_BYTES = 5_500_000, 4_500_000

@@ -14,8 +14,6 @@ from ..data.encode import encode_video
 from ..priors.prior import MotionPrior
 from .views import SOURCES, Maps, View, read_clip
 
-__all__ = ["COLOURS", "contact_sheet", "draw_prior", "headings", "scale_of", "write_overlay"]
-
 #: Ten evenly spaced colours of matplotlib's maps that readers with any colour vision can tell apart.
 COLOURS = {
     "viridis": "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725",

@@ -20,8 +20,6 @@ from ..files import whole_file
 from ..priors.prior import MotionPrior
 from ..priors.storage import prior_from_text, text_of_prior
 
-__all__ = ["SOURCES", "Maps", "View", "load_views", "read_clip", "save_views"]
-
 #: Sources of the maps on a page, in their order.
 SOURCES = ("teacher", "before", "after")
 KEPT = Path("report") / "samples.safetensors"

@@ -30,8 +30,6 @@ from .page import write_run_page
 from .picture import contact_sheet
 from .views import View, save_views
 
-__all__ = ["StudentReading", "Watch", "add_maps", "log_pictures", "read_student", "task_of"]
-
 PICTURES = 4
 """Maximum number of clips whose contact sheets the trackers get."""
 #: The trackers of `--report_to` that take pictures, and their modules.
