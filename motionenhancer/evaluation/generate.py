@@ -195,8 +195,8 @@ def answer_questions(
         mend_answers(file)
         encode = partial(encode_batch, encode=engine.encode, frames=frames)
         loader: DataLoader[Any] = DataLoader(mine, batch_size=None, num_workers=workers, collate_fn=encode)  # type: ignore[arg-type]
-        shown = {"desc": "answers", "unit": "question", "disable": not state.is_main_process}
-        with tqdm(total=sum(map(len, mine)), **shown) as progress:
+        shown: dict[str, Any] = {"unit": "question", "disable": not state.is_main_process}
+        with tqdm(total=sum(map(len, mine)), desc="answers", **shown) as progress:
             for rows, encoded in loader:
                 if encoded:
                     outputs = iter(engine.answer(encoded))
