@@ -56,10 +56,12 @@ def judge_doubts(
     model is not asked for again.
 
     Args:
-        benchmark, rules: with a ``doubt``.
-        questions, outputs: with public answers, as all of TempCompass have; id to output.
+        benchmark, rules: the benchmark has a ``doubt``.
+        questions: with public answers, as all of TempCompass have.
+        outputs: question id to output.
         folder: holds the judgements.
-        url, model: address of the server up to ``/v1``, whose key is OPENAI_API_KEY; the model's name there.
+        url: address of the server up to ``/v1``. The key is taken from OPENAI_API_KEY.
+        model: its name on the server.
 
     Raises:
         ValueError: the server cannot be reached, refuses, or does not answer as the protocol says.
