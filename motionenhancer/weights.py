@@ -16,17 +16,6 @@ from torch.distributed.tensor import DTensor
 from .data.digests import file_digest
 from .files import too_deep
 
-__all__ = [
-    "check_loaded",
-    "check_moments",
-    "load_whole",
-    "not_finite",
-    "read_weights",
-    "refuse_weights",
-    "saving",
-    "student_digest",
-]
-
 #: Buffers that older libraries saved and newer ones compute.
 _COMPUTED = ("position_ids", "inv_freq")
 

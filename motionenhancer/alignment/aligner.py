@@ -25,10 +25,9 @@ from ..files import whole_file
 from ..students.keys import to_device
 
 if TYPE_CHECKING:
-    from motionenhancer.priors.prior import MotionPrior
-    from motionenhancer.students.capture import CapturedAttention
+    from ..priors.prior import MotionPrior
+    from ..students.capture import CapturedAttention
 
-__all__ = ["ALIGNERS", "LOSSES", "Aligner", "align", "build_aligner", "load_aligner", "save_aligner"]
 
 Grid = tuple[int, int, int]
 

@@ -20,8 +20,6 @@ from .prior import MotionPrior, PriorError
 from .requests import Made, PriorRequest
 from .storage import PriorStore
 
-__all__ = ["Combined", "CombinedStore", "Weights", "combine_priors", "compare_words", "word_rows"]
-
 Grid = tuple[int, int, int]
 Weights = tuple[float, ...] | None
 """One weight for each teacher; None: the weight of each prior is its confidence."""

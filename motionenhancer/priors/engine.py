@@ -16,8 +16,6 @@ from .maker import WAIT, LocalMaker, PriorMaker
 from .prior_settings import PriorSettings
 from .reader import Source
 
-__all__ = ["ENGINES", "Engine", "open_engine"]
-
 ENGINES = ("local", "ray")
 
 

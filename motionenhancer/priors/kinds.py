@@ -9,8 +9,6 @@ from .own_maps import OwnMaps
 from .reader import Source
 from .regions import Regions
 
-__all__ = ["REGIONS", "SELF", "source_class"]
-
 #: Names that --teacher takes beside folders: the data file's own regions, and the student that is trained.
 REGIONS, SELF = "regions", "self"
 

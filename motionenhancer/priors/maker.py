@@ -24,8 +24,6 @@ from .requests import Made, PriorRequest, clip_name, request_key
 from .storage import DamagedPrior, PriorStore, Refusal
 from .threads import Threads
 
-__all__ = ["DeadTeacher", "LocalMaker", "Made", "PriorMaker", "RefusedClip", "Stored", "make_all"]
-
 PATIENCE = 8
 """A teacher counts as dead when it fails on this many clips in a row and the clips are not the cause."""
 

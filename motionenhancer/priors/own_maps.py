@@ -25,8 +25,6 @@ from .prior_settings import PriorSettings
 from .reader import Source
 from .requests import PriorRequest
 
-__all__ = ["OwnMaps"]
-
 FRAMES = 16
 """Number of frames of a clip for a family that takes frames at a rate."""
 

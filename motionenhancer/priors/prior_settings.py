@@ -13,8 +13,6 @@ from ..teachers.plan import TeacherPlan, teacher_class
 from ..teachers.schedule import check_experts, check_level, check_steps
 from .token_choice import SCORES, UNITS
 
-__all__ = ["PriorSettings", "batch_settings", "check_guidance", "check_heads", "check_settings"]
-
 MODES = ("reconstruct", "renoise")
 HEAD_SELECTIONS = ("mhs", "cross", "off")
 TOKEN_SELECTIONS = ("mtti", "off")

@@ -18,8 +18,6 @@ from .prior import MotionPrior, extract_prior
 from .prior_settings import PriorSettings
 from .requests import Made, PriorRequest
 
-__all__ = ["Reader", "Source", "inversion_errors"]
-
 Grid = tuple[int, int, int]
 
 

@@ -22,8 +22,6 @@ from .prior_settings import PriorSettings
 from .reader import Grid, Source
 from .requests import PriorRequest
 
-__all__ = ["BAD", "Regions", "check_box", "places_of"]
-
 BAD = "region left out"
 _KEYS = frozenset(str.split("words span frames times box rle point track"))
 _SHAPES = ("box", "rle", "point", "track")

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionenhancer.students.keys import implementation_name
-
-__all__ = ["Callback", "observe_attention"]
+from .keys import implementation_name
 
 Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
 

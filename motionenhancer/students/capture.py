@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionenhancer.students.attention_registry import Callback, observe_attention
-from motionenhancer.students.entries import ForwardEntries
-from motionenhancer.students.locate import layers_read
-from motionenhancer.students.whole_layers import whole_layers
-
-__all__ = ["CapturedAttention", "capture_attention"]
+from .attention_registry import Callback, observe_attention
+from .entries import ForwardEntries
+from .locate import layers_read
+from .whole_layers import whole_layers
 
 _REENTRANT = (
     "re-entrant gradient checkpointing silently drops the gradient of captured attention; use "

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from motionenhancer.data.sample import Sample
-
-__all__ = ["Rendered", "answer_labels", "expand", "render"]
+from ..data.sample import Sample
 
 
 @dataclass(frozen=True)

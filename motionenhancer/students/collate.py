@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from motionenhancer.students.layout import Encoded
-
-__all__ = ["collate", "joined"]
+from .layout import Encoded
 
 
 def joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -15,10 +15,9 @@ import mekernels
 from mekernels import backends
 from mekernels.attention_rows import picked_rows, share_query
 from mekernels.attention_rows.composite import layer_attention_rows
-from motionenhancer.students.keys import AttentionCall, read_mask, to_device
-from motionenhancer.students.locate import attends_locally
 
-__all__ = ["ForwardEntries"]
+from .keys import AttentionCall, read_mask, to_device
+from .locate import attends_locally
 
 PENDING_NUMBERS = 1 << 21
 """Maximum number of values of queries and keys that wait on a CPU, for layers that are read together."""

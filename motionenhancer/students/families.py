@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.video import Video
-from motionenhancer.students.family import Grid, Places, StudentFamily
-from motionenhancer.students.locate import unwrap_model
-
-__all__ = ["interval", "known_families", "processor_family", "student_family"]
+from ..data.sample import Sample
+from ..data.video import Video
+from .family import Grid, Places, StudentFamily
+from .locate import unwrap_model
 
 
 def _patches(processor: Any, shape: Grid, made: Mapping[str, Any], tokens: int) -> tuple[Grid, torch.Tensor]:

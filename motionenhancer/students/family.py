@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.video import Video
-from motionenhancer.students.chat import render
-from motionenhancer.students.collate import collate, joined
-from motionenhancer.students.layout import Encoded
-from motionenhancer.students.media import (
+from ..data.sample import Sample
+from ..data.video import Video
+from .chat import render
+from .collate import collate, joined
+from .layout import Encoded
+from .media import (
     Medium,
     assemble,
     check_media,
@@ -28,8 +28,6 @@ from motionenhancer.students.media import (
     media_order,
     open_images,
 )
-
-__all__ = ["Grid", "Places", "StudentFamily", "metadata"]
 
 Grid = tuple[int, int, int]
 Places = Callable[[Any, Grid, Mapping[str, Any], int], tuple[Grid, torch.Tensor]]

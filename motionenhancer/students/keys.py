@@ -10,16 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "MASK_READERS",
-    "AttentionCall",
-    "Parts",
-    "VisibleKeys",
-    "implementation_name",
-    "read_mask",
-    "register_mask_reader",
-]
-
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device. From the CPU this does not wait: the source is kept until it is copied."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-__all__ = ["Encoded", "TokenLayout", "VisionLayout"]
-
 
 @dataclass(frozen=True)
 class VisionLayout:

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from motionenhancer.files import read_json, too_deep
-from motionenhancer.hub import model_folder
-from motionenhancer.students.families import student_family
-from motionenhancer.students.family import StudentFamily
-from motionenhancer.weights import load_whole
-
-__all__ = ["base_folder", "check_config", "load_processor", "load_student", "unknown_value"]
-
+from ..files import read_json, too_deep
+from ..hub import model_folder
+from ..weights import load_whole
+from .families import student_family
+from .family import StudentFamily
 
 _ADAPTER = "adapter_config.json"
 #: Characters of a chat template. Those of the known families have a few thousand.

@@ -11,16 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = [
-    "LayersRead",
-    "attends_locally",
-    "attention_modules",
-    "layers_read",
-    "named_attention",
-    "text_model",
-    "unwrap_model",
-]
-
 #: Kinds of attention whose rows see a part of the sequence only: a video may lie outside of it.
 _LOCAL = ("sliding_attention", "chunked_attention")
 

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from motionenhancer.data.clip import Clip
-from motionenhancer.data.decode import PIXELS, refuse_size
-from motionenhancer.data.sample import Sample
-from motionenhancer.data.video import Video
-from motionenhancer.students.chat import Rendered, answer_labels, expand
-from motionenhancer.students.layout import Encoded, TokenLayout, VisionLayout
-
-__all__ = ["Medium", "assemble", "check_media", "frame_size", "media_order", "open_images"]
-
+from ..data.clip import Clip
+from ..data.decode import PIXELS, refuse_size
+from ..data.sample import Sample
+from ..data.video import Video
+from .chat import Rendered, answer_labels, expand
+from .layout import Encoded, TokenLayout, VisionLayout
 
 _FORMATS = frozenset(str.split("JPEG JPEG2000 PNG WEBP BMP GIF TIFF PPM AVIF"))
 """Pillow's names of the supported image formats."""

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from motionenhancer.data.sample import Sample, prompt_text
-from motionenhancer.data.video import Video
-from motionenhancer.students.capture import capture_attention
-from motionenhancer.students.family import StudentFamily
-from motionenhancer.students.layout import TokenLayout
-from motionenhancer.students.words import WordMap, find_words
-
-__all__ = ["StudentMaps", "TextRange", "read_maps"]
+from ..data.sample import Sample, prompt_text
+from ..data.video import Video
+from .capture import capture_attention
+from .family import StudentFamily
+from .layout import TokenLayout
+from .words import WordMap, find_words
 
 Grid = tuple[int, int, int]
 

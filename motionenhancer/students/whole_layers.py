@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionenhancer.students.attention_registry import Callback
-from motionenhancer.students.keys import Parts
-
-__all__ = ["whole_layers"]
+from .attention_registry import Callback
+from .keys import Parts
 
 
 @contextlib.contextmanager

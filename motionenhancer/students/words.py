@@ -10,10 +10,8 @@ from typing import Protocol
 
 import torch
 
-from motionenhancer.data.sample import Sample, prompt_text
-from motionenhancer.students.layout import TokenLayout
-
-__all__ = ["WordMap", "Worded", "find_words", "map_words"]
+from ..data.sample import Sample, prompt_text
+from .layout import TokenLayout
 
 
 @dataclass(frozen=True)
