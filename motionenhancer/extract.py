@@ -26,8 +26,8 @@ from .data.sources import open_source
 from .files import read_json
 from .flags import parse_arguments, parse_options
 from .interrupts import on_interrupt
-from .priors.arguments import MakerArguments, PriorArguments
-from .priors.engine import Engine
+from .priors.arguments import PriorArguments
+from .priors.engine import Engine, MakerArguments
 from .priors.extraction import EXTRACTION, ExtractionRecord
 from .priors.maker import DeadTeacher, Made, Stored, count_failed, count_made, make_all
 from .priors.prior import PARTLY_UNKNOWN, say_cut

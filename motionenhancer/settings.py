@@ -1,6 +1,6 @@
 """The flags of the commands: dataclasses that the code itself uses. Each flag is declared once.
 
-Flags of priors are in `motionenhancer.priors.arguments`, flags of transformers' Trainer in
+Flags of priors are in `motionenhancer.priors.arguments` and `priors.engine`, flags of transformers' Trainer in
 `motionenhancer.training.arguments`, and flags of `eval` in `motionenhancer.evaluation.arguments`. The fields
 of `motionenhancer.priors.prior_settings`, which say how a prior is read, are flags too.
 """
@@ -16,7 +16,8 @@ from .alignment.weight import SCHEDULES, AlignmentSchedule
 from .data.sources import check_source
 from .flags import MAX_SEED, Settings, near, setting
 from .hub import model_folder
-from .priors.arguments import MakerArguments, PriorArguments
+from .priors.arguments import PriorArguments
+from .priors.engine import MakerArguments
 from .students import StudentFamily
 
 MAX_FRAMES = 64

@@ -27,7 +27,8 @@ from .data.sampling import Frames
 from .flags import parse_arguments, parse_options, values_of
 from .hub import Upload
 from .interrupts import on_interrupt
-from .priors.arguments import MakerArguments, PriorArguments
+from .priors.arguments import PriorArguments
+from .priors.engine import MakerArguments
 from .priors.maker import DeadTeacher
 from .priors.prior_settings import PriorSettings
 from .priors.storage import PriorStore

@@ -1,11 +1,11 @@
-"""The flags of priors: which teachers read the clips, how they are loaded, and where priors are made."""
+"""The flags of priors: which teachers read the clips, and how they are loaded."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..teachers import Teacher, load_teacher, teacher_dtype, teacher_id
 from ..teachers.plan import plan_teacher, size_multiple
 from ..teachers.text_cache import TextCache, encoder_id
 from .combination import CombinedStore, Weights
-from .engine import ENGINES, Engine, open_engine
+from .engine import MakerArguments
 from .kinds import REGIONS, SELF, source_class
 from .prior_settings import PriorSettings, check_settings
 from .reader import Grid, Source
@@ -27,7 +27,6 @@ from .requests import PriorRequest, request_priors
 from .storage import prior_keys
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 #: Flags of how a teacher is loaded, which not every kind of teacher has.
 _LOADING = (
@@ -315,47 +314,3 @@ class PriorArguments(Settings):
         assert self.teacher is not None
         dtype = self.identity(device)["dtype"]
         return TextCache(Path(self.text_cache), encoder_id(self.teacher, dtype))
-
-
-@dataclass
-class MakerArguments(Settings):
-    """Where priors are made. This does not change a prior."""
-
-    prior_engine: str = setting(
-        "local",
-        "local: one teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
-        choices=ENGINES,
-        aliases=["--engine"],
-    )
-    prior_workers: int = setting(
-        2,
-        "Number of threads that decode clips ahead of the teacher.",
-        aliases=["--decode_workers", "--decode-workers"],
-        least=1,
-    )
-    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, else a new one.")
-    ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
-    ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
-    prior_wait: float | None = setting(
-        None,
-        "Stop the run after N seconds spent on one prior, or with Ray without any teacher. Default: 3600.",
-        aliases=["--ray_wait", "--ray-wait"],
-        above=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("ray_address", "ray_workers", "ray_cpus"):
-            if self.prior_engine != "ray" and getattr(self, name) is not None:
-                raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
-
-    def open(self) -> AbstractContextManager[Engine]:
-        """Open the engine; see `open_engine`."""
-        return open_engine(
-            self.prior_engine,
-            decode_workers=self.prior_workers,
-            address=self.ray_address,
-            actors=self.ray_workers,
-            cpus=self.ray_cpus,
-            wait=self.prior_wait,
-        )

@@ -1,4 +1,4 @@
-"""Where teachers run: in this process, or in actors of a Ray cluster."""
+"""Where teachers run: in this process, or in actors of a Ray cluster. The flags of that."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from functools import partial
 import torch
 from accelerate import PartialState
 
+from ..flags import Settings, setting
 from ..teachers import Teacher
 from .maker import WAIT, LocalMaker, PriorMaker
 from .prior_settings import PriorSettings
 from .reader import Source
-
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,8 @@ class Engine:
         device: device of a teacher.
         teachers: number of teachers for this process.
         maker: `maker(load, teacher_id, settings, roundtrip=False)` returns a maker, to be closed by the
-            caller.
-            `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
-            `teacher_id`
-            is that of the teacher that this process sees.
+            caller. `load` returns the teacher on a device; Ray pickles it, so its paths must be absolute.
+            `teacher_id` is that of the teacher that this process sees.
     """
 
     device: torch.device
@@ -38,55 +35,73 @@ class Engine:
     maker: Callable[..., PriorMaker]
 
 
-@contextmanager
-def open_engine(
-    name: str,
-    *,
-    decode_workers: int = 2,
-    address: str | None = None,
-    actors: int | None = None,
-    cpus: int | None = None,
-    wait: float | None = None,
-) -> Iterator[Engine]:
-    """Open an engine for the time of the context.
+@dataclass
+class MakerArguments(Settings):
+    """Where priors are made. This does not change a prior."""
 
-    Args:
-        name: "local" or "ray".
-        decode_workers: threads that decode clips ahead of a local teacher.
-        address: address of the Ray cluster. None: `RAY_ADDRESS`, else a cluster on this machine, else a new
-            one. Several processes join one cluster and share its GPUs.
-        actors: number of teachers of this process; None: its share of the cluster's GPUs, at least one.
-        cpus: number of cores that each actor reserves and uses; None: 1.
-        wait: seconds for one prior, or in a cluster without any teacher, after which the run stops; None: an
-            hour.
+    prior_engine: str = setting(
+        "local",
+        "local: one teacher in each process. ray: teachers on the GPUs of a Ray cluster.",
+        choices=("local", "ray"),
+        aliases=["--engine"],
+    )
+    prior_workers: int = setting(
+        2,
+        "Number of threads that decode clips ahead of the teacher.",
+        aliases=["--decode_workers", "--decode-workers"],
+        least=1,
+    )
+    ray_address: str | None = setting(None, "Address of the cluster. Default: a running one, else a new one.")
+    ray_workers: int | None = setting(None, "Number of teachers. Default: one per GPU.", least=1)
+    ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
+    prior_wait: float | None = setting(
+        None,
+        "Stop the run after N seconds spent on one prior, or with Ray without any teacher. Default: 3600.",
+        aliases=["--ray_wait", "--ray-wait"],
+        above=0,
+    )
 
-    Raises:
-        ValueError: Ray is not installed, or there is no cluster.
-    """
-    state = PartialState()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ray_address", "ray_workers", "ray_cpus"):
+            if self.prior_engine != "ray" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} needs --prior_engine ray, got --prior_engine {self.prior_engine}")
 
-    def local(
+    @contextmanager
+    def open(self) -> Iterator[Engine]:
+        """Open the engine for the time of the context.
+
+        Several processes join one cluster and share its GPUs, at least one teacher each.
+
+        Raises:
+            ValueError: Ray is not installed, or there is no cluster.
+        """
+        state = PartialState()
+        if self.prior_engine == "local":
+            yield Engine(state.device, 1, self._local)
+            return
+        try:
+            from .ray_maker import RayMaker, open_cluster
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "ray":
+                raise
+            raise ValueError('--prior_engine ray needs Ray: pip install "motionenhancer[ray]"') from error
+        address, wait = self.ray_address, self.prior_wait or WAIT
+        if state.num_processes > 1:
+            # Each process would start a cluster of its own on the same GPUs.
+            address = address or os.environ.get("RAY_ADDRESS") or "auto"
+        with open_cluster(
+            address, self.ray_workers, self.ray_cpus or 1, state.num_processes, wait
+        ) as cluster:
+            yield Engine(cluster.device, cluster.teachers, partial(RayMaker, cluster))
+
+    def _local(
+        self,
         load: Callable[[torch.device], Teacher | Source],
         teacher_id: str,
         settings: PriorSettings,
         roundtrip: bool = False,
     ) -> LocalMaker:
-        loads = partial(load, state.device)
-        return LocalMaker(
-            loads, settings, decode_workers=decode_workers, roundtrip=roundtrip, wait=wait or WAIT
-        )
-
-    if name == "local":
-        yield Engine(state.device, 1, local)
-        return
-    try:
-        from .ray_maker import RayMaker, open_cluster
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise ValueError('--prior_engine ray needs Ray: pip install "motionenhancer[ray]"') from error
-    if state.num_processes > 1:
-        # Each process would start a cluster of its own on the same GPUs.
-        address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    with open_cluster(address, actors, cpus or 1, state.num_processes, wait or WAIT) as cluster:
-        yield Engine(cluster.device, cluster.teachers, partial(RayMaker, cluster))
+        loads = partial(load, PartialState().device)
+        count, wait = self.prior_workers, self.prior_wait or WAIT
+        return LocalMaker(loads, settings, decode_workers=count, roundtrip=roundtrip, wait=wait)

@@ -349,7 +349,14 @@ def _dismiss(actor: Any) -> None:
 def open_cluster(
     address: str | None, actors: int | None, cpus: int, processes: int, wait: float = WAIT
 ) -> Iterator[Cluster]:
-    """Join a Ray cluster, or start one on this machine that ends with the context; see `open_engine`.
+    """Join a Ray cluster, or start one on this machine that ends with the context.
+
+    Args:
+        address: of the cluster. None: `RAY_ADDRESS`, else a cluster on this machine, else a new one.
+        actors: number of teachers of this process; None: its share of the cluster's GPUs, at least one.
+        cpus: number of cores that each actor reserves and uses.
+        processes: number of processes that share the cluster.
+        wait: see `RayMaker`.
 
     Raises:
         ValueError: there is no cluster at the address, it asks for a token, or none can be started.

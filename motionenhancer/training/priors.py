@@ -21,10 +21,10 @@ from ..costs import BEFORE, TeacherCost, measured_memory, teacher_cost
 from ..data import Sample, SkipLog
 from ..data.digests import DigestCache
 from ..flags import flag_of
-from ..priors.arguments import MakerArguments, PriorArguments
+from ..priors.arguments import PriorArguments
 from ..priors.combination import Combined
 from ..priors.comparison import measure_agreement, say_agreement
-from ..priors.engine import Engine
+from ..priors.engine import Engine, MakerArguments
 from ..priors.extraction import ExtractionRecord
 from ..priors.maker import LocalMaker, Made, PriorMaker, Stored, count_failed, count_made, make_all
 from ..priors.prior_settings import PriorSettings

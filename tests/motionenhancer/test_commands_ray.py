@@ -186,7 +186,7 @@ def test_several_processes_start_no_cluster_of_their_own(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    with engine_module.open_engine("ray", address=given) as engine:
+    with engine_module.MakerArguments("ray", ray_address=given).open() as engine:
         assert engine.teachers == 1
     assert addresses == [joined]
 

@@ -19,7 +19,8 @@ from motionenhancer.data import Clip, SkipLog, content_digest, read_frames, read
 from motionenhancer.data.readers import load_samples
 from motionenhancer.flags import parse_arguments
 from motionenhancer.priors import reader
-from motionenhancer.priors.arguments import MakerArguments, PriorArguments
+from motionenhancer.priors.arguments import PriorArguments
+from motionenhancer.priors.engine import MakerArguments
 from motionenhancer.priors.prior import PARTLY_UNKNOWN, extract_prior
 from motionenhancer.priors.prior_settings import PriorSettings
 from motionenhancer.priors.requests import request_priors
