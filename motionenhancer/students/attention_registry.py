@@ -12,14 +12,31 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .keys import implementation_name
 
-Callback = Callable[[str, nn.Module, torch.Tensor, torch.Tensor, Any, dict[str, Any]], torch.Tensor]
+
+class ObservedCall(NamedTuple):
+    """A module's call of its attention function.
+
+    implementation: see ``implementation_name``.
+    query, key: (B, Hq, N, D) and (B, Hkv, N, D).
+    kwargs: the keyword arguments.
+    """
+
+    implementation: str
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+
+Callback = Callable[[ObservedCall], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,9 +53,8 @@ _observer: _Observer | None = None
 def observe_attention(modules: Sequence[nn.Module], callback: Callback) -> Iterator[None]:
     """Call ``callback`` before each attention of ``modules``; other modules are not observed.
 
-    The callback gets the implementation's name (see ``implementation_name``), the module, query (B, Hq, N,
-    D), key (B, Hkv, N, D), the mask and the keyword arguments. It returns the query for the attention. At the
-    end of the context, also after an error, the registry is restored.
+    The callback returns the query for the attention. At the end of the context, also after an error, the
+    registry is restored.
 
     Raises:
         RuntimeError: another observation is active.
@@ -156,7 +172,7 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if observer is not None and id(module) in observer.modules:
             if args:
                 raise ValueError(f"{type(module).__name__} must pass the options of its attention by keyword")
-            query = observer.callback(name, module, query, key, attention_mask, kwargs)
+            query = observer.callback(ObservedCall(name, module, query, key, attention_mask, kwargs))
             for option in unread.keys() & kwargs.keys():
                 if kwargs[option] is not None and kwargs[option] != unread[option]:
                     raise ValueError(

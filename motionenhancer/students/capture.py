@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_registry import Callback, observe_attention
+from .attention_registry import Callback, ObservedCall, observe_attention
 from .entries import ForwardEntries
 from .locate import layers_read
 from .whole_layers import whole_layers
@@ -153,28 +153,20 @@ class CapturedAttention:
             )
         return torch.cat([forward.attention for forward in self._forwards], -2)
 
-    def _record(
-        self,
-        implementation: str,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def _record(self, call: ObservedCall) -> torch.Tensor:
         # Inside a backward pass this is a checkpoint's recomputation: the entries were read in the forward.
         if torch._C._current_graph_task_id() != -1:
-            return query
+            return call.query
         if not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
             raise ValueError(_REENTRANT)
         if not self._forwards or (self.rows is None and self._forwards[-1].complete):
-            self._forwards.append(self._begin(query))
+            self._forwards.append(self._begin(call.query))
         forward = self._forwards[-1]
-        forward.check(module, query, key, kwargs)
-        if id(module) in forward.seen:
+        forward.check(call)
+        if id(call.module) in forward.seen:
             self._repeated = True
-            return query
-        return forward.read(implementation, module, query, key, mask, kwargs)
+            return call.query
+        return forward.read(call)
 
     def _begin(self, query: torch.Tensor) -> ForwardEntries:
         rows, tokens, length = self.rows, None, query.shape[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mekernels import backends
 from mekernels.attention_rows import picked_rows, share_query
 from mekernels.attention_rows.composite import layer_attention_rows
 
+from .attention_registry import ObservedCall
 from .keys import AttentionCall, read_mask, to_device
 from .locate import attends_locally
 
@@ -98,22 +99,15 @@ class ForwardEntries:
             attention = attention.masked_fill(beyond.to(attention.device), torch.nan)
         return attention
 
-    def read(
-        self,
-        implementation: str,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        kwargs: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def read(self, call: ObservedCall) -> torch.Tensor:
         """Read a checked layer; return the query that its attention must use instead of its own."""
-        scale, sinks, cap = kwargs.get("scaling"), kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
-        dtype, device = _compute_dtype(implementation, module, query), query.device
+        key, sinks = call.key, call.kwargs.get("s_aux")
+        scale, cap = call.kwargs.get("scaling"), call.kwargs.get("softcap") or 0.0
+        dtype, device = _compute_dtype(call), call.query.device
         with outside_checkpoint(), torch.autocast(device.type, enabled=False):
-            reading = self._reading(implementation, module, query, key, mask, kwargs)
-            self.seen.add(id(module))
-            query, picked = share_query(query, reading.rows)
+            reading = self._reading(call)
+            self.seen.add(id(call.module))
+            query, picked = share_query(call.query, reading.rows)
             if self.heads is not None:
                 picked, key, sinks = _chosen_heads(picked, key, sinks, self.heads)
             if self.reduce == "none":
@@ -164,12 +158,10 @@ class ForwardEntries:
     def _add(self, read: torch.Tensor) -> None:
         self._sum = read if self._sum is None else self._sum + read.to(self._sum.device)
 
-    def check(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Mapping[str, Any]
-    ) -> None:
+    def check(self, call: ObservedCall) -> None:
         """Refuse a call whose entries would not be the requested ones."""
-        batch, heads, length = query.shape[:3]
-        keys, kind = key.shape[2], type(module).__name__
+        (batch, heads, length, _), keys = call.query.shape, call.key.shape[2]
+        kind, locally = type(call.module).__name__, attends_locally(call.module, call.kwargs)
         if self.tokens is None:
             if keys != length:
                 raise ValueError(
@@ -190,12 +182,12 @@ class ForwardEntries:
                 f"rows=None reads one row of a forward, but {length} tokens followed the first forward: "
                 "generate one token at a time, without an assistant, prompt look-up or chunks of the prompt"
             )
-        elif keys < self.tokens and not attends_locally(module, kwargs):
+        elif keys < self.tokens and not locally:
             raise ValueError(
                 f"the key-value cache holds {keys} of {self.tokens} tokens, so the positions of its keys "
                 "are unknown"
             )
-        elif keys > length == self.tokens and attends_locally(module, kwargs):
+        elif keys > length == self.tokens and locally:
             raise ValueError(
                 f"the sliding-window cache of {kind} holds {keys} keys for the first {length} queries, so "
                 "the positions of its keys are unknown: begin with an empty dynamic cache, or leave out "
@@ -204,7 +196,7 @@ class ForwardEntries:
         for name, positions in (("rows", self.rows), ("columns", self.columns)):
             if isinstance(positions, torch.Tensor) and positions.shape[0] != batch:
                 raise ValueError(f"{name} must have one entry per sample ({batch}), got {positions.shape[0]}")
-        expected = getattr(getattr(module, "config", None), "num_attention_heads", heads)
+        expected = getattr(getattr(call.module, "config", None), "num_attention_heads", heads)
         if isinstance(expected, int) and expected != heads:
             raise ValueError(
                 f"attention must run all {expected} heads on one device to be captured, got {heads}: tensor "
@@ -218,23 +210,15 @@ class ForwardEntries:
                 "non-re-entrant gradient checkpointing without context_fn"
             )
 
-    def _reading(
-        self,
-        implementation: str,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        kwargs: Mapping[str, Any],
-    ) -> _Reading:
+    def _reading(self, call: ObservedCall) -> _Reading:
         """Return the reading of a call. Masks that layers share are examined only once."""
-        (_, heads, length, _), keys, device = query.shape, key.shape[2], query.device
-        call = AttentionCall(module, mask, kwargs, self.rows, heads=heads, length=length, keys=keys)
-        held = mask, kwargs.get("cu_seq_lens_q")
-        shared = (*map(id, held), call.causal, kwargs.get("sliding_window"), length, keys, device)
+        (_, heads, length, _), keys, device = call.query.shape, call.key.shape[2], call.query.device
+        own = AttentionCall(call.module, call.mask, call.kwargs, self.rows, heads, length, keys)
+        held = call.mask, call.kwargs.get("cu_seq_lens_q")
+        shared = (*map(id, held), own.causal, call.kwargs.get("sliding_window"), length, keys, device)
         if shared not in self._readings:
             rows = self._placed(self.rows, length, device)
-            limits = read_mask(implementation, replace(call, rows=rows)).options(device)
+            limits = read_mask(call.implementation, replace(own, rows=rows)).options(device)
             if self.heads is not None and "mask" in limits and limits["mask"].shape[1] != 1:
                 limits["mask"] = limits["mask"][:, self.heads]
             causal, ranges = limits.pop("causal", False), limits.pop("key_range", None)
@@ -311,14 +295,14 @@ def outside_checkpoint() -> Iterator[None]:
         yield
 
 
-def _compute_dtype(implementation: str, module: nn.Module, query: torch.Tensor) -> torch.dtype:
+def _compute_dtype(call: ObservedCall) -> torch.dtype:
     """The dtype to which the attention function rounds queries and keys."""
-    kind = query.device.type
+    kind, given = call.query.device.type, call.query.dtype
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    if implementation.startswith("flash") and query.dtype == torch.float32:
-        return next((m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear)), query.dtype)
-    return query.dtype
+    if call.implementation.startswith("flash") and given == torch.float32:
+        return next((m.weight.dtype for m in call.module.modules() if isinstance(m, nn.Linear)), given)
+    return given
 
 
 def _saves_selected_activations() -> bool:

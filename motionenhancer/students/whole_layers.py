@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_registry import Callback
+from .attention_registry import Callback, ObservedCall
 from .keys import Parts
 
 
@@ -27,19 +27,18 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
         ValueError: from what is yielded, for a module whose calls cannot be followed, or whose parts are
             masked.
     """
-    running: dict[int, list[tuple[Any, ...]]] = {}
+    running: dict[int, list[ObservedCall]] = {}
     known: dict[tuple[Any, ...], Parts] = {}
 
     @torch._disable_dynamo
     def begin(module: nn.Module, _: Any) -> None:
         running[id(module)] = []
 
-    def part(*call: Any) -> torch.Tensor:
-        _, module, query, *_ = call
-        if id(module) not in running:
-            raise ValueError(f"{type(module).__name__} runs without its forward hooks: not supported")
-        running[id(module)].append(call)
-        return query
+    def part(call: ObservedCall) -> torch.Tensor:
+        if id(call.module) not in running:
+            raise ValueError(f"{type(call.module).__name__} runs without its forward hooks: not supported")
+        running[id(call.module)].append(call)
+        return call.query
 
     @torch._disable_dynamo
     def end(module: nn.Module, _: Any, __: Any) -> None:
@@ -47,7 +46,7 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
         if len(calls) > 1:
             calls = [_joined(calls, known)]
         for call in calls:
-            callback(*call)
+            callback(call)
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -56,17 +55,17 @@ def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[C
         yield part
 
 
-def _joined(calls: Sequence[tuple[Any, ...]], known: dict[tuple[Any, ...], Parts]) -> tuple[Any, ...]:
-    implementation, module, query, _, _, kwargs = calls[0]
-    if any(call[4] is not None or len(call[2]) != 1 for call in calls):
+def _joined(calls: Sequence[ObservedCall], known: dict[tuple[Any, ...], Parts]) -> ObservedCall:
+    if any(call.mask is not None or len(call.query) != 1 for call in calls):
         raise ValueError(
-            f"{type(module).__name__} attends in {len(calls)} parts, which cannot be captured with a mask or "
-            "a batch above 1"
+            f"{type(calls[0].module).__name__} attends in {len(calls)} parts, which cannot be captured with "
+            "a mask or a batch above 1"
         )
-    queries, keys = (torch.cat([call[place] for call in calls], 2) for place in (2, 3))
-    ends = tuple(accumulate(call[2].shape[2] for call in calls))
+    queries = torch.cat([call.query for call in calls], 2)
+    keys = torch.cat([call.key for call in calls], 2)
+    ends = tuple(accumulate(call.query.shape[2] for call in calls))
     # One object for all layers of the same parts, whose masks are then examined once.
-    place = query.device, *ends
+    place = queries.device, *ends
     if place not in known:
-        known[place] = Parts(torch.tensor((0, *ends), device=query.device))
-    return implementation, module, queries, keys, known[place], kwargs
+        known[place] = Parts(torch.tensor((0, *ends), device=queries.device))
+    return calls[0]._replace(query=queries, key=keys, mask=known[place])

@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from mekernels.attention_rows import shared_query
 from motionenhancer.students import capture_attention
+from motionenhancer.students.attention_registry import ObservedCall
 from motionenhancer.students.entries import ForwardEntries
 
 ROWS, COLUMNS = torch.tensor([[4, 5]]), slice(0, 3)
@@ -348,7 +349,8 @@ def test_flash_attention_rounds_what_single_precision_norms_made() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "mean")
         layer = nn.Linear(4, 4, dtype=torch.bfloat16)
-        entries.read("flash_attention_2", layer, query.to(dtype), key.to(dtype), None, {"is_causal": False})
+        given = query.to(dtype), key.to(dtype), None, {"is_causal": False}
+        entries.read(ObservedCall("flash_attention_2", layer, *given))
         read.append(entries.attention)
     assert torch.equal(*read)
 

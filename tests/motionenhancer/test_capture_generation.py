@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motionenhancer.students import capture_attention
+from motionenhancer.students.attention_registry import ObservedCall
 from motionenhancer.students.entries import ForwardEntries
 
 WORDS = 6
@@ -115,8 +116,9 @@ def test_caches_of_two_lengths_without_a_mask() -> None:
     for layer, keys in enumerate((6, 4)):
         key = torch.randn(1, 2, keys, 4, dtype=torch.float64)
         expected[:, layer, :, :, 6 - keys :] = (query @ key.mT / 2).softmax(-1)
-        entries.check(modules[layer], query, key, {})
-        entries.read("sdpa", modules[layer], query, key, None, {})
+        call = ObservedCall("sdpa", modules[layer], query, key, None, {})
+        entries.check(call)
+        entries.read(call)
     torch.testing.assert_close(entries.attention, expected[..., 1:])
 
 

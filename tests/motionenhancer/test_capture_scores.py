@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mekernels import use_backend
 from motionenhancer.students import capture_attention
+from motionenhancer.students.attention_registry import ObservedCall
 from motionenhancer.students.entries import ForwardEntries
 
 SIZES = {
@@ -195,7 +196,8 @@ def test_sinks_beside_any_mask(bias: bool, heads: list[int] | None, reduce: str,
     whole = torch.cat([scores, sinks[:, None, None].expand(1, 2, 5, 1)], -1).softmax(-1)[..., :-1]
     whole = whole if heads is None else whole[:, heads]
     entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, heads, reduce)
-    entries.read("eager", torch.nn.Identity(), query, key, mask, {"s_aux": sinks, "softcap": cap})
+    options = {"s_aux": sinks, "softcap": cap}
+    entries.read(ObservedCall("eager", torch.nn.Identity(), query, key, mask, options))
     expected = whole.mean(1) if reduce == "mean" else whole[:, None]
     torch.testing.assert_close(entries.attention, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
@@ -213,7 +215,7 @@ def test_sinks_under_flash_attention() -> None:
     scores = (query @ key.mT / 2).masked_fill(~seen, float("-inf"))
     whole = torch.cat([scores, sinks[:, None, None].expand(1, 2, 5, 1)], -1).softmax(-1)[..., :-1]
     entries = ForwardEntries(torch.arange(5)[None], slice(0, 5), 1, None, "none")
-    entries.read("flash_attention_2", torch.nn.Identity(), query, key, mask, {"s_aux": sinks})
+    entries.read(ObservedCall("flash_attention_2", torch.nn.Identity(), query, key, mask, {"s_aux": sinks}))
     torch.testing.assert_close(entries.attention[:, 0], whole, rtol=1e-12, atol=1e-12)
 
 
@@ -227,7 +229,7 @@ def test_sinks_in_half_precision_err_no_more_than_eager(dtype: torch.dtype) -> N
     exact = torch.cat([query.double() @ key.double().mT * 24**-0.5, last.double()], -1).softmax(-1)[..., :-1]
     plain = torch.cat([query @ key.mT * 24**-0.5, last], -1).float().softmax(-1).to(dtype)[..., :-1]
     entries = ForwardEntries(torch.arange(40).repeat(2, 1), slice(0, 40), 1, None, "none")
-    entries.read("eager", torch.nn.Identity(), query, key, None, {"s_aux": sinks})
+    entries.read(ObservedCall("eager", torch.nn.Identity(), query, key, None, {"s_aux": sinks}))
     error = (entries.attention[:, 0].double() - exact).abs()
     allowed = (plain.double() - exact).abs()
     assert float(error.max()) <= 2 * float(allowed.max())

@@ -27,6 +27,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motionenhancer.students import capture_attention
+from motionenhancer.students.attention_registry import ObservedCall
 from motionenhancer.students.keys import AttentionCall, read_mask
 from motionenhancer.students.locate import named_attention
 from motionenhancer.students.whole_layers import whole_layers
@@ -277,13 +278,14 @@ def test_parts_that_are_not_read(batch: int, mask: Any, causal: bool, says: str)
     class Attending(nn.Module):
         def forward(self, part: Any) -> None:
             for _ in range(2):
-                part("sdpa", self, query, query, mask, {"is_causal": causal})
+                part(ObservedCall("sdpa", self, query, query, mask, {"is_causal": causal}))
 
     module = Attending()
 
-    def read(implementation: str, module: nn.Module, query: Any, key: Any, mask: Any, kwargs: Any) -> Any:
+    def read(call: ObservedCall) -> Any:
         rows = torch.tensor([[0]])
-        return read_mask(implementation, AttentionCall(module, mask, kwargs, rows, 2, 6, 6))
+        own = AttentionCall(call.module, call.mask, call.kwargs, rows, 2, 6, 6)
+        return read_mask(call.implementation, own)
 
     with whole_layers([module], read) as part, pytest.raises(ValueError, match=says):
         module(part)
