@@ -1,8 +1,8 @@
 """The flags of the commands: dataclasses that the code itself uses. Each flag is declared once.
 
 Flags of priors are in `priors.arguments` and `priors.engine`, flags of transformers' Trainer in
-`training.arguments`, and flags of `eval` in `evaluation.arguments`. The fields of `priors.prior_settings`, which
-say how a prior is read, are flags too.
+`training.arguments`, and flags of `eval` in `evaluation.arguments`. The fields of `priors.prior_settings`,
+which say how a prior is read, are flags too.
 """
 
 from __future__ import annotations
