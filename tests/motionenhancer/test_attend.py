@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from motionenhancer.teachers.attention import attend
+from motionenhancer.teachers.attention import ReadingProcessor
 
 
 class Reader:
@@ -30,7 +30,7 @@ def test_generated_rows_see_their_own_reference_after_themselves(row: int, read:
     generator = torch.Generator().manual_seed(row)
     query, key, value = (torch.randn(4, 2, 9, 8, generator=generator) for _ in range(3))
     reader = Reader()
-    out = attend(query, key, value, reader if read else None, memory=True, row=row)
+    out = ReadingProcessor(reader if read else None, memory=True, row=row).attend(query, key, value)
     for i in range(2):
         own_and_reference = [torch.cat([t[i], t[i + 2]], dim=1) for t in (key, value)]
         torch.testing.assert_close(out[i].double(), naive(query[i], *own_and_reference), rtol=1e-5, atol=1e-6)
@@ -52,7 +52,7 @@ def test_without_memory_every_row_stands_alone() -> None:
         torch.randn(3, 2, 7, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)
     )
     reader = Reader()
-    out = attend(query, key, value, reader, memory=False, row=2)
+    out = ReadingProcessor(reader, memory=False, row=2).attend(query, key, value)
     torch.testing.assert_close(out.double(), naive(query, key, value), rtol=1e-5, atol=1e-6)
     assert torch.equal(reader.seen[0][1], key[2:3])
     assert reader.seen[0][3] == 1
