@@ -138,36 +138,25 @@ def _evaluate(
     reader: AttentionReader | None,
 ) -> torch.Tensor:
     """Predictions of the generated rows, one per text; the last row is read. Splits if memory runs out."""
+
+    def predicted(texts: list[torch.Tensor], reader: AttentionReader | None) -> torch.Tensor:
+        rows = [latents] * len(texts) + ([] if reference is None else [reference] * len(texts))
+        embeds = texts if reference is None else texts + texts
+        if reader is None and reference is None:
+            return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)
+        with teacher.reading(reader, memory=reference is not None, row=len(texts) - 1):
+            return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)[: len(texts)]
+
     if not teacher.split_batch and len(texts) > 1:
         resumable = None if reader is None else _Resumable(reader)
         try:
-            return _batch(teacher, latents, reference, texts, timestep, resumable)
+            return predicted(texts, resumable)
         except torch.OutOfMemoryError:
             if resumable is not None and resumable.inside:
                 raise
             teacher.split_batch = True
             reader = None if resumable is None else resumable.rest()
-    parts = []
-    for text in texts:
-        last = text is texts[-1]
-        parts.append(_batch(teacher, latents, reference, [text], timestep, reader if last else None))
-    return torch.cat(parts)
-
-
-def _batch(
-    teacher: Teacher,
-    latents: torch.Tensor,
-    reference: torch.Tensor | None,
-    texts: list[torch.Tensor],
-    timestep: float,
-    reader: AttentionReader | None,
-) -> torch.Tensor:
-    rows = [latents] * len(texts) + ([] if reference is None else [reference] * len(texts))
-    embeds = texts if reference is None else texts + texts
-    if reader is None and reference is None:
-        return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)
-    with teacher.reading(reader, memory=reference is not None, row=len(texts) - 1):
-        return teacher.predict(torch.cat(rows), torch.cat(embeds), timestep)[: len(texts)]
+    return torch.cat([predicted([text], reader if text is texts[-1] else None) for text in texts])
 
 
 class _Resumable:
