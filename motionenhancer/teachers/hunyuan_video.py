@@ -16,11 +16,10 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from .attention import ReadingProcessor
-from .config import Parts, flow_shift
+from .config import Parts
 from .folder import blocks, tokenize
 from .plan import TeacherPlan
 from .protocol import TextEncoding
-from .schedule import FlowSchedule, flow_level, flow_schedule
 from .teacher import Teacher
 
 TEXT_LENGTH, POOLED_LENGTH = 256, 77
@@ -103,10 +102,10 @@ class HunyuanVideoTeacher(Teacher):
             text_length=TEXT_LENGTH,
             joint=True,
             heads=config["num_attention_heads"],
-            layers=config["num_layers"] + config["num_single_layers"],
+            layers=config["num_layers"] + config.get("num_single_layers", 0),
             width=config["num_attention_heads"] * config["attention_head_dim"],
             text_first=False,
-            embedded_guidance=config["guidance_embeds"],
+            embedded_guidance=config.get("guidance_embeds", False),
         )
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
@@ -129,12 +128,6 @@ class HunyuanVideoTeacher(Teacher):
         encoder = self.pipeline.text_encoder
         ids, mask = (encoded[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
         return encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
-
-    def schedule(self, steps: int, vision: int | None = None) -> FlowSchedule:
-        return flow_schedule(steps, flow_shift(self.pipeline.scheduler.config))
-
-    def level(self, timestep: int) -> FlowSchedule:
-        return flow_level(timestep)
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:

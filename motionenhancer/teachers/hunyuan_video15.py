@@ -30,23 +30,10 @@ class HunyuanVideo15Teacher(HunyuanVideoTeacher):
 
     @staticmethod
     def sizes(parts: Parts) -> TeacherPlan:
-        config, vae = parts["transformer"], parts["vae"]
-        scale = vae["spatial_compression_ratio"]
-        buckets = HunyuanVideo15ImageProcessor(vae_scale_factor=scale)
-        height, width = buckets.calculate_default_height_width(9, 16, config["target_size"])
-        return TeacherPlan(
-            frames=121,
-            size=(int(height), int(width)),
-            scale=scale,
-            compression=vae["temporal_compression_ratio"],
-            patch=(config["patch_size_t"], config["patch_size"], config["patch_size"]),
-            text_length=TEXT_LENGTH,
-            joint=True,
-            heads=config["num_attention_heads"],
-            layers=config["num_layers"],
-            width=config["num_attention_heads"] * config["attention_head_dim"],
-            text_first=False,
-        )
+        plan, target = HunyuanVideoTeacher.sizes(parts), parts["transformer"]["target_size"]
+        buckets = HunyuanVideo15ImageProcessor(vae_scale_factor=plan.scale)
+        height, width = buckets.calculate_default_height_width(9, 16, target)
+        return replace(plan, frames=121, size=(int(height), int(width)), text_length=TEXT_LENGTH)
 
     def encode(self, text: str) -> TextEncoding:
         pipeline = self.pipeline

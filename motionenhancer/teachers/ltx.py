@@ -17,7 +17,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from .attention import ReadingProcessor
 from .config import Parts
 from .plan import TeacherPlan
-from .schedule import FlowSchedule, flow_level, flow_schedule
+from .schedule import FlowSchedule, flow_schedule
 from .teacher import Teacher
 
 TEXT_LENGTH, FRAME_RATE = 128, 25
@@ -104,9 +104,6 @@ class LTXTeacher(Teacher):
             tokens = self.plan.vision if vision is None else vision
             shift = math.exp(calculate_shift(tokens, *lengths, config.base_shift, config.max_shift))
         return flow_schedule(steps, shift, config.shift_terminal)
-
-    def level(self, timestep: int) -> FlowSchedule:
-        return flow_level(timestep)
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:

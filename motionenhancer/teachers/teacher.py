@@ -15,12 +15,12 @@ import torch
 from mekernels import VideoTokens
 
 from .attention import ReadingProcessor
-from .config import Parts, boundary_of
+from .config import Parts, boundary_of, flow_shift
 from .folder import blocks, text_encoders, tokenize
 from .frames import resample_frames, to_pixels
 from .plan import TeacherPlan
 from .protocol import AttentionReader, TextEncoding, VideoLatents
-from .schedule import Schedule
+from .schedule import Schedule, check_experts, flow_level, flow_schedule
 from .text_cache import TextCache
 
 
@@ -94,16 +94,20 @@ class Teacher(ABC):
         encoded, tokens = tokenize(self.pipeline.tokenizer, text, self.plan.text_length)
         return replace(tokens, embeds=self.embed(encoded))
 
-    @abstractmethod
     def schedule(self, steps: int, vision: int | None = None) -> Schedule:
         """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels.
 
         Some flows shift them by the clip's number of vision tokens; None: the number of the longest clip.
         """
+        return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
 
-    @abstractmethod
     def level(self, timestep: int) -> Schedule:
         """A schedule with the single noise level `timestep`."""
+        return self._served(flow_level(timestep))
+
+    def _served(self, schedule: Schedule) -> Schedule:
+        check_experts(schedule.timesteps, self.boundary, self.pipeline.transformer is not None)
+        return schedule
 
     @abstractmethod
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:

@@ -16,9 +16,9 @@ import torch
 from diffusers import WanPipeline
 
 from .attention import ReadingProcessor
-from .config import Parts, flow_shift
+from .config import Parts
 from .plan import TeacherPlan
-from .schedule import FlowSchedule, check_experts, flow_level, flow_schedule, is_low_noise
+from .schedule import is_low_noise
 from .teacher import Teacher
 
 TEXT_LENGTH = 512
@@ -90,16 +90,6 @@ class WanTeacher(Teacher):
         ids, mask = (encoded[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
         # Padding is masked in the encoder and zero in the transformer, where it is still attended to.
         return encoder(ids, mask).last_hidden_state * mask.unsqueeze(-1)
-
-    def schedule(self, steps: int, vision: int | None = None) -> FlowSchedule:
-        return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
-
-    def level(self, timestep: int) -> FlowSchedule:
-        return self._served(flow_level(timestep))
-
-    def _served(self, schedule: FlowSchedule) -> FlowSchedule:
-        check_experts(schedule.timesteps, self.boundary, self.pipeline.transformer is not None)
-        return schedule
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, embeds: torch.Tensor, timestep: float) -> torch.Tensor:
