@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +16,45 @@ import torch
 
 from ..files import read_json, too_deep
 from ..weights import load_whole
-from .plan import MODELS, TEXT_MODELS
+from .plan import MODELS
 from .protocol import TextEncoding
-from .whole import whole_weights
 
-
-def experts(pipeline: Any) -> list[Any]:
-    """The transformers of a pipeline: one, or one for high and one for low noise levels."""
-    named = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [model for model in named if model is not None]
+_SWITCH = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+#: The switch is global to the process: one load at a time.
+_lock = threading.RLock()
 
 
 def blocks(pipeline: Any, names: str) -> Iterator[Any]:
     """The blocks in the named lists of a pipeline's transformers; names are separated by spaces."""
-    for model in experts(pipeline):
-        for name in names.split():
+    for part in ("transformer", "transformer_2"):
+        model = getattr(pipeline, part, None)
+        for name in names.split() if model is not None else ():
             yield from model.get_submodule(name)
 
 
-def text_encoders(pipeline: Any) -> list[str]:
-    """Names of the text encoders that a pipeline may have."""
-    return [name for name in TEXT_MODELS if name in pipeline.components]
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """While open, transformers loads models as if no engine were configured.
+
+    Under ZeRO-3, `from_pretrained` splits every model over the processes. Under FSDP with RAM-efficient
+    loading, only the first process gets weights. No engine would ever gather a teacher's text encoder, so it
+    must be loaded without both.
+    """
+    from transformers.integrations import deepspeed
+
+    with _lock:
+        held = deepspeed._hf_deepspeed_config_weak_ref
+        before = os.environ.get(_SWITCH)
+        deepspeed.unset_hf_deepspeed_config()
+        os.environ[_SWITCH] = "false"
+        try:
+            yield
+        finally:
+            deepspeed._hf_deepspeed_config_weak_ref = held
+            if before is None:
+                del os.environ[_SWITCH]
+            else:
+                os.environ[_SWITCH] = before
 
 
 def load_pipeline(

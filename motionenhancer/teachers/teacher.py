@@ -16,9 +16,9 @@ from mekernels import VideoTokens
 
 from .attention import ReadingProcessor
 from .config import Parts, boundary_of, flow_shift
-from .folder import blocks, text_encoders, tokenize
+from .folder import blocks, tokenize
 from .frames import resample_frames, to_pixels
-from .plan import TeacherPlan
+from .plan import TEXT_MODELS, TeacherPlan
 from .protocol import AttentionReader, TextEncoding, VideoLatents
 from .schedule import Schedule, check_experts, flow_level, flow_schedule
 from .text_cache import TextCache
@@ -164,8 +164,9 @@ class Teacher(ABC):
         """Put texts into the cache, then free the text encoder."""
         for text in texts:
             self.encode_text(text)
-        for name in text_encoders(self.pipeline):
-            setattr(self.pipeline, name, None)
+        for name in TEXT_MODELS:
+            if name in self.pipeline.components:
+                setattr(self.pipeline, name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

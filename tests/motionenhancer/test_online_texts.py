@@ -18,8 +18,8 @@ from transformers.integrations import deepspeed
 from motionenhancer.priors.arguments import PriorArguments
 from motionenhancer.priors.prior import extract_prior
 from motionenhancer.teachers import load_teacher
+from motionenhancer.teachers.folder import whole_weights
 from motionenhancer.teachers.text_cache import TextCache, encoder_id
-from motionenhancer.teachers.whole import whole_weights
 from motionenhancer.toy.models import save_teacher
 
 TEXT = "the red square moves left"
