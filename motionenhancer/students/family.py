@@ -18,7 +18,6 @@ import torch
 from ..data.sample import Sample
 from ..data.video import Video
 from .chat import render
-from .collate import collate, joined
 from .layout import Encoded
 from .media import (
     Medium,
@@ -160,7 +159,7 @@ class StudentFamily:
             sample,
             rendered,
             media,
-            {name: joined(values, self.join.get(name, 0)) for name, values in inputs.items()},
+            {name: _joined(values, self.join.get(name, 0)) for name, values in inputs.items()},
             token_types=self.token_types,
             max_length=max_length,
             most_text=self.most_text,
@@ -174,23 +173,62 @@ class StudentFamily:
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
     ) -> dict[str, Any]:
-        """Pad and stack samples to a batch of model inputs.
+        """Pad token tensors to one length, concatenate vision tensors, and move the layouts along.
 
-        The key ``layouts`` (list of :class:`TokenLayout`, in batch positions) is for the alignment and must
-        be taken out before the batch is given to the model; all other keys are model inputs.
+        Args:
+            samples: at least one sample.
+            pad_token_id: fills ``input_ids``; ``labels`` are filled with -100 and everything else with 0.
+            padding_side: ``"right"`` or ``"left"``.
+            pad_to_multiple_of: the length is rounded up to a multiple of this.
+
+        Returns:
+            The model's inputs: ``input_ids``, ``attention_mask``, ``labels`` and the samples' token inputs,
+            (B, N) int64, and their vision inputs, concatenated. And ``layouts``, a list of
+            :class:`TokenLayout` in positions of the padded batch, which is for the alignment and must be
+            taken out before the batch is given to the model.
+
+        Raises:
+            ValueError: there are no samples, the padding side is unknown, samples have different token
+                inputs, or the model cannot take their videos and images in one batch.
         """
         videos = [
             video for sample in samples for video in sample.vision_inputs.get("pixel_values_videos", ())
         ]
         images = sum("pixel_values" in sample.vision_inputs for sample in samples)
         self._check_batch([len(video) for video in videos], images)
-        return collate(
-            samples,
-            pad_token_id=pad_token_id,
-            padding_side=padding_side,
-            pad_to_multiple_of=pad_to_multiple_of,
-            join=self.join,
-        )
+        if not samples:
+            raise ValueError("samples must not be empty")
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
+        names = set(samples[0].token_inputs)
+        if any(set(sample.token_inputs) != names for sample in samples):
+            raise ValueError("all samples must have the same names in token_inputs")
+        multiple = pad_to_multiple_of or 1
+        length = -(-max(len(sample.input_ids) for sample in samples) // multiple) * multiple
+
+        def padded(tensors: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+            batch = tensors[0].new_full((len(tensors), length), fill)
+            for row, tensor in zip(batch, tensors, strict=True):
+                row[length - len(tensor) if padding_side == "left" else 0 :][: len(tensor)] = tensor
+            return batch
+
+        batch: dict[str, Any] = {
+            "input_ids": padded([sample.input_ids for sample in samples], pad_token_id),
+            "attention_mask": padded([sample.attention_mask for sample in samples], 0),
+            "labels": padded([sample.labels for sample in samples], -100),
+        }
+        for name in samples[0].token_inputs:
+            batch[name] = padded([sample.token_inputs[name] for sample in samples], 0)
+        for name in dict.fromkeys(name for sample in samples for name in sample.vision_inputs):
+            given = [sample.vision_inputs[name] for sample in samples if name in sample.vision_inputs]
+            batch[name] = _joined(given, self.join.get(name, 0))
+        batch["layouts"] = [
+            sample.layout.shifted(length - len(sample.input_ids) if padding_side == "left" else 0)
+            for sample in samples
+        ]
+        return batch
 
     def _check_batch(self, frames: Sequence[int], images: int) -> None:
         """Refuse videos (by their numbers of frames) and images that the model cannot take in one batch."""
@@ -273,6 +311,26 @@ class StudentFamily:
         unused = {*getattr(processor, "unused_input_names", ()), "video_metadata"}
         kept = {name: value for name, value in made.items() if name not in unused}
         return {name: torch.as_tensor(v) for name, v in self.inputs(processor, video, kept).items()}
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate a vision input of several media.
+
+    In a (images, tiles, channels, height, width) tensor, images with fewer tiles get empty tiles, which
+    models ignore.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    if dim == 0 and tensors[0].dim() == 5:
+        most = max(tensor.shape[1] for tensor in tensors)
+        pads = [(0, 0) * 3 + (0, most - tensor.shape[1]) for tensor in tensors]
+        tensors = [torch.nn.functional.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)]
+    try:
+        return torch.cat(list(tensors), dim)
+    except RuntimeError as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise ValueError(f"videos or images of a batch must have the same shape, got {shapes}") from error
 
 
 def metadata(video: Video) -> dict[str, Any]:
