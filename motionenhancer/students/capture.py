@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,7 +108,8 @@ def capture_attention(
     if heads is not None and (not heads or len(set(heads)) != len(heads) or min(heads) < 0):
         raise ValueError(f"heads must be different numbers of heads, got {list(heads)}")
     _refuse_reentrant(model)
-    captured = CapturedAttention(rows, columns, len(found.modules), heads, reduce, found.left_out)
+    ordered = None if heads is None else sorted(heads)
+    captured = CapturedAttention(rows, columns, len(found.modules), ordered, reduce, found.left_out)
     with contextlib.ExitStack() as stack:
         callback: Callback = captured._record
         if module is not None:
@@ -117,26 +119,18 @@ def capture_attention(
         yield captured
 
 
+@dataclass(eq=False, repr=False)
 class CapturedAttention:
     """The result of a capture; made by :func:`capture_attention`."""
 
-    def __init__(
-        self,
-        rows: torch.Tensor | None,
-        columns: torch.Tensor | slice,
-        layers: int,
-        heads: Sequence[int] | None = None,
-        reduce: str = "mean",
-        left_out: int = 0,
-    ) -> None:
-        self.rows = rows
-        self.columns = columns
-        self.layers = layers
-        self.heads = None if heads is None else sorted(heads)
-        self.reduce = reduce
-        self.left_out = left_out
-        self._forwards: list[ForwardEntries] = []
-        self._repeated = False
+    rows: torch.Tensor | None
+    columns: torch.Tensor | slice
+    layers: int
+    heads: Sequence[int] | None
+    reduce: str
+    left_out: int
+    _forwards: list[ForwardEntries] = field(default_factory=list)
+    _repeated: bool = False
 
     @property
     def attention(self) -> torch.Tensor:

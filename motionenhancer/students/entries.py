@@ -113,7 +113,12 @@ class ForwardEntries:
             if self.reduce == "none":
                 self._apart.append(_each_head(picked.to(dtype), key.to(dtype), reading, scale, cap, sinks))
             elif "mask" in reading.limits or (device.type == "cpu" and backends.active() == "auto"):
-                self._wait(picked, key, sinks, reading, scale, cap, dtype)
+                shapes = (picked.shape, picked.dtype), (key.shape, key.dtype)
+                kind = _Kind(*shapes, id(reading), scale, cap, sinks is not None, dtype)
+                self._pending.setdefault(kind, (reading, []))[1].append((picked, key, sinks))
+                # Only layers on a CPU gain from waiting.
+                numbers = picked.numel() + key.numel()
+                self._numbers += numbers if device.type == "cpu" else PENDING_NUMBERS
             else:
                 picked, key = picked.to(dtype), key.to(dtype)
                 options = reading.limits | {"softmax_scale": scale, "softcap": cap or None, "sinks": sinks}
@@ -128,22 +133,6 @@ class ForwardEntries:
         """Release the objects that only the forward needs."""
         self._readings.clear()
         self._pending.clear()
-
-    def _wait(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        sinks: torch.Tensor | None,
-        reading: _Reading,
-        scale: float | None,
-        cap: float,
-        dtype: torch.dtype,
-    ) -> None:
-        shapes = (query.shape, query.dtype), (key.shape, key.dtype)
-        kind = _Kind(*shapes, id(reading), scale, cap, sinks is not None, dtype)
-        self._pending.setdefault(kind, (reading, []))[1].append((query, key, sinks))
-        # Only layers on a CPU gain from waiting.
-        self._numbers += query.numel() + key.numel() if query.device.type == "cpu" else PENDING_NUMBERS
 
     def _read_pending(self) -> None:
         for kind, (reading, layers) in self._pending.items():
