@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,6 @@ from ..teachers.teacher import Teacher
 from .confidence import prior_confidence
 from .pool import AttentionPool
 from .prior_settings import PriorSettings, batch_settings, check_guidance, check_heads
-from .shown import html_table, one_line
 from .token_choice import choose_tokens
 
 #: Note of a prior whose text has characters that are in none of its words; see `MotionPrior.unknown`.
@@ -100,10 +101,36 @@ class MotionPrior:
     origin: str = ""
 
     def __repr__(self) -> str:
-        return one_line(self)
+        """The text, words, grid, teacher and non-default settings, in one line."""
+        words = ", ".join(self.prompt[slice(*span)] for span in self.spans)
+        given = [
+            f"{one.name}={value}"
+            for one in fields(self.settings)
+            if (value := getattr(self.settings, one.name)) != one.default
+        ]
+        about = [
+            shorten(repr(self.prompt), 60, placeholder="..."),
+            f"words: {shorten(words, 60, placeholder=' ...')}",
+            f"grid {'×'.join(map(str, self.grid))}",
+            f"teacher {self.teacher[:8]}",
+            " ".join(given) or "default settings",
+        ]
+        return f"MotionPrior({', '.join(about)})"
 
     def _repr_html_(self) -> str:
-        return html_table(self)
+        """A table for notebooks: each word's share of attention on each frame; darker means more."""
+        frames, high, wide = self.grid
+        rows = self.attention.float().reshape(-1, frames, high * wide).sum(dim=2)
+        shares = rows / rows.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        lines = [
+            f"<tr><th>{escape(self.prompt[slice(*span)])}</th>"
+            + "".join(f'<td style="background:rgba(200,60,40,{s:.2f})">{s:.2f}</td>' for s in row)
+            + "</tr>"
+            for span, row in zip(self.spans, shares.tolist(), strict=True)
+        ]
+        head = "".join(f"<th>{number}</th>" for number in range(frames))
+        table = f"<table><tr><th>word, frame</th>{head}</tr>{''.join(lines)}</table>"
+        return f"<p>{escape(repr(self))}</p>{table}"
 
     def describe(self) -> dict[str, Any]:
         """All fields except the attention, ready for JSON."""
