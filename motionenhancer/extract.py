@@ -234,7 +234,6 @@ def _make(
 def _forecast(data: DataArguments, prior: PriorArguments, settings: PriorSettings, engine: Engine) -> int:
     """Print the cost of the missing priors; no model is loaded. Returns as `run`."""
     assert data.data is not None
-    assert prior.teacher is not None
     store, skips, seen = PriorStore(Path(prior.prior_dir)), SkipLog(), dict[str, bool]()
     with DigestCache(store.folder, writes=False) as cache:
         requests = prior.requests(

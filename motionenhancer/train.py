@@ -152,7 +152,6 @@ def run(
     if student.lora_merge and not whole:
         raise ValueError(f"--lora_merge does not work under {engine}; merge the saved adapter afterwards")
     if student.aligned:
-        assert prior.teacher is not None
         prior.check(settings, PartialState().device)
         online.check_teachers(student.prior_source, prior, maker)
         if not student.normalize_rows and prior.scaled:

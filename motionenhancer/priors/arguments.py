@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import Sample, SkipLog
+from ..files import read_json
 from ..flags import Settings, setting
 from ..hub import model_folder
 from ..teachers import Teacher, load_teacher, teacher_dtype, teacher_id
@@ -20,27 +21,34 @@ from ..teachers.plan import plan_teacher, size_multiple
 from ..teachers.text_cache import TextCache, encoder_id
 from .combination import CombinedStore, Weights
 from .engine import MakerArguments
-from .kinds import REGIONS, SELF, source_class
+from .own_maps import OwnMaps
 from .prior_settings import PriorSettings, check_settings
 from .reader import Grid, Source
+from .regions import Regions
 from .requests import PriorRequest, request_priors
 from .storage import prior_keys
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: Flags of how a teacher is loaded, which not every kind of teacher has.
-_LOADING = (
-    "teacher_dtype",
-    "teacher_size",
-    "teacher_frames",
-    "vae_tiling",
-    "offload_text_encoder",
-    "text_cache",
-    "compile_teacher",
-    "split_batch",
-    "measure_roundtrip",
-    "region_grid",
-)
+#: Names that --teacher takes beside folders: the data file's own regions, and the student that is trained.
+REGIONS, SELF = "regions", "self"
+#: Flags that every kind of teacher has. The others say how a teacher is loaded.
+_COMMON = ("teacher", "teacher_weights", "prior_dir", "prompt_source")
+
+
+def source_class(teacher: str) -> type[Source] | None:
+    """The class that makes the priors of a named teacher; None for a video diffusion model.
+
+    >>> source_class("regions").__name__, source_class("CogVideoX-5b")
+    ('Regions', None)
+    """
+    if teacher == REGIONS:
+        return Regions
+    try:
+        # Of a model of transformers, the config has a `model_type`.
+        return OwnMaps if "model_type" in read_json(Path(teacher) / "config.json") else None
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass
@@ -175,7 +183,6 @@ class PriorArguments(Settings):
     @property
     def source(self) -> type[Source] | None:
         """The class that makes the priors; None for a video model."""
-        assert self.teacher is not None
         return source_class(self.teacher)
 
     def reading(self, settings: PriorSettings) -> PriorSettings:
@@ -204,10 +211,10 @@ class PriorArguments(Settings):
             source.check(str(self.teacher), self._given(device))
         self.identity(device)
         idle = [] if source is None else source.idle(settings)
-        for name in _LOADING:
-            takes = name != "region_grid" if source is None else name in source.options
-            if not takes and getattr(self, name) != getattr(PriorArguments, name):
-                idle.append(name)
+        for one in fields(self):
+            takes = one.name != "region_grid" if source is None else one.name in source.options
+            if not (takes or one.name in _COMMON) and getattr(self, one.name) != one.default:
+                idle.append(one.name)
         return idle
 
     def _given(self, device: torch.device | str) -> dict[str, Any]:
@@ -224,7 +231,6 @@ class PriorArguments(Settings):
         Raises:
             ValueError, OSError: as from `plan_teacher`.
         """
-        assert self.teacher is not None
         if self.source is not None:
             return self.source.grid(self._given(device))
         identity = self.identity(device)
@@ -277,7 +283,6 @@ class PriorArguments(Settings):
 
     def teacher_id(self, device: torch.device | str) -> str:
         """The id of the teacher that `load` returns; nothing is loaded."""
-        assert self.teacher is not None
         if self.source is not None:
             return self.source.named(self.teacher, self._given(device))
         return teacher_id(self.teacher, **self.identity(device))
@@ -287,7 +292,6 @@ class PriorArguments(Settings):
 
         Without its text encoder, the teacher takes only texts that are in `text_cache`.
         """
-        assert self.teacher is not None
         if self.source is not None:
             return self.source.open(self.teacher, self._given(device), device)
         return load_teacher(
@@ -311,6 +315,5 @@ class PriorArguments(Settings):
         """The cache of text embeddings, or None without `--text_cache`."""
         if self.text_cache is None:
             return None
-        assert self.teacher is not None
         dtype = self.identity(device)["dtype"]
         return TextCache(Path(self.text_cache), encoder_id(self.teacher, dtype))

@@ -13,9 +13,8 @@ import torch
 from ..data import Clip, Sample, prompt_text
 from ..data.clip import segment_of
 from ..files import read_json, write_json
-from .arguments import PriorArguments
+from .arguments import PriorArguments, source_class
 from .combination import CombinedStore
-from .kinds import source_class
 from .prior import MotionPrior
 from .prior_settings import PriorSettings
 from .requests import PriorRequest, request_key

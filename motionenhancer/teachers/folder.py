@@ -27,7 +27,7 @@ _lock = threading.RLock()
 def blocks(pipeline: Any, names: str) -> Iterator[Any]:
     """The blocks in the named lists of a pipeline's transformers; names are separated by spaces."""
     for part in ("transformer", "transformer_2"):
-        model = getattr(pipeline, part, None)
+        model: Any = getattr(pipeline, part, None)
         for name in names.split() if model is not None else ():
             yield from model.get_submodule(name)
 

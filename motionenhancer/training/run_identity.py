@@ -27,8 +27,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..alignment.aligner_training import FOLDER as ALIGNER
 from ..data.sources import open_source
-from ..priors.arguments import PriorArguments
-from ..priors.kinds import REGIONS
+from ..priors.arguments import REGIONS, PriorArguments
 from ..priors.prior_settings import PriorSettings
 from ..processes import from_main
 from ..settings import DataArguments, StudentArguments

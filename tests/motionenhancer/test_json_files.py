@@ -11,8 +11,8 @@ import pytest
 from motionenhancer import eval as evaluation
 from motionenhancer.data.llama_factory import INFO, read_entry
 from motionenhancer.files import read_json
+from motionenhancer.priors.arguments import source_class
 from motionenhancer.priors.extraction import EXTRACTION, ExtractionRecord, read_extraction
-from motionenhancer.priors.kinds import source_class
 from motionenhancer.priors.storage import PriorStore
 from motionenhancer.report.page import write_run_page
 from motionenhancer.report.run_report import REPORT, RunReport
