@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
 
 import torch
 
@@ -15,7 +14,7 @@ from mekernels import VideoTokens, resample_rows, token_motion_scores
 from ..data.sample import whole_words
 from ..data.video import VideoError
 from .confidence import prior_confidence
-from .maker import PriorMaker, RefusedClip, refusal_of
+from .maker import PriorMaker, RefusedClip, refusal_of, when_all
 from .prior import MotionPrior, PriorError
 from .requests import Made, PriorRequest
 from .storage import PriorStore
@@ -161,7 +160,16 @@ class Combined:
         """See `PriorMaker`. The request has one part for each maker."""
         parts = zip(self.makers, request.parts, strict=True)
         asked = [None if part is None else maker.submit(part) for maker, part in parts]
-        return _when_all(asked, partial(self._combine, asked))
+        waiting = [one for one in asked if one is not None]
+
+        def given_up(done: Future[Made]) -> None:
+            if done.cancelled():
+                for one in waiting:
+                    one.cancel()
+
+        answer = when_all(waiting, partial(self._combine, asked))
+        answer.add_done_callback(given_up)
+        return answer
 
     def close(self) -> None:
         """See `PriorMaker`."""
@@ -191,31 +199,3 @@ class Combined:
             left_out=(*left_out, *(entry for one in there for entry in one.left_out)),
             roundtrip=next((one.roundtrip for one in there if one.roundtrip), None),
         )
-
-
-def _when_all(asked: Sequence[Future[Made] | None], combine: Callable[[], Made]) -> Future[Made]:
-    """Return a future of the combination of all results. Cancelling it cancels them."""
-    answer: Future[Made] = Future()
-    waiting = [one for one in asked if one is not None]
-    left, lock = [len(waiting)], Lock()
-
-    def settled(_: Future[Made]) -> None:
-        with lock:
-            left[0] -= 1
-            last = left[0] == 0
-        if not last or not answer.set_running_or_notify_cancel():
-            return
-        try:
-            answer.set_result(combine())
-        except (Exception, CancelledError) as error:
-            answer.set_exception(error)
-
-    def given_up(done: Future[Made]) -> None:
-        if done.cancelled():
-            for one in waiting:
-                one.cancel()
-
-    answer.add_done_callback(given_up)
-    for one in waiting:
-        one.add_done_callback(settled)
-    return answer

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import TIMEOUT_MAX, RLock, Timer
+from threading import TIMEOUT_MAX, Lock, RLock, Timer
 from time import time
 from typing import Protocol, TypeVar
 
@@ -305,7 +305,8 @@ class Stored:
                 answer = self._open[request.key] = self._pool.submit(self._find_or_make, request)
                 answer.add_done_callback(lambda done: self._forget(request.key, done))
                 return answer
-        return _shared(first)
+        # Of one attempt, the first request gets the time and the fault of a file.
+        return when_all([first], lambda: replace(first.result(), fresh=False, seconds=0.0, damaged=""))
 
     def _forget(self, key: str, done: Future[Made]) -> None:
         with self._lock:
@@ -387,19 +388,24 @@ class Stored:
                 self.store.refuse(request.key, refusal)
 
 
-def _shared(first: Future[Made]) -> Future[Made]:
-    """Return a future with the result of another; cancelling it does not cancel the other."""
+def when_all(waiting: Sequence[Future[Made]], combine: Callable[[], Made]) -> Future[Made]:
+    """Return a future of what `combine` makes of all results; cancelling it does not cancel them."""
     answer: Future[Made] = Future()
+    left, lock = [len(waiting)], Lock()
 
-    def pass_on(done: Future[Made]) -> None:
-        if not answer.set_running_or_notify_cancel():
+    def settled(_: Future[Made]) -> None:
+        with lock:
+            left[0] -= 1
+            last = left[0] == 0
+        if not last or not answer.set_running_or_notify_cancel():
             return
         try:
-            answer.set_result(replace(done.result(), fresh=False, seconds=0.0, damaged=""))
+            answer.set_result(combine())
         except (Exception, CancelledError) as error:
             answer.set_exception(error)
 
-    first.add_done_callback(pass_on)
+    for one in waiting:
+        one.add_done_callback(settled)
     return answer
 
 
