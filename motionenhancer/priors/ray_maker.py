@@ -58,19 +58,15 @@ class KillerClip(VideoError):
     refusal = "no prior: its clip kills the worker"
 
 
+@dataclass
 class _Actor:
     """A teacher on its own GPU."""
 
-    def __init__(
-        self,
-        load: Callable[[torch.device | str], Teacher | Source],
-        teacher_id: str,
-        settings: PriorSettings,
-        device: torch.device,
-        roundtrip: bool,
-    ) -> None:
-        self.load, self.teacher_id, self.settings, self.device = load, teacher_id, settings, device
-        self.roundtrip = roundtrip
+    load: Callable[[torch.device | str], Teacher | Source]
+    teacher_id: str
+    settings: PriorSettings
+    device: torch.device
+    roundtrip: bool
 
     def open(self) -> None:
         """Load the teacher. Raise `DeadTeacher` if this node cannot load it or has a different teacher."""

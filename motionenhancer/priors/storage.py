@@ -209,10 +209,10 @@ def _out_of_range(prior: MotionPrior) -> str:
     words, all_words, scores = len(prior.kept), len(prior.all_tokens), prior.head_scores
     heads, length = {len(values) for values in scores.values()}, len(prior.prompt)
     spans, all_spans = ((0 <= a <= b <= length for a, b in s) for s in (prior.spans, prior.all_spans))
-    shape = (words, math.prod(prior.grid))
+    shape, valid = (words, math.prod(prior.grid)), prior.attention.isfinite() & (prior.attention >= 0)
     right = {
         "grid": len(prior.grid) == 3 and all(isinstance(n, int) and n > 0 for n in prior.grid),
-        "attention": prior.attention.shape == shape and _finite(prior.attention),
+        "attention": prior.attention.shape == shape and bool(valid.all()),
         "kept": _ascending(prior.kept, all_words) and len(prior.tokens) == words,
         "spans": len(prior.spans) == words and all(spans),
         "all_spans": len(prior.all_spans) == len(prior.token_scores) == all_words and all(all_spans),
@@ -221,10 +221,6 @@ def _out_of_range(prior: MotionPrior) -> str:
         "confidence": all(0 <= value <= 1 for value in prior.confidence.values()),
     }
     return next((name for name, fine in right.items() if not fine), "")
-
-
-def _finite(attention: torch.Tensor) -> bool:
-    return bool((attention.isfinite() & (attention >= 0)).all())
 
 
 def _ascending(places: list[int], count: int) -> bool:
