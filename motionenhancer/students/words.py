@@ -20,30 +20,31 @@ class WordMap:
 
     rows: student token indices, grouped by teacher token and ascending within each group.
     row_tokens: index of the teacher token of each row; same length as ``rows``.
-    dropped: indices of the teacher tokens without a row.
     count: number of teacher tokens.
     """
 
     rows: list[int]
     row_tokens: list[int]
-    dropped: list[int]
     count: int
+
+    @property
+    def dropped(self) -> list[int]:
+        """Indices of the teacher tokens without a row."""
+        return sorted({*range(self.count)} - {*self.row_tokens})
 
     @property
     def mapped(self) -> int:
         """Number of teacher tokens with a row."""
-        return self.count - len(self.dropped)
+        return len({*self.row_tokens})
 
     def after(self, row: int) -> WordMap:
         """Return the mapping without student tokens before ``row``, such as those that cannot see the video.
 
-        >>> WordMap([1, 4, 5], [0, 0, 1], [2], 3).after(5)
-        WordMap(rows=[5], row_tokens=[1], dropped=[0, 2], count=3)
+        >>> WordMap([1, 4, 5], [0, 0, 1], 3).after(5)
+        WordMap(rows=[5], row_tokens=[1], count=3)
         """
         kept = [(r, t) for r, t in zip(self.rows, self.row_tokens, strict=True) if r >= row]
-        found = {token for _, token in kept}
-        lost = [token for token in range(self.count) if token not in found]
-        return WordMap([r for r, _ in kept], [t for _, t in kept], lost, self.count)
+        return WordMap([r for r, _ in kept], [t for _, t in kept], self.count)
 
 
 class Worded(Protocol):
@@ -128,13 +129,7 @@ def map_words(
         for _, token in owners[bisect_left(characters, start) : bisect_left(characters, end)]:
             pairs.add((token, row))
     ordered = sorted(pairs)
-    found = {token for token, _ in ordered}
-    return WordMap(
-        rows=[row for _, row in ordered],
-        row_tokens=[token for token, _ in ordered],
-        dropped=[token for token in range(len(spans)) if token not in found],
-        count=len(spans),
-    )
+    return WordMap([row for _, row in ordered], [token for token, _ in ordered], len(spans))
 
 
 def _check(
