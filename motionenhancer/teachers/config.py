@@ -57,7 +57,8 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
             f"supported are {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[name]
-    found = {"pipeline": _check_fields(file, name, index)}
+    parts = {**dict.fromkeys(["tokenizer", *PARTS[family]]), **MORE.get((family, "pipeline"), {})}
+    found = {"pipeline": _check_fields(file, name, index, parts)}
     for part, classes in PARTS[family].items():
         named = found["pipeline"].get(part)
         if named in (None, [None, None], (None, None)):
@@ -70,8 +71,8 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
         config = folder / part / (f"{part}_config.json" if part in ("scheduler", "guider") else "config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, but model_index.json names {named[1]}")
-        more = MORE.get((family, part), {})
-        found[part] = _check_fields(config, named[1], read_json(config), more)
+        known = {**KNOWN[named[1]], **MORE.get((family, part), {})}
+        found[part] = _check_fields(config, named[1], read_json(config), known)
     for part in PARTS[family]:
         if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
@@ -79,11 +80,9 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
     return family, found
 
 
-def _check_fields(
-    file: Path, name: str, given: Mapping[str, Any], more: Fields | None = None
-) -> dict[str, Any]:
+def _check_fields(file: Path, name: str, given: Mapping[str, Any], known: Fields) -> dict[str, Any]:
     """The fields of a configuration of class `name`, with defaults; raise for an unknown field or value."""
-    known, defaults = {**KNOWN[name], **(more or {})}, _defaults(name)
+    defaults = _defaults(name)
     fields = {**defaults, **{k: v for k, v in given.items() if not k.startswith("_")}}
     for field, value in fields.items():
         accepted = known.get(field, (defaults.get(field),))

@@ -78,15 +78,8 @@ _TRANSFORMER = _fields(
 )
 _DECODER = _fields("num_key_value_heads head_dim rms_norm_eps attention_bias rope_parameters rope_theta")
 
-#: Class → its fields.
+#: Class → its fields. A pipeline has its parts, and the fields of `MORE`.
 KNOWN: dict[str, Fields] = {
-    "CogVideoXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
-    "CogVideoXVideoToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
-    "CogVideoXImageToVideoPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
-    "WanPipeline": _fields(
-        "tokenizer text_encoder vae transformer transformer_2 scheduler boundary_ratio",
-        expand_timesteps=(True, False, None),
-    ),
     "CogVideoXTransformer3DModel": _fields(
         "num_attention_heads attention_head_dim in_channels out_channels flip_sin_to_cos freq_shift "
         "time_embed_dim text_embed_dim num_layers dropout attention_bias sample_width sample_height "
@@ -103,12 +96,6 @@ KNOWN: dict[str, Fields] = {
         image_dim=(None,),
         added_kv_proj_dim=(None,),
         pos_embed_seq_len=(None,),
-    ),
-    "LTXPipeline": _fields("tokenizer text_encoder vae transformer scheduler"),
-    # Fields of sound, of rewritten prompts and of a clip's length do not change a prior.
-    "LTX2Pipeline": _fields(
-        "tokenizer text_encoder connectors vae transformer scheduler audio_vae vocoder processor "
-        "prompt_enhancer duration_head"
     ),
     "LTX2VideoTransformer3DModel": _fields(
         "in_channels out_channels num_attention_heads attention_head_dim cross_attention_dim "
@@ -159,9 +146,6 @@ KNOWN: dict[str, Fields] = {
         "spatial_compression_ratio temporal_compression_ratio",
         in_channels=(3,),
     ),
-    "HunyuanVideoPipeline": _fields(
-        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler"
-    ),
     "HunyuanVideoTransformer3DModel": _fields(
         "in_channels out_channels num_attention_heads attention_head_dim num_layers num_single_layers "
         "num_refiner_layers mlp_ratio patch_size patch_size_t text_embed_dim pooled_projection_dim "
@@ -169,9 +153,6 @@ KNOWN: dict[str, Fields] = {
         qk_norm=("rms_norm",),
         guidance_embeds=(True, False),
         image_condition_type=(None,),
-    ),
-    "HunyuanVideo15Pipeline": _fields(
-        "tokenizer tokenizer_2 text_encoder text_encoder_2 vae transformer scheduler guider"
     ),
     # target_size is that of the clips; nothing reads task_type.
     "HunyuanVideo15Transformer3DModel": _fields(
@@ -330,6 +311,11 @@ LIBRARIES = {"connectors": "ltx2"}
 #: Family and part → fields that this family accepts in addition to its class's, or with other values.
 MORE: dict[tuple[str, str], Fields] = {
     ("cogvideox", "transformer"): {"ofs_embed_dim": (None,)},
+    ("hunyuan_video", "pipeline"): _fields("tokenizer_2"),
+    ("hunyuan_video15", "pipeline"): _fields("tokenizer_2"),
+    # Fields of sound, of rewritten prompts and of a clip's length do not change a prior.
+    ("ltx2", "pipeline"): _fields("audio_vae vocoder processor prompt_enhancer duration_head"),
+    ("wan", "pipeline"): _fields("boundary_ratio", expand_timesteps=(True, False, None)),
     ("ltx", "scheduler"): _DYNAMIC,
     ("ltx2", "scheduler"): _DYNAMIC,
 }
