@@ -41,16 +41,12 @@ class Aligner(nn.Module):
     """A residual map of attention rows. It starts as the identity, because its last layer starts at zero.
 
     Input and output of ``body`` are in units of the uniform row 1/S, so that one learning rate suits every
-    grid.
+    grid. ``kind`` and ``width`` are those of :func:`build_aligner`.
     """
 
-    def __init__(self, body: nn.Module, grid: Grid, *, volume: bool, kind: str = "", width: int = 0) -> None:
+    def __init__(self, body: nn.Module, grid: Grid, kind: str, width: int) -> None:
         super().__init__()
-        self.body = body
-        self.grid = grid
-        self.volume = volume
-        self.kind = kind
-        self.width = width
+        self.body, self.grid, self.kind, self.width = body, grid, kind, width
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """(..., S) rows to (..., S) rows."""
@@ -60,10 +56,10 @@ class Aligner(nn.Module):
                 f"maps must have {size} columns, the aligner's grid {self.grid}, got {maps.shape[-1]}"
             )
         scaled = (maps * size).to(next(self.body.parameters()).dtype)
-        if self.volume:
-            scaled = self.body(scaled.reshape(-1, 1, *self.grid)).reshape(maps.shape)
-        else:
+        if self.kind == "mlp":
             scaled = self.body(scaled)
+        else:
+            scaled = self.body(scaled.reshape(-1, 1, *self.grid)).reshape(maps.shape)
         return maps + scaled.to(maps.dtype) / size
 
 
@@ -113,7 +109,7 @@ def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 
         nn.init.zeros_(last.weight)
         assert last.bias is not None
         nn.init.zeros_(last.bias)
-        return Aligner(nn.Sequential(*layers), shape, volume=name != "mlp", kind=name, width=width)
+        return Aligner(nn.Sequential(*layers), shape, name, width)
 
 
 def save_aligner(aligner: nn.Module, path: str | Path) -> None:
@@ -130,7 +126,7 @@ def save_aligner(aligner: nn.Module, path: str | Path) -> None:
     >>> load_aligner(file).grid
     (2, 3, 4)
     """
-    if not isinstance(aligner, Aligner) or not aligner.kind:
+    if not isinstance(aligner, Aligner):
         raise ValueError(f"aligner must be of build_aligner, with weights, got {type(aligner).__name__}")
     about = {"name": aligner.kind, "grid": list(aligner.grid), "width": aligner.width}
     weights = {name: value.detach().cpu().contiguous() for name, value in aligner.state_dict().items()}
