@@ -44,7 +44,7 @@ from .toy.defaults import use_toy_defaults
 from .toy.gaze import attention_on_objects
 from .toy.world import ToyFolder
 from .training.arguments import TrainArguments, ValidationArguments
-from .training.lora import add_lora, merged, plain_name
+from .training.lora import add_lora, plain_name
 from .training.priors import RunPriors, open_priors, plan_memory
 from .training.rehearsal import build_optimizer, rehearse
 from .training.run_identity import aligned_before, checkpoint_to_resume, newest_checkpoint, run_identity
@@ -392,7 +392,7 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     refuse_weights([trainer.model, trainer.aligner], trainer.state.global_step, trainer.args.world_size)
     if student.lora_merge:
-        trainer.model = merged(trainer.model)
+        trainer.model = trainer.model.merge_and_unload()
     with saving(str(trainer.args.output_dir)):
         trainer.save_model()
     if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:

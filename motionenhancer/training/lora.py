@@ -90,8 +90,3 @@ def plain_name(parameter: str) -> str:
     'model.visual.patch_embed.proj.weight'
     """
     return parameter.removeprefix("base_model.model.")
-
-
-def merged(model: Any) -> Any:
-    """Merge the adapters of a `peft.PeftModel` into its weights, and return the plain model."""
-    return model.merge_and_unload()

@@ -19,7 +19,7 @@ from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.settings import StudentArguments
 from motionenhancer.students import load_student
 from motionenhancer.toy.models import make_student, save_student
-from motionenhancer.training.lora import add_lora, merged
+from motionenhancer.training.lora import add_lora
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
@@ -56,7 +56,7 @@ def test_adapters_of_full_rank_train_what_the_weights_themselves_would(world: Wo
         )
         trainer.train()
         log = [entry["loss_align"] for entry in trainer.state.log_history if "loss_align" in entry]
-        kept.append((log, attention_weights(merged(model) if adapters else model)))
+        kept.append((log, attention_weights(model.merge_and_unload() if adapters else model)))
     start = attention_weights(load_student(world.student)[0])
     assert kept[1][0] == pytest.approx(kept[0][0], rel=1e-5)
     assert len(start) == 6
@@ -163,7 +163,7 @@ def test_what_is_merged_gives_the_adapters_logits(tmp_path: Path, tied: bool, ta
     ids = processor.tokenizer("The red square moves left", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        merged(model).save_pretrained(tmp_path / "merged")
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
         processor.save_pretrained(tmp_path / "merged")
         found = load_student(tmp_path / "merged")[0](input_ids=ids).logits
         plain = load_student(student)[0](input_ids=ids).logits
