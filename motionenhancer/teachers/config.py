@@ -26,6 +26,17 @@ _SCALES = {"scaling_factor": 1e-30, "latents_std": 1e-30, "latents_mean": -1e30}
 #: A scheduler lists all of its training timesteps. Those of the supported models have 1000.
 _MOST_TIMESTEPS = 100_000
 
+#: Family → field of the transformer that holds the width of a text encoder → the encoder.
+_TEXT_WIDTHS = {
+    "cogvideox": {"text_embed_dim": "text_encoder"},
+    "cogvideox_image": {"text_embed_dim": "text_encoder"},
+    "hunyuan_video": {"text_embed_dim": "text_encoder", "pooled_projection_dim": "text_encoder_2"},
+    "hunyuan_video15": {"text_embed_dim": "text_encoder", "text_embed_2_dim": "text_encoder_2"},
+    "ltx": {"caption_channels": "text_encoder"},
+    "ltx2": dict[str, str](),
+    "wan": {"text_dim": "text_encoder"},
+}
+
 
 def read_folder(path: str | Path) -> tuple[str, Parts]:
     """Read the configurations of a teacher's parts; refuse unknown fields.
@@ -76,7 +87,7 @@ def read_folder(path: str | Path) -> tuple[str, Parts]:
     for part in PARTS[family]:
         if part not in found and (family != "wan" or not part.startswith("transformer")):
             raise ValueError(f"{file}: names no {part}")
-    _FIT[family](folder, found)
+    _check_fit(family, folder, found)
     return family, found
 
 
@@ -138,11 +149,34 @@ def _defaults(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _fits_cogvideox(folder: Path, found: Parts) -> None:
-    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
+def _check_fit(family: str, folder: Path, found: Parts) -> None:
+    """Refuse parts that do not fit together."""
+    if family == "wan":
+        _check_boundary(folder, found)
+    channels = found["vae"]["z_dim" if family == "wan" else "latent_channels"]
+    # Beside the noisy latents stand those of the first frame, or of a picture and a mask, zero without one.
+    inputs = {"cogvideox_image": 2 * channels, "hunyuan_video15": 2 * channels + 1}.get(family, channels)
+    experts = [part for part in ("transformer", "transformer_2") if part in found]
+    for part in experts:
+        _check_channels(folder, part, found, channels, inputs)
+        for field, encoder in _TEXT_WIDTHS[family].items():
+            _check_text(folder, part, found, field, encoder)
+    if family == "wan":
+        _check_wan(folder, found, experts, channels)
+    if family == "ltx2":
+        registers = found["connectors"]["video_connector_num_learnable_registers"]
+        whole = isinstance(registers, int) and not isinstance(registers, bool)
+        if not whole or registers < 1 or 1024 % registers:
+            file = folder / "connectors" / "config.json"
+            raise ValueError(
+                f"{file}: video_connector_num_learnable_registers is {registers!r}; it must divide the 1024 "
+                "tokens of a text, whose padding the registers replace"
+            )
+    if not family.startswith("cogvideox"):
+        _check_flow(folder / "scheduler" / "scheduler_config.json", found["scheduler"])
 
 
-def _fits_wan(folder: Path, found: Parts) -> None:
+def _check_boundary(folder: Path, found: Parts) -> None:
     file, ratio = folder / "model_index.json", found["pipeline"]["boundary_ratio"]
     if ratio is None:
         # Without a boundary a pipeline never uses its second transformer.
@@ -155,12 +189,13 @@ def _fits_wan(folder: Path, found: Parts) -> None:
         raise ValueError(
             f"{file}: boundary_ratio is {ratio}, but there is no transformer_2 for the noise levels below it"
         )
-    experts = [part for part in ("transformer", "transformer_2") if part in found]
+
+
+def _check_wan(folder: Path, found: Parts, experts: list[str], channels: int) -> None:
     for part in experts:
         config, patch = folder / part / "config.json", found[part]["patch_size"]
         if len(patch) != 3 or patch[0] != 1:
             raise ValueError(f"{config}: patch_size is {patch!r}; supported is [1, height, width]")
-        _check_widths(folder, part, found, found["vae"]["z_dim"], "text_dim")
         for field, value in found[experts[0]].items():
             other = found[part].get(field)
             if not _same(value, other):
@@ -168,8 +203,6 @@ def _fits_wan(folder: Path, found: Parts) -> None:
                     f"{config}: {field} is {other!r}, but {value!r} in transformer; both must have the "
                     "same shape, as their heads are pooled"
                 )
-    _check_shift(folder, found)
-    channels = found["vae"]["z_dim"]
     for field in ("latents_mean", "latents_std"):
         values = found["vae"][field]
         if not isinstance(values, list | tuple) or len(values) != channels:
@@ -179,61 +212,19 @@ def _fits_wan(folder: Path, found: Parts) -> None:
             )
 
 
-def _fits_cogvideox_image(folder: Path, found: Parts) -> None:
-    channels = found["vae"]["latent_channels"]
-    # The first frame's latents stand beside the noisy ones.
-    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels)
-
-
-def _fits_ltx(folder: Path, found: Parts) -> None:
-    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "caption_channels")
-    _check_dynamic(folder, found)
-
-
-def _fits_ltx2(folder: Path, found: Parts) -> None:
-    _check_channels(folder, "transformer", found, found["vae"]["latent_channels"])
-    registers = found["connectors"]["video_connector_num_learnable_registers"]
-    if isinstance(registers, bool) or not isinstance(registers, int) or registers < 1 or 1024 % registers:
-        file = folder / "connectors" / "config.json"
-        raise ValueError(
-            f"{file}: video_connector_num_learnable_registers is {registers!r}; it must divide the 1024 "
-            "tokens of a text, whose padding the registers replace"
-        )
-    _check_dynamic(folder, found)
-
-
-def _check_dynamic(folder: Path, found: Parts) -> None:
-    _check_shift(folder, found)
-    file, scheduler = folder / "scheduler" / "scheduler_config.json", found["scheduler"]
-    terminal = scheduler["shift_terminal"]
+def _check_flow(file: Path, scheduler: Mapping[str, Any]) -> None:
+    """Refuse numbers by which the noise levels cannot be shifted."""
+    shift = flow_shift(scheduler)
+    if not _is_number(shift) or not 0 < shift < math.inf:
+        name = "flow_shift" if "flow_shift" in scheduler else "shift"
+        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0, and finite")
+    terminal = scheduler.get("shift_terminal")
     if terminal is not None and not (_is_number(terminal) and 0 <= terminal < 1):
         raise ValueError(f"{file}: shift_terminal is {terminal!r}; it must be a number from 0 to below 1")
     names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    for name in names if scheduler["use_dynamic_shifting"] else ():
+    for name in names if scheduler.get("use_dynamic_shifting") else ():
         if not _is_number(scheduler[name]):
             raise ValueError(f"{file}: {name} is {scheduler[name]!r}; it must be a number")
-
-
-def _fits_hunyuan_video(folder: Path, found: Parts) -> None:
-    _check_widths(folder, "transformer", found, found["vae"]["latent_channels"], "text_embed_dim")
-    _check_text(folder, found, "pooled_projection_dim", "text_encoder_2")
-    _check_shift(folder, found)
-
-
-def _fits_hunyuan_video15(folder: Path, found: Parts) -> None:
-    channels = found["vae"]["latent_channels"]
-    # Beside the noisy latents stand those of a picture and a mask, zero without one.
-    _check_widths(folder, "transformer", found, channels, "text_embed_dim", 2 * channels + 1)
-    _check_text(folder, found, "text_embed_2_dim", "text_encoder_2")
-    _check_shift(folder, found)
-
-
-def _check_shift(folder: Path, found: Parts) -> None:
-    shift = flow_shift(found["scheduler"])
-    if not _is_number(shift) or not 0 < shift < math.inf:
-        file = folder / "scheduler" / "scheduler_config.json"
-        name = "flow_shift" if "flow_shift" in found["scheduler"] else "shift"
-        raise ValueError(f"{file}: {name} is {shift!r}; it must be a number above 0, and finite")
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:
@@ -254,17 +245,10 @@ def boundary_of(parts: Parts) -> float | None:
     return math.inf if ratio == 1 and "transformer" not in parts else ratio * FLOW_TIMESTEPS
 
 
-def _check_widths(
-    folder: Path, part: str, found: Parts, channels: int, text: str, given: int | None = None
-) -> None:
-    _check_channels(folder, part, found, channels, given)
-    _check_text(folder, found, text, "text_encoder", part)
-
-
-def _check_channels(folder: Path, part: str, found: Parts, channels: int, given: int | None = None) -> None:
+def _check_channels(folder: Path, part: str, found: Parts, channels: int, inputs: int) -> None:
     """Refuse a model with other channel counts: it takes more inputs, such as a picture."""
     file, config = folder / part / "config.json", found[part]
-    for field, wanted in (("in_channels", given or channels), ("out_channels", channels)):
+    for field, wanted in (("in_channels", inputs), ("out_channels", channels)):
         if config[field] != wanted:
             raise ValueError(
                 f"{file}: {field} is {config[field]}, not {wanted}, and the VAE's latents have {channels} "
@@ -272,21 +256,10 @@ def _check_channels(folder: Path, part: str, found: Parts, channels: int, given:
             )
 
 
-def _check_text(folder: Path, found: Parts, field: str, encoder: str, part: str = "transformer") -> None:
+def _check_text(folder: Path, part: str, found: Parts, field: str, encoder: str) -> None:
     """Refuse a model whose text width differs from the width of the text encoder's hidden states."""
     name = "d_model" if "d_model" in found[encoder] else "hidden_size"
     file, width, given = folder / part / "config.json", found[encoder].get(name), found[part][field]
     if width != given:
         who = "the text encoder" if encoder == "text_encoder" else encoder
         raise ValueError(f"{file}: {field} is {given}, but {who}'s {name} is {width}")
-
-
-_FIT = {
-    "cogvideox": _fits_cogvideox,
-    "cogvideox_image": _fits_cogvideox_image,
-    "hunyuan_video": _fits_hunyuan_video,
-    "hunyuan_video15": _fits_hunyuan_video15,
-    "ltx": _fits_ltx,
-    "ltx2": _fits_ltx2,
-    "wan": _fits_wan,
-}
