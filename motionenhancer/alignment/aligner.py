@@ -88,28 +88,21 @@ def build_aligner(name: str, grid: Sequence[int], width: int = 256, seed: int = 
         raise ValueError(f"width must be at least 1, got {width}")
     if name == "identity":
         return nn.Identity()
-    size, channels = math.prod(shape), max(1, width // 16)
+    outer, inner = (math.prod(shape), width) if name == "mlp" else (1, max(1, width // 16))
+
+    def layer(inputs: int, outputs: int) -> nn.Linear | nn.Conv3d:
+        if name == "mlp":
+            return nn.Linear(inputs, outputs)
+        return nn.Conv3d(inputs, outputs, 3 if name == "conv" else 1, padding="same")
+
     # Seeding this generator alone leaves those of other devices untouched, which torch.manual_seed would not.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        last: nn.Linear | nn.Conv3d
-        if name == "mlp":
-            last = nn.Linear(width, size)
-            layers = [nn.Linear(size, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), last]
-        else:
-            kernel = 3 if name == "conv" else 1
-            last = nn.Conv3d(channels, 1, kernel, padding="same")
-            layers = [
-                nn.Conv3d(1, channels, kernel, padding="same"),
-                nn.GELU(),
-                nn.Conv3d(channels, channels, kernel, padding="same"),
-                nn.GELU(),
-                last,
-            ]
-        nn.init.zeros_(last.weight)
-        assert last.bias is not None
-        nn.init.zeros_(last.bias)
-        return Aligner(nn.Sequential(*layers), shape, name, width)
+        # The order in which layers are made decides which random weights each gets.
+        last, first, middle = layer(inner, outer), layer(outer, inner), layer(inner, inner)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        return Aligner(nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last), shape, name, width)
 
 
 def save_aligner(aligner: nn.Module, path: str | Path) -> None:
