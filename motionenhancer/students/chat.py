@@ -74,10 +74,11 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     answer_spans: list[tuple[int, int]] = []
     for i in answers:
         prompt = shown(messages[:i], True)
-        if text.startswith(prompt) and not text[len(prompt) : _first(text_spans[i], ends[i])].strip():
+        begins = text_spans[i][0][0] if text_spans[i] else ends[i]
+        if text.startswith(prompt) and not text[len(prompt) : begins].strip():
             first = len(prompt)
         elif text_spans[i]:
-            first = text_spans[i][0][0]
+            first = begins
         else:
             raise _changed(sample, i)
         answer_spans.append((first, first + len(text[first : ends[i]].rstrip())))
@@ -86,10 +87,6 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
 
 _Shown = Callable[[Sequence[dict[str, Any]]], str]
 _Spans = tuple[tuple[int, int], ...]
-
-
-def _first(spans: _Spans, end: int) -> int:
-    return spans[0][0] if spans else end
 
 
 def _end(shown: _Shown, messages: Sequence[dict[str, Any]], part: str, text: str, spans: _Spans) -> int:

@@ -118,10 +118,13 @@ def _fewer_slices(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]
 
 def _seconds(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[str, Any]:
     """Qwen2.5-VL: the seconds between two token frames, from the frames' own time stamps."""
+    import transformers
+    from packaging.version import Version
+
     if video is None:
         return made
     seconds = processor.video_processor.temporal_patch_size * interval(video)
-    if seconds != round(seconds) and _truncates_seconds():
+    if seconds != round(seconds) and Version(transformers.__version__) < Version("5.18"):
         warnings.warn(
             "transformers before 5.18 truncates the seconds between token frames to whole numbers: upgrade "
             "transformers, or sample frames so that token frames are whole seconds apart",
@@ -143,13 +146,6 @@ def interval(video: Video) -> float:
     seconds = float(stamps[-1] - stamps[0]) / (len(stamps) - 1)
     whole = round(seconds) if seconds >= 1 else 1 / round(1 / seconds)
     return float(whole) if abs(seconds - whole) <= 0.02 * seconds else seconds
-
-
-def _truncates_seconds() -> bool:
-    import transformers
-    from packaging.version import Version
-
-    return Version(transformers.__version__) < Version("5.18")
 
 
 def _frames_as_images(processor: Any, video: Video | None, made: dict[str, Any]) -> dict[str, Any]:

@@ -168,16 +168,6 @@ def _adapted(model: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def _model_type(folder: Path) -> str:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"path {str(folder)!r} has no config.json")
-    model_type = read_json(file).get("model_type")
-    if not isinstance(model_type, str):
-        raise ValueError(f"path {str(folder)!r} has a config.json without model_type")
-    return model_type
-
-
 def check_config(folder: Path) -> StudentFamily:
     """Check that a student's class reads the fields of ``config.json`` that change attention or logits.
 
@@ -196,31 +186,35 @@ def check_config(folder: Path) -> StudentFamily:
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    family = student_family(_model_type(folder))
-    given = read_json(folder / "config.json")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"path {str(folder)!r} has no config.json")
+    given = read_json(file)
+    if not isinstance(given.get("model_type"), str):
+        raise ValueError(f"path {str(folder)!r} has a config.json without model_type")
+    family = student_family(given["model_type"])
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except KeyError as error:
         raise unknown_value(folder, error) from error
     except Exception as error:
-        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
     parts = [config, *(getattr(config, name) for name in type(config).sub_configs)]
     known = {name for part in parts for name in inspect.signature(type(part).__init__).parameters}
     for section in (given, *(value for value in given.values() if isinstance(value, dict))):
         for field_name in sorted(_CHANGES - known):
             if section.get(field_name) not in (None, False):
                 raise ValueError(
-                    f"{folder / 'config.json'}: {field_name} is {section[field_name]!r}; the installed "
+                    f"{file}: {field_name} is {section[field_name]!r}; the installed "
                     f"{type(config).__name__} does not read this field, and would compute another model"
                 )
         # transformers loads weights of a quantization method that it does not know as they are.
         method = (section.get("quantization_config") or {}).get("quant_method")
-        if method is not None and not any(
-            name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING
-        ):
+        methods = AUTO_QUANTIZATION_CONFIG_MAPPING
+        if method is not None and not any(name.startswith(method) for name in methods):
             raise ValueError(
-                f"{folder / 'config.json'}: quantization_config has the quant_method {method!r}, which the "
-                "installed transformers does not know"
+                f"{file}: quantization_config has the quant_method {method!r}, which the installed "
+                "transformers does not know"
             )
     return family
 

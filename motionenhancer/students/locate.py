@@ -36,14 +36,9 @@ def unwrap_model(model: nn.Module) -> nn.Module:
                 f"model must not be a torch.nn.DataParallel over {len(current.device_ids)} devices, whose "
                 "replicas cannot be followed; use DistributedDataParallel, or one visible device per process"
             )
-        inner = next(
-            (
-                getattr(current, name)
-                for name in _WRAPPER_ATTRIBUTES
-                if isinstance(_child(current, name), nn.Module)
-            ),
-            None,
-        )
+        children = {**vars(current), **current._modules}
+        wrapped = [name for name in _WRAPPER_ATTRIBUTES if isinstance(children.get(name), nn.Module)]
+        inner = getattr(current, wrapped[0]) if wrapped else None
         if inner is None and hasattr(current, "get_base_model"):
             inner = current.get_base_model()
         if inner is None or inner is current:
@@ -51,10 +46,6 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         current = inner
     # A PEFT model nests the transformers model; a wrapper may sit inside a wrapper.
     return current
-
-
-def _child(module: nn.Module, name: str) -> Any:
-    return module._modules.get(name) or vars(module).get(name)
 
 
 def text_model(model: nn.Module) -> nn.Module:
