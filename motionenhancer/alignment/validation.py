@@ -25,7 +25,6 @@ class ValidatedTrainer(Trainer):
     """Number of batches of this process that count; None: all."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """See `Trainer`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, MotionDataset):
             self._counted = None
@@ -53,7 +52,6 @@ class ValidatedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """See `Trainer`."""
         self._evaluation = EvaluationLog(self.args.device, self._counted)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

@@ -172,7 +172,6 @@ class Combined:
         return answer
 
     def close(self) -> None:
-        """See `PriorMaker`."""
         for maker in self.makers:
             maker.close()
 

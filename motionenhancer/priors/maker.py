@@ -59,11 +59,9 @@ class PriorMaker(Protocol):
         Errors of the future: `VideoError` or `PriorError` if the clip or text is the cause, `DeadTeacher` if
         no more priors can be made, any other error for a failure of this attempt.
         """
-        ...
 
     def close(self) -> None:
         """Cancel requests that have not begun, and wait for the others."""
-        ...
 
 
 @dataclass
@@ -153,7 +151,6 @@ class LocalMaker:
             return self._reader.teacher
 
     def submit(self, request: PriorRequest) -> Future[Made]:
-        """See `PriorMaker`."""
         job = _Job(request)
         with self._lock:
             if self._closed:
@@ -167,7 +164,6 @@ class LocalMaker:
         return answer
 
     def close(self) -> None:
-        """See `PriorMaker`."""
         with self._lock:
             self._closed = True
         self._thread.close(wait=not self._stuck)
@@ -314,7 +310,6 @@ class Stored:
                 del self._open[key]
 
     def close(self) -> None:
-        """See `PriorMaker`."""
         # Do not wait for the pool with the lock held: a cancelled job takes the lock to be forgotten.
         with self._lock:
             self._closed = True

@@ -164,7 +164,6 @@ class RayMaker:
             hand.start()
 
     def submit(self, request: PriorRequest) -> Future[Made]:
-        """See `PriorMaker`."""
         answer: Future[Made] = Future()
         # Actors start in folders of their own.
         request = replace(request, video=request.video.absolute())
@@ -176,7 +175,6 @@ class RayMaker:
         return answer
 
     def close(self) -> None:
-        """See `PriorMaker`."""
         with self._changed:
             self._closing = True
             given_up = [*self._jobs]

@@ -20,14 +20,12 @@ class AttentionReader(Protocol):
         query (1, heads, tokens, width), key (1, heads, fold · tokens, width), lse (1, heads, tokens), natural
         logarithm. Reference keys, if any, follow the own keys.
         """
-        ...
 
     def cross_attention(self, text: torch.Tensor, vision: torch.Tensor) -> None:
         """Take one layer's cross-attention from vision tokens to the text.
 
         text (1, heads, length, width): the keys, including padding. vision (1, heads, S, width): the queries.
         """
-        ...
 
 
 @dataclass(frozen=True)
