@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..priors.confidence import gate_weight
 from ..priors.prior import say_cut
 from ..students.capture import capture_attention
 from ..weights import check_moments, load_whole, refuse_weights, saving
@@ -211,7 +210,7 @@ class MotionTrainer(ValidatedTrainer):
         gates = None
         if self.confidence_gate:
             sure = [1.0 if p is None else p.confidence["confidence"] for p in alignment.priors]
-            gates = [gate_weight(confidence, self.confidence_gate) for confidence in sure]
+            gates = [min(1.0, confidence / self.confidence_gate) for confidence in sure]
         distance = functools.partial(
             align,
             captured,

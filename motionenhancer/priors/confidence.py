@@ -49,13 +49,3 @@ def prior_confidence(attention: torch.Tensor, grid: tuple[int, int, int]) -> dic
         "variation": variation,
         "confidence": round(math.sqrt(concentration * variation), 6),
     }
-
-
-def gate_weight(confidence: float, gate: float) -> float:
-    """The factor on λ for a prior of this confidence: 1 from `gate` up, proportional below; gate 0: always 1.
-
-    Example:
-        >>> gate_weight(0.1, 0.2), gate_weight(0.3, 0.2), gate_weight(0.1, 0.0)
-        (0.5, 1.0, 1.0)
-    """
-    return min(1.0, confidence / gate) if gate > 0 else 1.0
