@@ -145,7 +145,7 @@ class MotionTrainer(ValidatedTrainer):
         totals[0] += sum(b["alignment"].count for b in batches if b.get("alignment") is not None)
         for batch in batches:
             totals[1] += _counting_tokens(batch)
-        self._step_totals = self._over_processes(totals)
+        self._step_totals = self.total_over_processes(totals)
         self._step_ids = [sample for b in batches for sample in b.get("ids", [])]
         return batches, items
 
@@ -307,7 +307,7 @@ class MotionTrainer(ValidatedTrainer):
         flags = [check.finite for check in checks] + list(others)
         bad = sum((~flag for flag in flags[: len(checks)]), torch.zeros_like(flags[0], dtype=torch.float32))
         if everywhere:
-            bad = self._over_processes(bad)
+            bad = self.total_over_processes(bad)
         count, *finite = torch.stack([bad, *[flag.to(bad) for flag in flags]]).tolist()
         if count:
             # Only the first: later ones in the step are its consequences.
@@ -361,7 +361,7 @@ class MotionTrainer(ValidatedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._log.entries(self._over_processes, self.args.world_size)
+            logs |= self._log.entries(self.total_over_processes, self.args.world_size)
             if "loss_align" in logs:
                 last = max(0, self.state.global_step - 1)
                 logs["lambda"] = self.alignment_schedule.at(last, self.state.max_steps)

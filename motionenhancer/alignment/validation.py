@@ -60,9 +60,8 @@ class ValidatedTrainer(Trainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
-    def total_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of the counts of all processes."""
-        return self._over_processes(counts.to(self.args.device)) if self.args.world_size > 1 else counts
-
-    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
+    def total_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors of all processes."""
+        if self.args.world_size == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum")
