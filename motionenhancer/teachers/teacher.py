@@ -29,19 +29,13 @@ class Teacher(ABC):
 
     Args:
         pipeline: diffusers' pipeline, on its device.
-        parts: configurations of the pipeline, from `known.read_folder`.
+        parts: configurations of the pipeline, from `config.read_folder`.
         plan: sizes of the model and its clips.
         id: see `teacher_id`; changes whenever weights, settings or arithmetic change.
-        device: device of the teacher.
-        dtype: dtype of weights and activations; noise levels and latents are float32.
-        split_batch: evaluate the rows of the prompt and of the empty prompt one after the other, to halve
-            memory.
-        texts: cache of text embeddings on disk; a cached text needs no text encoder.
+        device, dtype, split_batch, texts: as for `load_teacher`. Noise levels and latents are float32.
 
     Attributes:
-        heads, layers: numbers in one evaluation; with two experts, of one expert.
-        size: (height, width) in pixels of resized clips.
-        max_frames: maximum number of video frames of a clip; longer clips are thinned.
+        heads, layers, size, max_frames: those of the plan. Longer clips than `max_frames` are thinned.
         guidance: guidance input of the evaluations, if the model has such an input; 1: no guidance.
         picture: latents of the first frame of the current clip; see `showing`.
         boundary: timestep below which a second expert predicts, see `is_low_noise`; None if one transformer
