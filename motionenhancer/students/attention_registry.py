@@ -91,22 +91,25 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
             # Eager attention is no entry of the registry but the default that forward passes to its look-up.
             if "eager_attention_forward" not in namespace:
                 raise ValueError(f"model must define eager_attention_forward next to {kind} to run eager")
-            patches.setdefault((id(namespace), name), _patched_default(namespace))
+            patch = _patched(namespace, "eager_attention_forward", namespace, name)
+            patches.setdefault((id(namespace), name), patch)
             continue
         # Some versions of transformers look up the prefix of a paged cache, others drop it.
         names = [known for known in dict.fromkeys([name, name.removeprefix("paged|")]) if known in registry]
         if not names:
             raise ValueError(f"attn_implementation must be registered in transformers, {name!r} is not")
         for known in names:
-            patches.setdefault((id(registry), known), _patched_entry(registry, known))
+            if (id(registry), known) not in patches:
+                read_as, own = implementation_name(known, registry[known]), registry._local_mapping
+                patches[id(registry), known] = _patched(registry, known, own, read_as)
     return list(patches.values())
 
 
 @contextlib.contextmanager
-def _patched_entry(registry: Any, name: str) -> Iterator[None]:
-    local = registry._local_mapping
+def _patched(registry: Any, name: str, local: dict[str, Any], implementation: str) -> Iterator[None]:
+    """Wrap an entry of a registry, whose own entries, not those of all registries, are `local`."""
     was_local, before = name in local, registry[name]
-    wrapper = _wrapped(implementation_name(name, before), before)
+    wrapper = _wrapped(implementation, before)
     registry[name] = wrapper
     try:
         yield
@@ -117,18 +120,6 @@ def _patched_entry(registry: Any, name: str) -> Iterator[None]:
                 registry[name] = before
             else:
                 del registry[name]
-
-
-@contextlib.contextmanager
-def _patched_default(namespace: dict[str, Any]) -> Iterator[None]:
-    before = namespace["eager_attention_forward"]
-    wrapper = _wrapped("eager", before)
-    namespace["eager_attention_forward"] = wrapper
-    try:
-        yield
-    finally:
-        if namespace["eager_attention_forward"] is wrapper:
-            namespace["eager_attention_forward"] = before
 
 
 #: Parameters of attention functions that are read, or that change no attention weight before dropout.
