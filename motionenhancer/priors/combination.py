@@ -16,10 +16,10 @@ from ..data.video import VideoError
 from .confidence import prior_confidence
 from .maker import PriorMaker, RefusedClip, refusal_of, when_all
 from .prior import MotionPrior, PriorError
+from .reader import Grid
 from .requests import Made, PriorRequest
 from .storage import PriorStore
 
-Grid = tuple[int, int, int]
 Weights = tuple[float, ...] | None
 """One weight for each teacher; None: the weight of each prior is its confidence."""
 Span = tuple[int, int]

@@ -13,11 +13,9 @@ import torch
 from ..data.sample import Sample, prompt_text
 from ..data.video import Video
 from .capture import capture_attention
-from .family import StudentFamily
+from .family import Grid, StudentFamily
 from .layout import TokenLayout
 from .words import WordMap, find_words
-
-Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
