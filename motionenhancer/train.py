@@ -392,7 +392,8 @@ def _save(trainer: MotionTrainer, student: StudentArguments) -> None:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     refuse_weights([trainer.model, trainer.aligner], trainer.state.global_step, trainer.args.world_size)
     if student.lora_merge:
-        trainer.model = trainer.model.merge_and_unload()
+        adapted: Any = trainer.model
+        trainer.model = adapted.merge_and_unload()
     with saving(str(trainer.args.output_dir)):
         trainer.save_model()
     if student.save_aligner is not None and trainer.aligner is not None and trainer.args.should_save:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def _check_fit(family: str, folder: Path, found: Parts) -> None:
         _check_boundary(folder, found)
     channels = found["vae"]["z_dim" if family == "wan" else "latent_channels"]
     # Beside the noisy latents stand those of the first frame, or of a picture and a mask, zero without one.
-    inputs = {"cogvideox_image": 2 * channels, "hunyuan_video15": 2 * channels + 1}.get(family, channels)
+    inputs = {"cogvideox_image": 2 * channels, "hunyuan_video15": 2 * channels + 1}.get(family) or channels
     experts = [part for part in ("transformer", "transformer_2") if part in found]
     for part in experts:
         _check_channels(folder, part, found, channels, inputs)
@@ -191,7 +191,7 @@ def _check_boundary(folder: Path, found: Parts) -> None:
         )
 
 
-def _check_wan(folder: Path, found: Parts, experts: list[str], channels: int) -> None:
+def _check_wan(folder: Path, found: Parts, experts: Sequence[str], channels: int) -> None:
     for part in experts:
         config, patch = folder / part / "config.json", found[part]["patch_size"]
         if len(patch) != 3 or patch[0] != 1:
