@@ -301,6 +301,10 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
         raise ValueError(f"--{flags[name]} {rest}" if name in flags else str(error)) from error
 
 
+_MOST_PARTS = 10**5
+_MANY = list | tuple | set
+
+
 def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
@@ -310,6 +314,14 @@ def _read_config(path: Path, parser: _Parser) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not valid yaml ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: must be a mapping of options, got {type(given).__name__}")
+    parts: list[Any] = [given]
+    for _ in range(_MOST_PARTS):
+        if not parts:
+            break
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, _MANY) else ()
+    else:
+        raise ValueError(f"--config {path}: holds, or its aliases make, more than {_MOST_PARTS} values")
     names = parser.names
     unknown = [f"{str(key)!r}{near(str(key), list(names))}" for key in given if key not in names]
     if unknown:

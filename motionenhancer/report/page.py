@@ -43,21 +43,23 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
     try:
         report = read_json(folder / REPORT)
         log = report.get("training", {}).get("log", [])
+        curves = {
+            name: [[entry["step"], entry[name]] for entry in log if name in entry and "step" in entry]
+            for name in _CURVES
+        }
+        temperature = report.get("identity", {}).get("prior_temperature", 1.0)
     except FileNotFoundError:
         raise ValueError(f"{folder}: not the folder of a training run, as it has no {REPORT}") from None
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{folder / REPORT}: not a run's report ({error})") from error
     views = pick(load_views(folder), ids, f"{folder / KEPT}")
     shown = ("status", "error", "identity", "plan", "versions", "teacher", "alignment", "resumed_from")
     run = {
         "name": str(folder),
-        "curves": {
-            name: [[entry["step"], entry[name]] for entry in log if name in entry and "step" in entry]
-            for name in _CURVES
-        },
+        "curves": curves,
         "evaluation": report.get("evaluation"),
         "settings": _flat({key: report[key] for key in shown if key in report}),
-        "temperature": report.get("identity", {}).get("prior_temperature", 1.0),
+        "temperature": temperature,
     }
     target = output or folder / PAGE
     write_page(target, views, str(folder), run)

@@ -57,6 +57,14 @@ def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
     assert seen == ["here"]
 
 
+def aliases(depth: int) -> str:
+    """A short file whose value would have 2 ** depth parts."""
+    value = "&a0 [x, x]"
+    for i in range(1, depth):
+        value = f"&a{i} [{value}, *a{i - 1}]"
+    return f"head_ratio: {value}\n"
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -72,6 +80,8 @@ def test_the_recipe_is_chosen_by_what_was_given(tmp_path: Path) -> None:
         ("teacher: [2020-01-01]\n", "teacher must be a text, got"),
         ("limit: " + "[" * 10_000, "not valid yaml (maximum recursion"),
         ("limit: 2020-13-01\n", "not valid yaml (month must be"),
+        (aliases(40), "its aliases make, more than 100000 values"),
+        ("head_ratio: &a [*a]\n", "its aliases make, more than 100000 values"),
     ],
 )
 def test_a_bad_file_is_named(

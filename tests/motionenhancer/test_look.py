@@ -285,6 +285,7 @@ def test_a_failed_run_has_a_page_too(tmp_path: Path) -> None:
     (tmp_path / REPORT).write_text(json.dumps(report))
     assert write_run_page(tmp_path) == tmp_path / "report.html"
     assert ["error", "the loss is nan"] in shown(tmp_path / "report.html")["run"]["settings"]
-    (tmp_path / REPORT).write_text('{"training": []}')
-    with pytest.raises(ValueError, match="not a run's report"):
-        write_run_page(tmp_path)
+    for wrong in ({"training": []}, {"training": {"log": [5]}}, {"training": {"log": 5}}, {"identity": None}):
+        (tmp_path / REPORT).write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="not a run's report"):
+            write_run_page(tmp_path)
