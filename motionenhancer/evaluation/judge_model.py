@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.question import Question
+from ..threads import Threads
 from .answers import append_answers, mend_answers, read_lines
 from .benchmarks import Benchmark, Rules
 
@@ -26,6 +27,8 @@ _PAUSES = (1, 4, 16)
 """Seconds before a request that failed is sent again."""
 _PATIENCE = 300
 """Seconds that a server may be silent."""
+_WHOLE = 900
+"""Seconds that a whole reply may take: a server that sends a byte now and then is never silent."""
 _LONGEST = 2**20
 """Bytes of a reply; more is no judgement."""
 
@@ -115,18 +118,33 @@ def _chat(url: str, model: str, request: str) -> str:
     sent = urllib.request.Request(place, json.dumps(content).encode(), headers)
     for pause in (*_PAUSES, None):
         try:
-            with _OPENER.open(sent, timeout=_PATIENCE) as answer:
-                return _reply(place, answer.read(_LONGEST + 1))
-        except urllib.error.HTTPError as error:
-            said = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-            if pause is None or (error.code != 429 and error.code < 500):
-                raise ValueError(f"--judge_url {place} refused: {said}") from None
+            thread = Threads(1, "judge")
+            try:
+                refusal, body = thread.submit(_fetch, sent).result(_WHOLE)
+            finally:
+                thread.close(wait=False)
         except (OSError, http.client.HTTPException) as error:
             if pause is None:
-                why = str(error) or type(error).__name__
+                late = f"no whole reply in {_WHOLE:g} s" if isinstance(error, TimeoutError) else ""
+                why = str(error) or late or type(error).__name__
                 raise ValueError(f"--judge_url {place} cannot be reached ({why})") from None
+        else:
+            if refusal is None:
+                return _reply(place, body)
+            if pause is None or (refusal.code != 429 and refusal.code < 500):
+                said = f"{refusal.code} {refusal.reason}: {body.decode(errors='replace')}"
+                raise ValueError(f"--judge_url {place} refused: {said}")
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def _fetch(sent: urllib.request.Request) -> tuple[urllib.error.HTTPError | None, bytes]:
+    """The refusal of a request, if it was refused, and the beginning of the body."""
+    try:
+        with _OPENER.open(sent, timeout=_PATIENCE) as answer:
+            return None, answer.read(_LONGEST + 1)
+    except urllib.error.HTTPError as error:
+        return error, error.read(300)
 
 
 def _reply(place: str, body: bytes) -> str:

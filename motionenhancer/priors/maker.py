@@ -17,12 +17,12 @@ import torch
 from ..data import Sample, SkipLog
 from ..data.video import Video, VideoError, content_digest
 from ..teachers import Teacher
+from ..threads import Threads
 from .prior import PARTLY_UNKNOWN, MotionPrior, PriorError
 from .prior_settings import PriorSettings
 from .reader import Reader, Source
 from .requests import Made, PriorRequest, clip_name, request_key
 from .storage import DamagedPrior, PriorStore, Refusal
-from .threads import Threads
 
 PATIENCE = 8
 """A teacher counts as dead when it fails on this many clips in a row and the clips are not the cause."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,19 @@ def test_a_server_of_another_kind_is_refused(
     assert said.count("error: ") == 1
     assert len(said) < 1500
     assert not (tmp_path / "out" / "judgements.jsonl").exists()
+
+
+def test_a_server_that_never_comes_to_an_end(
+    judge: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that sends a byte now and then is never silent for long."""
+    end = threading.Event()
+    monkeypatch.setattr(judge_model, "_WHOLE", 0.2)
+    monkeypatch.setattr(judge_model, "_OPENER", SimpleNamespace(open=lambda *_, timeout: end.wait()))
+    assert run(tmp_path, *asking(judge)) == 2
+    end.set()
+    said = capsys.readouterr().err
+    assert f"--judge_url {judge.url}/chat/completions cannot be reached (no whole reply in 0.2 s)" in said
 
 
 def test_a_server_that_is_not_there(judge: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ from maker_support import NAME, SECONDS, SETTINGS, Fake, answer, files, kept, lo
 from test_store import make_prior
 from tiny_world import World
 
+from motionenhancer import threads
 from motionenhancer.data import SkipLog, content_digest, read_samples
-from motionenhancer.priors import threads
 from motionenhancer.priors.maker import (
     PATIENCE,
     DeadTeacher,
