@@ -243,8 +243,11 @@ def save_glm(folder: Path, seed: int = 0, kind: str = "glm4v") -> Path:
     return _save(folder, getattr(hf, f"{name}ForConditionalGeneration"), config, processor, seed)
 
 
-def save_gemma4(folder: Path, seed: int = 0) -> Path:
-    """Gemma 4 with 2 x 2 patches of 4 pixels a token, and a window of 16 tokens in two of four layers."""
+def save_gemma4(folder: Path, seed: int = 1) -> Path:
+    """Gemma 4 with 2 x 2 patches of 4 pixels a token, and a window of 16 tokens in two of four layers.
+
+    Seed 0 gives a tower whose gradient has a hundred times the rounding error of those of seeds 1 to 3.
+    """
     import transformers as hf
 
     template = gemma_template("<|image|>", "<|video|>")
