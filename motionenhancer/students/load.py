@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..files import read_json, too_deep
 from ..hub import model_folder
-from ..weights import load_whole
+from ..weights import load_whole, not_finite, read_weights
 from .families import student_family
 from .family import StudentFamily
 
@@ -165,7 +166,23 @@ def _adapted(model: Any, folder: Path) -> Any:
         raise ValueError(f"{folder} holds adapters, which need PEFT: pip install peft ({error})") from error
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors")
-    return PeftModel.from_pretrained(model, folder).eval()
+    if wrong := not_finite(read_weights(folder)):
+        raise ValueError(
+            f"{folder}: the weight {wrong} is NaN or infinite; download or save the adapters again"
+        )
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns, and leaves adapters without stored weights as they were begun.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # A configuration that makes no adapters ends in an error of any type.
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"{folder}: its {_ADAPTER} and weights make no adapters of this model ({said})"
+        ) from error
 
 
 def check_config(folder: Path) -> StudentFamily:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import motionenhancer.toy
@@ -167,3 +168,41 @@ def test_moments_of_which_some_are_lost_are_refused() -> None:
         ValueError, match=r"checkpoint-1: the optimizer.s state of a weight has no exp_avg_sq"
     ):
         check_moments(optimizer, "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("config", "harm", "said"),
+    [
+        ({"r": "a"}, "", "make no adapters of this model (TypeError"),
+        ({"peft_type": "XX"}, "", "make no adapters of this model (KeyError"),
+        ({"target_modules": "(("}, "", "make no adapters of this model ("),
+        ({"r": 4}, "", "make no adapters of this model (RuntimeError"),
+        ({}, "cut", "adapter_model.safetensors: cannot be read"),
+        ({}, "lost", "Found missing adapter keys"),
+        ({}, "nan", "is NaN or infinite"),
+    ],
+)
+def test_adapters_that_are_broken_are_named(
+    tmp_path: Path, config: dict[str, Any], harm: str, said: str
+) -> None:
+    model, _, _ = load_student(SHIPPED / "student")
+    shutil.copytree(
+        SHIPPED / "student", tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors", "config*")
+    )
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    settings = tmp_path / "a" / "adapter_config.json"
+    base = {"base_model_name_or_path": str(SHIPPED / "student")}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | base))
+    load_student(tmp_path / "a")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif harm == "lost":
+        save_file({key: value for key, value in weights.items() if key != name}, file)
+    elif harm == "nan":
+        save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, file)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'a'}.*{re.escape(said)}"):
+        load_student(tmp_path / "a")
