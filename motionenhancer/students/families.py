@@ -100,7 +100,7 @@ def _fewer_slices(part: Any, most: int, size: tuple[int, int]) -> dict[str, Any]
     """MiniCPM-V: fewer slices of a frame, or a smaller frame."""
     own, token = part.scale_resolution, part.patch_size * 4
     options: dict[str, Any] = {"patch_size": part.patch_size, "allow_upscale": True}
-    # transformers 5.17 rounds the size as for "16x" under either mode.
+    # transformers 5.16 and 5.17 round the size as for "16x" under either mode.
     if "downsample_mode" in inspect.signature(part.find_best_resize).parameters:
         options["downsample_mode"] = part.downsample_mode
         token = part.patch_size * (2 if part.downsample_mode == "4x" else 4)
