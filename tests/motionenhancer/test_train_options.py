@@ -208,7 +208,10 @@ def test_what_cannot_work_here_is_refused_before_anything_is_read(
 
 def test_memory_is_pinned_for_a_gpu_only(tmp_path: Path) -> None:
     """Without one, torch would warn in each run."""
-    assert not TrainArguments(output_dir=str(tmp_path), **PLAIN).dataloader_pin_memory
+    options = {**PLAIN, "use_cpu": False}
+    assert (
+        TrainArguments(output_dir=str(tmp_path), **options).dataloader_pin_memory == torch.cuda.is_available()
+    )
 
 
 def test_tf32_is_refused_where_the_machine_has_none(tmp_path: Path) -> None:
