@@ -23,6 +23,7 @@ def flash_attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    key_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the logsumexp of every row.
@@ -36,6 +37,9 @@ def flash_attention(
         window: (left, right) limits row i to the keys from i + Nk - Nq - left to i + Nk - Nq + right, as in
             flash-attn; -1 for no limit.
         softcap: scores become softcap * tanh(score / softcap), before the mask.
+        key_mask: (B, Nk) bool, True where a key may be seen; not with ``causal`` or ``window``. Each sample
+            is computed by itself, without its hidden keys, so every backend can do it. The call waits for
+            the device.
         backend: ``"auto"``, ``"torch"`` (chunked composite) or ``"reference"``; a kernel of torch:
             ``"cpu_flash"``, ``"flash"``, ``"cudnn"``, ``"efficient"``, ``"varlen_attn"``,
             ``"flex_attention"`` (only on request: it compiles for each kind of call); or an installed
@@ -76,6 +80,9 @@ def flash_attention(
     checks.window_size(window)
     scale, cap = checks.scale(softmax_scale, query.shape[3]), checks.softcap(softcap)
     left, right = window or (-1, -1)
+    checks.key_mask(key_mask, key)
+    if key_mask is not None and (causal or window is not None):
+        raise ValueError(f"key_mask cannot be combined with {'causal' if causal else 'window'}")
     if backend == "auto":
         backend = backends.active()
     if backend == "reference":
@@ -83,8 +90,23 @@ def flash_attention(
             reference.flash_attention,
             *(query, key, value),
             **{"softmax_scale": scale, "causal": causal, "window": window, "softcap": softcap},
+            key_mask=key_mask,
         )
         return out.to(query.dtype), lse.to(checks.accumulate_dtype(query.dtype))
+    if key_mask is not None and len(key_mask):
+        samples = [
+            flash_attention(
+                query[i : i + 1],
+                key[i : i + 1, :, seen],
+                value[i : i + 1, :, seen],
+                softmax_scale=scale,
+                softcap=softcap,
+                backend=backend if seen.any() else "torch",
+            )
+            for i, seen in enumerate(key_mask)
+        ]
+        outs, sums = zip(*samples, strict=True)
+        return torch.cat(outs), torch.cat(sums)
     checks.no_tangents("flash_attention", (query, key, value))
     call = Call(query, key, value, scale, causal or right == 0, left, right, cap)
     if backend == "auto" and kernels.prefers_cudnn(call):

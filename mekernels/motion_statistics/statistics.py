@@ -129,7 +129,8 @@ class MotionStatistics:
         Args:
             query: (1, H, N, D) with N = ``video.length``, floating point, any strides.
             key: (1, H, fold * N, D).
-            lse: (1, H, N) natural-log logsumexp over all keys.
+            lse: (1, H, N) natural-log logsumexp over all keys that a row may see. If text keys are masked, as
+                padding is, only ``lse`` changes: give that of the masked attention.
             softmax_scale: factor on the scores, 1 / sqrt(D) by default; the same factor that gave ``lse``.
             fold: number of equal parts of the key axis whose masses are added; 2 where reference keys follow
                 the own keys.

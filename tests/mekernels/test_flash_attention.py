@@ -180,6 +180,51 @@ def test_windows_and_soft_caps(monkeypatch, window, softcap, causal):
         assert_exact(actual, expected, 1e-11)
 
 
+@pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_a_key_mask(backend, softcap):
+    """Holes, no hidden key, and no visible key; with the gradients of output and logsumexp."""
+    if backend == "cpu_flash" and softcap is not None:
+        pytest.skip("cpu_flash has no soft cap")
+    inputs = [tensor.requires_grad_() for tensor in case(batch=4, queries=5, keys=9)]
+    key_mask = torch.ones(4, 9, dtype=torch.bool)
+    key_mask[0, [0, 3, 8]], key_mask[1, 4:], key_mask[2] = False, False, False
+    options = {"softmax_scale": 0.4, "key_mask": key_mask, "softcap": softcap}
+    runs = []
+    for name in (backend, "reference"):
+        out, lse = flash_attention(*inputs, **options, backend=name)
+        seen = lse.detach() != -math.inf
+        weights = randn(*out.shape, seed=5), randn(*lse.shape, seed=6) * seen
+        grads = torch.autograd.grad((out, lse), inputs, weights)
+        runs.append((out.detach(), lse.detach()[seen], seen.double(), *grads))
+    assert runs[0][2].reshape(4, -1).mean(1).tolist() == [1, 1, 0, 1]
+    for actual, expected in zip(*runs, strict=True):
+        assert_exact(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_key_mask_in_lower_precision(dtype):
+    inputs = case(batch=2, queries=13, keys=17, width=16, dtype=dtype)
+    key_mask = torch.rand(2, 17, generator=torch.Generator().manual_seed(0)) > 0.4
+    exact = reference.flash_attention(*(tensor.double() for tensor in inputs), key_mask=key_mask)
+    plain = reference.flash_attention(*inputs, key_mask=key_mask)
+    for ours, theirs, right in zip(flash_attention(*inputs, key_mask=key_mask), plain, exact, strict=True):
+        assert_error_rule(ours, theirs, right)
+
+
+def test_hidden_keys_may_be_non_finite_and_a_batch_empty():
+    query, key, value = case()
+    key_mask = torch.ones(2, 7, dtype=torch.bool)
+    key_mask[:, 5:] = False
+    expected = flash_attention(query, key[:, :, :5], value[:, :, :5])
+    key[:, :, 5:], value[:, :, 5:] = math.nan, math.inf
+    for actual, right in zip(flash_attention(query, key, value, key_mask=key_mask), expected, strict=True):
+        assert_exact(actual, right, 1e-12)
+    out, lse = flash_attention(query[:0], key[:0], value[:0], key_mask=key_mask[:0])
+    assert out.shape == (0, 4, 7, 8)
+    assert lse.shape == (0, 4, 7)
+
+
 def test_a_window_without_keys_to_the_right_is_the_causal_mask():
     inputs = case()
     for actual, expected in zip(
@@ -271,6 +316,14 @@ def test_use_backend_holds_where_none_is_given():
         ({"causal": "yes"}, TypeError, "causal must be a bool, got str"),
         ({"window": (-2, 0)}, ValueError, "window must hold -1"),
         ({"softcap": 0.0}, ValueError, "softcap must be finite and above 0"),
+        (
+            {"key_mask": torch.ones(2, 7)},
+            TypeError,
+            "key_mask must be a bool torch.Tensor, got torch.float32",
+        ),
+        ({"key_mask": torch.ones(2, 6) > 0}, ValueError, r"key_mask must have shape \(2, 7\)"),
+        ({"key_mask": torch.ones(2, 7) > 0, "causal": True}, ValueError, "cannot be combined with causal"),
+        ({"key_mask": torch.ones(2, 7) > 0, "window": (1, 1)}, ValueError, "cannot be combined with window"),
     ],
 )
 def test_bad_arguments(change, error, message):
