@@ -69,8 +69,8 @@ class TeacherCost:
         return (
             f"at least {readable(self.total)}: weights {weights}; "
             f"then at least {readable(self.encoding)} to encode a clip and at least "
-            f"{readable(self.reading)} to read it. These bounds are of one layer: encoding takes many times "
-            "more, which only a run measures"
+            f"{readable(self.reading)} to read it. These bounds are for one layer: encoding takes many times "
+            "more. Only a run shows how much"
         )
 
     def to_json(self) -> dict[str, Any]:

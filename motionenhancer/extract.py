@@ -203,7 +203,7 @@ def _make(
     counts: dict[str, int],
     skips: SkipLog,
 ) -> dict[str, float] | None:
-    """Make missing priors, with a progress bar over the data file's bytes; return the inversion error."""
+    """Make missing priors, with a progress bar over the data file; return the inversion error."""
     roundtrip = None
     size, hidden = 0 if data is None else data.stat().st_size, not PartialState().is_main_process
     # The data file is a stream: the number of its samples is not known, the bytes read are.

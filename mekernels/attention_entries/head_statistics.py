@@ -162,7 +162,7 @@ def _diagonals(video: slice | None, period: int | None, width: int, keys: int) -
 
 
 def _seeing(part: Call, keys: int) -> Tensor:
-    """(B, Hq, R): whether a row sees a key. Its logsumexp does not tell: a sink alone makes that finite."""
+    """(B, Hq, R): whether a row sees a key. The logsumexp does not show this: a sink makes it finite."""
     row = part.shift + torch.arange(part.query.shape[2], device=part.query.device)
     low = row - part.left if part.left >= 0 else torch.zeros_like(row)
     high = row + part.right + 1 if part.right >= 0 else torch.full_like(row, keys)

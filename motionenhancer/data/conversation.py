@@ -73,8 +73,8 @@ _REFUSED: dict[str, dict[str, str]] = {
 _HARMLESS: dict[str, Callable[[Any], bool]] = {
     _WEIGHT: lambda value: value == 1,
     _WHOLE: lambda value: value == 1,
-    _UNWANTED: lambda value: value is not False,  # any other label describes the clip, or wants the answer
-    _SOUND: lambda value: isinstance(value, bool),  # says whether there is sound, and is no sound
+    _UNWANTED: lambda value: value is not False,  # any other label describes the clip or a wanted answer
+    _SOUND: lambda value: isinstance(value, bool),  # only says whether there is sound
     # Boxes as ms-swift gives them; a list of objects describes the clip.
     _BOXES: lambda value: not (isinstance(value, dict) and value.keys() & {"ref", "bbox"}),
 }

@@ -98,8 +98,8 @@ def read_predictions(path: str | Path, log: SkipLog) -> dict[str, str]:
     """Read answers of another program: a json object from question id to output, or lines or a list of rows.
 
     A null output is an empty output. A clip's extension in an id is dropped, as in the ids of questions. If
-    an id is given twice, the first output counts of which MotionBench's rule reads a letter A to D, else the
-    last, as in the code of its authors.
+    an id is given several times, the first output counts in which MotionBench's rule reads a letter A to D.
+    If there is none, the last output counts. MotionBench's authors do the same.
 
     Args:
         path: the file; a row is ``{"id", "output"}``, as this package writes them, or ``{id: output}``.

@@ -84,9 +84,9 @@ class Benchmark:
     tasks: codes in the order of the table.
     read: file and log to questions.
     prompt: template of a request; ``{question}`` and ``{options}`` are filled in.
-    right: whether an output is right under the rules; only asked where the answer is public.
-    submission: questions and id to output under the rules, in the benchmark's own format: file name, content.
-    parse: an output's answer under the rules, for people to read; the output itself where it is matched.
+    right: whether an output is right under the rules; only called if the answer is public.
+    submission: (questions, id → output, rules) → file name and content in the benchmark's own format.
+    parse: an output's answer under the rules, for people to read; the output itself if a text is compared.
     max_new_tokens: length of an answer.
     rule: which of ``READINGS`` decides; empty where there is only one reading.
     folders: below the video root, where the published archive keeps its clips.
@@ -221,8 +221,8 @@ def _tempcompass(
         form: name of its file.
         kind: name of the form in a request to a judge model.
         prompt: template of a request.
-        read: output and options to what the authors' rule reads; empty where a judge model must be asked.
-        fields: of the benchmark; without ``right``, an output is right if what is read equals the answer.
+        read: (output, options) → what the authors' rule reads; empty if a judge model must be asked.
+        fields: of the benchmark. Without ``right``, an output is right if ``read`` returns the answer.
     """
 
     def doubt(question: Question, output: str, rules: Rules) -> str:

@@ -21,14 +21,14 @@ from .benchmarks import Benchmark, Rules
 
 JUDGEMENTS = "judgements.jsonl"
 TRIES = 11
-"""How often a question is put where the reply holds no verdict: once and ten times again, as TempCompass's
-authors do."""
+"""Maximum number of requests for one answer if no reply holds a verdict, as in the code of TempCompass's
+authors."""
 _PAUSES = (1, 4, 16)
 """Seconds before a request that failed is sent again."""
 _PATIENCE = 300
 """Seconds that a server may be silent."""
 _WHOLE = 900
-"""Seconds that a whole reply may take: a server that sends a byte now and then is never silent."""
+"""Seconds that a whole reply may take. A server that sends single bytes is never silent."""
 _LONGEST = 2**20
 """Bytes of a reply; more is no judgement."""
 
@@ -53,7 +53,7 @@ def judge_doubts(
     url: str,
     model: str,
 ) -> dict[str, bool]:
-    """Ask a model about every answer that the benchmark's rule cannot read; return id to verdict of these.
+    """Ask a model about every answer that the benchmark's rule cannot read; return the verdicts by id.
 
     Each judgement is on the disk before the next is asked for. A judgement of the same request by the same
     model is not asked for again.

@@ -39,7 +39,7 @@ Box = Sequence[float]
 
 
 def looks(prompt: str, asked: list[Asked], boxes: Mapping[str, Any], max_pixels: int | None) -> list[Asked]:
-    """The questions, each with the change of its clip's frames; of a clip without boxes, trails only.
+    """The questions, each with the change of its clip's frames. A clip without boxes gets trails only.
 
     Args:
         prompt: one of ``PROMPTS`` except "none".
@@ -52,7 +52,7 @@ def looks(prompt: str, asked: list[Asked], boxes: Mapping[str, Any], max_pixels:
     """
     given = [boxes.get(a.question.id) or boxes.get(video_stem(a.question.video)) for a in asked]
     if boxes and not any(given):
-        raise ValueError("--boxes must name questions or clips of this run, it names none of them")
+        raise ValueError("--boxes must name questions or clips of this run; it names none of them")
     found = []
     for item, regions in zip(asked, given, strict=True):
         look: Callable[[Video], Video] | None = None

@@ -61,7 +61,7 @@ def subtitles_digest(files: Sequence[Path]) -> str:
     digest, there = hashlib.sha256(), [file for file in sorted(set(files)) if file.is_file()]
     if not there:
         folder, name = files[0].parent, files[0].name
-        raise ValueError(f"--subtitles {folder} must hold srt files such as {name}, it has none")
+        raise ValueError(f"--subtitles {folder} must hold srt files such as {name}; it has none")
     for file in there:
         digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -72,7 +72,7 @@ def check_vllm(student: Path, family: StudentFamily) -> None:
 def vllm_engine(
     student: Path, dtype: str | None, *, max_pixels: int | None, max_new_tokens: int, **options: Any
 ) -> Engine:
-    """Load a student into vLLM. The engine raises ValueError where vLLM has other tokens than transformers.
+    """Load a student into vLLM. The engine raises ValueError if vLLM makes other tokens than transformers.
 
     Args:
         student: folder of a whole model.

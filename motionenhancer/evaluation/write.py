@@ -41,7 +41,7 @@ PAPER_ROWS: dict[str, dict[str, tuple[float, ...]]] = {
     "favor": {model: means for model, (_, means) in _MOTION_ROWS.items()},
     "videomme": {"base model": (60.7,), "base model + MotionEnhancer": (61.4,)},
 }
-"""Overall and, where it is printed, Average by the paper (arXiv 2606.06853, and its supplement)."""
+"""The paper's Overall and, if it prints one, Average (arXiv 2606.06853 and its supplement)."""
 
 
 def write_scores(

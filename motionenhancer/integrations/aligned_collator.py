@@ -99,7 +99,7 @@ def _row(feature: Any) -> Mapping[str, Any]:
 
 
 def _grids(batch: Mapping[str, Any], processor: Any) -> list[dict[str, Any]]:
-    """What `read_layout` is given of the first video of each sample, told by its number of video tokens."""
+    """Grid arguments of `read_layout` for each sample's first video; token counts tell whose video it is."""
     ids, name = batch["input_ids"], processor_family(processor).grid_input
     given, part = batch.get(name), processor.video_processor
     if given is None:

@@ -45,7 +45,7 @@ def write_task(
     asked: Sequence[tuple[Question, str, Path | Clip]],
     max_new_tokens: int,
 ) -> Path:
-    """Write a task's yaml file, which is returned, and its questions.
+    """Write a task's questions and its yaml file; return the yaml file's path.
 
     Args:
         folder: for lmms-eval's ``--include_path``.

@@ -63,7 +63,7 @@ def read_layout(
 def video_grid(
     processor: Any, tokens: int, grid_thw: Any = None, position_ids: torch.Tensor | None = None
 ) -> Grid:
-    """(F, H, W) of a video of so many tokens in a student, after spatial and temporal merging.
+    """(F, H, W) of a video with this number of tokens, after spatial and temporal merging.
 
     Args, Raises: as of `read_layout`.
     """
@@ -150,7 +150,7 @@ def _message_spans(
 def _last(piece: str, text: str, end: int, stops: set[int]) -> tuple[int, int] | None:
     pattern = re.compile(r"\s+".join(map(re.escape, piece.split())))
     spans = [match.span() for match in pattern.finditer(text, 0, end)]
-    # Where only spaces come between a piece and a special token, the piece ends a message.
+    # If only spaces stand between a piece and a special token, the piece ends a message.
     whole = [span for span in spans if len(text) - len(text[span[1] :].lstrip()) in stops]
     return whole[-1] if whole else spans[-1] if spans else None
 

@@ -45,7 +45,7 @@ def source_class(teacher: str) -> type[Source] | None:
     if teacher == REGIONS:
         return Regions
     try:
-        # Of a model of transformers, the config has a `model_type`.
+        # The config of a transformers model has a `model_type`.
         return OwnMaps if "model_type" in read_json(Path(teacher) / "config.json") else None
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Where teachers run: in this process, or in actors of a Ray cluster. The flags of that."""
+"""The flags that say where teachers run: in this process, or in actors of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MakerArguments(Settings):
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     prior_wait: float | None = setting(
         None,
-        "Stop the run after N seconds spent on one prior, or with Ray without any teacher. Default: 3600.",
+        "Stop after N seconds for one prior or, with Ray, without any teacher. Default: 3600.",
         aliases=["--ray_wait", "--ray-wait"],
         above=0,
     )

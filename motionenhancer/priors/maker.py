@@ -28,7 +28,7 @@ PATIENCE = 8
 """A teacher counts as dead when it fails on this many clips in a row and the clips are not the cause."""
 
 WAIT = 3600
-"""Default maximum of seconds for one prior, and in a Ray cluster without any teacher."""
+"""Default limit in seconds, for one prior and for the time without any teacher in a Ray cluster."""
 
 Item = TypeVar("Item")
 
@@ -204,7 +204,7 @@ class LocalMaker:
         return made
 
     def _late(self, request: PriorRequest) -> None:
-        """Answer all requests with a dead teacher: its thread does not come back from this one."""
+        """Answer all requests with the error of a dead teacher: its thread is stuck in this request."""
         said = f"the teacher gave no prior of {request.video} for {self._wait:g} s (--prior_wait)"
         with self._lock:
             self._dead, self._stuck = DeadTeacher(said), True
@@ -301,7 +301,7 @@ class Stored:
                 answer = self._open[request.key] = self._pool.submit(self._find_or_make, request)
                 answer.add_done_callback(lambda done: self._forget(request.key, done))
                 return answer
-        # Of one attempt, the first request gets the time and the fault of a file.
+        # If requests share an attempt, only the first one reports its time and a damaged file.
         return when_all([first], lambda: replace(first.result(), fresh=False, seconds=0.0, damaged=""))
 
     def _forget(self, key: str, done: Future[Made]) -> None:
@@ -384,7 +384,7 @@ class Stored:
 
 
 def when_all(waiting: Sequence[Future[Made]], combine: Callable[[], Made]) -> Future[Made]:
-    """Return a future of what `combine` makes of all results; cancelling it does not cancel them."""
+    """Return a future of `combine()`, called after all futures are done; to cancel it cancels no other."""
     answer: Future[Made] = Future()
     left, lock = [len(waiting)], Lock()
 

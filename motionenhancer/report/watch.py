@@ -270,7 +270,7 @@ def log_pictures(callbacks: Iterable[Any], pictures: Iterable[tuple[str, Image.I
 
     Args:
         callbacks: the Trainer's callbacks, before the trackers close at the end of the training.
-        pictures: names, which may repeat no other, and pictures. Only read if there is a tracker.
+        pictures: pairs of a unique name and a picture. Only read if there is a tracker.
         step: the step at which they are shown.
     """
     trackers = [(c, module) for c in callbacks for kind, module in _TRACKERS.items() if isinstance(c, kind)]
@@ -295,5 +295,5 @@ def _log(callback: Any, module: str, pictures: dict[str, Image.Image], step: int
             tracker.log_image(picture, f"{name}.png")
     else:
         shown = {name: tracker.Image(picture) for name, picture in pictures.items()}
-        # The step counts of the Trainer are the axis of both.
+        # Both trackers use the Trainer's step count as their axis.
         tracker.log({**shown, "train/global_step": step})

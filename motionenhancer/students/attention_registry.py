@@ -97,7 +97,7 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
         # Some versions of transformers look up the prefix of a paged cache, others drop it.
         names = [known for known in dict.fromkeys([name, name.removeprefix("paged|")]) if known in registry]
         if not names:
-            raise ValueError(f"attn_implementation must be registered in transformers, {name!r} is not")
+            raise ValueError(f"attn_implementation must be registered in transformers; {name!r} is not")
         for known in names:
             if (id(registry), known) not in patches:
                 read_as, own = implementation_name(known, registry[known]), registry._local_mapping
@@ -107,7 +107,7 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
 
 @contextlib.contextmanager
 def _patched(registry: Any, name: str, local: dict[str, Any], implementation: str) -> Iterator[None]:
-    """Wrap an entry of a registry, whose own entries, not those of all registries, are `local`."""
+    """Wrap an entry of a registry; `local` holds its own entries, without those of all registries."""
     was_local, before = name in local, registry[name]
     wrapper = _wrapped(implementation, before)
     registry[name] = wrapper

@@ -123,8 +123,8 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
             at = other.find(mark)
             if at < 0:
                 raise ValueError(f"the chat template does not show text part {j} of message {i}")
-            # The template may show a part of the text elsewhere, such as thoughts before the mark. A tag that
-            # opens them may be there without them, too.
+            # The template may show a part of the text, such as thoughts, before the mark. It may also show
+            # the opening tag of thoughts if there are none.
             start = next((k for k in range(at) if text[k] != other[k]), at)
             if start < at:
                 start = _with_opening(text, start, part["text"].lstrip())
@@ -134,7 +134,7 @@ def _text_spans(shown: _Shown, messages: Sequence[dict[str, Any]], text: str) ->
 
 
 def _with_opening(text: str, start: int, own: str) -> int:
-    """Return where the beginning of ``own`` stands before ``start``; ``start`` if it does not."""
+    """Return the position of the beginning of ``own`` before ``start``; ``start`` if it is not there."""
     end = len(text[:start].rstrip())
     return next((end - k for k in range(min(end, len(own)), 0, -1) if text[end - k : end] == own[:k]), start)
 

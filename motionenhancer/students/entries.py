@@ -116,7 +116,7 @@ class ForwardEntries:
                 shapes = (picked.shape, picked.dtype), (key.shape, key.dtype)
                 kind = _Kind(*shapes, id(reading), scale, cap, sinks is not None, dtype)
                 self._pending.setdefault(kind, (reading, []))[1].append((picked, key, sinks))
-                # Only layers on a CPU gain from waiting.
+                # Only a CPU gains if layers are collected and computed together.
                 numbers = picked.numel() + key.numel()
                 self._numbers += numbers if device.type == "cpu" else PENDING_NUMBERS
             else:

@@ -61,9 +61,9 @@ class StudentFamily:
         join: name of a vision input → dimension of its concatenation over media, if not 0.
         inputs: (processor, video or None, output of its processor) → inputs under the names of the model.
         shared_token: whether images and videos have one token.
-        frame_tokens: processor → number of tokens of a frame, where it is the same for all videos.
+        frame_tokens: processor → number of tokens of a frame, if it is the same for all videos.
         grid_input: name of the model's input that gives the grid of a video.
-        untold: why token ids, with this input where there is one, do not tell the layout; empty if they do.
+        untold: why token ids and `grid_input` do not show the layout; empty if they do.
         label: (processor, "video" or "image", n) → text before the n-th video or image of a sample.
         template: (processor, sample) → chat template, None for the folder's own.
         most_text: maximum number of text tokens of a model whose tokenizer gives none.
@@ -183,9 +183,9 @@ class StudentFamily:
 
         Returns:
             The model's inputs: ``input_ids``, ``attention_mask``, ``labels`` and the samples' token inputs,
-            (B, N) int64, and their vision inputs, concatenated. And ``layouts``, a list of
-            :class:`TokenLayout` in positions of the padded batch, which is for the alignment and must be
-            taken out before the batch is given to the model.
+            (B, N) int64, and their vision inputs, concatenated. Also ``layouts``, a list of
+            :class:`TokenLayout` in positions of the padded batch. The alignment uses it; take it out before
+            the batch is given to the model.
 
         Raises:
             ValueError: there are no samples, the padding side is unknown, samples have different token

@@ -23,7 +23,7 @@ from .family import StudentFamily
 _ADAPTER = "adapter_config.json"
 #: Characters of a chat template. Those of the known families have a few thousand.
 _MOST_TEMPLATE = 10**6
-#: Lines of a compiled chat template that one question runs. Those of the known families run a few hundred.
+#: Most lines of a compiled chat template for one question; the known families run a few hundred.
 _MOST_LINES = 10**5
 #: Fields of language models that change attention weights or logits where their class reads them.
 _CHANGES = {
@@ -172,16 +172,16 @@ def _adapted(model: Any, folder: Path) -> Any:
         )
     try:
         with warnings.catch_warnings():
-            # PEFT only warns, and leaves adapters without stored weights as they were begun.
+            # PEFT only warns; adapters without stored weights would keep their initial weights.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, folder).eval()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # A configuration that makes no adapters ends in an error of any type.
+        # An unusable configuration can raise an error of any type.
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"{folder}: its {_ADAPTER} and weights make no adapters of this model ({said})"
+            f"{folder}: its {_ADAPTER} and weights cannot be applied to this model ({said})"
         ) from error
 
 
@@ -270,7 +270,7 @@ def _check_processor(processor: Any, folder: Path) -> None:
 
 
 def _ends(processor: Any) -> bool:
-    """Whether the chat template comes to an end for one question, and for it with its answer.
+    """Whether the chat template ends, for one question and for one question with its answer.
 
     Jinja's sandbox limits what a template reaches, not how long it runs. Here the lines that the compiled
     template runs are counted, so the result does not depend on the machine's speed.
@@ -294,7 +294,7 @@ def _ends(processor: Any) -> bool:
         try:
             processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages == [asked])
         except Exception:
-            # It may not take these messages; what fails for a sample is said there.
+            # A template may refuse these messages; if it refuses a sample too, that error is reported.
             if lines > _MOST_LINES:
                 return False
         finally:

@@ -102,8 +102,8 @@ def map_words(
 
     Returns:
         A :class:`WordMap`. A segment that the text does not contain maps nothing; differences in white space
-        are ignored. Of a segment that a message shows only in part, such as an answer whose thoughts the
-        template drops, that part is mapped.
+        are ignored. If a message shows only a part of a segment, that part is mapped. An example is
+        an answer whose thoughts the template drops.
 
     Raises:
         ValueError: a span or segment lies outside its text, or a segment names a message or part of one that

@@ -14,7 +14,7 @@ class ReadingProcessor:
     """An attention processor of diffusers that passes its attention to a reader; see `Teacher.reading`.
 
     Args:
-        reader: receives row `row` of the first half of a batch, or of the whole batch without memory; None
+        reader: receives row `row` of the first half of a batch; without memory, of the whole batch. None
             reads nothing.
         memory: whether row i of the second half is the reference of row i of the first half, which also
             attends to it.
@@ -45,7 +45,7 @@ class ReadingProcessor:
     def attend_valid(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """`attend` for samples with masked padding at the end. It is cut off for one sample after the other.
+        """`attend` for samples with masked padding at the end: the padding is cut off, sample by sample.
 
         Args:
             query, key, value: as for `attend`.

@@ -154,7 +154,7 @@ def _check_fit(family: str, folder: Path, found: Parts) -> None:
     if family == "wan":
         _check_boundary(folder, found)
     channels = found["vae"]["z_dim" if family == "wan" else "latent_channels"]
-    # Beside the noisy latents stand those of the first frame, or of a picture and a mask, zero without one.
+    # Further inputs: latents of the first frame, or of a picture with its mask (zero if there is none).
     inputs = {"cogvideox_image": 2 * channels, "hunyuan_video15": 2 * channels + 1}.get(family) or channels
     experts = [part for part in ("transformer", "transformer_2") if part in found]
     for part in experts:
@@ -213,7 +213,7 @@ def _check_wan(folder: Path, found: Parts, experts: Sequence[str], channels: int
 
 
 def _check_flow(file: Path, scheduler: Mapping[str, Any]) -> None:
-    """Refuse numbers by which the noise levels cannot be shifted."""
+    """Refuse a scheduler whose numbers cannot shift the noise levels."""
     shift = flow_shift(scheduler)
     if not _is_number(shift) or not 0 < shift < math.inf:
         name = "flow_shift" if "flow_shift" in scheduler else "shift"

@@ -34,7 +34,7 @@ def blocks(pipeline: Any, names: str) -> Iterator[Any]:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """While open, transformers loads models as if no engine were configured.
+    """In this context, transformers loads models as if no engine were configured.
 
     Under ZeRO-3, `from_pretrained` splits every model over the processes. Under FSDP with RAM-efficient
     loading, only the first process gets weights. No engine would ever gather a teacher's text encoder, so it

@@ -208,7 +208,7 @@ def _fault(file: Path, state: Any) -> str:
     elif file.name == OPTIMIZER_NAME:
         if not any(group["params"] for group in state["param_groups"]):
             return "holds no parameters"
-        # With no moments Adam would begin anew. A loss scaler may have left out every step so far.
+        # Without its moments, Adam would begin anew. But a loss scaler may have skipped every step so far.
         begun = any("betas" in group for group in state["param_groups"])
         lost = not state["state"] or not all(state["state"].values())
         if begun and lost and not file.with_name(SCALER_NAME).exists():

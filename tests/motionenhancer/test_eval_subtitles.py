@@ -70,7 +70,7 @@ def test_a_changed_file_is_another_run_and_a_folder_of_others_is_refused(tmp_pat
     before = subtitles_digest(files)
     write(tmp_path, SRT.replace("guys", "all"))
     assert subtitles_digest(files) != before
-    with pytest.raises(ValueError, match=r"must hold srt files such as none.srt, it has none"):
+    with pytest.raises(ValueError, match=r"must hold srt files such as none.srt; it has none"):
         subtitles_digest(files[1:])
 
 

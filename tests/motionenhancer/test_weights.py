@@ -173,10 +173,10 @@ def test_moments_of_which_some_are_lost_are_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "harm", "said"),
     [
-        ({"r": "a"}, "", "make no adapters of this model (TypeError"),
-        ({"peft_type": "XX"}, "", "make no adapters of this model (KeyError"),
-        ({"target_modules": "(("}, "", "make no adapters of this model ("),
-        ({"r": 4}, "", "make no adapters of this model (RuntimeError"),
+        ({"r": "a"}, "", "cannot be applied to this model (TypeError"),
+        ({"peft_type": "XX"}, "", "cannot be applied to this model (KeyError"),
+        ({"target_modules": "(("}, "", "cannot be applied to this model ("),
+        ({"r": 4}, "", "cannot be applied to this model (RuntimeError"),
         ({}, "cut", "adapter_model.safetensors: cannot be read"),
         ({}, "lost", "Found missing adapter keys"),
         ({}, "nan", "is NaN or infinite"),
