@@ -58,7 +58,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         batch = {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
     tower = next(name for name in TOWERS if name in dict(model.named_modules()))
     sharpen(model, tower)
-    return model, tower, [0] if request.param == "minicpmv4_6" else None, batch
+    return model, tower, [0] if request.param.startswith("minicpm") else None, batch
 
 
 @contextlib.contextmanager

@@ -161,9 +161,7 @@ def test_a_prior_without_mappable_words_counts_and_costs_nothing(world: World, t
 
     _, dataset, collator = parts(world, tmp_path)
     items = [dataset[i] for i in range(2)]
-    words = dataclasses.replace(
-        items[0].words, rows=[], row_tokens=[], dropped=list(range(items[0].words.count))
-    )
+    words = dataclasses.replace(items[0].words, rows=[], row_tokens=[])
     batch = collator([dataclasses.replace(items[0], words=words), items[1]])
     assert batch["alignment"].count == 1
     assert batch["alignment"].mapped == items[1].words.mapped
