@@ -65,7 +65,7 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(
     assert "0 stored, 3 to make" in printed
     assert "evaluations of the transformer: 75" in printed
     assert "memory per process" in printed
-    assert "only a run measures" in printed, "what the estimate leaves out is said"
+    assert "Only a run shows how much" in printed, "what the estimate leaves out is said"
     assert not (tmp_path / "priors").exists()
 
 
