@@ -51,7 +51,8 @@ def test_a_teacher_that_does_not_come_back_counts_as_dead(fake: Fake, store: Pri
     assert str(found[0]) == f"the teacher gave no prior of {held.video} for 0.3 s (--prior_wait)"
     with pytest.raises(DeadTeacher, match="gave no prior"):
         inner.submit(fake.request("late"))
-    maker.close()  # It does not wait for the thread.
+    maker.close()
+    assert all(thread.is_alive() for thread in inner._thread._threads), "close waited for the thread"
     go_on()
     for pool in (inner._thread, inner._decoders):
         pool.join()
