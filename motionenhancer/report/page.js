@@ -6,8 +6,18 @@ const sources = Object.keys(data.names);
 const STATES = {
   kept: ["kept", data.run ? "the student follows the teacher's map of the word" : "the prior holds its map"],
   missing: ["not found", "the teacher keeps the word, but it is not among the student's tokens"],
-  dropped: ["dropped", "the word's map moves less than those of the kept words"],
+  dropped: ["dropped", "the word's motion score is lower than those of the kept words"],
   cut: ["cut", "the text was too long for the teacher, and the word comes after the cut"],
+};
+
+const CURVES = {
+  loss_ar: "Loss of the answers",
+  loss_align: "Distance to the teacher's maps",
+  lambda: "λ, the weight of that distance",
+  learning_rate: "Learning rate",
+  words_mapped: "Share of the teacher's words that are found",
+  confidence: "Confidence of the priors",
+  grad_norm: "Norm of the gradient",
 };
 
 // Texts come from data files: they only ever become text nodes.
@@ -157,7 +167,8 @@ function drawWords() {
     if (STATES[word.state]) counts[word.state] = (counts[word.state] || 0) + 1;
     const known = hasMap(view, word);
     if (!known && !STATES[word.state]) return word.text;
-    const options = { class: `word ${word.state}`, title: (STATES[word.state] || ["", "choose to see its maps"])[1] };
+    const why = (STATES[word.state] || ["", "choose to see its maps"])[1];
+    const options = { class: `word ${word.state}`, title: why + motion(word) };
     if (!known) return make("span", options, word.text);
     const choose = () => chooseWord(word.row);
     return make("button", { ...options, type: "button", "data-row": word.row, onclick: choose }, word.text);
@@ -165,8 +176,17 @@ function drawWords() {
   $("words").replaceChildren(...pieces);
   $("legend").replaceChildren(
     ...Object.entries(STATES).filter(([name]) => counts[name]).map(([name, [label, why]]) =>
-      make("span", { title: why }, make("span", { class: `word ${name}` }, label), ` ${counts[name]}`)));
+      make("p", {}, make("span", { class: `word ${name}` }, label), ` ${counts[name]}: ${why}${scoresOf(name)}.`)));
   markWord();
+}
+
+function motion(word) {
+  return word.score === undefined ? "" : `. Motion score ${number(word.score, 4)}`;
+}
+
+function scoresOf(name) {
+  const scores = state.view.words.filter((word) => word.state === name && word.score !== undefined).map((word) => word.score);
+  return scores.length ? ` (scores ${number(Math.min(...scores), 4)} to ${number(Math.max(...scores), 4)})` : "";
 }
 
 function chooseWord(row) {
@@ -183,8 +203,8 @@ function markWord() {
   const word = view.words.find((one) => one.row === state.row && hasMap(view, one));
   const kept = STATES[word && word.state];
   $("about").textContent = word
-    ? `“${word.text}”` + (kept ? ` is ${kept[0]}: ${kept[1]}.` : ".") +
-      (word.score === undefined ? "" : ` Motion score ${number(word.score)}.`) +
+    ? `“${word.text}”` + (kept ? ` is ${kept[0]}: ${kept[1]}` : "") + motion(word) +
+      (word.score === undefined ? "." : ": the attention to the clip, plus its change over time.") +
       (view.timed === false ? " The prior holds no times: its frames are spread evenly over the clip." : "")
     : "No word of this sample has a map.";
 }
@@ -319,15 +339,16 @@ function drawFigures() {
   const said = ["before", "after"].map((when) => score(view, when, "said"));
   if (said.some((text) => text !== null)) {
     const right = ["before", "after"].map((when) => ({ true: " (right)", false: " (wrong)" })[score(view, when, "right")] || "");
-    rows.push(["answer, each word predicted from the right words before it", (said[0] ?? "–") + right[0], (said[1] ?? "–") + right[1], ""]);
+    rows.push(["answer*", (said[0] ?? "–") + right[0], (said[1] ?? "–") + right[1], ""]);
   }
   const parts = [];
   if (view.answer) parts.push(make("p", {}, "Right answer: ", make("b", {}, view.answer)));
-  if (rows.length) parts.push(table(["", "before", "after", "change"], rows));
+  if (rows.length) parts.push(table(["", "before training", "after training", "change"], rows));
+  if (said.some((text) => text !== null)) parts.push(make("p", { class: "note" }, "* Each word is predicted from the right words before it."));
   if (view.confidence) {
     const about = view.confidence;
-    parts.push(make("p", {}, `Confidence of the prior ${number(about.confidence)}: ` +
-      `concentration ${number(about.concentration)}, variation ${number(about.variation)}.`));
+    parts.push(make("p", {}, `Confidence of the teacher's maps: ${number(about.confidence)}, from 0 to 1. It is high if ` +
+      `the maps are concentrated on few places (${number(about.concentration)}) and vary over time (${number(about.variation)}).`));
   }
   $("figures").replaceChildren(...parts);
 }
@@ -363,7 +384,8 @@ function drawHeads() {
       `the three scores, each standardised over the heads (--head_ratio ${heads.ratio}).`;
   const labels = { composite: "Sum of the standardised scores", dfc: "DFC: squares of attention along time, over all other squares",
     tcs: "TCS: mean run of frames above the map's mean", dsr: "DSR: share of attention along time above the mean" };
-  $("heads").replaceChildren(make("h2", {}, "The teacher's heads"), make("p", {}, why),
+  $("heads").replaceChildren(make("h2", {}, "The teacher's heads"),
+    make("p", {}, `The teacher's maps were read ${state.view.reading}. ${why}`),
     make("div", { id: "bars" }, ...Object.entries(labels).map(([name, label]) => bars(label, heads.scores[name], chosen))));
 }
 
@@ -373,8 +395,9 @@ function curve(name, points) {
   const x = (value) => 46 + (250 * (value - left)) / (right - left || 1);
   const y = (value) => 84 - (74 * (value - low)) / (high - low || 1);
   const path = points.filter((p) => p[1] !== null).map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`);
-  return make("div", {}, make("h3", {}, `${name}: ${number(ys[0], 4)} → ${number(ys[ys.length - 1], 4)}`),
-    make("svg", { viewBox: "0 0 300 104", role: "img", "aria-label": `${name} over steps` },
+  return make("div", {}, make("h3", {}, CURVES[name]),
+    make("div", { class: "note" }, `${name}: ${number(ys[0], 4)} → ${number(ys[ys.length - 1], 4)}`),
+    make("svg", { viewBox: "0 0 300 104", role: "img", "aria-label": `${CURVES[name]} over steps` },
       make("line", { class: "axis", x1: 46, x2: 296, y1: 86, y2: 86 }), make("polyline", { class: "curve", points: path.join(" ") }),
       make("text", { x: 0, y: 14 }, number(high)), make("text", { x: 0, y: 84 }, number(low)),
       make("text", { x: 46, y: 100 }, `step ${left}`), make("text", { x: 296, y: 100, "text-anchor": "end" }, right)));
@@ -392,6 +415,7 @@ function drawRun() {
       `Right answers: ${before} before, ${after} after.`
     : `${data.views.length} clip${data.views.length === 1 ? "" : "s"}.`;
   if (!run) return;
+  $("facts").replaceChildren(...run.facts.map(([name, value]) => make("li", {}, make("b", {}, name), ` ${value}`)));
   const parts = [];
   const curves = Object.entries(run.curves).filter(([, points]) => points.some((p) => p[1] !== null));
   if (curves.length) {
@@ -402,7 +426,7 @@ function drawRun() {
     parts.push(make("h2", {}, "Accuracy on the test questions, in percent"), table(["", "overall", ...tasks],
       Object.entries(run.evaluation).map(([when, one]) => [when, number(one.overall, 1), ...tasks.map((task) => number(one.tasks[task], 1))])));
   }
-  parts.push(make("details", { id: "settings" }, make("summary", {}, "Settings of the run"),
+  parts.push(make("details", { id: "settings" }, make("summary", {}, "All settings of the run"),
     make("table", {}, ...run.settings.map(([name, value]) => make("tr", {}, make("td", {}, name), make("td", {}, value))))));
   $("run").replaceChildren(...parts);
 }

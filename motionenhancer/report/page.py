@@ -48,22 +48,39 @@ def write_run_page(folder: Path, output: Path | None = None, ids: Sequence[str] 
             for name in _CURVES
         }
         temperature = report.get("identity", {}).get("prior_temperature", 1.0)
+        facts = _facts(report)
     except FileNotFoundError:
         raise ValueError(f"{folder}: not the folder of a training run, as it has no {REPORT}") from None
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / REPORT}: not a run's report ({error})") from error
     views = pick(load_views(folder), ids, f"{folder / KEPT}")
     shown = ("status", "error", "identity", "plan", "versions", "teacher", "alignment", "resumed_from")
     run = {
         "name": str(folder),
+        "facts": facts,
         "curves": curves,
         "evaluation": report.get("evaluation"),
         "settings": _flat({key: report[key] for key in shown if key in report}),
         "temperature": temperature,
     }
     target = output or folder / PAGE
-    write_page(target, views, str(folder), run)
+    write_page(target, views, f"Training run {folder}", run)
     return target
+
+
+def _facts(report: dict[str, Any]) -> list[list[str]]:
+    """What a run's report says of its models, of λ and of its length, as pairs of a name and a text."""
+    given, plan = report.get("identity", {}), report.get("plan", {})
+    teacher, steps = given.get("teacher"), plan.get("steps")
+    found = {
+        "status": ": ".join(filter(None, (report.get("status"), report.get("error")))),
+        "student": given.get("student"),
+        "teacher": " + ".join(teacher) if isinstance(teacher, list) else teacher,
+        "λ, the weight of the alignment loss": plan.get("schedule"),
+        "data": given.get("data"),
+        "steps": steps and f"{steps['total']}, each of {steps['batch']} samples",
+    }
+    return [[name, value] for name, value in found.items() if value]
 
 
 def pick(views: Sequence[View], ids: Sequence[str] | None, where: str) -> list[View]:
@@ -133,6 +150,11 @@ def _about(view: View) -> dict[str, Any]:
             heads = {"scores": prior.head_scores, "chosen": prior.heads}
             how = prior.settings
             about["heads"] = {**heads, "selection": how.head_selection, "ratio": how.head_ratio}
+            about["reading"] = (
+                f"in one pass at noise level {how.noise_level}; 0 is the clean clip, 999 is almost noise"
+                if how.mode == "renoise"
+                else f"by {how.steps} steps of inversion and {how.steps} steps of reconstruction"
+            )
     return about
 
 

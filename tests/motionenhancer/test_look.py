@@ -272,6 +272,21 @@ def test_a_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert packed[0]["grid"] == [4, 16, 16]
 
 
+def test_a_page_of_8_clips_of_noise_is_under_15_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One frame of 49, with a 49th of each limit: noise of 480 x 720, and 20 words with maps of noise."""
+    rng = np.random.default_rng(0)
+    encode_video(tmp_path / "noise.mp4", rng.integers(0, 256, (1, 480, 720, 3), dtype=np.uint8))
+    maps, spans = torch.from_numpy(rng.random((20, 30 * 45), np.float32)), [(i, i + 1) for i in range(20)]
+    prior = replace(make_prior(), attention=maps.half(), spans=spans, grid=(1, 30, 45), times=[0])
+    views = [View.of_prior(prior, id=str(i), video=tmp_path / "noise.mp4") for i in range(8)]
+    write_page(tmp_path / "empty.html", [], "no clips")
+    for name in ("CLIP_BYTES", "MAP_BYTES"):
+        monkeypatch.setattr(page_module, name, getattr(page_module, name) // 49)
+    write_page(tmp_path / "page.html", views, "noise")
+    size = (tmp_path / "page.html").stat().st_size - (tmp_path / "empty.html").stat().st_size
+    assert size < 15e6 / 49
+
+
 def test_scores_that_json_does_not_know(tmp_path: Path) -> None:
     """A head with attention along time only has an infinite DFC."""
     prior = make_prior()

@@ -14,9 +14,14 @@ from motionenhancer.report.page import write_page
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium is installed")
 
 RUN = {
+    "facts": [
+        ["status", "finished"],
+        ["teacher", MARKUP],
+        ["λ, the weight of the alignment loss", "1, linear to 0"],
+    ],
     "curves": {"loss_ar": [[1, 2.0], [2, 1.5], [3, None]], "lambda": []},
     "evaluation": None,
-    "settings": [["student", MARKUP], ["seed", "42"]],
+    "settings": [["identity.alignment_end_weight", MARKUP], ["seed", "42"]],
     "temperature": 0.25,
 }
 
@@ -73,7 +78,13 @@ def test_the_text_says_what_became_of_each_word(page: Page) -> None:
     assert texts(page, "#words .kept") == ["moves"]
     assert texts(page, "#words .dropped") == ["the", "square"]
     assert texts(page, "#words .cut") == [" — naïve ✓"]
-    assert texts(page, "#legend > span") == ["kept 1", "not found 1", "dropped 2", "cut 1"]
+    assert texts(page, "#legend p") == [
+        "kept 1: the student follows the teacher's map of the word (scores 0.3333 to 0.3333).",
+        "not found 1: the teacher keeps the word, but it is not among the student's tokens "
+        "(scores 0.3000 to 0.3000).",
+        "dropped 2: the word's motion score is lower than those of the kept words (scores 0.1000 to 0.1000).",
+        "cut 1: the text was too long for the teacher, and the word comes after the cut.",
+    ]
     assert page.run("$('words').textContent") == "the red square moves — naïve ✓"
 
 
@@ -186,8 +197,9 @@ def test_markup_of_a_data_file_is_text(page: Page, file: Path) -> None:
     page.press("ArrowDown")
     assert page.run("document.title") == "a run"
     assert page.run("$('words').textContent") == MARKUP
-    assert page.run("document.querySelectorAll('#layout img, #layout b b, #run img').length") == 0
+    assert page.run("document.querySelectorAll('header img, #layout img, #layout b b, #run img').length") == 0
     assert MARKUP in page.run("$('settings').textContent")
+    assert MARKUP in page.run("$('facts').textContent")
     assert MARKUP in page.run("$('figures').textContent")
 
 
@@ -237,14 +249,23 @@ def test_the_figures_answer_what_is_asked(page: Page) -> None:
     assert "better for 1, worse for 1. Right answers: 1 before, 1 after." in page.run(
         "$('summary').textContent"
     )
-    assert texts(page, "#curves h3") == ["loss_ar: 2.0000 → 1.5000"]
+    assert "read by 2 steps of inversion and 2 steps of reconstruction" in page.run("$('heads').textContent")
+    assert "maps: 0.200, from 0 to 1" in figures
+    assert texts(page, "#curves h3") == ["Loss of the answers"]
+    assert texts(page, "#curves .note") == ["loss_ar: 2.0000 → 1.5000"]
+    assert texts(page, "#facts li") == [" ".join(fact) for fact in RUN["facts"]]
     assert texts(page, "#settings tr:last-child td") == ["seed", "42"]
 
 
 @pytest.mark.parametrize("width", [1300, 420])
 def test_nothing_overflows(page: Page, tmp_path: Path, width: int) -> None:
     page.size(width, 900)
+    page.run("$('settings').open = true")
     assert page.run("document.documentElement.scrollWidth") <= width
+    heights = page.run(
+        "[...document.querySelectorAll('#settings td:first-child')].map((one) => one.offsetHeight)"
+    )
+    assert max(heights) < 35, "a setting's name is on one line"
     assert len(page.shoot(tmp_path / "page.png")) > 10_000
 
 

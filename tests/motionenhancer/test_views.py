@@ -224,6 +224,9 @@ def test_what_a_page_holds(tmp_path: Path) -> None:
         "ratio": prior.settings.head_ratio,
     }
     assert (first["confidence"], first["timed"]) == (prior.confidence, True)
+    assert first["reading"] == "by 2 steps of inversion and 2 steps of reconstruction"
+    short = replace(prior, settings=replace(prior.settings, mode="renoise", noise_level=300))
+    assert page._about(View.of_prior(short))["reading"].startswith("in one pass at noise level 300;")
     assert "heads" not in plain
     picture_size = Image.open(BytesIO(base64.b64decode(first["frames"][0]))).size
     assert picture_size == (64, 48)
@@ -243,7 +246,8 @@ def test_what_a_page_holds_of_a_run(tmp_path: Path) -> None:
     log = [{"step": 1, "loss_ar": 2.0}, {"loss_ar": 9.0}, {"step": 2, "loss_ar": 1.0, "lambda": 0.5}]
     report = {
         "status": "finished",
-        "identity": {"prior_temperature": 0.25, "seed": 7, "deep": {"name": "x"}},
+        "identity": {"prior_temperature": 0.25, "seed": 7, "deep": {"name": "x"}, "teacher": ["a", "b"]},
+        "plan": {"schedule": "1, constant", "steps": {"total": 2, "batch": 4}},
         "training": {"log": log, "steps": 2},
         "evaluation": {"overall": 50.0},
     }
@@ -251,7 +255,10 @@ def test_what_a_page_holds_of_a_run(tmp_path: Path) -> None:
     save_views(tmp_path, make_views(tmp_path))
     assert write_run_page(tmp_path, tmp_path / "other.html", ["plain"]) == tmp_path / "other.html"
     body = shown(tmp_path / "other.html")
-    assert (body["title"], [view["id"] for view in body["views"]]) == (str(tmp_path), ["plain"])
+    assert (body["title"], [view["id"] for view in body["views"]]) == (
+        f"Training run {tmp_path}",
+        ["plain"],
+    )
     curves = body["run"].pop("curves")
     assert {name: points for name, points in curves.items() if points} == {
         "loss_ar": [[1, 2.0], [2, 1.0]],
@@ -259,12 +266,22 @@ def test_what_a_page_holds_of_a_run(tmp_path: Path) -> None:
     }
     assert body["run"] == {
         "name": str(tmp_path),
+        "facts": [
+            ["status", "finished"],
+            ["teacher", "a + b"],
+            ["λ, the weight of the alignment loss", "1, constant"],
+            ["steps", "2, each of 4 samples"],
+        ],
         "evaluation": {"overall": 50.0},
         "settings": [
             ["status", "finished"],
             ["identity.prior_temperature", "0.25"],
             ["identity.seed", "7"],
             ["identity.deep.name", "x"],
+            ["identity.teacher", '["a", "b"]'],
+            ["plan.schedule", "1, constant"],
+            ["plan.steps.total", "2"],
+            ["plan.steps.batch", "4"],
         ],
         "temperature": 0.25,
     }
