@@ -108,7 +108,7 @@ def run(launch: Launch) -> Any:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Set the current device: Triton launches on it, and it may differ from the tensors' device."""
+    """Make the device of the tensors the current device, because Triton launches kernels on that one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

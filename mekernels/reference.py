@@ -124,7 +124,7 @@ HIDING = ("causal", "key_mask", "window", "key_range", "fold")
 
 
 def range_of_window(key_range: Tensor | None, rows: slice | None, queries: int) -> Tensor | None:
-    """The (B, R, 2) key range of a window of rows as that of all rows; rows outside see no key."""
+    """Extend the (B, R, 2) key range of a window of rows to all rows; other rows see no key."""
     if key_range is None:
         return None
     whole = key_range.new_zeros(len(key_range), queries, 2)

@@ -343,7 +343,7 @@ def _as_flag(action: argparse.Action, value: Any, key: str, mapping: bool) -> An
         raise ValueError(f"{key} must have a value")
     parts = [] if value is None else value if isinstance(value, list) and not mapping else [value]
     if not all(isinstance(part, str | int | float) or (mapping and isinstance(part, dict)) for part in parts):
-        # A bare date in yaml, for example, is no text.
+        # A bare date in yaml, for example, is not a text.
         number, text = action.type in (int, float), "a mapping or a text" if mapping else "a text"
         raise ValueError(f"{key} must be {'a number' if number else text}, got {str(value)[:80]}")
     if isinstance(value, list) and action.nargs is None:

@@ -198,7 +198,7 @@ def naming_options(given: Mapping[str, Any], *prefixes: str) -> Iterator[None]:
         said = " ".join(str(error).split())[:400] or type(error).__name__
         low = said.lower()
         words = {name: value for name, value in given.items() if isinstance(value, str) and len(value) > 2}
-        # the text that is no json, or the name of a file
+        # the text that is not json, or the name of a file
         texts = [text for name in ("doc", "filename") if (text := getattr(error, name, None))]
         meant = (
             [name for name, value in given.items() if value in texts]

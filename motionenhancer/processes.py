@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 def join_processes() -> PartialState:
     """Join the processes of `accelerate launch` or `torchrun`, with or without a GPU.
 
-    accelerate on its own stays alone there unless it is told to use the CPU.
+    Without a GPU, accelerate itself joins the processes only if it is told to use the CPU.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(

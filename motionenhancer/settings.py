@@ -172,8 +172,12 @@ class StudentArguments(ShownArguments):
         0.0, "Priors with lower confidence get a smaller weight; 0: off.", least=0
     )
     measure_alignment: bool = setting(False, "Log loss_align even if λ is 0.")
-    lora_r: int = setting(0, "Rank of LoRA adapters, trained in place of the weights; 0: none.", least=0)
-    lora_alpha: int | None = setting(None, "Adapters' scale times lora_r. Default: 2 · lora_r.", least=1)
+    lora_r: int = setting(
+        0, "Rank of LoRA adapters, which are trained instead of the weights; 0: no adapters.", least=0
+    )
+    lora_alpha: int | None = setting(
+        None, "The adapters' output is multiplied by lora_alpha / lora_r. Default: 2 · lora_r.", least=1
+    )
     lora_dropout: float = setting(0.0, "Dropout before the adapters.", least=0, below=1)
     lora_target: str = setting(
         "language",
@@ -282,7 +286,9 @@ class OnlineArguments(Settings):
         "With --prior_source hybrid: make missing priors before training, then free the teacher. For a "
         "teacher and a student that do not fit into memory together.",
     )
-    prior_prefetch: int = setting(1, "Steps by which the teacher works ahead; 0: none.", least=0)
+    prior_prefetch: int = setting(
+        1, "Number of steps for which priors are made ahead; 0: each step waits for its priors.", least=0
+    )
     agreement_clips: int = setting(
         4,
         "With --prior_mode renoise: number of clips that the full procedure reads too, at the start. The "

@@ -1,4 +1,4 @@
-"""Threads that work in the order of submission and do not keep a process from its end."""
+"""Threads that work in the order of submission, and for which no process waits at its end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class Threads:
     """A few daemon threads.
 
-    Before Python exits, it waits for the threads of a `ThreadPoolExecutor`, also for one that never comes
-    back. It does not wait for these.
+    Before Python exits, it waits for all threads of a `ThreadPoolExecutor`, even for a thread that never
+    ends. It does not wait for these threads.
 
     Args:
         count: number of threads.
@@ -29,7 +29,7 @@ class Threads:
         self._started = False
 
     def submit(self, do: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Call `do` in a thread. A result that the future got meanwhile, as a late call does, stays."""
+        """Call `do` in a thread. If the future has a result before the call ends, it keeps this result."""
         answer: Future[Any] = Future()
         self._calls.put((answer, do, args))
         if not self._started:

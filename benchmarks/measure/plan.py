@@ -19,7 +19,7 @@ class Plan:
     build: Callable[[], Work]
 
     def built(self) -> Work:
-        """The work; the one before it is let go."""
+        """The work; the previous work is freed."""
         if _held.get("plan") is not self:
             _held.clear()
             _held.update(plan=self, work=self.build())

@@ -57,7 +57,7 @@ def head_statistics(
 ) -> HeadStatistics:
     """Entropy, mean distance, share of sinks and of temporal diagonals of every head, in one pass.
 
-    A row and a key of a video lie on a temporal diagonal if they are the same place of two frames, or of one.
+    A row and a key of a video lie on a temporal diagonal if they have the same place in their frames.
     Token t of the video has the place ``(t - video.start) % period``. The places p and q count as the same if
     ``abs(p - q) <= diagonal_width``, without a wrap from the last place of a frame to the first.
 
@@ -69,7 +69,7 @@ def head_statistics(
         video: the tokens of one video, frame by frame, a slice of step 1 of the key positions of a part; all
             by default. Needs a period.
         period: tokens from a place of one frame to the same place of the next: the tokens of a frame, and of
-            the separator between frames if there is one. None for no diagonals.
+            the separator between frames if there is one. None: no diagonal share is computed.
         diagonal_width: see above; 0 for the exact place. Needs a period.
         rows: the window of rows to average, a slice of step 1; all by default.
         key_range: (B, R, 2) for the window of rows; otherwise as in :func:`mekernels.attention_columns`.
@@ -79,10 +79,11 @@ def head_statistics(
     Returns:
         Entropy, distance, sink share and, with a period, diagonal share, each (B, Hq), float64 for float64
         input and float32 otherwise. Rows that see no key are left out, and the diagonal share is the mean
-        over the rows of the video; with no such row, a statistic is 0. The position of row i is i + n - Nq,
+        over the rows of the video; a statistic without any row is 0. The position of row i is i + n - Nq,
         n the keys of a part, as with ``causal``. Learned sinks are not keys: no statistic counts them. The
-        diagonals are those of all frames, the row's own included. ``window=(period, period)`` leaves those of
-        the neighbouring frames, ``window=(0, 0)`` the row itself. Not differentiable.
+        diagonal share counts the keys of all frames, and the row's own frame is one of them. With
+        ``window=(period, period)`` it counts the neighbouring frames only, with ``window=(0, 0)`` the row's
+        own place only. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -91,7 +92,8 @@ def head_statistics(
     Source: entropy and distance of heads as in "Analyzing the Structure of Attention" (Vig and Belinkov,
     2019, arXiv 1906.04284); sinks as in "Efficient Streaming Language Models with Attention Sinks" (Xiao et
     al., ICLR 2024, arXiv 2309.17453); diagonals as in the head selection of "MotionEnhancer" (CVPR 2026,
-    arXiv 2606.06853): for a map that is no mean over layers, the numerator of DFC without the square.
+    arXiv 2606.06853): the diagonal share is like the numerator of DFC, but without the square and for one
+    layer.
 
     Example:
         >>> import torch, mekernels

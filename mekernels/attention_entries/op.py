@@ -46,7 +46,8 @@ def attention_columns(
             :func:`mekernels.attention_lse` returns it, float64 for float64 input and float32 otherwise. It
             must come from the same attention: same scale, keys, soft cap, bias and sinks. Sinks enter here
             only through ``lse``. Limits (``causal``, ``key_mask``, ``key_range``, ``window``) may be narrower
-            than those of ``lse``: the op reads fewer keys, of the softmax over all keys of ``lse``.
+            than those of ``lse``. The op then reads fewer keys, but the softmax is still that over all keys
+            of ``lse``.
         columns: (B, C) int64 key positions, -1 is padding and gives zeros; or a slice. With ``fold`` they are
             positions in the first part. Values are checked only on the CPU; on other devices a position out
             of range counts as padding.
@@ -139,7 +140,7 @@ def attention_sums(
         over: ``"rows"``: for each key, the sum over the rows. ``"columns"``: for each row, the sum over the
             keys, which is 1 over all keys.
         reduce: ``"sum"``, ``"mean"`` over all places of the window, hidden ones included, or ``"max"``, which
-            needs a ``fold`` of 1: the largest sum of two entries is no sum of the largest entries.
+            needs a ``fold`` of 1, because the maximum of a sum is not the sum of the maxima.
         rows: the window of rows, a slice of step 1, such as ``slice(-32, None)``; all by default.
         columns: the window of keys of a part, a slice of step 1; all by default.
         key_range: (B, R, 2) for the window of rows; otherwise as in :func:`mekernels.attention_columns`.
@@ -272,7 +273,7 @@ def attention_lse(
 
 
 def differentiable_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Tensor:
-    """Make a given logsumexp differentiable in query and key, whichever attention computed it.
+    """Make a given logsumexp differentiable in query and key, for a logsumexp of any attention.
 
     Its gradient is one more attention with the keys as values, because d lse / d score is the attention
     itself. It is computed only if a gradient reaches the logsumexp.

@@ -120,7 +120,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(kernel: str, kind: Kind) -> Tiles:
-    """Tiles that fit registers, which biases and float16's scale take too, and shared memory from 8.0 on."""
+    """Tiles that fit the registers, also with a bias or float16's scale, and the shared memory."""
     rows = max(16, power_of_two(kind.rows if kernel in ("row_columns", "bias_gradient") else kind.stacked))
     biased = kind.half and kind.bias is not None
     tile = _TILES[kernel][_class(kind)]
@@ -163,7 +163,7 @@ _BIASED = {("row_lse", 0), ("row_lse", 1), ("row_columns", 1), ("query_gradient"
 
 def slots(kernel: str, kind: Kind) -> int:
     """Programs of a kernel that the device runs at a time, limited by registers and shared memory."""
-    # The tile of 128 rows is that of the second class, whatever the width.
+    # The tile of 128 rows is that of the second class, for any width.
     place = 1 if tiles(kernel, kind).rows > 64 else _class(kind)
     held = _RESIDENT[kernel][place] if kind.bias is None else (1, 1)
     return held[0 if kind.target.capability >= 90 else 1] * kind.target.processors

@@ -52,7 +52,7 @@ def offsets(along, stride, WIDE: tl.constexpr):
 
 @triton.jit
 def grad_list(sample, head, GROUPS: tl.constexpr, MEAN: tl.constexpr):
-    """Index of the (rows, columns) gradient of a query head. With the mean, all heads share one."""
+    """Index of a query head's (rows, columns) gradient. If the heads are averaged, all heads share it."""
     if MEAN:
         return tl.zeros_like(head) + sample
     return sample * tl.num_programs(1) * GROUPS + head

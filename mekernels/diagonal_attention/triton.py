@@ -24,7 +24,7 @@ def load_lse(pointer, stride, token, known):
 
 @triton.jit
 def load_tokens(pointer, strides, token, known, first, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) values of a head from ``first`` on; zero for unknown tokens and past the width."""
+    """Load (tokens, BLOCK_D) values of a head from element ``first``; zero outside tokens and width."""
     width = first + tl.arange(0, BLOCK_D)
     place = token.to(tl.int64)[:, None] * strides[2] + width.to(tl.int64)[None, :] * strides[3]
     return tl.load(pointer + place, mask=known[:, None] & (width < WIDTH)[None, :], other=0.0)

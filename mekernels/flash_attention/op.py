@@ -50,7 +50,7 @@ def flash_attention(
         out and lse. out is (B, Hq, Nq, Dv) in the dtype of ``query``, differentiable in query, key and value.
         lse is (B, Hq, Nq), natural logarithm, float64 for float64 input and float32 otherwise, -inf for a row
         that sees no key, differentiable in query and key. A gradient of lse costs one more attention, with
-        the keys as values, unless the backend has it: ``"flash_attn_4"`` and ``"flex_attention"`` do.
+        the keys as values. ``"flash_attn_4"`` and ``"flex_attention"`` compute it themselves.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -228,7 +228,7 @@ def flex_attention(call: Call) -> Result:
     """torch's attention of any mask and score: compiled on CUDA; on the CPU as it is, with the whole map."""
     module = _module("flex_attention")
     queries, keys, device = call.query.shape[2], call.key.shape[2], call.query.device
-    # Python numbers in the two functions below would compile them anew for each value, a few times at most.
+    # Python numbers in the two functions below would compile them again for each value, a few times at most.
     limits = (queries + keys if size < 0 else size for size in call.window)
     shift, left, right = (torch.tensor(number, device=device) for number in (keys - queries, *limits))
     cap = torch.tensor(call.softcap, dtype=checks.accumulate_dtype(call.query.dtype), device=device)

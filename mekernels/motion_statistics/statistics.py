@@ -269,7 +269,7 @@ class MotionStatistics:
         inside += torch.stack([head.double().square().sum() for head in near.unbind(1)])
         scores = self._scores(diagonal, mass, inside, self._outside(sums))
         tau = mass.double().sum(1) / self.video.vision**2
-        # Places beyond the grid's ends hold zeros and are no entries.
+        # Places beyond the grid's ends hold zeros. They are not entries.
         entries = [diagonal] + [
             one[..., max(0, -shift) : self.video.positions - max(0, shift)]
             for one, shift in zip(near, self._shifts, strict=True)

@@ -289,7 +289,7 @@ def align_forward(
         grid_out: (frames, height, width) of the teacher's rows.
         row_mask: (B, R) bool, True where a row counts; other rows are never read. All rows by default.
         normalize: scale the student's resampled rows to sum to one.
-        normalize_teacher: scale the teacher's rows likewise.
+        normalize_teacher: scale the teacher's rows in the same way.
         gradient: also return ``row_gradient``, which :func:`align_backward` needs.
 
     Returns:

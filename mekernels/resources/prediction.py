@@ -338,7 +338,7 @@ def describe(gate: Gate, capability: int) -> dict[str, Any]:
 
 
 def inner(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The innermost loops of an entry: those that no deeper one follows."""
+    """The innermost loops of an entry: the loops that contain no other loop."""
     found = entry["loops"]
     return [
         loop

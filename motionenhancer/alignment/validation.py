@@ -34,7 +34,7 @@ class ValidatedTrainer(Trainer):
         batches = [numbers[start : start + size] for start in range(0, len(dataset), size)]
         mine = batches[self.args.process_index :: processes]
         self._counted = len(mine)
-        # A process with one batch less takes part in the others' forward passes all the same.
+        # A process with one batch less still takes part in the forward passes of the others.
         mine += batches[: math.ceil(len(batches) / processes) - len(mine)]
         return DataLoader(
             dataset,

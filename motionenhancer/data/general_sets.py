@@ -99,7 +99,7 @@ def read_mvbench(path: Path, log: SkipLog) -> Iterator[Question]:
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"--data {path} must hold MVBench's json files, there is none")
+        raise ValueError(f"--data {path} must hold MVBench's json files; it holds none")
     for file in files:
         code, folder = MVBENCH_TASKS[_known(file.stem, MVBENCH_TASKS, "task of MVBench", file)]
         for index, (line, row) in enumerate(read_objects(file, log)):

@@ -88,11 +88,11 @@ class Benchmark:
     submission: (questions, id → output, rules) → file name and content in the benchmark's own format.
     parse: an output's answer under the rules, for people to read; the output itself if a text is compared.
     max_new_tokens: length of an answer.
-    rule: which of ``READINGS`` decides; empty where there is only one reading.
+    rule: name in ``READINGS`` of the rule that reads an answer; empty if there is only one rule.
     folders: below the video root, where the published archive keeps its clips.
-    renamed: where the folder of a clip is part of its name, folder to its name in later archives; else None.
-    num_frames: of a clip, evenly, where the benchmark is our own; others are shown at 1 frame per second.
-    doubt: the request to a judge model about an output that no rule can read; empty where one can. None where
+    renamed: folder of clips → its name in later archives; None if folders are not part of the names.
+    num_frames: number of evenly spaced frames of a clip; None: one frame per second.
+    doubt: output that no rule can read → the request to a judge model, empty for any other output. None if
         the authors ask no model.
     """
 

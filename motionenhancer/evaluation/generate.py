@@ -37,7 +37,7 @@ from .subtitles import with_subtitles
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its request and the file of its clip; None if there is no file.
+    """A question with its request, and the file of its clip or None.
 
     subtitles: srt file whose text is put before the request; None if the run shows no subtitles.
     look: change of the clip's frames before they are shown; None for no change.
@@ -225,14 +225,14 @@ def open_batches(
 
     All questions with a clip are sorted, the longest first, and cut into batches, whether they are answered
     or not. So a batch that was never asked is the same after a kill, with the same padding, rounding and
-    answers. What is open of other batches, such as skipped questions, comes last, in batches of its own.
+    answers. Other open questions, such as those that were skipped, come last, in batches of their own.
 
     Args:
         asked: all questions of the run.
         open: ids of those without an answer.
         frames: how clips are shown.
-        length: (a clip's frames, all of whose pixels are 0) → a number that grows with its tokens. Questions
-            about clips of equal length keep their order; with None, all do.
+        length: (a clip's frames, with all pixels 0) → a number that grows with the clip's tokens. Questions
+            about clips of equal length keep their order. With None, all questions keep their order.
         batch_size: how many questions are asked at once.
     """
     order = [item for item in asked if item.video is not None] if open else []
@@ -263,7 +263,9 @@ def _outdated(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> set[st
 def encode_batch(
     batch: Sequence[Asked], encode: Callable[..., Any], frames: Frames
 ) -> tuple[list[dict[str, str]], list[Any]]:
-    """Return a row per question of a batch, with the reason if it is skipped, and the others' requests.
+    """Return a row for each question of a batch, and the requests of the questions that are not skipped.
+
+    The row of a skipped question holds the reason.
 
     Args:
         encode: of the :class:`Engine`.

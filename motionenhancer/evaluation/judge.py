@@ -6,7 +6,7 @@ import re
 import string
 from collections.abc import Sequence
 
-#: Words that are no noun and cannot come between an article and its noun: "A" before them is an option.
+#: Words that are not nouns and cannot come between an article and its noun: "A" before them is an option.
 _NO_NOUN = (
     r"is isn was wasn are were has have had does do did can(?=\sbe) could will would shall should may might "
     r"must and or nor but so yet for because since as if when while(?!\s(?:later|ago|after)) although though "
@@ -51,10 +51,11 @@ def first_letter(output: str) -> str:
 def lone_letter(output: str) -> str:
     """Read the single option letter A to F that stands alone; empty if there is none or more than one.
 
-    A lone lower-case letter counts only as the whole answer or in brackets: "a" is also a word. A capital
-    "A" is taken for the article where a noun can follow it: before a lower-case word that is no verb,
-    conjunction, preposition, pronoun or the like. After "option", "choice" or "letter" it is none, and after
-    "option" a lower-case letter counts too. The time is linear in the length of the output.
+    A lone lower-case letter counts only as the whole answer or in brackets: "a" is also a word. A capital "A"
+    counts as the article, not as a letter, if a noun can follow it: before a lower-case word that is not a
+    verb, conjunction, preposition, pronoun or the like. After "option", "choice" or "letter" it always counts
+    as a letter. After "option" a lower-case letter counts too. The time is linear in the length of the
+    output.
 
     >>> [lone_letter(s) for s in ("(b)", "b.", "The answer is B.", "B) a dog")]
     ['B', 'B', 'B', 'B']
@@ -78,8 +79,8 @@ def lone_letter(output: str) -> str:
 def videomme_letter(output: str) -> str:
     """Read an option letter as Video-MME's authors do (``eval_your_results.py``).
 
-    The first capital A to D counts, even inside a word. They strike out openings of a sentence before, which
-    hold no such capital.
+    The first capital A to D counts, even inside a word. Before that, they remove openings of a sentence; none
+    of these openings holds such a capital.
 
     >>> [videomme_letter(s) for s in ("B. left", "The best answer is: (C)", "A D", "b", "Best option: C")]
     ['B', 'C', 'A', '', 'B']
@@ -129,7 +130,7 @@ def matched_caption(output: str, options: Sequence[str]) -> str:
     """Find the option that an answer is, as TempCompass's authors do (``eval_caption_matching.py``).
 
     An answer is the whole option, its sentence (alone or after a bracket), its name, or the last word of its
-    name; nothing may be added but dots to a name.
+    name. An answer may add dots to a name, and nothing else.
 
     >>> options = ["Caption A: It turns.", "Caption B: It stays."]
     >>> said = options[1], "It stays.", "(B) It stays.", "Caption B.", "B"
@@ -157,8 +158,9 @@ def names_option(output: str, answer: str, options: Sequence[str], *, match_case
     """Tell whether an output names the right option, as FAVOR-Bench's authors do (``inference_qa_qwen.py``).
 
     The answer's text must appear in the output, and no longer option that contains it may. Case never matters
-    in the output. Their code lets it matter where it asks which options contain the answer; ``match_case``
-    does the same, so that "high jump" then counts for "Jump" although "High jump" is an option.
+    in the output. But in their code, case matters in the search for options that contain the answer.
+    ``match_case`` does the same, so that "high jump" then counts for "Jump" although "High jump" is an
+    option.
 
     >>> options = ["He jumps", "He jumps twice", "He sits"]
     >>> names_option("HE JUMPS.", "He jumps", options), names_option("he jumps twice", "He jumps", options)

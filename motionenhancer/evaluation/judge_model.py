@@ -30,7 +30,7 @@ _PATIENCE = 300
 _WHOLE = 900
 """Seconds that a whole reply may take. A server that sends single bytes is never silent."""
 _LONGEST = 2**20
-"""Bytes of a reply; more is no judgement."""
+"""Maximum bytes of a reply; a longer reply is not a judgement."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -77,7 +77,7 @@ def read_boxes(path: str | Path) -> dict[str, list[dict[str, Any]]]:
         Question's id, or the clip's name without extension, to regions.
 
     Raises:
-        ValueError: not such a file, or a row or region that is none; it is named.
+        ValueError: the file is not json or jsonl, or a row or region is invalid; the message names it.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for line, _, row, problem in open_source(path).rows():
@@ -101,7 +101,8 @@ def spotlight(video: Video, regions: Sequence[dict[str, Any]]) -> Video:
     stay near form a segment. The box of a segment contains all of its boxes.
 
     Raises:
-        ValueError: a box outside of the picture, a frame or time outside of the clip; it is named.
+        ValueError: a box is outside of the picture, or a frame or time outside of the clip; the message names
+            it.
     """
     height, width = video.frames.shape[1:3]
     frames = video.frames.copy()

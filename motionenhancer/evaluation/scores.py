@@ -154,5 +154,5 @@ def accuracies(sums: np.ndarray, run: int) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """[low, high] of the middle 95 %, resamples without a value left out."""
+    """[low, high] of the middle 95 % of the resamples that have a value."""
     return np.nanpercentile(values, [2.5, 97.5]).tolist()

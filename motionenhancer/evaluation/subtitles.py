@@ -53,10 +53,10 @@ def read_subtitles(file: Path) -> list[tuple[float, float, str]]:
 
 
 def subtitles_digest(files: Sequence[Path]) -> str:
-    """A sha256 of the names and bytes of those files that are there.
+    """A sha256 of the names and bytes of the files that exist.
 
     Raises:
-        ValueError: none is there.
+        ValueError: none of the files exists.
     """
     digest, there = hashlib.sha256(), [file for file in sorted(set(files)) if file.is_file()]
     if not there:

@@ -13,13 +13,13 @@ from ..data.question import video_stem
 
 
 class VideoFolder:
-    """The clips of a folder by the names a benchmark gives them, with or without extension.
+    """The clips of a folder by the names that a benchmark gives them, with or without extension.
 
-    A name is looked up as it stands below ``root`` and then ``folders``, then with any extension, and then
-    anywhere below ``root`` by its last part, if there is only one of it.
+    A name is first looked up unchanged, below ``root`` and below each of ``folders``, then with any
+    extension. At last, its last part is looked up anywhere below ``root``; exactly one file may fit.
 
-    With ``renamed``, the folder in a name counts: the last search uses the whole name, and then the name with
-    the other name of its folder. A folder that ends with ``_segment`` then holds clips that are already cut.
+    With ``renamed``, the last search uses the whole name, and then the name with its folder renamed. Then a
+    folder whose name ends with ``_segment`` holds clips that are already cut.
     """
 
     def __init__(

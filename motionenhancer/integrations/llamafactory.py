@@ -50,7 +50,7 @@ def register(prior_dir: str | Path, **options: Any) -> None:
 
 
 class RowsKept(SupervisedDatasetProcessor):
-    """Keeps beside the tokens of each sample the row that they were made of."""
+    """Keeps beside the tokens of each sample the row from which they were made."""
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """See LLaMA-Factory's; one more column."""

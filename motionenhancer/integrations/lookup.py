@@ -104,5 +104,5 @@ class PriorLookup:
         return DigestCache(self.store.folder, writes=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers of a data loader open what cannot be pickled anew."""
+        """Leave out what cannot be pickled: each worker of a data loader opens its own."""
         return {name: value for name, value in vars(self).items() if name != "_digests"}

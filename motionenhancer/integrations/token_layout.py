@@ -23,14 +23,14 @@ def read_layout(
     position_ids: torch.Tensor | None = None,
     start: int = 0,
 ) -> TokenLayout:
-    """Read the layout of a sample out of its token ids alone, whichever template they come from.
+    """Read the layout of a sample from its token ids alone, for any chat template.
 
-    A message is searched from the end of the text backward, and where it ends before a special token first:
-    so neither a system prompt nor the name of a role is taken for it.
+    A message is searched from the end of the text backward. Places where it ends before a special token come
+    first. So a system prompt or the name of a role is not mistaken for the message.
 
     Args:
         input_ids: (N,) int64 without padding. Each video token stands for one place of the grid.
-        sample: the conversation the ids were made of, with one video.
+        sample: the conversation from which the ids were made, with one video.
         processor: of the student, with a fast tokenizer; of Qwen2-VL to Qwen3.5, GLM-4.1V to 4.6V, Gemma 4,
             InternVL, LLaVA-OneVision, SmolVLM, or VideoLLaMA3 without token compression.
         grid_thw: (T, H, W) of the video in patches, for families whose processors give `video_grid_thw`.
@@ -39,8 +39,8 @@ def read_layout(
         start: padding tokens before the first.
 
     Returns:
-        The layout. A message that the ids do not spell has no characters in it. Of a text that was cut, the
-        part that is there is found.
+        The layout. A message that is not in the ids has no characters in the layout. Of a text that was cut,
+        the rest is found.
 
     Raises:
         ValueError: a slow tokenizer; another processor; video tokens that do not fill a grid; images beside

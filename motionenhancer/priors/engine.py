@@ -56,7 +56,7 @@ class MakerArguments(Settings):
     ray_cpus: int | None = setting(None, "CPU cores of each teacher. Default: 1.", least=1)
     prior_wait: float | None = setting(
         None,
-        "Stop after N seconds for one prior or, with Ray, without any teacher. Default: 3600.",
+        "Stop if a prior takes N seconds or, with Ray, if there is no teacher for N seconds. Default: 3600.",
         aliases=["--ray_wait", "--ray-wait"],
         above=0,
     )

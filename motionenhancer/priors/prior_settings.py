@@ -33,9 +33,15 @@ class PriorSettings:
     memory: bool = setting(True, "Reconstruction also attends to the inverted clip's keys and values.")
     head_ratio: float = setting(0.5, "Share of heads kept; 1 keeps all.", above=0, most=1)
     token_ratio: float = setting(0.5, "Share of words kept; 1 keeps all.", above=0, most=1)
-    sampled_rows: int | str = setting(64, 'Rows that estimate a sum of squares per head, or "all".', type=str)
+    sampled_rows: int | str = setting(
+        64, 'Number of rows from which sums of squares are estimated, or "all".', type=str
+    )
     seed: int = setting(
-        0, "Seed of a random start, and of renoise's noise.", flag="prior_seed", least=0, most=MAX_SEED
+        0,
+        "Seed of the noise of --start random and of --prior_mode renoise.",
+        flag="prior_seed",
+        least=0,
+        most=MAX_SEED,
     )
     mode: str = setting(
         "reconstruct",
@@ -61,7 +67,7 @@ class PriorSettings:
     )
     diagonal_width: int = setting(
         0,
-        "Head selection: places up to N steps apart in the grid's raster order count as one place.",
+        "Head selection: two places of the grid count as one if they are at most N apart in raster order.",
         least=0,
     )
     token_scores: str = setting(

@@ -144,15 +144,15 @@ class PriorStore:
         """Load and check a prior.
 
         Raises:
-            KeyError, OSError, DamagedPrior: there is none; its file cannot be read, which says nothing of
-                what it
-                holds; the file is not what was written.
+            KeyError: there is no such prior.
+            OSError: the file cannot be read, so its content is unknown.
+            DamagedPrior: the content of the file is not what was written.
         """
         path = self.path(key)
         try:
             if not S_ISREG(path.stat().st_mode):  # A pipe would be waited for.
                 raise DamagedPrior(f"{path}: not a regular file")
-            # safetensors says "no such file" of whatever cannot be opened.
+            # safetensors says "no such file" of every file that it cannot open.
             path.open("rb").close()
         except FileNotFoundError:
             raise KeyError(f"no prior {key} in {self.folder}") from None

@@ -39,7 +39,7 @@ def write_model_card(folder: Path, report: Mapping[str, Any], identity: Mapping[
         "pipeline_tag": "video-text-to-text",
         "tags": ["motionenhancer"],
     }
-    # json is yaml, and quotes whatever a path holds.
+    # json is yaml, and quotes all characters that a path may hold.
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
     lines += [f"# {Path(base).name}, fine-tuned with MotionEnhancer", ""]
     lines += [f"- base model: `{base}`"]

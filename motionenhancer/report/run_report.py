@@ -106,7 +106,8 @@ class RunReport:
         """Write the report whole, by rename.
 
         Raises:
-            OSError: it cannot be written, as on a full disk. A report that is there then says "failed".
+            OSError: it cannot be written, as on a full disk. An earlier report in the folder then says
+                "failed".
         """
         self.status = status
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}

@@ -166,7 +166,7 @@ class Watch(TrainerCallback):
         return self.trainer.train_dataset
 
     def samples(self) -> list[Sample]:
-        """Return the samples to read, spread evenly over those with a prior, or all if there is none."""
+        """Return evenly spaced samples of those with a prior; if no sample has one, of all samples."""
         dataset = self.dataset
         known = dataset.keys.keys() | dataset.requests.keys()
         listed = [s for s in dataset.samples if len(s.videos) == 1 and (not known or s.id in known)]

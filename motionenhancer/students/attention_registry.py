@@ -88,7 +88,7 @@ def _patches(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextMan
         if registry is None or name is None:
             raise ValueError(f"model must call transformers' ALL_ATTENTION_FUNCTIONS, {kind} does not")
         if name == "eager":
-            # Eager attention is no entry of the registry but the default that forward passes to its look-up.
+            # The registry has no eager attention: forward passes it to the look-up as the default.
             if "eager_attention_forward" not in namespace:
                 raise ValueError(f"model must define eager_attention_forward next to {kind} to run eager")
             patch = _patched(namespace, "eager_attention_forward", namespace, name)

@@ -36,8 +36,8 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
 
     Raises:
         ValueError: there are no messages or no assistant message; the first message is the assistant's; the
-            template fails; or it renders earlier messages differently, besides such a block, once later
-            messages are added.
+            template fails; or it renders a message differently after later messages are added, apart from a
+            block of thoughts.
     """
     messages = sample.messages
     if not messages:
@@ -46,7 +46,7 @@ def render(processor: Any, sample: Sample, template: str | None = None) -> Rende
     if "assistant" not in roles:
         raise ValueError(f"sample {sample.id!r} has no assistant message to train on")
     if roles[0] == "assistant":
-        raise ValueError(f"sample {sample.id!r} begins with an assistant message, so without a question")
+        raise ValueError(f"sample {sample.id!r} begins with an assistant message, so it has no question")
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
     if not answers:
         raise ValueError(f"sample {sample.id!r} leaves every answer out of the loss")

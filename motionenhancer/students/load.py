@@ -124,8 +124,8 @@ def load_processor(folder: Path) -> Any:
     """The processor of a student's folder.
 
     Raises:
-        ValueError: there is no processor, or it takes no videos, gives no character offsets, or has no
-            template or one that does not end.
+        ValueError: there is no processor; the processor takes no videos, gives no character offsets or has no
+            chat template; or the template runs without end.
     """
     from transformers import AutoProcessor
 

@@ -19,13 +19,14 @@ from .keys import Parts
 
 @contextlib.contextmanager
 def whole_layers(modules: Sequence[nn.Module], callback: Callback) -> Iterator[Callback]:
-    """Yield what is to be called with each part; ``callback`` gets the whole once its module has run.
+    """Yield a function that takes a module's parts; after the module has run, ``callback`` gets the whole.
 
-    Queries are handed on as they are. Where a module attends in several parts, the mask is a :class:`Parts`.
+    The function returns queries unchanged. If a module attends in several parts, the mask is a
+    :class:`Parts`.
 
     Raises:
-        ValueError: from what is yielded, for a module whose calls cannot be followed, or whose parts are
-            masked.
+        ValueError: raised by the yielded function, if the calls of a module cannot be followed or its parts
+            are masked.
     """
     running: dict[int, list[ObservedCall]] = {}
     known: dict[tuple[Any, ...], Parts] = {}

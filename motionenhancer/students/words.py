@@ -192,6 +192,6 @@ def _locate(
 
 
 def _visible(text: str, first: int, last: int) -> tuple[list[int], str]:
-    """The places of the characters that are no white space, and these characters."""
+    """The places of all characters but white space, and these characters."""
     places = [i for i in range(first, last) if not text[i].isspace()]
     return places, "".join(text[i] for i in places)

@@ -91,7 +91,7 @@ class Teacher(ABC):
     def schedule(self, steps: int, vision: int | None = None) -> Schedule:
         """The deterministic schedule of `steps` levels, with the forward scheduler's own noise levels.
 
-        Some flows shift them by the clip's number of vision tokens; None: the number of the longest clip.
+        Some flows shift the levels by the clip's number of tokens, `vision`; None: that of the longest clip.
         """
         return self._served(flow_schedule(steps, flow_shift(self.pipeline.scheduler.config)))
 

@@ -210,11 +210,10 @@ def open_priors(
 ) -> Iterator[RunPriors]:
     """Get priors for all samples that can have one, as `--prior_source` says.
 
-    The teacher, if there is one, goes with the context. "store" takes what is stored. "hybrid" makes and
-    keeps
-    what is missing, while training or, told so, before: every process its share. "online" makes all while
-    training and keeps none. `skips` receives samples without a prior, `report` the teacher and every prior's
-    description.
+    The teacher, if there is one, is freed at the end of the context. "store" takes only stored priors.
+    "hybrid" makes missing priors and stores them: during training, or before it if `how` says so. Then every
+    process makes its share. "online" makes all priors during training and stores none. `skips` receives the
+    samples without a prior. `report` receives the teacher and the description of every prior.
 
     Raises:
         ValueError: priors are missing with `--prior_source store`, or nothing is left to align.
@@ -246,7 +245,7 @@ def open_priors(
             given, made = report.identity, {"run": str(report.folder)}
             record = ExtractionRecord.of(prior, settings, engine.device, given, **made)
             for place, finished in enumerate(record.finished):
-                # Where the store cannot be written, the priors are used all the same.
+                # If the store cannot be written, the priors are still used.
                 with suppress(OSError):
                     if finished is None:
                         record.write(place, "training", {})

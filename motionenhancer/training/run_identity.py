@@ -66,11 +66,9 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return a run's identity: with any change the output folder belongs to another run.
 
-    Of processes, samples a device and accumulated micro-batches only the product counts, the global batch: a
-    run
-    may go on with other hardware. Two things tie it to the launch all the same: how its checkpoints are
-    split,
-    and, where incomplete batches are dropped, the batch of each process.
+    Only the global batch counts, not its factors: the numbers of processes, of samples per device and of
+    accumulated micro-batches. So a run may continue on other hardware. Two more things must stay the same:
+    the format of its checkpoints, and, if incomplete batches are dropped, the factors.
     """
     trained = open_source(data.data)
     batches = getattr(training, "accelerator_config", None)
@@ -208,7 +206,7 @@ def _fault(file: Path, state: Any) -> str:
     elif file.name == OPTIMIZER_NAME:
         if not any(group["params"] for group in state["param_groups"]):
             return "holds no parameters"
-        # Without its moments, Adam would begin anew. But a loss scaler may have skipped every step so far.
+        # Without its moments, Adam would start again. But a loss scaler may have skipped every step so far.
         begun = any("betas" in group for group in state["param_groups"])
         lost = not state["state"] or not all(state["state"].values())
         if begun and lost and not file.with_name(SCALER_NAME).exists():
