@@ -198,7 +198,12 @@ function chooseWord(row) {
 function markWord() {
   const view = state.view;
   for (const button of $("words").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", Number(button.dataset.row) === state.row);
+    const pressed = Number(button.dataset.row) === state.row;
+    button.setAttribute("aria-pressed", pressed);
+    // A long text scrolls in its box, so that the maps stay near.
+    const box = $("words");
+    const below = button.offsetTop - box.offsetTop - box.scrollTop;
+    if (pressed && (below < 0 || below + button.offsetHeight > box.clientHeight)) box.scrollTop += below;
   }
   const word = view.words.find((one) => one.row === state.row && hasMap(view, one));
   const kept = STATES[word && word.state];

@@ -269,6 +269,18 @@ def test_nothing_overflows(page: Page, tmp_path: Path, width: int) -> None:
     assert len(page.shoot(tmp_path / "page.png")) > 10_000
 
 
+def test_a_long_text_leaves_room_for_the_maps(page: Page) -> None:
+    page.size(420, 900)
+    word = "({ text: 'word ', state: 'kept', row: at === 299 ? 1 : 0 })"
+    page.run(f"state.view.words = Array.from({{ length: 300 }}, (_, at) => {word}); drawWords()")
+    box, last = page.run(
+        "[$('words'), [...document.querySelectorAll('#words button')].pop()]"
+        ".map((one) => one.getBoundingClientRect().toJSON())"
+    )
+    assert box["height"] < 0.4 * 900
+    assert box["top"] <= last["top"] < last["bottom"] <= box["bottom"], "the chosen word is in sight"
+
+
 def test_a_page_of_one_prior_without_its_clip(browser: Browser, tmp_path: Path) -> None:
     view = make_views(tmp_path)[0]
     write_page(tmp_path / "one.html", [type(view).of_prior(view.prior)], "a prior")
