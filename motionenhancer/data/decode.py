@@ -175,7 +175,7 @@ def say(error: BaseException) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the machine caused an error, not the file: no memory, too many open files, no share."""
+    """Whether the machine caused an error, not the file: no memory, too many open files, a lost network folder."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 
