@@ -175,7 +175,7 @@ def say(error: BaseException) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the machine caused an error, not the file: no memory, too many open files, a lost network folder."""
+    """Whether the machine caused an error, not the file: lack of memory or open files, a lost network."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 
