@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 
 def _runs_a_command(argv: list[str]) -> bool:
@@ -28,6 +30,12 @@ def _runs_a_command(argv: list[str]) -> bool:
 
 #: Whether this process was started to run one of the commands. In any other, signals are left alone.
 COMMAND_LINE = _runs_a_command(sys.orig_argv)
+
+#: Seconds in which a launcher sends its signal to the other processes when one has ended.
+PATIENCE = 10.0
+
+#: torch's errors in a process that waits for another process which has ended.
+_LOST = re.compile(r"^Dist\w*Error: |^RuntimeError: .*gloo", re.DOTALL)
 
 #: Temporary files that are being written, removed when the process ends at a signal.
 UNFINISHED: set[Path] = set()
@@ -56,6 +64,7 @@ def watch_signals() -> None:
     with suppress(ValueError):  # in another thread than the main one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
+        sys.excepthook = _after_the_launcher
 
 
 def on_interrupt(kept: Callable[[], str]) -> None:
@@ -67,6 +76,13 @@ def on_interrupt(kept: Callable[[], str]) -> None:
     """
     global _kept
     _kept = kept
+
+
+def _after_the_launcher(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """Print an error. If another process has ended, give the launcher time to end this one first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _LOST.search(f"{kind.__name__}: {error}"):
+        time.sleep(PATIENCE)  # until the launcher's signal
+    sys.__excepthook__(kind, error, at)
 
 
 def _say(kept: str) -> None:

@@ -110,6 +110,8 @@ class RunReport:
                 "failed".
         """
         self.status = status
+        if status == "interrupted":
+            self.content.pop("error", None)  # Another process ended first, and this one missed it.
         body = {"status": status, "identity": self.identity, "versions": versions(), **self.content}
         try:
             write_json(self.path, body)

@@ -18,17 +18,18 @@ from tiny_world import World
 from train_support import flags, report_of, shared_priors
 
 from motionenhancer import eval as evaluation
-from motionenhancer import train
+from motionenhancer import interrupts, train
+from motionenhancer.report.run_report import RunReport
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def start(*command: object) -> subprocess.Popen[str]:
+def start(*command: object, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -191,3 +192,48 @@ def test_signals_of_other_programs_are_left_alone() -> None:
     code = "import signal, motionenhancer; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr[-2000:]
+
+
+LAUNCHED = """
+import importlib.util, sys
+from pathlib import Path
+found = importlib.util.spec_from_file_location("interrupts", sys.argv[1])
+interrupts = importlib.util.module_from_spec(found)
+found.loader.exec_module(interrupts)
+interrupts.PATIENCE = float(sys.argv[2])
+interrupts.watch_signals()
+interrupts.on_interrupt(lambda: "a checkpoint is kept")
+Path(sys.argv[3]).touch()
+raise RuntimeError(sys.argv[4])
+"""
+LOST = "[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
+
+
+def launched(path: Path, error: str, patience: float) -> subprocess.Popen[str]:
+    """One process of two, which stops with an error after it made the file `path`."""
+    process = start("-c", LAUNCHED, interrupts.__file__, patience, path, error, WORLD_SIZE="2", RANK="0")
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    return process
+
+
+def test_a_process_that_misses_another_waits_for_the_launcher(tmp_path: Path) -> None:
+    """Its error came of the signal that ended the other process, and says nothing to a user."""
+    process = launched(tmp_path / "a", LOST, 60)
+    code, errors = stop(process, signal.SIGTERM, lambda: True)
+    check(code, errors, signal.SIGTERM, "a checkpoint is kept")
+    process = launched(tmp_path / "b", LOST, 0.1)
+    assert "Connection reset by peer" in process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    process = launched(tmp_path / "c", "CUDA out of memory", 60)
+    assert "CUDA out of memory" in process.communicate(timeout=30)[1]
+
+
+def test_a_report_of_an_interrupted_run_names_no_error(tmp_path: Path) -> None:
+    report = RunReport(tmp_path, {})
+    report.write("running")
+    report.fail(RuntimeError(LOST))
+    assert report_of(tmp_path)["error"] == LOST
+    report.write("interrupted")
+    assert "error" not in report_of(tmp_path)
