@@ -210,7 +210,7 @@ class StudentCost:
             return f"memory per device: {listed}, and activations"
         return (
             f"memory per device: about {readable(self.total)} ({listed}, activations about "
-            f"{readable(self.activations)} at {self.tokens:,} tokens, as the first sample has)"
+            f"{readable(self.activations)} at {self.tokens:,} tokens a sample, as the first one has)"
         )
 
 

@@ -23,6 +23,8 @@ from typing import Any, NoReturn, cast, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .__main__ import COMMANDS
+
 MAX_SEED = 2**32 - 1
 """numpy takes no larger seed."""
 
@@ -44,10 +46,10 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
         default: value if the flag is not given.
         help: text of `--help`.
         metadata: `flag`, the flag's name if it differs from the field's; `aliases`, older names; `type`, the
-            type of the command-line value; `positional`, whether the value is given without its flag. These
-            are checked by `check_fields`: `choices`; bounds of a number, `least`, `above`, `most` and
-            `below`, with `off`, a value outside of the bounds that switches it off; `exists`, "file" or
-            "folder".
+            type of the command-line value; `metavar`, what `--help` shows for the value; `positional`,
+            whether the value is given without its flag. These are checked by `check_fields`: `choices`;
+            bounds of a number, `least`, `above`, `most` and `below`, with `off`, a value outside of the
+            bounds that switches it off; `exists`, "file" or "folder".
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -121,6 +123,8 @@ class _Formatter(argparse.HelpFormatter):
         names = ", ".join(name for name in action.option_strings if "-" not in name[2:])
         if action.nargs == 0:
             return names
+        if isinstance(action.metavar, str):
+            return f"{names} {action.metavar}"
         value = action.dest.rsplit("_", 1)[-1].upper()
         if action.choices is not None:
             value = "|".join(map(str, action.choices))
@@ -146,8 +150,11 @@ class _Parser(HfArgumentParser):
         self.mappings: set[str] = set()
         self.behind: list[Any] = []
         super().__init__(classes, prog=prog, allow_abbrev=False, add_help=False, formatter_class=_Formatter)
+        what = COMMANDS.get(prog.removeprefix("python -m motionenhancer."))
+        self.description = what and f"{what[0].upper()}{what[1:]}."
         # The list of all options is a page long and would hide an error.
-        self.usage = "%(prog)s [--option value ...], with --help for all options"
+        given = "".join(f" {action.metavar}" for action in self._actions if not action.option_strings)
+        self.usage = f"%(prog)s{given} [--option value ...], with --help for all options"
         self.add_argument("--config", default=None, help="yaml file with these options; flags override it")
         self.add_argument("-h", "--help", action=_Help, help="show these options")
         if self.behind:
@@ -177,7 +184,7 @@ class _Parser(HfArgumentParser):
                 self.names[name.lstrip("-")] = shown.name
             group = own if mine or theirs is None else theirs
             if one.metadata.get("positional"):
-                group.add_argument(shown.name, nargs="?", metavar=shown.name.upper(), help=metadata["help"])
+                group.add_argument(shown.name, nargs="?", **metadata)
                 continue
             self._parse_dataclass_field(cast(argparse.ArgumentParser, group), shown)
 

@@ -70,7 +70,13 @@ class ToyArguments(Settings):
 class StoreArguments(Settings):
     """The action, and the folder of priors."""
 
-    action: str | None = setting(None, f"{', '.join(ACTIONS)}.", positional=True)
+    action: str | None = setting(
+        None,
+        "list: print every prior; verify: read every prior and set damaged files aside; prune: remove the "
+        "files that were set aside, and temporary files of runs that died.",
+        metavar="|".join(ACTIONS),
+        positional=True,
+    )
     prior_dir: str = setting(PriorArguments.prior_dir, "Folder of stored priors.")
 
     def __post_init__(self) -> None:
@@ -109,14 +115,16 @@ class ShownArguments(Settings):
     num_frames: int | None = setting(
         None,
         "Number of evenly spaced frames. Default: the family's number (InternVL: 8), else frames at "
-        "--video_fps; toy evaluation: as in training, or 8.",
+        "--video_fps; eval with --benchmark toy: as in the student's training, or 8.",
         least=1,
     )
     video_fps: float | None = setting(None, "Frames per second. Default: 1.", above=0)
     max_frames: int | None = setting(
-        None, "Maximum number of frames at --video_fps. Default: 64; evaluation: 768.", least=1
+        None, "Maximum number of frames at --video_fps. Default: 64; eval: 768.", least=1
     )
-    attn_implementation: str = setting("sdpa", "Attention implementation of the student.")
+    attn_implementation: str = setting(
+        "sdpa", "Attention implementation of the student, by transformers' name."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,7 +345,9 @@ class ReportArguments(Settings):
 class LookArguments(Settings):
     """What is shown, and the files that are written."""
 
-    run: str | None = setting(None, "Output folder of a training. Its page is rewritten.", positional=True)
+    run: str | None = setting(
+        None, "Output folder of a training. Its page is rewritten.", metavar="[RUN]", positional=True
+    )
     id: list[str] | None = setting(
         None, "Show only samples with these ids, or priors whose keys begin with these letters."
     )

@@ -207,7 +207,7 @@ def run(
             print(plan)
             costs = plan_memory(student, prior, settings, online, maker)
             for cost, place in costs:
-                print(f"teacher, {place}: {cost}")
+                print(f"memory of the teacher, {place}: {cost}")
             if costs:
                 described = [{**cost.to_json(), "place": place} for cost, place in costs]
                 report.content["plan"]["teacher"] = described if len(described) > 1 else described[0]

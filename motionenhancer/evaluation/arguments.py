@@ -33,7 +33,8 @@ class EvalArguments(ShownArguments, DataArguments):
     min_frames: int | None = setting(None, "Minimum number of frames at --video_fps. Default: 4.", least=1)
     max_pixels: int | None = setting(
         None,
-        "Maximum pixels of a frame; 0: the processor's limit. Default: 151200; toy: as in training.",
+        "Maximum pixels of a frame; 0: the processor's limit. Default: 151200; toy: as in the student's "
+        "training.",
         least=0,
     )
     engine: str = setting(
@@ -50,9 +51,15 @@ class EvalArguments(ShownArguments, DataArguments):
         least=1,
     )
     dtype: str = setting("auto", "Data type of the weights; auto: as stored.", choices=DTYPES)
-    workers: int = setting(0, "Number of processes that decode clips ahead.", least=0)
-    bootstrap_samples: int = setting(10000, "Number of bootstrap samples; 0: no intervals.", least=0)
-    bootstrap_unit: str = setting("question", "Unit that the bootstrap draws.", choices=["question", "video"])
+    workers: int = setting(0, "Number of processes that decode the next clips; 0: none.", least=0)
+    bootstrap_samples: int = setting(
+        10000, "Number of bootstrap samples for the scores' confidence intervals; 0: no intervals.", least=0
+    )
+    bootstrap_unit: str = setting(
+        "question",
+        "What the bootstrap draws: questions, or clips with all of their questions.",
+        choices=["question", "video"],
+    )
     seed: int = setting(0, "Seed of the bootstrap.", least=0, most=MAX_SEED)
     subtitles: str | None = setting(
         None, "Video-MME: folder of subtitles to show, files <videoID>.srt.", exists="folder"
@@ -66,13 +73,19 @@ class EvalArguments(ShownArguments, DataArguments):
     )
     boxes: str | None = setting(None, "File of object boxes, see docs/evaluation.md.", exists="file")
     lmms_eval: str | None = setting(
-        None, "Write the questions to this folder as a task of lmms-eval, and do nothing else."
+        None,
+        "Write the questions to this folder as a task of lmms-eval, and do nothing else.",
+        metavar="FOLDER",
     )
     judge_url: str | None = setting(
         None, "OpenAI-compatible address that ends with /v1. Its model judges answers that no rule can read."
     )
     judge_model: str | None = setting(None, "With --judge_url: the name of the model.")
-    compare: list[str] | None = setting(None, "Compare the answers of runs A and B, and do nothing else.")
+    compare: list[str] | None = setting(
+        None,
+        "Compare the answers of two runs, given by their output folders, and do nothing else.",
+        metavar="A B",
+    )
     task: str | None = setting(None, "With --compare: compare this task only.")
 
     def __post_init__(self) -> None:

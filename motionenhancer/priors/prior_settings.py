@@ -63,7 +63,10 @@ class PriorSettings:
         "mtti", "mtti: motion-salient token identification; off: keep all words.", choices=TOKEN_SELECTIONS
     )
     guidance_scale_2: float | None = setting(
-        None, "guidance_scale of the low-noise expert (Wan 2.2 A14B). Default: --guidance_scale.", least=0
+        None,
+        "--guidance_scale of the low-noise expert (Wan 2.2 A14B). Default: the same.",
+        metavar="SCALE",
+        least=0,
     )
     diagonal_width: int = setting(
         0,

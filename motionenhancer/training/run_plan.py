@@ -87,8 +87,10 @@ class RunPlan:
             f"steps: {steps.total:,} of {steps.batch} samples ({steps.an_epoch:,} per pass over "
             f"{steps.samples:,} samples); {self.processes} process{many}, {self.engine}"
         )
-        lines += [f"λ: {self.schedule}", *filter(None, [self.attention]), str(self.memory)]
-        return "\n".join(lines)
+        lines.append(f"alignment weight λ: {self.schedule}")
+        if self.attention is not None:
+            lines.append(f"the student's {self.attention}")
+        return "\n".join([*lines, str(self.memory)])
 
 
 def plan_run(

@@ -32,7 +32,17 @@ def test_a_command_says_its_options(name: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    assert f"motionenhancer.{name}" in capsys.readouterr().out
+    usage, what, *_ = capsys.readouterr().out.split("\n\n")
+    given = {"store": "list|verify|prune ", "look": "[RUN] "}.get(name, "")
+    assert usage.startswith(f"usage: python -m motionenhancer.{name} {given}[--option value ...], ")
+    assert " ".join(what.split()).lower() == f"{COMMANDS[name]}.".lower()
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval", "--compare A B"), ("look", "--guidance_scale_2 SCALE")])
+def test_help_names_the_value_of_a_flag(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert f"  {value}" in capsys.readouterr().out
 
 
 def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

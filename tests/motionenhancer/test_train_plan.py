@@ -59,7 +59,7 @@ def test_the_page_shows_the_plan_of_the_toy(
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry_run"]) == 0
     said = capsys.readouterr().out
-    said = said[said.index("what is trained:") : said.index("\nteacher, beside the student")]
+    said = said[said.index("what is trained:") : said.index("\nmemory of the teacher, beside the student")]
     small = shown.replace("480", "16").replace("300 of 16", "10 of 16").replace("(30 per pass", "(1 per pass")
     assert said.splitlines() == small.splitlines()
 
