@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,10 @@ from ..priors.prior import MotionPrior
 
 #: Number of first samples without any prior that counts as a mistake of the settings.
 PATIENCE = 32
+#: Number of reasons why a sample has no prior that are printed.
+SHOWN = 3
+
+logger = logging.getLogger("motionenhancer")
 
 
 class PriorLookup:
@@ -86,12 +91,14 @@ class PriorLookup:
         return None
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Count a sample without a prior.
+        """Count a sample without a prior, and print the first reasons.
 
         Raises:
             ValueError: see `of`.
         """
         self.missing[reason] += 1
+        if self.missing[reason] == 1 and len(self.missing) <= SHOWN:
+            logger.warning("%s is trained on without alignment: %s", name, reason)
         if not self.found and self.missing.total() >= PATIENCE:
             raise ValueError(
                 f"none of the first {PATIENCE} samples has a prior in {self.store.folder} (teacher "

@@ -197,7 +197,7 @@ def test_the_store_knows_which_text_its_priors_are_of(tmp_path: Path, world: Wor
     assert prior.settings.steps == 2
 
 
-def test_what_has_no_prior_is_counted(priors: Path, world: World) -> None:
+def test_what_has_no_prior_is_counted(priors: Path, world: World, caplog: Any) -> None:
     lookup = PriorLookup(priors)
     sample = next(iter(read_samples(world.data, world.videos)))
     video = Path(sample.videos[0])  # type: ignore[arg-type]
@@ -209,6 +209,12 @@ def test_what_has_no_prior_is_counted(priors: Path, world: World) -> None:
     assert lookup.found == 0
     assert lookup.missing.total() == 4
     assert any("nowhere.mp4" in reason for reason in lookup.missing)
+    for _ in range(2):
+        assert lookup("elsewhere.mp4", "What?", "That.") is None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3, "the first reasons, each once"
+    assert said[0] == f"{video} is trained on without alignment: no such prior in the store"
+    assert said[1].startswith("nowhere.mp4 is trained on without alignment: ")
 
 
 def test_a_prior_on_another_grid_is_left_out(priors: Path, world: World) -> None:
