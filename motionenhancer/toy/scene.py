@@ -136,7 +136,7 @@ def _overlap(a: ToyObject, b: ToyObject) -> bool:
     return bool((distance < 1.15 * (a.radius + b.radius)).any())
 
 
-def _acts(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+def _acts(task: str, rng: np.random.Generator, movers: int) -> list[dict[str, Any]]:
     """What the asked object and a second one do."""
     way = str(rng.choice(list(DIRECTIONS)))
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[way]
@@ -147,12 +147,16 @@ def _acts(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
         return [{"motion": way, "then": str(rng.choice(sideways))}, {"motion": "still"}]
     if task == "RC":
         return [{"motion": "hop", "times": int(rng.integers(1, MOST_HOPS + 1))}, {"motion": "still"}]
+    if task == "MR" and movers == 1:
+        return [{"motion": way}, {"motion": "still"}]
     if task == "MR":
         return [{"motion": way}, {"motion": str(rng.choice([*sideways, opposite]))}]
     return [{"motion": way}, {"motion": opposite}]
 
 
-def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: str | None = None) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, task: str | None = None, *, split: str | None = None, movers: int = 2
+) -> Scene:
     """Draw a scene about which ``task`` can be asked: three objects, at least one of them still.
 
     Colours and shapes within a scene are distinct. Objects never touch and stay inside the frame, so every
@@ -163,6 +167,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
         rng: source of all random numbers.
         task: one of :data:`TASKS`; any by default.
         split: "train" or "test": only the pairs of colour and shape of this split; None: all pairs.
+        movers: number of objects that move in a scene of motion recognition, 1 or 2.
 
     >>> scene = sample_scene(np.random.default_rng(0), "MO")
     >>> len(scene.movers), len(scene.objects)
@@ -173,7 +178,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, *, split: st
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     pairs = [p for p in _PAIRS if split is None or (p in _HELD_OUT) == (split == "test")]
-    acts = [*_acts(task, rng), {"motion": "still"}]
+    acts = [*_acts(task, rng, movers), {"motion": "still"}]
     camera = str(rng.choice(list(DIRECTIONS))) if task == "CM" else "still"
     while True:
         drawn = [pairs[i] for i in rng.permutation(len(pairs))]

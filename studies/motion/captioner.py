@@ -34,6 +34,7 @@ class Regime:
     Attributes:
         clips, test_clips: number of training and test clips.
         world_seed: seed of the clips.
+        movers: number of the three objects that move, 1 or 2.
         steps, batch, learning_rate: of the training, whose rate falls along a cosine to nearly zero.
         weight: λ at the start; λ falls to zero linearly.
         width, layers: of the captioner.
@@ -42,6 +43,7 @@ class Regime:
     clips: int = 2000
     test_clips: int = 2000
     world_seed: int = 2
+    movers: int = 2
     steps: int = 700
     batch: int = 16
     learning_rate: float = 3e-3

@@ -61,14 +61,14 @@ class Clips:
     masks: Maps
 
 
-def draw(seed: int, split: str, index: int) -> tuple[Scene, Clip]:
-    """Draw a clip of three objects, two of which move, each in its own direction.
+def draw(seed: int, split: str, index: int, movers: int = 2) -> tuple[Scene, Clip]:
+    """Draw a clip of three objects, one or two of which move, each in its own direction.
 
     The objects come in an order drawn at random, so that an object's place in the caption does not show what
     it does. The pairs of colour and shape of "train" and "test" differ.
     """
     rng = np.random.default_rng([_STREAM, seed, split == "test", index])
-    scene = sample_scene(rng, "MR", split=split)
+    scene = sample_scene(rng, "MR", split=split, movers=movers)
     scene = Scene(tuple(scene.objects[i] for i in rng.permutation(len(scene.objects))), scene.ground)
     return scene, render(scene)
 
@@ -86,11 +86,11 @@ def words_of(text: str) -> list[tuple[int, int]]:
     return [found.span() for found in re.finditer(r"\w+", text)]
 
 
-def make_clips(seed: int, split: str, count: int) -> Clips:
+def make_clips(seed: int, split: str, count: int, movers: int = 2) -> Clips:
     """Draw ``count`` clips and encode them."""
     tubes, texts, rows, kept = [], [], [], []
     for i in range(count):
-        scene, clip = draw(seed, split, i)
+        scene, clip = draw(seed, split, i, movers)
         text = caption(scene)
         prior, words = looks_prior(text, scene, clip.masks, MAP_GRID), words_of(text)
         assert prior is not None

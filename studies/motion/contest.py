@@ -57,6 +57,7 @@ class Material:
             heads=heads,
             words=words,
             temperature=TEMPERATURE,
+            movers=regime.movers,
         )
 
     def ensemble(self, *, heads: bool = True) -> Maps:
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", type=int, nargs="*", default=list(range(40, 46)), help="of the trainings (%(default)s)")
     for name, kind in (("clips", int), ("test_clips", int), ("world_seed", int), ("steps", int)):
         add(f"--{name}", type=kind, default=getattr(shared, name), help="(%(default)s)")
+    add("--movers", type=int, choices=(1, 2), default=shared.movers, help="objects that move (%(default)s)")
     add("--weight", type=float, default=shared.weight, help="λ at the start (%(default)s)")
     args = parser.parse_args(argv)
     possible = [arm for arm in ARMS if len(args.teacher) > 1 or arm not in _SEVERAL]
@@ -185,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--arms of several teachers need more than one --teacher")
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
-    given = {name: getattr(args, name) for name in ("clips", "test_clips", "world_seed", "steps", "weight")}
+    given = {name: value for name, value in vars(args).items() if name in asdict(shared)}
     regime = replace(shared, **given)
     folder = args.output_dir
     (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -197,10 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ways[one].add(way_of(arm))
     for one, needed in ways.items():
         into = _maps(folder, digests[one])
-        makers.read_teacher(one, into, regime.world_seed, regime.clips, sorted(needed))
+        makers.read_teacher(one, into, regime.world_seed, regime.clips, sorted(needed), regime.movers)
     teachers = list(digests.values())
     world, sizes = regime.world_seed, {"train": regime.clips, "test": regime.test_clips}
-    clips = {split: make_clips(world, split, count) for split, count in sizes.items()}
+    clips = {split: make_clips(world, split, count, regime.movers) for split, count in sizes.items()}
     material = Material(folder, teachers, regime, clips["train"], clips["test"])
     wanted = [(seed, arm) for seed in args.seeds for arm in arms]
     for seed, arm in tqdm(wanted, desc="trainings", unit="run"):

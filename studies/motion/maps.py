@@ -34,14 +34,16 @@ WAYS: dict[str, PriorSettings] = {
 }
 
 
-def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Sequence[str]) -> None:
+def read_teacher(
+    teacher: Path, folder: Path, seed: int, count: int, ways: Sequence[str], movers: int = 2
+) -> None:
     """Read the teacher's maps of the training clips with their captions; continues where it was stopped.
 
     One file holds a hundred clips read in one way: the rows of all words, and which words token selection
     keeps, with head selection ("mhs") and without it ("off"). Kept punctuation is left out.
     """
     wanted = {
-        start: [way for way in ways if not _part(folder, seed, way, start).exists()]
+        start: [way for way in ways if not _part(folder, seed, movers, way, start).exists()]
         for start in range(0, count, _PART)
     }
     missing = {start: left for start, left in wanted.items() if left}
@@ -52,13 +54,13 @@ def read_teacher(teacher: Path, folder: Path, seed: int, count: int, ways: Seque
     for start, left in tqdm(missing.items(), desc="teacher's maps", unit="part"):
         found: dict[str, dict[str, list[torch.Tensor]]] = {way: {} for way in left}
         for i in range(start, min(start + _PART, count)):
-            scene, clip = draw(seed, "train", i)
+            scene, clip = draw(seed, "train", i, movers)
             video = loaded.encode_video(clip.frames)
             for way in left:
                 for name, value in _read(loaded, video, caption(scene), WAYS[way]).items():
                     found[way].setdefault(name, []).append(value)
         for way, values in found.items():
-            with whole_file(_part(folder, seed, way, start)) as temporary:
+            with whole_file(_part(folder, seed, movers, way, start)) as temporary:
                 save_file({name: torch.stack(each) for name, each in values.items()}, temporary)
 
 
@@ -77,15 +79,23 @@ def _read(loaded: Teacher, video: VideoLatents, text: str, way: PriorSettings) -
     return found
 
 
-def _part(folder: Path, seed: int, way: str, start: int) -> Path:
-    return folder / f"{way.replace(' ', '_')}-{seed}-{start:05d}.safetensors"
+def _part(folder: Path, seed: int, movers: int, way: str, start: int) -> Path:
+    return folder / f"{way.replace(' ', '_')}-{seed}-{movers}-{start:05d}.safetensors"
 
 
 def teacher_maps(
-    folder: Path, seed: int, count: int, way: str, *, heads: bool, words: bool, temperature: float
+    folder: Path,
+    seed: int,
+    count: int,
+    way: str,
+    *,
+    heads: bool,
+    words: bool,
+    temperature: float,
+    movers: int = 2,
 ) -> Maps:
     """The maps that :func:`read_teacher` stored, with or without each of the selections."""
-    parts = [load_file(_part(folder, seed, way, start)) for start in range(0, count, _PART)]
+    parts = [load_file(_part(folder, seed, movers, way, start)) for start in range(0, count, _PART)]
     name = "mhs" if heads else "off"
     rows = torch.cat([part[f"{name}.rows"] for part in parts])
     kept = torch.cat([part[f"{name}.kept"] for part in parts])

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from motionenhancer.students.layout import Encoded
 from motionenhancer.students.words import find_words
 from motionenhancer.toy.accuracy import FRAMES
 from motionenhancer.toy.language import question, still_question
-from motionenhancer.toy.models import make_student
+from motionenhancer.toy.models import STUDENT, make_student, widen
 from motionenhancer.toy.render import Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 from motionenhancer.training.arguments import TrainArguments
@@ -40,13 +39,7 @@ from studies.toy.masks import looks_prior
 FAMILY = student_family("qwen2_5_vl")
 _STREAM = 7_000_202
 FPS = 8.0
-FRAMES_A_TOKEN = 4
-STUDENT: dict[str, Any] = {
-    "layers": 3,
-    "vision_hidden_size": 48,
-    "temporal_patch_size": FRAMES_A_TOKEN,
-    "tokens_per_second": 4,
-}
+FRAMES_A_TOKEN = STUDENT["temporal_patch_size"]
 #: One in this number of pictures is shown as a whole clip that stands still, not as one token frame.
 LONG = 4
 
@@ -113,20 +106,6 @@ def still_item(processor: Any, seed: int, index: int) -> Item:
     return Item(sample.id, encoded, prior, words, {})
 
 
-def widen(model: nn.Module, seed: int) -> None:
-    """Draw weights again, with a deviation of one over the root of their inputs; embeddings: one half.
-
-    The family's 0.02 is made for wide models; at a width of 64, attention with it stays uniform for
-    thousands of steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
-                std = 0.5 if "embed_tokens" in name else weight[0].numel() ** -0.5
-                weight.normal_(0.0, std, generator=generator)
-
-
 def save(model: Any, folder: Path) -> None:
     """Write weights in half precision; loading them in full precision allows training on a CPU."""
     model.half().save_pretrained(folder)
@@ -149,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # One thread: sums come in one order, so the same seed gives the same weights.
     torch.set_num_threads(1)
-    model, processor = make_student(seed=args.seed, **STUDENT)
+    model, processor = make_student(seed=args.seed, layers=3, **STUDENT)
     widen(model, args.seed)
     pictures = tqdm(range(args.pictures), desc="pictures", unit="picture", mininterval=2)
     with tempfile.TemporaryDirectory() as scratch:

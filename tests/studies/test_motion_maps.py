@@ -45,6 +45,22 @@ def test_a_caption_names_the_objects_in_any_order() -> None:
     assert not names["train"] & names["test"]
 
 
+def test_a_clip_may_have_one_mover(teacher: Path, tmp_path: Path) -> None:
+    one = [draw(0, "train", i, movers=1)[0] for i in range(30)]
+    assert {sum(o.moving for o in scene.objects) for scene in one} == {1}
+    assert {[o.moving for o in scene.objects].index(True) for scene in one} == {0, 1, 2}
+    assert make_clips(0, "train", 3, movers=1).texts == [caption(scene) for scene in one[:3]]
+    for movers in (1, 2):
+        makers.read_teacher(teacher, tmp_path, 0, 1, ["level 200"], movers)
+    rows = [
+        makers.teacher_maps(
+            tmp_path, 0, 1, "level 200", heads=False, words=False, temperature=1.0, movers=movers
+        ).rows
+        for movers in (1, 2)
+    ]
+    assert not torch.equal(*rows), "each has its own file"
+
+
 def test_a_token_holds_four_frames_of_its_cell() -> None:
     clips = make_clips(0, "train", 2)
     frames = draw(0, "train", 1)[1].frames
