@@ -64,6 +64,12 @@ class ToyArguments(Settings):
     clips: int = setting(64, "Number of training clips.", least=1)
     test_clips: int | None = setting(None, "Number of test clips. Default: a quarter of --clips.", least=1)
     seed: int = setting(0, "Seed of the clips.", least=0, most=MAX_SEED)
+    lesson: str = setting(
+        "tasks",
+        "tasks: six kinds of questions, and a student that can name objects; motion: one kind of question "
+        "about one moving object, and a student with random weights.",
+        choices=("tasks", "motion"),
+    )
 
 
 @dataclass

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from .alignment.trainer import MotionTrainer
 from .data import Sample, SkipLog
 from .data.readers import load_samples
 from .data.sampling import Frames
+from .files import read_json
 from .flags import parse_arguments, parse_options, values_of
 from .hub import Upload
 from .interrupts import on_interrupt
@@ -91,7 +92,7 @@ def train(**options: Any) -> RunReport:
 
     >>> train(student="Qwen2.5-VL-3B-Instruct", teacher="CogVideoX1.5-5B", data="a.jsonl")  # doctest: +SKIP
     """
-    return run(*parse_options(CLASSES, options, prog=PROG, recipe=_recipe))
+    return _run(lambda **more: parse_options(CLASSES, options | more, prog=PROG, recipe=_recipe))
 
 
 def _recipe(chosen: Any) -> Path | None:
@@ -99,9 +100,14 @@ def _recipe(chosen: Any) -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(CLASSES, argv, prog=PROG, recipe=_recipe)
+    given = list(sys.argv[1:] if argv is None else argv)
+
+    def parse(**more: Any) -> tuple[Any, ...]:
+        flags = [f"--{name}={value}" for name, value in more.items()]
+        return parse_arguments(CLASSES, [*given, *flags], prog=PROG, recipe=_recipe)
+
     try:
-        report = run(*arguments)
+        report = _run(parse)
     except (ValueError, OSError, FloatingPointError, SafetensorError, DeadTeacher) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -110,6 +116,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {report.content['unaligned']}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(parse: Callable[..., tuple[Any, ...]]) -> RunReport:
+    """Run what `parse` reads; the toy is first trained plainly as well, from the same start."""
+    arguments = parse()
+    student, data, prior, _, training = arguments[:5]
+    named = (student.student, data.data, data.video_root, prior.teacher)
+    compared = student.aligned and not student.dry_run and training.resume_from_checkpoint is None
+    if named == (None, None, None, None) and compared:
+        plain = _plain_folder(training)
+        print(f"first without alignment, in {plain}")
+        run(*parse(alignment_weight=0.0, output_dir=plain))
+        print("now with alignment")
+    return run(*arguments)
+
+
+def _plain_folder(training: TrainArguments) -> Path:
+    """Where the toy's run without alignment is."""
+    return Path(f"{training.output_dir or 'runs/train'}_plain")
+
+
+def _plain_results(training: TrainArguments) -> dict[str, Any]:
+    """The toy's accuracy before and after plain training, if that run is finished."""
+    try:
+        report = read_json(_plain_folder(training) / REPORT)
+        found = report["evaluation"] if report["status"] == "finished" else {}
+        return {"before": found["before"], "plain": found["after"]} if found else {}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def run(
@@ -215,7 +250,8 @@ def run(
             return report
         asked = toy if main_process and whole else None
         if asked is not None:
-            report.content["evaluation"] = {"before": _test(model, processor, family, asked, frames)}
+            known = _plain_results(training) if student.aligned else {}
+            report.content["evaluation"] = known or {"before": _test(model, processor, family, asked, frames)}
         priors: AbstractContextManager[RunPriors] = nullcontext(RunPriors(samples))
         if student.aligned:
             priors = open_priors([*samples, *tested], student, prior, settings, skips, report, online, maker)

@@ -12,6 +12,8 @@ from ..flags import parse_arguments
 from ..settings import ToyArguments
 from .world import build_toy
 
+_STUDENTS = {"tasks": "trained on its still pictures", "motion": "with random weights"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv``, write the folder, say what is in it; exit code 2 on bad arguments."""
@@ -19,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         toy = build_toy(
-            Path(given.output_dir), clips=given.clips, test_clips=given.test_clips, seed=given.seed
+            Path(given.output_dir),
+            clips=given.clips,
+            test_clips=given.test_clips,
+            seed=given.seed,
+            lesson=given.lesson,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -30,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (toy.videos, "clips, the --video_root of both sample files"),
         (toy.worlds, "what is in each clip, with boxes"),
         (toy.teacher, "CogVideoX teacher, trained on this world"),
-        (toy.student, "Qwen2.5-VL student, trained on its still pictures"),
+        (toy.student, f"Qwen2.5-VL student, {_STUDENTS[given.lesson]}"),
     ):
         print(f"{path}  {what}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +53,7 @@ def accuracy(
     shown: str = "video",
     frames: Frames | None = None,
 ) -> dict[str, Any]:
-    """Percentage of right answers to the test questions: overall, mean over tasks, and by task.
+    """Percentage of right answers to the test questions: overall, mean over tasks, and by task that occurs.
 
     Args:
         model, processor, family: from `load_student`.
@@ -84,7 +83,7 @@ def accuracy(
         rows, requests = encode_batch(asked[start : start + 100], engine.encode, frames)
         outputs |= zip([row["id"] for row in rows], engine.answer(requests), strict=True)
     found = score(judge_answers(benchmark, questions, outputs, Rules()), samples=0)
-    tasks = {task: found["tasks"].get(task, {"accuracy": math.nan})["accuracy"] for task in TASKS}
+    tasks = {task: found["tasks"][task]["accuracy"] for task in TASKS if task in found["tasks"]}
     return {"overall": found["overall"], "average": found["average"], "tasks": tasks}
 
 
@@ -96,13 +95,14 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
     """A table of figures, one line for each of ``found``: name → result of :func:`accuracy`.
 
     With "gaze", from `motionenhancer.toy.gaze.attention_on_objects`, the last column is the share of
-    the attention of objects' names that lies on these objects.
+    the words' attention that lies on the objects that they speak of.
     """
     gaze = all("gaze" in one for one in found.values())
-    names = ("Overall", *TASKS, *(["on object"] if gaze else []))
+    tasks = [task for task in TASKS if all(task in one["tasks"] for one in found.values())]
+    names = ("Overall", *tasks, *(["on object"] if gaze else []))
     rows = [" " * 8 + "".join(f"{name:>10s}" for name in names)]
     for name, one in found.items():
-        values = [one["overall"], *(one["tasks"][task] for task in TASKS)]
+        values = [one["overall"], *(one["tasks"][task] for task in tasks)]
         values += [one["gaze"]["share"]] if gaze else []
         rows.append(f"{name:8s}" + "".join(f"{value:9.1f}%" for value in values))
     return "\n".join(rows)

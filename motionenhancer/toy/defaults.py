@@ -9,11 +9,14 @@ from accelerate import PartialState
 
 from .world import ToyFolder, build_toy
 
-FOLDER = "runs/toy"
+#: Folder, training clips and test clips of the world of each lesson.
+_WORLDS = {"tasks": ("runs/toy", 480, 120), "motion": ("runs/toy_motion", 2000, 500)}
 
 
 def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | None:
     """Fill in the toy world if no data and models were named; return it if it is used.
+
+    A student is trained on the lesson "motion", from random weights. Without a student it is "tasks".
 
     Args:
         data: the command's `DataArguments`.
@@ -34,7 +37,7 @@ def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | 
     require_all(needed, {"--teacher": prior.teacher})
     if data.data is not None:
         return None
-    toy = default_toy()
+    toy = default_toy("tasks" if student is None else "motion")
     data.data, data.video_root, prior.teacher = str(toy.train), str(toy.videos), str(toy.teacher)
     if student is not None:
         student.student = str(toy.student)
@@ -60,7 +63,8 @@ def require_all(needed: dict[str, Any], others: dict[str, Any] | None = None) ->
         )
 
 
-def default_toy() -> ToyFolder:
+def default_toy(lesson: str = "tasks") -> ToyFolder:
     """Return the toy world of commands typed without arguments; one process makes it on first use."""
+    folder, clips, test_clips = _WORLDS[lesson]
     with PartialState().main_process_first():
-        return build_toy(Path(FOLDER), clips=480, test_clips=120)
+        return build_toy(Path(folder), clips=clips, test_clips=test_clips, lesson=lesson)

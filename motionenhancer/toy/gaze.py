@@ -1,4 +1,4 @@
-"""Whether the words of a toy student attend to the object that they name."""
+"""Whether the words of a toy student attend to the object that they speak of."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from motionenhancer.data import Sample, prompt_text
 from motionenhancer.data.video import Video
 from motionenhancer.students.capture import capture_attention
 from motionenhancer.toy.accuracy import samples_of, shown_clip
+from motionenhancer.toy.language import phrase
 from motionenhancer.toy.world import ToyFolder
 
 __all__ = ["attention_on_objects", "cells_of"]
@@ -47,10 +48,11 @@ def cells_of(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, int, int
 
 
 def _named(text: str, objects: list[dict[str, Any]]) -> list[tuple[tuple[int, int], int]]:
-    """Spans of the words of the objects' names in a text, and which object each names."""
+    """Spans of the words that name an object, or say what the named object does; and which object it is."""
     found = []
     for i, one in enumerate(objects):
-        for name in re.finditer(rf"\b{one['name']}\b", text, re.IGNORECASE):
+        does = phrase(SimpleNamespace(**one))
+        for name in re.finditer(rf"\b{one['name']}\b(?: {does}\b)?", text, re.IGNORECASE):
             words = re.finditer(r"\w+", name.group())
             found += [((name.start() + w.start(), name.start() + w.end()), i) for w in words]
     return sorted(found)
@@ -58,15 +60,16 @@ def _named(text: str, objects: list[dict[str, Any]]) -> list[tuple[tuple[int, in
 
 @torch.no_grad()
 def attention_on_objects(model: Any, processor: Any, family: Any, world: Path) -> dict[str, float]:
-    """Measure the attention of objects' names to the objects, in the test questions with right answers.
+    """Measure the attention of words to the object that they speak of, in the test questions with answers.
 
     Args:
         model, processor, family: of the student; the model is in evaluation mode.
         world: folder of a toy world.
 
     Returns:
-        "share": percentage of a word's attention over the video that lies on the cells of the named object,
-            averaged over words and clips.
+        "share": percentage of a word's attention over the video that lies on the cells of its object,
+            averaged over words and clips. The words are those of an object's name, and after it those that
+            say what the object does.
         "area": percentage of all cells that are cells of the object, the share of a uniform map.
         "clips": number of clips that name an object.
     """

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
 from motionenhancer.toy.scene import COLOURS, DIRECTIONS, SHAPES, TASKS, Scene, ToyObject
 
-__all__ = ["caption", "corpus", "phrase", "place", "question", "still_question"]
+__all__ = ["caption", "corpus", "phrase", "place", "question", "rest", "still_question"]
 
 _COUNT = {1: "one time", 2: "two times", 3: "three times"}
 _LOOKS = {"caption": 0.6, "shape": 0.1, "colour": 0.15, "place": 0.15}
 
 
-def phrase(obj: ToyObject) -> str:
+def phrase(obj: ToyObject | SimpleNamespace) -> str:
     """Say what one object does: ``"moves left"``, ``"moves left then up"``, ``"hops two times"``."""
     if obj.motion == "still":
         return "stays still"
@@ -63,6 +65,11 @@ def question(scene: Scene, task: str) -> tuple[str, str]:
     if task == "MO":
         return f"Which object {phrase(asked)}?", f"The {asked.colour} one {phrase(asked)}."
     raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+
+
+def rest(scene: Scene) -> tuple[str, str]:
+    """Return a second question, after the one about the first object, and the answer: what the others do."""
+    return "What is in the picture?", caption(replace(scene, objects=scene.objects[1:]))
 
 
 def still_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

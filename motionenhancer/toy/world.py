@@ -18,11 +18,14 @@ from tqdm.auto import tqdm
 
 from motionenhancer.data.encode import encode_video
 from motionenhancer.files import whole_file, write_text
-from motionenhancer.toy.language import caption, question
+from motionenhancer.toy.language import caption, question, rest
+from motionenhancer.toy.models import save_blank_student
 from motionenhancer.toy.render import FRAMES, SIZE, Clip, render
 from motionenhancer.toy.scene import TASKS, Scene, sample_scene
 
-__all__ = ["ToyFolder", "build_toy", "draw_clip", "write_world"]
+__all__ = ["LESSONS", "ToyFolder", "build_toy", "draw_clip", "write_world"]
+
+LESSONS = ("tasks", "motion")
 
 _SPLITS = {"train": 0, "test": 1}
 WEIGHTS = Path(__file__).parent / "weights"
@@ -68,36 +71,40 @@ class _Settings:
     frames: int
     size: int
     fps: int
-    version: int = 4
+    lesson: str
+    version: int = 5
 
 
-def task_of(index: int) -> str:
-    """The task of clip ``index``: the tasks take turns."""
-    return list(TASKS)[index % len(TASKS)]
+def task_of(index: int, lesson: str = "tasks") -> str:
+    """The task of clip ``index``: the tasks take turns, or all clips have motion recognition."""
+    return list(TASKS)[index % len(TASKS)] if lesson == "tasks" else "MR"
 
 
 def draw_clip(
-    seed: int, split: str, index: int, *, frames: int = FRAMES, size: int = SIZE
+    seed: int, split: str, index: int, *, frames: int = FRAMES, size: int = SIZE, lesson: str = "tasks"
 ) -> tuple[Scene, Clip]:
     """Draw clip ``index`` of ``split`` ("train" or "test"), each from its own random stream.
 
     The two splits share colours and shapes, but no pair of colour and shape.
     """
     rng = np.random.default_rng([seed, _SPLITS[split], index])
-    scene = sample_scene(rng, task_of(index), split=split)
+    movers = 1 if lesson == "motion" else 2
+    scene = sample_scene(rng, task_of(index, lesson), split=split, movers=movers)
     return scene, render(scene, frames=frames, height=size, width=size)
 
 
 def _sample(settings: _Settings, split: str, index: int, scene: Scene) -> dict[str, Any]:
-    task = task_of(index)
-    asked, answer = question(scene, task)
+    task = task_of(index, settings.lesson)
+    turns = [question(scene, task)]
+    if settings.lesson == "motion" and split == "train":
+        turns.append(rest(scene))
+    said = [text for turn in turns for text in turn]
+    said[0] = f"<video>\n{said[0]}"
+    speakers = ("human", "gpt")
     return {
         "id": f"{split}-{index:05d}-{task}",
         "video": f"{split}-{index:05d}.mp4",
-        "conversations": [
-            {"from": "human", "value": f"<video>\n{asked}"},
-            {"from": "gpt", "value": answer},
-        ],
+        "conversations": [{"from": speakers[i % 2], "value": text} for i, text in enumerate(said)],
     }
 
 
@@ -166,6 +173,7 @@ def write_world(
     frames: int = FRAMES,
     size: int = SIZE,
     fps: int = 8,
+    lesson: str = "tasks",
     progress: bool = True,
 ) -> ToyFolder:
     """Write videos/, train.jsonl, test.jsonl and worlds.jsonl; go on where an interrupted run stopped.
@@ -178,6 +186,8 @@ def write_world(
         clips, test_clips: clips of each split, one sample per clip; test_clips defaults to a quarter.
         seed: at least 0.
         frames, size, fps: length, side in pixels (even) and rate of each clip.
+        lesson: "tasks": one question for each clip, the six tasks take turns. "motion": one of three objects
+            moves, and the question is how; training conversations also say that the others stay still.
         progress: show a progress bar.
 
     Raises:
@@ -203,17 +213,23 @@ def write_world(
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if size % 2:
         raise ValueError(f"size must be even, got {size}")
+    if lesson not in LESSONS:
+        raise ValueError(f"lesson must be one of {', '.join(LESSONS)}, got {lesson!r}")
     folder = ToyFolder(Path(output_dir))
-    settings = _Settings(clips, test_clips, seed, frames, size, fps)
+    settings = _Settings(clips, test_clips, seed, frames, size, fps, lesson)
     _claim(folder, settings)
     folder.videos.mkdir(exist_ok=True)
+    todo = [("train", i) for i in range(clips)] + [("test", i) for i in range(test_clips)]
+    paths = [folder.videos / f"{split}-{index:05d}.mp4" for split, index in todo]
+    if all(path.exists() for path in (folder.train, folder.test, folder.worlds, *paths)):
+        return folder
 
     rows: list[dict[str, Any]] = []
     samples: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    todo = [("train", i) for i in range(clips)] + [("test", i) for i in range(test_clips)]
-    for split, index in tqdm(todo, desc="toy clips", unit="clip", disable=not progress):
-        scene, clip = draw_clip(seed, split, index, frames=frames, size=size)
-        path = folder.videos / f"{split}-{index:05d}.mp4"
+    for (split, index), path in zip(
+        tqdm(todo, desc="toy clips", unit="clip", disable=not progress), paths, strict=True
+    ):
+        scene, clip = draw_clip(seed, split, index, frames=frames, size=size, lesson=lesson)
         if not path.exists():
             with whole_file(path) as temporary:
                 encode_video(temporary, clip.frames, fps=fps)
@@ -251,14 +267,21 @@ def build_toy(
     clips: int = 64,
     test_clips: int | None = None,
     seed: int = 0,
+    lesson: str = "tasks",
     progress: bool = True,
 ) -> ToyFolder:
-    """Write a whole toy world: :func:`write_world`, then the package's trained ``teacher/`` and ``student/``.
+    """Write a whole toy world: :func:`write_world`, then ``teacher/`` and ``student/``.
+
+    The teacher is the package's. The student of the lesson "tasks" is the package's, which was trained on
+    still pictures and on masks of the objects. The student of the lesson "motion" has random weights.
 
     Raises:
         ValueError: as :func:`write_world`.
     """
-    folder = write_world(output_dir, clips=clips, test_clips=test_clips, seed=seed, progress=progress)
-    for model in (folder.teacher, folder.student):
-        _make_once(model, functools.partial(shutil.copytree, WEIGHTS / model.name))
+    folder = write_world(
+        output_dir, clips=clips, test_clips=test_clips, seed=seed, lesson=lesson, progress=progress
+    )
+    _make_once(folder.teacher, functools.partial(shutil.copytree, WEIGHTS / "teacher"))
+    trained = functools.partial(shutil.copytree, WEIGHTS / "student")
+    _make_once(folder.student, save_blank_student if lesson == "motion" else trained)
     return folder

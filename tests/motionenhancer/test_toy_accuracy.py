@@ -52,5 +52,10 @@ def test_accuracy_counts_answers_that_agree_word_for_word(
     ]
 
 
+def test_the_table_has_the_tasks_that_all_have() -> None:
+    one = {"overall": 50.0, "tasks": {"MR": 50.0}}
+    assert accuracy_table({"before": one, "plain": one}).splitlines()[0].split() == ["Overall", "MR"]
+
+
 def test_the_student_is_tested_on_as_many_frames_as_it_is_trained_on() -> None:
     assert yaml.safe_load(TOY_RECIPE.read_text("utf-8"))["num_frames"] == SHOWN

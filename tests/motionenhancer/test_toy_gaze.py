@@ -18,6 +18,7 @@ from motionenhancer.students import load_student
 from motionenhancer.toy import gaze
 from motionenhancer.toy.accuracy import accuracy_table, samples_of, shown_clip
 from motionenhancer.toy.gaze import attention_on_objects, cells_of
+from motionenhancer.toy.language import phrase
 from motionenhancer.toy.scene import TASKS
 from motionenhancer.toy.world import WEIGHTS, ToyFolder, write_world
 
@@ -103,11 +104,12 @@ def test_a_word_is_held_to_its_own_object_at_the_frames_that_are_shown(
         spans = rows_of[len(shares)]
         attention = torch.rand(1, len(spans), 32, generator=torch.Generator().manual_seed(0))[0].numpy()
         share = []
+        said = {one["name"]: f"{one['name']}( {phrase(SimpleNamespace(**one))})?" for one in scene["objects"]}
         for row, (start, end) in zip(attention, spans, strict=True):
             (one,) = [
                 one
                 for one in scene["objects"]
-                if any(m.start() <= start < end <= m.end() for m in re.finditer(one["name"], text))
+                if any(m.start() <= start < end <= m.end() for m in re.finditer(said[one["name"]], text))
             ]
             boxes = np.array(one["boxes"])[when]
             inside = cells_of(boxes, (scene["height"], scene["width"]), (2, 4, 4))
@@ -121,6 +123,17 @@ def test_a_student_that_was_taught_by_masks_looks_at_the_object(world: Path) -> 
     model, processor, family = load_student(WEIGHTS / "student", dtype=torch.float32)
     found = attention_on_objects(model.eval(), processor, family, world)
     assert found["share"] > 3 * found["area"]
+
+
+def test_words_of_what_an_object_does_are_held_to_it() -> None:
+    ring = {"name": "red ring", "motion": "left", "then": "", "times": 0}
+    post = {"name": "blue post", "motion": "hop", "then": "", "times": 2}
+    text = "What does the red ring do? The red ring moves left and the blue post stays still."
+    found = gaze._named(text, [ring, post])
+    assert [(text[start:end], which) for (start, end), which in found] == [
+        *(("red", 0), ("ring", 0), ("red", 0), ("ring", 0), ("moves", 0), ("left", 0)),
+        *(("blue", 1), ("post", 1)),
+    ], "a wrong phrase speaks of no object"
 
 
 def test_the_table_has_a_column_of_it() -> None:

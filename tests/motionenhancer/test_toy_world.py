@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from motionenhancer.data import SkipLog, check_video, prompt_text, read_frames, read_samples
 from motionenhancer.data.encode import encode_video
@@ -17,7 +18,7 @@ from motionenhancer.toy.__main__ import main
 from motionenhancer.toy.language import caption, corpus, phrase, place, question, still_question
 from motionenhancer.toy.render import FRAMES, render
 from motionenhancer.toy.scene import COLOURS, SHAPES, TASKS, sample_scene
-from motionenhancer.toy.world import build_toy, draw_clip, write_world
+from motionenhancer.toy.world import WEIGHTS, build_toy, draw_clip, write_world
 
 SCENES = {
     task: [sample_scene(np.random.default_rng([seed, i]), task) for seed in range(40)]
@@ -280,6 +281,32 @@ def test_an_interrupted_run_is_completed(toy, tmp_path):
     write_world(root, clips=6, test_clips=3, seed=5, progress=False)
     assert files(root) == files(toy.root)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_a_finished_world_is_not_drawn_again(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("motionenhancer.toy.world.draw_clip", None)
+    assert write_world(toy.root, clips=6, test_clips=3, seed=5, progress=False) == toy
+
+
+def test_in_the_lesson_of_motion_one_object_moves(tmp_path):
+    toy = build_toy(tmp_path / "w", clips=8, test_clips=2, lesson="motion", progress=False)
+    scenes = {row["video"]: row for row in map(json.loads, toy.worlds.read_text().splitlines())}
+    for path, turns in ((toy.train, 2), (toy.test, 1)):
+        for line in map(json.loads, path.read_text().splitlines()):
+            moving, *still = scenes[line["video"]]["objects"]
+            assert [moving["moving"], *(one["moving"] for one in still)] == [True, False, False]
+            name = moving["name"]
+            said = [
+                ("human", f"<video>\nWhat does the {name} do?"),
+                ("gpt", f"The {name} moves {moving['motion']}."),
+                ("human", "What is in the picture?"),
+                ("gpt", f"The {still[0]['name']} stays still and the {still[1]['name']} stays still."),
+            ]
+            assert [(one["from"], one["value"]) for one in line["conversations"]] == said[: 2 * turns]
+    with pytest.raises(ValueError, match="lesson must be one of tasks, motion, got 'music'"):
+        write_world(tmp_path / "v", lesson="music", progress=False)
+    weights = {one: load_file(one / "model.safetensors") for one in (toy.student, WEIGHTS / "student")}
+    assert {len(one) for one in weights.values()} == {57, 69}, "another student than the trained one"
 
 
 def test_killed_at_any_moment_and_run_again(tmp_path):

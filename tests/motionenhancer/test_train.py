@@ -25,6 +25,7 @@ from motionenhancer import train
 from motionenhancer.alignment.aligner import align, build_aligner
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.students import capture_attention, load_student
+from motionenhancer.toy import defaults
 
 
 @pytest.fixture(scope="module")
@@ -120,27 +121,35 @@ def test_the_report_says_what_was_read(trained: Path) -> None:
         assert entry["loss"] == pytest.approx(entry["loss_ar"] + entry["loss_align"], rel=1e-3)
 
 
-def test_the_toy_default_answers_test_questions_before_and_after(
+def test_the_toy_default_compares_with_plain_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No student, teacher or data named: the toy world is made and its recipe used; numbers are cut down."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(defaults._WORLDS, "motion", ("runs/toy_motion", 5, 10))
     cut = ["--limit", "4", "--max_steps", "2", "--per_device_train_batch_size", "2"]
     assert train.main(cut) == 0
     out = capsys.readouterr().out
     assert "checkpoint and motion_report.json in runs/train" in out
-    report = report_of(tmp_path / "runs" / "train")
-    assert report["identity"]["learning_rate"] == 0.001
-    assert len(list((tmp_path / "runs" / "toy" / "videos").glob("*.mp4"))) == 480 + 120
+    report, plain = report_of(tmp_path / "runs" / "train"), report_of(tmp_path / "runs" / "train_plain")
+    assert report["identity"]["learning_rate"] == 0.003
+    assert len(list((tmp_path / "runs" / "toy_motion" / "videos").glob("*.mp4"))) == 5 + 10
     found = report["evaluation"]
-    assert set(found) == {"before", "after"}
+    assert list(found) == ["before", "plain", "after"]
+    assert plain["evaluation"] == {"before": found["before"], "after": found["plain"]}
+    other = {k for k, v in plain["identity"].items() if v != report["identity"].get(k)}
+    assert "alignment_weight" in other
+    assert not other & {"student", "data", "seed", "learning_rate", "max_steps"}, "the same start"
+    assert plain["alignment"]["aligned_samples"] == 0
     for name, one in found.items():
-        assert len(one["tasks"]) == 6
+        assert list(one["tasks"]) == ["MR"]
         assert one["overall"] == pytest.approx(np.mean(list(one["tasks"].values())))
-        (row,) = [line for line in out.splitlines() if line.startswith(f"{name}  ")]
-        assert f"{one['overall']:.1f}%" in row
-    for name, student in (("before", "runs/toy/student"), ("after", "runs/train")):
-        asked = ["--data", "runs/toy/test.jsonl", "--video_root", "runs/toy/videos", "--student", student]
+        rows = [line for line in out.splitlines() if line.startswith(f"{name}  ")]
+        assert f"{one['overall']:.1f}%" in rows[-1], "the table of the second run is the last one"
+    toy = "runs/toy_motion"
+    students = (("before", f"{toy}/student"), ("plain", "runs/train_plain"), ("after", "runs/train"))
+    for name, student in students:
+        asked = ["--data", f"{toy}/test.jsonl", "--video_root", f"{toy}/videos", "--student", student]
         assert evaluation.main([*asked, "--batch_size", "100", "--output_dir", name]) == 0
         scores = json.loads(Path(name, "scores.json").read_text())
         assert scores["overall"] == pytest.approx(found[name]["overall"])
@@ -155,20 +164,20 @@ def test_the_toy_default_answers_test_questions_before_and_after(
     }, "no base model: a path is none to the Hub"
     counts = report["alignment"]
     for said in (
-        "base model: `runs/toy/student`",
-        "teacher: `runs/toy/teacher`",
-        "data: `runs/toy/train.jsonl`, 4 samples",
+        "base model: `runs/toy_motion/student`",
+        "teacher: `runs/toy_motion/teacher`",
+        "data: `runs/toy_motion/train.jsonl`, 4 samples",
         f"{100 * counts['mapped_words'] / counts['words']:.1f} % of the prior's words found",
-        "| `alignment_weight` | 1.0 |",
+        "| `alignment_weight` | 3.0 |",
         f"| before | {found['before']['overall']:.1f} % |",
         f"| after | {found['after']['overall']:.1f} % |",
     ):
         assert said in card
-    assert evaluation.main(["--compare", "runs/toy/student", "runs/train"]) == 2
-    assert "not evaluated yet; run eval --student runs/toy/student first" in capsys.readouterr().err
+    assert evaluation.main(["--compare", f"{toy}/student", "runs/train"]) == 2
+    assert f"not evaluated yet; run eval --student {toy}/student first" in capsys.readouterr().err
     Path("after").rename("runs/after")
     assert evaluation.main(["--compare", "before", "runs/train"]) == 0
-    assert "120 questions" in capsys.readouterr().out
+    assert "10 questions" in capsys.readouterr().out
     shutil.copytree("runs/after", "runs/again")
     assert evaluation.main(["--compare", "before", "runs/train"]) == 2
     assert "evaluated more than once; give one of runs/after, runs/again" in capsys.readouterr().err

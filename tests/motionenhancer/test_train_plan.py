@@ -51,16 +51,16 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
 def test_the_page_shows_the_plan_of_the_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The test has 16 clips, the page is of the toy's 480."""
+    """The test has 16 clips, the page is of the toy's 2,000."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     shown = page[page.index("what is trained:") :].split("\n```")[0]
-    toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, progress=False)
-    monkeypatch.setattr("motionenhancer.toy.defaults.default_toy", lambda: toy)
+    toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, lesson="motion", progress=False)
+    monkeypatch.setattr("motionenhancer.toy.defaults.default_toy", lambda lesson: toy)
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry_run"]) == 0
     said = capsys.readouterr().out
     said = said[said.index("what is trained:") : said.index("\nmemory of the teacher, beside the student")]
-    small = shown.replace("480", "16").replace("300 of 16", "10 of 16").replace("(30 per pass", "(1 per pass")
+    small = shown.replace("2000", "16").replace("2,000", "16").replace("(125 per pass", "(1 per pass")
     assert said.splitlines() == small.splitlines()
 
 
