@@ -10,7 +10,7 @@ from accelerate import PartialState
 from .world import ToyFolder, build_toy
 
 #: Folder, training clips and test clips of the world of each lesson.
-_WORLDS = {"tasks": ("runs/toy", 480, 120), "motion": ("runs/toy_motion", 2000, 500)}
+_WORLDS = {"tasks": ("runs/toy", 480, 120), "motion": ("runs/toy_motion", 1000, 500)}
 
 
 def use_toy_defaults(data: Any, prior: Any, student: Any = None) -> ToyFolder | None:

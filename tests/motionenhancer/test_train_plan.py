@@ -51,7 +51,7 @@ def test_a_dry_run_says_it_all_and_touches_nothing(
 def test_the_page_shows_the_plan_of_the_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The test has 16 clips, the page is of the toy's 2,000."""
+    """The test has 16 clips, the page is of the toy's 1,000."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     shown = page[page.index("what is trained:") :].split("\n```")[0]
     toy = build_toy(tmp_path / "toy", clips=16, test_clips=1, lesson="motion", progress=False)
@@ -60,7 +60,11 @@ def test_the_page_shows_the_plan_of_the_toy(
     assert train.main(["--dry_run"]) == 0
     said = capsys.readouterr().out
     said = said[said.index("what is trained:") : said.index("\nmemory of the teacher, beside the student")]
-    small = shown.replace("2000", "16").replace("2,000", "16").replace("(125 per pass", "(1 per pass")
+    small = (
+        shown.replace("stored, 1000", "stored, 16")
+        .replace("1,000", "16")
+        .replace("(63 per pass", "(1 per pass")
+    )
     assert said.splitlines() == small.splitlines()
 
 
