@@ -125,10 +125,10 @@ def _run(parse: Callable[..., tuple[Any, ...]]) -> RunReport:
     named = (student.student, data.data, data.video_root, prior.teacher)
     compared = student.aligned and not student.dry_run and training.resume_from_checkpoint is None
     if named == (None, None, None, None) and compared:
-        plain = _plain_folder(training)
-        print(f"first without alignment, in {plain}")
+        plain, say = _plain_folder(training), print if PartialState().is_main_process else str
+        say(f"first without alignment, in {plain}")
         run(*parse(alignment_weight=0.0, output_dir=plain))
-        print("now with alignment")
+        say("now with alignment")
     return run(*arguments)
 
 
