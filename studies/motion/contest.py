@@ -96,6 +96,7 @@ def _placebos(
 _SEVERAL = {
     "second teacher": slice(1, 2),
     "second teacher, MTTI only": slice(1, 2),
+    "second teacher, no selection": slice(1, 2),
     "all teachers": slice(None),
     "all teachers, MTTI only": slice(None),
 }
@@ -132,6 +133,7 @@ ARMS: dict[str, Callable[[Material, int], Maps | None]] = {
     "teacher, inverted, MTTI only": lambda m, seed: m.teacher("inverted", heads=False),
     "second teacher": lambda m, seed: m.teacher(number=1),
     "second teacher, MTTI only": lambda m, seed: m.teacher(heads=False, number=1),
+    "second teacher, no selection": lambda m, seed: m.teacher(heads=False, words=False, number=1),
     "all teachers": lambda m, seed: m.ensemble(),
     "all teachers, MTTI only": lambda m, seed: m.ensemble(heads=False),
 }

@@ -62,7 +62,7 @@ def test_the_page_shows_the_plan_of_the_toy(
     said = said[said.index("what is trained:") : said.index("\nmemory of the teacher, beside the student")]
     small = (
         shown.replace("stored, 1000", "stored, 16")
-        .replace("1,000", "16")
+        .replace("1,000 samples", "16 samples")
         .replace("(63 per pass", "(1 per pass")
     )
     assert said.splitlines() == small.splitlines()
