@@ -27,7 +27,8 @@ SMALL = {"toy": {"--clips": "4", "--test_clips": "6"}, "train": {"--max_steps": 
 
 def masked(text: str) -> set[str]:
     """The lines of a text, without the lengths of gaps and the values of numbers."""
-    return {" ".join(re.sub(r"[-+]?\d(?:[\d.]|,\d{3})*(?:e-\d+)?", "N", line).split()) for line in text.splitlines()}
+    number = r"[-+]?\d(?:[\d.]|,\d{3})*(?:e-\d+)?"
+    return {" ".join(re.sub(number, "N", line).split()) for line in text.splitlines()}
 
 
 def type_commands(blocks: list[tuple[str, str]], other: Mapping[str, str] = MappingProxyType({})) -> None:
