@@ -1,4 +1,4 @@
-"""Every row of the tables of the toy's page is in a results file."""
+"""Every row of the tables of the toy's two pages of controls is in a results file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from studies.toy.study_report import shown
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
+NAMES = ("toy.md", "toy_controls.md")
+PAGES = "\n\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in NAMES)
 #: The arms with which a column of differences compares, by its name in a table's head.
 AGAINST = {
     "plain": "plain",
@@ -57,7 +58,7 @@ def printed(column: str, row: dict[str, Any]) -> str:
     return f"{row[{'both': 'right'}.get(column, column)]['mean']:.1f}"
 
 
-@pytest.mark.parametrize("rows", tables(PAGE), ids=lambda rows: rows[-1]["maps"])
+@pytest.mark.parametrize("rows", tables(PAGES), ids=lambda rows: rows[-1]["maps"])
 def test_every_row_is_in_a_results_file(rows: list[dict[str, str]]) -> None:
     """Each row equals the record of its arm in one file, in all columns."""
     for row in rows:
@@ -68,4 +69,4 @@ def test_every_row_is_in_a_results_file(rows: list[dict[str, str]]) -> None:
 
 
 def test_the_tables_are_found() -> None:
-    assert sum(len(rows) for rows in tables(PAGE)) > 20
+    assert sum(len(rows) for rows in tables(PAGES)) > 50
