@@ -318,9 +318,9 @@ def run(
             print(skips.summary())
         if "evaluation" in report.content:
             print(accuracy_table(report.content["evaluation"]))
-        print(summary)
-        print(f"checkpoint and {report.path.name} in {report.folder}")
         watch.write(report.folder)
+        print(f"checkpoint and {report.path.name} in {report.folder}")
+        print(summary)
     on_interrupt(lambda: f"the run in {folder} had finished")
     if main_process and "unaligned" not in report.content:
         _push(upload, folder)
