@@ -121,15 +121,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(parse: Callable[..., tuple[Any, ...]]) -> RunReport:
     """Run what `parse` reads; the toy is first trained plainly as well, from the same start."""
     arguments = parse()
-    student, data, prior, _, training = arguments[:5]
-    named = (student.student, data.data, data.video_root, prior.teacher)
+    student, data, prior, _, training, validation, online = arguments[:7]
+    named = (student.student, data.data, data.video_root, prior.teacher, validation.eval_data)
     compared = student.aligned and not student.dry_run and training.resume_from_checkpoint is None
-    if named == (None, None, None, None) and compared:
-        plain, say = _plain_folder(training), print if PartialState().is_main_process else str
-        say(f"first without alignment, in {plain}")
-        run(*parse(alignment_weight=0.0, output_dir=plain))
-        say("now with alignment")
+    if compared and all(one is None for one in named):
+        # Wrong flags of the second run end the command before the first run.
+        student.check(training.output_dir or "runs/train")
+        online.check(student.prior_source)
+        plain = _plain_folder(training)
+        if PartialState().is_main_process:
+            print(f"first without alignment, in {plain}; then with alignment")
+        _, *others = parse(output_dir=plain, push_to_hub=False)
+        unread = {name: getattr(StudentArguments, name) for name in _OF_ALIGNMENT}
+        run(replace(student, alignment_weight=0.0, **unread), *others)
     return run(*arguments)
+
+
+#: Options of the student that need an alignment.
+_OF_ALIGNMENT = [
+    "measure_alignment",
+    "save_aligner",
+    "alignment_layers",
+    "alignment_heads",
+    "alignment_reduce",
+]
 
 
 def _plain_folder(training: TrainArguments) -> Path:

@@ -183,6 +183,36 @@ def test_the_toy_default_compares_with_plain_training(
     assert "evaluated more than once; give one of runs/after, runs/again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (
+            ["--aligner", "conv", "--save_aligner", "a.safetensors", "--alignment_reduce", "none"],
+            0,
+            "0 texts cut",
+        ),
+        (["--save_aligner", "a.bin", "--aligner", "conv"], 2, "--save_aligner must be a .safetensors file"),
+        (["--prior_prefetch", "3", "--prior_source", "store"], 2, "--prior_prefetch"),
+    ],
+)
+def test_the_toys_plain_run_takes_the_flags_of_its_aligned_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    code: int,
+    said: str,
+) -> None:
+    """Flags that only an alignment needs do not stop the plain run; wrong ones end the command before it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(defaults._WORLDS, "motion", ("runs/toy_motion", 2, 1))
+    cut = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--report_samples", "0"]
+    assert train.main([*cut, *flags]) == code
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert Path("runs/train_plain").exists() == Path("a.safetensors").exists() == (code == 0)
+
+
 # ---- what a run equals ----
 
 
