@@ -243,6 +243,9 @@ def flex_attention(call: Call) -> Result:
     mask = None
     if call.window != (-1, -1):
         mask = module.create_block_mask(seen, None, None, queries, keys, device=device)
+    # For fewer than 128 queries torch chooses another kernel. It needs a mask whose blocks hold all queries
+    # of a group of heads, and these blocks have 128 rows.
+    short = mask is not None and queries * call.groups > 128
     # On the CPU torch refuses tensors that could have a gradient, also where none is recorded.
     tensors = call[:3] if torch.is_grad_enabled() else [item.detach() for item in call[:3]]
     out, found = _flex(device.type)(
@@ -251,6 +254,7 @@ def flex_attention(call: Call) -> Result:
         block_mask=mask,
         scale=call.softmax_scale,
         enable_gqa=call.groups > 1,
+        kernel_options={"BACKEND": "TRITON"} if short else None,
         return_aux=module.AuxRequest(lse=True),
     )
     return out, found.lse

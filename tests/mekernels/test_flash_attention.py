@@ -9,7 +9,7 @@ from kernel_support import FLOATS, assert_error_rule, assert_exact, randn, strid
 
 import mekernels
 from mekernels import BackendError, backends, flash_attention, reference
-from mekernels.flash_attention import composite
+from mekernels.flash_attention import composite, packages
 from mekernels.flash_attention import kernels as module
 from mekernels.flash_attention.call import Call
 
@@ -415,3 +415,27 @@ def test_the_reference_backend_does_not_round_its_maps(dtype):
     torch.testing.assert_close(
         out.double(), scores.softmax(-1) @ wide[2], rtol=1e-2, atol=4 * torch.finfo(dtype).eps
     )
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "window", "options"),
+    [
+        (77, 4, (16, -1), {"BACKEND": "TRITON"}),
+        (64, 4, (16, -1), None),
+        (77, 2, (16, -1), None),
+        (77, 4, (-1, -1), None),
+    ],
+)
+def test_flex_attention_of_few_queries_has_a_kernel(monkeypatch, queries, heads, window, options):
+    """torch 2.11 finds none on a GPU if the queries of two heads exceed the 128 rows of a mask's block."""
+    passed = {}
+
+    def recorded(*tensors, **arguments):
+        passed.update(arguments)
+        return tensors[0], types.SimpleNamespace(lse=tensors[0][..., 0])
+
+    monkeypatch.setattr(packages, "_flex", lambda device: recorded)
+    query, key = torch.zeros(2, heads, queries, 8), torch.zeros(2, 2, queries, 8)
+    with torch.no_grad():
+        flash_attention(query, key, key, window=window, backend="flex_attention")
+    assert passed["kernel_options"] == options

@@ -248,6 +248,10 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.mekernels, f"{op}_triton").default, arguments)
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 14),
+    reason="before torch 2.14, torch.compile breaks the graph where an op looks up its backend",
+)
 def test_compiled_without_a_graph_break():
     video = VideoTokens(2, 2, 3, text=3)
     query, key, lse = case(video)
