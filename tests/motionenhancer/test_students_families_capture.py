@@ -15,6 +15,7 @@ from students_support import (
     clip,
     dialogue,
     eager_attention,
+    full_precision_modules,
     full_precision_softmax,
     gradients,
     pick,
@@ -43,6 +44,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13 * largest, msg=name)
 
 
+@full_precision_modules()
 @pytest.mark.parametrize(("side", "use_checkpoints"), [("right", False), ("left", True)])
 def test_captured_attention_is_eagers(student: Any, side: str, use_checkpoints: bool) -> None:
     model = student[0]
@@ -78,6 +80,7 @@ def layout_positions(layout: Any, count: int) -> torch.Tensor:
     return chosen
 
 
+@full_precision_modules()
 def test_captured_attention_of_lora(student: Any, tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
     model, processor, family = tiny_student(student[0].config.model_type, tmp_path / "student")
@@ -142,6 +145,7 @@ def packed(student: Any) -> Any:
     return batch, singles
 
 
+@full_precision_modules()
 @pytest.mark.parametrize("use_checkpoints", [False, True])
 def test_packed_samples(student: Any, use_checkpoints: bool) -> None:
     """Values and gradients equal those of eager attention, and those of each sample alone."""
