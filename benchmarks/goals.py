@@ -29,8 +29,9 @@ from measure.dispatch import label
 from measure.sampler import Turn, verify
 from measure.shapes import STUDENTS, TEACHERS, Student, Teacher
 from measure.work import Work
+from torch import Tensor
 
-from mekernels import flash_attention, launch, native, use_backend
+from mekernels import attention_rows, flash_attention, launch, native, use_backend
 
 ROUNDS = 12
 LAYERS = 6
@@ -133,9 +134,40 @@ def rows_speedup(shape: Student) -> dict[str, Any]:
 
 
 def rows_host(shape: Student) -> dict[str, Any]:
-    """Milliseconds of the host for one layer, forward and backward."""
-    (ours,), (host,), filled = timed(Turn(rows_work(shape), OURS))
-    return {"value": 1e3 * host, "ours_seconds": ours, "queue_filled": filled}
+    """Milliseconds of the host for one layer, forward and backward; beside it, what parts of it take."""
+    work = rows_work(shape)
+    query, key, _, above = work.inputs[0]
+    rows, small = student_rows.chosen_rows(shape), torch.zeros(1, device=query.device)
+
+    def forward() -> None:
+        with use_backend(BACKEND), torch.no_grad():
+            attention_rows(query, key, rows, shape.columns, causal=True)
+
+    def empty_backward() -> None:
+        torch.autograd.grad(_Empty.apply(query, key, above), (query, key), above)
+
+    (ours, *_), host, filled = timed(Turn(work, OURS), forward, empty_backward, lambda: small.add_(1))
+    parts = ("forward", "empty_backward", "one_launch")
+    return {
+        "value": 1e3 * host[0],
+        "ours_seconds": ours,
+        **{f"host_seconds_of_{name}": seconds for name, seconds in zip(parts, host[1:], strict=True)},
+        "queue_filled": filled,
+    }
+
+
+class _Empty(torch.autograd.Function):
+    """Allocates what the forward and the backward of attention_rows return, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, above: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return torch.empty_like(above)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        query, key = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), None
 
 
 def rows_beside_flash(shape: Student) -> dict[str, Any]:

@@ -73,11 +73,11 @@ class Times(NamedTuple):
     """Seconds of several calls, one list a call, one entry a round."""
 
     device: list[list[float]]
-    """What the device worked on a call."""
+    """What the device worked on a call; without ``filled``, from the call until the device was done."""
     host: list[list[float]]
     """What the host took to start a call."""
     filled: bool
-    """Whether the device always had work waiting; else the device's times contain waiting for the host."""
+    """Whether the device always had work waiting; else its times may contain waiting for the host."""
 
 
 CYCLES_PER_SECOND = 2e9
@@ -92,7 +92,8 @@ def queued_seconds(calls: list[Callable[[], Any]], rounds: int) -> Times:
     The device first waits for a while. Meanwhile the host starts all calls of a batch, with an event before
     and after each: the time between the two events then contains no time of the host, however short the call.
     If the device ends its wait before the last call is started (a call waits for the device, or the queue is
-    full), the batch is done again with half as many rounds. On a CPU both times are those of the clock.
+    full), the batch is done again with half as many rounds. If one round does not fit either, each call is
+    timed by the clock, from an idle device to an idle device. On a CPU both times are those of the clock.
 
     Args:
         calls: what is timed; warmed up by the caller.
@@ -108,13 +109,27 @@ def queued_seconds(calls: list[Callable[[], Any]], rounds: int) -> Times:
     while (left := rounds - len(found.device[0])) > 0:
         count = min(batch, left)
         one = _batch(calls, count, wait=2 * count * expected + 1e-3)
-        if not one.filled and batch > 1:
+        if not one.filled and batch == 1:
+            return _alone(calls, rounds)
+        if not one.filled:
             batch //= 2
             continue
         for kept, new in ((found.device, one.device), (found.host, one.host)):
             for total, times in zip(kept, new, strict=True):
                 total += times
-        found = found._replace(filled=found.filled and one.filled)
+    return found
+
+
+def _alone(calls: list[Callable[[], Any]], rounds: int) -> Times:
+    found = Times([[] for _ in calls], [[] for _ in calls], False)
+    for _ in range(rounds):
+        for call, until_done, until_started in zip(calls, found.device, found.host, strict=True):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            until_started.append(time.perf_counter() - began)
+            torch.cuda.synchronize()
+            until_done.append(time.perf_counter() - began)
     return found
 
 

@@ -274,12 +274,16 @@ def test_a_call_that_waits_for_the_device_is_said(monkeypatch):
     queue = Queue(monkeypatch)
 
     def waiting():
-        queue.start(1e-4)
+        queue.start(1e-3)
         queue.wait()
+        queue.start(4e-3)
 
     times = device.queued_seconds([waiting], 3)
     assert not times.filled
-    assert len(times.device[0]) == 3
+    assert [len(samples) for samples in (*times.device, *times.host)] == [3] * 2
+    # From an idle device to an idle device; the host's time contains no sleep of the device.
+    assert min(times.device[0]) >= 5e-3
+    assert 1e-3 <= min(times.host[0]) < 5e-3
 
 
 def test_samples_of_a_gpu_are_between_events(monkeypatch):
