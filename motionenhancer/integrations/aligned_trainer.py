@@ -55,8 +55,10 @@ class AlignedTrainer(MotionTrainer):
         settings: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(settings, "gradient_checkpointing", False):
             # Re-entrant checkpointing drops the alignment's gradient, and some frameworks fall back to it.
-            given = dict(settings.gradient_checkpointing_kwargs or {})
-            settings.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
+            # Newer versions of transformers read the second name.
+            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+                if hasattr(settings, name):
+                    setattr(settings, name, {"use_reentrant": False, **(getattr(settings, name) or {})})
         seed = getattr(settings, "seed", 0)
         made = None if priors.grid is None else build_aligner(aligner, priors.grid, seed=seed)
         super().__init__(*args, aligner=made, **kwargs)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,22 @@ def test_other_losses_of_trl_are_refused_by_name(priors: Path) -> None:
         base = type(name, (), {})
         with pytest.raises(ValueError, match=f"{name}: alignment works with supervised fine-tuning only"):
             type("Mine", (AlignedTrainer, base), {})(prior_dir=priors)
+
+
+def test_checkpoints_are_not_reentrant(priors: Path, tmp_path: Path) -> None:
+    """Under the option that the installed transformers reads."""
+    from transformers import Trainer, TrainingArguments
+
+    from motionenhancer.integrations.aligned_trainer import AlignedTrainer
+
+    args = TrainingArguments(str(tmp_path), gradient_checkpointing=True, use_cpu=True, report_to="none")
+    read = "activation_checkpointing_kwargs"
+    read = read if hasattr(args, read) else "gradient_checkpointing_kwargs"
+    assert getattr(args, read) is None
+    processor = SimpleNamespace(video_processor=None)
+    mine = type("Mine", (AlignedTrainer, Trainer), {})
+    trainer = mine(torch.nn.Linear(1, 1), args, prior_dir=priors, student_processor=processor)
+    assert getattr(trainer.args, read) == {"use_reentrant": False}
 
 
 def test_a_batch_without_labels_is_refused(priors: Path) -> None:
