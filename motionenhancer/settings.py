@@ -199,6 +199,11 @@ class StudentArguments(ShownArguments):
         "names or last parts of names, separated by commas: q_proj,v_proj.",
     )
     lora_merge: bool = setting(False, "Merge the adapters into the model, and save the whole model only.")
+    sample_cache_mb: int = setting(
+        0,
+        "Megabytes of encoded samples that each data-loading worker keeps for later epochs; 0: none.",
+        least=0,
+    )
     dry_run: bool = setting(False, "Print what the run would do, and stop. No weights are read.")
     max_pixels: int | None = setting(None, "Maximum number of pixels of a frame, before patching.", least=1)
 

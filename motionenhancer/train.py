@@ -184,6 +184,9 @@ def run(
     """
     folder, upload = Path(training.output_dir or "runs/train"), training.take_upload()
     student.check(folder)
+    if student.sample_cache_mb and training.dataloader_num_workers:
+        # New workers would begin with nothing kept.
+        training.dataloader_persistent_workers = True
     online.check(student.prior_source)
     validation.check(training, data=data.data, aligned=student.aligned)
     prior.find(dry_run=student.dry_run, student=student.student)
@@ -281,7 +284,9 @@ def run(
             trainer = MotionTrainer(
                 model=model,
                 args=training,
-                train_dataset=MotionDataset(samples, family, processor, **options),
+                train_dataset=MotionDataset(
+                    samples, family, processor, cache_bytes=student.sample_cache_mb * 2**20, **options
+                ),
                 eval_dataset=MotionDataset(tested, family, processor, **options) if tested else None,
                 callbacks=_early_stopping(validation),
                 data_collator=MotionCollator(family, processor, source=prior.prompt_source),

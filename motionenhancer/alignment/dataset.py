@@ -104,6 +104,8 @@ class MotionDataset(Dataset[Item]):
         fps: frames per second that the student sees, thinned to at most `max_frames`. The keys of the
             sample's row have priority; see `data.Clip`.
         num_frames: number of evenly spaced frames of each clip; replaces `fps` and `max_frames`.
+        cache_bytes: maximum bytes of encoded samples and priors that are kept, so that later epochs do not
+            read them again. Each data-loading worker keeps its own.
         max_pixels: maximum pixels of a frame; None keeps the processor's own limit.
     """
 
@@ -120,6 +122,7 @@ class MotionDataset(Dataset[Item]):
         max_frames: int = 64,
         max_pixels: int | None = None,
         num_frames: int | None = None,
+        cache_bytes: int = 0,
         requests: Mapping[str, PriorRequest] | None = None,
     ) -> None:
         self.requests = dict(requests or {})
@@ -127,11 +130,23 @@ class MotionDataset(Dataset[Item]):
         self.keys, self.store, self.source = keys, store, source
         self.max_pixels = max_pixels
         self.frames = Frames(num_frames, fps, max_frames=max_frames)
+        self._kept: dict[int, Item] = {}
+        self._left = cache_bytes
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
+        if index in self._kept:
+            return self._kept[index]
+        item = self._read(index)
+        size = item.encoded.nbytes + (0 if item.prior is None else item.prior.attention.nbytes)
+        if not item.skipped and size <= self._left:
+            self._kept[index] = item
+            self._left -= size
+        return item
+
+    def _read(self, index: int) -> Item:
         skipped: dict[str, str] = {}
         for offset in range(len(self.samples)):
             sample = self.samples[(index + offset) % len(self.samples)]

@@ -84,3 +84,9 @@ class Encoded:
     layout: TokenLayout
     token_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        own = (self.input_ids, self.attention_mask, self.labels)
+        return sum(t.nbytes for t in (*own, *self.token_inputs.values(), *self.vision_inputs.values()))

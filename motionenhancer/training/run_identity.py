@@ -53,7 +53,10 @@ _STATES = {
     "random": ("rng_state.pth", "rng_state_0.pth"),
 }
 #: Flags of the student that do not change the result.
-_NOT_LEARNT = ("prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge")
+_NOT_LEARNT = (
+    *("prior_source", "attn_implementation", "dry_run", "save_aligner", "lora_merge"),
+    "sample_cache_mb",
+)
 
 
 def run_identity(

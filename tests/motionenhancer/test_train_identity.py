@@ -146,6 +146,7 @@ def test_samples_in_another_order_make_another_run(world: World, tmp_path: Path)
         {"dataloader_num_workers": 2},
         {"gradient_checkpointing": True},
         {"attn_implementation": "eager"},
+        {"sample_cache_mb": 5},
         {"prior_source": "online"},
     ],
     ids=str,

@@ -8,15 +8,17 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_world import World
-from train_support import arguments, flags, parts, report_of
+from train_support import arguments, flags, parts, report_of, weights_of
 
 from motionenhancer import extract, train
+from motionenhancer.alignment.dataset import MotionDataset
 from motionenhancer.alignment.trainer import MotionTrainer
 from motionenhancer.data.encode import encode_video
 from motionenhancer.priors.storage import PriorStore
@@ -288,3 +290,77 @@ def test_the_command_that_makes_missing_priors_can_be_pasted(
     )
     assert extract.main(shlex.split(command)[3:]) == 0
     assert train.main([*run, "--max_steps", "1"]) == 0
+
+
+def test_samples_are_kept_up_to_the_size_of_the_cache(world: World, tmp_path: Path) -> None:
+    _, read, _ = parts(world, tmp_path)
+
+    def kept(size: int) -> list[bool]:
+        options = {"keys": read.keys, "store": read.store, "fps": 4, "cache_bytes": size}
+        dataset = MotionDataset(read.samples, read.family, read.processor, **options)
+        first = [dataset[i] for i in range(3)]
+        return [dataset[i] is first[i] for i in range(3)]
+
+    one, two, _ = (
+        read[i].encoded.nbytes + read[i].prior.attention.nbytes  # type: ignore[union-attr]
+        for i in range(3)
+    )
+    assert kept(0) == [False] * 3
+    assert not kept(one - 1)[0]
+    assert kept(one) == [True, False, False]
+    assert kept(one + two) == [True, True, False]
+    assert kept(2**20) == [True] * 3
+
+
+def test_an_unreadable_sample_is_not_kept(world: World, tmp_path: Path) -> None:
+    """Its place is taken by the next sample; it is tried again in the next epoch, and named again."""
+    _, read, _ = parts(world, tmp_path, priors=False)
+    gone = dataclasses.replace(read.samples[0], videos=(tmp_path / "gone.mp4",))
+    samples = [gone, *read.samples[1:]]
+    dataset = MotionDataset(
+        samples, read.family, read.processor, keys={}, store=read.store, fps=4, cache_bytes=2**20
+    )
+    for _ in range(2):
+        assert list(dataset[0].skipped) == [gone.id]
+    assert not dataset[1].skipped
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_kept_samples_change_no_weight(
+    world: World, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, int]] = []
+    original = MotionDataset._read
+
+    def counted(self: MotionDataset, index: int) -> Any:
+        reads.append((self._left, index))
+        return original(self, index)
+
+    monkeypatch.setattr(MotionDataset, "_read", counted)
+    common = {"max_steps": 10, "per_device_train_batch_size": 1, "dataloader_num_workers": workers}
+    for name, size in (("read", 0), ("kept", 1)):
+        options = {**common, "sample_cache_mb": size, "report_samples": 0}
+        assert train.main(flags(world, tmp_path / name, **options)) == 0
+    read, kept = weights_of(tmp_path / "read"), weights_of(tmp_path / "kept")
+    assert all(torch.equal(kept[key], value) for key, value in read.items())
+    if workers == 0:  # The reads of another process are not seen here.
+        once = [index for left, index in reads if left]
+        assert sorted(once) == list(range(8))
+        assert sum(not left for left, _ in reads) > 10
+
+
+def test_workers_that_keep_samples_live_longer_than_an_epoch(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    original = MotionTrainer.__init__
+
+    def init(self: MotionTrainer, *args: object, **options: object) -> None:
+        original(self, *args, **options)
+        seen.append(self.args.dataloader_persistent_workers)
+
+    monkeypatch.setattr(MotionTrainer, "__init__", init)
+    for size, workers in ((1, 1), (0, 1), (1, 0)):
+        options = {"sample_cache_mb": size, "dataloader_num_workers": workers, "report_samples": 0}
+        assert train.main(flags(world, tmp_path / f"{size}{workers}", max_steps=1, **options)) == 0
+    assert seen == [True, False, False]
