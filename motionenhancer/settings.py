@@ -201,7 +201,7 @@ class StudentArguments(ShownArguments):
     lora_merge: bool = setting(False, "Merge the adapters into the model, and save the whole model only.")
     sample_cache_mb: int = setting(
         0,
-        "Megabytes of encoded samples that each data-loading worker keeps for later epochs; 0: none.",
+        "Megabytes of encoded training samples that each data-loading worker keeps between epochs; 0: none.",
         least=0,
     )
     dry_run: bool = setting(False, "Print what the run would do, and stop. No weights are read.")
